@@ -1,0 +1,47 @@
+"""A dial between quality and expert reuse for mixture-of-experts models.
+
+A router adapter family stores router deltas for several strengths; the runtime turns the strength while the
+model decodes. Public names are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_EXPORTS = {
+    "Controller": "remoe_adapt.runtime.controller",
+    "DeviceProfile": "remoe_adapt.device_profile",
+    "Family": "remoe_adapt.family",
+    "FamilyPoint": "remoe_adapt.family",
+    "RemoeConfig": "remoe_adapt.tuner",
+    "RemoeError": "remoe_adapt.errors",
+    "RemoeLayer": "remoe_adapt.tuner",
+    "RemoeModel": "remoe_adapt.tuner",
+    "RemoeTrainer": "remoe_adapt.training.trainer",
+    "RouterRef": "remoe_adapt.routers.discover",
+    "RouterSpec": "remoe_adapt.routers.spec",
+    "Trace": "remoe_adapt.trace",
+    "discover_routers": "remoe_adapt.routers.discover",
+    "get_remoe_model": "remoe_adapt.runtime.load",
+    "list_profiles": "remoe_adapt.device_profile",
+    "load_profile": "remoe_adapt.device_profile",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    module = _EXPORTS.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

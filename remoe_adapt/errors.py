@@ -1,0 +1,82 @@
+"""Every exception this package raises on purpose.
+
+RemoeError(Exception)
+ |- ConfigError(ValueError)               an option value; names the value and the remedy
+ |   `- ProfileError                      a profile file; names file, line and key
+ |- RouterError
+ |   |- RouterNotFoundError(ValueError)   the model has no router
+ |   `- UnsupportedRouterError(ValueError)  a router we refuse, with the reason
+ |- AdapterError(ValueError)
+ |   |- AdapterConflictError              name collision, LoRA on a router, nested tuners
+ |   |- AdapterCorruptError               truncated, wrong shape, NaN
+ |   |- FingerprintMismatchError          made for another base; names both
+ |   `- MergeStateError                   illegal in this merge state (swap while merged)
+ |- FamilyError(ValueError)               family.json or its adapter folders
+ |- TraceError(ValueError)                a trace file or array
+ |- DataError(ValueError)                 training or evaluation text
+ `- MissingDependencyError(ImportError)   names the extra to install
+
+The second base lets callers who know only the standard exceptions catch what they expect.
+"""
+
+from __future__ import annotations
+
+
+class RemoeError(Exception):
+    """Base of all errors of this package: one `except` catches every deliberate refusal."""
+
+
+class ConfigError(RemoeError, ValueError):
+    """An option has a value that cannot work; the message names the value and the remedy."""
+
+
+class ProfileError(ConfigError):
+    """A device profile cannot be used; the message names the file, the line and the key."""
+
+
+class RouterError(RemoeError):
+    """Something about the routers of a model."""
+
+
+class RouterNotFoundError(RouterError, ValueError):
+    """The model has no mixture-of-experts router that we can find."""
+
+
+class UnsupportedRouterError(RouterError, ValueError):
+    """The model has a router that we refuse to adapt; the message says why."""
+
+
+class AdapterError(RemoeError, ValueError):
+    """An adapter cannot be added, loaded or used."""
+
+
+class AdapterConflictError(AdapterError):
+    """The adapter collides with another one: equal names, LoRA on a router, nested tuners."""
+
+
+class AdapterCorruptError(AdapterError):
+    """The adapter's weights are truncated, of the wrong shape, or not finite."""
+
+
+class FingerprintMismatchError(AdapterError):
+    """The adapter was made for another base model; the message names both."""
+
+
+class MergeStateError(AdapterError):
+    """The operation is illegal in the present merge state, as a swap while merged."""
+
+
+class FamilyError(RemoeError, ValueError):
+    """A family folder is malformed, incomplete, or does not hold the point asked for."""
+
+
+class TraceError(RemoeError, ValueError):
+    """A trace is malformed or does not fit what is asked of it."""
+
+
+class DataError(RemoeError, ValueError):
+    """A data file or its contents cannot be used for training or evaluation."""
+
+
+class MissingDependencyError(RemoeError, ImportError):
+    """An optional package is missing; the message names the extra that installs it."""
