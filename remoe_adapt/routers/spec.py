@@ -1,0 +1,184 @@
+"""What one router does, as data: how it scores, what it ranks, what its forward returns.
+
+Shapes: T tokens (all leading axes flattened), E choices of the router, K chosen per token, D columns of its weight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remoe_adapt.errors import UnsupportedRouterError
+
+FAMILIES = (
+    "softmax",  # p = softmax(z); top-k of p; weights p, renormalised or not
+    "topk_softmax",  # top-k of z (+ logit bias); softmax over the chosen
+    "softmax_bias",  # p = softmax(z); top-k of p + bias; weights p
+    "softmax_group",  # p = softmax(z); best groups first; top-k inside them; weights p
+    "sigmoid",  # s = sigmoid(z); top-k of z or s; weights s
+    "sigmoid_bias",  # s = sigmoid(z); top-k of s + bias; weights s
+    "sigmoid_group",  # the same, best groups first
+    "logit_bias_sigmoid",  # top-k of z + bias; weights sigmoid(z)
+    "sqrt_softplus_bias",  # s = sqrt(softplus(z)); top-k of s + bias; weights s
+    "sparsemixer",  # top-2 of z; each weight a softmax over the logits close to the best one left
+)
+
+STANDARD_RETURNS = ("logits", "weights", "ids")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOutput:
+    """One router call: logits_TE (dtype of the model), weights_TK (None where the router returns none), ids_TK int64."""
+
+    logits_TE: Tensor
+    weights_TK: Tensor | None
+    ids_TK: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """The facts of one router; immutable, no tensors inside.
+
+    num_experts E is what can be chosen, so the width of `logits_TE`: it counts the last `null_experts` choices, which
+    have no weights of their own (zero experts, skip). `num_rows` is the row count of the weight: E, except where
+    shared experts have rows too. `correction_bias_name` is relative to the router module, or to its parent block when
+    `correction_bias_in_block`; it shifts the ranking only. `logit_bias_name` is already part of the returned logits.
+    `returns` names the entries of the forward's result in order.
+    """
+
+    family: str
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    weight_name: str
+    num_rows: int
+    null_experts: int = 0
+    score: str = "softmax"
+    normalize: bool = False
+    normalize_eps: float = 0.0
+    scaling: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: str | None = None
+    group_fill: float = -math.inf
+    correction_bias_name: str | None = None
+    correction_bias_in_block: bool = False
+    logit_bias_name: str | None = None
+    returns: tuple[str, ...] = STANDARD_RETURNS
+
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        """Unbiased fp32 scores [T, E] that the expert weights are taken from; differentiable."""
+        logits_TE = logits_TE.float()
+        if self.score == "softmax":
+            return logits_TE.softmax(dim=-1)
+        if self.score == "sigmoid":
+            return logits_TE.sigmoid()
+        return F.softplus(logits_TE).sqrt()
+
+    def probabilities(self, logits_TE: Tensor) -> Tensor:
+        """fp32 distribution over experts [T, E], rows sum to 1; differentiable. Not softmax: scores over their sum."""
+        scores_TE = self.scores(logits_TE)
+        if self.score == "softmax":
+            return scores_TE
+        return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def choice_scores(self, logits_TE: Tensor, correction_bias_E: Tensor | None = None) -> Tensor:
+        """Values [T, E] whose K largest are chosen (before any recency prior).
+
+        The logits themselves where ranking needs no more; scores (+ bias, fp32) in bias and group families, with
+        experts outside the chosen groups at `group_fill`. `correction_bias_E` is ignored by families without one.
+        """
+        if self.family in ("softmax", "topk_softmax", "sigmoid", "sparsemixer"):
+            return self.scores(logits_TE) if self.score == "sigmoid" else logits_TE
+        choice_TE = logits_TE.float() if self.family == "logit_bias_sigmoid" else self.scores(logits_TE)
+        if correction_bias_E is not None:
+            choice_TE = choice_TE + correction_bias_E.float().reshape(-1)
+        return choice_TE if self.group_score is None else self._keep_best_groups(choice_TE)
+
+    def _keep_best_groups(self, choice_TE: Tensor) -> Tensor:
+        groups_TGE = choice_TE.unflatten(-1, (self.n_group, -1))
+        if self.group_score == "max":
+            group_TG = groups_TGE.amax(dim=-1)
+        else:
+            group_TG = groups_TGE.topk(2, dim=-1).values.sum(dim=-1)
+        best_TG = group_TG.topk(self.topk_group, dim=-1, sorted=False).indices
+        dropped_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(-1, best_TG, False)
+        return groups_TGE.masked_fill(dropped_TG.unsqueeze(-1), self.group_fill).flatten(-2)
+
+    def read(self, output: Any) -> RouterOutput:
+        """Logits, weights and chosen ids from what the router's forward returned, flattened over tokens.
+
+        Where the router returns no ids they are the top-k of its logits, as its block computes them. Where it returns
+        probabilities, the logits are their logarithm (equal up to a constant per token).
+
+        Raises UnsupportedRouterError when the result does not have the entries of `returns`.
+        """
+        entries = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+        if len(entries) != len(self.returns):
+            raise UnsupportedRouterError(
+                f"a {self.family} router returned {len(entries)} values, expected {len(self.returns)}: "
+                f"{', '.join(self.returns)}. Another transformers version? Please report it."
+            )
+        by_name = dict(zip(self.returns, entries, strict=True))
+        if "probabilities" in by_name:
+            tiny = torch.finfo(torch.float32).tiny
+            logits_TE = by_name["probabilities"].reshape(-1, self.num_experts).clamp_min(tiny).log()
+        else:
+            logits_TE = by_name["logits"].reshape(-1, self.num_experts)
+        weights_TK = by_name["weights"].reshape(-1, self.top_k) if "weights" in by_name else None
+        if "ids" in by_name:
+            ids_TK = by_name["ids"].reshape(-1, self.top_k).long()
+        elif "masked_ids" in by_name:
+            # A skipped slot is returned as expert 0 with weight 0; its true choice is the null expert.
+            ids_TK = by_name["masked_ids"].reshape(-1, self.top_k).long()
+            assert weights_TK is not None
+            ids_TK = torch.where(weights_TK == 0, self.num_experts - 1, ids_TK)
+        else:
+            ids_TK = logits_TE.topk(self.top_k, dim=-1).indices
+        if weights_TK is None and "dense_weights" in by_name:
+            weights_TK = by_name["dense_weights"].reshape(-1, self.num_experts).gather(-1, ids_TK)
+        return RouterOutput(logits_TE, weights_TK, ids_TK)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRef:
+    """A router inside a model: its path (the wrapper's when wrapped), the base module, its block, its facts."""
+
+    name: str
+    module: nn.Module
+    spec: RouterSpec
+    block: nn.Module
+
+    @property
+    def weight_ED(self) -> nn.Parameter:
+        """The live base weight, [num_rows, hidden_size]."""
+        return self.module.get_parameter(self.spec.weight_name)
+
+    @property
+    def correction_bias_E(self) -> Tensor | None:
+        """The live selection bias, or None."""
+        if self.spec.correction_bias_name is None:
+            return None
+        owner_path, _, leaf = self.spec.correction_bias_name.rpartition(".")
+        owner = (self.block if self.spec.correction_bias_in_block else self.module).get_submodule(owner_path)
+        bias = getattr(owner, leaf)
+        assert isinstance(bias, Tensor)
+        return bias
+
+    def choice_scores(self, logits_TE: Tensor) -> Tensor:
+        """`RouterSpec.choice_scores` with this router's own selection bias."""
+        return self.spec.choice_scores(logits_TE, self.correction_bias_E)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """All routers of a model, in model order: usable ones, refused ones and foreign-wrapped ones as (name, reason)."""
+
+    found: tuple[RouterRef, ...]
+    refused: tuple[tuple[str, str], ...]
+    foreign: tuple[tuple[str, str], ...]
