@@ -31,7 +31,7 @@ _EXPORTS = {
     "load_profile": "remoe_adapt.device_profile",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_EXPORTS)]
 
 
 def __getattr__(name: str) -> Any:

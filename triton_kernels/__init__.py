@@ -1,1 +1,1 @@
-"""Fused Triton kernels; the only place that imports triton. Installed as `remoe_adapt.triton_kernels`, never top-level."""
+"""Fused Triton kernels, the only place that imports triton. Installed as `remoe_adapt.triton_kernels`."""

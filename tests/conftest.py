@@ -1,0 +1,43 @@
+"""Fixtures every test file may use. Offline, one torch thread: results do not depend on a neighbour or a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch and huggingface_hub are imported: both read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Random models differ between tests only where a test says so."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of data and traces that may lie beside the clone; never inside the repository."""
+    shared = REPO_ROOT.parent / "shared"
+    if not shared.is_dir():
+        pytest.skip("no ../shared beside the repository: its data and traces are not part of a clone")
+    return shared
