@@ -31,7 +31,9 @@ _UNIT_BYTES = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")
 _UNIT_BYTES |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 # Nested YAML aliases grow exponentially when written out: messages show the outer levels only.
-_show = Repr(maxlevel=3, maxlist=4, maxdict=2).repr
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 4, 2
+_show = _SHORT.repr
 
 
 def parse_size(text: object) -> int:
