@@ -1,17 +1,279 @@
-"""Model -> routers, or a named refusal."""
+"""Model -> routers, or a named refusal.
+
+The generic rule: a class that a transformers model records as `router_logits`, else a module beside an experts module,
+is a router; the one floating 2-D weight inside it with a row per expert is its weight.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import nn
 
-from remoe_adapt.routers.spec import RouterRef, Survey
+from remoe_adapt.errors import RouterNotFoundError, UnsupportedRouterError
+from remoe_adapt.routers.families import Facts, Refusal, known_facts
+from remoe_adapt.routers.infer import infer_facts
+from remoe_adapt.routers.spec import RouterRef, RouterSpec, Survey
+
+_TOP_K_NAMES = (
+    "top_k num_experts_per_tok top_k_experts moe_topk moe_top_k moe_k num_selected_experts topk num_experts_per_token"
+).split()
+_SCALING_NAMES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
+_BASE = ".base_layer"
 
 
 def discover_routers(model: nn.Module) -> tuple[RouterRef, ...]:
-    """The routers of `model` in model order."""
-    return survey_routers(model).found
+    """The routers of `model` (a PeftModel too) in model order; refused ones beside usable ones are left alone.
+
+    Raises RouterNotFoundError when there is none, UnsupportedRouterError when all are refused or when a layer of
+    another kind (LoRA, a trainable copy) sits on one.
+    """
+    survey = survey_routers(model)
+    if survey.foreign:
+        name, reason = survey.foreign[0]
+        raise UnsupportedRouterError(
+            f"{len(survey.foreign)} router(s) carry another layer, first {name}: {reason}. "
+            "Exclude the routers from that adapter (exclude_modules), or merge and unload it first."
+        )
+    if survey.found:
+        return survey.found
+    if survey.refused:
+        listing = "; ".join(sorted({reason for _, reason in survey.refused}))
+        raise UnsupportedRouterError(f"no usable router in {type(model).__name__}: {listing}.")
+    raise RouterNotFoundError(
+        f"{type(model).__name__} has no mixture-of-experts router: nothing recorded as router_logits and no module "
+        "beside an experts module. Is it a dense model?"
+    )
 
 
 def survey_routers(model: nn.Module) -> Survey:
-    """Every router of `model`: usable, refused, or wrapped by foreign layers."""
-    raise NotImplementedError
+    """Every router of `model`: usable, refused with a reason, or carrying a foreign layer. Raises nothing."""
+    modules = dict(model.named_modules())
+    recorded = _recorded_classes(model)
+    found: list[RouterRef] = []
+    refused: list[tuple[str, str]] = []
+    foreign: list[tuple[str, str]] = []
+    for path, module in _candidates(modules, recorded):
+        name, own_spec, foreign_reason = _unwrapped(path, modules)
+        foreign_reason = foreign_reason or _foreign_inside(module)
+        if foreign_reason is not None:
+            if name not in (known for known, _ in foreign):
+                foreign.append((name, foreign_reason))
+            continue
+        block = modules[name.rpartition(".")[0]]
+        if any("Attention" in type(modules[parent]).__name__ for parent in _ancestors(name)):
+            refused.append((name, "it routes attention, not feed-forward experts"))
+            continue
+        spec = own_spec or _spec(module, block, _config_of(name, modules))
+        if isinstance(spec, Refusal):
+            refused.append((name, spec.reason))
+        else:
+            found.append(RouterRef(name, module, spec, block))
+    return Survey(tuple(found), tuple(refused), tuple(foreign))
+
+
+def _recorded_classes(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    """Classes that any (sub)model names in `_can_record_outputs["router_logits"]`."""
+    classes: list[type[nn.Module]] = []
+    for module in model.modules():
+        entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
+        for entry in entries if isinstance(entries, (list, tuple)) else (entries,):
+            target = entry if isinstance(entry, type) else getattr(entry, "target_class", None)
+            if isinstance(target, type) and target not in classes:
+                classes.append(target)
+    return tuple(classes)
+
+
+def _candidates(
+    modules: dict[str, nn.Module], recorded: tuple[type[nn.Module], ...]
+) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of innermost modules that route, in model order."""
+    chosen: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        if isinstance(module, recorded):
+            chosen[path] = module
+        for child_path, child in _beside_experts(path, module):
+            chosen[child_path] = child
+    for path, module in modules.items():
+        # A recorded block that holds routers of its own is not one.
+        if path in chosen and not any(other.startswith(f"{path}.") for other in chosen):
+            yield path, module
+
+
+def _beside_experts(path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children of `block` next to an experts container that own one weight row per expert."""
+    children = {name: _innermost(name, child) for name, child in block.named_children()}
+    counts = {count for name, (_, child) in children.items() if (count := _container_size(name, child)) is not None}
+    for name, (suffix, child) in children.items():
+        if "expert" in name or _container_size(name, child) is not None:
+            continue
+        is_leaf = all(isinstance(part, nn.Linear) or not len(list(part.children())) for part in child.children())
+        if is_leaf and any(_row_weights(child, {count}) for count in counts if count > 1):
+            yield f"{path}.{suffix}".lstrip("."), child
+
+
+def _innermost(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        name, module = name + _BASE, inner
+    return name, module
+
+
+def _container_size(name: str, module: nn.Module) -> int | None:
+    """How many experts this child holds, or None when it is no experts container."""
+    if "expert" not in name or "shared" in name:
+        return None
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return len(module)
+    stacked = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3]
+    listed = [len(c) for c in module.children() if isinstance(c, nn.ModuleList)]
+    counted = getattr(module, "num_experts", None)
+    sizes = ([counted] if isinstance(counted, int) else []) + stacked + listed
+    return sizes[0] if sizes else None
+
+
+def _unwrapped(path: str, modules: dict[str, nn.Module]) -> tuple[str, RouterSpec | None, str | None]:
+    """(outermost name, spec of our own wrapper if there is one, why a wrapper is foreign)."""
+    spec, reason = None, None
+    while path.endswith(_BASE):
+        path = path.removesuffix(_BASE)
+        own = getattr(modules[path], "spec", None)
+        if isinstance(own, RouterSpec):
+            spec = own
+        else:
+            reason = f"{type(modules[path]).__module__.removeprefix('peft.tuners.')}.{type(modules[path]).__name__}"
+    copies = re.fullmatch(r"(.+)\.(?:original_module|modules_to_save\.[^.]+)", path)
+    if copies:
+        return copies[1], None, "it is a trainable copy (modules_to_save)"
+    return path, spec, f"it is wrapped by {reason}" if reason else None
+
+
+def _foreign_inside(router: nn.Module) -> str | None:
+    for name, part in router.named_modules():
+        if hasattr(part, "base_layer"):
+            return f"its {name or 'weight'} is wrapped by {type(part).__module__.split('.')[-2]}.{type(part).__name__}"
+        if hasattr(part, "parametrizations"):
+            return f"its {name or 'module'} is parametrized"
+    return None
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _config_of(name: str, modules: dict[str, nn.Module]) -> Any:
+    return next((c for p in _ancestors(name) if (c := getattr(modules[p], "config", None)) is not None), None)
+
+
+def _spec(router: nn.Module, block: nn.Module, config: Any) -> RouterSpec | Refusal:
+    """All facts of one base router, or why it cannot be adapted."""
+    facts = known_facts(router, block)
+    if isinstance(facts, Refusal):
+        return facts
+    rows = _row_counts(router, block)
+    weights = _row_weights(router, rows)
+    if len(weights) != 1:
+        held = ", ".join(f"{name} {list(p.shape)}" for name, p in router.named_parameters()) or "nothing"
+        return Refusal(f"{len(weights)} of its weights have one row per expert ({sorted(rows)}); it holds {held}")
+    (weight_name, weight) = weights[0]
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return Refusal(f"its weight is quantised ({weight.dtype})")
+    if facts is None:
+        facts = infer_facts(router, block, weight.shape[0])
+        if isinstance(facts, Refusal):
+            return facts
+    num_experts = weight.shape[0] - _count(facts.shared_rows, router, block, config)
+    top_k = facts.top_k or _top_k(router, block, config)
+    if top_k is None:
+        return Refusal("how many experts it chooses is told neither by the router, nor its block, nor the config")
+    return _assemble(facts, router, block, weight_name, weight, num_experts, top_k)
+
+
+def _assemble(
+    facts: Facts, router: nn.Module, block: nn.Module, weight_name: str, weight: torch.Tensor, num_experts: int, k: int
+) -> RouterSpec | Refusal:
+    n_group = _first_int(router, ("num_group", "n_group")) or 1
+    family, group_score = facts.family, facts.group_score
+    if group_score is not None and n_group == 1:
+        family = family.replace("_group", "_bias" if facts.bias else "")
+        group_score = None
+    bias = facts.bias
+    owner = block if facts.bias_in_block else router
+    if bias is not None and not _has_tensor(owner, bias):
+        return Refusal(f"its selection bias {bias} is missing from {type(owner).__name__}")
+    stem = family.partition("_")[0]
+    return RouterSpec(
+        family=family,
+        num_experts=num_experts,
+        top_k=k,
+        hidden_size=weight.shape[1],
+        weight_name=weight_name,
+        num_rows=weight.shape[0],
+        null_experts=_count(facts.null_experts, router, block, getattr(block, "config", None)),
+        score="sqrt_softplus" if stem == "sqrt" else "sigmoid" if "sigmoid" in family else "softmax",
+        normalize=bool(getattr(router, "norm_topk_prob", False)) if facts.normalize is None else facts.normalize,
+        normalize_eps=facts.normalize_eps,
+        scaling=1.0 / k if facts.divide_by_k else _scaling(router),
+        weight_rule=facts.weight_rule,
+        n_group=n_group if group_score else 1,
+        topk_group=(_first_int(router, ("topk_group",)) or 1) if group_score else 1,
+        group_score=group_score,
+        group_fill=facts.group_fill,
+        correction_bias_name=bias,
+        correction_bias_in_block=facts.bias_in_block,
+        logit_bias_name=facts.logit_bias,
+        returns=facts.returns,
+    )
+
+
+def _row_counts(router: nn.Module, block: nn.Module) -> set[int]:
+    """Row counts a router weight may have: what its attributes count as experts or classes, else its neighbours."""
+    counted = {
+        value
+        for name, value in vars(router).items()
+        if isinstance(value, int)
+        and not isinstance(value, bool)
+        and re.search("expert|class", name)
+        and not re.search("capacity|per_tok|top|shared", name)
+    }
+    sizes = {_container_size(name, _innermost(name, child)[1]) for name, child in block.named_children()}
+    return {value for value in counted | sizes if value is not None and value > 1}
+
+
+def _row_weights(router: nn.Module, rows: set[int]) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in router.named_parameters() if p.dim() == 2 and p.shape[0] in rows]
+
+
+def _count(fact: str | int, *owners: Any) -> int:
+    return fact if isinstance(fact, int) else next((v for o in owners if (v := getattr(o, fact, None)) is not None), 0)
+
+
+def _first_int(owner: Any, names: Any) -> int | None:
+    for name in names:
+        value = getattr(owner, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _top_k(router: nn.Module, block: nn.Module, config: Any) -> int | None:
+    """K as the nearest owner states it: router, its config, the block, its config, the model's."""
+    owners = (router, getattr(router, "config", None), block, getattr(block, "config", None), config)
+    return next((k for owner in owners if (k := _first_int(owner, _TOP_K_NAMES)) is not None), None)
+
+
+def _scaling(router: nn.Module) -> float:
+    values = [getattr(router, name) for name in _SCALING_NAMES if getattr(router, name, None) is not None]
+    return float(values[0]) if values else 1.0
+
+
+def _has_tensor(owner: nn.Module, path: str) -> bool:
+    holder, _, leaf = path.rpartition(".")
+    try:
+        return isinstance(getattr(owner.get_submodule(holder), leaf), torch.Tensor)
+    except AttributeError:
+        return False

@@ -48,7 +48,10 @@ class RouterSpec:
     have no weights of their own (zero experts, skip). `num_rows` is the row count of the weight: E, except where
     shared experts have rows too. `correction_bias_name` is relative to the router module, or to its parent block when
     `correction_bias_in_block`; it shifts the ranking only. `logit_bias_name` is already part of the returned logits.
-    `returns` names the entries of the forward's result in order.
+    `returns` names the entries of the forward's result in order. `weight_rule` says how the weights of the chosen
+    come about: "score" (the chosen scores, over their sum + `normalize_eps` if `normalize`, times `scaling`),
+    "chosen_softmax" (softmax over the chosen logits, times `scaling`), "null_is_zero" (score, null experts at 0), or
+    another name where more than logits decides.
     """
 
     family: str
@@ -62,6 +65,7 @@ class RouterSpec:
     normalize: bool = False
     normalize_eps: float = 0.0
     scaling: float = 1.0
+    weight_rule: str = "score"
     n_group: int = 1
     topk_group: int = 1
     group_score: str | None = None
@@ -99,6 +103,25 @@ class RouterSpec:
         if correction_bias_E is not None:
             choice_TE = choice_TE + correction_bias_E.float().reshape(-1)
         return choice_TE if self.group_score is None else self._keep_best_groups(choice_TE)
+
+    def expert_weights(self, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """fp32 weights [T, K] of the chosen experts; differentiable.
+
+        Raises UnsupportedRouterError where more than the logits decides (see `weight_rule`).
+        """
+        if self.weight_rule == "chosen_softmax":
+            return logits_TE.float().gather(-1, ids_TK).softmax(dim=-1) * self.scaling
+        if self.weight_rule not in ("score", "null_is_zero"):
+            raise UnsupportedRouterError(
+                f"weights of a {self.family} router with the rule {self.weight_rule!r} do not follow from its logits: "
+                "let the model's own router compute them."
+            )
+        weights_TK = self.scores(logits_TE).gather(-1, ids_TK)
+        if self.normalize:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + self.normalize_eps)
+        if self.weight_rule == "null_is_zero":
+            weights_TK = weights_TK.masked_fill(ids_TK >= self.num_experts - self.null_experts, 0.0)
+        return weights_TK * self.scaling
 
     def _keep_best_groups(self, choice_TE: Tensor) -> Tensor:
         groups_TGE = choice_TE.unflatten(-1, (self.n_group, -1))

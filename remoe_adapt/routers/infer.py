@@ -1,0 +1,123 @@
+"""Facts of a router class that the table does not know, read from the source of its forward.
+
+Only what every router says the same way is trusted: which squashing it applies, whether before or after the top-k,
+which bias enters the ranking, and the names of what it returns. Anything less clear is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+
+from torch import Tensor, nn
+
+from remoe_adapt.routers.families import Facts, Refusal
+
+
+def infer_facts(router: nn.Module, block: nn.Module, num_experts: int) -> Facts | Refusal:
+    """Facts of an unlisted router from its forward's source, or why that source does not tell."""
+    if type(router) is nn.Linear:
+        return _infer_bare_linear(router, block)
+    function = _forward_tree(type(router))
+    if function is None:
+        return Refusal(f"the source of {type(router).__name__}.forward cannot be read, and the class is not listed")
+    calls = [
+        (node.lineno, node.col_offset, _call_name(node)) for node in ast.walk(function) if isinstance(node, ast.Call)
+    ]
+    order = [name for _, _, name in sorted(calls)]
+    if "topk" not in order:
+        return Refusal(f"{type(router).__name__}.forward ranks nothing (no top-k), and the class is not listed")
+    squashes = [name for name in ("softmax", "sigmoid") if name in order]
+    if len(squashes) != 1:
+        return Refusal(
+            f"{type(router).__name__}.forward uses {' and '.join(squashes) or 'neither softmax nor sigmoid'}: "
+            "its scoring family cannot be told, and the class is not listed"
+        )
+    returns = _returned_names(function)
+    if returns is None:
+        return Refusal(f"what {type(router).__name__}.forward returns cannot be told, and the class is not listed")
+    bias, in_block = _selection_bias(router, block, function, num_experts)
+    before = order.index(squashes[0]) < order.index("topk")
+    text = ast.unparse(function)
+    normalize = None if hasattr(router, "norm_topk_prob") else "keepdim=True" in text and ".sum(" in text
+    if squashes[0] == "softmax":
+        if not before:
+            family = "topk_softmax"
+        else:
+            family = "softmax_bias" if bias else "softmax"
+    else:
+        family = "sigmoid" if not bias else ("sigmoid_bias" if before else "logit_bias_sigmoid")
+    grouped = before and order.count("topk") + order.count("amax") + order.count("max") > 1 and "group" in text
+    return Facts(
+        family=f"{squashes[0]}_group" if grouped else family,
+        normalize=False if family == "topk_softmax" else normalize,
+        weight_rule="chosen_softmax" if family == "topk_softmax" else "score",
+        group_score=("max" if "max" in order or "amax" in order else "top2") if grouped else None,
+        bias=None if family == "topk_softmax" else bias,
+        bias_in_block=in_block,
+        logit_bias="bias" if isinstance(getattr(router, "bias", None), Tensor) else None,
+        returns=returns,
+    )
+
+
+def _infer_bare_linear(router: nn.Module, block: nn.Module) -> Facts | Refusal:
+    """A plain Linear beside its experts: the block does the rest, so its source decides (softmax only)."""
+    function = _forward_tree(type(block))
+    text = ast.unparse(function) if function is not None else ""
+    if "softmax" not in text or "sigmoid" in text or _selection_bias(router, block, None, router.out_features)[0]:
+        return Refusal(f"{type(block).__name__} does not show a plain softmax gate, and its router is a bare Linear")
+    logit_bias = "bias" if router.bias is not None else None
+    return Facts(family="softmax", normalize=None, logit_bias=logit_bias, returns=("logits",))
+
+
+def _forward_tree(cls: type[nn.Module]) -> ast.FunctionDef | None:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    function = tree.body[0]
+    return function if isinstance(function, ast.FunctionDef) else None
+
+
+def _call_name(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def _returned_names(function: ast.FunctionDef) -> tuple[str, ...] | None:
+    """The entries of the last return, as RouterSpec.returns names them; None when ids or logits are not told."""
+    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
+    if not returned:
+        return None
+    entries = returned[-1].elts if isinstance(returned[-1], ast.Tuple) else [returned[-1]]
+    names = tuple(_entry_name(ast.unparse(entry), index) for index, entry in enumerate(entries))
+    if "logits" not in names or len(set(names)) != len(names):
+        return None
+    return names if "ids" in names or len(names) == 1 else None
+
+
+def _entry_name(text: str, index: int) -> str:
+    for mark, name in (("logit", "logits"), ("ind", "ids"), ("idx", "ids"), ("selected", "ids"), ("expert_id", "ids")):
+        if mark in text:
+            return name
+    if any(mark in text for mark in ("weight", "score", "value", "prob")):
+        return "weights"
+    return f"entry_{index}"
+
+
+def _selection_bias(
+    router: nn.Module, block: nn.Module, function: ast.FunctionDef | None, num_experts: int
+) -> tuple[str | None, bool]:
+    """(name, is it the block's) of the bias over experts that enters the ranking only; the logit bias is none."""
+    for owner, in_block in ((router, False), (block, True)):
+        tensors = {**dict(owner.named_parameters()), **dict(owner.named_buffers())} if not in_block else {
+            **dict(owner.named_parameters(recurse=False)),
+            **dict(owner.named_buffers(recurse=False)),
+        }
+        for name, tensor in tensors.items():
+            leaf = name.rpartition(".")[2]
+            if "bias" in leaf and leaf != "bias" and tensor.numel() == num_experts:
+                if in_block and function is not None and leaf not in {a.arg for a in function.args.args}:
+                    continue
+                return name, in_block
+    return None, False
