@@ -1,0 +1,331 @@
+"""What an expert cache keeps: LRU, LFU, LRFU and Belady behind one protocol, in bytes or in experts.
+
+One policy object serves the replay of traces and the live expert cache. Keys are any hashable (an expert id, or
+`(layer, expert)` for one budget over all layers). A token is served as
+
+    missing = [key for key in keys if key not in policy]
+    policy.touch(keys)                       # all of them are uses, found or not
+    for key in missing:
+        dropped = policy.make_room(size, protected=keys)
+        policy.admit(key, size)              # once its bytes are there
+
+by a cache with a hard budget, or by `policy.step(keys)`, which lets all of the token in and then cuts back: that is the
+token-atomic replay in which hit rates are defined.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+from remoe_adapt.errors import ConfigError
+
+Key = TypeVar("Key")
+# The first place of the key in the order of eviction is the smallest; the last number is the time of its last use.
+Priority = tuple[float, int]
+
+LRFU_DECAY = 0.9
+# Weights of LRFU grow by 1 / decay per token; they are scaled back before they pass this.
+_LRFU_LIMIT = 1e100
+
+
+class Policy(ABC, Generic[Key]):
+    """The resident keys of a cache of `capacity` (bytes, or experts where every size is 1), and who leaves next.
+
+    The history of uses is kept for absent keys too; ties go to the least recently used. Time is in tokens: `touch`
+    counts one per call, or takes the token number where several calls (the layers) belong to one token.
+
+    Raises:
+        ConfigError: `capacity` is not a positive int.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = _checked_capacity(capacity)
+        self.reset()
+
+    def reset(self) -> None:
+        """Empties the cache and forgets all uses, as at the start of a document."""
+        self._used = 0
+        self._token = -1
+        self._uses_seen = 0
+        self._last_use: dict[Key, int] = {}
+        self._size: dict[Key, int] = {}
+        # A lazy heap: an entry counts only while its priority is still `_queued[key]`.
+        self._heap: list[tuple[Priority, int, Key]] = []
+        self._queued: dict[Key, Priority] = {}
+        self._pushes = itertools.count()
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def used(self) -> int:
+        """Sum of the sizes of the resident keys; above `capacity` only between `admit` and `trim`."""
+        return self._used
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._size
+
+    def __len__(self) -> int:
+        return len(self._size)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._size)
+
+    def touch(self, keys: Collection[Key], token: int | None = None) -> None:
+        """Counts one use of each key, resident or not; of equals the last is the newest.
+
+        Raises:
+            ConfigError: `token` lies before the token of an earlier call.
+        """
+        now = self._token + 1 if token is None else token
+        if now < self._token:
+            raise ConfigError(f"token {now} cannot follow token {self._token}: pass rising numbers, or none")
+        self._begin(now, keys)
+        self._token = now
+        for key in keys:
+            self._last_use[key] = self._uses_seen
+            self._uses_seen += 1
+            self._use(key)
+            if key in self._size:
+                self._push(key)
+
+    def admit(self, key: Key, size: int = 1) -> None:
+        """Makes an absent key resident; call `make_room` before, or `trim` after. No use is counted (see `touch`).
+
+        Raises:
+            ConfigError: the key is resident, or `size` is not in [1, capacity].
+        """
+        if key in self._size:
+            raise ConfigError(f"{key!r} is in the cache already: admit only what is missing")
+        self._check_size(key, size)
+        if key not in self._last_use:
+            # Read ahead, never used: as new as its arrival.
+            self._last_use[key] = self._uses_seen
+            self._uses_seen += 1
+        self._size[key] = size
+        self._used += size
+        self._push(key)
+
+    def discard(self, key: Key) -> None:
+        """Drops a key if it is resident, as after a failed read. Its uses stay counted."""
+        size = self._size.pop(key, None)
+        if size is not None:
+            self._used -= size
+            del self._queued[key]
+
+    def evict(self, protected: Collection[Key] = ()) -> Key:
+        """Drops and returns the key that the policy values least among those not protected.
+
+        Raises:
+            ConfigError: every resident key is protected, or the cache is empty.
+        """
+        kept: list[tuple[Priority, int, Key]] = []
+        try:
+            while self._heap:
+                entry = heapq.heappop(self._heap)
+                priority, _, key = entry
+                if self._queued.get(key) != priority:
+                    continue
+                if key in protected:
+                    kept.append(entry)
+                    continue
+                self.discard(key)
+                return key
+        finally:
+            for entry in kept:
+                heapq.heappush(self._heap, entry)
+        raise ConfigError(f"nothing can be evicted: {len(kept)} of {len(self)} keys are protected, raise the budget")
+
+    def make_room(self, size: int, protected: Collection[Key] = ()) -> list[Key]:
+        """Evicts until `size` more fits; returns what was dropped, first victim first.
+
+        Raises:
+            ConfigError: the protected keys and `size` exceed the capacity; nothing was dropped.
+        """
+        return self._cut_to(self._capacity - size, protected)
+
+    def trim(self, protected: Collection[Key] = ()) -> list[Key]:
+        """Evicts until the capacity is kept; see `make_room`."""
+        return self._cut_to(self._capacity, protected)
+
+    def resize(self, capacity: int, protected: Collection[Key] = ()) -> list[Key]:
+        """Changes the capacity, evicting at once what no longer fits; see `make_room`. A refusal changes nothing."""
+        dropped = self._cut_to(_checked_capacity(capacity), protected)
+        self._capacity = capacity
+        return dropped
+
+    def step(self, keys: Sequence[Key], sizes: Sequence[int] | None = None) -> list[Key]:
+        """One token of the token-atomic replay; returns the keys that were missing.
+
+        All keys are looked up in the cache as the last token left it; then all are let in, the last as the newest; then
+        the cache is cut back to its capacity, where keys of this token may go too. `sizes` default to 1.
+        """
+        missing = [(key, 1 if sizes is None else sizes[slot]) for slot, key in enumerate(keys) if key not in self]
+        for key, size in missing:
+            self._check_size(key, size)
+        self.touch(keys)
+        for key, size in missing:
+            self.admit(key, size)
+        self.trim()
+        return [key for key, _ in missing]
+
+    def _check_size(self, key: Key, size: int) -> None:
+        if not 1 <= size <= self._capacity:
+            raise ConfigError(f"{key!r} of size {size} does not fit a cache of {self._capacity}: raise the budget")
+
+    def _cut_to(self, limit: int, protected: Collection[Key]) -> list[Key]:
+        if self._used <= limit:
+            return []
+        pinned = sum(self._size.get(key, 0) for key in set(protected))
+        if pinned > limit:
+            raise ConfigError(f"protected keys take {pinned}, only {max(limit, 0)} may stay: raise the budget")
+        dropped = []
+        while self._used > limit:
+            dropped.append(self.evict(protected))
+        return dropped
+
+    def _push(self, key: Key) -> None:
+        priority = (self._value(key), self._last_use[key])
+        self._queued[key] = priority
+        heapq.heappush(self._heap, (priority, next(self._pushes), key))
+        if len(self._heap) > 2 * len(self._size) + 64:
+            self._rebuild_heap()
+
+    def _rebuild_heap(self) -> None:
+        self._queued = {key: (self._value(key), self._last_use[key]) for key in self._size}
+        self._heap = [(priority, next(self._pushes), key) for key, priority in self._queued.items()]
+        heapq.heapify(self._heap)
+
+    def _begin(self, token: int, keys: Collection[Key]) -> None:
+        """Called before time moves to `token` and its uses `keys` count; may refuse them."""
+
+    def _use(self, key: Key) -> None:
+        """Called for one use of `key` at token `self._token`."""
+
+    @abstractmethod
+    def _value(self, key: Key) -> float:
+        """What keeping `key` is worth; the least goes first. Changes only when the key is used."""
+
+
+class LRU(Policy[Key]):
+    """Drops the least recently used."""
+
+    def _value(self, key: Key) -> float:
+        return 0.0
+
+
+class LFU(Policy[Key]):
+    """Drops the fewest uses since the start (of the cache, or of the document)."""
+
+    def reset(self) -> None:
+        super().reset()
+        self._uses: Counter[Key] = Counter()
+
+    def _use(self, key: Key) -> None:
+        self._uses[key] += 1
+
+    def _value(self, key: Key) -> float:
+        return self._uses[key]
+
+
+class LRFU(Policy[Key]):
+    """Drops the least sum of `decay ** age` over its uses, age in tokens: Lee et al., LRFU, IEEE ToC 50(12), 2001.
+
+    `decay` runs from 0.5 (the order of LRU) to 1 (of LFU).
+
+    Raises:
+        ConfigError: `decay` is outside [0.5, 1].
+    """
+
+    def __init__(self, capacity: int, decay: float = LRFU_DECAY) -> None:
+        if not 0.5 <= decay <= 1:
+            raise ConfigError(f"LRFU decay {decay!r} is outside [0.5, 1]: 0.5 ranks as LRU, 1 as LFU")
+        self._clock = DecayClock(decay)
+        super().__init__(capacity)
+
+    def reset(self) -> None:
+        super().reset()
+        self._clock.reset()
+        self._weight: defaultdict[Key, float] = defaultdict(float)
+
+    def _begin(self, token: int, keys: Collection[Key]) -> None:
+        scale = self._clock.advance(token)
+        if scale != 1.0:
+            for key in self._weight:
+                self._weight[key] *= scale
+            self._rebuild_heap()
+
+    def _use(self, key: Key) -> None:
+        self._weight[key] += self._clock.gain
+
+    def _value(self, key: Key) -> float:
+        return self._weight[key]
+
+
+class Belady(Policy[Key]):
+    """Drops the farthest next use, for which it is told the future: one entry of keys per token.
+
+    With equal sizes no policy misses less: Belady, A study of replacement algorithms for a virtual-storage computer,
+    IBM Systems Journal 5(2), 1966; here a key of the current token may go too.
+
+    Raises:
+        ConfigError: by `touch`, when a key is used at a token where the future does not have it.
+    """
+
+    def __init__(self, capacity: int, future: Sequence[Iterable[Key]]) -> None:
+        self._tokens_of: defaultdict[Key, list[int]] = defaultdict(list)
+        for token, keys in enumerate(future):
+            for key in keys:
+                self._tokens_of[key].append(token)
+        super().__init__(capacity)
+
+    def _begin(self, token: int, keys: Collection[Key]) -> None:
+        for key in keys:
+            tokens = self._tokens_of.get(key, [])
+            place = bisect_left(tokens, token)
+            if place == len(tokens) or tokens[place] != token:
+                raise ConfigError(f"the future told to Belady does not use {key!r} at token {token}")
+
+    def _value(self, key: Key) -> float:
+        tokens = self._tokens_of.get(key, [])
+        place = bisect_right(tokens, self._token)
+        return -tokens[place] if place < len(tokens) else -math.inf
+
+
+class DecayClock:
+    """Forward decay: a use at token t adds `decay ** -t`, so that weights change, and order, only where used.
+
+    `advance` moves to a token and returns the factor by which all weights must be scaled (1 nearly always), which keeps
+    them finite; `gain` is what a use adds now. Weights that fall below the smallest float tie at 0.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._period = math.inf if decay == 1 else math.floor(math.log(_LRFU_LIMIT) / -math.log(decay))
+        self.reset()
+
+    def reset(self) -> None:
+        self._base = 0
+        self.gain = 1.0
+
+    def advance(self, token: int) -> float:
+        scale = 1.0
+        if token - self._base > self._period:
+            scale = self._decay ** (token - self._base)
+            self._base = token
+        self.gain = self._decay ** (self._base - token)
+        return scale
+
+
+def _checked_capacity(capacity: int) -> int:
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        raise ConfigError(f"cache capacity must be a positive int, got {capacity!r}")
+    return capacity
