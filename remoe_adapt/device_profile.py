@@ -32,7 +32,7 @@ _UNIT_BYTES |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
 # Nested YAML aliases grow exponentially when written out: messages show the outer levels only.
 _SHORT = Repr()
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 3, 4, 2
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 4, 2
 _show = _SHORT.repr
 
 
