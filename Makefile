@@ -1,0 +1,39 @@
+# `make demo` and `make test` do everything on a fresh machine, set-up included. Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Arguments for a first `pip install`, where the default torch is the wrong one. Without an NVIDIA GPU, for instance:
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?=
+CHECKED := remoe_adapt triton_kernels $(foreach folder,examples benchmarks,$(if $(wildcard $(folder)/*.py),$(folder)))
+
+.PHONY: demo test check install clean
+
+demo: $(VENV)/.installed
+	$(BIN)/remoe demo
+
+# Bare pytest: `python -m pytest` would put this folder, and with it triton_kernels, on the import path.
+test: $(VENV)/.installed-test
+	$(BIN)/pytest
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CHECKED)
+
+install: $(VENV)/.installed
+
+# The stamps make repeated calls quick; a changed pyproject.toml installs again.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "remoe-adapt needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(BIN)/python -m pip install $(TORCH))
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

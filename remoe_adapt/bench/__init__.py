@@ -1,0 +1,1 @@
+"""The benchmarks behind `remoe bench`, each against its named baselines."""
