@@ -169,7 +169,8 @@ def _checked_experts(experts: Any, num_experts: int) -> NDArray[np.int16]:
 
 
 def _read_npz(source: Path, phase: str | None) -> tuple[NDArray[Any], Any]:
-    with np.load(source, allow_pickle=False) as arrays:
+    # Opened here: numpy leaves its own file open when the zip is damaged.
+    with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         missing = {"experts", "meta"} - set(arrays.files)
         if missing:
             raise TraceError(f"it lacks the array {min(missing)!r}; it has {', '.join(arrays.files) or 'none'}")

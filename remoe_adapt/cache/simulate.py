@@ -85,11 +85,13 @@ def count_misses(trace: Trace, policy: str, capacities: Sequence[int]) -> NDArra
     Raises:
         ConfigError: unknown policy, or a capacity that is not a positive int.
     """
+    _checked_policy(policy)
     for capacity in capacities:
         make_policy(policy, capacity)
     if policy == "lru":
         distances = reuse_distance(trace)
-        return np.stack([distances.lru_misses_L(capacity) for capacity in capacities])
+        misses = [distances.lru_misses_L(capacity) for capacity in capacities]
+        return np.array(misses, dtype=np.int64).reshape(len(capacities), trace.num_layers)
     return count_scored_misses(trace, policy, capacities)
 
 
@@ -135,7 +137,8 @@ def _figures(
     trace: Trace, policies: Sequence[str], caches: Sequence[float]
 ) -> tuple[dict[str, float], dict[str, int], dict[str, int]]:
     names = [_checked_policy(name) for name in dict.fromkeys(policies)]
-    capacities = {repr(float(c)): cache_capacity(c, trace.num_experts, trace.top_k) for c in caches}
+    sizes = [(cache_capacity(cache, trace.num_experts, trace.top_k), cache) for cache in caches]
+    capacities = {repr(float(cache)): capacity for capacity, cache in sizes}
     figures = {"eor": eor(trace), "switch_rate": switch_rate(trace)}
     held: dict[str, int] = {}
     misses: dict[str, int] = {}
