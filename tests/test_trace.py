@@ -72,7 +72,11 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_save_keeps_the_exact_name_and_replaces_whole_files(tmp_path: Path) -> None:
     target = tmp_path / "no-suffix"
     Trace(experts_LTK(), {"num_experts": 8}).save(target)
-    Trace(experts_LTK(), {"num_experts": 9}).save(target)
+    before = target.read_bytes()
+    with target.open("rb") as reader:
+        Trace(experts_LTK(), {"num_experts": 9}).save(target)
+        # A reader of the old file is not disturbed: the new one takes its name, not its bytes.
+        assert reader.read() == before
     assert Trace.load(target).num_experts == 9
 
 
