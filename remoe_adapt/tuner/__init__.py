@@ -1,0 +1,57 @@
+"""The PEFT adapter type REMOE. Importing this package registers it with PEFT."""
+
+from __future__ import annotations
+
+import pickle
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+from remoe_adapt.errors import AdapterConflictError
+from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.tuner.beside import wrap_or_inject
+from remoe_adapt.tuner.config import RemoeConfig
+from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
+from remoe_adapt.tuner.model import NoRouterMatchedError, RemoeModel
+
+__all__ = [
+    "NoRouterMatchedError",
+    "RemoeConfig",
+    "RemoeLayer",
+    "RemoeModel",
+    "fingerprint",
+    "register",
+    "remoe_layers",
+    "wrap_or_inject",
+]
+
+
+def register() -> None:
+    """Make REMOE a member of PEFT's enum of types and register its classes; calling it again changes nothing.
+
+    PEFT accepts only members of that enum and offers no other way in. Raises AdapterConflictError when the name is
+    taken by other classes, RuntimeError when this Python's enum does not take the member.
+    """
+    if "REMOE" not in PeftType.__members__:
+        member = str.__new__(PeftType, "REMOE")
+        member._name_, member._value_ = "REMOE", "REMOE"
+        member.__objclass__ = PeftType  # type: ignore[attr-defined]
+        member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+        # Before the map knows the name: EnumType refuses to reassign members.
+        type.__setattr__(PeftType, "REMOE", member)
+        PeftType._member_names_.append("REMOE")
+        PeftType._member_map_["REMOE"] = member
+        PeftType._value2member_map_["REMOE"] = member
+    kind = PeftType("REMOE")
+    if not (kind is PeftType["REMOE"] is pickle.loads(pickle.dumps(kind)) and kind in list(PeftType)):  # noqa: S301
+        raise RuntimeError("this Python's enum does not accept PeftType.REMOE: please report it with your version.")
+    held = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+    if held == (None, None):
+        register_peft_method(name="remoe", config_cls=RemoeConfig, model_cls=RemoeModel)
+    elif held != (RemoeConfig, RemoeModel):
+        raise AdapterConflictError(
+            f"PEFT type REMOE is registered already, by {held[0]}: two versions of this package?"
+        )
+
+
+register()

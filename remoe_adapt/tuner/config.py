@@ -1,0 +1,127 @@
+"""RemoeConfig: which routers an adapter changes, how, for which base, and the objective it was trained with."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.tuner.checks import StoredShapes, stored_shapes
+
+_WEIGHTS = ("reuse_weight", "kl_weight", "smooth_weight", "lag_weight", "ws_weight")
+
+
+# Optional/Union in field types: argument parsers of the PEFT world read them.
+@dataclass
+class RemoeConfig(PeftConfig):
+    """Configuration of a REMOE adapter: one delta per router, added to its weight [E, D].
+
+    With `target_modules=None` every router of the model is adapted. Training reads the objective's weights (all >= 0,
+    0 = term off) from here, so that the saved adapter says how it was made.
+
+    Raises ConfigError for a rank below 1 or a weight that is negative or not finite, and for `layers_to_transform`
+    beside a regular expression in `target_modules`.
+    """
+
+    target_modules: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045
+        default=None,
+        metadata={"help": "Router modules to adapt: names or suffixes, or one regular expression. None: all routers."},
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045
+        default=None, metadata={"help": "Router modules to leave alone: names or suffixes, or one regular expression."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(  # noqa: UP007, UP045
+        default=None, metadata={"help": "Indices of the decoder layers whose routers are adapted. None: all."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045
+        default=None, metadata={"help": "Name of the layer list, only with layers_to_transform and an unusual name."}
+    )
+    rank: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "None: a full delta [E, D]. r: low-rank, B [E, r] times A [r, D]."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: zero delta, the base exactly. False: random deltas (for tests)."}
+    )
+    modules_to_save: Optional[list[str]] = field(  # noqa: UP045
+        default=None, metadata={"help": "Modules besides the routers that are trained and saved in full."}
+    )
+    reuse_weight: float = field(default=0.0, metadata={"help": "Weight of the expert-reuse loss."})
+    kl_weight: float = field(default=0.0, metadata={"help": "Weight of the KL to the base router."})
+    smooth_weight: float = field(default=0.0, metadata={"help": "Weight of the symmetric KL to the previous token."})
+    lag_weight: float = field(default=0.0, metadata={"help": "Weight of the symmetric KL over several lags."})
+    ws_weight: float = field(default=0.0, metadata={"help": "Weight of the working-set entropy."})
+    base_fingerprint: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "Fingerprint of the base's routers. Filled in when the adapter is created."}
+    )
+    allow_other_base: bool = field(
+        default=False, metadata={"help": "Load onto a base with another fingerprint. Never saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("REMOE")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ConfigError(f"rank={self.rank!r}: use None for full deltas, or a whole number >= 1.")
+        for name in _WEIGHTS:
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ConfigError(f"{name}={value!r}: a loss weight is a finite number >= 0 (0 switches it off).")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError("layers_to_transform needs target_modules=None or a list of names, not an expression.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern has no effect without layers_to_transform.")
+        # What the file beside this configuration holds; None when it was not read from a folder.
+        self._stored: StoredShapes | None = None
+        # Whether this was read from a folder whose weights are yet to be loaded.
+        self.awaits_weights = False
+        self._filled: set[str] = set()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> RemoeConfig:
+        """Read a configuration; the weights beside it are read too, so that a bad file is refused before a model is
+        touched.
+
+        Raises AdapterCorruptError when the weights are truncated, unreadable or not finite.
+        """
+        folder = os.fspath(pretrained_model_name_or_path)
+        config: RemoeConfig = super().from_pretrained(folder, subfolder=subfolder, **kwargs)
+        config._stored = stored_shapes(Path(folder, subfolder or ""))
+        config.awaits_weights = True
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields but the permission `allow_other_base`, which is the loader's and not the adapter's."""
+        values: dict[str, Any] = super().to_dict()
+        del values["allow_other_base"]
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether a model has written fields of this object (targets or fingerprint)."""
+        return bool(self._filled)
+
+    def fill(self, **values: Any) -> None:
+        """Write what a model decides about fields the user left open."""
+        for name, value in values.items():
+            setattr(self, name, value)
+            self._filled.add(name)
+
+    def unfilled(self) -> RemoeConfig:
+        """A copy as the user wrote it, for another model: what an earlier model filled in is open again."""
+        config = copy.copy(self)
+        for name in self._filled:
+            setattr(config, name, None)
+        config._filled = set()
+        return config

@@ -1,0 +1,267 @@
+"""RemoeLayer: a router module whose weight is W + delta, with several deltas by adapter name."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from remoe_adapt.errors import AdapterConflictError, AdapterCorruptError, MergeStateError
+from remoe_adapt.routers.spec import RouterSpec
+from remoe_adapt.tuner.checks import check_finite
+from remoe_adapt.tuner.config import RemoeConfig
+from remoe_adapt.tuner.mixed_batch import mixed_forward
+
+
+class RemoeLayer(nn.Module, BaseTunerLayer):
+    """Wraps a router and runs it with the weight cast(fp32(W) + sum of active deltas).
+
+    Parameters, by adapter name, fp32 (fp64 on an fp64 base): `remoe_delta` [E, D] for full adapters; `remoe_A` [r, D]
+    and `remoe_B` [E, r] for low-rank ones, whose delta is B A. A zero delta gives the base result bit for bit. Reads of
+    attributes the wrapper lacks go to the router, because model code reads `gate.top_k` and the like.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("remoe_delta", "remoe_A", "remoe_B")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RemoeConfig, spec: RouterSpec) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.spec = spec
+        self._weight_path = tuple(spec.weight_name.split("."))
+        self.remoe_delta = nn.ParameterDict()
+        self.remoe_A = nn.ParameterDict()
+        self.remoe_B = nn.ParameterDict()
+        self.out_features, self.in_features = self.base_weight_ED.shape
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._kept_weight_ED: Tensor | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Private names stay here: accelerate would find the router's hook on the wrapper and remove it twice.
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.base_layer, name)
+
+    # Weights
+
+    @property
+    def base_weight_ED(self) -> Tensor:
+        """The router's live weight: the parameter itself, holding merged adapters while they are merged."""
+        weight: Any = self.base_layer
+        for part in self._weight_path:
+            weight = getattr(weight, part)
+        return weight  # type: ignore[no-any-return]
+
+    @property
+    def original_weight_ED(self) -> Tensor:
+        """The base weight without any adapter, also while adapters are merged."""
+        return self.base_weight_ED if self._kept_weight_ED is None else self._kept_weight_ED
+
+    def get_base_weight(self) -> Tensor:
+        """The live base weight, detached."""
+        return self.base_weight_ED.detach()
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Copy into the live base weight; its address stays."""
+        with torch.no_grad():
+            self.base_weight_ED.copy_(weight_data)
+
+    @property
+    def adapters(self) -> set[str]:
+        """Names of the adapters this router has."""
+        return {*self.remoe_delta.keys(), *self.remoe_A.keys()}
+
+    def delta_ED(self, adapter_name: str) -> Tensor:
+        """The adapter's delta [E, D] in fp32 (fp64 on an fp64 base); differentiable.
+
+        Raises KeyError when this router has no such adapter.
+        """
+        dtype = _compute_dtype(self.base_weight_ED)
+        if adapter_name in self.remoe_delta:
+            return self.remoe_delta[adapter_name].to(dtype)
+        a_RD, b_ER = self.remoe_A[adapter_name], self.remoe_B[adapter_name]
+        with torch.autocast(a_RD.device.type, enabled=False):
+            return b_ER.to(dtype) @ a_RD.to(dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """PEFT's name for `delta_ED`."""
+        return self.delta_ED(adapter)
+
+    def effective_weight_ED(self, adapter_names: Sequence[str]) -> Tensor:
+        """cast(fp32(W) + sum of deltas) for adapters of this router, in the dtype of W; W is the original weight."""
+        weight_ED = self.original_weight_ED
+        if not adapter_names:
+            return weight_ED
+        delta_ED = self.delta_ED(adapter_names[0])
+        for name in adapter_names[1:]:
+            delta_ED = delta_ED + self.delta_ED(name)
+        return (weight_ED.to(delta_ED.dtype) + delta_ED).to(weight_ED.dtype)
+
+    # Forward
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """What the router returns, under the active adapters (or one adapter per sample, see `mixed_batch`)."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        if adapter_names is not None:
+            return mixed_forward(self, adapter_names, args, kwargs)
+        if self.merged:
+            return self.base_layer(*args, **kwargs)
+        return self.run([name for name in self.active_adapters if self._has(name)], args, kwargs)
+
+    def run(self, adapter_names: Sequence[str], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call the router once under these adapters of its own; hooks of the router fire."""
+        if not adapter_names:
+            return self.base_layer(*args, **kwargs)
+        weights = {self.spec.weight_name: self.effective_weight_ED(adapter_names)}
+        return functional_call(self.base_layer, weights, args, kwargs, tie_weights=False)
+
+    def _has(self, adapter_name: str) -> bool:
+        return adapter_name in self.remoe_delta or adapter_name in self.remoe_A
+
+    # Adapters
+
+    def update_layer(self, adapter_name: str, config: RemoeConfig) -> None:
+        """Add the adapter, or start it anew: zero delta, or a random one with `init_weights=False`.
+
+        Random entries have the standard deviation 1 / sqrt(D), which moves logits of normalised inputs by about 1:
+        enough to change which experts are chosen.
+
+        Raises AdapterConflictError for a name that cannot be part of a parameter name.
+        """
+        if not adapter_name or "." in adapter_name:
+            raise AdapterConflictError(f"adapter name {adapter_name!r}: it must not be empty or hold a dot.")
+        weight_ED = self.base_weight_ED
+        device, dtype = weight_ED.device, _compute_dtype(weight_ED)
+        rows, columns = weight_ED.shape
+        spread = 1.0 / math.sqrt(columns)
+        for values in (self.remoe_delta, self.remoe_A, self.remoe_B):
+            if adapter_name in values:
+                del values[adapter_name]
+        if config.rank is None:
+            delta_ED = torch.zeros(rows, columns, device=device, dtype=dtype)
+            if not config.init_weights:
+                delta_ED.normal_(0.0, spread)
+            self.remoe_delta[adapter_name] = nn.Parameter(delta_ED)
+        else:
+            a_RD = torch.empty(config.rank, columns, device=device, dtype=dtype).normal_(0.0, spread)
+            b_ER = torch.zeros(rows, config.rank, device=device, dtype=dtype)
+            if not config.init_weights:
+                b_ER.normal_(0.0, 1.0 / math.sqrt(config.rank))
+            self.remoe_A[adapter_name] = nn.Parameter(a_RD)
+            self.remoe_B[adapter_name] = nn.Parameter(b_ER)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Store the adapter's parameters in `dtype`; whether they are trained stays as it is."""
+        for values in (self.remoe_delta, self.remoe_A, self.remoe_B):
+            if adapter_name in values and values[adapter_name].dtype != dtype:
+                old = values[adapter_name]
+                values[adapter_name] = nn.Parameter(old.detach().to(dtype), requires_grad=old.requires_grad)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Only the device: PEFT's own version would round the deltas to the dtype of a half-precision base.
+        target = device if device is not None else self.base_weight_ED.device
+        for values in (self.remoe_delta, self.remoe_A, self.remoe_B):
+            if adapter_name in values and not values[adapter_name].is_meta and values[adapter_name].device != target:
+                old = values[adapter_name]
+                values[adapter_name] = nn.Parameter(old.detach().to(target), requires_grad=old.requires_grad)
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write W + deltas into the live weight, in place; the original is kept for `unmerge`.
+
+        Adapters are summed in fp32 before the one cast, so merging one after the other equals merging at once.
+
+        Raises AdapterCorruptError with `safe_merge` when the result is not finite; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self._has(name)]
+        if not names:
+            return
+        if safe_merge:
+            self.check_mergeable(names)
+        with torch.no_grad():
+            merged_ED = self.effective_weight_ED([*self.merged_adapters, *names])
+            if self._kept_weight_ED is None:
+                self._kept_weight_ED = self.base_weight_ED.detach().clone()
+            self.base_weight_ED.copy_(merged_ED)
+        self.merged_adapters.extend(names)
+
+    def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Raises AdapterCorruptError when merging the active (or named) adapters gives NaN or Inf."""
+        named = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in named if self._has(name) and name not in self.merged_adapters]
+        with torch.no_grad():
+            if bool(torch.isfinite(self.effective_weight_ED([*self.merged_adapters, *names])).all()):
+                return
+            broken = [name for name in names if not bool(torch.isfinite(self.delta_ED(name)).all())]
+        raise AdapterCorruptError(
+            f"NaNs detected in the merged weights. The adapter {[*broken, *names][0]} seems to be broken"
+        )
+
+    def unmerge(self) -> None:
+        """Restore the original weight bit for bit from the kept copy."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._kept_weight_ED is None:
+            raise MergeStateError(f"adapters {self.merged_adapters} are merged but no original weight was kept.")
+        with torch.no_grad():
+            self.base_weight_ED.copy_(self._kept_weight_ED)
+        self._kept_weight_ED = None
+        self.merged_adapters = []
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What stays in the model when another tuner's model is unloaded: the router, or this layer as it is when only
+        adapters of others are named, so that no delta is lost."""
+        if merge and adapter_names is not None and not self.adapters.intersection(adapter_names):
+            return self
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
+
+    # Module plumbing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RemoeLayer:
+        super()._apply(fn, recurse)
+        if self._kept_weight_ED is not None:
+            self._kept_weight_ED = fn(self._kept_weight_ED)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, parameter in self.named_parameters():
+            key = prefix + name
+            if name.startswith("remoe_") and key in state_dict:
+                check_finite(key, state_dict[key], "the state dict")
+                # With assign=True the entry becomes the parameter: it takes the dtype chosen for this adapter.
+                state_dict[key] = state_dict[key].to(parameter.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __repr__(self) -> str:
+        return "remoe." + super().__repr__()
+
+
+def remoe_layers(model: nn.Module) -> dict[str, RemoeLayer]:
+    """The wrapped routers of `model` in model order, by their name inside the base model (no PEFT prefix)."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
+    return {name.removeprefix("base_model.model.").removeprefix("_orig_mod."): layer for name, layer in layers.items()}
+
+
+def _compute_dtype(weight_ED: Tensor) -> torch.dtype:
+    return torch.promote_types(weight_ED.dtype, torch.float32)

@@ -1,0 +1,119 @@
+"""Which routers an adapter is for, and whether this model is the one it was made for."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from remoe_adapt.errors import (
+    AdapterConflictError,
+    ConfigError,
+    FingerprintMismatchError,
+    RouterError,
+    UnsupportedRouterError,
+)
+from remoe_adapt.routers.discover import discover_routers, survey_routers
+from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.spec import RouterRef
+from remoe_adapt.tuner.config import RemoeConfig
+
+_SHOWN_DIGITS = 19
+
+
+def resolve_targets(config: RemoeConfig, model: nn.Module) -> tuple[RouterRef, ...]:
+    """The routers of `model`; writes their names into a configuration that leaves `target_modules` open.
+
+    Raises RouterNotFoundError or UnsupportedRouterError when the model has no usable router, AdapterConflictError when
+    another tuner's layer sits on a targeted one, ConfigError when a targeted module is no router or
+    `layers_to_transform` names no layer with one.
+    """
+    survey = survey_routers(model)
+    foreign = dict(survey.foreign)
+    if config.target_modules is None:
+        if foreign:
+            raise _foreign(foreign)
+        routers = discover_routers(model)
+        config.fill(target_modules=_of_layers(config, routers))
+        return routers
+    by_name = {router.name: router for router in survey.found}
+    refused = dict(survey.refused)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    matched = [
+        name
+        for name, _ in model.named_modules()
+        if name and not name.startswith(inside) and check_target_module_exists(config, name)
+    ]
+    if taken := {name: foreign[name] for name in matched if name in foreign}:
+        raise _foreign(taken)
+    if unusable := [name for name in matched if name in refused]:
+        raise UnsupportedRouterError(f"router {unusable[0]} cannot be adapted: {refused[unusable[0]]}.")
+    if others := [name for name in matched if name not in by_name]:
+        raise ConfigError(
+            f"target_modules={config.target_modules!r} matches {len(others)} module(s) that are not routers, first "
+            f"{others[0]!r}. REMOE adapts routers only: leave target_modules out for all of them, or choose among "
+            f"{', '.join(by_name) or 'none (this model has no usable router)'}."
+        )
+    return survey.found
+
+
+def _of_layers(config: RemoeConfig, routers: tuple[RouterRef, ...]) -> set[str]:
+    names = {router.name for router in routers}
+    if config.layers_to_transform is None:
+        return names
+    probe = copy.copy(config)
+    probe.exclude_modules = probe.modules_to_save = None
+    # PEFT asks for the layer only of names matched by suffix.
+    probe.target_modules = {name.rpartition(".")[2] for name in names}
+    chosen = {name for name in names if check_target_module_exists(probe, name)}
+    if not chosen:
+        raise ConfigError(
+            f"layers_to_transform={config.layers_to_transform!r} names no layer with a router; the routers are "
+            f"{', '.join(router.name for router in routers)}."
+        )
+    return chosen
+
+
+def settle_base(config: RemoeConfig, model: nn.Module) -> None:
+    """Record the base's fingerprint in a new configuration; compare it in one that was made earlier.
+
+    Raises FingerprintMismatchError naming both bases, unless `config.allow_other_base`.
+    """
+    try:
+        live = fingerprint(model)
+    except RouterError:
+        # No values (meta device), or routers of which only some are usable: nothing to compare.
+        return
+    if config.base_fingerprint is None:
+        config.fill(base_fingerprint=live)
+    elif config.base_fingerprint != live:
+        made_for = config.base_model_name_or_path or "an unnamed model"
+        this = getattr(model, "name_or_path", None) or f"an unnamed {type(model).__name__}"
+        text = (
+            f"this adapter was made for the base {made_for!r} (routers {config.base_fingerprint[:_SHOWN_DIGITS]}), "
+            f"but it meets {this!r} (routers {live[:_SHOWN_DIGITS]})"
+        )
+        if not config.allow_other_base:
+            raise FingerprintMismatchError(
+                f"{text}. Load the base it was made for; or, if you know that it fits, pass allow_other_base=True to "
+                "PeftModel.from_pretrained or RemoeConfig.from_pretrained."
+            )
+        warnings.warn(f"{text}; loaded because allow_other_base is set.", stacklevel=2)
+
+
+def tensor_shapes(rank: int | None, weight_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of one router's adapter tensors by name, for a weight [E, D]."""
+    rows, columns = weight_shape
+    if rank is None:
+        return {"remoe_delta": (rows, columns)}
+    return {"remoe_A": (rank, columns), "remoe_B": (rows, rank)}
+
+
+def _foreign(taken: dict[str, str]) -> AdapterConflictError:
+    name, reason = next(iter(taken.items()))
+    return AdapterConflictError(
+        f"{len(taken)} router(s) carry a layer of another adapter, first {name}: {reason}. A router can have one kind "
+        "of adapter: exclude the routers from the other one (its exclude_modules), or merge and unload it first."
+    )
