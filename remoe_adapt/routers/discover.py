@@ -19,8 +19,16 @@ from remoe_adapt.routers.infer import infer_facts
 from remoe_adapt.routers.spec import RouterRef, RouterSpec, Survey
 
 _TOP_K_NAMES = (
-    "top_k num_experts_per_tok top_k_experts moe_topk moe_top_k moe_k num_selected_experts topk num_experts_per_token"
-).split()
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "topk",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "num_selected_experts",
+)
 _SCALING_NAMES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
 _BASE = ".base_layer"
 
@@ -95,8 +103,8 @@ def _candidates(
     for path, module in modules.items():
         if isinstance(module, recorded):
             chosen[path] = module
-        for child_path, child in _beside_experts(path, module):
-            chosen[child_path] = child
+        if not any(isinstance(_innermost("", child)[1], recorded) for child in module.children()):
+            chosen |= dict(_beside_experts(path, module))
     for path, module in modules.items():
         # A recorded block that holds routers of its own is not one.
         if path in chosen and not any(other.startswith(f"{path}.") for other in chosen):

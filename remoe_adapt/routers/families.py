@@ -54,9 +54,7 @@ _TINY = 1e-20
 SOFTMAX = Facts(family="softmax", normalize=None)
 SOFTMAX_RENORMALISED = replace(SOFTMAX, normalize=True)
 CHOSEN_SOFTMAX = Facts(family="topk_softmax", weight_rule="chosen_softmax")
-SIGMOID_GROUP = Facts(
-    family="sigmoid_group", normalize=None, normalize_eps=_TINY, group_score="top2", bias=_BIAS
-)
+SIGMOID_GROUP = Facts(family="sigmoid_group", normalize=None, normalize_eps=_TINY, group_score="top2", bias=_BIAS)
 SIGMOID_BIAS = Facts(family="sigmoid_bias", normalize=True, bias=_BIAS)
 SIGMOID_BLOCK_BIAS = replace(SIGMOID_BIAS, bias_in_block=True)
 SOFTMAX_GROUP = Facts(family="softmax_group", group_score="top2", group_fill=-math.inf)
@@ -80,10 +78,6 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
     (
         replace(SOFTMAX, normalize=False, weight_rule="capacity", top_k=1, returns=("mask", "weights", "logits")),
         "SwitchTransformersTop1Router",
-    ),
-    (
-        replace(SOFTMAX, normalize=True, weight_rule="capacity", top_k=2, returns=("mask", "dense_weights", "logits")),
-        "NllbMoeTop2Router",
     ),
     (
         CHOSEN_SOFTMAX,
@@ -151,6 +145,10 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
     (Facts(family="sparsemixer", weight_rule="sparsemixer"), "PhimoeTopKRouter"),
     (Refusal("it looks experts up by token id: its weight sets only how much they count"), "DeepseekV4HashRouter"),
     (
+        Refusal("transformers reads its 0/1 mask as expert numbers: experts 0 and 1 run whatever it scores"),
+        "NllbMoeTop2Router",
+    ),
+    (
         Refusal("it adds two half-scores per expert (product keys): no row of its weight belongs to one expert"),
         "DogeCDMoE",
     ),
@@ -164,8 +162,8 @@ def _deepseek_v2(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
 
 def _dbrx(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
     order = block.moe_normalize_expert_weights
-    if order in (None, 1):
-        return replace(facts, normalize=order == 1)
+    if order is None or order == 1:
+        return replace(facts, normalize=order is not None)
     return replace(facts, normalize=False, weight_rule=f"{order}_norm")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from remoe_adapt.routers.families import Facts, Refusal
 
 def infer_facts(router: nn.Module, block: nn.Module, num_experts: int) -> Facts | Refusal:
     """Facts of an unlisted router from its forward's source, or why that source does not tell."""
-    if type(router) is nn.Linear:
+    if isinstance(router, nn.Linear) and type(router) is nn.Linear:
         return _infer_bare_linear(router, block)
     function = _forward_tree(type(router))
     if function is None:
@@ -61,7 +62,7 @@ def infer_facts(router: nn.Module, block: nn.Module, num_experts: int) -> Facts 
     )
 
 
-def _infer_bare_linear(router: nn.Module, block: nn.Module) -> Facts | Refusal:
+def _infer_bare_linear(router: nn.Linear, block: nn.Module) -> Facts | Refusal:
     """A plain Linear beside its experts: the block does the rest, so its source decides (softmax only)."""
     function = _forward_tree(type(block))
     text = ast.unparse(function) if function is not None else ""
@@ -97,6 +98,7 @@ def _returned_names(function: ast.FunctionDef) -> tuple[str, ...] | None:
 
 
 def _entry_name(text: str, index: int) -> str:
+    text = re.split(r"\W", text, maxsplit=1)[0]
     for mark, name in (("logit", "logits"), ("ind", "ids"), ("idx", "ids"), ("selected", "ids"), ("expert_id", "ids")):
         if mark in text:
             return name
@@ -110,11 +112,8 @@ def _selection_bias(
 ) -> tuple[str | None, bool]:
     """(name, is it the block's) of the bias over experts that enters the ranking only; the logit bias is none."""
     for owner, in_block in ((router, False), (block, True)):
-        tensors = {**dict(owner.named_parameters()), **dict(owner.named_buffers())} if not in_block else {
-            **dict(owner.named_parameters(recurse=False)),
-            **dict(owner.named_buffers(recurse=False)),
-        }
-        for name, tensor in tensors.items():
+        deep = not in_block
+        for name, tensor in (*owner.named_parameters(recurse=deep), *owner.named_buffers(recurse=deep)):
             leaf = name.rpartition(".")[2]
             if "bias" in leaf and leaf != "bias" and tensor.numel() == num_experts:
                 if in_block and function is not None and leaf not in {a.arg for a in function.args.args}:

@@ -33,7 +33,7 @@ STANDARD_RETURNS = ("logits", "weights", "ids")
 
 @dataclass(frozen=True, slots=True)
 class RouterOutput:
-    """One router call: logits_TE (dtype of the model), weights_TK (None where the router returns none), ids_TK int64."""
+    """One router call: logits_TE (model dtype), weights_TK (None where the router returns none), ids_TK int64."""
 
     logits_TE: Tensor
     weights_TK: Tensor | None
@@ -124,7 +124,7 @@ class RouterSpec:
         return weights_TK * self.scaling
 
     def _keep_best_groups(self, choice_TE: Tensor) -> Tensor:
-        groups_TGE = choice_TE.unflatten(-1, (self.n_group, -1))
+        groups_TGE = choice_TE.reshape(*choice_TE.shape[:-1], self.n_group, -1)
         if self.group_score == "max":
             group_TG = groups_TGE.amax(dim=-1)
         else:
