@@ -3,9 +3,9 @@
     python examples/train_tiny_moe.py --data ../shared/data/train --out examples/tiny_moe --minutes 90
 
 A Qwen2-MoE-type model (64 routed experts, top-6, one shared expert per layer) with a byte-level BPE tokenizer, trained
-from scratch on books, technical prose, mathematics, encyclopaedia and Python. The schedule follows the clock, so the same
-script serves a laptop and an H200: ``--minutes`` is the only budget. Stop it at any time: ``--resume`` goes on from the
-last snapshot. ``examples/report_tiny_moe.py`` measures the result and writes its README.
+from scratch on books, technical prose, mathematics, encyclopaedia and Python. The schedule follows the clock, so the
+same script serves a laptop and an H200: ``--minutes`` is the only budget. Stop it at any time: ``--resume`` goes on from
+the last snapshot. ``examples/report_tiny_moe.py`` measures the result and writes its README.
 
 The modules named in ``HELDOUT_STDLIB`` and the prompts in ``PROMPTS`` never enter training: `remoe demo` and the tests
 decode and score them.
@@ -39,10 +39,10 @@ PROMPTS = (
     "The old lighthouse keeper climbed the stairs every evening, and when the lamp was lit he would",
     "A farmer has 12 baskets with 8 apples in each. He sells 30 apples and gives away 6. How many apples are left?",
     "This document proposes a new built-in function for the standard library. The motivation is that",
-    "def moving_average(values, window):\n    \"\"\"Return the mean of each run of `window` values.\"\"\"\n",
+    'def moving_average(values, window):\n    """Return the mean of each run of `window` values."""\n',
     "The river rises in the northern hills and flows south through three counties before it reaches the sea .",
     "Definition. A relation R on a set X is an equivalence relation if it is reflexive, symmetric and",
-    "\"I never said that,\" she answered, turning from the window; \"but if you had asked me,",
+    '"I never said that," she answered, turning from the window; "but if you had asked me,',
     "class Queue:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
 )
 # share of training tokens by domain: books 10 : technical 10 : maths 7.5 as the data's README asks, and two small ones
@@ -239,20 +239,20 @@ def main() -> None:
         [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.95), eps=1e-10, fused=True,
     )  # fmt: skip
-    step, spent_s = 0, 0.0
+    step, tokens, spent_s = 0, 0, 0.0
     latest = args.work / "snapshot.pt"
     if args.resume and latest.exists():
         state = torch.load(latest, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, spent_s = state["step"], state["spent_s"]
+        step, tokens, spent_s = state["step"], state["tokens"], state["spent_s"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
 
     data = batches(streams, args.batch, args.length + 1, seed=step)
     total_s, last, saved_s = args.minutes * 60, time.perf_counter(), spent_s
     model.train()
-    log = open(args.work / "log.jsonl", "a", encoding="utf8")
-    with tqdm(total=round(total_s), initial=round(spent_s), unit="s", mininterval=30) as bar:
+    progress = tqdm(total=round(total_s), initial=round(spent_s), unit="s", mininterval=30)
+    with progress as bar, (args.work / "log.jsonl").open("a", encoding="utf8") as log:
         while spent_s < total_s:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spent_s / total_s, args.lr)
@@ -265,22 +265,24 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            tokens += args.batch * args.length
             now = time.perf_counter()
             spent_s, last = spent_s + now - last, now
             bar.update(round(spent_s) - bar.n)
             if step % 25 == 0:
-                row = {"step": step, "s": round(spent_s), "tokens": step * args.batch * args.length,
+                row = {"step": step, "s": round(spent_s), "tokens": tokens,
                        "ce": round(ce.item(), 4), "aux": round(out.aux_loss.item(), 4)}  # fmt: skip
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 bar.set_postfix(row, refresh=False)
             if spent_s - saved_s > 300:
-                snapshot(latest, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, spent_s=spent_s)
+                state = {"step": step, "tokens": tokens, "spent_s": spent_s}
+                snapshot(latest, model=model.state_dict(), optimizer=optimizer.state_dict(), **state)
                 saved_s = spent_s
 
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    facts = {"tokens_seen": step * args.batch * args.length, "steps": step, "minutes": args.minutes,
+    facts = {"tokens_seen": tokens, "steps": step, "minutes": args.minutes,
              "heldout_stdlib": HELDOUT_STDLIB, "prompts": PROMPTS}  # fmt: skip
     (args.out / "demo.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf8")
 

@@ -1,1 +1,1 @@
-"""Training a family: one function per equation (`objective`), text to batches (`data`), the Trainer (`trainer`)."""
+"""Training a router adapter: the objective, the data, and the Trainer."""
