@@ -53,10 +53,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tuner.combine",
         "tuner.model",
         "tuner",
+        "family_files",
         "family",
     ),
     (
         "record",
+        "arms",
         "training",
         "training.objective",
         "training.data",
