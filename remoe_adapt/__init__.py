@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import remoe_adapt.tuner  # noqa: F401 (registers the adapter type with PEFT)
+
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.

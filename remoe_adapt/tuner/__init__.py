@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -43,7 +41,7 @@ def register() -> None:
         PeftType._member_map_["REMOE"] = member
         PeftType._value2member_map_["REMOE"] = member
     kind = PeftType("REMOE")
-    if not (kind is PeftType["REMOE"] is pickle.loads(pickle.dumps(kind)) and kind in list(PeftType)):  # noqa: S301
+    if kind is not PeftType["REMOE"] or kind is not getattr(PeftType, "REMOE", None) or kind not in list(PeftType):
         raise RuntimeError("this Python's enum does not accept PeftType.REMOE: please report it with your version.")
     held = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     if held == (None, None):

@@ -11,6 +11,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from remoe_adapt.errors import AdapterConflictError, AdapterError, ConfigError
+from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 
 if TYPE_CHECKING:
@@ -25,20 +26,21 @@ def add_weighted_adapter(
     """See `RemoeModel.add_weighted_adapter`."""
     _check(tuner, adapters, weights, adapter_name, combination_type)
     layers = remoe_layers(tuner.model)
-    ranks = [tuner.peft_config[name].rank for name in adapters]
+    configs = [_config_of(tuner, name) for name in adapters]
+    ranks = [config.rank for config in configs]
     low_rank = all(rank is not None for rank in ranks)
     if combination_type == "cat" and not low_rank:
         full = [name for name, rank in zip(adapters, ranks, strict=True) if rank is None]
         raise ConfigError(f"combination_type='cat' joins low-rank adapters, but {full} are full deltas: use 'linear'.")
     saved = _copies(tuner, adapters)
     tuner.peft_config[adapter_name] = replace(
-        tuner.peft_config[adapters[0]],
+        configs[0],
         target_modules=[name for name, layer in layers.items() if layer.adapters.intersection(adapters)],
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
         modules_to_save=sorted({key for names in saved.values() for key in names}) or None,
-        rank=sum(ranks) if low_rank else None,
+        rank=sum(rank or 0 for rank in ranks) if low_rank else None,
         init_weights=True,
         # The sum belongs to this model, which checked each part already.
         base_fingerprint=None,
@@ -54,6 +56,13 @@ def add_weighted_adapter(
             source = next(name for name in adapters if name in module._adapters)
             module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
     tuner.set_requires_grad(adapter_name, False)
+
+
+def _config_of(tuner: RemoeModel, adapter_name: str) -> RemoeConfig:
+    """The configuration of a REMOE adapter of this model."""
+    config = tuner.peft_config[adapter_name]
+    assert isinstance(config, RemoeConfig)
+    return config
 
 
 def _sum(layer: RemoeLayer, present: list[tuple[str, float]], adapter_name: str) -> None:
@@ -95,7 +104,7 @@ def _check(
 
 def _copies(tuner: RemoeModel, adapters: Sequence[str]) -> dict[str, list[str]]:
     """modules_to_save of each adapter; copies of one module cannot be added up."""
-    saved = {name: list(tuner.peft_config[name].modules_to_save or []) for name in adapters}
+    saved = {name: list(_config_of(tuner, name).modules_to_save or []) for name in adapters}
     for path, module in tuner.model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and len(both := module._adapters.intersection(adapters)) > 1:
             raise AdapterError(

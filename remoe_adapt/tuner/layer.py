@@ -89,8 +89,10 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
         """
         dtype = _compute_dtype(self.base_weight_ED)
         if adapter_name in self.remoe_delta:
-            return self.remoe_delta[adapter_name].to(dtype)
-        a_RD, b_ER = self.remoe_A[adapter_name], self.remoe_B[adapter_name]
+            full_ED: Tensor = self.remoe_delta[adapter_name]
+            return full_ED.to(dtype)
+        a_RD: Tensor = self.remoe_A[adapter_name]
+        b_ER: Tensor = self.remoe_B[adapter_name]
         with torch.autocast(a_RD.device.type, enabled=False):
             return b_ER.to(dtype) @ a_RD.to(dtype)
 
@@ -239,7 +241,7 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
     # Module plumbing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RemoeLayer:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._kept_weight_ED is not None:
             self._kept_weight_ED = fn(self._kept_weight_ED)
         return self

@@ -60,7 +60,8 @@ def mixed_batch(
     stacks = [model]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         # generate runs the encoder by itself, on samples not yet repeated.
-        stacks.append(model.get_encoder())
+        get_encoder: Callable[[], nn.Module] = model.get_encoder  # type: ignore[assignment]
+        stacks.append(get_encoder())
     copies = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) and own_names & m._adapters]
     handles = [stack.register_forward_pre_hook(on_model, with_kwargs=True) for stack in stacks]
     handles += [module.register_forward_pre_hook(on_layer, with_kwargs=True) for module in [*layers, *copies]]

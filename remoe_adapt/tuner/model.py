@@ -71,12 +71,13 @@ class RemoeModel(BaseTuner):
 
     # Injection
 
-    def _prepare_adapter_config(self, peft_config: RemoeConfig, model_config: dict[str, Any]) -> RemoeConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         # Targets are resolved in `_prepare_model`, which sees the model.
         return peft_config
 
-    def _prepare_model(self, peft_config: RemoeConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """All checks, before the first module is replaced."""
+        assert isinstance(peft_config, RemoeConfig)
         self._specs: dict[str, RouterSpec] = {}
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
@@ -94,8 +95,9 @@ class RemoeModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """BaseTuner.inject_adapter; a configuration object that another model has filled in is taken as written."""
-        if self.peft_config[adapter_name].is_filled:
-            self.peft_config[adapter_name] = self.peft_config[adapter_name].unfilled()
+        config = self.peft_config[adapter_name]
+        if isinstance(config, RemoeConfig) and config.is_filled:
+            self.peft_config[adapter_name] = config.unfilled()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -104,7 +106,7 @@ class RemoeModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: RemoeConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -112,6 +114,7 @@ class RemoeModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, RemoeConfig)
         if isinstance(target, RemoeLayer):
             target.update_layer(adapter_name, peft_config)
             return
@@ -149,14 +152,17 @@ class RemoeModel(BaseTuner):
         return (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper) and own & m._adapters)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for module in [*self._layers(), *self._copies()]:
-            module.enable_adapters(enabled)
+        for layer in self._layers():
+            layer.enable_adapters(enabled)
+        for copies in self._copies():
+            copies.enable_adapters(enabled)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones (and trainable, unless `inference_mode`); merged ones are unmerged."""
         for copies in self._copies():
             chosen = copies.check_set_adapter(adapter_name)
-            copies.set_adapter(chosen if chosen in copies._adapters else [], inference_mode=inference_mode)
+            known = [chosen] if chosen is not None and chosen in copies._adapters else []
+            copies.set_adapter(known, inference_mode=inference_mode)
         for layer in self._layers():
             if layer.merged:
                 warnings.warn(
@@ -171,7 +177,7 @@ class RemoeModel(BaseTuner):
 
         Raises AdapterCorruptError with `safe_merge` when a merged weight is not finite; no router is changed then.
         """
-        self._check_merge_allowed()
+        self._check_merge_allowed()  # type: ignore[no-untyped-call]
         self._merge(self._layers(), safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
@@ -188,7 +194,8 @@ class RemoeModel(BaseTuner):
             with onload_layer(layer):
                 layer.merge(adapter_names=adapter_names)
 
-    def _unload_and_optionally_merge(
+    # PEFT declares None and returns the model.
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -196,7 +203,7 @@ class RemoeModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_merge_allowed()
+            self._check_merge_allowed()  # type: ignore[no-untyped-call]
             self._merge(self._layers(), safe_merge, adapter_names)
         copies = list(self._copies())
         for name, module in list(self.model.named_modules()):
@@ -251,16 +258,22 @@ class RemoeModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: RemoeConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {key: value for key, value in tensors.items() if _is_ours(key, adapter_name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: RemoeConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Every PEFT route to load an adapter passes here: refuse bad tensors before one is copied."""
+        assert isinstance(config, RemoeConfig)
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {
             f"{name}.{parameter_name}": parameter.shape
@@ -305,4 +318,5 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
                 setattr(model.get_submodule(parent), child, layer.base_layer)
         elif isinstance(layer, AuxiliaryTrainingWrapper):
             layer.delete_adapter(adapter_name, new_active_adapters=None)
-    model.peft_config.pop(adapter_name, None)
+    configs: dict[str, PeftConfig] = model.peft_config  # type: ignore[assignment]
+    configs.pop(adapter_name, None)

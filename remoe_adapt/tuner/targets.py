@@ -66,7 +66,7 @@ def _of_layers(config: RemoeConfig, routers: tuple[RouterRef, ...]) -> set[str]:
     probe = copy.copy(config)
     probe.exclude_modules = probe.modules_to_save = None
     # PEFT asks for the layer only of names matched by suffix.
-    probe.target_modules = {name.rpartition(".")[2] for name in names}
+    probe.target_modules = [name.rpartition(".")[2] for name in names]
     chosen = {name for name in names if check_target_module_exists(probe, name)}
     if not chosen:
         raise ConfigError(
