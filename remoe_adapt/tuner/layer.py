@@ -41,6 +41,7 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._kept_weight_ED: Tensor | None = None
+        self.resident = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -113,7 +114,17 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
     # Forward
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """What the router returns, under the active adapters (or one adapter per sample, see `mixed_batch`)."""
+        """What the router returns, under the active adapters (or one adapter per sample, see `mixed_batch`).
+
+        In resident mode: with the live weight as it is, or with the original one while adapters are disabled.
+        """
+        if self.resident:
+            if adapter_names is not None:
+                self._refuse_while_resident("one adapter per sample")
+            if not self.disable_adapters:
+                return self.base_layer(*args, **kwargs)
+            weights = {self.spec.weight_name: self.original_weight_ED}
+            return functional_call(self.base_layer, weights, args, kwargs, tie_weights=False)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -182,6 +193,39 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
                 old = values[adapter_name]
                 values[adapter_name] = nn.Parameter(old.detach().to(target), requires_grad=old.requires_grad)
 
+    # Resident mode: a dial (runtime/swap.py) writes the live weight, the original is kept here
+
+    def hold(self) -> None:
+        """Enter resident mode: keep the original weight and run with whatever the live one holds.
+
+        Raises MergeStateError when adapters are merged or another dial holds this router.
+        """
+        if self.merged or self.resident:
+            state = f"adapters {self.merged_adapters} are merged" if self.merged else "another dial holds it"
+            raise MergeStateError(f"a router cannot be put under a dial while {state}: unmerge, or close that dial.")
+        self._kept_weight_ED = self.base_weight_ED.detach().clone()
+        self.resident = True
+
+    def release(self, *, keep_live: bool = False) -> None:
+        """Leave resident mode with the original weight, bit for bit, or with the live one as the new base."""
+        if self._kept_weight_ED is not None and not keep_live:
+            self.set_base_weight(self._kept_weight_ED)
+        self._kept_weight_ED, self.resident = None, False
+
+    def _refuse_while_resident(self, what: str) -> None:
+        if self.resident:
+            raise MergeStateError(
+                f"{what}: not while a dial holds the routers. Close it (model.controller.close()), or keep its present "
+                "strength (model.merge_and_unload())."
+            )
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """BaseTunerLayer.set_adapter. Raises MergeStateError for another adapter of this router in resident mode."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if any(self._has(name) and name not in self.active_adapters for name in names):
+            self._refuse_while_resident(f"switching to adapter {names}")
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -191,6 +235,7 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
 
         Raises AdapterCorruptError with `safe_merge` when the result is not finite; nothing is changed then.
         """
+        self._refuse_while_resident("merging")
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self._has(name)]
         if not names:
             return
@@ -217,6 +262,7 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Restore the original weight bit for bit from the kept copy."""
+        self._refuse_while_resident("unmerging")
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -232,7 +278,7 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """What stays in the model when another tuner's model is unloaded: the router, or this layer as it is when only
         adapters of others are named, so that no delta is lost."""
-        if merge and adapter_names is not None and not self.adapters.intersection(adapter_names):
+        if self.resident or (merge and adapter_names is not None and not self.adapters.intersection(adapter_names)):
             return self
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)

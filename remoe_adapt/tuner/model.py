@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from peft import NoMatchingPeftModuleError
 from peft.config import PeftConfig
@@ -29,6 +29,13 @@ class NoRouterMatchedError(RouterNotFoundError, NoMatchingPeftModuleError):
     """`target_modules`, `exclude_modules` or `layers_to_transform` leave no router; the message lists the routers."""
 
 
+class Dial(Protocol):
+    """What holds the routers in resident mode (runtime/controller.py)."""
+
+    def release(self, *, keep_live: bool) -> None:
+        """Let go of the routers, with the original weights or the live ones."""
+
+
 class RemoeModel(BaseTuner):
     """Adds router deltas to `model` in place.
 
@@ -43,6 +50,8 @@ class RemoeModel(BaseTuner):
 
     prefix: str = "remoe_"
     tuner_layer_cls = RemoeLayer
+    # Who writes the live weights in resident mode; it is told before the routers are unwrapped.
+    dial: Dial | None = None
     # PEFT's per-architecture defaults; routers are discovered instead.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares the type)
 
@@ -94,15 +103,18 @@ class RemoeModel(BaseTuner):
             check_shapes(peft_config._stored, expected, "the stored adapter")
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """BaseTuner.inject_adapter; a configuration object that another model has filled in is taken as written."""
-        config = self.peft_config[adapter_name]
-        if isinstance(config, RemoeConfig) and config.is_filled:
-            self.peft_config[adapter_name] = config.unfilled()
+        """BaseTuner.inject_adapter. A configuration object that another model has filled in is taken as it was written,
+        and stays that model's: this one gets a copy unless both agree."""
+        given = self.peft_config[adapter_name]
+        if isinstance(given, RemoeConfig) and given.is_filled:
+            self.peft_config[adapter_name] = given.unfilled()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             listing = ", ".join(self._specs) or "none"
             raise NoRouterMatchedError(f"{error} The routers of this model are: {listing}.") from error
+        if self.peft_config[adapter_name].to_dict() == given.to_dict():
+            self.peft_config[adapter_name] = given
 
     def _create_and_replace(
         self,
@@ -202,7 +214,9 @@ class RemoeModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
+        if self.dial is not None:
+            self.dial.release(keep_live=merge)
+        elif merge:
             self._check_merge_allowed()  # type: ignore[no-untyped-call]
             self._merge(self._layers(), safe_merge, adapter_names)
         copies = list(self._copies())
