@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from remoe_adapt.errors import RouterNotFoundError, UnsupportedRouterError
 from remoe_adapt.routers.families import Facts, Refusal, known_facts
-from remoe_adapt.routers.infer import infer_facts
+from remoe_adapt.routers.infer import infer_facts, returns_in_this_version
 from remoe_adapt.routers.spec import RouterRef, RouterSpec, Survey
 
 _TOP_K_NAMES = (
@@ -60,7 +61,7 @@ def discover_routers(model: nn.Module) -> tuple[RouterRef, ...]:
 def survey_routers(model: nn.Module) -> Survey:
     """Every router of `model`: usable, refused with a reason, or carrying a foreign layer. Raises nothing."""
     modules = dict(model.named_modules())
-    recorded = _recorded_classes(model)
+    recorded = _recorded(model)
     found: list[RouterRef] = []
     refused: list[tuple[str, str]] = []
     foreign: list[tuple[str, str]] = []
@@ -83,44 +84,53 @@ def survey_routers(model: nn.Module) -> Survey:
     return Survey(tuple(found), tuple(refused), tuple(foreign))
 
 
-def _recorded_classes(model: nn.Module) -> tuple[type[nn.Module], ...]:
-    """Classes that any (sub)model names in `_can_record_outputs["router_logits"]`."""
-    classes: list[type[nn.Module]] = []
+def _recorded(model: nn.Module) -> tuple[tuple[type[nn.Module], str], ...]:
+    """(class, part of the path) that any (sub)model names in `_can_record_outputs["router_logits"]`."""
+    recorded: list[tuple[type[nn.Module], str]] = []
     for module in model.modules():
         entries = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
         for entry in entries if isinstance(entries, (list, tuple)) else (entries,):
             target = entry if isinstance(entry, type) else getattr(entry, "target_class", None)
-            if isinstance(target, type) and target not in classes:
-                classes.append(target)
-    return tuple(classes)
+            where = (getattr(entry, "layer_name", None) or "").strip(".")
+            if isinstance(target, type) and (target, where) not in recorded:
+                recorded.append((target, where))
+    return tuple(recorded)
+
+
+def _is_recorded(path: str, module: nn.Module, recorded: tuple[tuple[type[nn.Module], str], ...]) -> bool:
+    dotted = f".{path.replace(_BASE, '')}."
+    return any(isinstance(module, target) and (not where or f".{where}." in dotted) for target, where in recorded)
 
 
 def _candidates(
-    modules: dict[str, nn.Module], recorded: tuple[type[nn.Module], ...]
+    modules: dict[str, nn.Module], recorded: tuple[tuple[type[nn.Module], str], ...]
 ) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of innermost modules that route, in model order."""
-    chosen: dict[str, nn.Module] = {}
+    chosen = {path for path, module in modules.items() if _is_recorded(path, module, recorded)}
     for path, module in modules.items():
-        if isinstance(module, recorded):
-            chosen[path] = module
-        if not any(isinstance(_innermost("", child)[1], recorded) for child in module.children()):
-            chosen |= dict(_beside_experts(path, module))
+        if not any("expert" in name for name, _ in module.named_children()):
+            continue
+        children = [_innermost(f"{path}.{name}".lstrip("."), child) for name, child in module.named_children()]
+        if chosen.isdisjoint(child_path for child_path, _ in children):
+            chosen |= {child_path for child_path, child in children if _beside_experts(child_path, child, module)}
     for path, module in modules.items():
         # A recorded block that holds routers of its own is not one.
         if path in chosen and not any(other.startswith(f"{path}.") for other in chosen):
             yield path, module
 
 
-def _beside_experts(path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Children of `block` next to an experts container that own one weight row per expert."""
-    children = {name: _innermost(name, child) for name, child in block.named_children()}
-    counts = {count for name, (_, child) in children.items() if (count := _container_size(name, child)) is not None}
-    for name, (suffix, child) in children.items():
-        if "expert" in name or _container_size(name, child) is not None:
-            continue
-        is_leaf = all(isinstance(part, nn.Linear) or not len(list(part.children())) for part in child.children())
-        if is_leaf and any(_row_weights(child, {count}) for count in counts if count > 1):
-            yield f"{path}.{suffix}".lstrip("."), child
+def _beside_experts(path: str, module: nn.Module, block: nn.Module) -> bool:
+    """Whether a child of `block` stands next to an experts container and owns one weight row per expert."""
+    sizes = [_container_size(name, _innermost(name, child)[1]) for name, child in block.named_children()]
+    name = path.removesuffix(_BASE).rpartition(".")[2]
+    if not any(size is not None and size > 1 for size in sizes) or "expert" in name:
+        return False
+    return _is_shallow(module) and bool(_row_weights(module, _row_counts(module, block)))
+
+
+def _is_shallow(module: nn.Module) -> bool:
+    """Routers are shallow: whole attention or layer modules that happen to fit in shape are not candidates."""
+    return all(isinstance(part, nn.Linear) or not len(list(part.children())) for part in module.children())
 
 
 def _innermost(name: str, module: nn.Module) -> tuple[str, nn.Module]:
@@ -192,8 +202,11 @@ def _spec(router: nn.Module, block: nn.Module, config: Any) -> RouterSpec | Refu
         return Refusal(f"its weight is quantised ({weight.dtype})")
     if facts is None:
         facts = infer_facts(router, block, weight.shape[0])
-        if isinstance(facts, Refusal):
-            return facts
+    else:
+        returns = returns_in_this_version(router, facts.returns)
+        facts = returns if isinstance(returns, Refusal) else replace(facts, returns=returns)
+    if isinstance(facts, Refusal):
+        return facts
     num_experts = weight.shape[0] - _count(facts.shared_rows, router, block, config)
     top_k = facts.top_k or _top_k(router, block, config)
     if top_k is None:

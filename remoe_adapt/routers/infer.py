@@ -62,10 +62,30 @@ def infer_facts(router: nn.Module, block: nn.Module, num_experts: int) -> Facts 
     )
 
 
+def returns_in_this_version(router: nn.Module, known: tuple[str, ...]) -> tuple[str, ...] | Refusal:
+    """Names of what a listed class returns: transformers has reordered some results between minor versions.
+
+    The source wins where it names the same entries in another order; another number of entries is refused.
+    """
+    function = _forward_tree(type(router))
+    entries = _returned_entries(function) if function is not None else None
+    if function is None or entries is None:
+        return known
+    if len(entries) != len(known):
+        return Refusal(
+            f"{type(router).__name__}.forward returns {len(entries)} values in this transformers, not the "
+            f"{len(known)} known here ({', '.join(known)}); another version of transformers may do"
+        )
+    told = _returned_names(function)
+    return told if told is not None and set(told) == set(known) else known
+
+
 def _infer_bare_linear(router: nn.Linear, block: nn.Module) -> Facts | Refusal:
     """A plain Linear beside its experts: the block does the rest, so its source decides (softmax only)."""
-    function = _forward_tree(type(block))
-    text = ast.unparse(function) if function is not None else ""
+    try:
+        text = inspect.getsource(type(block))
+    except (OSError, TypeError):
+        text = ""
     if "softmax" not in text or "sigmoid" in text or _selection_bias(router, block, None, router.out_features)[0]:
         return Refusal(f"{type(block).__name__} does not show a plain softmax gate, and its router is a bare Linear")
     logit_bias = "bias" if router.bias is not None else None
@@ -87,14 +107,20 @@ def _call_name(call: ast.Call) -> str:
 
 def _returned_names(function: ast.FunctionDef) -> tuple[str, ...] | None:
     """The entries of the last return, as RouterSpec.returns names them; None when ids or logits are not told."""
-    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
-    if not returned:
+    entries = _returned_entries(function)
+    if entries is None:
         return None
-    entries = returned[-1].elts if isinstance(returned[-1], ast.Tuple) else [returned[-1]]
     names = tuple(_entry_name(ast.unparse(entry), index) for index, entry in enumerate(entries))
     if "logits" not in names or len(set(names)) != len(names):
         return None
     return names if "ids" in names or len(names) == 1 else None
+
+
+def _returned_entries(function: ast.FunctionDef) -> list[ast.expr] | None:
+    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
+    if not returned or not isinstance(returned[-1], (ast.Tuple, ast.Name)):
+        return None
+    return returned[-1].elts if isinstance(returned[-1], ast.Tuple) else [returned[-1]]
 
 
 def _entry_name(text: str, index: int) -> str:

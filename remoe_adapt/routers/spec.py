@@ -148,11 +148,17 @@ class RouterSpec:
                 f"{', '.join(self.returns)}. Another transformers version? Please report it."
             )
         by_name = dict(zip(self.returns, entries, strict=True))
+        source = by_name["probabilities" if "probabilities" in by_name else "logits"]
+        if source.shape[-1] != self.num_experts:
+            raise UnsupportedRouterError(
+                f"a {self.family} router returned {tuple(source.shape)} as its scores, expected {self.num_experts} per "
+                "token. Another transformers version? Please report it."
+            )
         if "probabilities" in by_name:
             tiny = torch.finfo(torch.float32).tiny
-            logits_TE = by_name["probabilities"].reshape(-1, self.num_experts).clamp_min(tiny).log()
+            logits_TE = source.reshape(-1, self.num_experts).clamp_min(tiny).log()
         else:
-            logits_TE = by_name["logits"].reshape(-1, self.num_experts)
+            logits_TE = source.reshape(-1, self.num_experts)
         weights_TK = by_name["weights"].reshape(-1, self.top_k) if "weights" in by_name else None
         if "ids" in by_name:
             ids_TK = by_name["ids"].reshape(-1, self.top_k).long()
