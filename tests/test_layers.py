@@ -63,6 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "training.objective",
         "training.data",
         "training.trainer",
+        "training.run",
         "cache.store",
         "cache.tiers",
         "cache.experts",
@@ -122,7 +123,7 @@ def imports(module: str, tree: ast.AST, is_package: bool) -> Iterator[tuple[int,
 def own_module(dotted: str, modules: set[str]) -> str | None:
     """The module of ours that importing `dotted` runs ("__init__" for the package's root), or None if foreign."""
     if dotted.split(".")[0] != "remoe_adapt" or dotted == "remoe_adapt.__version__":
-        return None  # the version is a constant above every import of the root
+        return None  # a constant, not a room
     parts = dotted.split(".")[1:]
     while parts and ".".join(parts) not in modules:
         parts.pop()
