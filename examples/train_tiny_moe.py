@@ -4,8 +4,8 @@
 
 A Qwen2-MoE-type model (64 routed experts, top-6, one shared expert per layer) with a byte-level BPE tokenizer, trained
 from scratch on books, technical prose, mathematics, encyclopaedia and Python. The schedule follows the clock, so the
-same script serves a laptop and an H200: ``--minutes`` is the only budget. Stop it at any time: ``--resume`` goes on from
-the last snapshot. ``examples/report_tiny_moe.py`` measures the result and writes its README.
+same script serves a laptop and an H200: ``--minutes`` is the only budget. After a stop, ``--resume`` goes on from the
+last snapshot. ``examples/report_tiny_moe.py`` measures the result and writes its README.
 
 The modules named in ``HELDOUT_STDLIB`` and the prompts in ``PROMPTS`` never enter training: `remoe demo` and the tests
 decode and score them.
@@ -239,13 +239,13 @@ def main() -> None:
         [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.95), eps=1e-10, fused=True,
     )  # fmt: skip
-    step, tokens, spent_s = 0, 0, 0.0
+    step, tokens, spent_s, mean_ce = 0, 0, 0.0, math.nan
     latest = args.work / "snapshot.pt"
     if args.resume and latest.exists():
         state = torch.load(latest, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, tokens, spent_s = state["step"], state["tokens"], state["spent_s"]
+        step, tokens, spent_s = state["step"], state.get("tokens", 0), state["spent_s"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
 
     data = batches(streams, args.batch, args.length + 1, seed=step)
@@ -264,6 +264,7 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            mean_ce = ce.item() if math.isnan(mean_ce) else 0.98 * mean_ce + 0.02 * ce.item()
             step += 1
             tokens += args.batch * args.length
             now = time.perf_counter()
@@ -271,7 +272,7 @@ def main() -> None:
             bar.update(round(spent_s) - bar.n)
             if step % 25 == 0:
                 row = {"step": step, "s": round(spent_s), "tokens": tokens,
-                       "ce": round(ce.item(), 4), "aux": round(out.aux_loss.item(), 4)}  # fmt: skip
+                       "ce": round(mean_ce, 4), "aux": round(out.aux_loss.item(), 4)}  # fmt: skip
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 bar.set_postfix(row, refresh=False)
