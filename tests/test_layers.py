@@ -69,6 +69,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cache.experts",
         "runtime",
         "runtime.sensors",
+        "runtime.gate",
         "runtime.swap",
         "runtime.controller",
         "runtime.llama_server",

@@ -1,1 +1,1 @@
-"""The dial at run time: sensors, resident-mode swaps, the controller that is the only writer of strength."""
+"""Turning the dial while the model runs: `swap` writes weights, `controller` decides, `load` puts it all together."""

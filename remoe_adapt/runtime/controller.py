@@ -1,0 +1,253 @@
+"""The dial in the user's hand: pressure or strength in, swaps between forwards out.
+
+Any thread may post a target; the latest wins. Posting stages the weights in the calling thread; the swap itself is
+made by the gate: between the steps of `generate`, at `controller.step()`, or at once when nothing runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn
+
+from peft import PeftModel
+
+from remoe_adapt.device_profile import DeviceProfile
+from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.family import Family
+from remoe_adapt.runtime.gate import Gate
+from remoe_adapt.runtime.swap import ResidentRouters, Staged
+from remoe_adapt.tuner.model import RemoeModel
+
+# Timings kept for the medians of `status`.
+_KEPT_TIMINGS = 1000
+
+
+class Controller:
+    """Holds one model's routers at a strength. `get_remoe_model` makes it; it is `model.controller`.
+
+    peft_model: a PeftModel of type REMOE whose adapter is zero. From here on its routers are in resident mode and its
+    `generate` has step boundaries. A copy or pickle of the model is refused while the controller is open, and so is
+    `save_pretrained`: the weights in memory are those of a strength, not those of the base.
+
+    Not under the gate's eye: `generate_batch`, and plain forwards of one thread while another one sets a target. Call
+    `step()` between the forwards of a hand-written loop; with several threads, `with controller.step(): model(...)`.
+    """
+
+    def __init__(self, peft_model: PeftModel, family: Family, profile: DeviceProfile) -> None:
+        tuner = peft_model.base_model
+        assert isinstance(tuner, RemoeModel)
+        self.family, self.profile = family, profile
+        self._model, self._base, self._tuner = peft_model, peft_model.get_base_model(), tuner
+        self._routers = ResidentRouters(self._base, family)
+        self._gate = Gate(lambda: self._staged is not None, self._swap)
+        self._stage_lock = threading.RLock()
+        self._staged: Staged | None = None
+        self._ticket = 0
+        self._target, self._reason = 0.0, ""
+        self._pressure: float | None = None
+        self._swap_ms: deque[float] = deque(maxlen=_KEPT_TIMINGS)
+        self._stage_ms: deque[float] = deque(maxlen=_KEPT_TIMINGS)
+        self._swaps = 0
+        self._closed = False
+        self._hooked: list[tuple[Any, str, Callable[..., Any]]] = []
+        tuner.dial = self
+        self._install()
+        self.set_pressure(None)
+
+    # What a user turns
+
+    @property
+    def strength(self) -> float:
+        """The strength that is live now."""
+        return self._routers.strength
+
+    def set_pressure(self, pressure: float | None) -> None:
+        """Pin the pressure, from 0 (plenty of memory) to 1 (thrashing); the profile's curve says which strength it is.
+
+        None hands control back to the sensors; without sensors that is the strength of pressure 0. Raises ConfigError
+        for anything but None or a number in [0, 1]; MergeStateError after `close`.
+        """
+        if pressure is None:
+            strength = self.profile.strength_at(0.0)
+            reason = f"no pressure is set and no sensor runs: profile {self.profile.name} starts at strength"
+        else:
+            pressure = _unit("pressure", pressure)
+            strength = self.profile.strength_at(pressure)
+            reason = f"pressure {pressure:g} was set by hand; profile {self.profile.name} maps it to strength"
+        self._post(strength, pressure, f"{reason} {strength:g}")
+
+    def set_strength(self, strength: float) -> None:
+        """Pin the strength itself, from 0 (the base, bit for bit) to 1; the profile's curve and maximum are not asked.
+
+        Raises ConfigError for anything but a number in [0, 1]; MergeStateError after `close`.
+        """
+        strength = _unit("strength", strength)
+        self._post(strength, None, f"strength {strength:g} was set by hand")
+
+    def step(self) -> AbstractContextManager[None]:
+        """Between two forwards of a hand-written loop: make the posted swap.
+
+        As `with controller.step(): model(...)`, no swap of any thread falls into that forward. After the first call,
+        targets set by other threads wait for the next one. Inside `generate` it is not needed.
+        """
+        self._gate.step()
+        return self._gate.forward()
+
+    def status(self) -> dict[str, Any]:
+        """What holds now, JSON-ready; times in ms, None before the first.
+
+        strength (live), target, pressure (None unless pinned), reason (in words), waiting (a swap is posted), swaps,
+        swap_ms and stage_ms (last) with swap_ms_median and stage_ms_median, running (generate calls), profile, family,
+        base, points, closed.
+        """
+        with self._gate.lock:
+            waiting = self._staged is not None
+            timings: dict[str, float | None] = {}
+            for key, values in (("swap_ms", self._swap_ms), ("stage_ms", self._stage_ms)):
+                timings[key] = values[-1] if values else None
+                timings[f"{key}_median"] = statistics.median(values) if values else None
+            return {
+                "strength": self.strength,
+                "target": self._target,
+                "pressure": self._pressure,
+                "reason": self._reason + ("; it waits for the next step" if waiting else ""),
+                "waiting": waiting,
+                "swaps": self._swaps,
+                **timings,
+                "running": self._gate.sessions,
+                "profile": self.profile.name,
+                "family": str(self.family.path),
+                "base": self.family.base_id,
+                "points": list(self.family.strengths),
+                "closed": self._closed,
+            }
+
+    def close(self) -> None:
+        """Restore the base router weights bit for bit and let go of the model; waits for forwards in flight.
+
+        The model stays wrapped (`model.unload()` gives the base model back). Closing twice is fine. Raises
+        MergeStateError inside a forward of the same thread.
+        """
+        self.release(keep_live=False)
+
+    def release(self, *, keep_live: bool) -> None:
+        """`close`, or with `keep_live` leave the routers at the present strength, as `merge_and_unload` does."""
+        if self._closed:
+            return
+        with self._gate.closed_for_good():
+            self._staged, self._closed = None, True
+            self._ticket += 1
+            self._routers.release(keep_live=keep_live)
+            self._target, self._pressure, self._reason = self.strength, None, "closed"
+            self._tuner.dial = None
+            for owner, name, hook in self._hooked:
+                if owner.__dict__.get(name) is hook:
+                    del owner.__dict__[name]
+            for owner in (self._model, self._base):
+                if owner.__dict__.get("controller") is self:
+                    del owner.__dict__["controller"]
+
+    def __enter__(self) -> Controller:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise MergeStateError(
+            "a model with an open controller cannot be copied or pickled: its routers are at a strength, and two "
+            "models cannot share one dial. Call model.controller.close() first."
+        )
+
+    # Target -> staged -> live
+
+    def _post(self, strength: float, pressure: float | None, reason: str) -> None:
+        with self._gate.lock:
+            self._check_open()
+            self._target, self._pressure, self._reason = strength, pressure, reason
+            self._ticket += 1
+            ticket = self._ticket
+        with self._stage_lock:
+            if ticket == self._ticket:  # else a later target is on its way
+                self._stage(strength, ticket)
+        self._gate.swap_if_idle()
+
+    def _stage(self, strength: float, ticket: int) -> None:
+        with self._gate.lock:
+            self._check_open()
+            if strength == self.strength:
+                self._staged = None
+                return
+        begin = time.perf_counter()
+        staged = self._routers.stage(strength)
+        stage_ms = (time.perf_counter() - begin) * 1e3
+        with self._gate.lock:
+            self._stage_ms.append(stage_ms)
+            if ticket == self._ticket:
+                self._staged = staged
+
+    def _swap(self, alone: bool) -> None:
+        """Called by the gate, under its lock, while no forward is in flight."""
+        staged, self._staged = self._staged, None
+        assert staged is not None
+        begin = time.perf_counter()
+        self._routers.commit(staged, alone=alone)
+        self._swap_ms.append((time.perf_counter() - begin) * 1e3)
+        self._swaps += 1
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MergeStateError("this controller is closed: call get_remoe_model again.")
+
+    # Step boundaries on the instance; classes and forwards stay untouched
+
+    def _install(self) -> None:
+        self._hook(self._base, "generate", self._around_generate)
+        self._hook(self._base, "prepare_inputs_for_generation", self._before_forward)
+        self._hook(self._base, "_update_model_kwargs_for_generation", self._after_forward)
+        for owner in (self._base, self._model):
+            self._hook(owner, "save_pretrained", self._refuse_to_save)
+
+    def _hook(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        original = getattr(owner, name, None)
+        if original is None:  # a model without generate
+            return
+        # transformers reads the signature of prepare_inputs_for_generation, which `wraps` keeps.
+        hook = functools.wraps(original)(functools.partial(around, original))
+        owner.__dict__[name] = hook
+        self._hooked.append((owner, name, hook))
+
+    def _around_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._gate.generating():
+            return original(*args, **kwargs)
+
+    def _before_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._gate.boundary(opens=True)
+        return original(*args, **kwargs)
+
+    def _after_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._gate.boundary(opens=False)
+        return original(*args, **kwargs)
+
+    def _refuse_to_save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
+        raise MergeStateError(
+            f"the router weights in memory are those of strength {self.strength:g}, so nothing is saved. The adapters "
+            f"are in {self.family.path}; for a checkpoint of this strength call model.merge_and_unload() and save its "
+            "result, for the base model.unload()."
+        )
+
+
+def _unit(what: str, value: object) -> float:
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not 0.0 <= number <= 1.0:  # NaN fails too
+        meaning = "0 (plenty) to 1 (thrashing)" if what == "pressure" else "0 (the base) to 1 (the strongest point)"
+        raise ConfigError(f"{what} {value!r} is out of range: give a number from {meaning}.")
+    return number

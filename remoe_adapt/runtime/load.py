@@ -1,0 +1,141 @@
+"""`get_remoe_model`: a model, a profile and a family become a PeftModel with a dial."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
+from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError
+from remoe_adapt.family import Family, original_weights
+from remoe_adapt.runtime.controller import Controller
+from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
+from remoe_adapt.tuner.beside import plain_base
+
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+
+
+def get_remoe_model(
+    base: str | os.PathLike[str] | nn.Module,
+    profile: str | os.PathLike[str] | DeviceProfile | None = None,
+    family: str | os.PathLike[str] | Family | None = None,
+    *,
+    adapter_name: str = "dial",
+    force: bool = False,
+    **from_pretrained_kwargs: Any,
+) -> PeftModel:
+    """A PeftModel over the base object with `.controller`, at the profile's strength for pressure 0.
+
+    base: a model, a PeftModel (its base object gets the dial, its adapters stay and keep working), a path or a hub id,
+    loaded with `from_pretrained_kwargs`. profile: a name, a path or a DeviceProfile; None: the server's settings with
+    strength equal to pressure. family: a folder, a hub id or a Family; None: what the profile's `families` name for the
+    base's id. force: accept a family of another base, if names and shapes fit.
+
+    Raises FamilyError when no family is given or known, FingerprintMismatchError for another base's (see `force`),
+    MergeStateError when the model has a dial already, AdapterConflictError when REMOE adapters or the name
+    `adapter_name` are on it, ConfigError when the base cannot be loaded, ProfileError, RouterNotFoundError and
+    UnsupportedRouterError as their makers. The model is unchanged after an error.
+    """
+    chosen = _profile(profile)
+    if isinstance(base, nn.Module):
+        if from_pretrained_kwargs:
+            raise ConfigError(f"{', '.join(from_pretrained_kwargs)}: options of loading, but base is a model already.")
+        _check_free(base)
+    operating = _family(family, chosen, _base_id(base))
+    model = plain_base(base if isinstance(base, nn.Module) else _load(base, from_pretrained_kwargs))
+    operating.check(model, force=force)
+    return _under_dial(model, operating, chosen, adapter_name, force)
+
+
+def _under_dial(model: nn.Module, family: Family, profile: DeviceProfile, adapter_name: str, force: bool) -> PeftModel:
+    names = list(family.points[0].deltas)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    config = RemoeConfig(
+        # The adapter only puts the wrappers in place: zero for ever, so as small as it can be.
+        rank=1,
+        inference_mode=True,
+        target_modules=None if len(names) == len(original_weights(model)) else names,
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") and not encoder_decoder else None,
+        allow_other_base=force,
+    )
+    wrapped = wrap_or_inject(model, config, adapter_name)
+    try:
+        controller = Controller(wrapped, family, profile)
+    except BaseException:
+        wrapped.unload()
+        raise
+    # Not through setattr of nn.Module: the controller is no part of the model's state.
+    wrapped.__dict__["controller"] = model.__dict__["controller"] = controller
+    return wrapped
+
+
+def _profile(profile: str | os.PathLike[str] | DeviceProfile | None) -> DeviceProfile:
+    if isinstance(profile, DeviceProfile):
+        return profile
+    if profile is not None:
+        return load_profile(profile if isinstance(profile, str) else Path(profile))
+    linear = StrengthProfile(curve=((0.0, 0.0), (1.0, 1.0)), max=1.0)
+    return replace(load_profile("server"), name="default", description="Strength equals pressure", strength=linear)
+
+
+def _check_free(base: nn.Module) -> None:
+    model = plain_base(base)
+    if "controller" in model.__dict__:
+        raise MergeStateError("this model has a dial already: call model.controller.close() and model.unload() first.")
+    if layers := remoe_layers(model):
+        names = sorted(set().union(*(layer.adapters for layer in layers.values())))
+        raise AdapterConflictError(
+            f"REMOE adapters ({', '.join(names)}) are on this model, and a family replaces them: take them off first "
+            "(model.unload())."
+        )
+
+
+def _base_id(base: str | os.PathLike[str] | nn.Module) -> str:
+    if not isinstance(base, nn.Module):
+        return os.fspath(base)
+    return str(
+        getattr(getattr(plain_base(base), "config", None), "_name_or_path", "") or type(plain_base(base)).__name__
+    )
+
+
+def _family(family: str | os.PathLike[str] | Family | None, profile: DeviceProfile, base_id: str) -> Family:
+    if family is None:
+        family = profile.families.get(base_id)
+    if family is None:
+        known = ", ".join(name for name, path in profile.families.items() if path) or "none"
+        raise FamilyError(
+            f"no family is given for {base_id!r}, and profile {profile.name} knows families for: {known}. Train one "
+            f"with `remoe train {base_id} --data FILE --strengths 0.25,0.5,1.0 --out FAMILY` and pass family='FAMILY'."
+        )
+    loaded = family if isinstance(family, Family) else Family.load(family)
+    if not loaded.points:
+        raise FamilyError(f"{loaded} has no points yet: add one with add_point, or train it with `remoe train`.")
+    return loaded
+
+
+def _load(base: str | os.PathLike[str], kwargs: dict[str, Any]) -> nn.Module:
+    """The model class that generates text for this configuration; AutoModel when there is none."""
+    path = os.fspath(base)
+    try:
+        config_kwargs = {
+            key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs
+        }
+        config = kwargs.get("config") or AutoConfig.from_pretrained(path, **config_kwargs)
+        known = (getattr(transformers, name) for name in _AUTO_CLASSES)
+        loader = next((auto for auto in known if type(config) in auto._model_mapping), None)
+        if loader is None:
+            remote = getattr(config, "auto_map", None) or {}
+            loader = next((getattr(transformers, name) for name in _AUTO_CLASSES if name in remote), AutoModel)
+        model = loader.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"base {path!r} cannot be loaded ({reason}): give a model folder or a hub id.") from error
+    assert isinstance(model, nn.Module)
+    return model

@@ -1,0 +1,137 @@
+"""Live router weights at any strength of a family, in place: the only writer of strength.
+
+The live weights are the base routers' own tensors; their storage never moves, so compiled graphs and captured pointers
+stay valid. `stage` does the arithmetic, off the hot path; `commit` is one `torch._foreach_copy_`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from remoe_adapt.errors import MergeStateError, RouterNotFoundError
+from remoe_adapt.family import Family
+from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
+
+Placement = tuple[tuple[torch.device, torch.dtype], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """Router weights of one strength, ready to be copied; `placement` is where the live ones were when it was made."""
+
+    strength: float
+    weights: tuple[Tensor, ...]
+    placement: Placement
+
+
+class ResidentRouters:
+    """The wrapped routers of one model under one family. Not thread-safe: the controller decides who calls when.
+
+    model: its routers are RemoeLayers without merged adapters; they enter resident mode. The points of the family and
+    the base are kept precomputed in the dtype and on the device of the model, which may be moved or cast later.
+
+    Raises RouterNotFoundError when nothing is wrapped, MergeStateError when adapters are merged or another dial is on,
+    FamilyError when the family has routers that the model lacks. The model is unchanged then.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        layers = remoe_layers(model)
+        if not layers:
+            raise RouterNotFoundError(f"{type(model).__name__} has no wrapped router: use get_remoe_model.")
+        self.family = family
+        self._layers: dict[str, RemoeLayer] = layers
+        self._placement: Placement = ()
+        self._points: dict[float, tuple[Tensor, ...]] = {}
+        held: list[RemoeLayer] = []
+        try:
+            with _writing(False):
+                for layer in layers.values():
+                    layer.hold()
+                    held.append(layer)
+            self._precompute()
+        except BaseException:
+            for layer in held:
+                layer.release()
+            raise
+        self.strength = 0.0
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The live weights [E, D], in model order."""
+        return [layer.base_weight_ED for layer in self._layers.values()]
+
+    def stage(self, strength: float) -> Staged:
+        """Weights of `strength`, computed (or looked up, for the base and the stored points) but not yet live.
+
+        Raises FamilyError for a strength outside [0, 1], MergeStateError when the routers were let go.
+        """
+        with _writing(False):
+            if self._placement != self._placement_now():
+                self._precompute()
+            weights = self._points.get(strength)
+            if weights is None:
+                weights = tuple(self.family.live(strength, self._base()).values())
+                _finish_queued_work(self._placement)
+        return Staged(strength, weights, self._placement)
+
+    def commit(self, staged: Staged, *, alone: bool = True) -> None:
+        """Make staged weights live, in place. No forward of the model may be in flight.
+
+        alone: all forwards queued on an accelerator were queued by this thread; else the device is waited for.
+        """
+        if staged.placement != self._placement_now():  # the model was moved or cast after staging
+            staged = self.stage(staged.strength)
+        live = self.weights
+        if not alone:
+            _finish_queued_work(staged.placement)
+        with _writing(live[0].is_inference()):
+            torch._foreach_copy_(live, list(staged.weights))
+        if live[0].is_cuda:
+            for weight_ED in staged.weights:  # their memory may be reused only after the copy
+                weight_ED.record_stream(torch.cuda.current_stream(weight_ED.device))
+        if not alone:
+            _finish_queued_work(staged.placement)
+        self.strength = staged.strength
+
+    def release(self, *, keep_live: bool = False) -> None:
+        """Leave resident mode: with the base weights bit for bit, or with the live ones as the new base."""
+        with _writing(self.weights[0].is_inference()):
+            for layer in self._layers.values():
+                layer.release(keep_live=keep_live)
+        self._points, self._placement = {}, ()
+        self.strength = self.strength if keep_live else 0.0
+
+    def _base(self) -> dict[str, Tensor]:
+        return {name: layer.original_weight_ED for name, layer in self._layers.items()}
+
+    def _precompute(self) -> None:
+        base = self._base()
+        self._points = {0.0: tuple(base.values())}  # the kept originals themselves
+        self._points |= {s: tuple(self.family.live(s, base).values()) for s in self.family.strengths}
+        self._placement = self._placement_now()
+        _finish_queued_work(self._placement)
+
+    def _placement_now(self) -> Placement:
+        if not all(layer.resident for layer in self._layers.values()):
+            raise MergeStateError("the dial has let go of these routers: call get_remoe_model again.")
+        return tuple((weight_ED.device, weight_ED.dtype) for weight_ED in self.weights)
+
+
+@contextmanager
+def _writing(inference_tensors: bool) -> Iterator[None]:
+    """No gradients; outside inference mode whatever the caller is under, so that what is made is an ordinary tensor.
+
+    inference_tensors: inside it, because weights that were made there take writes nowhere else.
+    """
+    with torch.inference_mode(inference_tensors), torch.no_grad():
+        yield
+
+
+def _finish_queued_work(placement: Placement) -> None:
+    for device in {device for device, _ in placement if device.type != "cpu"}:
+        torch.accelerator.synchronize(device)
