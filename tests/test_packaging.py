@@ -23,6 +23,12 @@ from typing import Any
 import pytest
 
 PROFILES = {"orin-8gb", "orin-nx-16gb", "rpi5-8gb", "laptop-16gb", "rtx-8gb", "rtx-24gb", "server"}
+# Running the package's root loads torch and peft: once, for the wheel, is enough; elsewhere it is only located.
+RUN_ROOT = "import remoe_adapt"
+LOCATE_ROOT = """
+import importlib.util, sys
+sys.modules["remoe_adapt"] = importlib.util.module_from_spec(importlib.util.find_spec("remoe_adapt"))
+"""
 PROBE = """
 import importlib.util, json
 import remoe_adapt, remoe_adapt.profiles, remoe_adapt.triton_kernels
@@ -72,7 +78,7 @@ def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def install(folder: Path, *what: str | Path) -> dict[str, Any]:
+def install(folder: Path, *what: str | Path, root: str) -> dict[str, Any]:
     """Installs into a new environment in `folder` and returns what PROBE finds there, run from yet another folder."""
     builder = venv.EnvBuilder(with_pip=False, symlinks=True)
     builder.create(folder / "env")
@@ -85,7 +91,7 @@ def install(folder: Path, *what: str | Path) -> dict[str, Any]:
     assert (folder / "env" / "bin" / "remoe").is_file()
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
-    found: dict[str, Any] = json.loads(run(python, "-W", "error", "-c", PROBE, cwd=elsewhere))
+    found: dict[str, Any] = json.loads(run(python, "-W", "error", "-c", f"{root}\n{PROBE}", cwd=elsewhere))
     return {**found, "site": str(site)}
 
 
@@ -101,7 +107,7 @@ def test_wheel_holds_kernels_and_profiles_inside_the_package(wheel: Path, repo_r
 
 
 def test_installed_wheel_works_from_anywhere(wheel: Path, tmp_path: Path) -> None:
-    found = install(tmp_path, wheel)
+    found = install(tmp_path, wheel, root=RUN_ROOT)
     for key in ("package", "kernels", "profiles"):
         assert Path(found[key]).is_relative_to(Path(found["site"]) / "remoe_adapt"), found
     assert set(found["names"]) >= PROFILES and found["strength"] == 1.0
@@ -109,7 +115,7 @@ def test_installed_wheel_works_from_anywhere(wheel: Path, tmp_path: Path) -> Non
 
 
 def test_editable_install_works_from_anywhere(sources: Path, tmp_path: Path) -> None:
-    found = install(tmp_path, "--editable", sources)
+    found = install(tmp_path, "--editable", sources, root=LOCATE_ROOT)
     assert Path(found["package"]) == sources / "remoe_adapt" / "__init__.py"
     assert Path(found["kernels"]) == sources / "triton_kernels" / "__init__.py"
     assert Path(found["profiles"]) == sources / "profiles" / "__init__.py"
