@@ -6,6 +6,7 @@ import copy
 import warnings
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from remoe_adapt.errors import (
@@ -38,6 +39,10 @@ def resolve_targets(config: RemoeConfig, model: nn.Module) -> tuple[RouterRef, .
         routers = discover_routers(model)
         config.fill(target_modules=_of_layers(config, routers))
         return routers
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        raise ConfigError(
+            f"target_modules={config.target_modules!r}: REMOE adapts routers only; leave it out for all of them."
+        )
     by_name = {router.name: router for router in survey.found}
     refused = dict(survey.refused)
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
