@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_families import BASE_ID, save_adapter, tiny_family
 from tiny_models import HIDDEN, LAYERS, NUM_EXPERTS, tiny_model
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
@@ -23,7 +25,10 @@ from remoe_adapt.tuner import remoe_layers
 
 @pytest.fixture(scope="module")
 def base() -> PreTrainedModel:
-    return tiny_model("qwen2_moe").to(torch.bfloat16)
+    model: Any = tiny_model("qwen2_moe")
+    model.to(torch.bfloat16)
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,8 @@ def test_what_is_written_is_the_format_of_the_design_and_is_read_back(base: PreT
 
 
 def test_a_point_is_a_plain_peft_adapter_with_the_same_weights(family_dir: Path) -> None:
-    model = tiny_model("qwen2_moe").to(torch.bfloat16)
+    model: Any = tiny_model("qwen2_moe")
+    model.to(torch.bfloat16)
     base_weights = {name: w.clone() for name, w in original_weights(model).items()}
     family = Family.load(family_dir)
     for strength, adapter in ((0.25, "s025"), (1.0, "s100")):
@@ -93,13 +99,14 @@ def test_live_is_the_cast_of_the_interpolated_sum(family_dir: Path, dtype: torch
     points = {point.strength: point.deltas for point in family.points}
     weights = {name: torch.randn_like(delta).to(dtype) for name, delta in points[1.0].items()}
     exact = torch.promote_types(dtype, torch.float32)
-    for strength, mix in {
+    mixes: dict[float, Callable[[str], Tensor]] = {
         0.1: lambda n: points[0.25][n] * 0.4,
         0.25: lambda n: points[0.25][n],
         0.4: lambda n: torch.lerp(points[0.25][n], points[0.5][n], 0.6),
         0.75: lambda n: torch.lerp(points[0.5][n], points[1.0][n], 0.5),
         1.0: lambda n: points[1.0][n],
-    }.items():
+    }
+    for strength, mix in mixes.items():
         for name, live_ED in family.live(strength, weights).items():
             expected_ED = (weights[name].to(exact) + mix(name)).to(dtype)
             torch.testing.assert_close(live_ED, expected_ED, rtol=1e-5 if dtype.itemsize > 2 else 1e-2, atol=1e-6)
@@ -262,7 +269,7 @@ def test_corrupt_and_foreign_adapters_are_refused(copied: Path, base: PreTrained
         Family.load(copied)
     shutil.rmtree(copied / "s050")
     lora = get_peft_model(tiny_model("qwen2_moe"), LoraConfig(target_modules=["q_proj"]))
-    lora.save_pretrained(copied / "s050")
+    lora.save_pretrained(str(copied / "s050"))
     with pytest.raises(FamilyError, match="'LORA'"):
         Family.load(copied)
 

@@ -21,7 +21,7 @@ def save_adapter(model: nn.Module, folder: Path, *, seed: int, rank: int | None 
     """A saved REMOE adapter of random deltas for a copy of `model`."""
     torch.manual_seed(seed)
     peft_model = get_peft_model(copy.deepcopy(model), RemoeConfig(init_weights=False, rank=rank))
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(str(folder))
     return folder
 
 

@@ -166,6 +166,7 @@ class Gate:
         with self.lock:
             self._sessions -= 1
             self._close_forward(session)
+            self.swap_if_idle()  # a target that came during the last step
 
     def _close_forward(self, session: Session) -> None:
         if session in self._in_flight:

@@ -1,0 +1,226 @@
+"""The dial by hand: targets in, swaps between forwards out, and the model left as it was."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tiny_families import tiny_family
+from tiny_models import tiny_model
+from torch import Tensor
+from transformers import DynamicCache
+from watched_decoding import IDS, Watch, each, generate, run_all
+
+from remoe_adapt import load_profile
+from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.family import Family, original_weights
+from remoe_adapt.runtime.controller import Controller
+from remoe_adapt.runtime.load import get_remoe_model
+from remoe_adapt.tuner import remoe_layers
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    made = tiny_family(tiny_model("qwen2_moe"), tmp_path_factory.mktemp("controller") / "family")
+    return Family.load(made.path)
+
+
+@pytest.fixture
+def model(family: Family) -> PeftModel:
+    model = get_remoe_model(tiny_model("qwen2_moe"), family=family)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def logits_of(model: PeftModel) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=IDS).logits
+    return logits
+
+
+def test_setting_pressure_takes_effect_for_the_next_forward(model: PeftModel) -> None:
+    base = logits_of(model)
+    model.controller.set_pressure(0.8)
+    assert model.controller.strength == 0.8
+    strong = logits_of(model)
+    assert not torch.equal(strong, base)
+    model.controller.set_pressure(None)
+    assert torch.equal(logits_of(model), base) and model.controller.status()["pressure"] is None
+    other = threading.Thread(target=model.controller.set_pressure, args=(0.8,))
+    other.start()
+    other.join()
+    assert torch.equal(logits_of(model), strong), "from another thread too, when nothing runs"
+
+
+def test_pressure_goes_through_the_profile_s_curve_and_maximum_and_strength_does_not(family: Family) -> None:
+    model = get_remoe_model(tiny_model("qwen2_moe"), "orin-8gb", family)
+    curve = load_profile("orin-8gb")
+    for pressure in (0.0, 0.25, 0.5, 0.7, 0.9, 1.0):
+        model.controller.set_pressure(pressure)
+        assert model.controller.strength == curve.strength_at(pressure)
+    assert "orin-8gb" in model.controller.status()["reason"]
+    server = get_remoe_model(tiny_model("qwen2_moe"), "server", family)
+    server.controller.set_pressure(np.float32(1.0))
+    assert server.controller.strength == 0.5 == load_profile("server").strength.max
+    server.controller.set_strength(1)
+    assert server.controller.strength == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.01, 1.01, "0.5", True, [0.5], torch.tensor(2.0)])
+def test_bad_values_are_refused_by_name_and_change_nothing(model: PeftModel, value: Any) -> None:
+    model.controller.set_pressure(0.3)
+    before = model.controller.status()
+    with pytest.raises(ConfigError, match="pressure"):
+        model.controller.set_pressure(value)
+    with pytest.raises(ConfigError, match="strength"):
+        model.controller.set_strength(value)
+    with pytest.raises(ConfigError):
+        model.controller.set_strength(None)
+    assert model.controller.status() == before
+
+
+def test_status_is_json_and_says_what_happened(model: PeftModel) -> None:
+    start = model.controller.status()
+    assert json.loads(json.dumps(start)) == start
+    assert (start["swaps"], start["strength"], start["swap_ms"], start["waiting"]) == (0, 0.0, None, False)
+    for strength in (0.3, 0.3, 0.6):  # the second is no swap
+        model.controller.set_strength(strength)
+    status = model.controller.status()
+    assert status["swaps"] == 2 and status["strength"] == status["target"] == 0.6
+    assert status["swap_ms"] > 0 and status["swap_ms_median"] > 0 and status["stage_ms_median"] > 0
+    assert status["reason"] == "strength 0.6 was set by hand" and status["points"] == [0.25, 0.5, 1.0]
+    assert status["running"] == 0 and status["base"] == "tests/tiny-base"
+
+
+def manual_decode(model: PeftModel, schedule: list[float]) -> tuple[list[int], list[Tensor]]:
+    """Greedy decoding with one strength per forward, without generate."""
+    cache, ids, tokens, logits = DynamicCache(), IDS, [], []
+    with torch.no_grad():
+        for strength in schedule:
+            model.controller.set_strength(strength)
+            model.controller.step()
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            logits.append(out.logits[:, -1])
+            ids = out.logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+    return tokens, logits
+
+
+def test_swaps_between_tokens_of_generate_equal_a_manual_loop(family: Family) -> None:
+    schedule = [0.0, 1.0, 0.35, 0.35, 0.0, 0.7, 1.0, 0.1]
+    tokens, logits = manual_decode(get_remoe_model(tiny_model("qwen2_moe"), family=family), schedule)
+    model = get_remoe_model(tiny_model("qwen2_moe"), family=family)
+    model.generation_config.eos_token_id = None
+    model.controller.set_strength(schedule[0])
+    waiting = []
+
+    def turn(step: int) -> None:
+        if step + 1 < len(schedule):
+            model.controller.set_strength(schedule[step + 1])
+            waiting.append((model.controller.strength, model.controller.status()["waiting"]))
+
+    out = generate(model, len(schedule), logits_processor=each(turn), output_logits=True, return_dict_in_generate=True)
+    assert out.sequences[0, IDS.shape[1] :].tolist() == tokens
+    for mine, expected in zip(out.logits, logits, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
+    assert len({tuple(part.flatten().tolist()) for part in logits}) == len(schedule)
+    # Inside generate a target only waits: what is live is still the strength of the forward before.
+    assert waiting == [(now, now != then) for now, then in itertools.pairwise(schedule)]
+
+
+@pytest.mark.parametrize("mode", ["beam", "assisted", "chunked"])
+def test_other_decoding_loops_have_boundaries_too(model: PeftModel, family: Family, mode: str) -> None:
+    watch = Watch(model, family, [0.0, 0.25, 0.5, 1.0])
+    options: dict[str, dict[str, Any]] = {
+        "beam": {"num_beams": 2},
+        "assisted": {"prompt_lookup_num_tokens": 2},
+        "chunked": {"prefill_chunk_size": 2},
+    }
+    turns = each(lambda step: model.controller.set_strength([0.25, 0.5, 1.0][step % 3]))
+    generate(model, 6, logits_processor=turns, **options[mode])
+    assert len(watch.check()) >= 3 and model.controller.status()["running"] == 0
+
+
+def test_a_stepped_loop_owns_its_swaps(model: PeftModel) -> None:
+    model.controller.step()
+    run_all(lambda: model.controller.set_strength(0.5))
+    assert model.controller.strength == 0.0 and model.controller.status()["reason"].endswith("waits for the next step")
+    with model.controller.step():
+        assert model.controller.strength == 0.5 and model.controller.status()["running"] == 1
+        run_all(lambda: model.controller.set_strength(1.0), lambda: generate(model, 2))
+        assert model.controller.strength == 0.5, "a generate in another thread must not swap under this forward"
+    model.controller.set_strength(0.25)
+    assert model.controller.strength == 0.25, "the loop's own thread is between two forwards"
+
+
+def test_close_restores_everything_and_waits_for_forwards(family: Family) -> None:
+    base: Any = tiny_model("qwen2_moe")
+    names = set(base.__dict__)
+    before = [weight.detach().clone() for weight in original_weights(base).values()]
+    with get_remoe_model(base, family=family).controller as controller:
+        model: Any = controller._model
+        model.generation_config.eos_token_id = None
+        controller.set_strength(1.0)
+        watch = Watch(model, family, [0.0, 1.0])
+        started = threading.Event()
+        run_all(
+            lambda: generate(model, 30, logits_processor=each(lambda _: started.set())),
+            lambda: (started.wait(30), controller.close())[1],
+        )
+        assert watch.check() == {0.0, 1.0}
+    weights = list(original_weights(base).values())
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(weights, before, strict=True))
+    assert set(base.__dict__) - names <= {"peft_config", "_hf_peft_config_loaded"}
+    assert controller.status()["closed"] and controller.strength == 0.0
+    with pytest.raises(MergeStateError, match="closed"):
+        controller.set_strength(0.5)
+    with pytest.raises(MergeStateError, match="closed"):
+        controller.set_pressure(None)
+    controller.close()
+    assert generate(model).shape[1] == IDS.shape[1] + 8
+
+
+def test_close_inside_a_forward_is_refused(model: PeftModel) -> None:
+    layer = next(iter(remoe_layers(model).values()))
+    handle = layer.register_forward_hook(lambda *_: model.controller.close())
+    with pytest.raises(MergeStateError, match="inside a forward"):
+        generate(model, 2)
+    handle.remove()
+    assert model.controller.status()["running"] == 0 and generate(model, 2) is not None
+
+
+def test_nothing_is_saved_or_copied_by_accident(model: PeftModel, tmp_path: Any) -> None:
+    model.controller.set_strength(0.5)
+    targets: tuple[Any, ...] = (model, model.get_base_model())
+    for target in targets:
+        with pytest.raises(MergeStateError, match=r"strength 0\.5"):
+            target.save_pretrained(tmp_path)
+        with pytest.raises(MergeStateError, match="close"):
+            copy.deepcopy(target)
+    assert not list(tmp_path.iterdir())
+    model.controller.close()
+    copied: Any = copy.deepcopy(model)
+    copied.save_pretrained(tmp_path)
+    assert (tmp_path / "dial" / "adapter_config.json").exists()
+
+
+def test_merge_and_unload_keeps_the_strength_and_unload_the_base(family: Family, tmp_path: Any) -> None:
+    for strength, unload in ((0.6, "merge_and_unload"), (0.6, "unload")):
+        base: Any = tiny_model("qwen2_moe")
+        before = {name: weight.detach().clone() for name, weight in original_weights(base).items()}
+        model = get_remoe_model(base, family=family)
+        controller: Controller = model.controller
+        controller.set_strength(strength)
+        plain: Any = getattr(model, unload)()
+        assert plain is base and not remoe_layers(plain) and controller.status()["closed"]
+        expected = family.live(strength, before) if unload == "merge_and_unload" else before
+        for name, weight in original_weights(plain).items():
+            assert torch.equal(weight, expected[name])
+        plain.save_pretrained(tmp_path / unload)
