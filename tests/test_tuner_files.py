@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, NUM_EXPERTS, tiny_model
 from torch import Tensor, nn
@@ -265,6 +266,24 @@ def test_state_dicts_are_checked_before_the_first_tensor_is_copied(damage: str, 
         with pytest.raises(AdapterCorruptError):
             model.load_state_dict({f"{key}.default": value for key, value in tensors.items()}, strict=False)
         assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "header"])
+def test_a_file_that_transformers_cannot_read_has_no_effect(damage: str, saved: Any, tmp_path: Path) -> None:
+    base, adapter, _ = saved
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = logits(model)
+    with pytest.raises(SafetensorError):
+        model.load_adapter(str(damaged(adapter, tmp_path, damage)), "mine")
+    assert torch.equal(logits(model), before)
+
+
+def test_transformers_own_loading_takes_no_nan(saved: Any, tmp_path: Path) -> None:
+    base, adapter, _ = saved
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(AdapterCorruptError, match="adapter 'mine' in the file loaded holds NaN or Inf"):
+        model.load_adapter(str(damaged(adapter, tmp_path, "nan")), "mine")
+    assert torch.isfinite(logits(model)).all()
 
 
 def test_a_bad_file_that_only_torch_reads_is_taken_back_out(saved: Any, tmp_path: Path) -> None:

@@ -19,6 +19,19 @@ from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.mixed_batch import mixed_forward
 
 
+class RouterTensors(nn.ParameterDict):
+    """Tensors of one kind by adapter name. What is put in must be finite: transformers' own adapter loading sets
+    parameters one by one and has no other place to check.
+
+    Raises AdapterCorruptError.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):
+            check_finite(f"the tensor of adapter {name!r}", value.detach(), "the file loaded")
+        super().__setattr__(name, value)
+
+
 class RemoeLayer(nn.Module, BaseTunerLayer):
     """Wraps a router and runs it with the weight cast(fp32(W) + sum of active deltas).
 
@@ -34,9 +47,9 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.spec = spec
         self._weight_path = tuple(spec.weight_name.split("."))
-        self.remoe_delta = nn.ParameterDict()
-        self.remoe_A = nn.ParameterDict()
-        self.remoe_B = nn.ParameterDict()
+        self.remoe_delta = RouterTensors()
+        self.remoe_A = RouterTensors()
+        self.remoe_B = RouterTensors()
         self.out_features, self.in_features = self.base_weight_ED.shape
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -150,6 +163,8 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: RemoeConfig) -> None:
         """Add the adapter, or start it anew: zero delta, or a random one with `init_weights=False`.
 
+        In inference mode it waits for its weights, so it is zero in any case: a load that fails changes nothing.
+
         Random entries have the standard deviation 1 / sqrt(D), which moves logits of normalised inputs by about 1:
         enough to change which experts are chosen.
 
@@ -161,18 +176,19 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
         device, dtype = weight_ED.device, _compute_dtype(weight_ED)
         rows, columns = weight_ED.shape
         spread = 1.0 / math.sqrt(columns)
+        at_random = not config.init_weights and not config.inference_mode
         for values in (self.remoe_delta, self.remoe_A, self.remoe_B):
             if adapter_name in values:
                 del values[adapter_name]
         if config.rank is None:
             delta_ED = torch.zeros(rows, columns, device=device, dtype=dtype)
-            if not config.init_weights:
+            if at_random:
                 delta_ED.normal_(0.0, spread)
             self.remoe_delta[adapter_name] = nn.Parameter(delta_ED)
         else:
             a_RD = torch.empty(config.rank, columns, device=device, dtype=dtype).normal_(0.0, spread)
             b_ER = torch.zeros(rows, config.rank, device=device, dtype=dtype)
-            if not config.init_weights:
+            if at_random:
                 b_ER.normal_(0.0, 1.0 / math.sqrt(config.rank))
             self.remoe_A[adapter_name] = nn.Parameter(a_RD)
             self.remoe_B[adapter_name] = nn.Parameter(b_ER)

@@ -44,13 +44,15 @@ def mixed_batch(
     merged, and when the batch has another length.
     """
     layers = list(layers)
-    names = _checked(model, layers, own_names, adapter_names, batch_size(args, kwargs))
+    outer = batch_size(args, kwargs)
+    names = _checked(model, layers, own_names, adapter_names, outer)
     current = names
 
     def on_model(_: nn.Module, call_args: Any, call_kwargs: Any) -> None:
         nonlocal current
         samples = batch_size(call_args, call_kwargs) or len(names)
-        if samples % len(names):
+        # Only a call whose own batch was compared above may repeat it; PEFT's task classes hide theirs in forward.
+        if samples % len(names) if outer is not None else samples != len(names):
             raise ValueError(_length_message(len(names), samples))
         current = [name for name in names for _ in range(samples // len(names))]
 
@@ -85,8 +87,10 @@ def _checked(
         )
     if unknown := sorted(set(adapter_names) - {BASE} - own_names):
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-    if not adapter_names or (samples is not None and samples != len(adapter_names)):
-        raise ValueError(_length_message(len(adapter_names), samples or 0))
+    if not adapter_names:
+        raise ValueError("`adapter_names` is empty: give one adapter name per sample.")
+    if samples is not None and samples != len(adapter_names):
+        raise ValueError(_length_message(len(adapter_names), samples))
     return list(adapter_names)
 
 

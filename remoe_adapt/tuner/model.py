@@ -131,7 +131,9 @@ class RemoeModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         if current_key not in self._specs:
-            raise AdapterCorruptError(f"the state dict has a delta for {current_key}, which is no router of this model.")
+            raise AdapterCorruptError(
+                f"the state dict has a delta for {current_key}, which is no router of this model."
+            )
         layer = RemoeLayer(target, adapter_name, peft_config, self._specs[current_key])
         if adapter_name not in self.active_adapters:
             # An additional adapter is not trainable by itself.
