@@ -72,7 +72,7 @@ class Tally:
         for (document, _), ids_LTK in sorted(self.ids.items(), key=lambda item: item[0]):
             documents.setdefault(document, []).append(ids_LTK)
         joined = [np.concatenate(parts, axis=1) for parts in documents.values()]
-        return make_trace(joined, num_experts, phase=phase, model=None, text=None)
+        return make_trace(joined, num_experts, phase=phase)
 
     def row(
         self, strength: float | None, base: Tally, control: Tally | None, trace: Trace,
@@ -254,7 +254,13 @@ def certify(family: Family, result: Mapping[str, Any]) -> None:
 
 
 def evaluate_tasks(
-    model: nn.Module, tokenizer: Any, family: Family | None, tasks: Sequence[str], limit: int | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    family: Family | None,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    *,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Scores of lm-eval tasks per arm: `{"base", "control", "points"}` of `{strength, tasks: {task: {metric: value}}}`.
 
@@ -275,7 +281,7 @@ def evaluate_tasks(
     if unknown:
         raise DataError(f"lm-eval has no task {', '.join(map(repr, unknown))}: see `lm_eval ls tasks`")
     rows: dict[Arm, dict[str, Any]] = {}
-    with arms_of(model, family) as arms, inference(model):
+    with arms_of(model, family, force=force) as arms, inference(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
         for arm in arms:
             arms.use(arm)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remoe_adapt.errors import ConfigError, TraceError
 from remoe_adapt.routers.discover import discover_routers
@@ -100,6 +102,25 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """(model, tokenizer) by their transformers auto classes; `dtype` "auto" means as stored.
+
+    Raises:
+        ConfigError: nothing loadable is there, or `device` or `dtype` is unknown; with the reason in one line.
+    """
+    name = str(path_or_hub_id)
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"unknown dtype {dtype!r}: use auto, float32, bfloat16 or float16")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model.to(target).eval(), tokenizer
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"cannot load the model {name} on {target}: {reason}") from error
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's input goes: the device of its first parameter."""
     return next(model.parameters()).device
@@ -158,7 +179,12 @@ def windows(lengths: Sequence[int], window: int) -> list[Window]:
 
 
 def make_trace(
-    documents: Sequence[NDArray[np.int16]], num_experts: int, *, phase: str, model: str | None, text: str | None
+    documents: Sequence[NDArray[np.int16]],
+    num_experts: int,
+    *,
+    phase: str,
+    model: str | None = None,
+    text: str | None = None,
 ) -> Trace:
     """One trace of documents int16 [L, T_d, K], in order.
 
@@ -219,6 +245,19 @@ class Decoder:
             raise TraceError(f"{type(self._model).__name__} returns no KV cache: its decode cannot be recorded")
         logits_V: Tensor = output.logits[0, -1]
         return logits_V
+
+
+def prompts_from(documents: Sequence[Sequence[int]], length: int, count: int) -> list[list[int]]:
+    """Up to `count` (at least one) pieces of `length` tokens, evenly spread over the documents.
+
+    Raises:
+        ConfigError: pieces of no token.
+    """
+    if length < 1:
+        raise ConfigError(f"a prompt of {length} tokens continues nothing: use at least 1")
+    pieces = [list(ids[begin : begin + length]) for ids in documents for begin in range(0, len(ids), length)]
+    count = max(1, min(count, len(pieces)))
+    return [pieces[number * len(pieces) // count] for number in range(count)] if pieces else []
 
 
 def record_decode(

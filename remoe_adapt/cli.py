@@ -1,0 +1,346 @@
+"""The command line. Commands return what they found; `command` prints it, as tables or as one JSON object.
+
+Standard output belongs to the result; progress, logs and errors go to standard error. Exit status: 0 done, 1 failed,
+2 bad usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from remoe_adapt import __version__, report
+from remoe_adapt import cli_options as opt
+from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.report import progress
+
+app = typer.Typer(
+    name="remoe",
+    help="A dial between quality and expert reuse for mixture-of-experts models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+profiles_app = typer.Typer(help="Device profiles: list, show, check.", no_args_is_help=True)
+bench_app = typer.Typer(help="Benchmarks, each against its named baselines.", no_args_is_help=True)
+app.add_typer(profiles_app, name="profiles")
+app.add_typer(bench_app, name="bench")
+
+Found = tuple[Mapping[str, Any], list[RenderableType]]
+
+
+def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Found]], Callable[..., None]]:
+    """Registers a command that returns (JSON object, what to show); "ok": False in the object means exit status 1."""
+
+    def register(function: Callable[..., Found]) -> Callable[..., None]:
+        @group.command(name)
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            as_json = kwargs["as_json"]
+            # Libraries that print must not break the one JSON object.
+            keep_clean = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+            try:
+                with keep_clean:
+                    result, shown = function(*args, **kwargs)
+            except (RemoeError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                raise typer.Exit(1) from error
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                raise typer.Exit(130) from None
+            if int(os.environ.get("RANK", "0")):
+                return  # of several processes of a launcher one speaks
+            if as_json:
+                print(json.dumps(result, default=str))
+            else:
+                console = Console(width=None if sys.stdout.isatty() else 160)
+                for renderable in shown:
+                    console.print(Text(renderable) if isinstance(renderable, str) else renderable)
+            if result.get("ok") is False:
+                raise typer.Exit(1)
+
+        return run
+
+    return register
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: opt.Version = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@command(app, "demo")
+def demo(
+    model: opt.ShippedModel = None, family: opt.FamilyPath = None, data: opt.MoreData = None,
+    tokens: opt.DemoTokens = 1600, max_new_tokens: opt.SampleTokens = 60, max_seconds: opt.MaxSeconds = 120.0,
+    force: opt.Force = False, as_json: opt.Json = False,
+) -> Found:  # fmt: skip
+    """Decode a small MoE at every strength, offline: expert reuse, hit rate, perplexity, time per token."""
+    from remoe_adapt.demo import run_demo
+
+    with progress("decoding") as (total, advance):
+        result = run_demo(
+            model, family, data=data or (), tokens=tokens, new_tokens=max_new_tokens, max_seconds=max_seconds,
+            force=force, on_start=total, on_tokens=advance,
+        )  # fmt: skip
+    return result, [report.demo_table(result), *report.demo_samples(result), report.demo_meaning(result)]
+
+
+@command(app, "train")
+def train(
+    model: opt.Model, data: opt.Data, out: opt.FamilyOut, strengths: opt.Strengths = "0.25,0.5,1.0",
+    reuse_weight: opt.ReuseWeight = None, smooth_weight: opt.SmoothWeight = None, lag_weight: opt.LagWeight = None,
+    ws_weight: opt.WsWeight = None, kl_weight: opt.KlWeight = None, steps: opt.Steps = None, batch: opt.Batch = None,
+    accumulate: opt.Accumulate = None, length: opt.Length = None, lr: opt.Lr = None, mode: opt.Mode = None,
+    rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
+    device: opt.Device = None, as_json: opt.Json = False,
+) -> Found:  # fmt: skip
+    """Train a family of router adapters, and the control that shows what training alone would do."""
+    given: dict[str, Any] = dict(locals())
+    from remoe_adapt.evaluate import certify, evaluate
+    from remoe_adapt.record import load_base
+    from remoe_adapt.training.run import TrainOptions, held_out_documents, train_family
+
+    options = TrainOptions(**{f.name: given[f.name] for f in fields(TrainOptions) if given.get(f.name) is not None})
+    family = train_family(
+        model, data, _numbers(strengths), out, options=options, resume=resume, control=control, device=device
+    )
+    base, tokenizer = load_base(model, device=device)
+    result: dict[str, Any] = {"family": str(out), "strengths": list(family.strengths), "control": None}
+    documents = held_out_documents(data, tokenizer, base, options)
+    # Of the processes of a distributed run one measures.
+    if not documents or int(os.environ.get("RANK", "0")):
+        return result, [f"family written to {out}"]
+    with progress("measuring on held-out parts of the data") as (total, advance):
+        total(sum(map(len, documents)) * (1 + len(family.points) + (family.control is not None)))
+        measured = evaluate(base, documents, family=family, on_tokens=advance)
+    measured["data"] = [f"held-out part of {path.name}" for path in data]
+    certify(family, measured)
+    return result | measured, [report.eval_table(measured), f"family written to {out}"]
+
+
+@command(app, "eval")
+def evaluate_command(
+    model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
+    policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
+    tasks: opt.Tasks = None, limit: opt.Limit = None, plot: opt.Plot = None, certified: opt.Certify = False,
+    device: opt.Device = None, dtype: opt.Dtype = "auto", force: opt.Force = False, as_json: opt.Json = False,
+) -> Found:  # fmt: skip
+    """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores."""
+    from remoe_adapt.evaluate import certify, evaluate, evaluate_tasks, read_shared
+    from remoe_adapt.family import Family
+    from remoe_adapt.record import load_base
+
+    if not data and not tasks:
+        raise typer.BadParameter("give --data FILE (repeat for more), or --tasks")
+    if certified and not (family and data):
+        raise typer.BadParameter("--certify needs --family and --data")
+    points = None if family is None else Family.load(family)
+    base, tokenizer = load_base(model, device=device, dtype=dtype)
+    result: dict[str, Any] = {"model": model, "family": family}
+    shown: list[RenderableType] = []
+    if data:
+        documents = read_shared(data, tokenizer, max_tokens)
+        arms = 1 + (0 if points is None else len(points.points) + (points.control is not None))
+        with progress("scoring", sum(map(len, documents)) * arms) as (_, advance):
+            result |= evaluate(
+                base, documents, family=points, policies=policy, caches=cache, window=window, force=force,
+                on_tokens=advance,
+            )  # fmt: skip
+        result["data"] = [path.name for path in data]
+        shown.append(report.eval_table(result))
+        if plot is not None:
+            report.plot_frontier(result, plot)
+            shown.append(f"plot written to {plot}")
+        if certified and points is not None:
+            certify(points, result)
+            shown.append(f"certificates written to {points.path}")
+    if tasks:
+        scores = evaluate_tasks(base, tokenizer, points, _words(tasks), limit, force=force)
+        result["tasks"] = scores
+        shown.append(report.task_table(scores))
+    return result, shown
+
+
+@command(app, "trace")
+def trace(
+    model: opt.Model, data: opt.Data, out: opt.TraceOut, decode: opt.Decode = None,
+    prompt_tokens: opt.PromptTokens = 64, temperature: opt.Temperature = 0.0, seed: opt.Seed = 0,
+    max_tokens: opt.RecordTokens = 8192, device: opt.Device = None, dtype: opt.Dtype = "auto",
+    as_json: opt.Json = False,
+) -> Found:  # fmt: skip
+    """Record which experts every router chooses, over given text or over the model's own decode."""
+    from remoe_adapt.cache.simulate import summarise
+    from remoe_adapt.evaluate import read_shared
+    from remoe_adapt.record import load_base, prompts_from, record_decode, record_prefill
+
+    base, tokenizer = load_base(model, device=device, dtype=dtype)
+    names = {"model_id": Path(model).name, "text": ", ".join(path.name for path in data)}
+    if decode is None:
+        documents = read_shared(data, tokenizer, max_tokens)
+        with progress("recording", sum(map(len, documents))) as (_, advance):
+            recorded = record_prefill(base, documents, on_tokens=advance, **names)
+    else:
+        prompts = prompts_from(read_shared(data, tokenizer), prompt_tokens, max_tokens // max(decode, 1))
+        with progress("decoding", len(prompts) * decode) as (_, advance):
+            recorded = record_decode(
+                base, prompts, decode, temperature=temperature, seed=seed, on_tokens=advance, **names
+            )
+    recorded.save(out)
+    result = {"out": str(out), **summarise(recorded)}
+    return result, [report.figures_table("recorded", result)]
+
+
+@command(app, "simulate")
+def simulate_command(
+    trace_file: opt.TraceFile,
+    policy: opt.Policies = ["lru"],  # noqa: B006
+    cache: opt.Caches = [0.25],  # noqa: B006
+    tokens: opt.FirstTokens = None,
+    phase: opt.Phase = None,
+    as_json: opt.Json = False,
+) -> Found:
+    """Replay a trace through expert caches: overlap, switch rate, and the hit rate of each policy and size."""
+    from remoe_adapt.cache.simulate import summarise
+    from remoe_adapt.trace import Trace
+
+    loaded = Trace.load(trace_file, phase)
+    result = summarise(loaded if tokens is None else loaded.tokens(tokens), policy, cache)
+    return result, [report.figures_table(trace_file.name, result)]
+
+
+@command(app, "run")
+def run(
+    model: opt.Model, prompt: opt.Prompt, family: opt.FamilyPath = None, profile: opt.Profile = None,
+    pressure: opt.Pressure = None, strength: opt.Strength = None, max_new_tokens: opt.NewTokens = 128,
+    temperature: opt.Temperature = 0.0, seed: opt.Seed = 0, device: opt.Device = None, dtype: opt.Dtype = "auto",
+    force: opt.Force = False, as_json: opt.Json = False,
+) -> Found:  # fmt: skip
+    """Generate text with the dial on: a live status line, then a summary."""
+    if pressure is not None and strength is not None:
+        raise typer.BadParameter("--pressure and --strength pin the same dial: give one of them")
+    from remoe_adapt.demo import generate_text
+    from remoe_adapt.record import load_base
+    from remoe_adapt.runtime.load import get_remoe_model
+
+    base, tokenizer = load_base(model, device=device, dtype=dtype)
+    dialled = get_remoe_model(base, profile=profile, family=family, force=force)
+    controller = dialled.controller
+    try:
+        if pressure is not None:
+            controller.set_pressure(pressure)
+        if strength is not None:
+            controller.set_strength(strength)
+        with _live_text(not as_json, lambda: report.status_line(controller.status())) as on_text:
+            made = generate_text(
+                dialled, tokenizer, prompt, new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                on_text=on_text,
+            )  # fmt: skip
+        result = {"model": model, "prompt": prompt, **made, "status": controller.status()}
+    finally:
+        controller.close()
+    return result, [report.run_summary(result)]
+
+
+@contextlib.contextmanager
+def _live_text(shown: bool, status: Callable[[], str]) -> Iterator[Callable[[str], None] | None]:
+    """Streams text to standard output, with the status in a line below it where both streams are terminals."""
+    if not shown:
+        yield None
+        return
+    at_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+
+    def write(piece: str) -> None:
+        # The line below is erased before text goes on where it stopped (save, down, erase, restore: DEC/ANSI).
+        print(piece, end="", flush=True)
+        if at_terminal:
+            print(f"\x1b7\n\r\x1b[2K{status()}\x1b8", end="", file=sys.stderr, flush=True)
+
+    yield write
+    print(flush=True)
+    print(f"\x1b[2K{status()}" if at_terminal else status(), file=sys.stderr, flush=True)
+
+
+@command(profiles_app, "list")
+def profiles_list(as_json: opt.Json = False) -> Found:
+    """Every profile found, shipped and of the user."""
+    from remoe_adapt.device_profile import check_profile, list_profiles, load_profile
+
+    rows = {
+        name: {"file": str(path), "faults": len(faults)}
+        if (faults := check_profile(path))
+        else {"file": str(path), "faults": 0, **asdict(load_profile(path))}
+        for name, path in list_profiles().items()
+    }
+    return {"profiles": rows}, [report.profile_table(rows)]
+
+
+@command(profiles_app, "show")
+def profiles_show(name: opt.ProfileName, as_json: opt.Json = False) -> Found:
+    """One profile, as it is understood."""
+    from remoe_adapt.device_profile import load_profile
+
+    result = asdict(load_profile(name))
+    return result, [report.figures_table(f"profile {result['name']}", result)]
+
+
+@command(profiles_app, "check")
+def profiles_check(
+    names: opt.ProfileNames = None,
+    as_json: opt.Json = False,
+) -> Found:
+    """All faults of profiles, each with file, line and key; exit status 1 when there is one."""
+    from remoe_adapt.device_profile import check_profile, list_profiles
+
+    known = list_profiles()
+    paths = [known.get(name, Path(name)) for name in names] if names else list(known.values())
+    faults = [fault for path in paths for fault in check_profile(path)]
+    result = {"ok": not faults, "checked": [str(path) for path in paths], "faults": [asdict(f) for f in faults]}
+    return result, [*(Text(str(fault)) for fault in faults), f"{len(paths)} checked, {len(faults)} fault(s)"]
+
+
+@command(app, "doctor")
+def doctor(as_json: opt.Json = False) -> Found:
+    """What is usable here (devices, kernels, sensors, extras) and, where it is not, why."""
+    from remoe_adapt.doctor import as_result, examine
+
+    result = as_result(examine())
+    return result, [report.doctor_table(result["rows"])]
+
+
+@command(bench_app, "swap")
+def bench_swap(model: opt.ShippedModel = None, family: opt.FamilyPath = None, as_json: opt.Json = False) -> Found:
+    """Swapping strength in place, against PEFT's own way; forward time at strength against the base."""
+    from remoe_adapt.bench.swap import run_swap
+
+    result = run_swap(model, family)
+    return result, [report.figures_table("swap", result)]
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error
+
+
+def main() -> None:
+    """Entry point of `remoe`."""
+    app(prog_name="remoe")

@@ -1,0 +1,77 @@
+"""What the command line accepts: one typed name per option, so that equal options read alike in every command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Everywhere
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")]
+Model = Annotated[str, typer.Argument(help="Folder or hub id of the base model.", metavar="MODEL")]
+FamilyPath = Annotated[str | None, typer.Option("--family", help="Family folder or hub id.")]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, ... Default: a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Force = Annotated[bool, typer.Option("--force", help="Use a family made for another base.")]
+Data = Annotated[list[Path], typer.Option(help="Text: .txt, .jsonl, .gz of these, or a folder; repeat.")]
+Policies = Annotated[list[str], typer.Option("--policy", help="lru, lfu, lrfu or belady; repeat.")]
+Caches = Annotated[list[float], typer.Option("--cache", help="Cache size as a share of the experts; repeat.")]
+
+# remoe demo, remoe bench
+ShippedModel = Annotated[str | None, typer.Option(help="Folder or hub id instead of the shipped model.")]
+MoreData = Annotated[list[Path] | None, typer.Option(help="More held-out text to decode; repeat.")]
+DemoTokens = Annotated[int, typer.Option(help="Tokens of held-out text to decode with every strength.")]
+MaxSeconds = Annotated[float, typer.Option(help="Stop decoding after this time, whatever was decoded till then.")]
+SampleTokens = Annotated[int, typer.Option(help="Length of the sample texts; 0 leaves them out.")]
+
+# remoe train; None means the default of training.run.TrainOptions
+FamilyOut = Annotated[Path, typer.Option(help="Folder of the family; an unfinished one is gone on with.")]
+Strengths = Annotated[str, typer.Option(help="Points to train, comma-separated, each in (0, 1].")]
+ReuseWeight = Annotated[float | None, typer.Option(help="Weight of L_Reuse at strength 1.")]
+SmoothWeight = Annotated[float | None, typer.Option(help="Weight of L_Smooth at strength 1.")]
+LagWeight = Annotated[float | None, typer.Option(help="Weight of L_Lag at strength 1.")]
+WsWeight = Annotated[float | None, typer.Option(help="Weight of L_WS at strength 1.")]
+KlWeight = Annotated[float | None, typer.Option(help="Weight of L_Trust.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps per point.")]
+Batch = Annotated[int | None, typer.Option(help="Rows per step.")]
+Accumulate = Annotated[int | None, typer.Option(help="Micro-batches per step.")]
+Length = Annotated[int | None, typer.Option(help="Tokens per row.")]
+Lr = Annotated[float | None, typer.Option(help="Learning rate, relative to the router's own scale.")]
+Mode = Annotated[str | None, typer.Option(help="end-to-end, or local (memory of inference only).")]
+Rank = Annotated[int | None, typer.Option(help="Low-rank deltas of this rank; default: full.")]
+DataSeed = Annotated[int | None, typer.Option("--seed", help="Of the order of the data.")]
+Resume = Annotated[bool, typer.Option(help="Go on with an unfinished family in --out.")]
+Control = Annotated[bool, typer.Option(help="Train the next-token-loss-only control too.")]
+
+# remoe eval
+EvalData = Annotated[list[Path] | None, typer.Option("--data", help="Text: .txt, .jsonl, .gz, or a folder; repeat.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly among the files.")]
+Window = Annotated[int | None, typer.Option(help="Shorter windows than min(max positions, 1024).")]
+Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (extra: eval).")]
+Limit = Annotated[int | None, typer.Option(help="Examples per task.")]
+Plot = Annotated[Path | None, typer.Option(help="Write EOR against perplexity here (extra: plot).")]
+Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
+
+# remoe trace, remoe simulate
+TraceOut = Annotated[Path, typer.Option("--out", help="The .npz to write.")]
+Decode = Annotated[int | None, typer.Option(help="Decode this many tokens after each document's start.")]
+PromptTokens = Annotated[int, typer.Option(help="With --decode: how much of a document is the prompt.")]
+RecordTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens to record, shared evenly among the files.")]
+TraceFile = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace .npz, or the CSV of a phone run.")]
+FirstTokens = Annotated[int | None, typer.Option("--tokens", help="Only the first N tokens.")]
+Phase = Annotated[str | None, typer.Option(help="prefill or decode, of a trace that has both.")]
+
+# Generation
+Prompt = Annotated[str, typer.Option(help="What to continue.")]
+Profile = Annotated[str | None, typer.Option(help="Profile name or YAML file: see `remoe profiles list`.")]
+Pressure = Annotated[float | None, typer.Option(help="Pin the pressure, 0 (plenty) to 1 (thrashing).")]
+Strength = Annotated[float | None, typer.Option(help="Pin the strength itself, 0 to 1.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="Of generated tokens; 0 is greedy.")]
+Seed = Annotated[int, typer.Option(help="Of generated tokens.")]
+
+# remoe profiles
+ProfileName = Annotated[str, typer.Argument(help="Profile name, or a YAML file.")]
+ProfileNames = Annotated[list[str] | None, typer.Argument(help="Names or YAML files; default: all.")]
+Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]

@@ -1,0 +1,244 @@
+"""What is usable on this machine and why not: every row is a real probe, made now."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import mmap
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remoe_adapt.demo import example_folder
+from remoe_adapt.device_profile import check_profile, list_profiles
+
+GIB = 1 << 30
+# Module an extra brings -> the extra and what it is for.
+EXTRAS = {
+    "gguf": ("export", "GGUF files"),
+    "lm_eval": ("eval", "remoe eval --tasks"),
+    "matplotlib": ("plot", "remoe eval --plot"),
+    "prometheus_client": ("metrics", "Prometheus metrics"),
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One finding. `value` says what was found, `remedy` why it is missing and what to do ("" when ok); without a
+    `required` one nothing works."""
+
+    name: str
+    ok: bool
+    value: str
+    remedy: str = ""
+    required: bool = False
+
+
+def examine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[Probe]:
+    """All probes, in the order of the report. A probe that itself fails is a finding, never an exception."""
+    probes: list[Probe] = []
+    for probe in (
+        _packages, _peft_type, _processor, _memory, _cuda, _triton, _compiler,
+        lambda: _cgroup_limit(proc, cgroups), lambda: _pressure(proc, cgroups), _direct_reads, _extras, _profiles,
+        _example,
+    ):  # fmt: skip
+        probes += _guarded(probe)
+    return probes
+
+
+def as_result(probes: list[Probe]) -> dict[str, Any]:
+    """`{"ok": whether all required probes hold, "rows": [...]}`."""
+    return {"ok": all(p.ok for p in probes if p.required), "rows": [asdict(p) for p in probes]}
+
+
+def _guarded(probe: Callable[[], Iterator[Probe]]) -> list[Probe]:
+    try:
+        return list(probe())
+    except Exception as error:
+        name = getattr(probe, "__name__", "probe").strip("_").replace("_", " ")
+        return [Probe(name, False, f"{type(error).__name__}: {error}", "the probe itself failed: please report it")]
+
+
+def _packages() -> Iterator[Probe]:
+    yield Probe("python", True, platform.python_version(), required=True)
+    for package in ("torch", "transformers", "peft", "accelerate", "safetensors", "psutil"):
+        try:
+            yield Probe(package, True, importlib.metadata.version(package), required=True)
+        except importlib.metadata.PackageNotFoundError:
+            yield Probe(package, False, "not installed", "pip install remoe-adapt installs it", required=True)
+
+
+def _peft_type() -> Iterator[Probe]:
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    # The package's __init__ registers the type; without it every PEFT route fails with a bare KeyError.
+    member = PeftType.__members__.get("REMOE")
+    tuner = None if member is None else PEFT_TYPE_TO_TUNER_MAPPING.get(member)
+    if tuner is None:
+        yield Probe("peft type REMOE", False, "not registered", "`import remoe_adapt` registers it", required=True)
+    else:
+        yield Probe("peft type REMOE", True, f"{tuner.__module__}.{tuner.__name__}", required=True)
+
+
+def _processor() -> Iterator[Probe]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Probe("processor", True, f"{platform.machine()}, {cores} core(s) usable, {torch.get_num_threads()} threads")
+
+
+def _memory() -> Iterator[Probe]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    yield Probe("memory", True, f"{memory.available / GIB:.1f} GiB available of {memory.total / GIB:.1f} GiB")
+
+
+def _cuda() -> Iterator[Probe]:
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(index)
+            yield Probe(f"cuda:{index}", True, f"{facts.name}, {facts.total_memory / GIB:.1f} GiB")
+    elif torch.version.cuda is None:
+        yield Probe("cuda", False, f"torch {torch.__version__} has no CUDA", "install a CUDA build of torch for a GPU")
+    else:
+        value = f"torch for CUDA {torch.version.cuda} sees no device"
+        yield Probe("cuda", False, value, "check the driver: nvidia-smi")
+
+
+def _triton() -> Iterator[Probe]:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        yield Probe("triton", False, "not installed", "Linux only; without it gating runs in plain torch")
+        return
+    if torch.cuda.is_available():
+        yield Probe("triton", True, version)
+    else:
+        yield Probe("triton", False, f"{version}, but no GPU", "gating runs in plain torch on the CPU")
+
+
+def _compiler() -> Iterator[Probe]:
+    found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+    if found:
+        yield Probe("torch.compile on the CPU", True, found)
+    else:
+        yield Probe("torch.compile on the CPU", False, "no C++ compiler", "install g++; eager mode works without")
+
+
+def cgroup_folders(proc: Path, cgroups: Path) -> dict[str, Path]:
+    """Folder of this process's memory group in each hierarchy that exists: keys "v1", "v2"."""
+    folders = {}
+    for line in (proc / "self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            # On a hybrid machine the v2 tree is mounted one level down.
+            root = cgroups / "unified" if (cgroups / "unified").is_dir() else cgroups
+            folders["v2"] = root
+        elif "memory" in controllers.split(","):
+            root = cgroups / "memory"
+            folders["v1"] = root
+        else:
+            continue
+        # Inside a container the group's own path is mounted as the root.
+        key = "v2" if controllers == "" else "v1"
+        inside = folders[key] / path.lstrip("/")
+        folders[key] = inside if inside.is_dir() else folders[key]
+    return folders
+
+
+def _cgroup_limit(proc: Path, cgroups: Path) -> Iterator[Probe]:
+    if not (proc / "self/cgroup").exists():
+        yield Probe("cgroup memory limit", False, f"no cgroups on {platform.system()}", "budgets follow the machine")
+        return
+    folders = cgroup_folders(proc, cgroups)
+    for version, name in (("v2", "memory.max"), ("v1", "memory.limit_in_bytes")):
+        file = folders[version] / name if version in folders else None
+        if file is None or not file.is_file():
+            where = "no such hierarchy" if file is None else "no memory controller"
+            yield Probe(f"cgroup {version} memory", False, where, "limits of this kind cannot be read or set here")
+            continue
+        text = file.read_text().strip()
+        unlimited = text == "max" or int(text) > 1 << 60
+        yield Probe(f"cgroup {version} memory", True, "no limit" if unlimited else f"limit {int(text) / GIB:.2f} GiB")
+
+
+def _pressure(proc: Path, cgroups: Path) -> Iterator[Probe]:
+    machine = proc / "pressure/memory"
+    try:
+        yield Probe("memory pressure (PSI)", True, machine.read_text().splitlines()[0])
+    except OSError as error:
+        reason = "boot with psi=1, or a kernel with CONFIG_PSI" if platform.system() == "Linux" else "Linux only"
+        yield Probe("memory pressure (PSI)", False, f"{machine}: {error.strerror}", reason)
+    folder = cgroup_folders(proc, cgroups).get("v2") if (proc / "self/cgroup").exists() else None
+    own = None if folder is None else folder / "memory.pressure"
+    if own is not None and own.is_file():
+        yield Probe("PSI of this cgroup", True, own.read_text().splitlines()[0])
+    else:
+        yield Probe("PSI of this cgroup", False, "no cgroup v2 memory.pressure", "the machine's own PSI is used")
+
+
+def _direct_reads() -> Iterator[Probe]:
+    flag = getattr(os, "O_DIRECT", None)
+    folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    folder = folder if folder.is_dir() and os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+    if flag is None:
+        yield Probe("direct reads (O_DIRECT)", False, f"not on {platform.system()}", "reads go through the page cache")
+        return
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="remoe-doctor-") as file:
+        file.write(os.urandom(mmap.PAGESIZE))
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            descriptor = os.open(file.name, os.O_RDONLY | flag)
+        except OSError as error:
+            remedy = "put models on a disk file system; reads here go through the page cache"
+            yield Probe("direct reads (O_DIRECT)", False, f"{folder}: {error.strerror}", remedy)
+            return
+        try:
+            # Anonymous maps are page-aligned, as direct reads demand.
+            with mmap.mmap(-1, mmap.PAGESIZE) as buffer:
+                count = os.preadv(descriptor, [buffer], 0)
+            yield Probe("direct reads (O_DIRECT)", count == mmap.PAGESIZE, f"{count} bytes read from {folder}")
+        except OSError as error:
+            yield Probe("direct reads (O_DIRECT)", False, f"{folder}: {error.strerror}", "reads use the page cache")
+        finally:
+            os.close(descriptor)
+
+
+def _extras() -> Iterator[Probe]:
+    for module, (extra, purpose) in EXTRAS.items():
+        if importlib.util.find_spec(module) is not None:
+            yield Probe(f"extra: {extra}", True, f"{module}, for {purpose}")
+        else:
+            remedy = f"pip install 'remoe-adapt[{extra}]' for {purpose}"
+            yield Probe(f"extra: {extra}", False, f"{module} is not installed", remedy)
+
+
+def _profiles() -> Iterator[Probe]:
+    found = list_profiles()
+    broken = {name: problems[0] for name, path in found.items() if (problems := check_profile(path))}
+    if not found:
+        yield Probe("profiles", False, "none found", "reinstall remoe-adapt, or give profiles by path")
+    elif broken:
+        yield Probe("profiles", False, f"{len(broken)} of {len(found)} have faults", str(next(iter(broken.values()))))
+    else:
+        yield Probe("profiles", True, ", ".join(found))
+
+
+def _example() -> Iterator[Probe]:
+    folder = example_folder()
+    if not (folder / "config.json").is_file():
+        remedy = "clone the repository for the shipped model, or give `remoe demo --model M --family F`"
+        yield Probe("example model", False, "examples/tiny_moe is not beside the package", remedy)
+        return
+    family = (folder / "family" / "family.json").is_file()
+    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+    value = f"{folder}, {size / (1 << 20):.1f} MiB, {'with' if family else 'without'} a family"
+    yield Probe("example model", family, value, "" if family else "train one: remoe train (see README)")

@@ -1,0 +1,236 @@
+"""Results as tables, sentences and a plot; callers get renderables. Progress bars go to standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from remoe_adapt.errors import MissingDependencyError
+
+Row = Mapping[str, Any]
+REPLAYED = "replayed LRU cache of 25 % of experts, recorded decode"
+
+
+def hit_keys(row: Row) -> list[str]:
+    """The `policy@cache` keys of a row, in order."""
+    return [key for key in row if "@" in key]
+
+
+def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, Row]]:
+    """(label, row) of base, control and points, in that order."""
+    rows: list[tuple[str, Row]] = [("base", result["base"])]
+    if result.get("control"):
+        rows.append(("control", result["control"]))
+    return rows + [(f"{row['strength']:.2f}", row) for row in result["points"]]
+
+
+def eval_table(result: Mapping[str, Any]) -> Table:
+    """The rows of `evaluate` as a table."""
+    table = _table(
+        f"{result['tokens']} tokens of {', '.join(result.get('data', ())) or 'the given text'}, "
+        f"windows of {result['window']}",
+        "strength", "CE", "ppl", "ratio to base", "to control", "KL", "EOR", *hit_keys(result["base"]), "load entropy",
+    )  # fmt: skip
+    for label, row in arm_rows(result):
+        table.add_row(
+            label,
+            f"{row['ce']:.4f}",
+            f"{row['ppl']:.3f}",
+            f"{row['ppl_ratio']:.4f}",
+            _optional(row["ppl_ratio_control"], ".4f"),
+            f"{row['kl']:.4f}",
+            _change(row["eor"], result["base"]["eor"]),
+            *(_percent(row[key]) for key in hit_keys(result["base"])),
+            f"{row['load_entropy']:.3f}",
+        )
+    return table
+
+
+def task_table(result: Mapping[str, Any]) -> Table:
+    """Task scores of `evaluate_tasks`, one column per arm."""
+    arms = [("base", result["base"]), *([("control", result["control"])] if result["control"] else [])]
+    arms += [(f"{row['strength']:.2f}", row) for row in result["points"]]
+    table = _table("task scores (lm-eval)", "task", "metric", *(label for label, _ in arms))
+    for task, metrics in result["base"]["tasks"].items():
+        for metric in metrics:
+            table.add_row(task, metric, *(_optional(row["tasks"][task].get(metric), ".4f") for _, row in arms))
+    return table
+
+
+def demo_table(result: Mapping[str, Any]) -> Table:
+    """The rows of the demo: what a newcomer should see first."""
+    table = _table(
+        f"{result['tokens']} tokens of held-out text, decoded one at a time, at every strength",
+        "strength", "EOR", "hit rate", "ppl", "ratio to base", "to control", "TPOT, ms", "load entropy",
+    )  # fmt: skip
+    for label, row in arm_rows(result):
+        table.add_row(
+            label,
+            _change(row["eor"], result["base"]["eor"]),
+            _percent(row["lru@0.25"]),
+            f"{row['ppl']:.3f}",
+            f"{row['ppl_ratio']:.4f}",
+            _optional(row["ppl_ratio_control"], ".4f"),
+            _optional(row["tpot_ms"], ".2f"),
+            f"{row['load_entropy']:.3f}",
+        )
+    table.caption = f"EOR: expert overlap of neighbouring tokens. Hit rate: {REPLAYED}. TPOT: median time per token."
+    return table
+
+
+def figures_table(title: str, result: Row) -> Table:
+    """A result's figures, one per line; nested ones are flattened with dots."""
+    table = _table(title, "figure", "value")
+    for key, value in _flat(result):
+        table.add_row(key, _plain(value))
+    return table
+
+
+def doctor_table(rows: Sequence[Row]) -> Table:
+    """The probes of `doctor`."""
+    table = Table(title="what is usable here", show_lines=False)
+    for name in ("", "check", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        mark = Text("ok", "green") if row["ok"] else Text("missing", "red" if row["required"] else "yellow")
+        table.add_row(mark, Text(row["name"]), Text(row["value"]), Text(row["remedy"]))
+    return table
+
+
+def profile_table(profiles: Mapping[str, Row]) -> Table:
+    """Known profiles, what they promise, and where they come from."""
+    table = Table(title="device profiles")
+    for name in ("name", "description", "memory", "experts kept", "file"):
+        table.add_column(name, overflow="fold")
+    for name, facts in profiles.items():
+        if facts["faults"]:
+            cells = (f"{facts['faults']} fault(s): see `remoe profiles check {name}`", "", "")
+        else:
+            budget_bytes = facts["memory"]["budget_bytes"]
+            memory = "all there is" if budget_bytes is None else f"{budget_bytes / (1 << 30):g} GiB"
+            cells = (facts["description"], memory, f"{facts['expert_cache']['share']:.0%}")
+        table.add_row(Text(name), *map(Text, (*cells, facts["file"])))
+    return table
+
+
+def status_line(status: Row) -> str:
+    """The controller's state in one line."""
+    return f"strength {status['strength']:.2f} | {status['swaps']} swap(s) | {status['reason']}"
+
+
+def run_summary(result: Row) -> Table:
+    """What a `remoe run` did."""
+    keys = ("prompt_tokens", "tokens", "ttft_ms", "tpot_ms", "eor")
+    status = result["status"]
+    return figures_table(
+        "summary", {key: result[key] for key in keys} | {key: status[key] for key in ("strength", "swaps", "reason")}
+    )
+
+
+def demo_samples(result: Mapping[str, Any]) -> list[Text]:
+    """Prompts with what the model wrote at each strength."""
+    texts = []
+    for sample in result["samples"]:
+        text = Text(f"\nstrength {sample['strength']:g}: ", "bold")
+        texts.append(text.append(sample["prompt"], "dim").append(sample["text"], "default"))
+    return texts
+
+
+@contextmanager
+def progress(title: str, total: int | None = None) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar of tokens on standard error: (set the total, advance)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield (lambda count: bar.update(task, total=count)), (lambda count: bar.advance(task, count))
+
+
+def plot_frontier(results: Mapping[str, Any], path: str | Path) -> None:
+    """Writes EOR against perplexity ratio, one line per family, base and control marked; format by suffix.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingDependencyError(f"a plot needs matplotlib ({error}): pip install 'remoe-adapt[plot]'") from error
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    base = results["base"]
+    curve = [base, *results["points"]]
+    axes.plot([row["eor"] for row in curve], [row["ppl_ratio"] for row in curve], marker="o", label="family")
+    for row in curve:
+        axes.annotate(f"{row['strength']:g}", (row["eor"], row["ppl_ratio"]), (4, 4), textcoords="offset points")
+    if results.get("control"):
+        control = results["control"]
+        axes.plot(control["eor"], control["ppl_ratio"], "x", color="black", label="control: next-token loss only")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xlabel("expert overlap ratio (EOR)")
+    axes.set_ylabel("perplexity / base perplexity")
+    axes.legend()
+    target = Path(path)
+    scratch = target.with_name(f".tmp-{target.name}")
+    try:
+        figure.savefig(scratch)
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def demo_meaning(result: Mapping[str, Any]) -> str:
+    """One sentence that says what the demo's table means, from its own figures."""
+    base = result["base"]
+    if not result["points"]:
+        return "This family holds no point above strength 0: nothing to compare."
+    best = max(result["points"], key=lambda row: row["lru@0.25"])
+    fewer = 1 - (1 - best["lru@0.25"]) / (1 - base["lru@0.25"]) if base["lru@0.25"] < 1 else 0.0
+    price = best["ppl_ratio"] - 1
+    return (
+        f"With a cache for a quarter of the experts, the base finds {base['lru@0.25']:.1%} of the experts it needs; at "
+        f"strength {best['strength']:g} it finds {best['lru@0.25']:.1%}: {fewer:.0%} fewer to fetch from storage, for "
+        f"{abs(price):.1%} {'higher' if price >= 0 else 'lower'} perplexity and the same work per token."
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _flat(row: Row, prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in row.items():
+        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return flat
+
+
+def _plain(value: Any) -> Text:
+    if isinstance(value, float):
+        return Text(f"{value:.4f}")
+    return Text("" if value is None else str(value))
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _change(value: float, base: float) -> str:
+    """A share, and its change relative to the base's."""
+    return _percent(value) if value == base else f"{_percent(value)} ({value / base - 1:+.0%})"

@@ -1,0 +1,173 @@
+"""The demo on a tiny model of our own: same text for every arm, figures of the protocol, restored weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_family import byte_tokenizer, save_base, save_family
+from transformers import AutoModelForCausalLM
+
+from remoe_adapt import demo, report
+from remoe_adapt.demo import example_folder, generate_text, held_out, run_demo
+from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.evaluate import evaluate
+
+PROMPTS = ["Once there was", "def f(x):"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "base"
+    save_family(save_base(folder), folder / "family")
+    (folder / "demo.json").write_text(json.dumps({"heldout_stdlib": ["heapq", "no_such_module"], "prompts": PROMPTS}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict[str, Any]:
+    return run_demo(folder, tokens=90, new_tokens=8)
+
+
+def test_text_is_prompts_and_the_interpreters_own_source(folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    text = held_out(folder, tokenizer, 100)
+    assert text.sources == ["2 prompts", "heapq"]
+    assert [tokenizer.decode(ids) for ids in text.documents[:2]] == PROMPTS
+    assert sum(map(len, text.documents)) == 100
+    import heapq
+
+    assert heapq.__file__ is not None
+    assert Path(heapq.__file__).read_text().startswith(tokenizer.decode(text.documents[2]))
+
+
+def test_more_data_is_decoded_in_pieces(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("x" * 300)
+    text = held_out(folder, byte_tokenizer(), 250, [tmp_path / "more.txt"])
+    assert text.sources[-1] == "more.txt"
+    assert [len(ids) for ids in text.documents[-2:]] == [128, 122]
+
+
+@pytest.mark.parametrize("content", ["{", '{"prompts": []}', '{"prompts": [1], "heldout_stdlib": []}'])
+def test_damaged_recipe_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "demo.json").write_text(content)
+    with pytest.raises(DataError, match=r"demo\.json"):
+        held_out(tmp_path, byte_tokenizer(), 100)
+
+
+def test_every_arm_decodes_the_same_text_and_scores_as_evaluation_does(folder: Path, result: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    documents = held_out(folder, byte_tokenizer(), 90).documents
+    expected = evaluate(model, documents, family=demo.Family.load(folder / "family"))
+    assert result["tokens"] == expected["tokens"]
+    rows = [(result["base"], expected["base"]), (result["control"], expected["control"])]
+    rows += list(zip(result["points"], expected["points"], strict=True))
+    for found, wanted in rows:
+        assert found["strength"] == wanted["strength"]
+        for key in ("ce", "ppl_ratio", "ppl_ratio_control"):
+            assert found[key] == pytest.approx(wanted[key], rel=1e-5), key
+        assert found["kl"] == pytest.approx(wanted["kl"], rel=1e-2, abs=1e-6)
+        # Near ties may fall the other way where one token at a time rounds differently.
+        assert found["eor"] == pytest.approx(wanted["eor"], abs=0.01)
+        assert found["lru@0.25"] == pytest.approx(wanted["lru@0.25"], abs=0.01)
+        assert math.isfinite(found["tpot_ms"]) and found["tpot_ms"] > 0
+
+
+def test_keys_are_those_of_the_design(result: dict[str, Any]) -> None:
+    keys = {"strength", "ce", "ppl", "ppl_ratio", "ppl_ratio_control", "kl", "eor", "lru@0.25", "load_entropy"}
+    assert keys | {"tpot_ms"} <= set(result["base"])
+    assert [row["strength"] for row in result["points"]] == [0.5, 1.0]
+    assert all(set(row) == set(result["base"]) for row in result["points"])
+    assert "replay" in result["hit_rate_is"]
+    json.dumps(result)
+
+
+def test_samples_show_base_and_full_strength(result: dict[str, Any]) -> None:
+    assert [(s["strength"], s["prompt"]) for s in result["samples"]] == [
+        (0.0, PROMPTS[0]), (1.0, PROMPTS[0]), (0.0, PROMPTS[1]), (1.0, PROMPTS[1]),
+    ]  # fmt: skip
+
+
+def test_out_of_time_all_arms_have_seen_the_same_shorter_text(folder: Path) -> None:
+    short = run_demo(folder, tokens=90, new_tokens=0, max_seconds=0.0)
+    assert short["tokens"] == len(PROMPTS[0]) - 1
+    assert short["samples"] == []
+
+
+def test_progress_hears_every_step(folder: Path) -> None:
+    totals: list[int] = []
+    steps: list[int] = []
+    run_demo(folder, tokens=40, new_tokens=0, on_start=totals.append, on_tokens=steps.append)
+    assert totals == [sum(steps)] == [40 * 4]
+
+
+def test_meaning_and_table_come_from_the_figures(result: dict[str, Any]) -> None:
+    made_up = {
+        **result,
+        "base": {**result["base"], "lru@0.25": 0.6, "eor": 0.4},
+        "points": [{**result["points"][0], "strength": 1.0, "lru@0.25": 0.8, "eor": 0.5, "ppl_ratio": 1.031}],
+    }
+    sentence = report.demo_meaning(made_up)
+    assert "60.0%" in sentence and "80.0%" in sentence and "50% fewer" in sentence and "3.1% higher" in sentence
+    table = report.demo_table(made_up)
+    assert table.row_count == 3
+    assert "50.0 % (+25%)" in list(table.columns[1].cells)
+
+
+def test_without_the_shipped_model_it_says_how_to_get_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> None:
+    assert example_folder().parts[-2:] == ("examples", "tiny_moe")
+    monkeypatch.setattr(demo, "example_folder", lambda: tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="--model and --family"):
+        run_demo()
+    save_base(tmp_path / "bare")
+    with pytest.raises(ConfigError, match="no family in"):
+        run_demo(tmp_path / "bare")
+    with pytest.raises(DataError, match="give --data FILE"):
+        (tmp_path / "bare" / "family").symlink_to(folder / "family")
+        run_demo(tmp_path / "bare")
+
+
+def test_generated_text_equals_greedy_generate(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = byte_tokenizer()
+    pieces: list[str] = []
+    made = generate_text(model, tokenizer, PROMPTS[0], new_tokens=12, on_text=pieces.append)
+    prompt_BT = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    ids_BT = model.generate(prompt_BT, max_new_tokens=12, do_sample=False)
+    assert (
+        made["text"] == "".join(pieces) == tokenizer.decode(ids_BT[0, prompt_BT.shape[1] :], skip_special_tokens=True)
+    )
+    assert made["prompt_tokens"] == len(PROMPTS[0])
+    assert made["tokens"] == ids_BT.shape[1] - prompt_BT.shape[1]
+    assert 0 <= made["eor"] <= 1 and made["tpot_ms"] > 0 and made["ttft_ms"] > 0
+
+
+def test_sampling_leaves_the_callers_random_state_alone(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    before = torch.get_rng_state()
+    first, again = (generate_text(model, byte_tokenizer(), "ab", new_tokens=9, temperature=1.0)["text"] for _ in "12")
+    assert first == again
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("prompt", "new_tokens", "temperature"), [("a", 0, 0.0), ("a", 5, -0.5), ("", 5, 0.0)])
+def test_impossible_generations_are_refused(folder: Path, prompt: str, new_tokens: int, temperature: float) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with pytest.raises((ConfigError, DataError)):
+        generate_text(model, byte_tokenizer(), prompt, new_tokens=new_tokens, temperature=temperature)
+
+
+def test_shipped_model_and_family(repo_root: Path) -> None:
+    """The real thing, on few tokens: it is a language model, and its family turns reuse up."""
+    shipped = repo_root / "examples" / "tiny_moe"
+    if not (shipped / "family" / "family.json").is_file():
+        pytest.skip("examples/tiny_moe has no family in this checkout")
+    found = run_demo(tokens=400, new_tokens=0)
+    assert found["base"]["ppl"] < 200
+    assert max(row["eor"] for row in found["points"]) > found["base"]["eor"]
