@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,28 +59,29 @@ def read_file(path: Path) -> Iterator[str]:
     """Documents of one file; blank ones are left out. Raises DataError as `read_documents`."""
     opener: Any = gzip.open if path.name.endswith(".gz") else open
     try:
-        # newline="\n": records may hold U+2028 and lone carriage returns
-        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+        # newline="\n": records may hold U+2028 and lone carriage returns; -sig: Windows tools write a byte order mark
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             if path.name.removesuffix(".gz").endswith(".txt"):
                 documents: Iterable[str] = (file.read(),)
             else:
                 documents = (_record_text(line, path, number) for number, line in enumerate(file, 1) if line.strip())
             yield from (text for text in documents if text.strip())
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
 def _record_text(line: str, path: Path, number: int) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from error
+    except ValueError as error:
+        raise DataError(f"{path}, line {number}: not JSON ({error})") from error
     if isinstance(record, dict):
         for keys in _RECORDS:
             parts = [record.get(key) for key in keys]
             if all(isinstance(part, str) for part in parts):
                 # HumanEval's solution continues its prompt; an answer starts on a new line
-                return ("" if keys[-1] == "canonical_solution" else "\n").join(map(str, parts))
+                text = ("" if keys[-1] == "canonical_solution" else "\n").join(map(str, parts))
+                return text.encode("utf-8", "replace").decode()  # escapes of half a character, which no tokenizer takes
     found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
     raise DataError(
         f"{path}, line {number}: no text in this record (found {found}); give 'text', or 'question' + 'answer', "

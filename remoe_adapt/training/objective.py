@@ -4,8 +4,8 @@
     L_Loc = lambda_R * L_Reuse + lambda_S * L_Smooth + lambda_L * L_Lag + lambda_W * L_WS
 
 Shapes: B rows, T tokens of a row, E experts, K chosen, V vocabulary. P_t is a router's distribution over experts,
-`log_probs_BTE` its logarithm in fp32, `ids_BTK` the chosen experts E_t. `documents_BT` numbers the document of each
-token, -1 where padding: no pair of tokens is formed across two documents or with padding.
+`log_probs_BTE` its logarithm (fp32, fp64 for an fp64 model), `ids_BTK` the chosen experts E_t. `documents_BT` numbers
+the document of each token, -1 where padding: no pair of tokens is formed across two documents or with padding.
 
 Each locality and trust term is a value per row, [B]; a step weights rows by their share of the label tokens of the
 whole optimizer step, so a row counts the same however rows are spread over micro-batches.
@@ -42,16 +42,16 @@ def warm_up(step: int, warmup_steps: int) -> float:
 
 
 def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """L_CE before the mean: fp32 [B, T-1] nats, 0 where the label is -100. Labels are shifted here.
+    """L_CE before the mean: fp32 (fp64 from fp64) [B, T-1] nats, 0 where the label is -100. Labels are shifted here.
 
     logsumexp minus the label's logit: the same number as `F.cross_entropy`, which is far slower on some CPUs.
     """
     targets = labels_BT[:, 1:]
-    logits = logits_BTV[:, :-1].float()
+    logits = logits_BTV[:, :-1].to(torch.promote_types(logits_BTV.dtype, torch.float32))
     peak = logits.detach().amax(dim=-1, keepdim=True)
     log_z = (logits - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)
     picked = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return (log_z - picked) * (targets != IGNORED_LABEL)
+    return (log_z - picked).masked_fill(targets == IGNORED_LABEL, 0.0)
 
 
 def pair_mask(documents_BT: Tensor, lag: int = 1) -> Tensor:
@@ -90,11 +90,12 @@ def smooth_loss(log_probs_BTE: Tensor, documents_BT: Tensor, lag: int = 1) -> Te
 
 
 def lag_loss(log_probs_BTE: Tensor, documents_BT: Tensor, lags: Sequence[int] = LAGS) -> Tensor:
-    """L_Lag: the divergence of L_Smooth averaged over the lags that fit into a row, [B]."""
-    fitting = [lag for lag in lags if lag < log_probs_BTE.shape[1]]
-    if not fitting:
-        return log_probs_BTE.new_zeros(log_probs_BTE.shape[0])
-    return torch.stack([smooth_loss(log_probs_BTE, documents_BT, lag) for lag in fitting]).mean(dim=0)
+    """L_Lag: the divergence of L_Smooth averaged over the lags that have a pair in the row, [B].
+
+    Lags too long for a row's documents do not count, so its value does not depend on how far the row is padded.
+    """
+    losses_BL = torch.stack([smooth_loss(log_probs_BTE, documents_BT, lag) for lag in lags], dim=1)
+    return row_mean(losses_BL, torch.stack([pair_mask(documents_BT, lag).any(dim=1) for lag in lags], dim=1))
 
 
 def window_entropy_loss(probs_BTE: Tensor, documents_BT: Tensor, window: int = WINDOW) -> Tensor:
@@ -103,8 +104,8 @@ def window_entropy_loss(probs_BTE: Tensor, documents_BT: Tensor, window: int = W
         return probs_BTE.new_zeros(probs_BTE.shape[0])
     means = probs_BTE.unfold(1, window, 1).mean(dim=-1)
     entropy = -(means * means.clamp_min(_EPS).log()).sum(dim=-1)
-    # Documents are contiguous: equal ends mean one document in between.
-    inside = pair_mask(documents_BT, window - 1) if window > 1 else documents_BT >= 0
+    numbers = documents_BT.unfold(1, window, 1)
+    inside = (numbers == documents_BT[:, : numbers.shape[1], None]).all(dim=-1) & (numbers[..., 0] >= 0)
     return row_mean(entropy, inside)
 
 

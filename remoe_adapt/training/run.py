@@ -2,98 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
+from remoe_adapt.family_files import FAMILY_FILE
+from remoe_adapt.record import max_positions
 from remoe_adapt.routers.fingerprint import fingerprint
 from remoe_adapt.training.data import PackedRows, data_files, read_file, tokenize_documents
-from remoe_adapt.training.trainer import Mode, RemoeTrainer
-from remoe_adapt.tuner.config import RemoeConfig
+from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths, write_whole
+from remoe_adapt.training.point import ADAPTER, PointLog, train_point
+
+__all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 
 WORK_FOLDER = ".train"
 LOG_FILE = "training_log.jsonl"
+RUN_FILE = "training.json"
+_DEFAULT_LENGTH = 512
 _HELD_OUT_EVERY = 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
-    """How each point is trained. A point of strength s has the locality weights below times s.
-
-    lr is relative (see RemoeTrainerMixin): a share of the router's own scale. `length` None: min(max positions, 512).
-    `warmup` is the share of the steps over which the learning rate and the locality weight rise.
-    """
-
-    reuse_weight: float = 0.3
-    smooth_weight: float = 0.0
-    lag_weight: float = 0.0
-    ws_weight: float = 0.0
-    kl_weight: float = 0.0
-    steps: int = 150
-    batch: int = 8
-    accumulate: int = 1
-    length: int | None = None
-    lr: float = 0.3
-    warmup: float = 0.1
-    mode: Mode = "end-to-end"
-    rank: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError naming the first value that cannot work."""
-        for name in ("steps", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: use a whole number >= 1")
-        if self.length is not None and self.length < 2:
-            raise ConfigError(f"length={self.length}: a row needs at least 2 tokens")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"lr={self.lr}: use a number > 0")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"warmup={self.warmup}: a share of the steps between 0 and 1")
-
-    def config(self, strength: float) -> RemoeConfig:
-        """The adapter configuration of a point; strength 0 is the control."""
-        return RemoeConfig(
-            rank=self.rank,
-            task_type="CAUSAL_LM",
-            reuse_weight=strength * self.reuse_weight,
-            smooth_weight=strength * self.smooth_weight,
-            lag_weight=strength * self.lag_weight,
-            ws_weight=strength * self.ws_weight,
-            kl_weight=self.kl_weight if strength else 0.0,
-        )
-
-
-def check_strengths(strengths: Sequence[float]) -> list[float]:
-    """Sorted distinct strengths in (0, 1]. Raises ConfigError otherwise."""
-    for strength in strengths:
-        if not 0 < strength <= 1:
-            raise ConfigError(f"strength {strength}: must be above 0 (0 is the base itself) and at most 1")
-    if not strengths or len(set(strengths)) != len(strengths):
-        raise ConfigError(f"strengths {list(strengths)}: give at least one, each once")
-    return sorted(strengths)
 
 
 def token_rows(
@@ -141,165 +81,108 @@ def train_family(
     dtype: torch.dtype | str | None = None,
     on_point: Callable[[str, dict[str, float]], None] | None = None,
 ) -> Family:
-    """Train a point for each strength, and the control, one after the other from the same base on the same rows.
+    """Train a point for each strength, then the control, one after the other from the same base on the same rows.
 
-    A stopped run goes on where it was when called again with the same options: finished points are kept, the point
-    under way restarts from its last checkpoint. `base` (a path, hub id or loaded model) is left as it was.
-    `on_point(name, last_log)` is called after each.
+    Beside the family lie `training.json`, what the run was, and `training_log.jsonl`. A stopped run goes on where it
+    was when called again with the same options: finished points are kept, the point under way restarts from its last
+    checkpoint; other strengths add points. `base` (a path, hub id or loaded model) is left as it was.
+    `on_point(name, last_log)` is called after each. Under `accelerate launch` every process calls this: rows are shared
+    out, the main process writes.
 
     Raises:
-        ConfigError: bad strengths or options, or `out` holds a run with other options.
+        ConfigError: bad strengths or options, a base or tokenizer that cannot be loaded, or `out` holds a run with
+            other options, base or data.
         DataError: no usable text.
-        FamilyError: `out` holds a finished family of other points, or `resume` is off and it exists.
+        FamilyError: `out` holds a family that was not made by such a run, or `resume` is off and it exists.
     """
     options = options or TrainOptions()
     wanted = check_strengths(strengths)
+    processes = PartialState()
     model, base_id = _load(base, device, dtype)
-    tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(base_id)
-    length = options.length or min(getattr(model.config, "max_position_embeddings", 512) or 512, 512)
-    out = Path(out)
-    work = out / WORK_FOLDER
-    if not resume and (out / "family.json").exists():
-        Family.create(out, base_id, fingerprint(model))  # raises: it exists
-    _check_same_run(work, {**asdict(options), "base": fingerprint(model)}, resume)
-    exists = (out / "family.json").exists()
-    family = Family.load(out) if exists else Family.create(out, base_id, fingerprint(model))
-    family.check(model)
-
-    needed = options.steps * options.batch * options.accumulate * length
-    train, _ = token_rows(data, tokenizer, needed, options.seed)
+    tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(base_id)
+    length = _row_tokens(model, options)
+    train, _ = token_rows(data, tokenizer, _needed_tokens(model, options) * processes.num_processes, options.seed)
     rows = PackedRows(train, length, getattr(tokenizer, "eos_token_id", None), options.seed)
+    if model.device.type == "cpu":
+        torch.set_flush_denormal(True)  # second moments of small gradients slow a CPU down tenfold
+
+    out, base_fingerprint = Path(out), fingerprint(model)
+    run = {**asdict(options), "length": length, "base": base_fingerprint, "data": _digest(train)}
+    _claim(out, json.loads(json.dumps(run)), resume)
+    exists = (out / FAMILY_FILE).exists()
+    family = Family.load(out) if exists else Family.create(out, base_id, base_fingerprint)
+    # Last: a family without points is no family yet.
     todo = [(Family.adapter_name(s), s) for s in wanted if s not in family.strengths]
     if control and family.control is None:
-        todo.insert(0, ("control", 0.0))
+        todo.append(("control", 0.0))
     for position, (name, strength) in enumerate(todo):
-        bar = tqdm(total=options.steps, desc=f"{name} ({position + 1}/{len(todo)})", disable=not progress, unit="step")
+        folder = out / WORK_FOLDER / name
+        shown = progress and processes.is_main_process
+        bar = tqdm(total=options.steps, desc=f"{name} ({position + 1}/{len(todo)})", disable=not shown, unit="step")
         with bar:
-            last = _train_point(model, rows, options, strength, work / name, _Log(bar, out / LOG_FILE, name, strength))
-        if strength:
-            family.add_point(strength, work / name / "adapter")
-        else:
-            family.set_control(work / name / "adapter")
+            last = train_point(model, rows, options, strength, folder, PointLog(bar, out / LOG_FILE, name, strength))
+        if PartialState().is_main_process:
+            if strength:
+                family.add_point(strength, folder / ADAPTER)
+            else:
+                family.set_control(folder / ADAPTER)
+            shutil.rmtree(folder)
+        PartialState().wait_for_everyone()
         if on_point is not None:
             on_point(name, last)
-    shutil.rmtree(work, ignore_errors=True)
-    return family
+    if PartialState().is_main_process:
+        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+    return Family.load(out)
 
 
 def held_out_documents(
     data: Sequence[str | Path], tokenizer: Any, model: PreTrainedModel, options: TrainOptions | None = None
 ) -> list[list[int]]:
-    """The documents that `train_family` with the same arguments kept out of training."""
+    """The documents that `train_family` with the same arguments kept out of training (of several processes: some)."""
     options = options or TrainOptions()
-    length = options.length or min(getattr(model.config, "max_position_embeddings", 512) or 512, 512)
-    needed = options.steps * options.batch * options.accumulate * length
-    return token_rows(data, tokenizer, needed, options.seed)[1]
+    return token_rows(data, tokenizer, _needed_tokens(model, options), options.seed)[1]
 
 
-def _train_point(
-    model: PreTrainedModel, rows: PackedRows, options: TrainOptions, strength: float, folder: Path, log: _Log
-) -> dict[str, float]:
-    adapter = folder / "adapter"
-    if adapter.exists():  # finished, but not yet in the family
-        return {}
-    peft_model = get_peft_model(model, options.config(strength))
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch,
-        gradient_accumulation_steps=options.accumulate,
-        learning_rate=options.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(options.steps * options.warmup)),
-        adam_beta2=0.95,
-        adam_epsilon=1e-12,  # a router's gradients are small: the default would swallow them
-        logging_steps=5,
-        logging_first_step=True,
-        save_steps=max(10, options.steps // 5),
-        save_total_limit=1,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=model.device.type == "cuda",
-        use_cpu=model.device.type == "cpu",
-        seed=options.seed,
-    )
-    trainer = RemoeTrainer(
-        model=peft_model,
-        args=arguments,
-        train_dataset=rows,
-        callbacks=[log],
-        mode=options.mode,
-        locality_warmup_steps=round(options.steps * options.warmup),
-        router_relative_lr=True,
-    )
-    trainer.remove_callback(_printer())
-    checkpoints = folder / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    try:
-        trainer.train(resume_from_checkpoint=last)
-        if trainer.is_world_process_zero():
-            saving = folder / "adapter.partial"
-            shutil.rmtree(saving, ignore_errors=True)
-            peft_model.save_pretrained(str(saving))
-            saving.replace(adapter)
-    finally:
-        peft_model.unload()
-        model.requires_grad_(True)
-        model.eval()
-    return log.last
+def _row_tokens(model: PreTrainedModel, options: TrainOptions) -> int:
+    limit = max_positions(model)
+    if options.length is not None and limit is not None and options.length > limit:
+        raise ConfigError(f"length={options.length}: this model has {limit} positions, use at most that")
+    return options.length or min(limit or _DEFAULT_LENGTH, _DEFAULT_LENGTH)
 
 
-class _Log(TrainerCallback):
-    """A progress bar with loss, EOR and KL, and every logged line kept in a file."""
-
-    def __init__(self, bar: tqdm[Any], path: Path, name: str, strength: float) -> None:
-        self._bar, self._path, self._name, self._strength = bar, path, name, strength
-        self.last: dict[str, float] = {}
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs or "ce" not in logs:
-            return
-        self.last = {key: round(float(logs[key]), 5) for key in ("loss", "ce", "eor", "kl") if key in logs}
-        self._bar.set_postfix(self.last)
-        row = {"point": self._name, "strength": self._strength, "step": state.global_step, **self.last}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+def _needed_tokens(model: PreTrainedModel, options: TrainOptions) -> int:
+    """Tokens of one pass of one process."""
+    return options.steps * options.batch * options.accumulate * _row_tokens(model, options)
 
 
-def _printer() -> type[TrainerCallback]:
-    """The Trainer's fallback reporter, which prints to stdout."""
-    from transformers.trainer_callback import PrinterCallback
+def _digest(documents: Sequence[Sequence[int]]) -> str:
+    digest = hashlib.sha256()
+    for ids in documents:
+        digest.update(torch.tensor([len(ids), *ids]).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
-    return PrinterCallback
 
-
-def _check_same_run(work: Path, run: dict[str, Any], resume: bool) -> None:
-    """Refuse to mix two runs in one folder; record this one's options."""
-    record = work / "options.json"
-    if record.exists() and resume:
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-        changed = [key for key in run if earlier.get(key) != run[key]]
-        if changed:
-            was = ", ".join(f"{key} was {earlier.get(key)!r}, now {run[key]!r}" for key in changed)
-            raise ConfigError(f"{work.parent} holds an unfinished run with other options ({was}): choose another --out")
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(run), encoding="utf-8")
-    temporary.replace(record)
+def _claim(out: Path, run: dict[str, Any], resume: bool) -> None:
+    """Make `out` the folder of this run: refuse what another run left there, clear away what is not resumed."""
+    record, family = out / RUN_FILE, out / FAMILY_FILE
+    if out.exists() and not out.is_dir():
+        raise FamilyError(f"{out} is a file: choose another --out")
+    goes_on = resume and record.exists()
+    if goes_on:
+        check_same_run(record, run)
+    elif family.exists():
+        raise FamilyError(
+            f"{out} holds a family already: choose another --out, or delete that folder"
+            + ("" if resume else ", or resume its run")
+        )
+    processes = PartialState()
+    processes.wait_for_everyone()  # all have looked before one writes
+    if processes.is_main_process and not goes_on:
+        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+        (out / LOG_FILE).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(record, json.dumps(run, indent=2) + "\n")
+    processes.wait_for_everyone()
 
 
 def _load(
@@ -307,8 +190,24 @@ def _load(
 ) -> tuple[PreTrainedModel, str]:
     if isinstance(base, nn.Module):
         return base, str(getattr(base.config, "name_or_path", "") or "unnamed")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processes = PartialState()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.num_processes > 1:
+        device = str(processes.device)  # one of its own
     # Half precision is slow on most CPUs, and small bases train there.
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
-    return model.to(device), str(base)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
+        return model.to(device), str(base)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"cannot load the model {base} on {device}: {reason}") from error
+
+
+def _load_tokenizer(base_id: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(base_id)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"no tokenizer at {base_id} ({reason}): pass tokenizer=") from error

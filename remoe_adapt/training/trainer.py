@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +20,41 @@ from remoe_adapt.training.objective import (
     router_terms,
     warm_up,
 )
+from remoe_adapt.training.rates import relative_rates
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 
+# A mixin may stand before any Trainer class, so it inherits from none.
+if TYPE_CHECKING:
+    _Mixin = Trainer
+else:
+    _Mixin = object
+
 Mode = Literal["end-to-end", "local"]
+MODES: tuple[Mode, ...] = ("end-to-end", "local")
+# The wrapped router, what it was called with, what it returned.
 RouterCall = tuple[RemoeLayer, tuple[Any, ...], dict[str, Any], Any]
 
 
-class RemoeTrainerMixin:
+class RemoeTrainerMixin(_Mixin):
     """Put before a Trainer class: `class MyTrainer(RemoeTrainerMixin, Trainer)`.
 
-    The model is a PeftModel with an active REMOE adapter, or holds one; the weights of the terms are read from its
-    RemoeConfig. Inputs may carry `document_ids` [B, T] (see `PackedRows`); without them `attention_mask` says what is
-    padding and a row is one document. The model's own load-balancing loss stays out: it fights reuse.
+    The model holds wrapped routers with an active REMOE adapter, beside other adapters or not; the weights of the terms
+    are read from its RemoeConfig. Inputs need `labels` and may carry `document_ids` [B, T] (see `PackedRows`); without
+    them a row is one document. `attention_mask` says what is padding. The model's own load-balancing loss stays out: it
+    fights reuse.
 
     mode "end-to-end": L_CE + trust + locality, backward through the model.
     mode "local": trust + locality of each router on its detached input, backward inside the router's own hook. No
     activation of the model is kept, so training needs the memory of inference; L_CE has no gradient there.
+
+    The locality and trust terms are means over the wrapped routers.
     """
+
+    model: Any
+    loss_is_scaled_for_ga: bool | None
+    optimizer: torch.optim.Optimizer | None
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -48,24 +65,43 @@ class RemoeTrainerMixin:
         **kwargs: Any,
     ) -> None:
         """`locality_warmup_steps` is T_warm. With `router_relative_lr`, `args.learning_rate` is in units of a router's
-        own scale: router i learns at `learning_rate * rms(W_i) / sqrt(D)`, so that one step moves its logits by a
-        share of their spread whatever the width of the model.
+        own scale (see `relative_rates`), so that one step moves logits by a share of their spread in any model.
 
-        Raises ConfigError for an unknown mode or a model without an active REMOE adapter.
+        Raises ConfigError for an unknown mode, a model without an active REMOE adapter, or local mode without a term.
         """
-        if mode not in ("end-to-end", "local"):
+        if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: choose 'end-to-end' or 'local'")
         self.mode = mode
         self.locality_warmup_steps = locality_warmup_steps
         self.router_relative_lr = router_relative_lr
+        training = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if training is not None and training.n_gpu > 1:
+            training._n_gpu = 1  # DataParallel would train copies of the routers, which our hooks never see
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # the Trainer then counts the label tokens of the whole optimizer step
-        self.loss_is_scaled_for_ga = True
-        self.router_layers = remoe_layers(self.model)
-        self.loss_weights = _loss_weights(self.model)
-        self._sums: dict[str, float] = {}
-        self._calls: list[RouterCall] | None = None
-        self._on_call: Callable[[RemoeLayer, tuple[Any, ...], dict[str, Any], Any], None] | None = None
+        # The loss is divided by the label tokens of the whole step; two names, one per generation of Trainer.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self.router_layers = {n: r for n, r in remoe_layers(self.model).items() if r.adapters & {*r.active_adapters}}
+        self.loss_weights = _loss_weights(self.model, self.router_layers)
+        if mode == "local" and self.loss_weights == LossWeights():
+            raise ConfigError(
+                "mode='local' learns from the locality and trust terms alone, and all their weights are 0: "
+                "set reuse_weight in RemoeConfig, or choose mode='end-to-end'"
+            )
+        self._sums: Tensor | None = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """The micro-batches of one optimizer step, and how many label tokens they predict (on all devices, unless
+        `average_tokens_across_devices` is off). A row's first label is never predicted and never counted."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        counts = [(_labels(batch)[:, 1:] != IGNORED_LABEL).sum().to(device) for batch in batches]
+        items = torch.stack(counts).sum().reshape(1)
+        if self._averages_tokens:
+            items = self.accelerator.gather(items)
+        return batches, items.sum().clamp_min(1)
 
     def compute_loss(
         self,
@@ -74,19 +110,22 @@ class RemoeTrainerMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective on one micro-batch, scaled by its share of the optimizer step's label tokens."""
+        """The objective on one micro-batch, scaled by its share of the optimizer step's label tokens.
+
+        Raises ConfigError when no gradient can reach the routers.
+        """
         inputs, labels_BT, documents_BT = _split_inputs(inputs)
-        share_B, items = _row_shares(labels_BT, num_items_in_batch)
+        share_B, items = _row_shares(labels_BT, num_items_in_batch if model.training else None)
         calls: list[RouterCall] = []
         with self._hooks(lambda *call: calls.append(call)):
             outputs = model(**inputs)
         ce = next_token_losses(outputs.logits, labels_BT).sum() / items
-        terms = [self._terms(call, documents_BT) for call in calls]
-        loss_B = torch.stack([term.loss for term in terms]).mean(dim=0)
-        loss = ce + (loss_B * share_B).sum()
-        self._note(ce.detach(), terms, share_B)
-        if getattr(self.args, "average_tokens_across_devices", False) and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
+        with self.accelerator.autocast():  # the reference must compute as the model did
+            terms = [self._terms(call, call[3], documents_BT) for call in calls]
+        loss = ce + sum((term.loss * share_B).sum() for term in terms) / len(self.router_layers)
+        if model.training:
+            self._note(ce, terms, share_B)
+            loss = loss * self._loss_factor
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -94,58 +133,80 @@ class RemoeTrainerMixin:
     ) -> Tensor:
         """One micro-batch: Trainer's own step end to end; layer-local gradients otherwise."""
         if self.mode == "end-to-end":
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc,no-any-return]
+            return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         inputs, labels_BT, documents_BT = _split_inputs(self._prepare_inputs(inputs))
         share_B, items = _row_shares(labels_BT, num_items_in_batch)
         terms: list[RouterTerms] = []
-        count = len(self.router_layers)
+        loss = torch.zeros((), device=share_B.device)
 
-        def learn(layer: RemoeLayer, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        def learn(layer: RemoeLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal loss
             detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-            with torch.enable_grad():
-                term = self._terms((layer, detached, kwargs, layer.forward(*detached, **kwargs)), documents_BT)
-                (term.loss * share_B).sum().div(count).backward()
+            with torch.enable_grad(), _without_jitter(layer):
+                again = layer.forward(*detached, **kwargs)
+                term = self._terms((layer, detached, kwargs, output), again, documents_BT)
+                mine = (term.loss * share_B).sum() / len(self.router_layers) * self._loss_factor
+                self.accelerator.backward(mine)
+            loss = loss + mine.detach()
             terms.append(RouterTerms(term.loss.detach(), term.kl, term.eor))
 
         with torch.no_grad(), self._hooks(learn):
-            logits = model(**inputs).logits
-            ce = next_token_losses(logits, labels_BT).sum() / items
+            logits_BTV = model(**inputs).logits
+            # Row by row: the copies in full precision are as large as the logits.
+            rows = zip(logits_BTV.split(1), labels_BT.split(1), strict=True)
+            ce = torch.stack([next_token_losses(*row).sum() for row in rows]).sum() / items
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            for layer in self.router_layers.values():
-                for parameter in layer.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+            # The pass above ran without gradient, so DistributedDataParallel averages nothing.
+            for parameter in (p for layer in self.router_layers.values() for p in layer.parameters()):
+                if parameter.requires_grad:
+                    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    parameter.grad = self.accelerator.reduce(own, reduction="mean")
         self._note(ce, terms, share_B)
-        loss_B = torch.stack([term.loss for term in terms]).mean(dim=0)
-        return ce + (loss_B * share_B).sum()
+        return ce * self._loss_factor + loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """One parameter group per router when the learning rate is relative; Trainer's own optimizer otherwise."""
+        """AdamW with the rates of `relative_rates`, without weight decay, when they are relative; else Trainer's own.
+
+        Raises ConfigError when no delta is trainable, or as `relative_rates`.
+        """
+        if not any(p.requires_grad for layer in self.router_layers.values() for p in layer.parameters()):
+            raise ConfigError(
+                "no router delta requires gradient: load the adapter with is_trainable=True, or set_adapter it"
+            )
         if not self.router_relative_lr or self.optimizer is not None:
-            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc,no-any-return]
-        groups = []
-        for layer in self.router_layers.values():
-            weight_ED = layer.original_weight_ED.detach().float()
-            scale = float(weight_ED.square().mean().sqrt()) / math.sqrt(weight_ED.shape[1])
-            trained = [p for p in layer.parameters() if p.requires_grad]
-            groups.append({"params": trained, "lr": self.args.learning_rate * scale, "weight_decay": 0.0})
-        self.optimizer: torch.optim.Optimizer | None = torch.optim.AdamW(
-            groups, betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon
-        )
+            return super().create_optimizer(*args, **kwargs)
+        lr = self.args.learning_rate
+        groups = [
+            {"params": [parameter], "lr": lr * rate, "weight_decay": 0.0}
+            for parameter, rate in relative_rates(self.model, self.router_layers.values())
+        ]
+        betas = (self.args.adam_beta1, self.args.adam_beta2)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's log with `ce`, `kl` (L_Trust, mean over routers) and `eor` of the steps since the last one."""
-        count = self._sums.pop("count", 0.0)
-        if "loss" in logs and count:
-            logs |= {name: total / count for name, total in self._sums.items()}
-            self._sums = {}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        if "loss" in logs and self._sums is not None:  # a step's own log, which every process makes
+            *totals, share = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+            if share > 0:
+                logs |= {name: total / share for name, total in zip(("ce", "kl", "eor"), totals, strict=True)}
+            self._sums = None
+        super().log(logs, *args, **kwargs)
+
+    @property
+    def _averages_tokens(self) -> bool:
+        return bool(self.accelerator.num_processes > 1 and self.args.average_tokens_across_devices)
+
+    @property
+    def _loss_factor(self) -> int:
+        # Gradients are averaged over processes, while every process divided by the label tokens of all.
+        return self.accelerator.num_processes if self._averages_tokens else 1
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        self._signature_columns = [*(self._signature_columns or []), "document_ids"]
+        super()._set_signature_columns_if_needed()
+        columns = [name for name in self._signature_columns or () if name != "document_ids"]
+        self._signature_columns = [*columns, "document_ids"]
 
     @contextmanager
     def _hooks(self, on_call: Callable[..., None]) -> Iterator[None]:
@@ -160,47 +221,74 @@ class RemoeTrainerMixin:
             for handle in handles:
                 handle.remove()
 
-    def _terms(self, call: RouterCall, documents_BT: Tensor) -> RouterTerms:
+    def _terms(self, call: RouterCall, result: Any, documents_BT: Tensor) -> RouterTerms:
+        """Terms of one call: the distribution from `result`, the chosen experts from what the model went on with."""
         layer, args, kwargs, output = call
-        rows = documents_BT.shape
-        read = layer.spec.read(output)
-        log_probs_BTE = _log_probabilities(layer, read.logits_TE).view(*rows, -1)
-        with torch.no_grad():
-            base = layer.base_layer
-            training = base.training
-            base.eval()  # no jitter in the reference, and none written into the shared input
-            reference = layer.spec.read(base(*args, **kwargs))
-            base.train(training)
+        logits_TE, ids_TK = layer.spec.read(result).logits_TE, layer.spec.read(output).ids_TK
+        rows, home = documents_BT.shape, documents_BT.device
+        if len(logits_TE) != documents_BT.numel():
+            name = next(name for name, router in self.router_layers.items() if router is layer)
+            raise ConfigError(
+                f"router {name} saw {len(logits_TE)} tokens of a batch of {rows[0]} x {rows[1]}: it does not route "
+                "the text itself, so leave it out with exclude_modules"
+            )
+        if torch.is_grad_enabled() and not logits_TE.requires_grad:
+            raise ConfigError(
+                "no gradient reaches the routers: re-entrant gradient checkpointing loses it, so pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        log_probs_BTE = _log_probabilities(layer, logits_TE).view(*rows, -1)
+        with torch.no_grad(), _without_jitter(layer):
+            reference = layer.spec.read(layer.base_layer(*args, **kwargs))
             reference_BTE = _log_probabilities(layer, reference.logits_TE).view(*rows, -1)
         alpha = warm_up(self.state.global_step + 1, self.locality_warmup_steps)
-        ids_BTK = read.ids_TK.view(*rows, -1)
-        return router_terms(log_probs_BTE, ids_BTK, reference_BTE, documents_BT, self.loss_weights, alpha)
+        documents_BT = documents_BT.to(logits_TE.device)  # a model may be spread over devices
+        terms = router_terms(
+            log_probs_BTE, ids_TK.view(*rows, -1), reference_BTE, documents_BT, self.loss_weights, alpha
+        )
+        return RouterTerms(terms.loss.to(home), terms.kl.to(home), terms.eor.to(home))
 
     def _note(self, ce: Tensor, terms: list[RouterTerms], share_B: Tensor) -> None:
-        kl = (torch.stack([term.kl for term in terms]).mean(dim=0) * share_B).sum()
-        eor = (torch.stack([term.eor for term in terms]).mean(dim=0) * share_B).sum()
-        share = float(share_B.sum())
-        for name, value in (("ce", ce), ("kl", kl), ("eor", eor)):
-            self._sums[name] = self._sums.get(name, 0.0) + value.item()
-        self._sums["count"] = self._sums.get("count", 0.0) + share
+        """Add to the sums of ce, kl, eor and shares; on the device, so that a step waits for nothing."""
+        kl_B, eor_B = (torch.stack([getattr(term, name) for term in terms]).mean(dim=0) for name in ("kl", "eor"))
+        values = (ce.detach(), (kl_B * share_B).sum(), (eor_B * share_B).sum(), share_B.sum())
+        now = torch.stack([value.float() for value in values])
+        self._sums = now if self._sums is None else self._sums + now
 
 
 class RemoeTrainer(RemoeTrainerMixin, Trainer):
     """transformers' Trainer for REMOE adapters; see RemoeTrainerMixin."""
 
 
-def _split_inputs(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Model inputs without labels (the model adds no loss of its own), labels [B, T], document numbers [B, T]."""
-    inputs = dict(inputs)
+@contextmanager
+def _without_jitter(layer: RemoeLayer) -> Iterator[None]:
+    """The router in eval mode: no noise on its input, and none written a second time into what it shares."""
+    modes = [(module, module.training) for module in layer.base_layer.modules()]
+    layer.base_layer.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _labels(inputs: dict[str, Any]) -> Tensor:
     if "labels" not in inputs:
         raise ConfigError(f"training inputs have no 'labels' (found {', '.join(inputs)}): add them, -100 where ignored")
-    labels_BT = inputs.pop("labels")
-    documents_BT = inputs.pop("document_ids", None)
+    labels_BT: Tensor = inputs["labels"]
+    return labels_BT
+
+
+def _split_inputs(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Model inputs without labels (the model adds no loss of its own), labels [B, T], document numbers [B, T]."""
+    labels_BT = _labels(inputs)
+    documents_BT = inputs.get("document_ids")
     if documents_BT is None:
         documents_BT = torch.zeros_like(labels_BT)
-    if "attention_mask" in inputs:
+    if inputs.get("attention_mask") is not None:
         documents_BT = documents_BT.masked_fill(inputs["attention_mask"] == 0, -1)
-    return {"use_cache": False, **inputs}, labels_BT, documents_BT
+    left = {name: value for name, value in inputs.items() if name not in ("labels", "document_ids")}
+    return {"use_cache": False, **left}, labels_BT, documents_BT
 
 
 def _row_shares(labels_BT: Tensor, num_items: Tensor | int | None) -> tuple[Tensor, Tensor | int]:
@@ -212,24 +300,30 @@ def _row_shares(labels_BT: Tensor, num_items: Tensor | int | None) -> tuple[Tens
 
 def _log_probabilities(layer: RemoeLayer, logits_TE: Tensor) -> Tensor:
     if layer.spec.score == "softmax":
-        return logits_TE.float().log_softmax(dim=-1)
+        return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).log_softmax(dim=-1)
     return layer.spec.probabilities(logits_TE).clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-def _loss_weights(model: nn.Module) -> LossWeights:
-    configs = getattr(model, "peft_config", None) or {}
-    active = getattr(model, "active_adapters", None)
-    names = active() if callable(active) else (active or list(configs))
-    for name in names:
-        config = configs.get(name)
-        if isinstance(config, RemoeConfig):
-            return LossWeights(
-                reuse=config.reuse_weight,
-                smooth=config.smooth_weight,
-                lag=config.lag_weight,
-                window=config.ws_weight,
-                kl=config.kl_weight,
-            )
+def _loss_weights(model: nn.Module, layers: dict[str, RemoeLayer]) -> LossWeights:
+    """The weights recorded in the configuration of the active adapter, wherever in the model that is kept."""
+    active = {name for layer in layers.values() for name in layer.active_adapters if name in layer.adapters}
+    holders = [getattr(module, "peft_config", None) for module in model.modules()]
+    configs = {n: c for h in holders if isinstance(h, dict) for n, c in h.items() if n in active}
+    found = {
+        LossWeights(
+            reuse=config.reuse_weight,
+            smooth=config.smooth_weight,
+            lag=config.lag_weight,
+            window=config.ws_weight,
+            kl=config.kl_weight,
+        )
+        for config in configs.values()
+        if isinstance(config, RemoeConfig)
+    }
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        raise ConfigError(f"adapters {sorted(active)} are active with different loss weights: set_adapter one of them")
     raise ConfigError(
         "no active REMOE adapter in this model: call get_peft_model(base, RemoeConfig(reuse_weight=...)) first"
     )

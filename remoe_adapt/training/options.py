@@ -1,0 +1,104 @@
+"""What one training run is: its options, and the record beside the family that a resumed run must agree with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.training.trainer import MODES, Mode
+from remoe_adapt.tuner.config import RemoeConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """How each point is trained. A point of strength s has the locality weights below times s.
+
+    lr is relative (see `relative_rates`): a share of the router's own scale. A step takes `batch` rows, times
+    `accumulate`, on every device; `length` None: min(max positions, 512) tokens a row. `warmup` is the share of the
+    steps over which the learning rate and the locality weight rise. `mode` "local" is for the points; the control has
+    nothing but the next-token loss and is always trained end to end.
+    """
+
+    reuse_weight: float = 0.3
+    smooth_weight: float = 0.0
+    lag_weight: float = 0.0
+    ws_weight: float = 0.0
+    kl_weight: float = 0.0
+    steps: int = 150
+    batch: int = 8
+    accumulate: int = 1
+    length: int | None = None
+    lr: float = 0.3
+    warmup: float = 0.1
+    mode: Mode = "end-to-end"
+    rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the first value that cannot work."""
+        for name in ("steps", "batch", "accumulate"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value}: use a whole number >= 1")
+        if self.length is not None and self.length < 2:
+            raise ConfigError(f"length={self.length}: a row needs at least 2 tokens")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"lr={self.lr}: use a number > 0")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup={self.warmup}: a share of the steps between 0 and 1")
+        if self.mode not in MODES:
+            raise ConfigError(f"mode={self.mode!r}: choose 'end-to-end' or 'local'")
+        self.config(1.0)  # checks the weights and the rank
+
+    def config(self, strength: float) -> RemoeConfig:
+        """The adapter configuration of a point; strength 0 is the control."""
+        return RemoeConfig(
+            rank=self.rank,
+            task_type="CAUSAL_LM",
+            reuse_weight=strength * self.reuse_weight,
+            smooth_weight=strength * self.smooth_weight,
+            lag_weight=strength * self.lag_weight,
+            ws_weight=strength * self.ws_weight,
+            kl_weight=self.kl_weight if strength else 0.0,
+        )
+
+
+def check_strengths(strengths: Sequence[float]) -> list[float]:
+    """Sorted distinct strengths in (0, 1]. Raises ConfigError otherwise."""
+    for strength in strengths:
+        if not 0 < strength <= 1:
+            raise ConfigError(f"strength {strength}: must be above 0 (0 is the base itself) and at most 1")
+    if not strengths or len(set(strengths)) != len(strengths):
+        raise ConfigError(f"strengths {list(strengths)}: give at least one, each once")
+    return sorted(strengths)
+
+
+def check_same_run(record: Path, run: dict[str, Any]) -> None:
+    """Raises ConfigError when `record` says that another run, or nothing readable, made what is beside it."""
+    try:
+        earlier: Any = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{record} cannot be read ({error}): choose another --out, or train anew") from error
+    if not isinstance(earlier, dict):
+        raise ConfigError(f"{record} is not a record of a run: choose another --out, or train anew")
+    changed = [f"{key} was {earlier.get(key)!r}, now {run[key]!r}" for key in run if earlier.get(key) != run[key]]
+    if changed:
+        raise ConfigError(
+            f"{record.parent} holds a run with other options ({', '.join(changed)}): choose another --out"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one piece: readers see the old one or the new one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""One point: an adapter trained on a base, from its last checkpoint on, and the base as it was afterwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from remoe_adapt.training.data import PackedRows
+from remoe_adapt.training.options import TrainOptions, write_whole
+from remoe_adapt.training.trainer import RemoeTrainer
+from remoe_adapt.tuner.beside import wrap_or_inject
+
+ADAPTER = "adapter"
+_STATE = "trainer_state.json"
+
+
+def train_point(
+    model: PreTrainedModel, rows: PackedRows, options: TrainOptions, strength: float, folder: Path, log: PointLog
+) -> dict[str, float]:
+    """Train one adapter (strength 0: the control) and save it as `folder/adapter`; returns the last log.
+
+    Goes on from the last complete checkpoint in `folder`; a finished adapter is left alone. In a distributed run every
+    process calls this and the main one writes. The model is as it was, also after an error.
+    """
+    adapter = folder / ADAPTER
+    if adapter.exists():  # finished, but not yet in the family
+        return log.last
+    with _left_as_it_was(model):
+        model.requires_grad_(False)  # adapters of others, too
+        peft_model = wrap_or_inject(model, options.config(strength))
+        try:
+            trainer = RemoeTrainer(
+                model=peft_model,
+                args=_arguments(options, folder / "checkpoints", model.device.type),
+                train_dataset=rows,
+                callbacks=[log],
+                mode=options.mode if strength else "end-to-end",
+                locality_warmup_steps=round(options.steps * options.warmup),
+                router_relative_lr=True,
+            )
+            trainer.remove_callback(PrinterCallback)  # it prints to stdout
+            trainer.train(resume_from_checkpoint=_last_checkpoint(folder / "checkpoints"))
+            if trainer.is_world_process_zero():
+                saving = folder / f"{ADAPTER}.partial"
+                shutil.rmtree(saving, ignore_errors=True)
+                peft_model.save_pretrained(str(saving))
+                saving.replace(adapter)
+        finally:
+            peft_model.unload()
+    return log.last
+
+
+def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(options.steps * options.warmup)),
+        adam_beta2=0.95,
+        adam_epsilon=1e-12,  # a router's gradients are small: the default would swallow them
+        logging_steps=5,
+        logging_first_step=True,
+        save_steps=max(10, options.steps // 5),
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=device_type == "cuda",
+        use_cpu=device_type == "cpu",
+        seed=options.seed,
+    )
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; Trainer writes its state last, so one cut short by a kill has none."""
+    found: list[tuple[int, Path]] = []
+    for state in folder.glob(f"checkpoint-*/{_STATE}"):
+        try:
+            found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
+        except (OSError, ValueError, KeyError):
+            continue
+    return str(max(found)[1]) if found else None
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Which parameters train, which modules are in training mode, and where the model lies: restored afterwards."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    homes = {parameter.device for parameter, _ in trainable}
+    try:
+        yield
+    finally:
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
+        if len(homes) == 1 and {parameter.device for parameter in model.parameters()} != homes:
+            model.to(homes.pop())  # Trainer moves a model to the process's own device
+
+
+class PointLog(TrainerCallback):
+    """A progress bar with loss, EOR and KL, and every logged line kept in a file (by the main process)."""
+
+    def __init__(self, bar: tqdm[Any], path: Path, name: str, strength: float) -> None:
+        self._bar, self._path, self._name, self._strength = bar, path, name, strength
+        self.last: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget lines of steps that are taken again."""
+        if not state.is_world_process_zero or not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            row = json.loads(line) if line.endswith("\n") else None  # None: the kill came while it was written
+            if row and (row["point"] != self._name or row["step"] <= state.global_step):
+                kept.append(line)
+        write_whole(self._path, "".join(kept))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "ce" not in logs:
+            return
+        self.last = {key: round(float(logs[key]), 5) for key in ("loss", "ce", "eor", "kl") if key in logs}
+        self._bar.set_postfix(self.last)
+        if state.is_world_process_zero:
+            row = {"point": self._name, "strength": self._strength, "step": state.global_step, **self.last}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")

@@ -1,0 +1,44 @@
+"""Learning rates in units of a router's own scale: one number fits models of any width and initialisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.tuner.layer import RemoeLayer
+
+
+def relative_rates(model: nn.Module, layers: Iterable[RemoeLayer]) -> list[tuple[nn.Parameter, float]]:
+    """(parameter, rate per unit of learning rate) of every trainable delta parameter.
+
+    A router's input x has norm sqrt(D), so its logits W x spread by rms(W) sqrt(D). The first step of Adam at rate a
+    moves every entry of a parameter by a, so the logits by a D at most: a = rms(W) / sqrt(D) makes that one spread.
+    A low-rank delta B A moves alike: A, of rms 1 / sqrt(D), has the rate 1 / D; B, whose input A x has r entries of
+    rms 1, has rms(W) sqrt(D) / r.
+
+    Raises ConfigError when other parameters of `model` are trainable: such a rate means nothing for them.
+    """
+    rates: list[tuple[nn.Parameter, float]] = []
+    for layer in layers:
+        weight_ED = layer.original_weight_ED.detach().float()
+        rms, columns = float(weight_ED.square().mean().sqrt()), weight_ED.shape[1]
+        for name, parameter in layer.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name.startswith("remoe_delta."):
+                rates.append((parameter, rms / math.sqrt(columns)))
+            elif name.startswith("remoe_A."):
+                rates.append((parameter, 1.0 / columns))
+            elif name.startswith("remoe_B."):
+                rates.append((parameter, rms * math.sqrt(columns) / parameter.shape[1]))
+    ours = {id(parameter) for parameter, _ in rates}
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    if others:
+        raise ConfigError(
+            f"{len(others)} other parameters are trainable too, first {others[0]}, and a learning rate relative to a "
+            "router means nothing for them: freeze them, or use router_relative_lr=False"
+        )
+    return rates
