@@ -23,6 +23,7 @@ from remoe_adapt.routers.spec import RouterRef
 from remoe_adapt.trace import Trace
 
 MAX_WINDOW = 1024
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Recorder:
@@ -110,8 +111,8 @@ def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: s
     """
     name = str(path_or_hub_id)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"unknown dtype {dtype!r}: use auto, float32, bfloat16 or float16")
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 from tiny_family import byte_tokenizer, save_base, save_family
 from transformers import AutoModelForCausalLM
 
-from remoe_adapt import demo, report
+from remoe_adapt import Family, demo, report
 from remoe_adapt.demo import example_folder, generate_text, held_out, run_demo
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.evaluate import evaluate
@@ -42,7 +42,7 @@ def test_text_is_prompts_and_the_interpreters_own_source(folder: Path) -> None:
     import heapq
 
     assert heapq.__file__ is not None
-    assert Path(heapq.__file__).read_text().startswith(tokenizer.decode(text.documents[2]))
+    assert Path(heapq.__file__).read_text().startswith(str(tokenizer.decode(text.documents[2])))
 
 
 def test_more_data_is_decoded_in_pieces(folder: Path, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_damaged_recipe_is_one_clear_error(tmp_path: Path, content: str) -> None
 def test_every_arm_decodes_the_same_text_and_scores_as_evaluation_does(folder: Path, result: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     documents = held_out(folder, byte_tokenizer(), 90).documents
-    expected = evaluate(model, documents, family=demo.Family.load(folder / "family"))
+    expected = evaluate(model, documents, family=Family.load(folder / "family"))
     assert result["tokens"] == expected["tokens"]
     rows = [(result["base"], expected["base"]), (result["control"], expected["control"])]
     rows += list(zip(result["points"], expected["points"], strict=True))

@@ -62,7 +62,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "training",
         "training.objective",
         "training.data",
+        "training.rates",
         "training.trainer",
+        "training.options",
+        "training.point",
         "training.run",
         "cache.store",
         "cache.tiers",
@@ -77,7 +80,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "evaluate",
     ),
     ("export.*",),
-    ("report", "demo", "doctor", "bench.*", "cli", "__main__", "__init__"),
+    ("report", "demo", "doctor", "bench.*", "cli_options", "cli", "__main__", "__init__"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 LAYER_OF = [number for number, layer in enumerate(LAYERS) for _ in layer]

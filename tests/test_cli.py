@@ -1,0 +1,236 @@
+"""The command line as a user meets it: one JSON object on stdout, one line per error, exit status 0, 1 or 2."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_family import save_base, save_family
+from typer.testing import CliRunner, Result
+
+from remoe_adapt import Family, Trace, __version__
+from remoe_adapt.cache.simulate import simulate
+from remoe_adapt.cli import app
+from remoe_adapt.evaluate import evaluate, read_shared
+from remoe_adapt.record import load_base
+
+TEXT = "It was the best of times, it was the worst of times. " * 12
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, base/family, base/demo.json, a.txt, b.jsonl, t.npz"""
+    home = tmp_path_factory.mktemp("cli")
+    save_family(save_base(home / "base"), home / "base" / "family")
+    (home / "base" / "demo.json").write_text(json.dumps({"heldout_stdlib": ["heapq"], "prompts": ["Once there was"]}))
+    (home / "a.txt").write_text(TEXT)
+    (home / "b.jsonl").write_text("".join(json.dumps({"text": TEXT[i : i + 40]}) + "\n" for i in range(30)))
+    ids = np.random.default_rng(0).permuted(np.tile(np.arange(16, dtype=np.int16), (3, 200, 1)), axis=2)[..., :4]
+    Trace(ids, {"num_experts": 16, "document_starts": [0, 90]}).save(home / "t.npz")
+    return home
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def found(*args: object) -> dict[str, Any]:
+    """What a command prints with --json: nothing but one object."""
+    result = call(*args, "--json")
+    assert result.exit_code == 0, result.stderr
+    value = json.loads(result.stdout)
+    assert isinstance(value, dict)
+    return value
+
+
+def refused(*args: object) -> str:
+    """The one line on stderr of a command that fails."""
+    result = call(*args)
+    assert (result.exit_code, result.stdout) == (1, "")
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in result.stderr
+    return last
+
+
+def test_help_lists_every_command_of_this_version() -> None:
+    result = call("--help")
+    assert result.exit_code == 0
+    for name in ("demo", "train", "eval", "trace", "simulate", "run", "profiles", "doctor", "bench"):
+        assert f" {name} " in result.stdout
+    assert call("--version").stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [], ["no-such-command"], ["eval"], ["eval", "m"], ["eval", "m", "--data", "f", "--certify"],
+        ["eval", "m", "--data", "f", "--max-tokens", "many"], ["trace", "m", "--data", "f"], ["train", "m"],
+        ["simulate"], ["run", "m", "--prompt", "x", "--pressure", "0.5", "--strength", "0.5"], ["profiles", "show"],
+    ],
+)  # fmt: skip
+def test_bad_usage_is_status_2(args: list[str]) -> None:
+    result = call(*args)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_eval_is_the_protocol_of_evaluate(home: Path) -> None:
+    base, data = home / "base", ["--data", home / "a.txt", "--data", home / "b.jsonl"]
+    result = found("eval", base, "--family", base / "family", *data, "--max-tokens", 300, "--policy", "lrfu")
+    model, tokenizer = load_base(base)
+    documents = read_shared([home / "a.txt", home / "b.jsonl"], tokenizer, 300)
+    expected = evaluate(model, documents, family=Family.load(base / "family"), policies=["lrfu"])
+    assert {key: result[key] for key in expected} == json.loads(json.dumps(expected))
+    assert result["data"] == ["a.txt", "b.jsonl"]
+    assert "lrfu@0.25" in result["base"] and "lru@0.25" not in result["base"]
+
+
+def test_eval_shows_a_table_and_writes_certificates(home: Path, tmp_path: Path) -> None:
+    save_family(save_base(tmp_path / "base"), tmp_path / "family")
+    result = call("eval", tmp_path / "base", "--family", tmp_path / "family", "--data", home / "a.txt", "--certify")
+    assert result.exit_code == 0, result.stderr
+    assert "control" in result.stdout and "load entropy" in result.stdout
+    certificate = Family.load(tmp_path / "family").points[0].certificate
+    assert certificate is not None and certificate["data"] == ["a.txt"]
+
+
+def test_eval_plots_the_frontier_or_names_the_extra(home: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "frontier.png"
+    args = ("eval", home / "base", "--family", home / "base/family", "--data", home / "a.txt", "--plot", plot)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert "remoe-adapt[plot]" in refused(*args)
+        return
+    assert call(*args).exit_code == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_trace_then_simulate(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.npz"
+    facts = found("trace", home / "base", "--data", home / "b.jsonl", "--out", out, "--max-tokens", 200)
+    assert (facts["tokens"], facts["documents"], facts["phase"], facts["layers"]) == (200, 5, "prefill", 4)
+    replayed = found("simulate", out, "--policy", "lru", "--policy", "belady", "--cache", 0.25, "--cache", "0.5")
+    assert replayed["belady@0.5"] >= replayed["lru@0.5"] >= replayed["lru@0.25"]
+    assert replayed["eor"] == facts["eor"]
+
+
+def test_trace_of_decode_spreads_prompts_over_a_long_document(home: Path, tmp_path: Path) -> None:
+    args = ("--decode", 10, "--prompt-tokens", 20, "--max-tokens", 40)
+    facts = found("trace", home / "base", "--data", home / "a.txt", "--out", tmp_path / "d.npz", *args)
+    assert (facts["tokens"], facts["documents"], facts["phase"]) == (40, 4, "decode")
+    assert Trace.load(tmp_path / "d.npz").meta["text"] == "a.txt"
+
+
+def test_simulate_keys_and_figures(home: Path) -> None:
+    result = found(
+        "simulate", home / "t.npz", "--policy", "lru", "--policy", "belady", "--cache", "0.25", "--tokens", 150
+    )
+    trace = Trace.load(home / "t.npz").tokens(150)
+    assert {key: result[key] for key in ("eor", "switch_rate", "lru@0.25", "belady@0.25")} == simulate(
+        trace, ("lru", "belady"), (0.25,)
+    )
+    shown = call("simulate", home / "t.npz")
+    assert "lru@0.25" in shown.stdout and f"{simulate(Trace.load(home / 't.npz'))['eor']:.4f}" in shown.stdout
+
+
+def test_demo_prints_its_keys_and_a_sentence(home: Path) -> None:
+    args = ("demo", "--model", home / "base", "--tokens", 60, "--max-new-tokens", 5)
+    result = found(*args)
+    assert [row["strength"] for row in (result["base"], *result["points"])] == [0.0, 0.5, 1.0]
+    shown = call(*args)
+    assert shown.exit_code == 0
+    assert "With a cache for a quarter of the experts" in " ".join(shown.stdout.split())
+    assert "Once there was" in shown.stdout and "decoding" in shown.stderr
+
+
+def test_run_pins_strength_and_pressure(home: Path) -> None:
+    args = ("run", home / "base", "--family", home / "base/family", "--prompt", "Once", "--max-new-tokens", 6)
+    base = found(*args, "--strength", 0)
+    assert base["status"]["strength"] == 0.0 and base["tokens"] == 6
+    full = found(*args, "--strength", 1)
+    assert full["status"]["strength"] == 1.0 and full["status"]["swaps"] == 1
+    pressed = found(*args, "--pressure", 0.5, "--profile", "orin-8gb")
+    assert pressed["status"]["strength"] == 0.25 and pressed["status"]["profile"] == "orin-8gb"
+    shown = call(*args, "--strength", 1)
+    assert shown.stdout.startswith(full["text"])
+    assert "strength 1.00" in shown.stderr and "tpot_ms" in shown.stdout
+
+
+def test_train_makes_a_certified_family_and_goes_on_where_it_was(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "family"
+    args = (
+        "train",
+        home / "base",
+        "--data",
+        home / "b.jsonl",
+        "--out",
+        out,
+        "--steps",
+        2,
+        "--batch",
+        2,
+        "--length",
+        32,
+    )
+    result = found(*args, "--strengths", "0.5")
+    assert result["strengths"] == [0.5] and math.isfinite(result["points"][0]["ppl_ratio_control"])
+    family = Family.load(out)
+    assert family.control is not None and family.points[0].certificate is not None
+    again = found(*args, "--strengths", "0.5,1.0")
+    assert again["strengths"] == [0.5, 1.0]
+
+
+def test_profiles_and_doctor(tmp_path: Path) -> None:
+    profiles = found("profiles", "list")["profiles"]
+    assert profiles["orin-8gb"]["memory"]["budget_bytes"] == int(5.5 * 2**30)
+    assert found("profiles", "show", "orin-8gb")["expert_cache"]["share"] == 0.25
+    assert found("profiles", "check")["ok"] is True
+    (tmp_path / "bad.yaml").write_text("name: bad\ncolour: red\n")
+    checked = call("profiles", "check", tmp_path / "bad.yaml")
+    assert checked.exit_code == 1 and "bad.yaml:2: colour" in checked.stdout
+    assert found("doctor")["ok"] is True
+    assert "example model" in call("doctor").stdout
+
+
+def test_failures_are_one_line_on_stderr(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.npz").write_bytes(b"PK not a zip")
+    base, family, data = home / "base", home / "base/family", ("--data", home / "a.txt")
+    assert "t.npz" in refused("simulate", tmp_path / "t.npz")
+    assert "unknown cache policy 'arc'" in refused("simulate", home / "t.npz", "--policy", "arc")
+    assert "cannot load the model" in refused("eval", tmp_path / "nothing", *data)
+    assert "does not exist" in refused("eval", base, "--data", tmp_path / "nothing.txt")
+    assert "family.json" in refused("eval", base, *data, "--family", tmp_path)
+    assert "unknown dtype" in refused("eval", base, *data, "--dtype", "int3")
+    assert "no profile named" in refused("profiles", "show", "orin-9gb")
+    assert "out of range" in refused("run", base, "--family", family, "--prompt", "x", "--pressure", 2)
+    assert "not a list of numbers" in refused("train", base, *data, "--out", tmp_path / "f", "--strengths", "a,b")
+    assert "strength 1.5" in refused("train", base, *data, "--out", tmp_path / "f", "--strengths", "1.5")
+    assert not (tmp_path / "f").exists()
+
+
+def test_tasks_need_their_extra(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "remoe-adapt[eval]" in refused("eval", home / "base", "--tasks", "arc_easy")
+
+
+def test_as_a_process_stdout_holds_nothing_but_the_object(home: Path) -> None:
+    command = [sys.executable, "-m", "remoe_adapt", "eval", str(home / "base"), "--data", str(home / "a.txt"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "RANK": "0"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["base"]["strength"] == 0.0
+    assert "scoring" in done.stderr
+
+
+def test_as_a_process_failures_have_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "remoe_adapt", "simulate", str(tmp_path / "none.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
