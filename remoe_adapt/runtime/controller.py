@@ -50,6 +50,7 @@ class Controller:
         self._gate = Gate(lambda: self._staged is not None, self._swap)
         self._stage_lock = threading.RLock()
         self._staged: Staged | None = None
+        self._retired: Staged | None = None
         self._ticket = 0
         self._target, self._reason = 0.0, ""
         self._pressure: float | None = None
@@ -143,7 +144,8 @@ class Controller:
         if self._closed:
             return
         with self._gate.closed_for_good():
-            self._staged, self._closed = None, True
+            self._staged = self._retired = None
+            self._closed = True
             self._ticket += 1
             self._routers.release(keep_live=keep_live)
             self._target, self._pressure, self._reason = self.strength, None, "closed"
@@ -186,6 +188,7 @@ class Controller:
             if strength == self.strength:
                 self._staged = None
                 return
+            self._retired = None
         begin = time.perf_counter()
         staged = self._routers.stage(strength)
         stage_ms = (time.perf_counter() - begin) * 1e3
@@ -200,6 +203,7 @@ class Controller:
         assert staged is not None
         begin = time.perf_counter()
         self._routers.commit(staged, alone=alone)
+        self._retired = staged  # freeing it takes as long as the copy: the next staging does it
         self._swap_ms.append((time.perf_counter() - begin) * 1e3)
         self._swaps += 1
 

@@ -49,7 +49,7 @@ def get_remoe_model(
             raise ConfigError(f"{', '.join(from_pretrained_kwargs)}: options of loading, but base is a model already.")
         _check_free(base)
     operating = _family(family, chosen, _base_id(base))
-    model = plain_base(base if isinstance(base, nn.Module) else _load(base, from_pretrained_kwargs))
+    model = plain_base(base if isinstance(base, nn.Module) else load_base(base, **from_pretrained_kwargs))
     operating.check(model, force=force)
     return _under_dial(model, operating, chosen, adapter_name, force)
 
@@ -66,6 +66,7 @@ def _under_dial(model: nn.Module, family: Family, profile: DeviceProfile, adapte
         allow_other_base=force,
     )
     wrapped = wrap_or_inject(model, config, adapter_name)
+    wrapped.train(model.training)  # PEFT's wrapper is born in training mode
     try:
         controller = Controller(wrapped, family, profile)
     except BaseException:
@@ -120,8 +121,11 @@ def _family(family: str | os.PathLike[str] | Family | None, profile: DeviceProfi
     return loaded
 
 
-def _load(base: str | os.PathLike[str], kwargs: dict[str, Any]) -> nn.Module:
-    """The model class that generates text for this configuration; AutoModel when there is none."""
+def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """`from_pretrained` of the auto class that generates text for this base; AutoModel when there is none.
+
+    Raises ConfigError when it cannot be loaded.
+    """
     path = os.fspath(base)
     try:
         config_kwargs = {

@@ -71,7 +71,7 @@ class ResidentRouters:
         Raises FamilyError for a strength outside [0, 1], MergeStateError when the routers were let go.
         """
         with _writing(False):
-            if self._placement != self._placement_now():
+            if self._placement != _placement(self._live()):
                 self._precompute()
             weights = self._points.get(strength)
             if weights is None:
@@ -84,9 +84,9 @@ class ResidentRouters:
 
         alone: all forwards queued on an accelerator were queued by this thread; else the device is waited for.
         """
-        if staged.placement != self._placement_now():  # the model was moved or cast after staging
+        live = self._live()
+        if staged.placement != _placement(live):  # the model was moved or cast after staging
             staged = self.stage(staged.strength)
-        live = self.weights
         if not alone:
             _finish_queued_work(staged.placement)
         with _writing(live[0].is_inference()):
@@ -113,13 +113,17 @@ class ResidentRouters:
         base = self._base()
         self._points = {0.0: tuple(base.values())}  # the kept originals themselves
         self._points |= {s: tuple(self.family.live(s, base).values()) for s in self.family.strengths}
-        self._placement = self._placement_now()
+        self._placement = _placement(self._live())
         _finish_queued_work(self._placement)
 
-    def _placement_now(self) -> Placement:
+    def _live(self) -> list[Tensor]:
         if not all(layer.resident for layer in self._layers.values()):
             raise MergeStateError("the dial has let go of these routers: call get_remoe_model again.")
-        return tuple((weight_ED.device, weight_ED.dtype) for weight_ED in self.weights)
+        return self.weights
+
+
+def _placement(weights: list[Tensor]) -> Placement:
+    return tuple((weight_ED.device, weight_ED.dtype) for weight_ED in weights)
 
 
 @contextmanager

@@ -1,0 +1,198 @@
+"""`remoe bench swap`: what a swap costs the decoding thread, against PEFT's own way to change a router's strength."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
+
+from remoe_adapt.bench.results import REPO_ROOT
+from remoe_adapt.family import Family, FamilyPoint, original_weights
+from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.runtime.load import get_remoe_model, load_base
+
+SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
+_STRENGTHS = (0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.35, 0.65)
+_TOP_K = 4
+_LORAS = ("first", "second")
+
+
+class _Router(nn.Module):
+    """Softmax, then top-k: the most common router."""
+
+    def __init__(self, num_experts: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.norm_topk_prob = num_experts, _TOP_K, False
+        self.weight = nn.Parameter(torch.randn(num_experts, hidden_size, dtype=dtype) * hidden_size**-0.5)
+
+    def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Names as transformers' routers have them: discovery reads this source.
+        router_logits = F.linear(hidden_TD, self.weight)
+        router_weights, router_indices = router_logits.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        return router_logits, router_weights, router_indices
+
+
+class _Block(nn.Module):
+    def __init__(self, num_experts: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate = _Router(num_experts, hidden_size, dtype)
+        self.experts = nn.ModuleList(nn.Identity() for _ in range(num_experts))
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        _, weights_TK, _ = self.gate(hidden_TD)
+        scale_T1 = 1 + weights_TK.sum(dim=-1, keepdim=True)
+        scaled_TD: Tensor = hidden_TD * scale_T1.to(hidden_TD.dtype)
+        return scaled_TD
+
+
+class RouterStack(nn.Module):
+    """The routers of a large model without its experts: what a swap touches, and nothing else."""
+
+    def __init__(self, num_routers: int, num_experts: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Block(num_experts, hidden_size, dtype) for _ in range(num_routers))
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD)
+        return hidden_TD
+
+
+def random_family(model: nn.Module, strengths: tuple[float, ...] = (0.5, 1.0)) -> Family:
+    """A family in memory whose deltas are random, a tenth of the weights in size."""
+    weights = original_weights(model)
+    deltas = {
+        name: torch.randn(weight.shape) * 0.1 * float(weight.detach().float().std()) for name, weight in weights.items()
+    }
+    points = tuple(FamilyPoint(s, Family.adapter_name(s), {n: d * s for n, d in deltas.items()}) for s in strengths)
+    return Family(Path("in-memory"), type(model).__name__, fingerprint(model), points)
+
+
+def run_swap(
+    model: str | None = None,
+    family: str | None = None,
+    *,
+    num_routers: int = 26,
+    num_experts: int = 64,
+    hidden_size: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+    swaps: int = 200,
+    peft_swaps: int = 40,
+    forwards: int = 300,
+) -> dict[str, Any]:
+    """Medians in ms: `swap_ms` (on the decoding thread, gate included), `stage_ms` (on the posting thread),
+    `peft_swap_ms` (stock LoRA on the same weights: unmerge + set_adapter + merge, rank 64, interleaved with ours);
+    `recompiles` over ten strengths under fullgraph; `forward_ratio`: one-token forwards of `model` (None: the shipped
+    one) at full strength over those of the untouched base, interleaved (None, with `forward_skipped`, without a model).
+
+    Raises as `get_remoe_model` for a model or family that cannot be used.
+    """
+    torch.manual_seed(0)
+    stack = RouterStack(num_routers, num_experts, hidden_size, dtype)
+    lora = _stock_lora(copy.deepcopy(stack))
+    dialed = get_remoe_model(stack, family=random_family(stack))
+    result: dict[str, Any] = {"routers": num_routers, "experts": num_experts, "hidden": hidden_size}
+    result["dtype"] = str(dtype).removeprefix("torch.")
+    result |= _time_swaps(dialed, lora, swaps, peft_swaps)
+    result["peft_ratio"] = result["swap_ms"] / result["peft_swap_ms"]
+    result["recompiles"] = _recompiles(dialed, torch.randn(1, hidden_size, dtype=dtype))
+    return result | _forward_ratio(model, family, forwards)
+
+
+def _time_swaps(dialed: PeftModel, lora: PeftModel, swaps: int, peft_swaps: int) -> dict[str, float]:
+    controller = dialed.controller
+    controller.step()  # this thread is the decoding one: targets of others wait for its next step
+    ours: list[float] = []
+    theirs: list[float] = []
+    for i in range(swaps):
+        poster = threading.Thread(target=controller.set_strength, args=(_STRENGTHS[i % len(_STRENGTHS)],))
+        poster.start()
+        poster.join()
+        ours.append(_ms(controller.step))
+        if i % max(1, swaps // peft_swaps) == 0:
+            theirs.append(_ms(functools.partial(_peft_swap, lora, _LORAS[len(theirs) % 2])))
+    assert controller.status()["swaps"] == swaps
+    return {
+        "swap_ms": statistics.median(ours),
+        "stage_ms": float(controller.status()["stage_ms_median"]),
+        "peft_swap_ms": statistics.median(theirs),
+    }
+
+
+def _stock_lora(stack: Any) -> PeftModel:
+    config = LoraConfig(
+        r=64, lora_alpha=64, target_parameters=["gate.weight"], target_modules=[], init_lora_weights=False
+    )
+    lora: Any = get_peft_model(stack, config, _LORAS[1])
+    lora.add_adapter(_LORAS[0], copy.deepcopy(config))
+    lora.requires_grad_(False)
+    lora.merge_adapter()
+    assert isinstance(lora, PeftModel)
+    return lora
+
+
+def _peft_swap(lora: Any, name: str) -> None:
+    lora.unmerge_adapter()
+    lora.base_model.set_adapter(name)
+    lora.merge_adapter()
+
+
+def _recompiles(dialed: Any, hidden_TD: Tensor) -> int:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled: Callable[[Tensor], Tensor] = torch.compile(dialed, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for strength in _STRENGTHS:
+            dialed.controller.set_strength(strength)
+            compiled(hidden_TD)
+    torch._dynamo.reset()
+    return int(counter.frame_count) - 1
+
+
+def _forward_ratio(model: str | None, family: str | None, forwards: int) -> dict[str, Any]:
+    if model is None and not (SHIPPED / "config.json").exists():
+        return {"forward_ratio": None, "forward_skipped": "no shipped model in this installation: name one"}
+    source = model or str(SHIPPED)
+    shipped_family = SHIPPED / "family"
+    if family is None and model is None and shipped_family.exists():
+        family = str(shipped_family)
+    return forward_ratio(source, family, forwards)
+
+
+def forward_ratio(source: str | nn.Module, family: str | Family | None, forwards: int) -> dict[str, Any]:
+    """Keys `forward_ratio`, `forward_ms`, `base_forward_ms`: medians of one-token forwards, order alternating.
+
+    Timed is what `generate` calls: the base object with the dial on it, and a second, untouched one.
+    """
+    plain = load_base(source) if isinstance(source, str) else copy.deepcopy(source)
+    with_dial = load_base(source) if isinstance(source, str) else source
+    dialed = get_remoe_model(with_dial, family=random_family(with_dial) if family is None else family)
+    dialed.controller.set_strength(1.0)
+    ids = torch.tensor([[1]])
+    times: dict[nn.Module, list[float]] = {plain: [], with_dial: []}
+    with torch.inference_mode():
+        for i in range(forwards + 10):
+            for each in (plain, with_dial) if i % 2 else (with_dial, plain):
+                elapsed_ms = _ms(functools.partial(each, input_ids=ids, use_cache=False))
+                if i >= 10:  # warm
+                    times[each].append(elapsed_ms)
+    dialed.controller.close()
+    base_ms, dial_ms = (statistics.median(values) for values in times.values())
+    return {"forward_ratio": dial_ms / base_ms, "forward_ms": dial_ms, "base_forward_ms": base_ms}
+
+
+def _ms(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
