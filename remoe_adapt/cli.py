@@ -136,8 +136,9 @@ def train(
 def evaluate_command(
     model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
     policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
-    tasks: opt.Tasks = None, limit: opt.Limit = None, plot: opt.Plot = None, certified: opt.Certify = False,
-    device: opt.Device = None, dtype: opt.Dtype = "auto", force: opt.Force = False, as_json: opt.Json = False,
+    tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
+    plot: opt.Plot = None, certified: opt.Certify = False, device: opt.Device = None,
+    dtype: opt.Dtype = "auto", force: opt.Force = False, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores."""
     from remoe_adapt.evaluate import certify, evaluate, evaluate_tasks, read_shared
@@ -169,7 +170,7 @@ def evaluate_command(
             certify(points, result)
             shown.append(f"certificates written to {points.path}")
     if tasks:
-        scores = evaluate_tasks(base, tokenizer, points, _words(tasks), limit, force=force)
+        scores = evaluate_tasks(base, tokenizer, points, _words(tasks), folder=task_folder, limit=limit, force=force)
         result["tasks"] = scores
         shown.append(report.task_table(scores))
     return result, shown

@@ -49,6 +49,7 @@ EvalData = Annotated[list[Path] | None, typer.Option("--data", help="Text: .txt,
 MaxTokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly among the files.")]
 Window = Annotated[int | None, typer.Option(help="Shorter windows than min(max positions, 1024).")]
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (extra: eval).")]
+TaskFolder = Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")]
 Limit = Annotated[int | None, typer.Option(help="Examples per task.")]
 Plot = Annotated[Path | None, typer.Option(help="Write EOR against perplexity here (extra: plot).")]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]

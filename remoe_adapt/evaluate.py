@@ -258,15 +258,19 @@ def evaluate_tasks(
     tokenizer: Any,
     family: Family | None,
     tasks: Sequence[str],
-    limit: int | None = None,
     *,
+    folder: str | Path | None = None,
+    limit: int | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Scores of lm-eval tasks per arm: `{"base", "control", "points"}` of `{strength, tasks: {task: {metric: value}}}`.
 
+    `folder` holds task files of your own beside those that lm-eval knows; `limit` is examples per task.
+
     Raises:
         MissingDependencyError: lm-eval is not installed.
         DataError: lm-eval does not know a task.
+        FingerprintMismatchError: the family is of another base (unless `force`).
     """
     try:
         import lm_eval
@@ -276,19 +280,21 @@ def evaluate_tasks(
         raise MissingDependencyError(
             f"task scores need lm-eval ({error}): pip install 'remoe-adapt[eval]', or leave --tasks out"
         ) from error
-    manager = TaskManager()
-    unknown = [task for task in tasks if not manager.match_tasks([task]) and not Path(task).is_file()]
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise DataError(f"lm-eval has no task {', '.join(map(repr, unknown))}: see `lm_eval ls tasks`")
+        raise DataError(f"lm-eval has no task {', '.join(map(repr, unknown))}: see `lm-eval ls tasks`")
     rows: dict[Arm, dict[str, Any]] = {}
     with arms_of(model, family, force=force) as arms, inference(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
         for arm in arms:
             arms.use(arm)
-            result = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager)
+            found = lm_eval.simple_evaluate(
+                model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+            )
             scores = {
-                task: {metric: value for metric, value in found.items() if isinstance(value, (int, float))}
-                for task, found in result["results"].items()
+                task: {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+                for task, metrics in found["results"].items()
             }
             rows[arm] = {"strength": arm.strength, "tasks": scores}
     return {

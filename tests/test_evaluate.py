@@ -238,3 +238,23 @@ def test_tasks_without_lm_eval_name_the_extra(base: PreTrainedModel, monkeypatch
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingDependencyError, match=r"remoe-adapt\[eval\]"):
         evaluate_tasks(base, byte_tokenizer(), None, ["arc_easy"])
+
+
+def test_tasks_are_scored_per_arm_by_the_swapped_model(
+    base: PreTrainedModel, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": f"{n} apples"}) + "\n" for n in range(5)))
+    (tmp_path / "own.yaml").write_text(
+        "task: own_text\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'd.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\n"
+        'doc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list: [{metric: byte_perplexity}]\n'
+    )
+    with pytest.raises(DataError, match="no task 'no_such_task'"):
+        evaluate_tasks(base, byte_tokenizer(), family, ["no_such_task"])
+    result = evaluate_tasks(base, byte_tokenizer(), family, ["own_text"], folder=tmp_path, limit=3)
+    rows = (result["base"], result["control"], *result["points"])
+    assert [row["strength"] for row in rows] == [0.0, None, 0.5, 1.0]
+    assert len({row["tasks"]["own_text"]["byte_perplexity,none"] for row in rows}) == 4
