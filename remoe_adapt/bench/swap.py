@@ -89,7 +89,7 @@ def run_swap(
     dtype: torch.dtype = torch.bfloat16,
     swaps: int = 200,
     peft_swaps: int = 40,
-    forwards: int = 300,
+    forwards: int = 600,
 ) -> dict[str, Any]:
     """Medians in ms: `swap_ms` (on the decoding thread, gate included), `stage_ms` (on the posting thread),
     `peft_swap_ms` (stock LoRA on the same weights: unmerge + set_adapter + merge, rank 64, interleaved with ours);
