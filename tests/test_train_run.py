@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     save_base(folder / "base")
     (folder / "data").mkdir()
-    words = "expert router token weight cache layer delta".split()
+    words = ["expert", "router", "token", "weight", "cache", "layer", "delta"]
     documents = [" ".join(words[(i * j) % 7] for j in range(5 + i % 40)) for i in range(1, 120)]
     records = "".join(json.dumps({"text": text}) + "\n" for text in documents)
     (folder / "data" / "words.jsonl").write_text(records)
@@ -113,7 +113,7 @@ def test_another_run_is_refused(folder: Path, trained: Any, tmp_path: Path) -> N
     assert sorted(p.name for p in (folder / "family").rglob("*")) == before
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -121,7 +121,7 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_to_the_same_adapter(
     folder: Path, tmp_path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = TrainOptions(steps=24, batch=2, accumulate=2, length=32, mode=mode, lr=0.2)
+    options = TrainOptions(steps=14, batch=2, accumulate=2, length=32, mode=mode, lr=0.2)
 
     def train(out: Path) -> Family:
         data, base = [folder / "data"], folder / "base"
@@ -131,18 +131,18 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
     on_step_end = PointLog.on_step_end
 
     def killer(self: PointLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._name == "s100" and state.global_step == 18:
-            raise Killed
+        if self._name == "s100" and state.global_step == 12:
+            raise KilledError
         on_step_end(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(PointLog, "on_step_end", killer)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(tmp_path / "killed")
     monkeypatch.undo()
     assert Family.load(tmp_path / "killed").strengths == (0.5,)
     checkpoints = tmp_path / "killed" / WORK_FOLDER / "s100" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-10"]
-    (checkpoints / "checkpoint-15").mkdir()  # a second kill, in the middle of saving
+    (checkpoints / "checkpoint-12").mkdir()  # a second kill, in the middle of saving
     resumed_at: list[int] = []
     monkeypatch.setattr(
         PointLog, "on_step_begin", lambda self, args, state, control, **kwargs: resumed_at.append(state.global_step)
@@ -177,11 +177,11 @@ def test_a_loaded_model_is_left_as_it_was(folder: Path, tmp_path: Path, monkeypa
     data = [folder / "data" / "words.jsonl"]
 
     def interrupted(name: str, log: dict[str, float]) -> None:
-        raise Killed
+        raise KilledError
 
     on_step_end = PointLog.on_step_end
     monkeypatch.setattr(PointLog, "on_step_end", lambda *args, **kwargs: interrupted("", {}))
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train_family(lora, data, [1.0], tmp_path / "a", options=options, tokenizer=TOKENIZER, progress=False)  # type: ignore[arg-type]
     check()
     monkeypatch.setattr(PointLog, "on_step_end", on_step_end)

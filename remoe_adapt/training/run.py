@@ -51,7 +51,7 @@ def token_rows(
     for file in files:
         documents = list(read_file(file))
         random.Random(seed).shuffle(documents)
-        share = math.ceil(tokens / len(files) * (1 + 1 / _HELD_OUT_EVERY))
+        share = math.ceil(tokens / len(files) * _HELD_OUT_EVERY / (_HELD_OUT_EVERY - 1))
         ids = tokenize_documents(documents, tokenizer, share)
         if len(ids) >= _HELD_OUT_EVERY:
             held_out += ids[::_HELD_OUT_EVERY]
