@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
@@ -265,14 +266,17 @@ def _live_text(shown: bool, status: Callable[[], str]) -> Iterator[Callable[[str
     at_terminal = sys.stdout.isatty() and sys.stderr.isatty()
 
     def write(piece: str) -> None:
-        # The line below is erased before text goes on where it stopped (save, down, erase, restore: DEC/ANSI).
+        if at_terminal:
+            print("\x1b[J", end="", file=sys.stderr, flush=True)  # erase the old line: text may grow into it
         print(piece, end="", flush=True)
         if at_terminal:
-            print(f"\x1b7\n\r\x1b[2K{status()}\x1b8", end="", file=sys.stderr, flush=True)
+            # Make room below, save the place, write the line, go back (ANSI: IND, CUU, DECSC, EL, DECRC).
+            line = status()[: shutil.get_terminal_size().columns - 1]
+            print(f"\x1bD\x1b[A\x1b7\n\r\x1b[2K{line}\x1b8", end="", file=sys.stderr, flush=True)
 
     yield write
     print(flush=True)
-    print(f"\x1b[2K{status()}" if at_terminal else status(), file=sys.stderr, flush=True)
+    print(f"\x1b[J{status()}" if at_terminal else status(), file=sys.stderr, flush=True)
 
 
 @command(profiles_app, "list")
