@@ -11,5 +11,5 @@ from remoe_adapt.bench.swap import run_swap
 
 if __name__ == "__main__":
     result = run_swap(*sys.argv[1:3])
-    append_row(Path(__file__).parent / "results" / "swap_cpu.csv", {**result, **environment()})
+    append_row(Path(__file__).parent / "results" / "swap_cpu.csv", {**environment(), **result})
     print(json.dumps(result))

@@ -221,10 +221,10 @@ def test_the_swap_benchmark_measures_what_it_says(saved: Path, tmp_path: Path) -
     )
     assert result["recompiles"] == 0 and result["routers"] == 3
     assert all(result[key] > 0 for key in ("swap_ms", "stage_ms", "peft_swap_ms", "forward_ratio", "base_forward_ms"))
-    row = {**result, **environment()}
+    row = {**environment(), **result}
     append_row(tmp_path / "results" / "swap.csv", row)
     append_row(tmp_path / "results" / "swap.csv", row)
     lines = (tmp_path / "results" / "swap.csv").read_text().splitlines()
-    assert len(lines) == 3 and lines[0].startswith("routers,") and lines[0].endswith("commit") and lines[1] == lines[2]
+    assert len(lines) == 3 and lines[0].startswith("date,") and ",commit,routers," in lines[0] and lines[1] == lines[2]
     append_row(tmp_path / "results" / "swap.csv", {"other": 1.0})
     assert (tmp_path / "results" / "swap.csv").read_text() == "other\n1\n"

@@ -96,18 +96,31 @@ def run_swap(
     `recompiles` over ten strengths under fullgraph; `forward_ratio`: one-token forwards of `model` (None: the shipped
     one) at full strength over those of the untouched base, interleaved (None, with `forward_skipped`, without a model).
 
+    Both sides run on one torch thread: with more, a busy machine measures its thread pool (a swap took 60 ms there).
+
     Raises as `get_remoe_model` for a model or family that cannot be used.
     """
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sizes = {"routers": num_routers, "experts": num_experts, "hidden": hidden_size, "dtype": str(dtype)}
+        swapping = _swap_figures(RouterStack(num_routers, num_experts, hidden_size, dtype), swaps, peft_swaps)
+        return {**sizes, "threads": 1, **swapping, **_forward_figures(model, family, forwards)}
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _swap_figures(stack: RouterStack, swaps: int, peft_swaps: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    stack = RouterStack(num_routers, num_experts, hidden_size, dtype)
     lora = _stock_lora(copy.deepcopy(stack))
     dialed = get_remoe_model(stack, family=random_family(stack))
-    result: dict[str, Any] = {"routers": num_routers, "experts": num_experts, "hidden": hidden_size}
-    result["dtype"] = str(dtype).removeprefix("torch.")
-    result |= _time_swaps(dialed, lora, swaps, peft_swaps)
-    result["peft_ratio"] = result["swap_ms"] / result["peft_swap_ms"]
-    result["recompiles"] = _recompiles(dialed, torch.randn(1, hidden_size, dtype=dtype))
-    return result | _forward_ratio(model, family, forwards)
+    times = _time_swaps(dialed, lora, swaps, peft_swaps)
+    weight_ED = next(iter(original_weights(stack).values()))
+    return {
+        **times,
+        "peft_ratio": times["swap_ms"] / times["peft_swap_ms"],
+        "recompiles": _recompiles(dialed, torch.randn(1, weight_ED.shape[1], dtype=weight_ED.dtype)),
+    }
 
 
 def _time_swaps(dialed: PeftModel, lora: PeftModel, swaps: int, peft_swaps: int) -> dict[str, float]:
@@ -160,7 +173,7 @@ def _recompiles(dialed: Any, hidden_TD: Tensor) -> int:
     return int(counter.frame_count) - 1
 
 
-def _forward_ratio(model: str | None, family: str | None, forwards: int) -> dict[str, Any]:
+def _forward_figures(model: str | None, family: str | None, forwards: int) -> dict[str, Any]:
     if model is None and not (SHIPPED / "config.json").exists():
         return {"forward_ratio": None, "forward_skipped": "no shipped model in this installation: name one"}
     source = model or str(SHIPPED)
