@@ -103,9 +103,10 @@ def run_swap(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        sizes = {"routers": num_routers, "experts": num_experts, "hidden": hidden_size, "dtype": str(dtype).removeprefix("torch.")}
+        sizes = {"routers": num_routers, "experts": num_experts, "hidden": hidden_size}
+        sizes_and_type = {**sizes, "dtype": str(dtype).removeprefix("torch."), "threads": 1}
         swapping = _swap_figures(RouterStack(num_routers, num_experts, hidden_size, dtype), swaps, peft_swaps)
-        return {**sizes, "threads": 1, **swapping, **_forward_figures(model, family, forwards)}
+        return {**sizes_and_type, **swapping, **_forward_figures(model, family, forwards)}
     finally:
         torch.set_num_threads(threads_before)
 
