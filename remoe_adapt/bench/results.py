@@ -7,12 +7,13 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from remoe_adapt.evaluate import commit
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +28,7 @@ def environment() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         **versions,
-        "commit": _commit(),
+        "commit": commit() or "unknown",
     }
 
 
@@ -54,16 +55,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """The commit of the clone this package runs from, "+" when package files differ from it."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(REPO_ROOT), *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "remoe_adapt") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -22,15 +22,15 @@ class TrainOptions:
     lr is relative (see `relative_rates`): a share of the router's own scale. A step takes `batch` rows, times
     `accumulate`, on every device; `length` None: min(max positions, 512) tokens a row. `warmup` is the share of the
     steps over which the learning rate and the locality weight rise. `mode` "local" is for the points; the control has
-    nothing but the next-token loss and is always trained end to end.
+    nothing but the next-token loss and is always trained end to end. `bf16` is autocast; None: if a CPU has it.
     """
 
-    reuse_weight: float = 0.3
+    reuse_weight: float = 1.2
     smooth_weight: float = 0.0
     lag_weight: float = 0.0
     ws_weight: float = 0.0
-    kl_weight: float = 0.0
-    steps: int = 150
+    kl_weight: float = 0.5
+    steps: int = 240
     batch: int = 8
     accumulate: int = 1
     length: int | None = None
@@ -38,6 +38,7 @@ class TrainOptions:
     warmup: float = 0.1
     mode: Mode = "end-to-end"
     rank: int | None = None
+    bf16: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

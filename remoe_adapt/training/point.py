@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -78,8 +79,19 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
         disable_tqdm=True,
         dataloader_pin_memory=device_type == "cuda",
         use_cpu=device_type == "cpu",
+        bf16=_native_bf16(device_type) if options.bf16 is None else options.bf16,
         seed=options.seed,
     )
+
+
+def _native_bf16(device_type: str) -> bool:
+    """Whether fp32 bases gain from autocast here; on a GPU a base has the dtype that it is meant to run in."""
+    return device_type == "cpu" and bool(_cpu_features().get("avx512_bf16"))
+
+
+def _cpu_features() -> dict[str, bool]:
+    known = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.12
+    return dict(known())
 
 
 def _last_checkpoint(folder: Path) -> str | None:
