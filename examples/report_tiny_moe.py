@@ -47,7 +47,8 @@ It is a measuring instrument, not an assistant.
 | context | {positions} tokens |
 | trained on | {tokens_m:.1f} M tokens in {steps} steps: books, technical prose, mathematics, encyclopaedia, Python |
 | load-balancing loss | {aux} |
-| made by | `python examples/train_tiny_moe.py --data ../shared/data/train`, {minutes:.0f} minutes ([log](training_log.jsonl)) |
+| made by | `examples/train_tiny_moe.py`, {minutes:.0f} minutes of one CPU core ([log](training_log.jsonl)) |
+| recipe | {recipe} |
 
 Held-out text, {tokens} tokens a domain, measured in fp32 by `python examples/report_tiny_moe.py --data ../shared/data`.
 CE is in nats per token. The trigram model is interpolated Kneser-Ney on all the training text. "Constant experts" gives
@@ -163,7 +164,7 @@ def main() -> None:
 
     rows, result = [], {}
     for name, docs in held_out.items():
-        scored_bytes = sum(len(tokenizer.decode(ids[1:]).encode("utf8")) for ids in docs)
+        scored_bytes = sum(len(str(tokenizer.decode(ids[1:])).encode("utf8")) for ids in docs)
         base = evaluate(model, docs)["base"]
         tokens = sum(len(ids) - 1 for ids in docs)
         trigram_ce = sum(map(trigram.nats, docs)) / sum(max(0, len(ids) - 2) for ids in docs)
@@ -186,7 +187,7 @@ def main() -> None:
         ids = tokenizer(prompt, return_tensors="pt")
         torch.manual_seed(0)
         out = model.generate(**ids, max_new_tokens=60, do_sample=True, temperature=0.7, top_p=0.9)
-        samples.append("```text\n" + tokenizer.decode(out[0]).strip() + "\n```")
+        samples.append("```text\n" + str(tokenizer.decode(out[0])).strip() + "\n```")
     total = sum(p.numel() for p in model.parameters())
     config = model.config
     experts = (
@@ -196,7 +197,8 @@ def main() -> None:
         layers=config.num_hidden_layers, hidden=config.hidden_size, experts=experts, top_k=config.num_experts_per_tok,
         shared=config.shared_expert_intermediate_size, parameters_m=total / 1e6, vocabulary=len(tokenizer),
         positions=config.max_position_embeddings, tokens_m=facts["tokens_seen"] / 1e6, steps=facts["steps"],
-        aux=config.router_aux_loss_coef, minutes=facts["minutes"], tokens=args.tokens, rows="\n".join(rows),
+        aux=config.router_aux_loss_coef, minutes=facts["minutes"], recipe=facts["recipe"],
+        tokens=args.tokens, rows="\n".join(rows),
         modules=", ".join(f"`{name}`" for name in stdlib), samples="\n".join(samples),
     )  # fmt: skip
     (args.model / "README.md").write_text(text, encoding="utf8")

@@ -211,9 +211,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("examples/tiny_moe"))
     parser.add_argument("--work", type=Path, default=Path("build/tiny_moe"), help="token cache and snapshots")
     parser.add_argument("--minutes", type=float, default=90.0)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
     parser.add_argument("--resume", action="store_true")
@@ -284,6 +284,7 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     facts = {"tokens_seen": tokens, "steps": step, "minutes": args.minutes,
+             "recipe": f"batches of {args.batch} x {args.length} tokens, peak learning rate {args.lr:g}",
              "heldout_stdlib": HELDOUT_STDLIB, "prompts": PROMPTS}  # fmt: skip
     (args.out / "demo.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf8")
 
