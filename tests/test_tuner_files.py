@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, NUM_EXPERTS, tiny_model
 from torch import Tensor, nn
@@ -117,7 +116,7 @@ def test_what_is_on_disk(saved: Any) -> None:
     assert written["peft_type"] == "REMOE" and written["base_fingerprint"].startswith("sha256:")
     assert written["target_modules"] == [f"model.layers.{i}.mlp.gate" for i in range(4)]
     assert (written["reuse_weight"], written["kl_weight"]) == (0.5, 0.25) and "allow_other_base" not in written
-    config = PeftConfig.from_pretrained(adapter)
+    config = PeftConfig.from_pretrained(pretrained_model_name_or_path=adapter)
     assert isinstance(config, RemoeConfig) and config.to_dict() == RemoeConfig.from_pretrained(adapter).to_dict()
     card = yaml.safe_load((adapter / "README.md").read_text().split("---\n")[1])
     assert card["library_name"] == "peft" and card["base_model"] == str(base)
@@ -268,21 +267,25 @@ def test_state_dicts_are_checked_before_the_first_tensor_is_copied(damage: str, 
         assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "header"])
-def test_a_file_that_transformers_cannot_read_has_no_effect(damage: str, saved: Any, tmp_path: Path) -> None:
-    base, adapter, _ = saved
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_transformers_own_loading_refuses_them_too(damage: str, saved: Any, tmp_path: Path) -> None:
+    base, adapter, expected = saved
+    bad = damaged(adapter, tmp_path, damage)
     model = AutoModelForCausalLM.from_pretrained(base)
     before = logits(model)
-    with pytest.raises(SafetensorError):
-        model.load_adapter(str(damaged(adapter, tmp_path, damage)), "mine")
-    assert torch.equal(logits(model), before)
+    with pytest.raises(AdapterCorruptError, match=DAMAGES[damage]):
+        model.load_adapter(str(bad), "mine")
+    assert untouched(model) and torch.equal(logits(model), before)
+    model.load_adapter(str(adapter), "mine")
+    assert torch.equal(logits(model), expected)
 
 
-def test_transformers_own_loading_takes_no_nan(saved: Any, tmp_path: Path) -> None:
+def test_a_state_dict_given_to_transformers_takes_no_nan(saved: Any, tmp_path: Path) -> None:
     base, adapter, _ = saved
     model = AutoModelForCausalLM.from_pretrained(base)
-    with pytest.raises(AdapterCorruptError, match="adapter 'mine' in the file loaded holds NaN or Inf"):
-        model.load_adapter(str(damaged(adapter, tmp_path, "nan")), "mine")
+    tensors = load_file(damaged(adapter, tmp_path, "nan") / WEIGHTS)
+    with pytest.raises(AdapterCorruptError, match="adapter 'default' in the file loaded holds NaN or Inf"):
+        model.load_adapter(None, peft_config=PeftConfig.from_pretrained(adapter), adapter_state_dict=tensors)
     assert torch.isfinite(logits(model)).all()
 
 

@@ -57,6 +57,9 @@ class RemoeConfig(PeftConfig):
     smooth_weight: float = field(default=0.0, metadata={"help": "Weight of the symmetric KL to the previous token."})
     lag_weight: float = field(default=0.0, metadata={"help": "Weight of the symmetric KL over several lags."})
     ws_weight: float = field(default=0.0, metadata={"help": "Weight of the working-set entropy."})
+    distill_share: float = field(
+        default=0.0, metadata={"help": "Share of the next-token target that is the base model's own distribution."}
+    )
     base_fingerprint: Optional[str] = field(  # noqa: UP045
         default=None, metadata={"help": "Fingerprint of the base's routers. Filled in when the adapter is created."}
     )
@@ -76,6 +79,8 @@ class RemoeConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
                 raise ConfigError(f"{name}={value!r}: a loss weight is a finite number >= 0 (0 switches it off).")
+        if not isinstance(self.distill_share, (int, float)) or not 0 <= self.distill_share <= 1:
+            raise ConfigError(f"distill_share={self.distill_share!r}: a share between 0 (the text) and 1 (the base).")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ConfigError("layers_to_transform needs target_modules=None or a list of names, not an expression.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -97,9 +102,16 @@ class RemoeConfig(PeftConfig):
         """
         folder = os.fspath(pretrained_model_name_or_path)
         config: RemoeConfig = super().from_pretrained(folder, subfolder=subfolder, **kwargs)
-        config._stored = stored_shapes(Path(folder, subfolder or ""))
+        config.read_stored(folder, subfolder)
         config.awaits_weights = True
         return config
+
+    def read_stored(self, folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
+        """Note which tensors the file beside this configuration holds; the model compares them with its routers.
+
+        Raises AdapterCorruptError when they are truncated, unreadable or not finite.
+        """
+        self._stored = stored_shapes(Path(folder, subfolder or ""))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but the permission `allow_other_base`, which is the loader's and not the adapter's."""
