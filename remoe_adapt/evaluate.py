@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.arms import Arm, Arms, arms_of
-from remoe_adapt.cache.simulate import simulate
+from remoe_adapt.cache.simulate import check_replay, simulate
 from remoe_adapt.errors import DataError, MissingDependencyError
 from remoe_adapt.family import Family
 from remoe_adapt.metrics import load_entropy
@@ -132,9 +132,11 @@ def evaluate(
     afterwards, bit for bit. `window` shortens the protocol's windows; `on_tokens` hears of tokens done, over all arms.
 
     Raises:
+        ConfigError: a window below 2 tokens, an unknown policy or a bad cache fraction.
         DataError: no document has two tokens.
         FingerprintMismatchError: the family is of another base.
     """
+    check_replay(policies, caches)
     length = window_tokens(model, window)
     plan = windows([len(ids) for ids in documents], length)
     if not plan:

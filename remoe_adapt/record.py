@@ -117,7 +117,8 @@ def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: s
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return model.to(target).eval(), tokenizer
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    # AssertionError: what torch raises for a device it was built without.
+    except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load the model {name} on {target}: {reason}") from error
 
@@ -140,7 +141,7 @@ def window_tokens(model: nn.Module, limit: int | None = None) -> int:
     Raises:
         ConfigError: the limit leaves fewer than 2 tokens.
     """
-    length = min(max_positions(model) or MAX_WINDOW, MAX_WINDOW, limit or MAX_WINDOW)
+    length = min(max_positions(model) or MAX_WINDOW, MAX_WINDOW, MAX_WINDOW if limit is None else limit)
     if length < 2:
         raise ConfigError(f"a window of {length} token(s) scores nothing: use at least 2")
     return length

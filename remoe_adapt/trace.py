@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -79,24 +80,27 @@ class Trace:
             TraceError: `count` is not in [1, num_tokens].
         """
         if not 1 <= count <= self.num_tokens:
-            raise TraceError(f"cannot take {count} tokens of a trace that has {self.num_tokens}: ask for fewer")
+            raise TraceError(f"cannot take {count} tokens of a trace: this one has 1 to {self.num_tokens} to give")
         meta = dict(self.meta)
         if "document_starts" in meta:
             meta["document_starts"] = [start for start in self.document_starts if start < count]
         return Trace(self.experts[:, :count], meta)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a compressed npz (`experts` int16, `meta` JSON string); an older file stays whole until the end."""
+        """Writes a compressed npz (`experts` int16, `meta` JSON string), making its folder; an older file stays whole
+        until the end."""
         target = Path(path)
         scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with scratch.open("wb") as file:
                 np.savez_compressed(file, experts=self.experts, meta=np.array(json.dumps(self.meta)))
             scratch.replace(target)
         except OSError as error:
             raise TraceError(f"cannot write trace {target}: {error}") from error
         finally:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], phase: str | None = None) -> Trace:

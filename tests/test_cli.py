@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_family import save_base, save_family
 from typer.testing import CliRunner, Result
 
@@ -122,6 +123,13 @@ def test_trace_then_simulate(home: Path, tmp_path: Path) -> None:
     assert replayed["eor"] == facts["eor"]
 
 
+def test_a_recording_is_not_lost_for_want_of_a_folder(home: Path, tmp_path: Path) -> None:
+    args = ("trace", home / "base", "--data", home / "a.txt", "--max-tokens", 20, "--out")
+    found(*args, tmp_path / "new" / "t.npz")
+    assert Trace.load(tmp_path / "new" / "t.npz").num_tokens == 20
+    assert "cannot write trace" in refused(*args, home / "a.txt" / "t.npz")
+
+
 def test_trace_of_decode_spreads_prompts_over_a_long_document(home: Path, tmp_path: Path) -> None:
     args = ("--decode", 10, "--prompt-tokens", 20, "--max-tokens", 40)
     facts = found("trace", home / "base", "--data", home / "a.txt", "--out", tmp_path / "d.npz", *args)
@@ -209,11 +217,26 @@ def test_failures_are_one_line_on_stderr(home: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused("eval", base, "--data", tmp_path / "nothing.txt")
     assert "family.json" in refused("eval", base, *data, "--family", tmp_path)
     assert "unknown dtype" in refused("eval", base, *data, "--dtype", "int3")
+    assert "no_such_device" in refused("eval", base, *data, "--device", "no_such_device")
+    assert "window of 0 token(s)" in refused("eval", base, *data, "--window", 0)
     assert "no profile named" in refused("profiles", "show", "orin-9gb")
     assert "out of range" in refused("run", base, "--family", family, "--prompt", "x", "--pressure", 2)
     assert "not a list of numbers" in refused("train", base, *data, "--out", tmp_path / "f", "--strengths", "a,b")
     assert "strength 1.5" in refused("train", base, *data, "--out", tmp_path / "f", "--strengths", "1.5")
     assert not (tmp_path / "f").exists()
+
+
+def test_bad_caches_are_refused_before_anything_is_scored(home: Path) -> None:
+    args = ("eval", home / "base", "--data", home / "a.txt")
+    for option, value, message in (("--cache", 0, "in (0, 1], got 0.0"), ("--policy", "arc", "unknown cache policy")):
+        result = call(*args, option, value)
+        assert result.exit_code == 1 and message in result.stderr
+        assert " 0/" in result.stderr.splitlines()[-2]  # the progress bar
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch without a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(home: Path) -> None:
+    assert "on cuda" in refused("eval", home / "base", "--data", home / "a.txt", "--device", "cuda")
 
 
 def test_tasks_need_their_extra(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

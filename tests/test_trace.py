@@ -103,7 +103,7 @@ def test_first_tokens() -> None:
     assert short.document_starts == (0,)
     assert trace.tokens(4).document_starts == (0, 3)
     for count in (0, -1, 6):
-        with pytest.raises(TraceError, match=f"{count} tokens of a trace that has 5"):
+        with pytest.raises(TraceError, match=f"{count} tokens of a trace: this one has 1 to 5"):
             trace.tokens(count)
 
 

@@ -33,6 +33,14 @@ def cache_capacity(cache: float, num_experts: int, top_k: int) -> int:
     return max(top_k, math.floor(cache * num_experts))
 
 
+def check_replay(policies: Sequence[str], caches: Sequence[float]) -> None:
+    """For callers whose trace takes long to record: raises ConfigError as `simulate` will."""
+    for name in policies:
+        _checked_policy(name)
+    for cache in caches:
+        cache_capacity(cache, 1, 1)
+
+
 def make_policy(name: str, capacity: int, future: Sequence[Iterable[Any]] = ()) -> Policy[Any]:
     """A new policy object by name; `future` (the keys of every token to come) is what belady knows.
 
