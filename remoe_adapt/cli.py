@@ -104,7 +104,8 @@ def demo(
 def train(
     model: opt.Model, data: opt.Data, out: opt.FamilyOut, strengths: opt.Strengths = "0.25,0.5,1.0",
     reuse_weight: opt.ReuseWeight = None, smooth_weight: opt.SmoothWeight = None, lag_weight: opt.LagWeight = None,
-    ws_weight: opt.WsWeight = None, kl_weight: opt.KlWeight = None, steps: opt.Steps = None, batch: opt.Batch = None,
+    ws_weight: opt.WsWeight = None, kl_weight: opt.KlWeight = None, distill_share: opt.DistillShare = None,
+    steps: opt.Steps = None, batch: opt.Batch = None,
     accumulate: opt.Accumulate = None, length: opt.Length = None, lr: opt.Lr = None, mode: opt.Mode = None,
     rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
     device: opt.Device = None, as_json: opt.Json = False,

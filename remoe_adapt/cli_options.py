@@ -33,6 +33,7 @@ SmoothWeight = Annotated[float | None, typer.Option(help="Weight of L_Smooth at 
 LagWeight = Annotated[float | None, typer.Option(help="Weight of L_Lag at strength 1.")]
 WsWeight = Annotated[float | None, typer.Option(help="Weight of L_WS at strength 1.")]
 KlWeight = Annotated[float | None, typer.Option(help="Weight of L_Trust.")]
+DistillShare = Annotated[float | None, typer.Option(help="Share of the base's own distribution in the target.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps per point.")]
 Batch = Annotated[int | None, typer.Option(help="Rows per step.")]
 Accumulate = Annotated[int | None, typer.Option(help="Micro-batches per step.")]

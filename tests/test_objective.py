@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from remoe_adapt.training.objective import (
     LossWeights,
+    distillation_losses,
     lag_loss,
     next_token_losses,
     overlap,
@@ -55,6 +56,20 @@ def test_next_token_losses_and_gradients_equal_cross_entropy_also_for_large_logi
     losses = next_token_losses(logits, labels)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.sum(), next_token_losses(logits.double(), labels).sum().float())
+
+
+def test_distillation_losses() -> None:
+    base = torch.tensor([[[LN3, 0.0], [0.0, 0.0], [9.0, 9.0]]], dtype=torch.float64)
+    ours = torch.tensor([[[0.0, LN3], [0.0, 0.0], [1.0, -5.0]]], dtype=torch.float64, requires_grad=True)
+    # KL((3/4, 1/4), (1/4, 3/4)) = 3/4 ln 3 - 1/4 ln 3; equal distributions cost nothing; the last predicts nothing.
+    losses = distillation_losses(ours, base, torch.tensor([[0, 1, 1]]))
+    assert losses.dtype == torch.float64
+    close(losses[0], LN3 / 2, 0.0)
+    close(distillation_losses(ours, base, torch.tensor([[0, -100, 1]]))[0], 0.0, 0.0)
+    losses.sum().backward()
+    assert ours.grad is not None
+    close(ours.grad[0, 0], 0.25 - 0.75, 0.75 - 0.25)  # P - P_base
+    close(ours.grad[0, 1], 0.0, 0.0)
 
 
 def test_a_broken_ignored_position_does_not_spoil_the_loss() -> None:

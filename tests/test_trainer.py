@@ -156,6 +156,24 @@ def test_training_by_4_micro_batches_equals_training_by_1(tmp_path: Path, mode: 
     same(*results, rtol=1e-7, atol=1e-9)
 
 
+def test_the_next_token_target_is_mixed_with_the_bases_own_distribution(tmp_path: Path) -> None:
+    grown = {}
+    for share in (0.0, 0.25, 1.0):
+        torch.manual_seed(0)
+        model: Any = tiny_model("qwen2_moe")
+        model.set_experts_implementation("eager")
+        wrapped = get_peft_model(model.double(), RemoeConfig(init_weights=False, distill_share=share))
+        grown[share] = gradients(trainer_for(wrapped, tmp_path))
+        assert not any(layer.disable_adapters for layer in remoe_layers(wrapped).values())
+    mixed = {name: 0.75 * grad + 0.25 * grown[1.0][name] for name, grad in grown[0.0].items()}
+    same(grown[0.25], mixed, rtol=1e-5, atol=1e-10)
+    assert not all(torch.allclose(grown[0.0][name], grad) for name, grad in grown[1.0].items())
+    at_base: Any = tiny_model("qwen2_moe")
+    at_base.set_experts_implementation("eager")
+    resting = gradients(trainer_for(get_peft_model(at_base.double(), RemoeConfig(distill_share=1.0)), tmp_path))
+    assert max(float(grad.abs().max()) for grad in resting.values()) < 1e-12  # a zero delta is the base already
+
+
 def checkpoint(model: PeftModel, *args: Any) -> None:
     base: Any = model.base_model.model
     getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)(*args)

@@ -27,13 +27,17 @@ _EPS = 1e-8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossWeights:
-    """Weights of the terms: `kl` is lambda_KL, the others lambda_R, lambda_S, lambda_L and lambda_W."""
+    """Weights of the terms: `kl` is lambda_KL, the others lambda_R, lambda_S, lambda_L and lambda_W.
+
+    `distill_share` is not of the paper: see `distillation_losses`.
+    """
 
     reuse: float = 0.0
     smooth: float = 0.0
     lag: float = 0.0
     window: float = 0.0
     kl: float = 0.0
+    distill_share: float = 0.0
 
 
 def warm_up(step: int, warmup_steps: int) -> float:
@@ -47,11 +51,28 @@ def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     logsumexp minus the label's logit: the same number as `F.cross_entropy`, which is far slower on some CPUs.
     """
     targets = labels_BT[:, 1:]
-    logits = logits_BTV[:, :-1].to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    logits = _predicting(logits_BTV)
     peak = logits.detach().amax(dim=-1, keepdim=True)
     log_z = (logits - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)
     picked = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     return (log_z - picked).masked_fill(targets == IGNORED_LABEL, 0.0)
+
+
+def distillation_losses(logits_BTV: Tensor, base_logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """KL(P_base || P) of the next-token distributions: [B, T-1] nats, 0 where the label is -100.
+
+    Hinton et al. 2015, with the base model as the teacher. Mixed into L_CE by `distill_share` it holds a point to the
+    base on text unlike the training data, where next-token loss alone drifts towards that data's mixture.
+    """
+    logits, base = _predicting(logits_BTV), _predicting(base_logits_BTV).detach()
+    base_log_z = base.logsumexp(dim=-1)
+    base_p = (base - base_log_z.unsqueeze(-1)).exp()
+    divergence = (base_p * (base - logits)).sum(dim=-1) - base_log_z + logits.logsumexp(dim=-1)
+    return divergence.masked_fill(labels_BT[:, 1:] == IGNORED_LABEL, 0.0)
+
+
+def _predicting(logits_BTV: Tensor) -> Tensor:
+    return logits_BTV[:, :-1].to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
 
 def pair_mask(documents_BT: Tensor, lag: int = 1) -> Tensor:

@@ -30,6 +30,7 @@ class TrainOptions:
     lag_weight: float = 0.0
     ws_weight: float = 0.0
     kl_weight: float = 0.5
+    distill_share: float = 0.8
     steps: int = 240
     batch: int = 8
     accumulate: int = 1
@@ -67,6 +68,7 @@ class TrainOptions:
             lag_weight=strength * self.lag_weight,
             ws_weight=strength * self.ws_weight,
             kl_weight=self.kl_weight if strength else 0.0,
+            distill_share=self.distill_share if strength else 0.0,
         )
 
 

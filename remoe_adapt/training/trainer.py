@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from remoe_adapt.training.objective import (
     IGNORED_LABEL,
     LossWeights,
     RouterTerms,
+    distillation_losses,
     next_token_losses,
     router_terms,
     warm_up,
@@ -82,7 +84,7 @@ class RemoeTrainerMixin(_Mixin):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.router_layers = {n: r for n, r in remoe_layers(self.model).items() if r.adapters & {*r.active_adapters}}
         self.loss_weights = _loss_weights(self.model, self.router_layers)
-        if mode == "local" and self.loss_weights == LossWeights():
+        if mode == "local" and replace(self.loss_weights, distill_share=0.0) == LossWeights():
             raise ConfigError(
                 "mode='local' learns from the locality and trust terms alone, and all their weights are 0: "
                 "set reuse_weight in RemoeConfig, or choose mode='end-to-end'"
@@ -117,12 +119,20 @@ class RemoeTrainerMixin(_Mixin):
         inputs, labels_BT, documents_BT = _split_inputs(inputs)
         share_B, items = _row_shares(labels_BT, num_items_in_batch if model.training else None)
         calls: list[RouterCall] = []
+        share = self.loss_weights.distill_share
+        if share:
+            with torch.no_grad(), _base_routing(self.router_layers.values()):
+                base_logits_BTV = model(**inputs).logits
         with self._hooks(lambda *call: calls.append(call)):
             outputs = model(**inputs)
         ce = next_token_losses(outputs.logits, labels_BT).sum() / items
         with self.accelerator.autocast():  # the reference must compute as the model did
             terms = [self._terms(call, call[3], documents_BT) for call in calls]
-        loss = ce + sum((term.loss * share_B).sum() for term in terms) / len(self.router_layers)
+        target = ce
+        if share:
+            distilled = distillation_losses(outputs.logits, base_logits_BTV, labels_BT).sum() / items
+            target = (1 - share) * ce + share * distilled
+        loss = target + sum((term.loss * share_B).sum() for term in terms) / len(self.router_layers)
         if model.training:
             self._note(ce, terms, share_B)
             loss = loss * self._loss_factor
@@ -279,6 +289,19 @@ def _labels(inputs: dict[str, Any]) -> Tensor:
     return labels_BT
 
 
+@contextmanager
+def _base_routing(layers: Iterable[RemoeLayer]) -> Iterator[None]:
+    """The model routes as its base does; unlike `disable_adapter`, what is trainable stays so."""
+    found = [(layer, layer.disable_adapters) for layer in layers]
+    try:
+        for layer, _ in found:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in found:
+            layer._disable_adapters = disabled
+
+
 def _split_inputs(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Model inputs without labels (the model adds no loss of its own), labels [B, T], document numbers [B, T]."""
     labels_BT = _labels(inputs)
@@ -316,6 +339,7 @@ def _loss_weights(model: nn.Module, layers: dict[str, RemoeLayer]) -> LossWeight
             lag=config.lag_weight,
             window=config.ws_weight,
             kl=config.kl_weight,
+            distill_share=config.distill_share,
         )
         for config in configs.values()
         if isinstance(config, RemoeConfig)
