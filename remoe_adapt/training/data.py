@@ -101,7 +101,7 @@ def tokenize_documents(
     left = max_tokens
     for text in documents:
         ids: list[int] = []
-        for piece in _pieces(text, chunk_chars if left is None else min(chunk_chars, max(1024, left * 16))):
+        for piece in pieces(text, chunk_chars if left is None else min(chunk_chars, max(1024, left * 16))):
             ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             if left is not None and len(ids) >= left:
                 break
@@ -115,7 +115,8 @@ def tokenize_documents(
     return rows
 
 
-def _pieces(text: str, size: int) -> Iterator[str]:
+def pieces(text: str, size: int) -> Iterator[str]:
+    """`text` in order, in pieces of at most `size` characters, cut behind line ends where there are any."""
     start = 0
     while start < len(text):
         end = len(text)

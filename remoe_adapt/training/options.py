@@ -30,8 +30,8 @@ class TrainOptions:
     lag_weight: float = 0.0
     ws_weight: float = 0.0
     kl_weight: float = 0.5
-    distill_share: float = 0.8
-    steps: int = 240
+    distill_share: float = 0.7
+    steps: int = 200
     batch: int = 8
     accumulate: int = 1
     length: int | None = None

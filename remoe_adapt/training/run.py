@@ -23,7 +23,7 @@ from remoe_adapt.family import Family
 from remoe_adapt.family_files import FAMILY_FILE
 from remoe_adapt.record import max_positions
 from remoe_adapt.routers.fingerprint import fingerprint
-from remoe_adapt.training.data import PackedRows, data_files, read_file, tokenize_documents
+from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths, write_whole
 from remoe_adapt.training.point import ADAPTER, PointLog, train_point
 
@@ -34,36 +34,45 @@ LOG_FILE = "training_log.jsonl"
 RUN_FILE = "training.json"
 _DEFAULT_LENGTH = 512
 _HELD_OUT_EVERY = 20
+_PIECE_CHARS = 2048
 
 
 def token_rows(
-    paths: Sequence[str | Path], tokenizer: Any, tokens: int, seed: int = 0
+    paths: Sequence[str | Path], tokenizer: Any, tokens: int, seed: int = 0, piece_chars: int = _PIECE_CHARS
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """(training, held-out) documents as token ids, about `tokens` of them, in equal parts from each file.
+    """(training, held-out) pieces of documents as token ids, about `tokens` of them, in equal parts from each file.
 
-    Every 20th document of a file is held out; of a file of one document its last twentieth.
+    Every 20th document of a file is held out; of a file of few documents the last twentieth of each. What is left is
+    cut into pieces of about `piece_chars` characters and drawn from all over the file: a few whole documents would
+    teach the routers those documents.
 
     Raises DataError when there is no text.
     """
     files = data_files(paths)
     train: list[list[int]] = []
     held_out: list[list[int]] = []
+    share = math.ceil(tokens / len(files))
     for file in files:
         documents = list(read_file(file))
         random.Random(seed).shuffle(documents)
-        share = math.ceil(tokens / len(files) * _HELD_OUT_EVERY / (_HELD_OUT_EVERY - 1))
-        ids = tokenize_documents(documents, tokenizer, share)
-        if len(ids) >= _HELD_OUT_EVERY:
-            held_out += ids[::_HELD_OUT_EVERY]
-            train += [row for index, row in enumerate(ids) if index % _HELD_OUT_EVERY]
+        if len(documents) >= _HELD_OUT_EVERY:
+            kept = [text for index, text in enumerate(documents) if index % _HELD_OUT_EVERY]
+            apart = documents[::_HELD_OUT_EVERY]
         else:
-            for row in ids:
-                cut = len(row) - len(row) // _HELD_OUT_EVERY
-                train.append(row[:cut])
-                held_out.append(row[cut:])
+            cuts = [len(text) - len(text) // _HELD_OUT_EVERY for text in documents]
+            kept = [text[:cut] for text, cut in zip(documents, cuts, strict=True)]
+            apart = [text[cut:] for text, cut in zip(documents, cuts, strict=True)]
+        train += tokenize_documents(_drawn(kept, piece_chars, seed), tokenizer, share)
+        held_out += tokenize_documents(_drawn(apart, piece_chars, seed), tokenizer, math.ceil(share / _HELD_OUT_EVERY))
     if not train:
         raise DataError(f"no text in {', '.join(map(str, files))}")
     return train, [row for row in held_out if len(row) > 1]
+
+
+def _drawn(documents: Sequence[str], piece_chars: int, seed: int) -> list[str]:
+    found = [piece for text in documents for piece in pieces(text, piece_chars) if piece.strip()]
+    random.Random(seed).shuffle(found)
+    return found
 
 
 def train_family(
@@ -102,7 +111,7 @@ def train_family(
     tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(base_id)
     length = _row_tokens(model, options)
     train, _ = token_rows(data, tokenizer, _needed_tokens(model, options) * processes.num_processes, options.seed)
-    rows = PackedRows(train, length, getattr(tokenizer, "eos_token_id", None), options.seed)
+    rows = PackedRows(train, length, None, options.seed)  # pieces end anywhere: no end-of-text after them
     if model.device.type == "cpu":
         torch.set_flush_denormal(True)  # second moments of small gradients slow a CPU down tenfold
 
