@@ -168,6 +168,11 @@ def write_json(path: Path, entries: Mapping[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise FamilyError(f"{path}: a certificate holds what JSON cannot ({error}): use finite numbers.") from error
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one piece: readers see the old one or the new one."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         draft.write_text(text, encoding="utf-8")

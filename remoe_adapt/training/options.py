@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,13 +94,3 @@ def check_same_run(record: Path, run: dict[str, Any]) -> None:
         raise ConfigError(
             f"{record.parent} holds a run with other options ({', '.join(changed)}): choose another --out"
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one piece: readers see the old one or the new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

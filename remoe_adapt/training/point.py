@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from remoe_adapt.family_files import write_whole
 from remoe_adapt.training.data import PackedRows
-from remoe_adapt.training.options import TrainOptions, write_whole
+from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.trainer import RemoeTrainer
 from remoe_adapt.tuner.beside import wrap_or_inject
 

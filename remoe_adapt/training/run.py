@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
-from remoe_adapt.family_files import FAMILY_FILE
+from remoe_adapt.family_files import FAMILY_FILE, write_whole
 from remoe_adapt.record import max_positions
 from remoe_adapt.routers.fingerprint import fingerprint
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
-from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths, write_whole
+from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
 from remoe_adapt.training.point import ADAPTER, PointLog, train_point
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
