@@ -26,6 +26,7 @@ from remoe_adapt.arms import Arm, Arms, arms_of
 from remoe_adapt.cache.simulate import check_replay, simulate
 from remoe_adapt.errors import DataError, MissingDependencyError
 from remoe_adapt.family import Family
+from remoe_adapt.host_memory import freed_memory_kept
 from remoe_adapt.metrics import load_entropy
 from remoe_adapt.record import (
     Recorder,
@@ -141,7 +142,12 @@ def evaluate(
     plan = windows([len(ids) for ids in documents], length)
     if not plan:
         raise DataError("nothing to score: no document has two tokens; give more text or a higher --max-tokens")
-    with arms_of(model, family, force=force) as arms, record_forward(model) as recorder, inference(model):
+    with (
+        arms_of(model, family, force=force) as arms,
+        record_forward(model) as recorder,
+        inference(model),
+        freed_memory_kept(device_of(model).type),
+    ):
         tallies = {arm: Tally() for arm in arms}
         for batch in _batches(plan, _vocabulary(model)):
             _run_batch(model, documents, batch, arms, tallies, recorder)

@@ -57,6 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "family",
     ),
     (
+        "host_memory",
         "record",
         "arms",
         "training",

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
 from remoe_adapt.family_files import FAMILY_FILE, write_whole
+from remoe_adapt.host_memory import freed_memory_kept
 from remoe_adapt.record import max_positions
 from remoe_adapt.routers.fingerprint import fingerprint
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
@@ -128,7 +129,7 @@ def train_family(
         folder = out / WORK_FOLDER / name
         shown = progress and processes.is_main_process
         bar = tqdm(total=options.steps, desc=f"{name} ({position + 1}/{len(todo)})", disable=not shown, unit="step")
-        with bar:
+        with bar, freed_memory_kept(model.device.type):
             last = train_point(model, rows, options, strength, folder, PointLog(bar, out / LOG_FILE, name, strength))
         if PartialState().is_main_process:
             if strength:

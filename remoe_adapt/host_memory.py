@@ -1,0 +1,36 @@
+"""Freed host memory kept for the next allocation of the same size, while the same steps run over and over.
+
+glibc gives every large block back to the system when it is freed, so each step of a CPU model pays for its activations
+in page faults: a third of a training step's time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# mallopt(3): parameter -> (while kept, glibc's default).
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_SETTINGS = {_MMAP_MAX: (0, 65536), _TRIM_THRESHOLD: (2**31 - 1, 128 << 10), _TOP_PAD: (64 << 20, 128 << 10)}
+
+
+@contextmanager
+def freed_memory_kept(device_type: str = "cpu") -> Iterator[None]:
+    """Within: the allocator keeps what is freed; afterwards glibc's defaults, and free pages go back to the system.
+
+    Does nothing for models on another device, and without glibc (`mallopt`). It counts for the whole process.
+    """
+    libc = ctypes.CDLL(None) if device_type == "cpu" and sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
+        yield
+        return
+    for parameter, (kept, _) in _SETTINGS.items():
+        libc.mallopt(parameter, kept)
+    try:
+        yield
+    finally:
+        for parameter, (_, default) in _SETTINGS.items():
+            libc.mallopt(parameter, default)
+        libc.malloc_trim(ctypes.c_size_t(0))
