@@ -11,14 +11,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# mallopt(3): parameter -> (while kept, glibc's default).
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-_SETTINGS = {_MMAP_MAX: (0, 65536), _TRIM_THRESHOLD: (2**31 - 1, 128 << 10), _TOP_PAD: (64 << 20, 128 << 10)}
+# mallopt(3): parameter -> (while kept, afterwards). A call ends glibc's own adjusting of its thresholds, so those
+# stay where that would have ended.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+_SETTINGS = {
+    _MMAP_MAX: (0, 65536),
+    _MMAP_THRESHOLD: (32 << 20, 32 << 20),
+    _TRIM_THRESHOLD: (2**31 - 1, 64 << 20),
+    _TOP_PAD: (64 << 20, 128 << 10),
+}
 
 
 @contextmanager
 def freed_memory_kept(device_type: str = "cpu") -> Iterator[None]:
-    """Within: the allocator keeps what is freed; afterwards glibc's defaults, and free pages go back to the system.
+    """Within: the allocator keeps what is freed; afterwards free pages go back to the system.
 
     Does nothing for models on another device, and without glibc (`mallopt`). It counts for the whole process.
     """
@@ -31,6 +37,6 @@ def freed_memory_kept(device_type: str = "cpu") -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, (_, default) in _SETTINGS.items():
-            libc.mallopt(parameter, default)
+        for parameter, (_, after) in _SETTINGS.items():
+            libc.mallopt(parameter, after)
         libc.malloc_trim(ctypes.c_size_t(0))

@@ -16,7 +16,7 @@ from remoe_adapt.host_memory import freed_memory_kept
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        torch.ones(1 << 22)  # 16 MiB
+        torch.ones(1 << 24)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 with {context}:
