@@ -110,7 +110,8 @@ class RouterSpec:
         Raises UnsupportedRouterError where more than the logits decides (see `weight_rule`).
         """
         if self.weight_rule == "chosen_softmax":
-            return logits_TE.float().gather(-1, ids_TK).softmax(dim=-1) * self.scaling
+            weights_TK = logits_TE.float().gather(-1, ids_TK).softmax(dim=-1)
+            return weights_TK if self.scaling == 1.0 else weights_TK * self.scaling
         if self.weight_rule not in ("score", "null_is_zero"):
             raise UnsupportedRouterError(
                 f"weights of a {self.family} router with the rule {self.weight_rule!r} do not follow from its logits: "
@@ -118,10 +119,11 @@ class RouterSpec:
             )
         weights_TK = self.scores(logits_TE).gather(-1, ids_TK)
         if self.normalize:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + self.normalize_eps)
+            total_T1 = weights_TK.sum(dim=-1, keepdim=True)
+            weights_TK = weights_TK / (total_T1 + self.normalize_eps if self.normalize_eps else total_T1)
         if self.weight_rule == "null_is_zero":
             weights_TK = weights_TK.masked_fill(ids_TK >= self.num_experts - self.null_experts, 0.0)
-        return weights_TK * self.scaling
+        return weights_TK if self.scaling == 1.0 else weights_TK * self.scaling
 
     def _keep_best_groups(self, choice_TE: Tensor) -> Tensor:
         groups_TGE = choice_TE.reshape(*choice_TE.shape[:-1], self.n_group, -1)
@@ -129,7 +131,7 @@ class RouterSpec:
             group_TG = groups_TGE.amax(dim=-1)
         else:
             group_TG = groups_TGE.topk(2, dim=-1).values.sum(dim=-1)
-        best_TG = group_TG.topk(self.topk_group, dim=-1, sorted=False).indices
+        best_TG = group_TG.sort(dim=-1, descending=True, stable=True).indices[..., : self.topk_group]  # ties: lowest
         dropped_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(-1, best_TG, False)
         return groups_TGE.masked_fill(dropped_TG.unsqueeze(-1), self.group_fill).flatten(-2)
 
