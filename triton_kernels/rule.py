@@ -1,0 +1,42 @@
+"""What the kernels know of a router: plain numbers, no torch, no triton. Callers translate their own description."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SOFTMAX, SIGMOID, SQRT_SOFTPLUS = 0, 1, 2
+BY_LOGIT, BY_BIASED_LOGIT, BY_SCORE = 0, 1, 2
+NO_GROUPS, GROUP_MAX, GROUP_TOP2 = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How one router scores, ranks and weighs E experts.
+
+    score: what weights are made of. rank: what is ranked (a selection bias is added to all but BY_LOGIT). groups: how
+    a group of E / num_groups neighbours is judged; experts outside the best `kept_groups` rank as `fill`.
+    chosen_softmax: weights are a softmax over the chosen logits. Else they are the chosen scores, over their sum +
+    `eps` if `normalize`; `null_from` and later experts get weight 0 (None: no such experts). All times `scaling`.
+    """
+
+    score: int = SOFTMAX
+    rank: int = BY_LOGIT
+    groups: int = NO_GROUPS
+    num_groups: int = 1
+    kept_groups: int = 1
+    fill: float = float("-inf")
+    chosen_softmax: bool = False
+    normalize: bool = False
+    eps: float = 0.0
+    null_from: int | None = None
+    scaling: float = 1.0
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups drop any expert at all."""
+        return self.groups != NO_GROUPS and self.kept_groups < self.num_groups
+
+    @property
+    def softmax_over_chosen(self) -> bool:
+        """Whether weights need no sum over all experts: a renormalised softmax is one over the chosen logits."""
+        return self.chosen_softmax or (self.score == SOFTMAX and self.normalize and self.eps == 0.0)
