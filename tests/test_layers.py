@@ -16,7 +16,7 @@ import pytest
 # Bottom up. A file imports only files listed above it; `room.*` is a whole folder: any order inside, but no cycles.
 # A package name is its __init__.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "notices"),
     (
         "profiles",
         "cache",
@@ -39,10 +39,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gating.reference",
         "gating.prior",
         "gating.ops",
+        "gating.decode",
         "gating.dispatch",
+        "gating.trial",
         "gating.forward",
         "gating.sequences",
         "routers.discover",
+        "gating.install",
         "routers.fingerprint",
         "routers",
     ),
@@ -77,6 +80,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "runtime",
         "runtime.sensors",
         "runtime.gate",
+        "runtime.recency",
         "runtime.swap",
         "runtime.controller",
         "runtime.llama_server",

@@ -22,6 +22,14 @@ class Facts:
 
     `normalize` None means: as the module's `norm_topk_prob` says. `top_k` None means: as module or config say.
     `shared_rows` and `null_experts` name the attribute (router, block or config) that counts them, or are counts.
+
+    The rest is what `gating/forward.py` needs beside a RouterSpec to be the class's own forward. `product` takes the
+    logits: "native" (as F.linear does), "fp32" (operands cast to fp32), "fp32_result" (native, then cast),
+    "fp32_output" (fp32, on a GPU without gradients by one product of half-precision operands), "weight_dtype" (input
+    cast to the weight's dtype). `autocast` False: never under autocast. `before` names attributes applied to the input
+    in order: a module is called, a tensor or number multiplies. `logit_cap` and `logit_factor` name the number c of
+    `c tanh(z / c)` (0: no cap) and of `c z`; `expert_factor` the tensor [E] that multiplies the weights of the chosen.
+    `weights_dtype` is that of the returned weights: "logits", "hidden" (as the input) or "fp32".
     """
 
     family: str
@@ -38,6 +46,13 @@ class Facts:
     shared_rows: str | int = 0
     null_experts: str | int = 0
     returns: tuple[str, ...] = STANDARD_RETURNS
+    product: str = "native"
+    autocast: bool = True
+    before: tuple[str, ...] = ()
+    logit_cap: str | None = None
+    logit_factor: str | None = None
+    expert_factor: str | None = None
+    weights_dtype: str = "logits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +69,28 @@ _TINY = 1e-20
 SOFTMAX = Facts(family="softmax", normalize=None)
 SOFTMAX_RENORMALISED = replace(SOFTMAX, normalize=True)
 CHOSEN_SOFTMAX = Facts(family="topk_softmax", weight_rule="chosen_softmax")
-SIGMOID_GROUP = Facts(family="sigmoid_group", normalize=None, normalize_eps=_TINY, group_score="top2", bias=_BIAS)
+SIGMOID_GROUP = Facts(
+    family="sigmoid_group", normalize=None, normalize_eps=_TINY, group_score="top2", bias=_BIAS, product="fp32"
+)
 SIGMOID_BIAS = Facts(family="sigmoid_bias", normalize=True, bias=_BIAS)
 SIGMOID_BLOCK_BIAS = replace(SIGMOID_BIAS, bias_in_block=True)
 SOFTMAX_GROUP = Facts(family="softmax_group", group_score="top2", group_fill=-math.inf)
-ERNIE = Facts(family="softmax_bias", normalize=True, bias=f"moe_statics.{_BIAS}")
-GEMMA = replace(SOFTMAX_RENORMALISED, weight_rule="per_expert_scale", returns=("probabilities", "weights", "ids"))
+ERNIE = Facts(
+    family="softmax_bias",
+    normalize=True,
+    bias=f"moe_statics.{_BIAS}",
+    product="fp32",
+    autocast=False,
+    weights_dtype="hidden",
+)
+GEMMA = replace(
+    SOFTMAX_RENORMALISED,
+    weight_rule="per_expert_scale",
+    returns=("probabilities", "weights", "ids"),
+    before=("norm", "scale", "scalar_root_size"),
+    expert_factor="per_expert_scale",
+    weights_dtype="fp32",
+)
 
 _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
     (
@@ -67,34 +98,33 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
         "FlexOlmoTopKRouter MellumTopKRouter OlmoeTopKRouter Qwen2MoeTopKRouter Qwen3MoeTopKRouter "
         "Qwen3NextTopKRouter Qwen3OmniMoeThinkerTextTopKRouter Qwen3OmniMoeTalkerTextTopKRouter Qwen4ExpTextTopKRouter",
     ),
-    (
-        SOFTMAX_RENORMALISED,
-        "HunYuanMoEV1Gate MiniMaxTopKRouter MixtralTopKRouter Qwen3_5MoeTopKRouter Qwen3OmniMoeTextTopKRouter "
-        "Qwen3VLMoeTextTopKRouter",
-    ),
-    (replace(SOFTMAX, normalize=False), "JambaTopKRouter"),
+    (SOFTMAX_RENORMALISED, "Qwen3_5MoeTopKRouter Qwen3OmniMoeTextTopKRouter Qwen3VLMoeTextTopKRouter"),
+    (replace(SOFTMAX_RENORMALISED, weights_dtype="fp32"), "MiniMaxTopKRouter MixtralTopKRouter"),
+    (replace(SOFTMAX_RENORMALISED, product="weight_dtype"), "HunYuanMoEV1Gate"),
+    (replace(SOFTMAX, normalize=False, weights_dtype="hidden"), "JambaTopKRouter"),
     (GEMMA, "Gemma4TextRouter DiffusionGemmaTextRouter"),
     (replace(SOFTMAX, normalize=True, returns=("logits",)), "DbrxRouter"),
     (
         replace(SOFTMAX, normalize=False, weight_rule="capacity", top_k=1, returns=("mask", "weights", "logits")),
         "SwitchTransformersTop1Router",
     ),
+    (CHOSEN_SOFTMAX, "AriaTextTopKRouter"),
     (
-        CHOSEN_SOFTMAX,
-        "AriaTextTopKRouter GraniteMoeTopKRouter GraniteMoeSWATopKRouter GraniteMoeHybridTopKRouter "
-        "GraniteMoeSharedTopKRouter",
+        replace(CHOSEN_SOFTMAX, product="fp32_result", weights_dtype="hidden"),
+        "GraniteMoeTopKRouter GraniteMoeSWATopKRouter GraniteMoeHybridTopKRouter GraniteMoeSharedTopKRouter",
     ),
+    (replace(CHOSEN_SOFTMAX, weights_dtype="hidden"), "Cohere2MoeTopKRouter"),
     (replace(CHOSEN_SOFTMAX, logit_bias="bias"), "GptOssTopKRouter"),
-    (
-        replace(CHOSEN_SOFTMAX, logit_bias="bias", divide_by_k=True),
-        "OpenAIPrivacyFilterTopKRouter",
-    ),
+    (replace(CHOSEN_SOFTMAX, logit_bias="bias", divide_by_k=True, product="fp32"), "OpenAIPrivacyFilterTopKRouter"),
     (
         replace(CHOSEN_SOFTMAX, returns=("order", "rows", "sorted_weights", "sizes", "logits")),
         "JetMoeTopKGating",
     ),
     (ERNIE, "Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter"),
-    (Facts(family="softmax_bias", bias=_BIAS, null_experts="zero_expert_num"), "LongcatFlashTopkRouter"),
+    (
+        Facts(family="softmax_bias", bias=_BIAS, null_experts="zero_expert_num", product="fp32"),
+        "LongcatFlashTopkRouter",
+    ),
     (
         Facts(
             family="softmax_bias",
@@ -106,11 +136,11 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
         "ZayaRouter",
     ),
     (
-        replace(SOFTMAX_GROUP, group_score="max"),
+        replace(SOFTMAX_GROUP, group_score="max", product="fp32", weights_dtype="fp32"),
         "DeepseekV2TopkRouter DeepseekOcr2TextTopkRouter UnlimitedOcrTextTopkRouter",
     ),
     (replace(SOFTMAX_GROUP, normalize=None, normalize_eps=_TINY), "Mistral4TopkRouter"),
-    (replace(SOFTMAX_GROUP, normalize=True, normalize_eps=_TINY), "MistralLarge4TextTopkRouter"),
+    (replace(SOFTMAX_GROUP, normalize=True, normalize_eps=_TINY, product="fp32"), "MistralLarge4TextTopkRouter"),
     (
         SIGMOID_GROUP,
         "AXK1TopkRouter BailingHybridTopkRouter BeamTopKRouter DeepseekV3TopkRouter DeepseekV32TopkRouter "
@@ -119,12 +149,23 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
         "MiMoV2FlashTopkRouter NemotronHTopkRouter SolarOpenTopkRouter",
     ),
     (replace(SIGMOID_GROUP, group_fill=0.0), "AXK2TopkRouter"),
-    (SIGMOID_BIAS, "LagunaTopKRouter MiniMaxM3VLTopKRouter Step3p7TopKRouter"),
-    (replace(SIGMOID_BIAS, normalize_eps=1e-15), "MuseSparkTopkRouter"),
-    (replace(SIGMOID_BIAS, normalize_eps=_TINY), "DeepseekV4TopKRouter Inkling2TopKRouter"),
-    (SIGMOID_BLOCK_BIAS, "MiniMaxM2TopKRouter"),
-    (replace(SIGMOID_BLOCK_BIAS, normalize_eps=_TINY), "HYV3TopKRouter Dots3NoteVisionTopKRouter"),
-    (replace(SIGMOID_BLOCK_BIAS, bias=_EXPERT_BIAS, normalize_eps=_TINY), "AfmoeTokenChoiceRouter"),
+    (
+        replace(SIGMOID_BIAS, product="fp32_result", logit_cap="router_logit_softcapping", weights_dtype="hidden"),
+        "LagunaTopKRouter",
+    ),
+    (replace(SIGMOID_BIAS, product="weight_dtype", weights_dtype="fp32"), "MiniMaxM3VLTopKRouter Step3p7TopKRouter"),
+    (
+        replace(SIGMOID_BIAS, normalize_eps=1e-15, product="fp32", logit_factor="output_multiplier"),
+        "MuseSparkTopkRouter",
+    ),
+    (replace(SIGMOID_BIAS, normalize_eps=_TINY), "DeepseekV4TopKRouter"),
+    (replace(SIGMOID_BIAS, normalize_eps=_TINY, product="fp32"), "Inkling2TopKRouter"),
+    (replace(SIGMOID_BLOCK_BIAS, product="weight_dtype", weights_dtype="fp32"), "MiniMaxM2TopKRouter"),
+    (replace(SIGMOID_BLOCK_BIAS, normalize_eps=_TINY, product="fp32"), "HYV3TopKRouter Dots3NoteVisionTopKRouter"),
+    (
+        replace(SIGMOID_BLOCK_BIAS, bias=_EXPERT_BIAS, normalize_eps=_TINY, product="fp32_result"),
+        "AfmoeTokenChoiceRouter",
+    ),
     (
         replace(SIGMOID_BLOCK_BIAS, bias=_EXPERT_BIAS, normalize=None, normalize_eps=1e-6),
         "Lfm2MoeTopKRouter",
@@ -138,10 +179,9 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
         ),
         "InklingTopkRouter",
     ),
-    (Facts(family="logit_bias_sigmoid", normalize=None, bias=_BIAS), "Kolibri1TopKRouter"),
-    (Facts(family="sigmoid", normalize=None), "FlintTopKRouter"),
+    (Facts(family="logit_bias_sigmoid", normalize=None, bias=_BIAS, product="fp32_output"), "Kolibri1TopKRouter"),
+    (Facts(family="sigmoid", normalize=None, product="fp32", autocast=False), "FlintTopKRouter"),
     (Facts(family="sigmoid", returns=("dense_weights", "logits")), "Llama4Router"),
-    (Facts(family="topk_softmax", weight_rule="chosen_softmax"), "Cohere2MoeTopKRouter"),
     (Facts(family="sparsemixer", weight_rule="sparsemixer"), "PhimoeTopKRouter"),
     (Refusal("it looks experts up by token id: its weight sets only how much they count"), "DeepseekV4HashRouter"),
     (
@@ -157,7 +197,7 @@ _BY_CLASS: dict[str, Facts | Refusal] = {name: facts for facts, names in _GROUPS
 
 
 def _deepseek_v2(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
-    return replace(SOFTMAX, normalize=False) if router.topk_method == "greedy" else facts
+    return replace(facts, family="softmax", group_score=None) if router.topk_method == "greedy" else facts
 
 
 def _dbrx(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
@@ -168,7 +208,9 @@ def _dbrx(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
 
 
 def _cohere2(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
-    return Facts(family="sigmoid", normalize=None) if router.expert_selection_fn == "sigmoid" else facts
+    if router.expert_selection_fn != "sigmoid":
+        return facts
+    return replace(facts, family="sigmoid", normalize=None, weight_rule="score")
 
 
 def _score_function(router: nn.Module, block: nn.Module, facts: Facts) -> Facts | Refusal:
