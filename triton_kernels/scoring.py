@@ -162,10 +162,10 @@ def best_experts(
             clash_T1 = clash_T1 | ((floor_T1 ^ next_T1) <= LAST)
         if tl.max(clash_T1.to(tl.int32)) > 0:
             rest_TE = keys_TE
-            for rank in range(K):
+            for step in range(K):
                 best_T1 = tl.min(rest_TE, axis=1, keep_dims=True)
                 id_T1 = tl.min(tl.where(rest_TE == best_T1, experts_1E, LAST), axis=1, keep_dims=True)
-                ids_TK = tl.where(ranks_1K == rank, id_T1, ids_TK)
+                ids_TK = tl.where(ranks_1K == step, id_T1, ids_TK)
                 rest_TE = tl.where(experts_1E == id_T1, NO_EXPERT, rest_TE)
             chosen_TE = (keys_TE != NO_EXPERT) & (rest_TE == NO_EXPERT)
     return ids_TK, chosen_TE

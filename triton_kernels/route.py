@@ -1,0 +1,134 @@
+"""Router product and gate in one launch, for the few tokens of a decode step.
+
+Programs over expert rows write logits; the one that arrives last at a counter gates. The counter goes back to 0 there,
+so a captured graph replays. Ranked are the logits as written, so rounded to the output's dtype, as stock routers do.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gate import LAUNCH, gate_rows, ranking, row_stride, scalars, weighing
+from .rule import Rule
+
+MAX_TOKENS = 16
+
+
+@triton.jit
+def route_kernel(
+    num_tokens, hidden, stride_ht, weight, stride_we, linear_bias, arrived, logits, bias, recency, stride_b, gain,
+    flags, weights, ids, decay, added, fill, eps, scaling,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, LAST: tl.constexpr,
+    SCORE: tl.constexpr, RANK: tl.constexpr, GROUPS: tl.constexpr, NUM: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, CHOSEN_SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr,
+    NULL_FROM: tl.constexpr, MOVES: tl.constexpr, CAN_CLASH: tl.constexpr,
+):  # fmt: skip
+    """Program i computes rows i * BLOCK_R and on of the logits; the last to finish gates all tokens."""
+    experts_R1 = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    columns_1D = tl.arange(0, BLOCK_D)[None, :]
+    real_R1 = experts_R1 < E
+    for token in range(num_tokens):
+        products_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        # Unrolled: all loads of a row are in flight at once.
+        for start in tl.static_range(0, D, BLOCK_D):
+            inside_1D = start + columns_1D < D
+            weight_RD = tl.load(
+                weight + experts_R1.to(tl.int64) * stride_we + start + columns_1D, mask=real_R1 & inside_1D, other=0.0
+            )
+            hidden_1D = tl.load(hidden + token * stride_ht + start + columns_1D, mask=inside_1D, other=0.0)
+            hidden_RD = tl.broadcast_to(hidden_1D.to(tl.float32), (BLOCK_R, BLOCK_D))
+            products_RD = tl.fma(weight_RD.to(tl.float32), hidden_RD, products_RD)
+        sum_R1 = tl.sum(products_RD, axis=1, keep_dims=True)
+        if linear_bias is not None:
+            sum_R1 += tl.load(linear_bias + experts_R1, mask=real_R1, other=0.0).to(tl.float32)
+        tl.store(logits + token * E + experts_R1, sum_R1.to(logits.dtype.element_ty), mask=real_R1)
+    # All threads have stored; then one releases what they stored to whoever arrives later, and acquires theirs.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        tl.atomic_xchg(arrived, 0, sem="relaxed", scope="gpu")
+        for first in range(0, num_tokens, BLOCK_T):
+            rows_T1 = first + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
+            gate_rows(
+                rows_T1, num_tokens, logits, E, 1, bias, recency, stride_b, gain, flags, weights, ids,
+                decay, added, fill, eps, scaling, E, K, BLOCK_K, BLOCK_T, LAST, SCORE, RANK, GROUPS, NUM, KEPT,
+                BLOCK_G, BLOCK_M, CHOSEN_SOFTMAX, NORMALIZE, NULL_FROM, MOVES, CAN_CLASH,
+            )  # fmt: skip
+
+
+class _Counters:
+    """Zeroed int32 counters per device and stream, handed out in turn.
+
+    A stream runs its launches one after another, so they may share; a captured graph keeps the counter it was captured
+    with, and turns keep it apart from what other streams and graphs use meanwhile. Where the first call of a stream
+    is being captured, the zeroing is captured too, and nothing is kept.
+    """
+
+    SIZE = 1024
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[torch.device, int], tuple[Tensor, ...]] = {}
+        self._turn = 0
+
+    def next(self, device: torch.device) -> Tensor:
+        if device.type != "cuda":
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        key = device, torch.cuda.current_stream(device).stream_id
+        counters = self._kept.get(key)
+        if counters is None:
+            if torch.cuda.is_current_stream_capturing():
+                return torch.zeros(1, dtype=torch.int32, device=device)
+            # Sixteen bytes apart: pointers that differ in alignment would be compiled for one by one.
+            counters = self._kept[key] = torch.zeros(4 * self.SIZE, dtype=torch.int32, device=device).split(4)
+        self._turn = (self._turn + 1) % self.SIZE
+        return counters[self._turn]
+
+
+_counters = _Counters()
+
+
+def fits_route(hidden_TD: Tensor, weight_ED: Tensor) -> bool:
+    """Whether `launch_route` takes these: at most 16 tokens, rows contiguous."""
+    return hidden_TD.shape[0] <= MAX_TOKENS and hidden_TD.stride(1) == 1 and weight_ED.stride(1) == 1
+
+
+def launch_route(
+    hidden_TD: Tensor, weight_ED: Tensor, linear_bias_E: Tensor | None, k: int, rule: Rule, logits_dtype: torch.dtype,
+    bias_E: Tensor | None = None, recency_BE: Tensor | None = None, gain: Tensor | None = None,
+    decay: float | None = None, flags_T: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Logits [T, E] of `logits_dtype`, weights fp32 [T, K], ids int64 [T, K] for 1 <= T <= 16 tokens.
+
+    hidden_TD, weight_ED: fp32, fp16 or bf16, last stride 1; products and sums in fp32. The rest as for `launch_gate`.
+
+    One token: a warp per program and a row per warp up to 256 experts, so that neither the product nor the gate waits
+    at a barrier, and one wave fills the device. More tokens: four warps, so that the gate has a warp per token.
+    """
+    tokens, columns = hidden_TD.shape
+    num_experts = weight_ED.shape[0]
+    if out is None:
+        device = hidden_TD.device
+        logits_TE = torch.empty((tokens, num_experts), dtype=logits_dtype, device=device)
+        weights_TK = torch.empty((tokens, k), dtype=torch.float32, device=device)
+        ids_TK = torch.empty((tokens, k), dtype=torch.int64, device=device)
+    else:
+        logits_TE, weights_TK, ids_TK = out
+    if tokens == 0:
+        return logits_TE, weights_TK, ids_TK
+    warps = 1 if tokens == 1 else 4
+    block_r = max(1, triton.next_power_of_2(num_experts) // 256)
+    # Sixteen bytes a thread and load.
+    block_d = min(triton.next_power_of_2(columns), 32 * warps * 16 // weight_ED.element_size())
+    facts = {**ranking(rule, num_experts, k, logits_TE.dtype, recency_BE is not None), **weighing(rule)}
+    route_kernel[(triton.cdiv(num_experts, block_r),)](
+        tokens, hidden_TD, hidden_TD.stride(0), weight_ED, weight_ED.stride(0), linear_bias_E,
+        _counters.next(hidden_TD.device), logits_TE, bias_E, recency_BE, row_stride(recency_BE), gain, flags_T,
+        weights_TK, ids_TK, *scalars(rule, decay),
+        D=columns, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_T=1 if tokens == 1 else 4,
+        MOVES=recency_BE is not None and decay is not None, num_warps=warps, **facts, **LAUNCH,
+    )  # fmt: skip
+    return logits_TE, weights_TK, ids_TK
