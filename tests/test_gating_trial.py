@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from peft import get_peft_model
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from remoe_adapt import RemoeConfig
 from remoe_adapt.gating.forward import RouterForward, reference_gate, router_forward, verify
 from remoe_adapt.routers import RouterRef, RouterSpec, discover_routers
 
@@ -120,6 +123,9 @@ def test_a_route_takes_the_product_too(folder: str, fused: str) -> None:
     routed = [forward(hidden_TD), forward(hidden_TD[:1])]
     torch.testing.assert_close(routed, plain, atol=0, rtol=0)
     assert forward.route.dtypes == ([getattr(torch, fused)] if fused else [])
+    with torch.autocast("cpu", torch.bfloat16):
+        forward(hidden_TD[:1])
+    assert len(forward.route.dtypes) == bool(fused)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +246,25 @@ def test_an_unseen_class_is_tried_with_every_dtype_rule() -> None:
     assert (forward.facts.product, forward.facts.weights_dtype) == ("fp32", "hidden")
     hidden_TD = torch.randn(7, DIM, dtype=torch.bfloat16)
     torch.testing.assert_close(forward(hidden_TD), ref.module(hidden_TD))
+
+
+def test_an_adapter_in_fp32_does_not_tell_the_dtype() -> None:
+    """Its delta comes before the experts of this block, whose dtype is the input's."""
+    adapted = get_peft_model(tiny_model("mixtral").to(torch.bfloat16), RemoeConfig())
+    forwards = [router_forward(ref) for ref in discover_routers(adapted)]
+    assert all(isinstance(forward, RouterForward) for forward in forwards)
+
+
+def test_under_hooks_of_accelerate() -> None:
+    """They keep the class's forward where it can be exchanged; anybody else's forward is not ours to judge."""
+    (ref, *_) = discover_routers(tiny_model("qwen3_moe"))
+    hidden_TD = torch.randn(3, DIM)
+    before = ref.module(hidden_TD)
+    add_hook_to_module(ref.module, AlignDevicesHook(io_same_device=True))
+    forward = router_forward(ref)
+    assert isinstance(forward, RouterForward), forward
+    ref.module._old_forward = forward
+    torch.testing.assert_close(ref.module(hidden_TD), before)
 
 
 def test_what_cannot_be_tried_keeps_its_forward() -> None:

@@ -121,10 +121,9 @@ class RouterForward:
             own = self._weight_owner._parameters
             weight_ED: Tensor = own[self._weight_leaf]  # type: ignore[assignment]
             linear_bias_E = None if self._logit_bias_leaf is None else own[self._logit_bias_leaf]
-            if self.route is not None and self.linear_fp32 is not None:
-                routed = self.route(
-                    hidden_TD, weight_ED, linear_bias_E, self._k, self.gate_spec, bias_E, self.linear_fp32
-                )
+            fp32 = self.linear_fp32
+            if self.route is not None and fp32 is not None and not torch.is_autocast_enabled(hidden_TD.device.type):
+                routed = self.route(hidden_TD, weight_ED, linear_bias_E, self._k, self.gate_spec, bias_E, fp32)
                 if routed is not None:
                     return self._returned(hidden_states, *routed)
             logits_TE = self._product(hidden_TD, weight_ED, linear_bias_E)
@@ -228,8 +227,10 @@ def router_forward(ref: RouterRef) -> RouterForward | str:
 
 def _beyond_a_gate(module: nn.Module, spec: RouterSpec, facts: Facts) -> str | None:
     """Why no gate on logits can stand in for this router's forward."""
-    installed = vars(module).get("forward")
-    if installed is not None and not isinstance(installed, RouterForward):
+    own = vars(module)
+    installed = own.get("_old_forward", own.get("forward"))  # accelerate's hooks keep there what they wrap
+    is_stock = installed is None or getattr(installed, "__func__", None) is type(module).forward
+    if not is_stock and not isinstance(installed, RouterForward):
         return f"its forward is already replaced by {getattr(installed, '__qualname__', type(installed).__name__)}"
     if spec.weight_rule not in _WEIGHT_RULES and spec.weight_rule != facts.expert_factor:
         return f"its weights follow the rule {spec.weight_rule!r}, which the gate does not have"
@@ -288,9 +289,14 @@ def _tried(forward: RouterForward, ref: RouterRef, stock: Callable[..., Any], hi
 
 
 def _hidden_dtype(block: nn.Module, weight_ED: Tensor) -> torch.dtype:
-    """That of the block's other matrices: some routers alone are kept in fp32."""
-    others = (p for p in block.parameters() if p is not weight_ED and p.dim() > 1)
-    return next((p.dtype for p in others if p.dtype in _FLOATS), weight_ED.dtype)
+    """That of the matrices beside the router: some routers alone are kept in fp32, and so are adapters on them."""
+    for child in block.children():
+        parameters = tuple(child.parameters())
+        if all(p is not weight_ED for p in parameters):
+            for p in parameters:
+                if p.dim() > 1 and p.dtype in _FLOATS:
+                    return p.dtype
+    return weight_ED.dtype
 
 
 def _number(module: nn.Module, name: str | None) -> float | None:

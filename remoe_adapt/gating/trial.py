@@ -66,7 +66,7 @@ def disagreement(
     """How `own` differs from `stock` on these inputs, without gradients, in both modes of the twin; None if it does
     not. Both start from the same random state, which is as before afterwards."""
     device = inputs[0].device
-    others = [device] if device.type not in ("cpu", "meta") else []
+    others = [device] if device.type not in ("cpu", "mps") else []  # mps cannot give its random state back
     for training in (False, True):
         twin.train(training)
         results = []
