@@ -84,7 +84,8 @@ def gate_rows(
     tl.store(ids + rows_T1 * K + ranks_1K, ids_TK.to(tl.int64), mask=mask_TK)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+# Gains and flags may be views into larger tensors: their alignment must not decide which binary runs.
+@triton.jit(do_not_specialize=["num_rows", "gain", "flags"])
 def gate_kernel(
     num_rows, logits, stride_t, stride_e, bias, recency, stride_b, gain, flags, weights, ids,
     decay, added, fill, eps, scaling,
@@ -154,26 +155,39 @@ def _tile(tokens: int, lanes_per_row: int) -> tuple[int, int]:
 def launch_gate(
     logits_TE: Tensor, k: int, rule: Rule, bias_E: Tensor | None = None, recency_BE: Tensor | None = None,
     gain: Tensor | None = None, decay: float | None = None, flags_T: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor] | None = None, tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights fp32 [T, K] and ids int64 [T, K], best first.
 
     logits_TE: fp32, fp16 or bf16, any strides. bias_E: fp32, contiguous. recency_BE: fp32, last stride 1, one row per
     token, or a single one for all if `decay` is None (then it is only read); with a decay it moves on in place.
     gain: fp32, one value. flags_T: uint8 (1 padding, 2 restart). out: contiguous tensors to write instead of new ones.
+    tile: rows and warps of a program instead of those that suit the size.
+
+    Raises ValueError for a recency of another shape.
     """
     tokens, num_experts = logits_TE.shape
+    check_recency(recency_BE, tokens, num_experts)
     weights_TK, ids_TK = out if out is not None else _outputs(logits_TE, k)
     if tokens == 0:
         return weights_TK, ids_TK
     facts = {**ranking(rule, num_experts, k, logits_TE.dtype, recency_BE is not None), **weighing(rule)}
-    block_t, warps = _tile(tokens, facts["BLOCK_G"] * facts["BLOCK_M"])
+    block_t, warps = tile or _tile(tokens, facts["BLOCK_G"] * facts["BLOCK_M"])
     gate_kernel[(triton.cdiv(tokens, block_t),)](
         tokens, logits_TE, logits_TE.stride(0), logits_TE.stride(1), bias_E, recency_BE, row_stride(recency_BE),
         gain, flags_T, weights_TK, ids_TK, *scalars(rule, decay),
         BLOCK_T=block_t, MOVES=recency_BE is not None and decay is not None, num_warps=warps, **facts, **LAUNCH,
     )  # fmt: skip
     return weights_TK, ids_TK
+
+
+def check_recency(recency_BE: Tensor | None, tokens: int, num_experts: int) -> None:
+    """Raises ValueError where a kernel would read beside the recency."""
+    if recency_BE is None:
+        return
+    rows, columns = recency_BE.shape
+    if rows not in (1, tokens) or columns != num_experts or recency_BE.stride(1) != 1:
+        raise ValueError(f"recency {[rows, columns]} (last stride {recency_BE.stride(1)}) for {tokens} tokens.")
 
 
 def row_stride(recency_BE: Tensor | None) -> int:
@@ -193,5 +207,3 @@ def _outputs(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
         torch.empty((tokens, k), dtype=torch.float32, device=logits_TE.device),
         torch.empty((tokens, k), dtype=torch.int64, device=logits_TE.device),
     )
-
-

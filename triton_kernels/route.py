@@ -17,7 +17,7 @@ from .rule import Rule
 MAX_TOKENS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gain", "flags"])
 def route_kernel(
     num_tokens, hidden, stride_ht, weight, stride_we, linear_bias, arrived, logits, bias, recency, stride_b, gain,
     flags, weights, ids, decay, added, fill, eps, scaling,

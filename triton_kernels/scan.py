@@ -27,7 +27,7 @@ def _token(step, num_steps, logits, stride_e, flags, experts_1E, valid_1E):
     return logits_TE, flag_T1
 
 
-@triton.jit(do_not_specialize=["num_steps"])
+@triton.jit(do_not_specialize=["num_steps", "gain", "flags"])
 def scan_kernel(
     num_steps, logits, stride_t, stride_e, bias, recency, stride_b, gain, flags, ids, decay, added, fill,
     E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr, SCORE: tl.constexpr,
@@ -48,7 +48,9 @@ def scan_kernel(
     recency_TE = tl.load(recency + experts_1E, mask=valid_1E, other=0.0)
     # One token ahead in choice and span, two ahead in loads.
     logits_TE, flag_T1 = _token(0, num_steps, logits, stride_e, flags, experts_1E, valid_1E)
-    choice_TE = choices(logits_TE, bias, experts_1E, valid_1E, fill, SCORE, RANK, GROUPS, NUM, KEPT, 1, BLOCK_G, BLOCK_M)
+    choice_TE = choices(
+        logits_TE, bias, experts_1E, valid_1E, fill, SCORE, RANK, GROUPS, NUM, KEPT, 1, BLOCK_G, BLOCK_M
+    )
     scale_T1 = span(choice_TE, valid_1E) * strength
     if flags is not None:
         flags += 1
