@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_models import moe_folders, tiny_model
 from torch import Tensor
 from torch.func import functional_call
@@ -27,6 +29,9 @@ OWN_FORWARD = {
     "zaya": "more than a choice: masked_ids, state",
 }
 NO_ROUTERS = {"doge", "nllb_moe"}
+# Before this version: a bare Linear whose block chooses, and a router that returns no logits, refused by discovery.
+IN_OLDER = {"jamba", "longcat_flash"}
+IS_OLDER = Version(transformers.__version__) < Version("5.23")
 # Its own forward cannot run with a half-precision weight.
 FP32_ONLY = {"inkling2": "same dtype"}
 
@@ -90,6 +95,8 @@ def assert_same(own: tuple[Tensor, Tensor], stock: tuple[Tensor, Tensor]) -> Non
 
 
 def test_covers_what_is_listed(architecture: Architecture) -> None:
+    if IS_OLDER and architecture.folder in IN_OLDER:
+        pytest.skip("another class in this transformers")
     word = OWN_FORWARD.get(architecture.folder)
     if word is None:
         assert not architecture.reasons

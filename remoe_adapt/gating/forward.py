@@ -273,7 +273,7 @@ def _tried(forward: RouterForward, ref: RouterRef, stock: Callable[..., Any], hi
     generator = torch.Generator().manual_seed(0)
     twin = bare_twin(ref.module)
     perturb(twin, generator)
-    hidden_TD = random_hidden(ref.weight_ED, hidden_dtype, generator)
+    hidden_TD = random_hidden(twin, ref.spec.weight_name, hidden_dtype, generator)
     own = type(forward)(twin, ref.spec, forward.facts)
     bias_E, handed = None, ref.spec.correction_bias_in_block
     if ref.correction_bias_E is not None:

@@ -53,11 +53,20 @@ def near(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor.detach() + noise.to(tensor.device, tensor.dtype)
 
 
-def random_hidden(weight_ED: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Tokens [TOKENS, D] whose logits under this weight spread by about 2."""
+def random_hidden(twin: nn.Module, weight_name: str, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Tokens [TOKENS, D] whose logits under the twin's weight spread by about 2.
+
+    A weight that tells no experts apart (zero before training) would agree with anything: the twin gets a random one.
+    """
+    owner, _, leaf = weight_name.rpartition(".")
+    held: dict[str, Any] = twin.get_submodule(owner)._parameters
+    weight_ED: Tensor = held[leaf].detach()
     hidden_TD = torch.randn(TOKENS, weight_ED.shape[1], generator=generator).to(weight_ED.device)
-    spread = (hidden_TD @ weight_ED.detach().float().t()).std()
-    return (hidden_TD * torch.where(spread > 0, 2.0 / spread, 1.0)).to(dtype)
+    spread = (hidden_TD @ weight_ED.float().t()).std(dim=-1).mean()
+    if not spread > 0:
+        weight_ED = torch.randn(weight_ED.shape, generator=generator).to(weight_ED.device, weight_ED.dtype)
+        held[leaf], spread = weight_ED, weight_ED.new_tensor(weight_ED.shape[1] ** 0.5)
+    return (hidden_TD * (2.0 / spread.float())).to(dtype)
 
 
 def disagreement(
