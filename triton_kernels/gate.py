@@ -129,7 +129,7 @@ def weighing(rule: Rule) -> dict[str, Any]:
     """Compile-time facts of the weights, by parameter name of the kernels."""
     return {
         "SCORE": rule.score,
-        "CHOSEN_SOFTMAX": rule.softmax_over_chosen,
+        "CHOSEN_SOFTMAX": rule.chosen_softmax,
         "NORMALIZE": rule.normalize,
         "NULL_FROM": -1 if rule.null_from is None else rule.null_from,
     }

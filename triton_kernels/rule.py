@@ -15,7 +15,8 @@ class Rule:
 
     score: what weights are made of. rank: what is ranked (a selection bias is added to all but BY_LOGIT). groups: how
     a group of E / num_groups neighbours is judged; experts outside the best `kept_groups` rank as `fill`.
-    chosen_softmax: weights are a softmax over the chosen logits. Else they are the chosen scores, over their sum +
+    chosen_softmax: weights are a softmax over the chosen logits (as a renormalised softmax is, and then no sum over all
+    experts is needed). Else they are the chosen scores, over their sum +
     `eps` if `normalize`; `null_from` and later experts get weight 0 (None: no such experts). All times `scaling`.
     """
 
@@ -35,8 +36,3 @@ class Rule:
     def grouped(self) -> bool:
         """Whether groups drop any expert at all."""
         return self.groups != NO_GROUPS and self.kept_groups < self.num_groups
-
-    @property
-    def softmax_over_chosen(self) -> bool:
-        """Whether weights need no sum over all experts: a renormalised softmax is one over the chosen logits."""
-        return self.chosen_softmax or (self.score == SOFTMAX and self.normalize and self.eps == 0.0)

@@ -19,11 +19,12 @@ from .scoring import NO_EXPERT, PADDING, RESTART, best_experts, choices, softmax
 @triton.jit
 def _token(step, num_steps, logits, stride_e, flags, experts_1E, valid_1E):
     """fp32 logits [1, E] and flags [1, 1] of a token; zeros behind the last. Pointers stand at the token."""
-    inside = step < num_steps
+    zero_T1 = tl.zeros((1, 1), tl.int32)
+    inside = zero_T1 + step < num_steps
     logits_TE = tl.load(logits + experts_1E * stride_e, mask=valid_1E & inside, other=0.0).to(tl.float32)
-    flag_T1 = tl.zeros((1, 1), tl.int32)
+    flag_T1 = zero_T1
     if flags is not None:
-        flag_T1 = tl.load(flags + tl.zeros((1, 1), tl.int32), mask=inside, other=0).to(tl.int32)
+        flag_T1 = tl.load(flags + zero_T1, mask=inside, other=0).to(tl.int32)
     return logits_TE, flag_T1
 
 

@@ -77,12 +77,18 @@ def kernel_rule(rule: str) -> Rule:
         num_groups=spec.n_group if grouped else 1,
         kept_groups=spec.topk_group if grouped else 1,
         fill=spec.group_fill,
-        chosen_softmax=spec.weight_rule == "chosen_softmax",
+        chosen_softmax=_chosen_softmax(spec),
         normalize=spec.normalize,
         eps=spec.normalize_eps,
         null_from=spec.num_experts - spec.null_experts if spec.weight_rule == "null_is_zero" else None,
         scaling=spec.scaling,
     )
+
+
+def _chosen_softmax(spec: RouterSpec) -> bool:
+    """Whether weights are a softmax over the chosen logits; a renormalised softmax is."""
+    renormalised = spec.weight_rule == "score" and spec.normalize and spec.score == "softmax"
+    return renormalised or spec.weight_rule == "chosen_softmax"
 
 
 def _bias(bias: Tensor | None, rule: str) -> Tensor | None:
@@ -163,7 +169,7 @@ def weights_backward(grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, spec: R
     """
     chosen_TK = logits_TE.gather(-1, ids_TK).float()
     grad_TK = grad_TK * spec.scaling
-    if spec.weight_rule == "chosen_softmax":
+    if _chosen_softmax(spec):
         p_TK = chosen_TK.softmax(dim=-1)
         return _spread(p_TK * (grad_TK - (grad_TK * p_TK).sum(dim=-1, keepdim=True)), ids_TK, logits_TE)
     if spec.weight_rule == "null_is_zero":

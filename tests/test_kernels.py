@@ -1,0 +1,192 @@
+"""The gate and scan kernels against the definition: interpreted on a CPU, for real on a GPU."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+import pytest
+import torch
+from kernel_cases import (
+    BY_LOGIT,
+    CHOSEN,
+    DEVICE,
+    DTYPES,
+    EXPERTS,
+    FAMILIES,
+    MODES,
+    TOKENS,
+    bias_of,
+    check,
+    copied,
+    hard_logits,
+    launch,
+    prior_of,
+    spec_of,
+)  # fmt: skip
+
+from remoe_adapt.gating.reference import PriorStep, topk_gating
+
+pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+# NumPy, which interprets the kernels, warns of the infinities and NaN that some rows hold on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+SIZES = [(e, k) for e, k in product(EXPERTS, CHOSEN) if k <= e]
+
+
+def _sample() -> list[tuple[str, int, int, int, torch.dtype, str]]:
+    """Every family with every mode, the rest drawn; large sizes seldom, for an interpreter takes long over them."""
+    drawn = random.Random(20)
+    small, large = [s for s in SIZES if s[0] <= 64], [s for s in SIZES if s[0] > 64]
+    cases = []
+    for name, mode in product(FAMILIES, MODES):
+        experts, k = drawn.choice(small if drawn.random() < 0.7 else large)
+        if spec_of(name, experts) is None:
+            experts = 60
+        cases.append((name, drawn.choice((1, 7, 7, 33)), experts, k, drawn.choice(DTYPES), mode))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "tokens", "experts", "k", "dtype", "mode"), _sample())
+def test_gate(name: str, tokens: int, experts: int, k: int, dtype: torch.dtype, mode: str) -> None:
+    check(name, tokens, experts, k, dtype, mode)
+
+
+@pytest.mark.parametrize(("experts", "k"), [(160, 6), (1024, 32), (1000, 3), (1, 1)])
+def test_other_sizes(experts: int, k: int) -> None:
+    for name in ("softmax", "softmax_group_max") if experts == 160 else ("softmax_renormalised",):
+        check(name, 3, experts, k, torch.float32, "ema")
+
+
+def test_many_tokens_take_the_tile_of_several_rows() -> None:
+    check("softmax", 257, 64, 2, torch.bfloat16, "none")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gate_of_all_sizes_on_a_gpu(name: str) -> None:
+    for i, (experts, k) in enumerate(SIZES):
+        for tokens in TOKENS:
+            check(name, tokens, experts, k, DTYPES[i % 3], MODES[i % 5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), list(product(FAMILIES, DTYPES)))
+def test_gate_of_all_sizes_and_dtypes(name: str, dtype: torch.dtype) -> None:
+    for i, (experts, k) in enumerate(SIZES):
+        for tokens in TOKENS:
+            check(name, tokens, experts, k, dtype, MODES[i % 5])
+
+
+def test_no_tokens() -> None:
+    spec = spec_of("softmax", 8)
+    assert spec is not None
+    logits_TE = torch.empty(0, 8, device=DEVICE)
+    weights_TK, ids_TK = launch(logits_TE, 2, spec, None, None)
+    assert weights_TK.shape == ids_TK.shape == (0, 2)
+    recency_BE = torch.ones(2, 8, device=DEVICE)
+    prior = PriorStep(recency_BE, torch.tensor(1.0, device=DEVICE), 0.5)
+    assert launch(logits_TE, 2, spec, prior, None)[1].shape == (0, 2)
+    assert torch.equal(recency_BE, torch.ones_like(recency_BE))
+
+
+@pytest.mark.parametrize("view", ["columns", "rows", "transposed"])
+def test_strided_logits(view: str) -> None:
+    spec = spec_of("softmax", 13)
+    assert spec is not None
+    shape = {"columns": (7, 26), "rows": (14, 13), "transposed": (13, 7)}[view]
+    base = torch.randn(shape, device=DEVICE)
+    logits_TE = {"columns": base[:, ::2], "rows": base[1::2], "transposed": base.T}[view]
+    for prior in (None, prior_of("ema", 7, 13, 0, flagged=True)):
+        expected = topk_gating(logits_TE, 6, spec, copied(prior))
+        for ours, theirs in zip(launch(logits_TE, 6, spec, prior, None, (8, 1)), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_logits_that_differ_in_their_last_bits_only() -> None:
+    """The ranking keeps an expert's number in these bits, and must notice."""
+    generator = torch.Generator().manual_seed(1)
+    order_TE = torch.rand(8, 60, generator=generator).argsort(dim=-1)
+    for sign, groups_of in ((1.0, 1), (-1.0, 1), (1.0, 4), (-1.0, 7)):
+        logits_TE = (sign * (1.0 + (order_TE // groups_of) * 2.0**-23)).to(DEVICE)
+        for name, mode in (("softmax", "none"), ("softmax", "last")):
+            spec = spec_of(name, 60)
+            assert spec is not None
+            prior = prior_of(mode, 8, 60, 3, flagged=False)
+            expected_TK = topk_gating(logits_TE, 8, spec, copied(prior))[1]
+            assert torch.equal(launch(logits_TE, 8, spec, prior, None, (8, 1))[1], expected_TK)
+
+
+@pytest.mark.parametrize("boundary", [5, 8])
+def test_one_clash_at_the_last_rank(boundary: int) -> None:
+    """Values far apart, but for the last chosen and the first left out (or two of the chosen)."""
+    logits_TE = torch.arange(60, 0, -1, dtype=torch.float32, device=DEVICE).repeat(2, 1)
+    logits_TE[0, boundary] = logits_TE[0, boundary - 1] * (1 + 2.0**-23)
+    spec = spec_of("softmax", 60)
+    assert spec is not None
+    expected_TK = topk_gating(logits_TE, 8, spec)[1]
+    assert expected_TK[0, boundary - 1] == boundary
+    assert torch.equal(launch(logits_TE, 8, spec, None, None)[1], expected_TK)
+
+
+@pytest.mark.parametrize("name", ["softmax", "chosen_softmax", "sigmoid_group", "logit_bias_sigmoid"])
+def test_gain_zero_is_no_prior_bit_for_bit(name: str) -> None:
+    spec = spec_of(name, 60)
+    assert spec is not None
+    logits_TE, bias_E = hard_logits(7, 60, torch.float32, 5), bias_of(spec)
+    prior = prior_of("ema", 7, 60, 0, flagged=True)
+    assert prior is not None
+    still = PriorStep(prior.recency_BE, torch.zeros((), device=DEVICE), prior.decay, prior.flags_T)
+    ours, plain = (launch(logits_TE, 6, spec, p, bias_E, (8, 1)) for p in (still, None))
+    assert torch.equal(ours[1], plain[1])
+    assert torch.equal(ours[0].view(torch.int32), plain[0].view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("name", "sequences", "steps", "experts", "k", "dtype", "mode"),
+    [
+        ("softmax", 3, 11, 13, 2, torch.float32, "ema"),
+        ("softmax_renormalised", 2, 9, 60, 6, torch.bfloat16, "last"),
+        ("chosen_softmax", 1, 7, 128, 8, torch.float16, "ema"),
+        ("sigmoid_group", 2, 5, 64, 6, torch.float32, "ema"),
+        ("softmax_bias", 2, 5, 8, 1, torch.float32, "last"),
+        ("logit_bias_sigmoid", 4, 2, 60, 8, torch.float32, "ema"),
+    ],
+)
+@pytest.mark.parametrize("flagged", [False, True])
+def test_scan(
+    name: str, sequences: int, steps: int, experts: int, k: int, dtype: torch.dtype, mode: str, flagged: bool
+) -> None:
+    spec = spec_of(name, experts)
+    assert spec is not None
+    logits_TE, bias_E = hard_logits(sequences * steps, experts, dtype, 9), bias_of(spec)
+    prior = prior_of(mode, sequences * steps, experts, 2, flagged, rows=sequences)
+    ours = copied(prior)
+    weights_TK, ids_TK = launch(logits_TE, k, spec, ours, bias_E)
+    expected_TK, expected_ids_TK = topk_gating(logits_TE, k, spec, prior, bias_E=bias_E)
+    assert torch.equal(ids_TK, expected_ids_TK)
+    torch.testing.assert_close(weights_TK, expected_TK, rtol=2e-5, atol=1e-6, equal_nan=True)
+    assert prior is not None and ours is not None
+    assert torch.equal(ours.recency_BE, prior.recency_BE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BY_LOGIT)
+def test_long_scan_on_a_gpu(name: str) -> None:
+    spec = spec_of(name, 128)
+    assert spec is not None
+    logits_TE, bias_E = torch.randn(8 * 257, 128, device=DEVICE), bias_of(spec)
+    prior = prior_of("ema", 8 * 257, 128, 4, flagged=True, rows=8)
+    ours = copied(prior)
+    weights_TK, ids_TK = launch(logits_TE, 8, spec, ours, bias_E)
+    expected_TK, expected_ids_TK = topk_gating(logits_TE, 8, spec, prior, bias_E=bias_E)
+    assert torch.equal(ids_TK, expected_ids_TK)
+    torch.testing.assert_close(weights_TK, expected_TK, rtol=2e-5, atol=1e-6)
+
+
+def test_a_recency_of_another_shape_is_refused() -> None:
+    spec = spec_of("softmax", 8)
+    assert spec is not None
+    prior = PriorStep(torch.zeros(3, 8, device=DEVICE), torch.tensor(1.0, device=DEVICE), None)
+    with pytest.raises(ValueError, match="recency"):
+        launch(torch.zeros(4, 8, device=DEVICE), 2, spec, prior, None)
