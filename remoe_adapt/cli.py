@@ -138,11 +138,14 @@ def train(
 def evaluate_command(
     model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
     policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
+    recency: opt.Recency = None, recency_gain: opt.RecencyGains = "0.1,0.2,0.3",
+    recency_decay: opt.RecencyDecay = None,
     tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
     plot: opt.Plot = None, certified: opt.Certify = False, device: opt.Device = None,
     dtype: opt.Dtype = "auto", force: opt.Force = False, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores."""
+    from remoe_adapt.arms import Prior
     from remoe_adapt.evaluate import certify, evaluate, evaluate_tasks, read_shared
     from remoe_adapt.family import Family
     from remoe_adapt.record import load_base
@@ -157,11 +160,13 @@ def evaluate_command(
     shown: list[RenderableType] = []
     if data:
         documents = read_shared(data, tokenizer, max_tokens)
-        arms = 1 + (0 if points is None else len(points.points) + (points.control is not None))
+        kind = {} if recency_decay is None else {"decay": recency_decay}
+        priors = [] if recency is None else [Prior(recency, gain, **kind) for gain in _numbers(recency_gain)]
+        arms = 1 + len(priors) + (0 if points is None else len(points.points) + (points.control is not None))
         with progress("scoring", sum(map(len, documents)) * arms) as (_, advance):
             result |= evaluate(
-                base, documents, family=points, policies=policy, caches=cache, window=window, force=force,
-                on_tokens=advance,
+                base, documents, family=points, policies=policy, caches=cache, window=window, priors=priors,
+                force=force, on_tokens=advance,
             )  # fmt: skip
         result["data"] = [path.name for path in data]
         shown.append(report.eval_table(result))
@@ -229,6 +234,7 @@ def simulate_command(
 def run(
     model: opt.Model, prompt: opt.Prompt, family: opt.FamilyPath = None, profile: opt.Profile = None,
     pressure: opt.Pressure = None, strength: opt.Strength = None, max_new_tokens: opt.NewTokens = 128,
+    recency: opt.Recency = None, recency_gain: opt.RecencyGain = None, recency_decay: opt.RecencyDecay = None,
     temperature: opt.Temperature = 0.0, seed: opt.Seed = 0, device: opt.Device = None, dtype: opt.Dtype = "auto",
     force: opt.Force = False, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
@@ -240,7 +246,10 @@ def run(
     from remoe_adapt.runtime.load import get_remoe_model
 
     base, tokenizer = load_base(model, device=device, dtype=dtype)
-    dialled = get_remoe_model(base, profile=profile, family=family, force=force)
+    dialled = get_remoe_model(
+        base, profile=profile, family=family, recency=recency, recency_gain=recency_gain, recency_decay=recency_decay,
+        force=force,
+    )  # fmt: skip
     controller = dialled.controller
     try:
         if pressure is not None:

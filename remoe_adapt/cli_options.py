@@ -53,6 +53,10 @@ Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated 
 TaskFolder = Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")]
 Limit = Annotated[int | None, typer.Option(help="Examples per task.")]
 Plot = Annotated[Path | None, typer.Option(help="Write EOR against perplexity here (extra: plot).")]
+Recency = Annotated[str | None, typer.Option(help="Recency prior: last, ema or resident.")]
+RecencyGains = Annotated[str, typer.Option("--recency-gain", help="Its gains to try on the base, comma-separated.")]
+RecencyGain = Annotated[float | None, typer.Option(help="Its gain, at every strength; default 0.2.")]
+RecencyDecay = Annotated[float | None, typer.Option(help="Its decay in mode ema; default 0.7.")]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
 
 # remoe trace, remoe simulate

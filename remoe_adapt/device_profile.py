@@ -26,7 +26,7 @@ from remoe_adapt.errors import ConfigError, ProfileError
 
 CACHE_POLICIES = ("lru", "lfu", "lrfu")  # belady needs the future, so no device can run it
 CACHE_SCOPES = ("global", "layer")
-RECENCY_MODES = ("none", "ema", "resident")
+RECENCY_MODES = ("none", "last", "ema", "resident")
 _UNIT_BYTES = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNIT_BYTES |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
@@ -158,7 +158,8 @@ class ControllerProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class RecencyProfile:
-    """The recency prior: mode "none", "ema" (used lately) or "resident" (cached now), and its gain at strength 1."""
+    """The recency prior: mode "none", "last" (the previous token's experts), "ema" (used lately) or "resident" (cached
+    now), and its gain at strength 1."""
 
     mode: str = _key("mode", _choice(*RECENCY_MODES), default="none")
     gain: float = _key("gain", _number(0, math.inf), default=0.0)
@@ -166,7 +167,7 @@ class RecencyProfile:
     def __post_init__(self) -> None:
         if self.mode == "none" and self.gain > 0:
             raise ConfigError(
-                f"gain {self.gain!r} has no effect in mode 'none'; choose ema or resident, or set gain 0.0"
+                f"gain {self.gain!r} has no effect in mode 'none'; choose last, ema or resident, or set gain 0.0"
             )
 
 

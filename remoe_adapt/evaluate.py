@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.arms import Arm, Arms, arms_of
+from remoe_adapt.arms import Arm, Arms, Prior, arms_of
 from remoe_adapt.cache.simulate import check_replay, simulate
 from remoe_adapt.errors import DataError, MissingDependencyError
 from remoe_adapt.family import Family
@@ -121,16 +121,19 @@ def evaluate(
     policies: Sequence[str] = POLICIES,
     caches: Sequence[float] = CACHES,
     window: int | None = None,
+    priors: Sequence[Prior] = (),
     force: bool = False,
     on_tokens: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """Measures the base, the control and every stored point over token documents: `{"base", "control", "points"}`.
+    """Measures the base, the control, every stored point and `priors` on the base over token documents:
+    `{"base", "control", "points", "priors"}`.
 
     Each row holds `strength` (0 for the base, None for the control), `ce` (nats per token), `ppl`, `ppl_ratio` (to the
     base), `ppl_ratio_control` (to the control; None without one), `kl` (mean over scored tokens of
     KL(P_base || P_point) of the next-token distributions, nats), `eor`, `switch_rate`, `policy@cache` hit rates and
-    `load_entropy`; beside them `tokens` (scored), `documents` and `window`. The model's weights are the same
-    afterwards, bit for bit. `window` shortens the protocol's windows; `on_tokens` hears of tokens done, over all arms.
+    `load_entropy`, and with a recency prior `recency` and (mean) `recency_gain`; beside them `tokens` (scored),
+    `documents` and `window`. The model's weights are the same afterwards, bit for bit. `window` shortens the
+    protocol's windows; `on_tokens` hears of tokens done, over all arms.
 
     Raises:
         ConfigError: a window below 2 tokens, an unknown policy or a bad cache fraction.
@@ -143,7 +146,7 @@ def evaluate(
     if not plan:
         raise DataError("nothing to score: no document has two tokens; give more text or a higher --max-tokens")
     with (
-        arms_of(model, family, force=force) as arms,
+        arms_of(model, family, priors=priors, force=force) as arms,
         record_forward(model) as recorder,
         inference(model),
         freed_memory_kept(device_of(model).type),
@@ -157,12 +160,14 @@ def evaluate(
         control = None if arms.control is None else tallies[arms.control]
         rows = {
             arm: tally.row(arm.strength, base, control, tally.trace(recorder.num_experts), policies, caches)
+            | arms.recency_of(arm)
             for arm, tally in tallies.items()
         }
     return {
         "base": rows[arms.base],
         "control": None if arms.control is None else rows[arms.control],
         "points": [rows[arm] for arm in arms.points],
+        "priors": [rows[arm] for arm in arms.priors],
         "tokens": base.tokens,
         "documents": len({part.document for part in plan}),
         "window": length,

@@ -34,7 +34,8 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
 
 @dataclass(frozen=True)
 class Recency:
-    """The recency prior of an operating point: mode ("ema", "resident" or "none"), decay in [0, 1), gain per layer."""
+    """The recency prior of an operating point: mode ("last", "ema", "resident" or "none"), decay in [0, 1), gain per
+    router in model order."""
 
     mode: str
     decay: float

@@ -24,11 +24,12 @@ def hit_keys(row: Row) -> list[str]:
 
 
 def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, Row]]:
-    """(label, row) of base, control and points, in that order."""
+    """(label, row) of base, control, points and priors on the base, in that order."""
     rows: list[tuple[str, Row]] = [("base", result["base"])]
     if result.get("control"):
         rows.append(("control", result["control"]))
-    return rows + [(f"{row['strength']:.2f}", row) for row in result["points"]]
+    rows += [(f"{row['strength']:.2f}", row) for row in result["points"]]
+    return rows + [(f"{row['recency']} {row['recency_gain']:g}", row) for row in result.get("priors", ())]
 
 
 def eval_table(result: Mapping[str, Any]) -> Table:

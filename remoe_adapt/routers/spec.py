@@ -6,7 +6,7 @@ Shapes: T tokens (all leading axes flattened), E choices of the router, K chosen
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ class RouterSpec:
     `returns` names the entries of the forward's result in order. `weight_rule` says how the weights of the chosen
     come about: "score" (the chosen scores, over their sum + `normalize_eps` if `normalize`, times `scaling`),
     "chosen_softmax" (softmax over the chosen logits, times `scaling`), "null_is_zero" (score, null experts at 0), or
-    another name where more than logits decides.
+    another name where more than logits decides. Derived: `ranks_logits`, the logits themselves are ranked;
+    `is_chosen_softmax`, the weights are a softmax over the chosen logits (as softmax scores over their sum are).
     """
 
     family: str
@@ -74,6 +75,13 @@ class RouterSpec:
     correction_bias_in_block: bool = False
     logit_bias_name: str | None = None
     returns: tuple[str, ...] = STANDARD_RETURNS
+    ranks_logits: bool = field(init=False, repr=False, compare=False)
+    is_chosen_softmax: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        chosen = self.weight_rule == "score" and self.normalize and self.score == "softmax"
+        object.__setattr__(self, "ranks_logits", self.family in ("softmax", "topk_softmax", "sparsemixer"))
+        object.__setattr__(self, "is_chosen_softmax", chosen or self.weight_rule == "chosen_softmax")
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Unbiased fp32 scores [T, E] that the expert weights are taken from; differentiable."""
@@ -97,8 +105,10 @@ class RouterSpec:
         The logits themselves where ranking needs no more; scores (+ bias, fp32) in bias and group families, with
         experts outside the chosen groups at `group_fill`. `correction_bias_E` is ignored by families without one.
         """
-        if self.family in ("softmax", "topk_softmax", "sigmoid", "sparsemixer"):
-            return self.scores(logits_TE) if self.score == "sigmoid" else logits_TE
+        if self.ranks_logits:
+            return logits_TE
+        if self.family == "sigmoid":
+            return self.scores(logits_TE)
         choice_TE = logits_TE.float() if self.family == "logit_bias_sigmoid" else self.scores(logits_TE)
         if correction_bias_E is not None:
             choice_TE = choice_TE + correction_bias_E.float().reshape(-1)
@@ -109,7 +119,7 @@ class RouterSpec:
 
         Raises UnsupportedRouterError where more than the logits decides (see `weight_rule`).
         """
-        if self.weight_rule == "chosen_softmax":
+        if self.is_chosen_softmax:
             weights_TK = logits_TE.float().gather(-1, ids_TK).softmax(dim=-1)
             return weights_TK if self.scaling == 1.0 else weights_TK * self.scaling
         if self.weight_rule not in ("score", "null_is_zero"):
@@ -169,8 +179,9 @@ class RouterSpec:
             ids_TK = by_name["masked_ids"].reshape(-1, self.top_k).long()
             assert weights_TK is not None
             ids_TK = torch.where(weights_TK == 0, self.num_experts - 1, ids_TK)
-        else:
-            ids_TK = logits_TE.topk(self.top_k, dim=-1).indices
+        else:  # the dense weights of the others are 0
+            ranked_TE = by_name.get("dense_weights", logits_TE).reshape(-1, self.num_experts)
+            ids_TK = ranked_TE.topk(self.top_k, dim=-1).indices
         if weights_TK is None and "dense_weights" in by_name:
             weights_TK = by_name["dense_weights"].reshape(-1, self.num_experts).gather(-1, ids_TK)
         return RouterOutput(logits_TE, weights_TK, ids_TK)

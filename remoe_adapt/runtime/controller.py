@@ -23,6 +23,7 @@ from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError, MergeStateError
 from remoe_adapt.family import Family
 from remoe_adapt.runtime.gate import Gate
+from remoe_adapt.runtime.recency import DialPrior
 from remoe_adapt.runtime.swap import ResidentRouters, Staged
 from remoe_adapt.tuner.model import RemoeModel
 
@@ -41,12 +42,14 @@ class Controller:
     `step()` between the forwards of a hand-written loop; with several threads, `with controller.step(): model(...)`.
     """
 
-    def __init__(self, peft_model: PeftModel, family: Family, profile: DeviceProfile) -> None:
+    def __init__(
+        self, peft_model: PeftModel, family: Family, profile: DeviceProfile, prior: DialPrior | None = None
+    ) -> None:
         tuner = peft_model.base_model
         assert isinstance(tuner, RemoeModel)
-        self.family, self.profile = family, profile
+        self.family, self.profile, self._prior = family, profile, prior
         self._model, self._base, self._tuner = peft_model, peft_model.get_base_model(), tuner
-        self._routers = ResidentRouters(self._base, family)
+        self._routers = ResidentRouters(self._base, family, prior)
         self._gate = Gate(lambda: self._staged is not None, self._swap)
         self._stage_lock = threading.RLock()
         self._staged: Staged | None = None
@@ -106,8 +109,8 @@ class Controller:
         """What holds now, JSON-ready; times in ms, None before the first.
 
         strength (live), target, pressure (None unless pinned), reason (in words), waiting (a swap is posted), swaps,
-        swap_ms and stage_ms (last) with swap_ms_median and stage_ms_median, running (generate calls), profile, family,
-        base, points, closed.
+        swap_ms and stage_ms (last) with swap_ms_median and stage_ms_median, running (generate calls), recency (None, or
+        mode, decay, routers that have it, and mean live gain), profile, family, base, points, closed.
         """
         with self._gate.lock:
             waiting = self._staged is not None
@@ -124,6 +127,7 @@ class Controller:
                 "swaps": self._swaps,
                 **timings,
                 "running": self._gate.sessions,
+                "recency": None if self._prior is None else self._prior.status(),
                 "profile": self.profile.name,
                 "family": str(self.family.path),
                 "base": self.family.base_id,

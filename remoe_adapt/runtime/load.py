@@ -16,6 +16,7 @@ from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_prof
 from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError
 from remoe_adapt.family import Family, original_weights
 from remoe_adapt.runtime.controller import Controller
+from remoe_adapt.runtime.recency import DialPrior, RecencyPlan, plan_recency, training_free_family
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 from remoe_adapt.tuner.beside import plain_base
 
@@ -27,6 +28,9 @@ def get_remoe_model(
     profile: str | os.PathLike[str] | DeviceProfile | None = None,
     family: str | os.PathLike[str] | Family | None = None,
     *,
+    recency: str | None = None,
+    recency_gain: float | None = None,
+    recency_decay: float | None = None,
     adapter_name: str = "dial",
     force: bool = False,
     **from_pretrained_kwargs: Any,
@@ -36,9 +40,11 @@ def get_remoe_model(
     base: a model, a PeftModel (its base object gets the dial, its adapters stay and keep working), a path or a hub id,
     loaded with `from_pretrained_kwargs`. profile: a name, a path or a DeviceProfile; None: the server's settings with
     strength equal to pressure. family: a folder, a hub id or a Family; None: what the profile's `families` name for the
-    base's id. force: accept a family of another base, if names and shapes fit.
+    base's id, else training-free operating points (recency prior only), which is logged once. recency: "last", "ema" or
+    "resident", a prior on top of what the points have, with `recency_gain` (default 0.2) at every strength and
+    `recency_decay` (default 0.7, for ema). force: accept a family of another base, if names and shapes fit.
 
-    Raises FamilyError when no family is given or known, FingerprintMismatchError for another base's (see `force`),
+    Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
     MergeStateError when the model has a dial already, AdapterConflictError when REMOE adapters or the name
     `adapter_name` are on it, ConfigError when the base cannot be loaded, ProfileError, RouterNotFoundError and
     UnsupportedRouterError as their makers. The model is unchanged after an error.
@@ -48,28 +54,39 @@ def get_remoe_model(
         if from_pretrained_kwargs:
             raise ConfigError(f"{', '.join(from_pretrained_kwargs)}: options of loading, but base is a model already.")
         _check_free(base)
-    operating = _family(family, chosen, _base_id(base))
+    known = _family(family, chosen, _base_id(base))
+    if known is not None:
+        plan_recency(known, chosen, recency, recency_gain, recency_decay)  # refuse before anything is loaded
     model = plain_base(base if isinstance(base, nn.Module) else load_base(base, **from_pretrained_kwargs))
+    asked = recency is not None or recency_gain is not None
+    operating = known or training_free_family(model, _base_id(base), own_gain=not asked)
+    plan = plan_recency(operating, chosen, recency, recency_gain, recency_decay)
     operating.check(model, force=force)
-    return _under_dial(model, operating, chosen, adapter_name, force)
+    return _under_dial(model, operating, chosen, plan, adapter_name, force)
 
 
-def _under_dial(model: nn.Module, family: Family, profile: DeviceProfile, adapter_name: str, force: bool) -> PeftModel:
+def _under_dial(
+    model: nn.Module, family: Family, profile: DeviceProfile, plan: RecencyPlan | None, adapter_name: str, force: bool
+) -> PeftModel:
     names = list(family.points[0].deltas)
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     config = RemoeConfig(
         # The adapter only puts the wrappers in place: zero for ever, so as small as it can be.
         rank=1,
         inference_mode=True,
-        target_modules=None if len(names) == len(original_weights(model)) else names,
+        target_modules=names if 0 < len(names) < len(original_weights(model)) else None,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") and not encoder_decoder else None,
         allow_other_base=force,
     )
     wrapped = wrap_or_inject(model, config, adapter_name)
     wrapped.train(model.training)  # PEFT's wrapper is born in training mode
+    prior: DialPrior | None = None
     try:
-        controller = Controller(wrapped, family, profile)
+        prior = DialPrior(model, family, plan) if plan is not None else None
+        controller = Controller(wrapped, family, profile, prior)
     except BaseException:
+        if prior is not None:
+            prior.remove()
         wrapped.unload()
         raise
     # Not through setattr of nn.Module: the controller is no part of the model's state.
@@ -106,15 +123,11 @@ def _base_id(base: str | os.PathLike[str] | nn.Module) -> str:
     )
 
 
-def _family(family: str | os.PathLike[str] | Family | None, profile: DeviceProfile, base_id: str) -> Family:
+def _family(family: str | os.PathLike[str] | Family | None, profile: DeviceProfile, base_id: str) -> Family | None:
     if family is None:
         family = profile.families.get(base_id)
     if family is None:
-        known = ", ".join(name for name, path in profile.families.items() if path) or "none"
-        raise FamilyError(
-            f"no family is given for {base_id!r}, and profile {profile.name} knows families for: {known}. Train one "
-            f"with `remoe train {base_id} --data FILE --strengths 0.25,0.5,1.0 --out FAMILY` and pass family='FAMILY'."
-        )
+        return None
     loaded = family if isinstance(family, Family) else Family.load(family)
     if not loaded.points:
         raise FamilyError(f"{loaded} has no points yet: add one with add_point, or train it with `remoe train`.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from remoe_adapt.errors import MergeStateError, RouterNotFoundError
 from remoe_adapt.family import Family
+from remoe_adapt.runtime.recency import DialPrior
 from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 
 Placement = tuple[tuple[torch.device, torch.dtype], ...]
@@ -22,10 +23,10 @@ Placement = tuple[tuple[torch.device, torch.dtype], ...]
 
 @dataclass(frozen=True, eq=False)
 class Staged:
-    """Router weights of one strength, ready to be copied; `placement` is where the live ones were when it was made."""
+    """Router weights (and recency gains) of one strength, ready to be copied; `placement`: where the live ones were."""
 
     strength: float
-    weights: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
     placement: Placement
 
 
@@ -33,17 +34,18 @@ class ResidentRouters:
     """The wrapped routers of one model under one family. Not thread-safe: the controller decides who calls when.
 
     model: its routers are RemoeLayers without merged adapters; they enter resident mode. The points of the family and
-    the base are kept precomputed in the dtype and on the device of the model, which may be moved or cast later.
+    the base are kept precomputed in the dtype and on the device of the model, which may be moved or cast later. prior:
+    the recency prior on the model, whose gains are swapped together with the weights.
 
     Raises RouterNotFoundError when nothing is wrapped, MergeStateError when adapters are merged or another dial is on,
     FamilyError when the family has routers that the model lacks. The model is unchanged then.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(self, model: nn.Module, family: Family, prior: DialPrior | None = None) -> None:
         layers = remoe_layers(model)
         if not layers:
             raise RouterNotFoundError(f"{type(model).__name__} has no wrapped router: use get_remoe_model.")
-        self.family = family
+        self.family, self._prior = family, prior
         self._layers: dict[str, RemoeLayer] = layers
         self._placement: Placement = ()
         self._points: dict[float, tuple[Tensor, ...]] = {}
@@ -54,6 +56,9 @@ class ResidentRouters:
                     layer.hold()
                     held.append(layer)
             self._precompute()
+            if prior is not None:
+                with _writing(False):
+                    torch._foreach_copy_(prior.live, prior.gains(0.0))
         except BaseException:
             for layer in held:
                 layer.release()
@@ -73,11 +78,11 @@ class ResidentRouters:
         with _writing(False):
             if self._placement != _placement(self._live()):
                 self._precompute()
-            weights = self._points.get(strength)
-            if weights is None:
-                weights = tuple(self.family.live(strength, self._base()).values())
+            values = self._points.get(strength)
+            if values is None:
+                values = self._values(strength)
                 _finish_queued_work(self._placement)
-        return Staged(strength, weights, self._placement)
+        return Staged(strength, values, self._placement)
 
     def commit(self, staged: Staged, *, alone: bool = True) -> None:
         """Make staged weights live, in place. No forward of the model may be in flight.
@@ -90,10 +95,11 @@ class ResidentRouters:
         if not alone:
             _finish_queued_work(staged.placement)
         with _writing(live[0].is_inference()):
-            torch._foreach_copy_(live, list(staged.weights))
+            torch._foreach_copy_(live, list(staged.values))
         if live[0].is_cuda:
-            for weight_ED in staged.weights:  # their memory may be reused only after the copy
-                weight_ED.record_stream(torch.cuda.current_stream(weight_ED.device))
+            for value in staged.values:  # their memory may be reused only after the copy
+                if value.is_cuda:
+                    value.record_stream(torch.cuda.current_stream(value.device))
         if not alone:
             _finish_queued_work(staged.placement)
         self.strength = staged.strength
@@ -103,6 +109,8 @@ class ResidentRouters:
         with _writing(self.weights[0].is_inference()):
             for layer in self._layers.values():
                 layer.release(keep_live=keep_live)
+        if self._prior is not None:
+            self._prior.remove()
         self._points, self._placement = {}, ()
         self.strength = self.strength if keep_live else 0.0
 
@@ -110,20 +118,28 @@ class ResidentRouters:
         return {name: layer.original_weight_ED for name, layer in self._layers.items()}
 
     def _precompute(self) -> None:
-        base = self._base()
-        self._points = {0.0: tuple(base.values())}  # the kept originals themselves
-        self._points |= {s: tuple(self.family.live(s, base).values()) for s in self.family.strengths}
+        if self._prior is not None:
+            self._prior.installed.follow()
+        # The kept originals themselves.
+        self._points = {0.0: (*self._base().values(), *self._gains(0.0))}
+        self._points |= {s: self._values(s) for s in self.family.strengths}
         self._placement = _placement(self._live())
         _finish_queued_work(self._placement)
+
+    def _values(self, strength: float) -> tuple[Tensor, ...]:
+        return (*self.family.live(strength, self._base()).values(), *self._gains(strength))
+
+    def _gains(self, strength: float) -> list[Tensor]:
+        return [] if self._prior is None else self._prior.gains(strength)
 
     def _live(self) -> list[Tensor]:
         if not all(layer.resident for layer in self._layers.values()):
             raise MergeStateError("the dial has let go of these routers: call get_remoe_model again.")
-        return self.weights
+        return self.weights if self._prior is None else [*self.weights, *self._prior.live]
 
 
-def _placement(weights: list[Tensor]) -> Placement:
-    return tuple((weight_ED.device, weight_ED.dtype) for weight_ED in weights)
+def _placement(values: list[Tensor]) -> Placement:
+    return tuple((value.device, value.dtype) for value in values)
 
 
 @contextmanager

@@ -1,0 +1,105 @@
+"""The one seam that picks how a gate is computed: fused Triton kernels, plain torch, or a forced backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.gating.decode import one_token
+from remoe_adapt.gating.ops import MAX_ROUTE_TOKENS, fused_gating, fused_route
+from remoe_adapt.gating.prior import RecencyPrior
+from remoe_adapt.gating.reference import PriorStep, topk_gating
+from remoe_adapt.routers.spec import RouterSpec
+
+BACKENDS = ("auto", "torch", "triton")
+ENVIRONMENT = "REMOE_GATING"
+_forced: str | None = os.environ.get(ENVIRONMENT)
+
+
+def set_backend(name: str) -> None:
+    """Force "torch" or "triton" for this process, as $REMOE_GATING does from outside; "auto" gives the choice back.
+
+    Raises ConfigError for another name, or for "triton" where it cannot run.
+    """
+    global _forced
+    _check(name)
+    _forced = None if name == "auto" else name
+
+
+def backend(device: torch.device) -> str:
+    """ "triton" or "torch": what gates on this device use."""
+    return explain(device)[0]
+
+
+def explain(device: torch.device) -> tuple[str, str]:
+    """(backend, why) for tensors on this device. Raises ConfigError for a bad $REMOE_GATING."""
+    if _forced is not None:
+        _check(_forced)
+        if _forced != "auto":
+            return _forced, f"forced (set_backend or ${ENVIRONMENT})"
+    if device.type != "cuda":
+        return "torch", f"tensors are on {device.type}: Triton needs a GPU"
+    return ("triton", "fused kernels") if has_triton() else ("torch", "triton is not installed")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the package is there; it is imported only when a kernel runs."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check(name: str) -> None:
+    if name not in BACKENDS:
+        raise ConfigError(f"gating backend {name!r}: give one of {', '.join(BACKENDS)}.")
+    if name == "triton" and not has_triton():
+        raise ConfigError("gating backend 'triton': triton is not installed (it is for Linux only); use torch.")
+
+
+def gate(
+    logits_TE: Tensor, k: int, spec: RouterSpec, prior: PriorStep | None = None, bias_E: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.topk_gating` by the backend for these tensors."""
+    if torch.compiler.is_compiling() or logits_TE.device.type != "cpu" or _forced is not None:
+        if torch.compiler.is_compiling() or backend(logits_TE.device) == "triton":
+            return fused_gating(logits_TE, k, spec, prior, bias_E)
+    elif len(logits_TE) == 1:
+        return one_token(logits_TE, k, spec, prior, bias_E)
+    return topk_gating(logits_TE, k, spec, prior, bias_E=bias_E)
+
+
+class LayerGate:
+    """The gate of router `layer` of a model under a recency prior; what `RouterForward.gate` is set to."""
+
+    def __init__(self, prior: RecencyPrior, layer: int) -> None:
+        self.prior, self.layer = prior, layer
+
+    def __call__(self, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights [T, K] and ids [T, K]; tokens that belong to no known sequence are gated without the prior."""
+        tokens = self.prior.tokens
+        if tokens is None or tokens.count != len(logits_TE):
+            return gate(logits_TE, k, spec, None, bias_E)
+        weights_TK, ids_TK = gate(logits_TE, k, spec, tokens.step(self.layer), bias_E)
+        tokens.chose(self.layer, ids_TK)
+        return weights_TK, ids_TK
+
+    def route(
+        self, hidden_TD: Tensor, weight_ED: Tensor, linear_bias_E: Tensor | None, k: int, spec: RouterSpec,
+        bias_E: Tensor | None, linear_fp32: bool,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+        """Product and gate in one launch: logits [T, E], weights and ids; None where that is not to be had."""
+        if len(hidden_TD) > MAX_ROUTE_TOKENS or torch.is_grad_enabled() or backend(hidden_TD.device) != "triton":
+            return None
+        tokens = self.prior.tokens
+        known = tokens is not None and tokens.count == len(hidden_TD) == tokens.sequences
+        if tokens is not None and tokens.count == len(hidden_TD) and not known:
+            return None  # several tokens of a sequence: the scan
+        prior = tokens.step(self.layer) if tokens is not None and known else None
+        found = fused_route(hidden_TD, weight_ED, k, spec, prior, bias_E, linear_bias_E, linear_fp32)
+        if tokens is not None and known:
+            tokens.chose(self.layer, found[2])
+        return found

@@ -1,0 +1,268 @@
+"""The recency prior of a model: its gains and residency on the device, and the state of each sequence.
+
+Shapes: L routers, B sequences, S new tokens of each, E experts, K chosen. The state lives beside the KV cache of its
+sequences (`gating/sequences.py`); gates move it on in place.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.gating.reference import PADDING, RESTART, PriorStep
+
+MODES = ("last", "ema", "resident")
+DECAY = 0.7
+MAX_GAIN = 16.0
+# What a token leaves behind is forgotten below this.
+_FORGOTTEN = 1e-12
+# Per-step tensors of chosen experts that are joined into one.
+_JOIN = 256
+
+
+class RecencyPrior:
+    """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds).
+
+    routers: (device, number of experts) of each, in model order. `gains` are L fp32 scalar tensors, written by
+    `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1] that an expert cache writes.
+
+    Raises ConfigError for an unknown mode or a decay outside [0, 1).
+    """
+
+    def __init__(self, mode: str, routers: Sequence[tuple[torch.device, int]], decay: float = DECAY) -> None:
+        check_prior(mode, 0.0, decay)
+        self.mode, self.decay = mode, 0.0 if mode == "last" else decay
+        with torch.inference_mode(False):  # ordinary tensors, which may be written in any mode
+            self.gains = [torch.zeros((), device=device) for device, _ in routers]
+            self.residency = [torch.zeros((1, experts), device=device) for device, experts in routers]
+        self.placed = 0
+        self._here = threading.local()
+        self._trained: Tokens | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start outside any forward."""
+        return {name: value for name, value in vars(self).items() if name not in ("_here", "_trained")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _here=threading.local(), _trained=None)
+
+    def set_gains(self, gain: float | Sequence[float]) -> None:
+        """One gain for all layers, or one each. Raises ConfigError for a wrong number or value."""
+        values = [gain] * len(self.gains) if isinstance(gain, int | float) else list(gain)
+        if len(values) != len(self.gains):
+            raise ConfigError(f"{len(values)} recency gains for {len(self.gains)} routers: give one for each.")
+        for value in values:
+            check_prior(self.mode, value, self.decay)
+        for tensor, value in zip(self.gains, values, strict=True):
+            tensor.fill_(value)
+
+    def place(self, devices: Sequence[torch.device]) -> None:
+        """Move gains and residency, each to its router's device; states follow when they are next used."""
+        with torch.inference_mode(False):
+            self.gains = [gain.to(device) for gain, device in zip(self.gains, devices, strict=True)]
+            self.residency = [mask.to(device) for mask, device in zip(self.residency, devices, strict=True)]
+        self.placed += 1
+
+    def zeros(self, layer: int, sequences: int) -> Tensor:
+        """Recency [B, E] of a router before the first token."""
+        with torch.inference_mode(False):
+            mask_1E = self.residency[layer]
+            return torch.zeros((sequences, mask_1E.shape[1]), device=mask_1E.device)
+
+    def new_state(self, sequences: int, past: int = 0, *, croppable: bool = True) -> RecencyState:
+        """Nothing used yet, after `past` tokens of which nothing is known."""
+        recency = [self.zeros(layer, sequences) for layer in range(len(self.gains))]
+        return RecencyState(self, recency, past, croppable=croppable)
+
+    # The tokens that this thread runs now
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """What the forward under way runs; gates ask it."""
+        found: Tokens | None = getattr(self._here, "tokens", None)
+        return self._trained if found is None else found
+
+    def begin(self, tokens: Tokens) -> None:
+        """A forward of this thread starts."""
+        self._here.tokens = tokens
+        # Gradient checkpointing runs layers again in backward, from a thread of its own.
+        self._trained = tokens if tokens.state is None and torch.is_grad_enabled() else None
+
+    def end(self) -> None:
+        """It has ended."""
+        self._here.tokens = None
+
+
+class Tokens:
+    """The tokens of one forward: `count` = B * S of them, row-major; `flags_T` as in PriorStep.
+
+    state: the recency they continue, moved on in place; None: each router starts at zero whenever it is asked.
+    """
+
+    def __init__(
+        self, prior: RecencyPrior, sequences: int, count: int, flags_T: Tensor | None, state: RecencyState | None
+    ) -> None:
+        self.prior, self.sequences, self.count, self.flags_T, self.state = prior, sequences, count, flags_T, state
+        self._steps = state.steps if state is not None and flags_T is None else None
+        self._started: dict[int, Tensor] = {}
+        self._chosen: dict[int, Tensor] = {}
+
+    def step(self, layer: int) -> PriorStep:
+        """The prior for this router's gate."""
+        if self._steps is not None:
+            return self._steps[layer]
+        prior = self.prior
+        gain = prior.gains[layer]
+        flags_T = None if self.flags_T is None else self.flags_T.to(gain.device)
+        if prior.mode == "resident":
+            return PriorStep(prior.residency[layer], gain, None, flags_T)
+        if self.state is not None:
+            return PriorStep(self.state.recency[layer], gain, prior.decay, flags_T)
+        self._started[layer] = prior.zeros(layer, self.sequences)
+        return PriorStep(self._started[layer], gain, prior.decay, flags_T)
+
+    def chose(self, layer: int, ids_TK: Tensor) -> None:
+        """Remember what a router chose, for a cache that is cropped later."""
+        if self.state is None:
+            self._chosen[layer] = ids_TK
+        elif self.state.chosen is not None:
+            self.state.chosen[layer].append(ids_TK.reshape(self.sequences, -1, ids_TK.shape[-1]))
+
+    def made_state(self) -> RecencyState | None:
+        """The state after these tokens where they began without one; None when not every router was asked."""
+        layers = range(len(self.prior.gains))
+        if self.state is not None or any(layer not in self._started for layer in layers):
+            return None
+        state = RecencyState(self.prior, [self._started[layer] for layer in layers])
+        state.advance(self.count // self.sequences, self.flags_T)
+        state.chosen = [
+            [self._chosen[layer].reshape(self.sequences, -1, self._chosen[layer].shape[-1])] for layer in layers
+        ]
+        return state
+
+
+class RecencyState:
+    """The recency [B, E] of each router after `length` tokens (padding counted) of B sequences.
+
+    `chosen` holds, per router, what was chosen since token `past`, so that `crop` can go back; None where that is not
+    kept (`length` stands still then).
+    """
+
+    def __init__(self, prior: RecencyPrior, recency: list[Tensor], past: int = 0, *, croppable: bool = True) -> None:
+        self.prior, self.past, self.length = prior, past, past
+        self.chosen: list[list[Tensor]] | None = [[] for _ in recency] if croppable else None
+        self.flags: list[Tensor | int] = []
+        self._hold(recency)
+
+    def _hold(self, recency: list[Tensor]) -> None:
+        self.recency, self.placed = recency, self.prior.placed
+        self.sequences = len(recency[0])
+        if self.prior.mode == "resident":
+            self.steps = [PriorStep(m, g, None) for m, g in zip(self.prior.residency, self.prior.gains, strict=True)]
+        else:
+            decay = self.prior.decay
+            self.steps = [PriorStep(r, g, decay) for r, g in zip(recency, self.prior.gains, strict=True)]
+
+    def bind(self, prior: RecencyPrior) -> bool:
+        """Go on under another prior object (a copy of the cache has a copied one), if it means the same."""
+        alike = (prior.mode, prior.decay) == (self.prior.mode, self.prior.decay)
+        if not alike or [r.shape[1] for r in self.recency] != [mask.shape[1] for mask in prior.residency]:
+            return False
+        self.prior = prior
+        self._hold([r.to(mask.device) for r, mask in zip(self.recency, prior.residency, strict=True)])
+        return True
+
+    def advance(self, tokens: int, flags_T: Tensor | None) -> None:
+        """S more tokens of each sequence are on their way."""
+        if self.chosen is None:
+            return
+        self.length += tokens
+        self.flags.append(tokens if flags_T is None else flags_T.reshape(self.sequences, -1))
+        if len(self.flags) > _JOIN:
+            self.flags = [self._joined_flags()]
+            self.chosen = [[torch.cat([part.to(torch.int16) for part in parts], dim=1)] for parts in self.chosen]
+
+    def reset(self) -> None:
+        """Back to length 0, in place."""
+        for recency_BE in self.recency:
+            recency_BE.zero_()
+        self.past, self.length, self.flags = 0, 0, []
+        self.chosen = None if self.chosen is None else [[] for _ in self.recency]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order (a sequence may come more than once)."""
+        same = len(rows) == self.sequences
+        kept = [recency_BE[rows.to(recency_BE.device)] for recency_BE in self.recency]
+        if same:
+            for recency_BE, kept_BE in zip(self.recency, kept, strict=True):
+                recency_BE.copy_(kept_BE)
+        else:
+            self._hold(kept)
+        if self.chosen is not None:
+            self.chosen = [[part[rows.to(part.device)] for part in parts] for parts in self.chosen]
+            self.flags = [part if isinstance(part, int) else part[rows.to(part.device)] for part in self.flags]
+
+    def repeat(self, times: int) -> None:
+        """Every sequence `times` times, copies side by side."""
+        rows = torch.arange(self.sequences, device=self.recency[0].device)
+        self.select(rows.repeat_interleave(times))
+
+    def crop(self, length: int) -> None:
+        """Back to the state after the first `length` tokens."""
+        if self.chosen is None or length <= self.past:
+            self.reset()
+            self.past = self.length = length
+            return
+        kept, decay = length - self.past, self.prior.decay
+        flags_BS = self._joined_flags()[:, :kept]
+        chosen = [torch.cat(parts, dim=1)[:, :kept] for parts in self.chosen]
+        flagged = any(isinstance(part, Tensor) for part in self.flags)
+        remembered = 1 if decay == 0.0 else math.ceil(math.log(_FORGOTTEN) / math.log(decay))
+        for recency_BE, ids_BSK in zip(self.recency, chosen, strict=True):
+            recency_BE.zero_()
+            for s in range(0 if flagged else max(0, kept - remembered), kept):
+                flags_B = flags_BS[:, s].to(recency_BE.device) if flagged else None
+                _replay(recency_BE, ids_BSK[:, s].long(), flags_B, decay)
+        self.chosen, self.length = [[ids_BSK] for ids_BSK in chosen], length
+        self.flags = [flags_BS if flagged else kept]
+
+    def _joined_flags(self) -> Tensor:
+        like = self.recency[0]
+        parts = [
+            torch.zeros((self.sequences, part), dtype=torch.uint8, device=like.device)
+            if isinstance(part, int)
+            else part
+            for part in self.flags
+        ]
+        empty = torch.zeros((self.sequences, 0), dtype=torch.uint8, device=like.device)
+        return torch.cat(parts, dim=1) if parts else empty
+
+
+def check_prior(mode: object, gain: object, decay: object) -> None:
+    """Raises ConfigError for a mode, gain or decay that cannot be."""
+    if mode not in MODES:
+        raise ConfigError(f"recency {mode!r} is not one of {', '.join(MODES)}.")
+    if not isinstance(gain, int | float) or isinstance(gain, bool) or not 0.0 <= gain <= MAX_GAIN:
+        raise ConfigError(
+            f"recency gain {gain!r}: give a number from 0 (no prior) to {MAX_GAIN:g}; 0.1 to 0.3 is usual."
+        )
+    if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0.0 <= decay < 1.0:
+        raise ConfigError(f"recency decay {decay!r}: give a number from 0 (the last token alone) to below 1.")
+
+
+def _replay(recency_BE: Tensor, ids_BK: Tensor, flags_B: Tensor | None, decay: float) -> None:
+    """`reference._step`'s update, with the choice known."""
+    used_BE = torch.zeros_like(recency_BE).scatter_(-1, ids_BK, 1.0 - decay)
+    if flags_B is None:
+        recency_BE.mul_(decay).add_(used_BE)
+        return
+    restart_B1 = (flags_B.bitwise_and(RESTART) != 0).unsqueeze(-1)
+    padding_B1 = (flags_B.bitwise_and(PADDING) != 0).unsqueeze(-1)
+    started_BE = recency_BE.masked_fill(restart_B1, 0.0)
+    recency_BE.copy_(torch.where(padding_B1, started_BE, started_BE * decay + used_BE))

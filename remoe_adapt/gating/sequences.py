@@ -1,0 +1,184 @@
+"""Who knows the sequences: hooks on the text model that give each forward's tokens the recency they continue.
+
+Routers see flattened tokens. The model's own call tells batch, length, padding and KV cache; the state hangs on the
+cache object and follows its reordering, repetition, selection and cropping. It starts anew at length 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from remoe_adapt.gating.prior import RecencyPrior, RecencyState, Tokens
+from remoe_adapt.gating.reference import PADDING, RESTART
+from remoe_adapt.notices import say_once
+
+_STATE = "remoe_recency"
+_CACHES = ("past_key_values", "cache_params")
+
+
+class SequenceHooks:
+    """Hooks on `text_model(model, ...)`; `remove` takes them off. `settle` is called before each forward."""
+
+    def __init__(self, text: nn.Module, prior: RecencyPrior, settle: Callable[[], None]) -> None:
+        self._prior, self._settle = prior, settle
+        names = list(inspect.signature(text.forward).parameters)
+        self._position = {name: index for index, name in enumerate(names)}
+        self._cache_name = next((name for name in _CACHES if name in self._position), _CACHES[0])
+        self._handles = (
+            text.register_forward_pre_hook(self._before, with_kwargs=True),
+            text.register_forward_hook(self._after, with_kwargs=True),
+        )
+
+    def remove(self) -> None:
+        """The model's forwards are its own again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        position = self._position.get(name, len(args))
+        return args[position] if position < len(args) else None
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shown = self._argument("input_ids", args, kwargs)
+        if shown is None:
+            shown = self._argument("inputs_embeds", args, kwargs)
+        if not isinstance(shown, Tensor) or shown.dim() < 2:
+            return
+        self._settle()
+        sequences, length = shown.shape[:2]
+        cache = self._argument(self._cache_name, args, kwargs)
+        mask = self._argument("attention_mask", args, kwargs)
+        positions = self._argument("position_ids", args, kwargs) if mask is None and cache is None else None
+        flags_T = _flags(mask, positions, sequences, length)
+        state = None
+        if cache is not None and self._prior.mode != "resident":
+            state = _state_of(cache, self._prior, sequences)
+            state.advance(length, flags_T)
+        self._prior.begin(Tokens(self._prior, sequences, sequences * length, flags_T, state))
+
+    def _after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tokens, made = self._prior.tokens, getattr(output, self._cache_name, None)
+        if made is not None and tokens is not None and (state := tokens.made_state()) is not None:
+            attach(made, state)
+        self._prior.end()
+
+
+def text_model(model: nn.Module, routers: Sequence[str]) -> nn.Module:
+    """The innermost module that holds all these routers and is called with tokens (`input_ids` or `inputs_embeds`)."""
+    paths = [name.split(".")[:-1] for name in routers]
+    common = paths[0]
+    for path in paths[1:]:
+        common = common[: next((i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), len(common))]
+    above = [model.get_submodule(".".join(common[:depth])) for depth in range(len(common), -1, -1)]
+    for name in ("inputs_embeds", "input_ids"):
+        for module in above:
+            if name in inspect.signature(module.forward).parameters:
+                return module
+    return model
+
+
+def _flags(mask: Any, positions: Any, sequences: int, length: int) -> Tensor | None:
+    """Flags of the new tokens: padding by a 2-D mask; without one, restarts where packed positions start at 0 again,
+    which is how transformers tells packed rows. None for decode steps and where nothing is flagged."""
+    if length == 1:
+        return None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == sequences and mask.shape[1] >= length:
+        flagged_BS, flag = mask[:, -length:] == 0, PADDING
+    elif isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
+        flagged_BS, flag = (positions == 0).expand(sequences, length), RESTART
+    else:
+        return None
+    # On an accelerator nothing may be read back, and the fused scan does not mind.
+    if flagged_BS.device.type == "cpu" and not torch.compiler.is_compiling():
+        first = 1 if flag == RESTART else 0  # every row starts at zero anyway
+        if not bool(flagged_BS[:, first:].any()):
+            return None
+    return flagged_BS.to(torch.uint8).mul_(flag).reshape(-1)
+
+
+def _state_of(cache: Any, prior: RecencyPrior, sequences: int) -> RecencyState:
+    """The state that this cache carries, brought to the cache's length; a new one where there is none."""
+    state: RecencyState | None = getattr(cache, _STATE, None)
+    length = _length(cache)
+    moved = state is not None and (state.prior is not prior or state.placed != prior.placed)
+    if state is not None and moved and not state.bind(prior):
+        state = None
+    if state is not None and state.sequences != sequences:
+        say_once(f"a KV cache of {state.sequences} sequences is used for {sequences}: their recency starts anew.")
+        state = None
+    if state is None:
+        state = prior.new_state(sequences, length if isinstance(length, int) else 0, croppable=isinstance(length, int))
+        attach(cache, state)
+        return state
+    if isinstance(length, Tensor):  # a static cache: whether it is empty is known on the device only
+        for recency_BE in state.recency:
+            recency_BE.mul_((length != 0).to(recency_BE))
+    elif length == 0:
+        state.reset()
+    elif length is not None and length < state.length:
+        state.crop(length)
+    return state
+
+
+def _length(cache: Any) -> int | Tensor | None:
+    try:
+        found = cache.get_seq_length()
+    except (AttributeError, ValueError):  # only linear-attention layers: nothing counts tokens
+        return None
+    return found if isinstance(found, Tensor) else int(found)
+
+
+def attach(cache: Any, state: RecencyState) -> None:
+    """Hang the state on a cache object, whose class becomes one that takes the state along."""
+    if not hasattr(type(cache), "_remoe_base") and not torch.compiler.is_compiling():
+        cache.__class__ = _following(type(cache))
+    setattr(cache, _STATE, state)
+
+
+_classes: dict[type, Any] = {}
+
+
+def _following(base: type) -> Any:
+    """`base`, whose batch operations reach the recency too. Copies and pickles of its objects keep the state."""
+
+    if base in _classes:
+        return _classes[base]
+
+    class Following(base):  # type: ignore[misc]
+        _remoe_base = base
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._remoe("select", beam_idx)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._remoe("select", indices)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._remoe("repeat", repeats)
+
+        def _remoe(self, what: str, argument: Any) -> None:
+            state = getattr(self, _STATE, None)
+            if state is not None:
+                getattr(state, what)(argument)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _rebuilt, (base,), self.__dict__
+
+    Following.__name__, Following.__qualname__, Following.__module__ = base.__name__, base.__qualname__, base.__module__
+    _classes[base] = Following
+    return Following
+
+
+def _rebuilt(base: type) -> Any:
+    following = _following(base)
+    return following.__new__(following)
