@@ -213,3 +213,11 @@ def test_graphs_replay_route_and_gate() -> None:
         torch.testing.assert_close(weights_TK, expected_TK)
         torch.testing.assert_close(logits_TE, F.linear(hidden_TD, weight_ED), rtol=2e-2, atol=2e-2)
     assert torch.equal(prior.recency_BE, twin.recency_BE)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_the_benchmark_says_why_it_has_no_gpu_rows() -> None:
+    from remoe_adapt.bench.gating import gpu_rows, no_gpu
+
+    assert "no CUDA device" in str(no_gpu())
+    assert not list(gpu_rows())

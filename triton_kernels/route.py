@@ -60,31 +60,34 @@ def route_kernel(
 
 
 class _Counters:
-    """Zeroed int32 counters per device and stream, handed out in turn.
+    """Zeroed int32 counters of a device, handed out in turn, so that launches in flight together have their own.
 
-    A stream runs its launches one after another, so they may share; a captured graph keeps the counter it was captured
-    with, and turns keep it apart from what other streams and graphs use meanwhile. Where the first call of a stream
-    is being captured, the zeroing is captured too, and nothing is kept.
+    Captured launches keep theirs for every replay: these come from a part that other launches never use. A first call
+    that is being captured gets a counter whose zeroing is captured with it.
     """
 
-    SIZE = 1024
+    RUNNING, CAPTURED = 256, 4096
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[torch.device, int], tuple[Tensor, ...]] = {}
+        self._kept: dict[torch.device, tuple[tuple[Tensor, ...], torch.cuda.Event, int]] = {}
         self._turn = 0
 
     def next(self, device: torch.device) -> Tensor:
         if device.type != "cuda":
             return torch.zeros(1, dtype=torch.int32, device=device)
-        key = device, torch.cuda.current_stream(device).stream_id
-        counters = self._kept.get(key)
-        if counters is None:
-            if torch.cuda.is_current_stream_capturing():
+        capturing = torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream(device)
+        if device not in self._kept:
+            if capturing:
                 return torch.zeros(1, dtype=torch.int32, device=device)
             # Sixteen bytes apart: pointers that differ in alignment would be compiled for one by one.
-            counters = self._kept[key] = torch.zeros(4 * self.SIZE, dtype=torch.int32, device=device).split(4)
-        self._turn = (self._turn + 1) % self.SIZE
-        return counters[self._turn]
+            zeros = torch.zeros(4 * (self.RUNNING + self.CAPTURED), dtype=torch.int32, device=device)
+            self._kept[device] = zeros.split(4), stream.record_event(), stream.stream_id
+        counters, zeroed, zeroed_on = self._kept[device]
+        if not capturing and stream.stream_id != zeroed_on:
+            stream.wait_event(zeroed)
+        self._turn += 1
+        return counters[self.RUNNING + self._turn % self.CAPTURED if capturing else self._turn % self.RUNNING]
 
 
 _counters = _Counters()

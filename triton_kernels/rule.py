@@ -15,9 +15,9 @@ class Rule:
 
     score: what weights are made of. rank: what is ranked (a selection bias is added to all but BY_LOGIT). groups: how
     a group of E / num_groups neighbours is judged; experts outside the best `kept_groups` rank as `fill`.
-    chosen_softmax: weights are a softmax over the chosen logits (as a renormalised softmax is, and then no sum over all
-    experts is needed). Else they are the chosen scores, over their sum +
-    `eps` if `normalize`; `null_from` and later experts get weight 0 (None: no such experts). All times `scaling`.
+    chosen_softmax: weights are a softmax over the chosen logits (a renormalised softmax is one, and needs no sum over
+    all experts). Else they are the chosen scores, over their sum + `eps` if `normalize`; `null_from` and later experts
+    get weight 0 (None: no such experts). All times `scaling`.
     """
 
     score: int = SOFTMAX

@@ -1,0 +1,234 @@
+"""`remoe bench gating`: the gate, with product and as a scan, against its definition and against plain copying.
+
+On a GPU a call is timed inside a CUDA graph of many calls (caches warm, no launch from the host in between), as the
+published gates are: microseconds a call, medians over replays.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from remoe_adapt.gating.ops import encode, kernel_rule
+from remoe_adapt.gating.reference import PriorStep, topk_gating
+from remoe_adapt.routers.spec import RouterSpec
+
+Row = dict[str, Any]
+Call = Callable[[], object]
+_K, _DECAY = 8, 0.7
+# One token, microseconds: the best published gate without a prior takes 1.83 / 2.36 / 2.90 (SGLang on an H200).
+_GATE_BARS_US = {128: 2.0, 256: 2.6, 512: 3.2}
+_ROUTE_BAR, _COPY_BAR, _SCAN_BAR = 0.6, 1 / 0.7, 1 / 50
+_TWIN = "torch.compile of the definition"
+
+
+def run_gating() -> dict[str, Any]:
+    """Key `rows`; `skipped` maps a device to the reason why it has none."""
+    why = no_gpu()
+    return {"rows": list(gpu_rows()), "skipped": {} if why is None else {"cuda": why}}
+
+
+def no_gpu() -> str | None:
+    """Why there are no GPU rows; None where there are."""
+    if not torch.cuda.is_available():
+        return "no CUDA device is there"
+    try:
+        import remoe_adapt.triton_kernels.gate  # noqa: F401
+    except ImportError as error:
+        return f"the kernels cannot be imported: {error}"
+    return None
+
+
+def gpu_rows() -> Iterator[Row]:
+    """Rows of all GPU measurements, one by one as they are done; none without a CUDA device (see `no_gpu`)."""
+    if no_gpu() is not None:
+        return
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield from _one_token()
+        yield from _route()
+        yield from _many_tokens()
+        yield from _scan()
+
+
+def _one_token() -> Iterator[Row]:
+    """One token, logits in, with a prior that moves on, and without."""
+    from remoe_adapt.triton_kernels.gate import launch_gate
+
+    for experts, bar_us in _GATE_BARS_US.items():
+        for name, spec in _families(experts).items():
+            for dtype in (torch.float32, torch.bfloat16):
+                logits_TE = torch.randn(1, experts, device="cuda", dtype=dtype)
+                bias_E, rule = torch.randn(experts, device="cuda") * 0.1, kernel_rule(encode(spec))
+                for mode in ("ema", None):
+                    prior = _prior(experts) if mode else None
+                    args = (prior.recency_BE, prior.gain, prior.decay) if prior else (None, None, None)
+                    out = _outputs(1)
+                    us = graph_us(functools.partial(launch_gate, logits_TE, _K, rule, bias_E, *args, out=out))
+                    twin_us = None
+                    if dtype == torch.float32:
+                        twin_us = graph_us(_compiled(spec, logits_TE, bias_E, _prior(experts) if mode else None))
+                    row = _row("gate", name, dtype, 1, experts, None, mode, us, _TWIN, twin_us)
+                    yield row | (_bar("us", us, bar_us) if mode and name == "softmax" else {})
+
+
+def _route() -> Iterator[Row]:
+    """One token, hidden state in: product and gate in one launch, against two, and against the compiled definition."""
+    from remoe_adapt.triton_kernels.gate import launch_gate
+    from remoe_adapt.triton_kernels.route import launch_route
+
+    dtype = torch.bfloat16
+    for experts in (64, 128, 256):
+        for columns in (2048, 4096):
+            spec = _families(experts)["softmax"]
+            rule, prior, out = kernel_rule(encode(spec)), _prior(experts), _outputs(1)
+            hidden_TD = torch.randn(1, columns, device="cuda", dtype=dtype)
+            weight_ED = torch.randn(experts, columns, device="cuda", dtype=dtype) * columns**-0.5
+            args = (prior.recency_BE, prior.gain, prior.decay)
+            logits_TE = torch.empty(1, experts, device="cuda", dtype=dtype)
+            us = graph_us(
+                functools.partial(
+                    launch_route, hidden_TD, weight_ED, None, _K, rule, dtype, None, *args, out=(logits_TE, *out)
+                )
+            )
+
+            def two_launches(
+                hidden_TD: Tensor = hidden_TD, weight_ED: Tensor = weight_ED, launch: Call = launch_gate,
+                rule: Any = rule, args: Any = args, out: Any = out,
+            ) -> object:  # fmt: skip
+                return launch(F.linear(hidden_TD, weight_ED), _K, rule, None, *args, out=out)  # type: ignore[call-arg]
+
+            compiled = _compiled(spec, hidden_TD, None, _prior(experts), weight_ED)
+            for baseline, call in (("F.linear + own gate", two_launches), (f"F.linear + {_TWIN}", compiled)):
+                row = _row("route", "softmax", dtype, 1, experts, columns, "ema", us, baseline, graph_us(call))
+                yield row | _bar("ratio", row["ratio"], _ROUTE_BAR)
+
+
+def _many_tokens() -> Iterator[Row]:
+    """Prefill without a prior, against copying as many bytes as the gate reads and writes."""
+    from remoe_adapt.triton_kernels.gate import launch_gate
+
+    gibibyte = torch.empty(2**28, device="cuda")
+    bytes_per_us = 2**31 / graph_us(functools.partial(torch.empty_like(gibibyte).copy_, gibibyte), calls=4)
+    del gibibyte
+    for tokens in (4096, 16384, 65536):
+        for experts in (64, 128, 256):
+            for dtype in (torch.float32, torch.bfloat16):
+                spec = _families(experts)["softmax"]
+                logits_TE = torch.randn(tokens, experts, device="cuda", dtype=dtype)
+                call = functools.partial(launch_gate, logits_TE, _K, kernel_rule(encode(spec)), out=_outputs(tokens))
+                us = graph_us(call, calls=20)
+                size = logits_TE.nbytes + tokens * _K * (4 + 8)
+                source = torch.empty(size // 2, dtype=torch.uint8, device="cuda")
+                same_us = graph_us(functools.partial(torch.empty_like(source).copy_, source), calls=20)
+                for baseline, baseline_us in (
+                    ("copy of as many bytes", same_us),
+                    ("bandwidth of a copy of 1 GiB", size / bytes_per_us),
+                ):
+                    row = _row("many tokens", "softmax", dtype, tokens, experts, None, None, us, baseline, baseline_us)
+                    yield row | _bar("ratio", row["ratio"], _COPY_BAR)
+
+
+def _scan(sequences: int = 8, steps: int = 4096, experts: int = 128) -> Iterator[Row]:
+    """Whole sequences under a prior, against the definition, which runs them token by token."""
+    from remoe_adapt.triton_kernels.scan import launch_scan
+
+    spec = _families(experts)["softmax"]
+    tokens = sequences * steps
+    logits_TE = torch.randn(tokens, experts, device="cuda")
+    prior = _prior(experts, sequences)
+    call = functools.partial(
+        launch_scan, logits_TE, _K, kernel_rule(encode(spec)), None, prior.recency_BE, prior.gain, _DECAY,
+        out=_outputs(tokens),
+    )  # fmt: skip
+    us = graph_us(call, calls=1)
+    topk_gating(logits_TE[: sequences * 8], _K, spec, prior)  # warm
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    topk_gating(logits_TE, _K, spec, prior)
+    end.record()
+    end.synchronize()
+    row = _row(
+        "scan", "softmax", torch.float32, tokens, experts, None, "ema", us, "the definition, eager",
+        begin.elapsed_time(end) * 1e3,
+    )  # fmt: skip
+    yield row | _bar("ratio", row["ratio"], _SCAN_BAR) | {"ns_per_token": us * 1e3 / tokens}
+
+
+def graph_us(call: Call, calls: int = 100, replays: int = 30) -> float:
+    """Microseconds a call takes on the device, in a graph of `calls` of them; median over replays."""
+    for _ in range(3):  # compiles, and fills what calls keep
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    times = []
+    for i in range(replays + 3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(begin.elapsed_time(end) * 1e3 / calls)
+    return float(statistics.median(times))
+
+
+def _families(experts: int) -> dict[str, RouterSpec]:
+    """A plain and a costly router: softmax renormalised; biased sigmoid with groups."""
+    common = {"num_experts": experts, "top_k": _K, "hidden_size": 1, "weight_name": "weight", "num_rows": experts}
+    grouped = {"n_group": 8, "topk_group": 4, "group_score": "top2", "normalize_eps": 1e-20, "scaling": 2.5}
+    return {
+        "softmax": RouterSpec(family="softmax", normalize=True, **common),  # type: ignore[arg-type]
+        "sigmoid_group": RouterSpec(family="sigmoid_group", score="sigmoid", normalize=True, **common, **grouped),  # type: ignore[arg-type]
+    }
+
+
+def _prior(experts: int, sequences: int = 1) -> PriorStep:
+    return PriorStep(torch.zeros(sequences, experts, device="cuda"), torch.tensor(0.2, device="cuda"), _DECAY)
+
+
+def _outputs(tokens: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(tokens, _K, device="cuda"),
+        torch.empty(tokens, _K, device="cuda", dtype=torch.int64),
+    )
+
+
+def _compiled(
+    spec: RouterSpec, input: Tensor, bias_E: Tensor | None, prior: PriorStep | None, weight_ED: Tensor | None = None
+) -> Call:
+    """The definition through torch.compile; with a weight, the product before it in the same graph."""
+
+    def gate(input: Tensor) -> tuple[Tensor, Tensor]:
+        logits_TE = input if weight_ED is None else F.linear(input, weight_ED)
+        return topk_gating(logits_TE, _K, spec, prior, bias_E=bias_E)
+
+    torch._dynamo.reset()
+    return functools.partial(torch.compile(gate, fullgraph=True, dynamic=False), input)
+
+
+def _row(
+    what: str, family: str, dtype: torch.dtype, tokens: int, experts: int, columns: int | None, prior: str | None,
+    us: float, baseline: str, baseline_us: float | None,
+) -> Row:  # fmt: skip
+    """One row, all columns; `ratio` is us / baseline_us, `bar` is what `bar_of` ("us" or "ratio") may be at most."""
+    return {
+        "what": what, "backend": "triton", "device": torch.cuda.get_device_name(), "family": family,
+        "dtype": str(dtype).removeprefix("torch."), "T": tokens, "E": experts, "K": _K, "D": columns, "prior": prior,
+        "us": us, "baseline": None if baseline_us is None else baseline, "baseline_us": baseline_us,
+        "ratio": None if baseline_us is None else us / baseline_us, "bar": None, "bar_of": None, "met": None,
+        "ns_per_token": None,
+    }  # fmt: skip
+
+
+def _bar(of: str, value: float, bar: float) -> Row:
+    return {"bar": bar, "bar_of": of, "met": value <= bar}
