@@ -99,7 +99,7 @@ def poisoned(tokens: int, k: int) -> tuple[Tensor, Tensor]:
 
 def launch(
     logits_TE: Tensor, k: int, spec: RouterSpec, prior: PriorStep | None, bias_E: Tensor | None,
-    tile: tuple[int, int] | None = None,
+    block_t: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The kernel itself, in poisoned memory; moves `prior` on."""
     from remoe_adapt.triton_kernels.gate import launch_gate
@@ -107,11 +107,11 @@ def launch(
 
     rule, out = kernel_rule(encode(spec)), poisoned(len(logits_TE), k)
     if prior is None:
-        return launch_gate(logits_TE, k, rule, bias_E, out=out, tile=tile)
+        return launch_gate(logits_TE, k, rule, bias_E, out=out, block_t=block_t)
     args = (rule, bias_E, prior.recency_BE, prior.gain, prior.decay, prior.flags_T)
     if prior.decay is not None and len(prior.recency_BE) != len(logits_TE):
         return launch_scan(logits_TE, k, *args, out=out)
-    return launch_gate(logits_TE, k, *args, out=out, tile=tile)
+    return launch_gate(logits_TE, k, *args, out=out, block_t=block_t)
 
 
 def check(name: str, tokens: int, experts: int, k: int, dtype: torch.dtype, mode: str) -> None:
@@ -123,7 +123,7 @@ def check(name: str, tokens: int, experts: int, k: int, dtype: torch.dtype, mode
     logits_TE, bias_E = hard_logits(tokens, experts, dtype, seed), bias_of(spec)
     prior = prior_of(mode, tokens, experts, seed, flagged=bool(seed % 2))
     ours = copied(prior)
-    weights_TK, ids_TK = launch(logits_TE, k, spec, ours, bias_E, (16, 4) if DEVICE == "cpu" and tokens > 4 else None)
+    weights_TK, ids_TK = launch(logits_TE, k, spec, ours, bias_E, 16 if DEVICE == "cpu" and tokens > 4 else None)
     before = copied(prior)
     expected_TK, expected_ids_TK = topk_gating(logits_TE, k, spec, prior, bias_E=bias_E)
     same_T = _same_ids(ids_TK, expected_ids_TK, name, logits_TE, spec, before, bias_E)

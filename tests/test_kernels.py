@@ -58,7 +58,7 @@ def test_other_sizes(experts: int, k: int) -> None:
         check(name, 3, experts, k, torch.float32, "ema")
 
 
-def test_many_tokens_take_the_tile_of_several_rows() -> None:
+def test_rows_share_programs() -> None:
     check("softmax", 257, 64, 2, torch.bfloat16, "none")
 
 
@@ -99,7 +99,7 @@ def test_strided_logits(view: str) -> None:
     logits_TE = {"columns": base[:, ::2], "rows": base[1::2], "transposed": base.T}[view]
     for prior in (None, prior_of("ema", 7, 13, 0, flagged=True)):
         expected = topk_gating(logits_TE, 6, spec, copied(prior))
-        for ours, theirs in zip(launch(logits_TE, 6, spec, prior, None, (8, 1)), expected, strict=True):
+        for ours, theirs in zip(launch(logits_TE, 6, spec, prior, None, 8), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
 
 
@@ -114,7 +114,7 @@ def test_logits_that_differ_in_their_last_bits_only() -> None:
             assert spec is not None
             prior = prior_of(mode, 8, 60, 3, flagged=False)
             expected_TK = topk_gating(logits_TE, 8, spec, copied(prior))[1]
-            assert torch.equal(launch(logits_TE, 8, spec, prior, None, (8, 1))[1], expected_TK)
+            assert torch.equal(launch(logits_TE, 8, spec, prior, None, 8)[1], expected_TK)
 
 
 @pytest.mark.parametrize("boundary", [5, 8])
@@ -137,7 +137,7 @@ def test_gain_zero_is_no_prior_bit_for_bit(name: str) -> None:
     prior = prior_of("ema", 7, 60, 0, flagged=True)
     assert prior is not None
     still = PriorStep(prior.recency_BE, torch.zeros((), device=DEVICE), prior.decay, prior.flags_T)
-    ours, plain = (launch(logits_TE, 6, spec, p, bias_E, (8, 1)) for p in (still, None))
+    ours, plain = (launch(logits_TE, 6, spec, p, bias_E, 8) for p in (still, None))
     assert torch.equal(ours[1], plain[1])
     assert torch.equal(ours[0].view(torch.int32), plain[0].view(torch.int32))
 

@@ -140,29 +140,30 @@ def fits(num_experts: int, k: int, rule: Rule) -> bool:
     return num_experts <= 1024 and 1 <= k <= min(32, num_experts) and num_experts % rule.num_groups == 0
 
 
-def _tile(tokens: int, lanes_per_row: int) -> tuple[int, int]:
-    """Rows per program and its warps.
+def rows_per_program(tokens: int, lanes_per_row: int) -> int:
+    """Rows of a program, which always is one warp: with more, Triton lays rows of over 128 values across warps, and
+    every reduction waits at barriers.
 
-    A row lies in one warp, so that no reduction crosses warps. Up to 4096 tokens (31 per multiprocessor of an H200,
-    one wave of one-warp programs) a token gets its own program: least latency. Beyond, four warps share a program
-    and each holds about 512 lanes (16 values a thread): fewer, fuller programs.
+    Up to 1024 tokens (eight for each multiprocessor of an H200) a token has its own program: least latency. Then rows
+    share programs, since what one row costs beside its values (reductions, addresses, weights) is shared as well: up
+    to 32 values a thread, which leaves registers for 16 programs or more on a multiprocessor.
     """
-    if tokens <= 4096:
-        return 1, 1
-    return max(4, 2048 // max(lanes_per_row, 32)), 4
+    if tokens <= 1024:
+        return 1
+    return max(1, min(2 if tokens <= 4096 else 16, 1024 // lanes_per_row))
 
 
 def launch_gate(
     logits_TE: Tensor, k: int, rule: Rule, bias_E: Tensor | None = None, recency_BE: Tensor | None = None,
     gain: Tensor | None = None, decay: float | None = None, flags_T: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None, tile: tuple[int, int] | None = None,
+    out: tuple[Tensor, Tensor] | None = None, block_t: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights fp32 [T, K] and ids int64 [T, K], best first.
 
     logits_TE: fp32, fp16 or bf16, any strides. bias_E: fp32, contiguous. recency_BE: fp32, last stride 1, one row per
     token, or a single one for all if `decay` is None (then it is only read); with a decay it moves on in place.
     gain: fp32, one value. flags_T: uint8 (1 padding, 2 restart). out: contiguous tensors to write instead of new ones.
-    tile: rows and warps of a program instead of those that suit the size.
+    block_t: rows of a program, a power of two, instead of what suits the size.
 
     Raises ValueError for a recency of another shape.
     """
@@ -172,11 +173,11 @@ def launch_gate(
     if tokens == 0:
         return weights_TK, ids_TK
     facts = {**ranking(rule, num_experts, k, logits_TE.dtype, recency_BE is not None), **weighing(rule)}
-    block_t, warps = tile or _tile(tokens, facts["BLOCK_G"] * facts["BLOCK_M"])
+    block_t = block_t or rows_per_program(tokens, facts["BLOCK_G"] * facts["BLOCK_M"])
     gate_kernel[(triton.cdiv(tokens, block_t),)](
         tokens, logits_TE, logits_TE.stride(0), logits_TE.stride(1), bias_E, recency_BE, row_stride(recency_BE),
         gain, flags_T, weights_TK, ids_TK, *scalars(rule, decay),
-        BLOCK_T=block_t, MOVES=recency_BE is not None and decay is not None, num_warps=warps, **facts, **LAUNCH,
+        BLOCK_T=block_t, MOVES=recency_BE is not None and decay is not None, num_warps=1, **facts, **LAUNCH,
     )  # fmt: skip
     return weights_TK, ids_TK
 

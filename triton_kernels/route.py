@@ -28,24 +28,29 @@ def route_kernel(
     NULL_FROM: tl.constexpr, MOVES: tl.constexpr, CAN_CLASH: tl.constexpr,
 ):  # fmt: skip
     """Program i computes rows i * BLOCK_R and on of the logits; the last to finish gates all tokens."""
-    experts_R1 = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     columns_1D = tl.arange(0, BLOCK_D)[None, :]
-    real_R1 = experts_R1 < E
-    for token in range(num_tokens):
-        products_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        # Unrolled: all loads of a row are in flight at once.
-        for start in tl.static_range(0, D, BLOCK_D):
-            inside_1D = start + columns_1D < D
-            weight_RD = tl.load(
-                weight + experts_R1.to(tl.int64) * stride_we + start + columns_1D, mask=real_R1 & inside_1D, other=0.0
-            )
-            hidden_1D = tl.load(hidden + token * stride_ht + start + columns_1D, mask=inside_1D, other=0.0)
-            hidden_RD = tl.broadcast_to(hidden_1D.to(tl.float32), (BLOCK_R, BLOCK_D))
-            products_RD = tl.fma(weight_RD.to(tl.float32), hidden_RD, products_RD)
-        sum_R1 = tl.sum(products_RD, axis=1, keep_dims=True)
-        if linear_bias is not None:
-            sum_R1 += tl.load(linear_bias + experts_R1, mask=real_R1, other=0.0).to(tl.float32)
-        tl.store(logits + token * E + experts_R1, sum_R1.to(logits.dtype.element_ty), mask=real_R1)
+    for first in range(0, num_tokens, BLOCK_T):
+        tokens_T1 = first + tl.arange(0, BLOCK_T)[:, None]
+        real_T1 = tokens_T1 < num_tokens
+        for row in tl.static_range(BLOCK_R):
+            # Beyond the last expert the last is done again: the same value, stored twice.
+            expert = tl.minimum(tl.program_id(0) * BLOCK_R + row, E - 1)
+            products_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+            # Unrolled: all loads of a row are in flight at once.
+            for start in tl.static_range(0, D, BLOCK_D):
+                inside_1D = start + columns_1D < D
+                weight_1D = tl.load(
+                    weight + expert.to(tl.int64) * stride_we + start + columns_1D, mask=inside_1D, other=0.0
+                )
+                hidden_TD = tl.load(
+                    hidden + tokens_T1 * stride_ht + start + columns_1D, mask=inside_1D & real_T1, other=0.0
+                )
+                weight_TD = tl.broadcast_to(weight_1D.to(tl.float32), (BLOCK_T, BLOCK_D))
+                products_TD = tl.fma(weight_TD, hidden_TD.to(tl.float32), products_TD)
+            sum_T1 = tl.sum(products_TD, axis=1, keep_dims=True)
+            if linear_bias is not None:
+                sum_T1 += tl.load(linear_bias + expert).to(tl.float32)
+            tl.store(logits + tokens_T1 * E + expert, sum_T1.to(logits.dtype.element_ty), mask=real_T1)
     # All threads have stored; then one releases what they stored to whoever arrives later, and acquires theirs.
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
@@ -108,8 +113,8 @@ def launch_route(
 
     hidden_TD, weight_ED: fp32, fp16 or bf16, last stride 1; products and sums in fp32. The rest as for `launch_gate`.
 
-    One token: a warp per program and a row per warp up to 256 experts, so that neither the product nor the gate waits
-    at a barrier, and one wave fills the device. More tokens: four warps, so that the gate has a warp per token.
+    A warp per program, and up to 256 experts a row of the weight per program: neither product nor gate waits for other
+    warps, one wave of programs fills the device, and a row is in flight at once. Four tokens share a row's loads.
     """
     tokens, columns = hidden_TD.shape
     num_experts = weight_ED.shape[0]
@@ -122,16 +127,15 @@ def launch_route(
         logits_TE, weights_TK, ids_TK = out
     if tokens == 0:
         return logits_TE, weights_TK, ids_TK
-    warps = 1 if tokens == 1 else 4
     block_r = max(1, triton.next_power_of_2(num_experts) // 256)
     # Sixteen bytes a thread and load.
-    block_d = min(triton.next_power_of_2(columns), 32 * warps * 16 // weight_ED.element_size())
+    block_d = min(triton.next_power_of_2(columns), 32 * 16 // weight_ED.element_size())
     facts = {**ranking(rule, num_experts, k, logits_TE.dtype, recency_BE is not None), **weighing(rule)}
     route_kernel[(triton.cdiv(num_experts, block_r),)](
         tokens, hidden_TD, hidden_TD.stride(0), weight_ED, weight_ED.stride(0), linear_bias_E,
         _counters.next(hidden_TD.device), logits_TE, bias_E, recency_BE, row_stride(recency_BE), gain, flags_T,
         weights_TK, ids_TK, *scalars(rule, decay),
-        D=columns, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_T=1 if tokens == 1 else 4,
-        MOVES=recency_BE is not None and decay is not None, num_warps=warps, **facts, **LAUNCH,
+        D=columns, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_T=min(4, triton.next_power_of_2(tokens)),
+        MOVES=recency_BE is not None and decay is not None, num_warps=1, **facts, **LAUNCH,
     )  # fmt: skip
     return logits_TE, weights_TK, ids_TK

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gate import LAUNCH, lanes, ranking, scalars, weighing
+from .gate import LAUNCH, lanes, ranking, rows_per_program, scalars, weighing
 from .rule import Rule
 from .scoring import NO_EXPERT, PADDING, RESTART, best_experts, choices, softmax_terms, span, to_keys, weigh
 
@@ -139,10 +139,10 @@ def launch_scan(
         decay, added, fill, num_warps=1, **facts, **LAUNCH,
     )  # fmt: skip
     block_e = triton.next_power_of_2(num_experts)
-    block_t = max(4, 2048 // max(block_e, 32))
+    block_t = rows_per_program(tokens, block_e)
     weigh_kernel[(triton.cdiv(tokens, block_t),)](
         tokens, logits_TE, *strides, ids_TK, weights_TK, eps, scaling,
-        E=num_experts, BLOCK_E=block_e, K=k, BLOCK_K=facts["BLOCK_K"], BLOCK_T=block_t, num_warps=4,
+        E=num_experts, BLOCK_E=block_e, K=k, BLOCK_K=facts["BLOCK_K"], BLOCK_T=block_t, num_warps=1,
         **weighing(rule), **LAUNCH,
     )  # fmt: skip
     return weights_TK, ids_TK
