@@ -1,17 +1,19 @@
-"""The gate of one token on a CPU, where every torch call costs as much as its arithmetic: the fewest calls."""
+"""The gate of one token on a CPU, where every torch call costs as much as its arithmetic: the fewest calls.
+
+Tensors are one row, [1, E] or [1, K]. A Python number given to a tensor operation is made a tensor at every call, so
+constants are kept as tensors.
+"""
 
 from __future__ import annotations
 
+from ctypes import c_float
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, best_ids, topk_gating
 from remoe_adapt.routers.spec import RouterSpec
-
-_f32 = np.float32
 
 
 def one_token(
@@ -20,22 +22,32 @@ def one_token(
     """`topk_gating` of a single row, to the bit; flags, gradients and values without a finite span go there."""
     if prior is None or prior.flags_T is not None or logits_1E.requires_grad:
         return topk_gating(logits_1E, k, spec, prior, bias_E=bias_E)
-    choice_1E = logits_1E if spec.ranks_logits else spec.choice_scores(logits_1E, bias_E)
-    if choice_1E.dtype != torch.float32:
-        choice_1E = choice_1E.float()
-    lowest, highest = choice_1E.aminmax()
-    low, high = float(lowest), float(highest)
-    if not high - low <= MAX_SPAN:  # infinite, or NaN
+    z_1E = logits_1E if logits_1E.dtype is torch.float32 else logits_1E.float()
+    scores_1E: Tensor | None = None
+    if spec.ranks_logits:
+        spread_1E = choice_1E = z_1E
+    else:
+        if spec.family == "logit_bias_sigmoid":
+            choice_1E = z_1E
+        else:
+            choice_1E = scores_1E = spec.scores(z_1E)
+        if bias_E is not None and spec.family != "sigmoid":
+            choice_1E = choice_1E + (bias_E if bias_E.dtype is torch.float32 else bias_E.float())
+            choice_1E = choice_1E if choice_1E.dim() == 2 else choice_1E.reshape(1, -1)
+        spread_1E = choice_1E
+        if spec.group_score is not None:
+            choice_1E, spread_1E = _best_groups(choice_1E, spec)
+    lowest, highest = spread_1E.aminmax()
+    span = float(highest) - float(lowest)
+    if not span <= MAX_SPAN:  # infinite, or NaN
         return topk_gating(logits_1E, k, spec, prior, bias_E=bias_E)
-    # Rounded as fp32 tensors are; `add` with a factor rounds once, as `addcmul` does.
-    scale = (_f32(high) - _f32(low)) * _f32(float(prior.gain))
-    ids_1K = _best(torch.add(choice_1E, prior.recency_BE, alpha=float(scale)), k)
+    # Rounded to fp32 where tensors are; `add` rounds the product and takes it in at once, as `addcmul` does.
+    scale = c_float(span).value * float(prior.gain)
+    ids_1K = _best(torch.add(choice_1E, prior.recency_BE, alpha=scale), k)
     if prior.decay is not None:
-        decay, share_1K = _constants(prior.decay, k)
+        decay, share_1K = _moving(prior.decay, k)
         prior.recency_BE.mul_(decay).scatter_add_(1, ids_1K, share_1K)
-    if spec.is_chosen_softmax and logits_1E.dtype == torch.float32 and spec.scaling == 1.0:
-        return logits_1E.take(ids_1K).softmax(-1), ids_1K
-    return spec.expert_weights(logits_1E, ids_1K), ids_1K
+    return _weights(z_1E, scores_1E, ids_1K, spec), ids_1K
 
 
 def _best(values_1E: Tensor, k: int) -> Tensor:
@@ -48,8 +60,47 @@ def _best(values_1E: Tensor, k: int) -> Tensor:
     return ids_1K.resize_(1, k)
 
 
+def _best_groups(choice_1E: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """(choice with the other groups at the fill, the values that the span is taken of)."""
+    groups_GE = choice_1E.view(spec.n_group, -1)
+    if spec.group_score == "max":
+        score_G = groups_GE.amax(dim=-1)
+    else:
+        score_G = groups_GE.topk(2, dim=-1).values.sum(dim=-1)
+    kept = _best(score_G.view(1, -1), spec.topk_group).view(-1)
+    kept_GE = groups_GE.index_select(0, kept)
+    filled_GE = torch.full_like(groups_GE, spec.group_fill).index_copy_(0, kept, kept_GE)
+    filled_1E = filled_GE.view(1, -1)
+    return filled_1E, kept_GE if spec.group_fill == -torch.inf else filled_1E
+
+
+def _weights(z_1E: Tensor, scores_1E: Tensor | None, ids_1K: Tensor, spec: RouterSpec) -> Tensor:
+    """`RouterSpec.expert_weights`, with the scores that are known."""
+    if spec.is_chosen_softmax:
+        weights_1K = z_1E.take(ids_1K).softmax(-1)
+    elif spec.weight_rule != "score":
+        return spec.expert_weights(z_1E, ids_1K)
+    else:
+        if scores_1E is not None:
+            weights_1K = scores_1E.take(ids_1K)
+        elif spec.score == "softmax":
+            weights_1K = z_1E.softmax(-1).take(ids_1K)
+        else:
+            weights_1K = spec.scores(z_1E.take(ids_1K))
+        if spec.normalize:
+            total_11 = weights_1K.sum(-1, keepdim=True)
+            weights_1K = weights_1K / (total_11 + _constant(spec.normalize_eps) if spec.normalize_eps else total_11)
+    return weights_1K if spec.scaling == 1.0 else weights_1K * _constant(spec.scaling)
+
+
 @lru_cache
-def _constants(decay: float, k: int) -> tuple[Tensor, Tensor]:
-    """As tensors: a Python number is made one at every call. Not of inference mode, whatever the caller is in."""
+def _moving(decay: float, k: int) -> tuple[Tensor, Tensor]:
+    """Decay, and what each of the chosen gets. Not of inference mode, whatever the caller is in."""
     with torch.inference_mode(False):
         return torch.tensor(decay), torch.full((1, k), 1.0 - decay)
+
+
+@lru_cache
+def _constant(value: float) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value)

@@ -64,10 +64,10 @@ def gate(
     logits_TE: Tensor, k: int, spec: RouterSpec, prior: PriorStep | None = None, bias_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`reference.topk_gating` by the backend for these tensors."""
-    if torch.compiler.is_compiling() or logits_TE.device.type != "cpu" or _forced is not None:
+    if _forced is not None or not logits_TE.is_cpu or torch.compiler.is_compiling():
         if torch.compiler.is_compiling() or backend(logits_TE.device) == "triton":
             return fused_gating(logits_TE, k, spec, prior, bias_E)
-    elif len(logits_TE) == 1:
+    elif logits_TE.shape[0] == 1:
         return one_token(logits_TE, k, spec, prior, bias_E)
     return topk_gating(logits_TE, k, spec, prior, bias_E=bias_E)
 
@@ -81,7 +81,7 @@ class LayerGate:
     def __call__(self, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] and ids [T, K]; tokens that belong to no known sequence are gated without the prior."""
         tokens = self.prior.tokens
-        if tokens is None or tokens.count != len(logits_TE):
+        if tokens is None or tokens.count != logits_TE.shape[0]:
             return gate(logits_TE, k, spec, None, bias_E)
         weights_TK, ids_TK = gate(logits_TE, k, spec, tokens.step(self.layer), bias_E)
         tokens.chose(self.layer, ids_TK)

@@ -34,6 +34,8 @@ def reference_gate(logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor |
 
 
 def _fp32(hidden_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    if hidden_TD.dtype is torch.float32 and weight_ED.dtype is torch.float32:  # no calls for nothing
+        return F.linear(hidden_TD, weight_ED, bias_E)
     return F.linear(hidden_TD.float(), weight_ED.float(), None if bias_E is None else bias_E.float())
 
 
@@ -74,7 +76,7 @@ class RouterForward:
     `functional_call`, in-place swaps and `deepcopy` of the model reach it. `gate` gets the logits [T, E], k,
     `gate_spec` and the selection bias, and gives fp32 weights and int64 ids [T, K], best first. Where `linear_fp32` is
     not None, a `route` may take the product and the gate at once, with operands cast to fp32 or not; None from it
-    leaves the call to `gate`.
+    leaves the call to `gate`. It is asked on CUDA devices.
     """
 
     def __init__(self, module: nn.Module, spec: RouterSpec, facts: Facts) -> None:
@@ -122,7 +124,7 @@ class RouterForward:
             weight_ED: Tensor = own[self._weight_leaf]  # type: ignore[assignment]
             linear_bias_E = None if self._logit_bias_leaf is None else own[self._logit_bias_leaf]
             fp32 = self.linear_fp32
-            if self.route is not None and fp32 is not None and not torch.is_autocast_enabled(hidden_TD.device.type):
+            if hidden_TD.is_cuda and self.route is not None and fp32 is not None and not _is_cast(hidden_TD):
                 routed = self.route(hidden_TD, weight_ED, linear_bias_E, self._k, self.gate_spec, bias_E, fp32)
                 if routed is not None:
                     return self._returned(hidden_states, *routed)
@@ -297,6 +299,10 @@ def _hidden_dtype(block: nn.Module, weight_ED: Tensor) -> torch.dtype:
                 if p.dim() > 1 and p.dtype in _FLOATS:
                     return p.dtype
     return weight_ED.dtype
+
+
+def _is_cast(hidden_TD: Tensor) -> bool:
+    return torch.is_autocast_enabled(hidden_TD.device.type)
 
 
 def _number(module: nn.Module, name: str | None) -> float | None:

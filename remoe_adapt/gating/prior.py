@@ -132,7 +132,7 @@ class Tokens:
         if self.state is None:
             self._chosen[layer] = ids_TK
         elif self.state.chosen is not None:
-            self.state.chosen[layer].append(ids_TK.reshape(self.sequences, -1, ids_TK.shape[-1]))
+            self.state.chosen[layer].append(ids_TK)
 
     def made_state(self) -> RecencyState | None:
         """The state after these tokens where they began without one; None when not every router was asked."""
@@ -141,9 +141,7 @@ class Tokens:
             return None
         state = RecencyState(self.prior, [self._started[layer] for layer in layers])
         state.advance(self.count // self.sequences, self.flags_T)
-        state.chosen = [
-            [self._chosen[layer].reshape(self.sequences, -1, self._chosen[layer].shape[-1])] for layer in layers
-        ]
+        state.chosen = [[self._chosen[layer]] for layer in layers]
         return state
 
 
@@ -186,7 +184,7 @@ class RecencyState:
         self.flags.append(tokens if flags_T is None else flags_T.reshape(self.sequences, -1))
         if len(self.flags) > _JOIN:
             self.flags = [self._joined_flags()]
-            self.chosen = [[torch.cat([part.to(torch.int16) for part in parts], dim=1)] for parts in self.chosen]
+            self.chosen = [[self._joined(parts).to(torch.int16)] for parts in self.chosen]
 
     def reset(self) -> None:
         """Back to length 0, in place."""
@@ -198,15 +196,15 @@ class RecencyState:
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order (a sequence may come more than once)."""
         same = len(rows) == self.sequences
+        if self.chosen is not None:
+            self.chosen = [[self._joined(parts)[rows.to(parts[0].device)]] if parts else [] for parts in self.chosen]
+            self.flags = [part if isinstance(part, int) else part[rows.to(part.device)] for part in self.flags]
         kept = [recency_BE[rows.to(recency_BE.device)] for recency_BE in self.recency]
         if same:
             for recency_BE, kept_BE in zip(self.recency, kept, strict=True):
                 recency_BE.copy_(kept_BE)
         else:
             self._hold(kept)
-        if self.chosen is not None:
-            self.chosen = [[part[rows.to(part.device)] for part in parts] for parts in self.chosen]
-            self.flags = [part if isinstance(part, int) else part[rows.to(part.device)] for part in self.flags]
 
     def repeat(self, times: int) -> None:
         """Every sequence `times` times, copies side by side."""
@@ -221,7 +219,7 @@ class RecencyState:
             return
         kept, decay = length - self.past, self.prior.decay
         flags_BS = self._joined_flags()[:, :kept]
-        chosen = [torch.cat(parts, dim=1)[:, :kept] for parts in self.chosen]
+        chosen = [self._joined(parts)[:, :kept] for parts in self.chosen]
         flagged = any(isinstance(part, Tensor) for part in self.flags)
         remembered = 1 if decay == 0.0 else math.ceil(math.log(_FORGOTTEN) / math.log(decay))
         for recency_BE, ids_BSK in zip(self.recency, chosen, strict=True):
@@ -231,6 +229,10 @@ class RecencyState:
                 _replay(recency_BE, ids_BSK[:, s].long(), flags_B, decay)
         self.chosen, self.length = [[ids_BSK] for ids_BSK in chosen], length
         self.flags = [flags_BS if flagged else kept]
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        """[B, S, K] of steps kept as they came, [B * S, K]."""
+        return torch.cat([part.reshape(self.sequences, -1, part.shape[-1]) for part in parts], dim=1)
 
     def _joined_flags(self) -> Tensor:
         like = self.recency[0]

@@ -287,3 +287,18 @@ GGUF_ARCH: dict[str, str] = {
     "qwen3_next": "qwen3next",
     "qwen3_vl_moe_text": "qwen3vlmoe",
 }
+
+# A stock router of each scoring family whose gating follows from its logits: "folder of transformers.models.class".
+FAMILY_EXAMPLES: tuple[tuple[str, str], ...] = (
+    ("softmax", "qwen2_moe.Qwen2MoeTopKRouter"),
+    ("softmax, renormalised", "qwen3_5_moe.Qwen3_5MoeTopKRouter"),
+    ("topk_softmax", "granitemoe.GraniteMoeTopKRouter"),
+    ("topk_softmax, logit bias", "gpt_oss.GptOssTopKRouter"),
+    ("softmax_bias", "ernie4_5_moe.Ernie4_5_MoeTopKRouter"),
+    ("softmax_group", "deepseek_v2.DeepseekV2TopkRouter"),
+    ("sigmoid", "flint.FlintTopKRouter"),
+    ("sigmoid_bias", "minimax_m3_vl.MiniMaxM3VLTopKRouter"),
+    ("sigmoid_group", "deepseek_v3.DeepseekV3TopkRouter"),
+    ("logit_bias_sigmoid", "kolibri1.Kolibri1TopKRouter"),
+    ("sqrt_softplus_bias", "deepseek_v4.DeepseekV4TopKRouter"),
+)

@@ -1,0 +1,118 @@
+"""One token on the CPU: routers of transformers under the dial and a recency prior, against themselves untouched."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from remoe_adapt.bench.swap import random_family
+from remoe_adapt.gating.prior import Tokens
+from remoe_adapt.routers.discover import discover_routers
+from remoe_adapt.routers.families import FAMILY_EXAMPLES
+from remoe_adapt.runtime.load import get_remoe_model
+
+Row = dict[str, Any]
+_K, _COLUMNS, _EXPERTS = 8, 2048, (64, 128)
+_BAR = 1.5
+_GAIN = 0.2
+# Names under which configurations state the sizes of a router.
+_SIZES = {
+    "hidden_size": _COLUMNS,
+    "num_experts_per_tok": _K,
+    "moe_k": _K,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "group_limited_greedy",
+    "norm_topk_prob": True,
+}
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def cpu_rows(calls: int = 3000) -> Iterator[Row]:
+    """A row per family and number of experts: medians of interleaved calls, one torch thread, fp32."""
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for family, example in FAMILY_EXAMPLES:
+            for experts in _EXPERTS:
+                try:
+                    yield _row(family, example, experts, calls)
+                except (ImportError, AttributeError) as error:  # another version of transformers
+                    yield {"family": family, "E": experts, "skipped": f"{example}: {error}"}
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _row(family: str, example: str, experts: int, calls: int) -> Row:
+    torch.manual_seed(0)
+    stock, dialled = (_Block(stock_router(example, experts)) for _ in range(2))
+    dialled.load_state_dict(stock.state_dict())
+    model = get_remoe_model(dialled, family=random_family(dialled), recency="ema", recency_gain=_GAIN)
+    forward: Any = vars(discover_routers(dialled)[0].module)["forward"]
+    prior = forward.gate.prior
+    hidden_TD = torch.randn(1, _COLUMNS)
+    with torch.inference_mode():
+        # A decoding sequence, as its model's call would announce it.
+        prior.begin(Tokens(prior, 1, 1, None, prior.new_state(1)))
+        times = interleaved_us([functools.partial(block.gate, hidden_TD) for block in (stock, dialled)], calls)
+        prior.end()
+    model.controller.close()
+    baseline_us, us = times
+    return {
+        "what": "route", "backend": "torch", "device": "cpu", "family": family, "dtype": "float32", "T": 1,
+        "E": experts, "K": _K, "D": _COLUMNS, "prior": "ema", "us": us, "baseline": "the stock router",
+        "baseline_us": baseline_us, "ratio": us / baseline_us, "bar": _BAR, "bar_of": "ratio",
+        "met": us / baseline_us <= _BAR, "ns_per_token": None,
+    }  # fmt: skip
+
+
+class _Block(nn.Module):
+    """What discovery needs around a router."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = nn.ModuleList(nn.Identity() for _ in range(int(next(gate.parameters()).shape[0])))
+
+    def forward(self, hidden_TD: Tensor) -> Any:
+        return self.gate(hidden_TD)
+
+
+def stock_router(example: str, experts: int) -> nn.Module:
+    """The router class `folder.Class` of transformers at the benchmark's sizes, with random weights.
+
+    Raises ImportError or AttributeError where this version of transformers does not have it.
+    """
+    folder, name = example.split(".")
+    modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    config = AutoConfig.for_model(folder).get_text_config()
+    for field, value in {**_SIZES, **dict.fromkeys(_COUNTS, experts)}.items():
+        if hasattr(config, field):
+            setattr(config, field, value)
+    router: nn.Module = getattr(modeling, name)(config)
+    for parameter in router.parameters():
+        nn.init.normal_(parameter, std=_COLUMNS**-0.5)
+    for buffer in router.buffers():
+        nn.init.normal_(buffer, std=0.1)
+    return router.eval()
+
+
+def interleaved_us(runs: list[Callable[[], object]], calls: int) -> list[float]:
+    """Median microseconds of each, taken in turns."""
+    times: list[list[int]] = [[] for _ in runs]
+    for i in range(calls + 100):
+        for run, kept in zip(runs, times, strict=True):
+            begin = time.perf_counter_ns()
+            run()
+            elapsed = time.perf_counter_ns() - begin
+            if i >= 100:  # warm
+                kept.append(elapsed)
+    return [statistics.median(kept) / 1e3 for kept in times]
