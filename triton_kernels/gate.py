@@ -135,11 +135,6 @@ def weighing(rule: Rule) -> dict[str, Any]:
     }
 
 
-def fits(num_experts: int, k: int, rule: Rule) -> bool:
-    """Whether the kernels take this size: up to 1024 experts, 32 chosen, whole groups."""
-    return num_experts <= 1024 and 1 <= k <= min(32, num_experts) and num_experts % rule.num_groups == 0
-
-
 def rows_per_program(tokens: int, lanes_per_row: int) -> int:
     """Rows of a program, which always is one warp: with more, Triton lays rows of over 128 values across warps, and
     every reduction waits at barriers.

@@ -214,7 +214,7 @@ def _route(
     gain: Tensor | None, decay: float | None, flags: Tensor | None, linear_fp32: bool, k: int, rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     per_token = recency is None or decay is None or len(recency) == len(hidden)
-    if hidden.is_cuda and per_token:
+    if hidden.is_cuda and per_token and (linear_fp32 or hidden.dtype == weight.dtype):
         from remoe_adapt.triton_kernels.route import fits_route, launch_route
 
         if fits_route(hidden, weight):
