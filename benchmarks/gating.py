@@ -1,4 +1,4 @@
-"""GPU rows of `remoe bench gating`, kept one by one in results/gating_<device>.csv: `python benchmarks/gating.py`."""
+"""`remoe bench gating` row by row, kept in results/gating_<device>.csv: `python benchmarks/gating.py`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from remoe_adapt.bench.gating import gpu_rows, no_gpu
+from remoe_adapt.bench.gating import run_gating
 from remoe_adapt.bench.results import append_row, environment
 
+RESULTS = Path(__file__).parent / "results"
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Print a row and add it to its device's file."""
+    device = re.sub(r"[^a-z0-9]+", "_", row["device"].lower().removeprefix("nvidia").strip())
+    append_row(RESULTS / f"gating_{device}.csv", {**environment(), **row})
+    print(json.dumps(row), flush=True)
+
+
 if __name__ == "__main__":
-    why = no_gpu()
-    if why is not None:
-        print(f"no GPU rows: {why}", file=sys.stderr)
-    for row in gpu_rows():
-        device = re.sub(r"[^a-z0-9]+", "_", row["device"].lower().removeprefix("nvidia").strip())
-        append_row(Path(__file__).parent / "results" / f"gating_{device}.csv", {**environment(), **row})
-        print(json.dumps(row), flush=True)
+    for what, why in run_gating(on_row=keep)["skipped"].items():
+        print(f"no rows for {what}: {why}", file=sys.stderr)

@@ -24,7 +24,7 @@ from rich.text import Text
 from remoe_adapt import __version__, report
 from remoe_adapt import cli_options as opt
 from remoe_adapt.errors import ConfigError, RemoeError
-from remoe_adapt.report import progress
+from remoe_adapt.report import counting, progress
 
 app = typer.Typer(
     name="remoe",
@@ -343,6 +343,16 @@ def bench_swap(model: opt.ShippedModel = None, family: opt.FamilyPath = None, as
 
     result = run_swap(model, family)
     return result, [report.figures_table("swap", result)]
+
+
+@command(bench_app, "gating")
+def bench_gating(calls: opt.Calls = 400, as_json: opt.Json = False) -> Found:
+    """Routers with a recency prior against stock ones on the CPU; the fused kernels against their bars on a GPU."""
+    from remoe_adapt.bench.gating import run_gating
+
+    with counting("rows done") as advance:
+        result = run_gating(calls, on_row=lambda _: advance())
+    return result, [report.gating_table(result)]
 
 
 def _words(text: str) -> list[str]:

@@ -77,6 +77,9 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to gene
 Temperature = Annotated[float, typer.Option(help="Of generated tokens; 0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Of generated tokens.")]
 
+# remoe bench
+Calls = Annotated[int, typer.Option(min=1, help="Timed calls for each row on the CPU.")]
+
 # remoe profiles
 ProfileName = Annotated[str, typer.Argument(help="Profile name, or a YAML file.")]
 ProfileNames = Annotated[list[str] | None, typer.Argument(help="Names or YAML files; default: all.")]

@@ -18,6 +18,8 @@ import torch
 
 from remoe_adapt.demo import example_folder
 from remoe_adapt.device_profile import check_profile, list_profiles
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.gating.dispatch import explain
 
 GIB = 1 << 30
 # Module an extra brings -> the extra and what it is for.
@@ -45,7 +47,7 @@ def examine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) 
     """All probes, in the order of the report. A probe that itself fails is a finding, never an exception."""
     probes: list[Probe] = []
     for probe in (
-        _packages, _peft_type, _processor, _memory, _cuda, _triton, _compiler,
+        _packages, _peft_type, _processor, _memory, _cuda, _triton, _gating, _compiler,
         lambda: _cgroup_limit(proc, cgroups), lambda: _pressure(proc, cgroups), _direct_reads, _extras, _profiles,
         _example,
     ):  # fmt: skip
@@ -122,6 +124,18 @@ def _triton() -> Iterator[Probe]:
         yield Probe("triton", True, version)
     else:
         yield Probe("triton", False, f"{version}, but no GPU", "gating runs in plain torch on the CPU")
+
+
+def _gating() -> Iterator[Probe]:
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for name in devices:
+        try:
+            chosen, why = explain(torch.device(name))
+        except ConfigError as error:
+            yield Probe(f"gating on {name}", False, "no backend", str(error))
+            continue
+        best = chosen == "triton" or name == "cpu"
+        yield Probe(f"gating on {name}", best, f"{chosen}: {why}", "" if best else "fused kernels are faster here")
 
 
 def _compiler() -> Iterator[Probe]:

@@ -153,6 +153,32 @@ def progress(title: str, total: int | None = None) -> Iterator[tuple[Callable[[i
         yield (lambda count: bar.update(task, total=count)), (lambda count: bar.advance(task, count))
 
 
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[], None]]:
+    """A count on standard error of things whose number is not known."""
+    columns = (TextColumn("{task.completed} {task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda: bar.advance(task)
+
+
+def gating_table(result: Mapping[str, Any]) -> Table:
+    """The rows of `run_gating`."""
+    names = ("what", "device", "family", "type", "T", "E", "K", "D", "prior", "us", "baseline", "ratio", "bar")
+    table = _table("gates: median time, and its ratio to the baseline's in the same run", *names)
+    for row in result["rows"]:
+        bar = "" if row["bar"] is None else f"{row['bar_of']} <= {row['bar']:.3g}: {'met' if row['met'] else 'missed'}"
+        table.add_row(
+            row["what"], row["device"], row["family"], row["dtype"], str(row["T"]), str(row["E"]), str(row["K"]),
+            _optional(row["D"], "d"), row["prior"] or "", f"{row['us']:.2f}",
+            "" if row["baseline"] is None else f"{row['baseline']} ({row['baseline_us']:.2f})",
+            _optional(row["ratio"], ".2f"), bar,
+        )  # fmt: skip
+    if result["skipped"]:
+        table.caption = "; ".join(f"{what}: {why}" for what, why in result["skipped"].items())
+    return table
+
+
 def plot_frontier(results: Mapping[str, Any], path: str | Path) -> None:
     """Writes EOR against perplexity ratio, one line per family, base and control marked; format by suffix.
 

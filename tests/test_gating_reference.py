@@ -151,18 +151,19 @@ def test_gradients_reach_the_logits_through_the_weights_only() -> None:
 def test_one_token_is_the_definition_to_the_bit(spec: RouterSpec, dtype: torch.dtype, decay: float | None) -> None:
     torch.manual_seed(0)
     recency_BE = torch.rand(1, 16)
-    slow, fast = (PriorStep(recency_BE.clone(), torch.tensor(0.3), decay) for _ in range(2))
+    prior = PriorStep(recency_BE.clone(), torch.tensor(0.3), decay)
     bias_E = torch.randn(16) * 0.1 if spec.correction_bias_name else None
     rows: list[Tensor] = [torch.randn(1, 16).to(dtype) for _ in range(40)]
     rows += [torch.randint(-2, 3, (1, 16)).to(dtype) for _ in range(20)]
     rows += [torch.full((1, 16), value, dtype=dtype) for value in (0.0, -INF, NAN)]
     rows[3][0, 5], rows[4][0, 0] = -INF, NAN
     for logits_1E in rows:
-        expected = topk_gating(logits_1E, 4, spec, slow, bias_E=bias_E)
-        found = one_token(logits_1E, 4, spec, fast, bias_E)
+        before_BE = prior.recency_BE.clone()
+        found = one_token(logits_1E, 4, spec, prior, float(prior.gain), bias_E)
+        assert torch.equal(prior.recency_BE, before_BE), "all routers move on together, after the token"
+        expected = topk_gating(logits_1E, 4, spec, prior, bias_E=bias_E)
         assert torch.equal(found[1], expected[1])
         assert torch.equal(found[0].nan_to_num(-1.0), expected[0].nan_to_num(-1.0))
-        assert torch.equal(slow.recency_BE, fast.recency_BE)
 
 
 @pytest.mark.parametrize(

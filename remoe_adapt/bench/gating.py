@@ -7,6 +7,7 @@ published gates are: microseconds a call, medians over replays.
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from remoe_adapt.bench.gating_cpu import cpu_rows
 from remoe_adapt.gating.ops import encode, kernel_rule
 from remoe_adapt.gating.reference import PriorStep, topk_gating
 from remoe_adapt.routers.spec import RouterSpec
@@ -28,10 +30,22 @@ _ROUTE_BAR, _COPY_BAR, _SCAN_BAR = 0.6, 1 / 0.7, 1 / 50
 _TWIN = "torch.compile of the definition"
 
 
-def run_gating() -> dict[str, Any]:
-    """Key `rows`; `skipped` maps a device to the reason why it has none."""
+def run_gating(calls: int = 400, on_row: Callable[[Row], object] | None = None) -> dict[str, Any]:
+    """Key `rows`; `skipped` maps a device, or a family on one, to the reason why it has none.
+
+    `calls` are timed on the CPU for each row; `on_row` hears of rows as they are done.
+    """
     why = no_gpu()
-    return {"rows": list(gpu_rows()), "skipped": {} if why is None else {"cuda": why}}
+    skipped = {} if why is None else {"cuda": why}
+    rows: list[Row] = []
+    for row in itertools.chain(cpu_rows(calls), gpu_rows()):
+        if "skipped" in row:
+            skipped[f"cpu, {row['family']}"] = row["skipped"]
+            continue
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+    return {"rows": rows, "skipped": skipped}
 
 
 def no_gpu() -> str | None:

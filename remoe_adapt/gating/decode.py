@@ -17,11 +17,14 @@ from remoe_adapt.routers.spec import RouterSpec
 
 
 def one_token(
-    logits_1E: Tensor, k: int, spec: RouterSpec, prior: PriorStep | None, bias_E: Tensor | None
+    logits_1E: Tensor, k: int, spec: RouterSpec, prior: PriorStep, gain: float, bias_E: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`topk_gating` of a single row, to the bit; flags, gradients and values without a finite span go there."""
-    if prior is None or prior.flags_T is not None or logits_1E.requires_grad:
-        return topk_gating(logits_1E, k, spec, prior, bias_E=bias_E)
+    """`topk_gating` of a single row, to the bit, but for the recency: that stays (see `RecencyState.move`).
+
+    `gain` is that of the prior, already read. Gradients and values without a finite span go the long way.
+    """
+    if logits_1E.requires_grad:
+        return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
     z_1E = logits_1E if logits_1E.dtype is torch.float32 else logits_1E.float()
     scores_1E: Tensor | None = None
     if spec.ranks_logits:
@@ -40,23 +43,32 @@ def one_token(
     lowest, highest = spread_1E.aminmax()
     span = float(highest) - float(lowest)
     if not span <= MAX_SPAN:  # infinite, or NaN
-        return topk_gating(logits_1E, k, spec, prior, bias_E=bias_E)
+        return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
     # Rounded to fp32 where tensors are; `add` rounds the product and takes it in at once, as `addcmul` does.
-    scale = c_float(span).value * float(prior.gain)
-    ids_1K = _best(torch.add(choice_1E, prior.recency_BE, alpha=scale), k)
-    if prior.decay is not None:
-        decay, share_1K = _moving(prior.decay, k)
-        prior.recency_BE.mul_(decay).scatter_add_(1, ids_1K, share_1K)
+    scale = c_float(span).value * gain
+    ranked_1E = torch.add(choice_1E, prior.recency_BE, alpha=scale)
+    if k < spec.num_experts:  # `_best`, without a call
+        values_1K, ids_1K = ranked_1E.topk(k + 1)
+        ids_1K = ids_1K.resize_(1, k) if len(set(values_1K.tolist()[0])) > k else best_ids(ranked_1E, k)
+    else:
+        ids_1K = best_ids(ranked_1E, k)
+    if spec.is_chosen_softmax and spec.scaling == 1.0:
+        return z_1E.take(ids_1K).softmax(-1), ids_1K
     return _weights(z_1E, scores_1E, ids_1K, spec), ids_1K
 
 
-def _best(values_1E: Tensor, k: int) -> Tensor:
-    """`best_ids` by way of the faster `topk`, whose order among equal values is not told: without any, it is right."""
-    if k >= values_1E.shape[1]:
-        return best_ids(values_1E, k)
-    values_1K, ids_1K = values_1E.topk(k + 1)
+def _still(prior: PriorStep) -> PriorStep:
+    return PriorStep(prior.recency_BE, prior.gain, None)
+
+
+def _best(values_1N: Tensor, k: int, count: int) -> Tensor:
+    """`best_ids` of `count` values by way of the faster `topk`; its order among equal values is not told, so with any
+    the long way."""
+    if k >= count:
+        return best_ids(values_1N, k)
+    values_1K, ids_1K = values_1N.topk(k + 1)
     if len(set(values_1K.tolist()[0])) <= k:
-        return best_ids(values_1E, k)
+        return best_ids(values_1N, k)
     return ids_1K.resize_(1, k)
 
 
@@ -67,7 +79,7 @@ def _best_groups(choice_1E: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
         score_G = groups_GE.amax(dim=-1)
     else:
         score_G = groups_GE.topk(2, dim=-1).values.sum(dim=-1)
-    kept = _best(score_G.view(1, -1), spec.topk_group).view(-1)
+    kept = _best(score_G.view(1, -1), spec.topk_group, spec.n_group).view(-1)
     kept_GE = groups_GE.index_select(0, kept)
     filled_GE = torch.full_like(groups_GE, spec.group_fill).index_copy_(0, kept, kept_GE)
     filled_1E = filled_GE.view(1, -1)
@@ -94,13 +106,7 @@ def _weights(z_1E: Tensor, scores_1E: Tensor | None, ids_1K: Tensor, spec: Route
 
 
 @lru_cache
-def _moving(decay: float, k: int) -> tuple[Tensor, Tensor]:
-    """Decay, and what each of the chosen gets. Not of inference mode, whatever the caller is in."""
-    with torch.inference_mode(False):
-        return torch.tensor(decay), torch.full((1, k), 1.0 - decay)
-
-
-@lru_cache
 def _constant(value: float) -> Tensor:
+    """Not of inference mode, whatever the caller is in."""
     with torch.inference_mode(False):
         return torch.tensor(value)

@@ -64,11 +64,8 @@ def gate(
     logits_TE: Tensor, k: int, spec: RouterSpec, prior: PriorStep | None = None, bias_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`reference.topk_gating` by the backend for these tensors."""
-    if _forced is not None or not logits_TE.is_cpu or torch.compiler.is_compiling():
-        if torch.compiler.is_compiling() or backend(logits_TE.device) == "triton":
-            return fused_gating(logits_TE, k, spec, prior, bias_E)
-    elif logits_TE.shape[0] == 1:
-        return one_token(logits_TE, k, spec, prior, bias_E)
+    if torch.compiler.is_compiling() or backend(logits_TE.device) == "triton":
+        return fused_gating(logits_TE, k, spec, prior, bias_E)
     return topk_gating(logits_TE, k, spec, prior, bias_E=bias_E)
 
 
@@ -80,9 +77,13 @@ class LayerGate:
 
     def __call__(self, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] and ids [T, K]; tokens that belong to no known sequence are gated without the prior."""
-        tokens = self.prior.tokens
+        tokens = self.prior.here.tokens or self.prior.tokens
         if tokens is None or tokens.count != logits_TE.shape[0]:
             return gate(logits_TE, k, spec, None, bias_E)
+        if tokens.single and _forced is None and logits_TE.is_cpu and not torch.compiler.is_dynamo_compiling():
+            found = one_token(logits_TE, k, spec, tokens.steps[self.layer], tokens.gains[self.layer], bias_E)
+            tokens.pending[self.layer] = found[1]
+            return found
         weights_TK, ids_TK = gate(logits_TE, k, spec, tokens.step(self.layer), bias_E)
         tokens.chose(self.layer, ids_TK)
         return weights_TK, ids_TK

@@ -40,7 +40,8 @@ def _fp32(hidden_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor
 
 
 def _fp32_result(hidden_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-    return F.linear(hidden_TD, weight_ED, bias_E).float()
+    logits_TE = F.linear(hidden_TD, weight_ED, bias_E)
+    return logits_TE if logits_TE.dtype is torch.float32 else logits_TE.float()
 
 
 def _fp32_output(hidden_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
@@ -104,12 +105,26 @@ class RouterForward:
             self._bias_owner = module.get_submodule(bias_owner)
         self._casts, self._as_hidden = facts.weights_dtype != "fp32", facts.weights_dtype == "hidden"
         self._is_plain = spec.returns == STANDARD_RETURNS and facts.expert_factor is None
+        self._is_simple = not (self._before or self._linear or self._shapes_logits) and self._is_plain
 
     def __call__(self, hidden_states: Tensor, bias_E: Tensor | None = None, **named: Tensor) -> tuple[Tensor, ...]:
         """The router's result for hidden states [..., D].
 
         `bias_E` is the selection bias where the block hands it over; it may go by the name it has in the block.
         """
+        if self._is_simple and not named and hidden_states.is_cpu and hidden_states.dim() == 2:
+            # The plain case without detours: a decode step on a CPU counts microseconds.
+            own, bias_leaf = self._weight_owner._parameters, self._logit_bias_leaf
+            weight: Any = own[self._weight_leaf]
+            logits_TE = self._product(hidden_states, weight, None if bias_leaf is None else own[bias_leaf])
+            if self._bias_owner is not None:
+                bias_E = self._own_bias_E(self._bias_owner)
+            weights_TK, ids_TK = self.gate(logits_TE, self._k, self.gate_spec, bias_E)
+            if self._casts:
+                dtype = hidden_states.dtype if self._as_hidden else logits_TE.dtype
+                if dtype is not torch.float32:
+                    weights_TK = weights_TK.to(dtype)
+            return logits_TE, weights_TK, ids_TK
         if named:
             bias_E = self._bias_among(named)
         hidden_TD = self._prepared(hidden_states) if self._before else hidden_states

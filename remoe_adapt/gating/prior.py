@@ -26,6 +26,12 @@ _FORGOTTEN = 1e-12
 _JOIN = 256
 
 
+class _Here(threading.local):
+    """What a thread runs now."""
+
+    tokens: Tokens | None = None
+
+
 class RecencyPrior:
     """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds).
 
@@ -39,18 +45,19 @@ class RecencyPrior:
         check_prior(mode, 0.0, decay)
         self.mode, self.decay = mode, 0.0 if mode == "last" else decay
         with torch.inference_mode(False):  # ordinary tensors, which may be written in any mode
-            self.gains = [torch.zeros((), device=device) for device, _ in routers]
+            self.gains = _scalars([0.0] * len(routers), [device for device, _ in routers])
             self.residency = [torch.zeros((1, experts), device=device) for device, experts in routers]
         self.placed = 0
-        self._here = threading.local()
+        self.resident_steps = self._resident_steps()
+        self.here = _Here()
         self._trained: Tokens | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside any forward."""
-        return {name: value for name, value in vars(self).items() if name not in ("_here", "_trained")}
+        return {name: value for name, value in vars(self).items() if name not in ("here", "_trained")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _here=threading.local(), _trained=None)
+        vars(self).update(state, here=_Here(), _trained=None)
 
     def set_gains(self, gain: float | Sequence[float]) -> None:
         """One gain for all layers, or one each. Raises ConfigError for a wrong number or value."""
@@ -65,15 +72,24 @@ class RecencyPrior:
     def place(self, devices: Sequence[torch.device]) -> None:
         """Move gains and residency, each to its router's device; states follow when they are next used."""
         with torch.inference_mode(False):
-            self.gains = [gain.to(device) for gain, device in zip(self.gains, devices, strict=True)]
+            self.gains = _scalars([float(gain) for gain in self.gains], devices)
             self.residency = [mask.to(device) for mask, device in zip(self.residency, devices, strict=True)]
         self.placed += 1
+        self.resident_steps = self._resident_steps()
+
+    def _resident_steps(self) -> list[PriorStep]:
+        return [PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)]
 
     def zeros(self, layer: int, sequences: int) -> Tensor:
         """Recency [B, E] of a router before the first token."""
         with torch.inference_mode(False):
             mask_1E = self.residency[layer]
             return torch.zeros((sequences, mask_1E.shape[1]), device=mask_1E.device)
+
+    def gains_read(self) -> list[float]:
+        """The gains as numbers, read at once; empty on an accelerator, which would be waited for."""
+        whole = self.gains[0]._base
+        return whole.tolist() if whole is not None and whole.is_cpu and len(whole) == len(self.gains) else []
 
     def new_state(self, sequences: int, past: int = 0, *, croppable: bool = True) -> RecencyState:
         """Nothing used yet, after `past` tokens of which nothing is known."""
@@ -85,18 +101,19 @@ class RecencyPrior:
     @property
     def tokens(self) -> Tokens | None:
         """What the forward under way runs; gates ask it."""
-        found: Tokens | None = getattr(self._here, "tokens", None)
-        return self._trained if found is None else found
+        return self.here.tokens or self._trained
 
     def begin(self, tokens: Tokens) -> None:
         """A forward of this thread starts."""
-        self._here.tokens = tokens
+        self.here.tokens = tokens
         # Gradient checkpointing runs layers again in backward, from a thread of its own.
         self._trained = tokens if tokens.state is None and torch.is_grad_enabled() else None
 
     def end(self) -> None:
         """It has ended."""
-        self._here.tokens = None
+        tokens, self.here.tokens = self.here.tokens, None
+        if tokens is not None and tokens.pending and tokens.state is not None:
+            tokens.state.move(tokens.pending)
 
 
 class Tokens:
@@ -109,14 +126,19 @@ class Tokens:
         self, prior: RecencyPrior, sequences: int, count: int, flags_T: Tensor | None, state: RecencyState | None
     ) -> None:
         self.prior, self.sequences, self.count, self.flags_T, self.state = prior, sequences, count, flags_T, state
-        self._steps = state.steps if state is not None and flags_T is None else None
+        settled = prior.resident_steps if prior.mode == "resident" else state.steps if state is not None else []
+        self.steps = settled if flags_T is None else []
+        # One token of one sequence: on a CPU its gates leave the recency still, and all move on together at the end.
+        self.gains = prior.gains_read() if count == 1 and self.steps and not torch.compiler.is_compiling() else []
+        self.single = bool(self.gains)
+        self.pending: dict[int, Tensor] = {}
         self._started: dict[int, Tensor] = {}
         self._chosen: dict[int, Tensor] = {}
 
     def step(self, layer: int) -> PriorStep:
         """The prior for this router's gate."""
-        if self._steps is not None:
-            return self._steps[layer]
+        if self.steps:
+            return self.steps[layer]
         prior = self.prior
         gain = prior.gains[layer]
         flags_T = None if self.flags_T is None else self.flags_T.to(gain.device)
@@ -159,13 +181,31 @@ class RecencyState:
         self._hold(recency)
 
     def _hold(self, recency: list[Tensor]) -> None:
-        self.recency, self.placed = recency, self.prior.placed
-        self.sequences = len(recency[0])
-        if self.prior.mode == "resident":
-            self.steps = [PriorStep(m, g, None) for m, g in zip(self.prior.residency, self.prior.gains, strict=True)]
+        with torch.inference_mode(False), torch.no_grad():
+            alike = len({(recency_BE.shape, recency_BE.device) for recency_BE in recency}) == 1
+            # In one piece where that goes, so that a token moves all of it at once.
+            self._whole_LBE = torch.stack(recency) if alike else None
+        self.recency = recency if self._whole_LBE is None else list(self._whole_LBE.unbind())
+        self.placed, self.sequences = self.prior.placed, len(recency[0])
+        decay = self.prior.decay
+        self.steps = [PriorStep(part, gain, decay) for part, gain in zip(self.recency, self.prior.gains, strict=True)]
+
+    def move(self, chosen: dict[int, Tensor]) -> None:
+        """Take in what the routers chose for one token of one sequence: ids [1, K] by layer."""
+        decay = self.prior.decay
+        widths = {ids_1K.shape[-1] for ids_1K in chosen.values()}
+        if self._whole_LBE is not None and len(chosen) == len(self.recency) and len(widths) == 1:
+            ids_LK = torch.cat([chosen[layer] for layer in range(len(chosen))])
+            whole_LE = self._whole_LBE.view(len(chosen), -1)
+            share = whole_LE.new_full((1, 1), 1.0 - decay).expand(ids_LK.shape)
+            whole_LE.mul_(decay).scatter_add_(1, ids_LK, share)
         else:
-            decay = self.prior.decay
-            self.steps = [PriorStep(r, g, decay) for r, g in zip(recency, self.prior.gains, strict=True)]
+            for layer, ids_1K in chosen.items():
+                recency_1E = self.recency[layer]
+                recency_1E.mul_(decay).scatter_add_(1, ids_1K, recency_1E.new_full(ids_1K.shape, 1.0 - decay))
+        if self.chosen is not None:
+            for layer, ids_1K in chosen.items():
+                self.chosen[layer].append(ids_1K)
 
     def bind(self, prior: RecencyPrior) -> bool:
         """Go on under another prior object (a copy of the cache has a copied one), if it means the same."""
@@ -244,6 +284,13 @@ class RecencyState:
         ]
         empty = torch.zeros((self.sequences, 0), dtype=torch.uint8, device=like.device)
         return torch.cat(parts, dim=1) if parts else empty
+
+
+def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> list[Tensor]:
+    """Scalar tensors; views of one where all are on one device."""
+    if len(set(devices)) == 1:
+        return list(torch.tensor(values, device=devices[0]).unbind())
+    return [torch.tensor(value, device=device) for value, device in zip(values, devices, strict=True)]
 
 
 def check_prior(mode: object, gain: object, decay: object) -> None:

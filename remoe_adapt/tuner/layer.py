@@ -126,6 +126,17 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
 
     # Forward
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module; under a dial straight to the router's forward where nothing listens on the way.
+
+        Two calls of `nn.Module.__call__` cost a decode step on a CPU as much as four tensor operations.
+        """
+        if self.resident and not self._disable_adapters and not kwargs and "forward" not in self.__dict__:
+            router: Any = self._modules["base_layer"]
+            if not (_is_heard(self) or _is_heard(router)):
+                return router.forward(*args)
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """What the router returns, under the active adapters (or one adapter per sample, see `mixed_batch`).
 
@@ -134,11 +145,8 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
         if self.resident:
             if adapter_names is not None:
                 self._refuse_while_resident("one adapter per sample")
-            if not self._disable_adapters:
-                # Straight to the forward where nothing listens to the router: a decode step counts microseconds.
-                router: Any = self._modules["base_layer"]
-                hooks = (router._forward_hooks, router._forward_pre_hooks, router._backward_hooks)
-                return router(*args, **kwargs) if any(hooks) else router.forward(*args, **kwargs)
+            if not self.disable_adapters:
+                return self.base_layer(*args, **kwargs)
             weights = {self.spec.weight_name: self.original_weight_ED}
             return functional_call(self.base_layer, weights, args, kwargs, tie_weights=False)
         if self.disable_adapters:
@@ -328,6 +336,12 @@ def remoe_layers(model: nn.Module) -> dict[str, RemoeLayer]:
     """The wrapped routers of `model` in model order, by their name inside the base model (no PEFT prefix)."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
     return {name.removeprefix("base_model.model.").removeprefix("_orig_mod."): layer for name, layer in layers.items()}
+
+
+def _is_heard(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _compute_dtype(weight_ED: Tensor) -> torch.dtype:
