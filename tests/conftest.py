@@ -19,6 +19,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from remoe_adapt.notices import say_once
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,8 +31,9 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Random models differ between tests only where a test says so."""
+    """Random models differ between tests only where a test says so; what is said once is said in each test."""
     torch.manual_seed(0)
+    say_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -40,10 +40,10 @@ def explain(device: torch.device) -> tuple[str, str]:
     """(backend, why) for tensors on this device. Raises ConfigError for a bad $REMOE_GATING."""
     if _forced is not None:
         _check(_forced)
-        if _forced != "auto":
-            return _forced, f"forced (set_backend or ${ENVIRONMENT})"
     if device.type != "cuda":
         return "torch", f"tensors are on {device.type}: Triton needs a GPU"
+    if _forced not in (None, "auto"):
+        return str(_forced), f"forced (set_backend or ${ENVIRONMENT})"
     return ("triton", "fused kernels") if has_triton() else ("torch", "triton is not installed")
 
 

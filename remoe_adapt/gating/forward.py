@@ -77,7 +77,7 @@ class RouterForward:
     `functional_call`, in-place swaps and `deepcopy` of the model reach it. `gate` gets the logits [T, E], k,
     `gate_spec` and the selection bias, and gives fp32 weights and int64 ids [T, K], best first. Where `linear_fp32` is
     not None, a `route` may take the product and the gate at once, with operands cast to fp32 or not; None from it
-    leaves the call to `gate`. It is asked on CUDA devices.
+    leaves the call to `gate`.
     """
 
     def __init__(self, module: nn.Module, spec: RouterSpec, facts: Facts) -> None:
@@ -112,7 +112,7 @@ class RouterForward:
 
         `bias_E` is the selection bias where the block hands it over; it may go by the name it has in the block.
         """
-        if self._is_simple and not named and hidden_states.is_cpu and hidden_states.dim() == 2:
+        if self._is_simple and self.route is None and not named and hidden_states.dim() == 2:
             # The plain case without detours: a decode step on a CPU counts microseconds.
             own, bias_leaf = self._weight_owner._parameters, self._logit_bias_leaf
             weight: Any = own[self._weight_leaf]
@@ -139,7 +139,7 @@ class RouterForward:
             weight_ED: Tensor = own[self._weight_leaf]  # type: ignore[assignment]
             linear_bias_E = None if self._logit_bias_leaf is None else own[self._logit_bias_leaf]
             fp32 = self.linear_fp32
-            if hidden_TD.is_cuda and self.route is not None and fp32 is not None and not _is_cast(hidden_TD):
+            if self.route is not None and fp32 is not None and not _is_cast(hidden_TD):
                 routed = self.route(hidden_TD, weight_ED, linear_bias_E, self._k, self.gate_spec, bias_E, fp32)
                 if routed is not None:
                     return self._returned(hidden_states, *routed)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from remoe_adapt.errors import ConfigError, RouterError
-from remoe_adapt.gating.dispatch import LayerGate
+from remoe_adapt.gating.dispatch import LayerGate, backend
 from remoe_adapt.gating.forward import RouterForward, router_forward
 from remoe_adapt.gating.prior import DECAY, RecencyPrior, check_prior
 from remoe_adapt.gating.sequences import SequenceHooks, text_model
@@ -52,8 +52,8 @@ class InstalledPrior:
         self._hooks: SequenceHooks | None = None
         if covered:
             for layer, forward in enumerate(self._forwards):
-                gate = LayerGate(self.prior, layer)
-                forward.gate, forward.route = gate, gate.route
+                forward.gate = LayerGate(self.prior, layer)
+            self._set_routes()
             self.enable(True)
             self._hooks = SequenceHooks(text_model(model, [ref.name for ref in covered]), self.prior, self._settle)
         for reason in sorted(set(self.own_forward.values())):
@@ -76,6 +76,13 @@ class InstalledPrior:
     def follow(self) -> None:
         """Bring gains and residency to where the routers are, after the model was moved."""
         self.prior.place([forward.weight_device for forward in self._forwards])
+        self._set_routes()
+
+    def _set_routes(self) -> None:
+        for forward in self._forwards:
+            gate = forward.gate
+            assert isinstance(gate, LayerGate)
+            forward.route = gate.route if backend(forward.weight_device) == "triton" else None
 
     def _settle(self) -> None:
         if self._forwards[0].weight_device != self.prior.gains[0].device:

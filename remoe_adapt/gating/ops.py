@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from remoe_adapt.triton_kernels.rule import Rule
 
 MAX_EXPERTS, MAX_CHOSEN, MAX_ROUTE_TOKENS = 1024, 32, 16
-_BY_LOGIT = ("softmax", "topk_softmax", "sparsemixer")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -64,12 +63,11 @@ def kernel_rule(rule: str) -> Rule:
     from remoe_adapt.triton_kernels import rule as words
 
     spec = decode(rule)
-    by_logit = spec.family in _BY_LOGIT or (spec.family == "sigmoid" and spec.score != "sigmoid")
-    grouped = spec.group_score is not None and spec.family not in (*_BY_LOGIT, "sigmoid")
+    grouped = spec.group_score is not None and not spec.ranks_logits and spec.family != "sigmoid"
     return words.Rule(
         score={"softmax": words.SOFTMAX, "sigmoid": words.SIGMOID}.get(spec.score, words.SQRT_SOFTPLUS),
         rank=words.BY_LOGIT
-        if by_logit
+        if spec.ranks_logits
         else words.BY_BIASED_LOGIT
         if spec.family == "logit_bias_sigmoid"
         else words.BY_SCORE,
@@ -77,7 +75,7 @@ def kernel_rule(rule: str) -> Rule:
         num_groups=spec.n_group if grouped else 1,
         kept_groups=spec.topk_group if grouped else 1,
         fill=spec.group_fill,
-        chosen_softmax=_chosen_softmax(spec),
+        chosen_softmax=spec.is_chosen_softmax,
         normalize=spec.normalize,
         eps=spec.normalize_eps,
         null_from=spec.num_experts - spec.null_experts if spec.weight_rule == "null_is_zero" else None,
@@ -85,24 +83,19 @@ def kernel_rule(rule: str) -> Rule:
     )
 
 
-def _chosen_softmax(spec: RouterSpec) -> bool:
-    """Whether weights are a softmax over the chosen logits; a renormalised softmax is."""
-    renormalised = spec.weight_rule == "score" and spec.normalize and spec.score == "softmax"
-    return renormalised or spec.weight_rule == "chosen_softmax"
-
-
 def _bias(bias: Tensor | None, rule: str) -> Tensor | None:
     """The selection bias as the kernels read it; None where the family ranks without one."""
-    family = decode(rule).family
-    return None if bias is None or family in (*_BY_LOGIT, "sigmoid") else bias.float().reshape(-1).contiguous()
+    spec = decode(rule)
+    unbiased = bias is None or spec.ranks_logits or spec.family == "sigmoid"
+    return None if bias is None or unbiased else bias.float().reshape(-1).contiguous()
 
 
 def _gate(
     logits: Tensor, bias: Tensor | None, recency: Tensor | None, gain: Tensor | None, decay: float | None,
     flags: Tensor | None, k: int, rule: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Kernels or definition, as the device has it; `recency` moves on in place if there is a decay."""
-    if not logits.is_cuda:
+    """Kernels, or the definition elsewhere and beyond them; `recency` moves on in place if there is a decay."""
+    if not logits.is_cuda or unsupported(decode(rule), k, logits.dtype) is not None:
         prior = None if recency is None or gain is None else PriorStep(recency, gain, decay, flags)
         weights, ids = reference.topk_gating(logits, k, decode(rule), prior, bias_E=bias)
         return weights, ids.contiguous()
@@ -169,7 +162,7 @@ def weights_backward(grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, spec: R
     """
     chosen_TK = logits_TE.gather(-1, ids_TK).float()
     grad_TK = grad_TK * spec.scaling
-    if _chosen_softmax(spec):
+    if spec.is_chosen_softmax:
         p_TK = chosen_TK.softmax(dim=-1)
         return _spread(p_TK * (grad_TK - (grad_TK * p_TK).sum(dim=-1, keepdim=True)), ids_TK, logits_TE)
     if spec.weight_rule == "null_is_zero":
@@ -214,7 +207,8 @@ def _route(
     gain: Tensor | None, decay: float | None, flags: Tensor | None, linear_fp32: bool, k: int, rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     per_token = recency is None or decay is None or len(recency) == len(hidden)
-    if hidden.is_cuda and per_token and (linear_fp32 or hidden.dtype == weight.dtype):
+    kernels = hidden.is_cuda and unsupported(decode(rule), k, hidden.dtype) is None
+    if kernels and per_token and (linear_fp32 or hidden.dtype == weight.dtype):
         from remoe_adapt.triton_kernels.route import fits_route, launch_route
 
         if fits_route(hidden, weight):
@@ -245,7 +239,7 @@ def fused_gating(
 ) -> tuple[Tensor, Tensor]:
     """`reference.topk_gating` as one operator: weights fp32 [T, K], ids int64 [T, K]; the prior moves on in place.
 
-    Raises ConfigError when k or a shape does not fit. Ask `unsupported` before: the kernels do not take every router.
+    Raises ConfigError when k or a shape does not fit.
     """
     reference.check_shapes(logits_TE, k, prior, bias_E)
     recency_BE, gain, decay, flags_T = _parts(prior)
