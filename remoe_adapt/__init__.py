@@ -19,6 +19,7 @@ _EXPORTS = {
     "DeviceProfile": "remoe_adapt.device_profile",
     "Family": "remoe_adapt.family",
     "FamilyPoint": "remoe_adapt.family",
+    "RecencyPrior": "remoe_adapt.gating.prior",
     "RemoeConfig": "remoe_adapt.tuner",
     "RemoeError": "remoe_adapt.errors",
     "RemoeLayer": "remoe_adapt.tuner",
@@ -31,6 +32,8 @@ _EXPORTS = {
     "get_remoe_model": "remoe_adapt.runtime.load",
     "list_profiles": "remoe_adapt.device_profile",
     "load_profile": "remoe_adapt.device_profile",
+    "recency_prior": "remoe_adapt.gating.install",
+    "topk_gating": "remoe_adapt.gating.reference",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]

@@ -233,6 +233,11 @@ class RecencyState:
         self.past, self.length, self.flags = 0, 0, []
         self.chosen = None if self.chosen is None else [[] for _ in self.recency]
 
+    def keep_if(self, flag: Tensor) -> None:
+        """Back to nothing used where this scalar on the device is False."""
+        for part in self.recency if self._whole_LBE is None else [self._whole_LBE]:
+            part.mul_(flag.to(part))
+
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order (a sequence may come more than once)."""
         same = len(rows) == self.sequences

@@ -118,8 +118,7 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int) -> RecencyState:
         attach(cache, state)
         return state
     if isinstance(length, Tensor):  # a static cache: whether it is empty is known on the device only
-        for recency_BE in state.recency:
-            recency_BE.mul_((length != 0).to(recency_BE))
+        state.keep_if(length != 0)
     elif length == 0:
         state.reset()
     elif length is not None and length < state.length:
