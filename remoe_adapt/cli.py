@@ -107,10 +107,12 @@ def train(
     ws_weight: opt.WsWeight = None, kl_weight: opt.KlWeight = None, distill_share: opt.DistillShare = None,
     steps: opt.Steps = None, batch: opt.Batch = None,
     accumulate: opt.Accumulate = None, length: opt.Length = None, lr: opt.Lr = None, mode: opt.Mode = None,
+    recency: opt.Recency = None, recency_gain: opt.FullGain = None, recency_decay: opt.RecencyDecay = None,
     rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
     device: opt.Device = None, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Train a family of router adapters, and the control that shows what training alone would do."""
+    recency = recency or (None if recency_gain is None else "ema")
     given: dict[str, Any] = dict(locals())
     from remoe_adapt.evaluate import certify, evaluate
     from remoe_adapt.record import load_base

@@ -56,6 +56,7 @@ Plot = Annotated[Path | None, typer.Option(help="Write EOR against perplexity he
 Recency = Annotated[str | None, typer.Option(help="Recency prior: last, ema or resident.")]
 RecencyGains = Annotated[str, typer.Option("--recency-gain", help="Its gains to try on the base, comma-separated.")]
 RecencyGain = Annotated[float | None, typer.Option(help="Its gain, at every strength; default 0.2.")]
+FullGain = Annotated[float | None, typer.Option("--recency-gain", help="Its gain in the point of strength 1.")]
 RecencyDecay = Annotated[float | None, typer.Option(help="Its decay in mode ema; default 0.7.")]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
-from remoe_adapt.family import Family
+from remoe_adapt.family import Family, Recency
 from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.training import run as train_run
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.point import PointLog
@@ -199,6 +201,34 @@ def test_local_mode_trains_a_family_with_an_end_to_end_control(folder: Path, tmp
     assert family.control is not None
     for deltas in (family.deltas(1.0), family.control.deltas):
         assert all(delta.abs().max() > 0 for delta in deltas.values())
+
+
+def test_points_may_carry_a_recency_prior(folder: Path, tmp_path: Path) -> None:
+    options = TrainOptions(steps=2, batch=2, length=24, recency="ema", recency_gain=0.4)
+    family = train_family(
+        folder / "base",
+        [folder / "data"],
+        [0.5, 1.0],
+        tmp_path / "family",
+        options=options,
+        control=False,
+        progress=False,
+    )
+    assert [point.recency for point in family.points] == [
+        Recency("ema", 0.7, (gain,) * 4) for gain in (0.2, 0.4)
+    ]  # fmt: skip
+    model = get_remoe_model(folder / "base", family=family)
+    model.controller.set_strength(0.25)
+    assert model.controller.status()["recency"]["gain"] == pytest.approx(0.1)
+
+
+def test_a_run_from_before_an_option_existed_goes_on(folder: Path, trained: Any, tmp_path: Path) -> None:
+    kept = shutil.copytree(folder / "family", tmp_path / "family")
+    record = json.loads((kept / RUN_FILE).read_text())
+    del record["recency"], record["recency_gain"]
+    (kept / RUN_FILE).write_text(json.dumps(record))
+    again = train_family(folder / "base", [folder / "data"], [1.0, 0.25], kept, options=SHORT, progress=False)
+    assert again.strengths == (0.25, 1.0)
 
 
 def test_held_out_documents_are_never_trained_on(folder: Path) -> None:

@@ -157,27 +157,30 @@ class Tokens:
             self.state.chosen[layer].append(ids_TK)
 
     def made_state(self) -> RecencyState | None:
-        """The state after these tokens where they began without one; None when not every router was asked."""
-        layers = range(len(self.prior.gains))
-        if self.state is not None or any(layer not in self._started for layer in layers):
+        """The state after these tokens where they began without one; None when no router was asked."""
+        if self.state is not None or not self._started:
             return None
-        state = RecencyState(self.prior, [self._started[layer] for layer in layers])
+        state = self.prior.new_state(self.sequences)
+        for layer, started_BE in self._started.items():
+            state.recency[layer].copy_(started_BE)
         state.advance(self.count // self.sequences, self.flags_T)
-        state.chosen = [[self._chosen[layer]] for layer in layers]
+        state.chosen = [[self._chosen.get(layer)] for layer in range(len(state.recency))]
         return state
 
 
 class RecencyState:
     """The recency [B, E] of each router after `length` tokens (padding counted) of B sequences.
 
-    `chosen` holds, per router, what was chosen since token `past`, so that `crop` can go back; None where that is not
-    kept (`length` stands still then).
+    `chosen` holds, per router, what was chosen since token `past`, forward by forward as `flags` do, so that `crop` can
+    go back; None where that is not kept (`length` stands still then). A router that a forward did not ask (it took an
+    early exit, or other experts serve its kind of token) has None there: its recency did not move.
     """
 
     def __init__(self, prior: RecencyPrior, recency: list[Tensor], past: int = 0, *, croppable: bool = True) -> None:
         self.prior, self.past, self.length = prior, past, past
-        self.chosen: list[list[Tensor]] | None = [[] for _ in recency] if croppable else None
+        self.chosen: list[list[Tensor | None]] | None = [[] for _ in recency] if croppable else None
         self.flags: list[Tensor | int] = []
+        self._has_gaps = False
         self._hold(recency)
 
     def _hold(self, recency: list[Tensor]) -> None:
@@ -220,17 +223,21 @@ class RecencyState:
         """S more tokens of each sequence are on their way."""
         if self.chosen is None:
             return
+        if len(self.flags) > _JOIN:
+            self._join()
+        self._mark_gaps()
         self.length += tokens
         self.flags.append(tokens if flags_T is None else flags_T.reshape(self.sequences, -1))
-        if len(self.flags) > _JOIN:
-            self.flags = [self._joined_flags()]
-            self.chosen = [[self._joined(parts).to(torch.int16)] for parts in self.chosen]
+
+    def forget(self) -> None:
+        """Keep no history from now on."""
+        self.chosen, self.flags = None, []
 
     def reset(self) -> None:
         """Back to length 0, in place."""
         for recency_BE in self.recency:
             recency_BE.zero_()
-        self.past, self.length, self.flags = 0, 0, []
+        self.past, self.length, self.flags, self._has_gaps = 0, 0, [], False
         self.chosen = None if self.chosen is None else [[] for _ in self.recency]
 
     def keep_if(self, flag: Tensor) -> None:
@@ -241,8 +248,9 @@ class RecencyState:
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order (a sequence may come more than once)."""
         same = len(rows) == self.sequences
-        if self.chosen is not None:
-            self.chosen = [[self._joined(parts)[rows.to(parts[0].device)]] if parts else [] for parts in self.chosen]
+        if self.chosen is not None and self.flags:
+            self._join()
+            self.chosen = [[None if ids is None else ids[rows.to(ids.device)] for ids in parts] for parts in self.chosen]
             self.flags = [part if isinstance(part, int) else part[rows.to(part.device)] for part in self.flags]
         kept = [recency_BE[rows.to(recency_BE.device)] for recency_BE in self.recency]
         if same:
@@ -263,32 +271,70 @@ class RecencyState:
             self.past = self.length = length
             return
         kept, decay = length - self.past, self.prior.decay
-        flags_BS = self._joined_flags()[:, :kept]
-        chosen = [self._joined(parts)[:, :kept] for parts in self.chosen]
-        flagged = any(isinstance(part, Tensor) for part in self.flags)
+        self._join()
+        flagged = isinstance(self.flags[0], Tensor)
+        self.flags = [part[:, :kept] if isinstance(part, Tensor) else kept for part in self.flags]
+        self.chosen = [[None if ids is None else ids[:, :kept] for ids in parts] for parts in self.chosen]
+        self.length = length
         remembered = 1 if decay == 0.0 else math.ceil(math.log(_FORGOTTEN) / math.log(decay))
-        for recency_BE, ids_BSK in zip(self.recency, chosen, strict=True):
+        first = 0 if flagged or self._has_gaps else max(0, kept - remembered)
+        for recency_BE, (ids_BSK,) in zip(self.recency, self.chosen, strict=True):
             recency_BE.zero_()
-            for s in range(0 if flagged else max(0, kept - remembered), kept):
-                flags_B = flags_BS[:, s].to(recency_BE.device) if flagged else None
-                _replay(recency_BE, ids_BSK[:, s].long(), flags_B, decay)
-        self.chosen, self.length = [[ids_BSK] for ids_BSK in chosen], length
-        self.flags = [flags_BS if flagged else kept]
+            for s in range(first, kept if ids_BSK is not None else first):
+                self._replay(recency_BE, ids_BSK[:, s], s)
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
-        """[B, S, K] of steps kept as they came, [B * S, K]."""
-        return torch.cat([part.reshape(self.sequences, -1, part.shape[-1]) for part in parts], dim=1)
+    def _replay(self, recency_BE: Tensor, ids_BK: Tensor, s: int) -> None:
+        """`reference._step`'s update by token s, with the choice known (-1: the router was not asked)."""
+        decay, flags_BS = self.prior.decay, self.flags[0]
+        ids_BK = ids_BK.long()
+        if isinstance(flags_BS, int) and not self._has_gaps:
+            recency_BE.mul_(decay).scatter_add_(-1, ids_BK, recency_BE.new_full(ids_BK.shape, 1.0 - decay))
+            return
+        still_B1 = ids_BK[:, :1] < 0
+        started_BE = recency_BE.clone()
+        if isinstance(flags_BS, Tensor):
+            flags_B1 = flags_BS[:, s : s + 1].to(recency_BE.device)
+            still_B1 = still_B1 | (flags_B1.bitwise_and(PADDING) != 0)
+            started_BE.masked_fill_(flags_B1.bitwise_and(RESTART) != 0, 0.0)
+        used_BE = torch.zeros_like(recency_BE).scatter_(-1, ids_BK.clamp(min=0), 1.0 - decay)
+        recency_BE.copy_(torch.where(still_B1, started_BE, started_BE * decay + used_BE))
 
-    def _joined_flags(self) -> Tensor:
-        like = self.recency[0]
-        parts = [
-            torch.zeros((self.sequences, part), dtype=torch.uint8, device=like.device)
-            if isinstance(part, int)
-            else part
-            for part in self.flags
+    # The history
+
+    def _mark_gaps(self) -> None:
+        for parts in self.chosen or ():
+            if len(parts) < len(self.flags):
+                parts.extend([None] * (len(self.flags) - len(parts)))
+                self._has_gaps = True
+
+    def _join(self) -> None:
+        """One part of each instead of one per forward: ids [B, S, K] int16, flags [B, S] or their number."""
+        assert self.chosen is not None
+        self._mark_gaps()
+        counts = [part if isinstance(part, int) else part.shape[1] for part in self.flags]
+        self.chosen = [[self._joined(parts, counts)] for parts in self.chosen]
+        flags_BS = next((part for part in self.flags if isinstance(part, Tensor)), None)
+        if flags_BS is None:
+            self.flags = [sum(counts)]
+            return
+        whole = [
+            part if isinstance(part, Tensor) else flags_BS.new_zeros((self.sequences, part)) for part in self.flags
         ]
-        empty = torch.zeros((self.sequences, 0), dtype=torch.uint8, device=like.device)
-        return torch.cat(parts, dim=1) if parts else empty
+        self.flags = [torch.cat(whole, dim=1)]
+
+    def _joined(self, parts: list[Tensor | None], counts: list[int]) -> Tensor | None:
+        width = next((ids.shape[-1] for ids in parts if ids is not None), None)
+        if width is None:
+            return None
+        shape = (self.sequences, -1, width)
+        like = self.recency[0]
+        whole = [
+            like.new_full((self.sequences, count, width), -1, dtype=torch.int16)
+            if ids is None
+            else ids.reshape(shape).to(torch.int16)
+            for ids, count in zip(parts, counts, strict=True)
+        ]
+        return torch.cat(whole, dim=1)
 
 
 def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> list[Tensor]:
@@ -308,15 +354,3 @@ def check_prior(mode: object, gain: object, decay: object) -> None:
         )
     if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0.0 <= decay < 1.0:
         raise ConfigError(f"recency decay {decay!r}: give a number from 0 (the last token alone) to below 1.")
-
-
-def _replay(recency_BE: Tensor, ids_BK: Tensor, flags_B: Tensor | None, decay: float) -> None:
-    """`reference._step`'s update, with the choice known."""
-    used_BE = torch.zeros_like(recency_BE).scatter_(-1, ids_BK, 1.0 - decay)
-    if flags_B is None:
-        recency_BE.mul_(decay).add_(used_BE)
-        return
-    restart_B1 = (flags_B.bitwise_and(RESTART) != 0).unsqueeze(-1)
-    padding_B1 = (flags_B.bitwise_and(PADDING) != 0).unsqueeze(-1)
-    started_BE = recency_BE.masked_fill(restart_B1, 0.0)
-    recency_BE.copy_(torch.where(padding_B1, started_BE, started_BE * decay + used_BE))

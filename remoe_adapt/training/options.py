@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.family_files import Recency
+from remoe_adapt.gating.prior import DECAY, check_prior
 from remoe_adapt.training.trainer import MODES, Mode
 from remoe_adapt.tuner.config import RemoeConfig
 
@@ -22,6 +24,8 @@ class TrainOptions:
     `accumulate`, on every device; `length` None: min(max positions, 512) tokens a row. `warmup` is the share of the
     steps over which the learning rate and the locality weight rise. `mode` "local" is for the points; the control has
     nothing but the next-token loss and is always trained end to end. `bf16` is autocast; None: if a CPU has it.
+    `recency` ("last", "ema", "resident") gives points a recency prior, whose gain rises with the strength up to
+    `recency_gain` at 1; adapters are trained without it.
     """
 
     reuse_weight: float = 1.2
@@ -38,6 +42,9 @@ class TrainOptions:
     warmup: float = 0.1
     mode: Mode = "end-to-end"
     rank: int | None = None
+    recency: str | None = None
+    recency_gain: float = 0.3
+    recency_decay: float = DECAY
     bf16: bool | None = None
     seed: int = 0
 
@@ -53,9 +60,17 @@ class TrainOptions:
             raise ConfigError(f"lr={self.lr}: use a number > 0")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup={self.warmup}: a share of the steps between 0 and 1")
+        check_prior(self.recency or "ema", self.recency_gain, self.recency_decay)
         if self.mode not in MODES:
             raise ConfigError(f"mode={self.mode!r}: choose 'end-to-end' or 'local'")
         self.config(1.0)  # checks the weights and the rank
+
+    def recency_of(self, strength: float, routers: int) -> Recency | None:
+        """The recency prior of a point; None without one."""
+        if self.recency is None:
+            return None
+        decay = 0.0 if self.recency == "last" else self.recency_decay
+        return Recency(self.recency, decay, (strength * self.recency_gain,) * routers)
 
     def config(self, strength: float) -> RemoeConfig:
         """The adapter configuration of a point; strength 0 is the control."""
@@ -89,6 +104,7 @@ def check_same_run(record: Path, run: dict[str, Any]) -> None:
         raise ConfigError(f"{record} cannot be read ({error}): choose another --out, or train anew") from error
     if not isinstance(earlier, dict):
         raise ConfigError(f"{record} is not a record of a run: choose another --out, or train anew")
+    earlier = json.loads(json.dumps(asdict(TrainOptions()))) | earlier  # options that are younger than the record
     changed = [f"{key} was {earlier.get(key)!r}, now {run[key]!r}" for key in run if earlier.get(key) != run[key]]
     if changed:
         raise ConfigError(

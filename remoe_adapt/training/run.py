@@ -23,6 +23,7 @@ from remoe_adapt.family import Family
 from remoe_adapt.family_files import FAMILY_FILE, write_whole
 from remoe_adapt.host_memory import freed_memory_kept
 from remoe_adapt.record import max_positions
+from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.fingerprint import fingerprint
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
@@ -133,7 +134,8 @@ def train_family(
             last = train_point(model, rows, options, strength, folder, PointLog(bar, out / LOG_FILE, name, strength))
         if PartialState().is_main_process:
             if strength:
-                family.add_point(strength, folder / ADAPTER)
+                recency = options.recency_of(strength, len(discover_routers(model)))
+                family.add_point(strength, folder / ADAPTER, recency)
             else:
                 family.set_control(folder / ADAPTER)
             shutil.rmtree(folder)
