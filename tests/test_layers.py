@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "routers.infer",
         "gating",
         "gating.reference",
+        "gating.state",
         "gating.prior",
         "gating.ops",
         "gating.decode",

@@ -277,3 +277,36 @@ def test_residency_is_what_a_cache_writes(model: Any) -> None:
             mask_1E[0, [1, 6]] = 1.0
         assert set(chosen(model, LONGER).flatten().tolist()) == {1, 6}
         assert set(chosen(model, LONGER).flatten().tolist()) == {1, 6}, "reading it changes nothing"
+
+
+@pytest.mark.parametrize("kept", [2, 5, 270])
+def test_a_router_that_is_not_asked_stands_still(kept: int) -> None:
+    """Early exits and experts of another modality leave gaps in the history that `crop` goes back over."""
+    prior = RecencyPrior("ema", [(torch.device("cpu"), 8)] * 3, decay=0.7)
+    state = prior.new_state(2)
+    torch.manual_seed(0)
+    for token in range(280):
+        if token == kept:
+            expected = [recency_BE.clone() for recency_BE in state.recency]
+        state.advance(1, None)
+        for layer in (0, 1) if token % 3 else (0,):  # router 2 never, router 1 now and then
+            ids_BK = torch.stack([torch.randperm(8)[:2] for _ in range(2)])
+            assert state.chosen is not None
+            state.chosen[layer].append(ids_BK)
+            state.recency[layer].mul_(0.7).scatter_add_(-1, ids_BK, torch.full((2, 2), 1.0 - 0.7))
+    state.crop(kept)
+    for found_BE, expected_BE in zip(state.recency, expected, strict=True):
+        torch.testing.assert_close(found_BE, expected_BE, rtol=1e-6, atol=1e-9)
+
+
+def test_experts_of_another_modality_are_not_asked() -> None:
+    """Text alone leaves the vision experts of this architecture unasked, over more tokens than are kept one by one."""
+    model = routing_matters("ernie4_5_vl_moe", text_only=False, max_position_embeddings=512)
+    with recency_prior(model, "ema", 0.4):
+        plain = decode(model, use_cache=False)
+        assert torch.equal(decode(model, prompt_lookup_num_tokens=3), plain)
+        assert decode(model, max_new_tokens=270).shape[1] == PROMPT.shape[1] + 270
+
+
+def test_an_early_exit_that_drafts_equals_plain_decoding(primed: Any) -> None:
+    assert torch.equal(decode(primed, assistant_early_exit=2), decode(primed))

@@ -1,12 +1,11 @@
-"""The recency prior of a model: its gains and residency on the device, and the state of each sequence.
+"""The recency prior of a model: its gains and residency on the device, and the tokens that run under it.
 
-Shapes: L routers, B sequences, S new tokens of each, E experts, K chosen. The state lives beside the KV cache of its
-sequences (`gating/sequences.py`); gates move it on in place.
+Shapes: L routers, B sequences, S new tokens of each, E experts, K chosen. The state (`gating/state.py`) lives beside
+the KV cache of its sequences (`gating/sequences.py`); gates move it on in place.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +14,12 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.gating.reference import PADDING, RESTART, PriorStep
+from remoe_adapt.gating.reference import PriorStep
+from remoe_adapt.gating.state import RecencyState
 
 MODES = ("last", "ema", "resident")
 DECAY = 0.7
 MAX_GAIN = 16.0
-# What a token leaves behind is forgotten below this.
-_FORGOTTEN = 1e-12
-# Per-step tensors of chosen experts that are joined into one.
-_JOIN = 256
 
 
 class _Here(threading.local):
@@ -164,177 +160,8 @@ class Tokens:
         for layer, started_BE in self._started.items():
             state.recency[layer].copy_(started_BE)
         state.advance(self.count // self.sequences, self.flags_T)
-        state.chosen = [[self._chosen.get(layer)] for layer in range(len(state.recency))]
+        state.chosen = [[self._chosen[layer]] if layer in self._chosen else [] for layer in range(len(state.recency))]
         return state
-
-
-class RecencyState:
-    """The recency [B, E] of each router after `length` tokens (padding counted) of B sequences.
-
-    `chosen` holds, per router, what was chosen since token `past`, forward by forward as `flags` do, so that `crop` can
-    go back; None where that is not kept (`length` stands still then). A router that a forward did not ask (it took an
-    early exit, or other experts serve its kind of token) has None there: its recency did not move.
-    """
-
-    def __init__(self, prior: RecencyPrior, recency: list[Tensor], past: int = 0, *, croppable: bool = True) -> None:
-        self.prior, self.past, self.length = prior, past, past
-        self.chosen: list[list[Tensor | None]] | None = [[] for _ in recency] if croppable else None
-        self.flags: list[Tensor | int] = []
-        self._has_gaps = False
-        self._hold(recency)
-
-    def _hold(self, recency: list[Tensor]) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            alike = len({(recency_BE.shape, recency_BE.device) for recency_BE in recency}) == 1
-            # In one piece where that goes, so that a token moves all of it at once.
-            self._whole_LBE = torch.stack(recency) if alike else None
-        self.recency = recency if self._whole_LBE is None else list(self._whole_LBE.unbind())
-        self.placed, self.sequences = self.prior.placed, len(recency[0])
-        decay = self.prior.decay
-        self.steps = [PriorStep(part, gain, decay) for part, gain in zip(self.recency, self.prior.gains, strict=True)]
-
-    def move(self, chosen: dict[int, Tensor]) -> None:
-        """Take in what the routers chose for one token of one sequence: ids [1, K] by layer."""
-        decay = self.prior.decay
-        widths = {ids_1K.shape[-1] for ids_1K in chosen.values()}
-        if self._whole_LBE is not None and len(chosen) == len(self.recency) and len(widths) == 1:
-            ids_LK = torch.cat([chosen[layer] for layer in range(len(chosen))])
-            whole_LE = self._whole_LBE.view(len(chosen), -1)
-            share = whole_LE.new_full((1, 1), 1.0 - decay).expand(ids_LK.shape)
-            whole_LE.mul_(decay).scatter_add_(1, ids_LK, share)
-        else:
-            for layer, ids_1K in chosen.items():
-                recency_1E = self.recency[layer]
-                recency_1E.mul_(decay).scatter_add_(1, ids_1K, recency_1E.new_full(ids_1K.shape, 1.0 - decay))
-        if self.chosen is not None:
-            for layer, ids_1K in chosen.items():
-                self.chosen[layer].append(ids_1K)
-
-    def bind(self, prior: RecencyPrior) -> bool:
-        """Go on under another prior object (a copy of the cache has a copied one), if it means the same."""
-        alike = (prior.mode, prior.decay) == (self.prior.mode, self.prior.decay)
-        if not alike or [r.shape[1] for r in self.recency] != [mask.shape[1] for mask in prior.residency]:
-            return False
-        self.prior = prior
-        self._hold([r.to(mask.device) for r, mask in zip(self.recency, prior.residency, strict=True)])
-        return True
-
-    def advance(self, tokens: int, flags_T: Tensor | None) -> None:
-        """S more tokens of each sequence are on their way."""
-        if self.chosen is None:
-            return
-        if len(self.flags) > _JOIN:
-            self._join()
-        self._mark_gaps()
-        self.length += tokens
-        self.flags.append(tokens if flags_T is None else flags_T.reshape(self.sequences, -1))
-
-    def forget(self) -> None:
-        """Keep no history from now on."""
-        self.chosen, self.flags = None, []
-
-    def reset(self) -> None:
-        """Back to length 0, in place."""
-        for recency_BE in self.recency:
-            recency_BE.zero_()
-        self.past, self.length, self.flags, self._has_gaps = 0, 0, [], False
-        self.chosen = None if self.chosen is None else [[] for _ in self.recency]
-
-    def keep_if(self, flag: Tensor) -> None:
-        """Back to nothing used where this scalar on the device is False."""
-        for part in self.recency if self._whole_LBE is None else [self._whole_LBE]:
-            part.mul_(flag.to(part))
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these sequences, in this order (a sequence may come more than once)."""
-        same = len(rows) == self.sequences
-        if self.chosen is not None and self.flags:
-            self._join()
-            self.chosen = [[None if ids is None else ids[rows.to(ids.device)] for ids in parts] for parts in self.chosen]
-            self.flags = [part if isinstance(part, int) else part[rows.to(part.device)] for part in self.flags]
-        kept = [recency_BE[rows.to(recency_BE.device)] for recency_BE in self.recency]
-        if same:
-            for recency_BE, kept_BE in zip(self.recency, kept, strict=True):
-                recency_BE.copy_(kept_BE)
-        else:
-            self._hold(kept)
-
-    def repeat(self, times: int) -> None:
-        """Every sequence `times` times, copies side by side."""
-        rows = torch.arange(self.sequences, device=self.recency[0].device)
-        self.select(rows.repeat_interleave(times))
-
-    def crop(self, length: int) -> None:
-        """Back to the state after the first `length` tokens."""
-        if self.chosen is None or length <= self.past:
-            self.reset()
-            self.past = self.length = length
-            return
-        kept, decay = length - self.past, self.prior.decay
-        self._join()
-        flagged = isinstance(self.flags[0], Tensor)
-        self.flags = [part[:, :kept] if isinstance(part, Tensor) else kept for part in self.flags]
-        self.chosen = [[None if ids is None else ids[:, :kept] for ids in parts] for parts in self.chosen]
-        self.length = length
-        remembered = 1 if decay == 0.0 else math.ceil(math.log(_FORGOTTEN) / math.log(decay))
-        first = 0 if flagged or self._has_gaps else max(0, kept - remembered)
-        for recency_BE, (ids_BSK,) in zip(self.recency, self.chosen, strict=True):
-            recency_BE.zero_()
-            for s in range(first, kept if ids_BSK is not None else first):
-                self._replay(recency_BE, ids_BSK[:, s], s)
-
-    def _replay(self, recency_BE: Tensor, ids_BK: Tensor, s: int) -> None:
-        """`reference._step`'s update by token s, with the choice known (-1: the router was not asked)."""
-        decay, flags_BS = self.prior.decay, self.flags[0]
-        ids_BK = ids_BK.long()
-        if isinstance(flags_BS, int) and not self._has_gaps:
-            recency_BE.mul_(decay).scatter_add_(-1, ids_BK, recency_BE.new_full(ids_BK.shape, 1.0 - decay))
-            return
-        still_B1 = ids_BK[:, :1] < 0
-        started_BE = recency_BE.clone()
-        if isinstance(flags_BS, Tensor):
-            flags_B1 = flags_BS[:, s : s + 1].to(recency_BE.device)
-            still_B1 = still_B1 | (flags_B1.bitwise_and(PADDING) != 0)
-            started_BE.masked_fill_(flags_B1.bitwise_and(RESTART) != 0, 0.0)
-        used_BE = torch.zeros_like(recency_BE).scatter_(-1, ids_BK.clamp(min=0), 1.0 - decay)
-        recency_BE.copy_(torch.where(still_B1, started_BE, started_BE * decay + used_BE))
-
-    # The history
-
-    def _mark_gaps(self) -> None:
-        for parts in self.chosen or ():
-            if len(parts) < len(self.flags):
-                parts.extend([None] * (len(self.flags) - len(parts)))
-                self._has_gaps = True
-
-    def _join(self) -> None:
-        """One part of each instead of one per forward: ids [B, S, K] int16, flags [B, S] or their number."""
-        assert self.chosen is not None
-        self._mark_gaps()
-        counts = [part if isinstance(part, int) else part.shape[1] for part in self.flags]
-        self.chosen = [[self._joined(parts, counts)] for parts in self.chosen]
-        flags_BS = next((part for part in self.flags if isinstance(part, Tensor)), None)
-        if flags_BS is None:
-            self.flags = [sum(counts)]
-            return
-        whole = [
-            part if isinstance(part, Tensor) else flags_BS.new_zeros((self.sequences, part)) for part in self.flags
-        ]
-        self.flags = [torch.cat(whole, dim=1)]
-
-    def _joined(self, parts: list[Tensor | None], counts: list[int]) -> Tensor | None:
-        width = next((ids.shape[-1] for ids in parts if ids is not None), None)
-        if width is None:
-            return None
-        shape = (self.sequences, -1, width)
-        like = self.recency[0]
-        whole = [
-            like.new_full((self.sequences, count, width), -1, dtype=torch.int16)
-            if ids is None
-            else ids.reshape(shape).to(torch.int16)
-            for ids, count in zip(parts, counts, strict=True)
-        ]
-        return torch.cat(whole, dim=1)
 
 
 def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> list[Tensor]:

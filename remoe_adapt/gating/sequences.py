@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.gating.prior import RecencyPrior, RecencyState, Tokens
+from remoe_adapt.gating.prior import RecencyPrior, Tokens
 from remoe_adapt.gating.reference import PADDING, RESTART
+from remoe_adapt.gating.state import RecencyState
 from remoe_adapt.notices import say_once
 
 _STATE = "remoe_recency"
