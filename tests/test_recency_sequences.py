@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from remoe_adapt.errors import ConfigError, RouterError
 from remoe_adapt.gating.forward import RouterForward
@@ -110,14 +110,61 @@ def test_every_way_to_decode_equals_decoding_without_a_cache(primed: Any, option
     assert torch.equal(with_cache, decode(primed, use_cache=False, **plain))
 
 
-def test_a_left_padded_batch_decodes_as_its_rows_alone(primed: Any) -> None:
+def left_padded() -> tuple[Tensor, Tensor, int]:
+    """(ids, mask, padding): PROMPT and LONGER as one batch."""
     pad = LONGER.shape[1] - PROMPT.shape[1]
     batch = torch.cat([torch.cat([torch.zeros((1, pad), dtype=torch.int64), PROMPT], dim=1), LONGER])
     mask = torch.ones_like(batch)
     mask[0, :pad] = 0
-    both = decode(primed, batch, attention_mask=mask)
+    return batch, mask, pad
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_left_padded_batch_decodes_as_its_rows_alone(primed: Any, cache: str) -> None:
+    """With a static cache, generate hands over the mask prepared in four dimensions."""
+    batch, mask, pad = left_padded()
+    both = decode(primed, batch, attention_mask=mask, cache_implementation=cache)
     assert torch.equal(both[0, pad:], decode(primed)[0])
     assert torch.equal(both[1], decode(primed, LONGER)[0])
+
+
+def test_a_multimodal_model_that_prepares_masks_tells_padding() -> None:
+    """This architecture gives its text model the masks of each kind of attention layer."""
+    model = routing_matters("gemma4", text_only=False)
+    batch, mask, pad = left_padded()
+    with recency_prior(model, "ema", 0.4):
+        both = decode(model, batch, attention_mask=mask, max_new_tokens=8)
+        assert torch.equal(both[0, pad:], decode(model, max_new_tokens=8)[0])
+        assert torch.equal(both[1], decode(model, LONGER, max_new_tokens=8)[0])
+
+
+@pytest.mark.parametrize("kind", ["bool", "int", "float", "4-D bool", "4-D float"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_kind_of_mask_tells_padding(primed: Any, kind: str, side: str) -> None:
+    _, mask, pad = left_padded()
+    batch = torch.cat([torch.cat([torch.full((1, pad), 3), PROMPT], dim=1), LONGER])
+    if side == "right":
+        batch[0], mask[0] = batch[0].roll(-pad), mask[0].roll(-pad)
+    given = {"bool": mask.bool(), "int": mask, "float": mask.float()}.get(kind)
+    if given is None:
+        seen = mask.bool()[:, None, None, :] & torch.ones((11, 11)).tril().bool()
+        given = seen if kind == "4-D bool" else torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo().min)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    found = chosen(primed, batch, attention_mask=given, position_ids=positions)
+    layers, _, k = found.shape
+    real = found.reshape(layers, 2, -1, k)[:, :, mask[0].bool()]
+    assert torch.equal(real[:, 0], chosen(primed, PROMPT))
+    assert torch.equal(found[:, LONGER.shape[1] :], chosen(primed, LONGER))
+
+
+def test_rows_packed_by_a_mask_are_apart(primed: Any) -> None:
+    packed = torch.cat([PROMPT, LONGER], dim=1)
+    lengths = (PROMPT.shape[1], LONGER.shape[1])
+    seen = torch.block_diag(*(torch.ones((n, n)).tril() for n in lengths)).bool()[None, None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    found = chosen(primed, packed, attention_mask=seen, position_ids=positions)
+    assert torch.equal(found[:, : PROMPT.shape[1]], chosen(primed, PROMPT))
+    assert torch.equal(found[:, PROMPT.shape[1] :], chosen(primed, LONGER))
 
 
 def test_rows_packed_by_positions_are_apart(primed: Any) -> None:
@@ -243,6 +290,31 @@ def test_the_compiled_model_chooses_the_same(model: Any) -> None:
             )
         torch._dynamo.reset()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_compiled_steps_share_one_graph(model: Any) -> None:
+    """A decode loop with a static cache, for two texts and through a change of gain."""
+    graphs = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    with recency_prior(model, "ema", 0.0) as installed, torch.no_grad():
+        for text, gain in ((PROMPT, 0.4), (PROMPT.flip(1), 0.2)):
+            installed.set_gains(gain)
+            cache = StaticCache(config=model.config, max_cache_len=32)
+            ids = text
+            new = model(ids, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+            for _ in range(12):
+                ids = torch.cat([ids, new], dim=1)
+                positions = torch.tensor([[ids.shape[1] - 1]])
+                new = step(new, past_key_values=cache, position_ids=positions).logits.argmax(dim=-1)
+            assert torch.equal(ids, decode(model, text, max_new_tokens=12))
+    torch._dynamo.reset()
+    assert len(graphs) == 1
 
 
 def test_routers_that_cannot_have_it_keep_their_own_forward(caplog: pytest.LogCaptureFixture) -> None:

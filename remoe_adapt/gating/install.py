@@ -33,6 +33,7 @@ class InstalledPrior:
     def __init__(self, model: nn.Module, mode: str, decay: float = DECAY) -> None:
         check_prior(mode, 0.0, decay)
         refs = discover_routers(model)
+        owners = [text_model(model, ref.name) for ref in refs]
         self.num_routers = len(refs)
         self.own_forward: dict[str, str] = {}
         self.layers: list[int] = []
@@ -41,7 +42,7 @@ class InstalledPrior:
         for place, ref in enumerate(refs):
             if isinstance(_forward_of(ref.module), RouterForward):
                 raise RouterError(f"router {ref.name} has a recency prior already: remove that one first.")
-            found = router_forward(ref)
+            found = _without_sequences(owners[place], owners) or router_forward(ref)
             if isinstance(found, RouterForward):
                 self.layers.append(place)
                 self._forwards.append(found)
@@ -49,13 +50,14 @@ class InstalledPrior:
                 self.own_forward[ref.name] = found
         covered = [refs[place] for place in self.layers]
         self.prior = RecencyPrior(mode, [(ref.weight_ED.device, ref.spec.num_experts) for ref in covered], decay)
-        self._hooks: SequenceHooks | None = None
+        self._hooks: list[SequenceHooks] = []
         if covered:
             for layer, forward in enumerate(self._forwards):
                 forward.gate = LayerGate(self.prior, layer)
             self._set_routes()
             self.enable(True)
-            self._hooks = SequenceHooks(text_model(model, [ref.name for ref in covered]), self.prior, self._settle)
+            texts = {id(text): text for place in self.layers if (text := owners[place]) is not None}
+            self._hooks = [SequenceHooks(text, self.prior, self._settle) for text in texts.values()]
         for reason in sorted(set(self.own_forward.values())):
             names = [name for name, why in self.own_forward.items() if why == reason]
             say_once(
@@ -104,9 +106,9 @@ class InstalledPrior:
 
     def remove(self) -> None:
         """Every router runs its class's own forward again, for good."""
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
+        for hooks in self._hooks:
+            hooks.remove()
+        self._hooks = []
         self.enable(False)
         self._forwards = []
 
@@ -130,3 +132,13 @@ def recency_prior(
 def _forward_of(module: nn.Module) -> object:
     own = vars(module)
     return own.get(_WRAPPED, own.get("forward"))
+
+
+def _without_sequences(owner: nn.Module | None, owners: Sequence[nn.Module | None]) -> str | None:
+    """Why nobody knows the sequences of a router's tokens; `owner` is the module around it that is called with them."""
+    if owner is None:
+        return "no part of the model around it is called with input_ids or inputs_embeds"
+    inner = {id(module) for module in owner.modules() if module is not owner}
+    if any(id(other) in inner for other in owners):
+        return "it is beside the text model, so the sequences of its tokens are not known"
+    return None

@@ -7,7 +7,7 @@ cache object and follows its reordering, repetition, selection and cropping. It 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,10 +57,11 @@ class SequenceHooks:
         cache = self._argument(self._cache_name, args, kwargs)
         mask = self._argument("attention_mask", args, kwargs)
         positions = self._argument("position_ids", args, kwargs) if mask is None and cache is None else None
-        flags_T = _flags(mask, positions, sequences, length)
+        past = 0 if cache is None else _length(cache)
+        flags_T = None if length == 1 else _flags(mask, positions, sequences, length, past)
         state = None
         if cache is not None and self._prior.mode != "resident":
-            state = _state_of(cache, self._prior, sequences)
+            state = _state_of(cache, self._prior, sequences, past)
             state.advance(length, flags_T)
         self._prior.begin(Tokens(self._prior, sequences, sequences * length, flags_T, state))
 
@@ -71,43 +72,61 @@ class SequenceHooks:
         self._prior.end()
 
 
-def text_model(model: nn.Module, routers: Sequence[str]) -> nn.Module:
-    """The innermost module that holds all these routers and is called with tokens (`input_ids` or `inputs_embeds`)."""
-    paths = [name.split(".")[:-1] for name in routers]
-    common = paths[0]
-    for path in paths[1:]:
-        common = common[: next((i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), len(common))]
-    above = [model.get_submodule(".".join(common[:depth])) for depth in range(len(common), -1, -1)]
+def text_model(model: nn.Module, router: str) -> nn.Module | None:
+    """The innermost module around this router that is called with tokens (`inputs_embeds` or `input_ids`)."""
+    path = router.split(".")[:-1]
+    above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1)]
     for name in ("inputs_embeds", "input_ids"):
         for module in above:
             if name in inspect.signature(module.forward).parameters:
                 return module
-    return model
+    return None
 
 
-def _flags(mask: Any, positions: Any, sequences: int, length: int) -> Tensor | None:
-    """Flags of the new tokens: padding by a 2-D mask; without one, restarts where packed positions start at 0 again,
-    which is how transformers tells packed rows. None for decode steps and where nothing is flagged."""
-    if length == 1:
-        return None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == sequences and mask.shape[1] >= length:
-        flagged_BS, flag = mask[:, -length:] == 0, PADDING
-    elif isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
-        flagged_BS, flag = (positions == 0).expand(sequences, length), RESTART
+def _flags(mask: Any, positions: Any, sequences: int, length: int, past: int | Tensor | None) -> Tensor | None:
+    """Flags of the new tokens; None where nothing is flagged.
+
+    A 2-D mask tells the padding. A prepared 4-D one (or several, by kind of layer) does too, as tokens that do not see
+    themselves, and packed rows, as tokens that do not see the one before. Without a mask, positions that start at 0
+    again tell packed rows, as they do to transformers.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == length:
+        # A static cache has its free places at the end.
+        first = past if isinstance(past, Tensor) or past == 0 else mask.shape[3] - length
+        flagged_BS = _flags_4d(mask[:, 0], first)
+        flagged_BS = flagged_BS.expand(sequences, length)
+    elif isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == sequences and mask.shape[1] >= length:
+        flagged_BS = (mask[:, -length:] == 0).to(torch.uint8) * PADDING
+    elif mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
+        flagged_BS = (positions == 0).to(torch.uint8).mul(RESTART).expand(sequences, length)
+        flagged_BS = torch.cat([torch.zeros_like(flagged_BS[:, :1]), flagged_BS[:, 1:]], dim=1)  # it starts anyway
     else:
         return None
     # On an accelerator nothing may be read back, and the fused scan does not mind.
-    if flagged_BS.device.type == "cpu" and not torch.compiler.is_compiling():
-        first = 1 if flag == RESTART else 0  # every row starts at zero anyway
-        if not bool(flagged_BS[:, first:].any()):
-            return None
-    return flagged_BS.to(torch.uint8).mul_(flag).reshape(-1)
+    if flagged_BS.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(flagged_BS.any()):
+        return None
+    return flagged_BS.reshape(-1)
 
 
-def _state_of(cache: Any, prior: RecencyPrior, sequences: int) -> RecencyState:
+def _flags_4d(mask_BSN: Tensor, first: int | Tensor) -> Tensor:
+    """Flags [B, S] by what each token may attend to among N, of which the new ones begin at `first`."""
+    if mask_BSN.dtype.is_floating_point:  # added to the attention scores
+        seen_BSN = mask_BSN > torch.finfo(mask_BSN.dtype).min / 2
+    else:
+        seen_BSN = mask_BSN != 0
+    rows_S = torch.arange(mask_BSN.shape[1], device=mask_BSN.device)
+    own_S = (rows_S + first).clamp(0, mask_BSN.shape[2] - 1)
+    itself_BS, previous_BS = seen_BSN[:, rows_S, own_S], seen_BSN[:, rows_S, (own_S - 1).clamp(min=0)]
+    follows_BS = torch.cat([torch.zeros_like(itself_BS[:, :1]), itself_BS[:, :-1]], dim=1)
+    restart_BS = itself_BS & follows_BS & ~previous_BS
+    return (~itself_BS).to(torch.uint8) * PADDING + restart_BS.to(torch.uint8) * RESTART
+
+
+def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Tensor | None) -> RecencyState:
     """The state that this cache carries, brought to the cache's length; a new one where there is none."""
     state: RecencyState | None = getattr(cache, _STATE, None)
-    length = _length(cache)
     moved = state is not None and (state.prior is not prior or state.placed != prior.placed)
     if state is not None and moved and not state.bind(prior):
         state = None
@@ -115,7 +134,9 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int) -> RecencyState:
         say_once(f"a KV cache of {state.sequences} sequences is used for {sequences}: their recency starts anew.")
         state = None
     if state is None:
-        state = prior.new_state(sequences, length if isinstance(length, int) else 0, croppable=isinstance(length, int))
+        # A cache for compiled steps is never cropped, and a history that grows would compile them anew.
+        past = length if isinstance(length, int) and not getattr(cache, "is_compileable", False) else None
+        state = prior.new_state(sequences, past or 0, croppable=past is not None)
         attach(cache, state)
         return state
     if isinstance(length, Tensor):  # a static cache: whether it is empty is known on the device only
@@ -128,9 +149,14 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int) -> RecencyState:
 
 
 def _length(cache: Any) -> int | Tensor | None:
+    """Tokens in the cache; a tensor where only the device knows, None where nothing counts them."""
+    if getattr(cache, "is_compileable", False):
+        for layer in getattr(cache, "layers", ()):
+            if isinstance(found := getattr(layer, "cumulative_length", None), Tensor):
+                return found if layer.is_initialized else 0
     try:
         found = cache.get_seq_length()
-    except (AttributeError, ValueError):  # only linear-attention layers: nothing counts tokens
+    except (AttributeError, ValueError):  # only linear-attention layers
         return None
     return found if isinstance(found, Tensor) else int(found)
 
