@@ -33,7 +33,7 @@ class TrainOptions:
     lag_weight: float = 0.0
     ws_weight: float = 0.0
     kl_weight: float = 0.5
-    distill_share: float = 0.7
+    distill_share: float = 0.35
     steps: int = 200
     batch: int = 8
     accumulate: int = 1
