@@ -292,16 +292,21 @@ def test_the_compiled_model_chooses_the_same(model: Any) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_compiled_steps_share_one_graph(model: Any) -> None:
-    """A decode loop with a static cache, for two texts and through a change of gain."""
-    graphs = []
+def counting(graphs: list[Any]) -> Any:
+    """A compiler backend that changes nothing and keeps what it was given."""
 
     def backend(graph: Any, _inputs: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
+    return backend
+
+
+def test_compiled_steps_share_one_graph(model: Any) -> None:
+    """A decode loop with a static cache, for two texts and through a change of gain."""
+    graphs: list[Any] = []
     torch._dynamo.reset()
-    step = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    step = torch.compile(model, backend=counting(graphs), fullgraph=True, dynamic=False)
     with recency_prior(model, "ema", 0.0) as installed, torch.no_grad():
         for text, gain in ((PROMPT, 0.4), (PROMPT.flip(1), 0.2)):
             installed.set_gains(gain)
@@ -382,3 +387,21 @@ def test_experts_of_another_modality_are_not_asked() -> None:
 
 def test_an_early_exit_that_drafts_equals_plain_decoding(primed: Any) -> None:
     assert torch.equal(decode(primed, assistant_early_exit=2), decode(primed))
+
+
+def test_compiled_steps_grow_a_dynamic_cache(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    graphs: list[Any] = []
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=counting(graphs), fullgraph=True)
+    with recency_prior(model, "ema", 0.4), torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        ids, new = PROMPT, model(PROMPT, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+        for _ in range(12):
+            ids = torch.cat([ids, new], dim=1)
+            positions = torch.tensor([[ids.shape[1] - 1]])
+            new = step(new, past_key_values=cache, position_ids=positions).logits.argmax(dim=-1)
+        torch._dynamo.reset()
+        assert torch.equal(ids, decode(model, max_new_tokens=12))
+    assert len(graphs) == 2, "one for the first length, one for any"
+    cache.crop(-2)
+    assert "not kept" in caplog.text and not any(part.any() for part in cache.remoe_recency.recency)  # type: ignore[attr-defined]

@@ -62,6 +62,8 @@ class SequenceHooks:
         state = None
         if cache is not None and self._prior.mode != "resident":
             state = _state_of(cache, self._prior, sequences, past)
+            if torch.compiler.is_compiling():
+                state.forget()  # a history that grows would compile every step anew
             state.advance(length, flags_T)
         self._prior.begin(Tokens(self._prior, sequences, sequences * length, flags_T, state))
 
@@ -134,7 +136,7 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Ten
         say_once(f"a KV cache of {state.sequences} sequences is used for {sequences}: their recency starts anew.")
         state = None
     if state is None:
-        # A cache for compiled steps is never cropped, and a history that grows would compile them anew.
+        # A cache for compiled steps is never cropped.
         past = length if isinstance(length, int) and not getattr(cache, "is_compileable", False) else None
         state = prior.new_state(sequences, past or 0, croppable=past is not None)
         attach(cache, state)
@@ -179,6 +181,15 @@ def _following(base: type) -> Any:
 
     class Following(base):  # type: ignore[misc]
         _remoe_base = base
+
+        def crop(self, *args: Any, **kwargs: Any) -> None:
+            super().crop(*args, **kwargs)
+            state = getattr(self, _STATE, None)
+            if state is not None and state.chosen is None:
+                say_once(
+                    "a KV cache is cropped whose past choices are not kept (compiled steps): its recency starts anew."
+                )
+                state.reset()
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
