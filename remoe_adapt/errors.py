@@ -14,6 +14,7 @@ RemoeError(Exception)
  |- FamilyError(ValueError)               family.json or its adapter folders
  |- TraceError(ValueError)                a trace file or array
  |- DataError(ValueError)                 training or evaluation text
+ |- ExpertReadError(OSError)              an expert's bytes in a checkpoint; names file, tensor and offset
  `- MissingDependencyError(ImportError)   names the extra to install
 
 The second base lets callers who know only the standard exceptions catch what they expect.
@@ -76,6 +77,10 @@ class TraceError(RemoeError, ValueError):
 
 class DataError(RemoeError, ValueError):
     """A data file or its contents cannot be used for training or evaluation."""
+
+
+class ExpertReadError(RemoeError, OSError):
+    """The bytes of an expert cannot be read from its checkpoint; the message names file, tensor and offset."""
 
 
 class MissingDependencyError(RemoeError, ImportError):

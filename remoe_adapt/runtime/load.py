@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
 from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError
@@ -58,7 +58,7 @@ def get_remoe_model(
     if known is not None:
         plan_recency(known, chosen, recency, recency_gain, recency_decay)  # refuse before anything is loaded
     model = plain_base(base if isinstance(base, nn.Module) else load_base(base, **from_pretrained_kwargs))
-    asked = recency is not None or recency_gain is not None
+    asked = recency is not None or recency_gain is not None or recency_decay is not None
     operating = known or training_free_family(model, _base_id(base), own_gain=not asked)
     plan = plan_recency(operating, chosen, recency, recency_gain, recency_decay)
     operating.check(model, force=force)
@@ -145,14 +145,19 @@ def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs
         }
         config = kwargs.get("config") or AutoConfig.from_pretrained(path, **config_kwargs)
-        known = (getattr(transformers, name) for name in _AUTO_CLASSES)
-        loader = next((auto for auto in known if type(config) in auto._model_mapping), None)
-        if loader is None:
-            remote = getattr(config, "auto_map", None) or {}
-            loader = next((getattr(transformers, name) for name in _AUTO_CLASSES if name in remote), AutoModel)
-        model = loader.from_pretrained(path, **kwargs)
+        model = auto_class(config).from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"base {path!r} cannot be loaded ({reason}): give a model folder or a hub id.") from error
     assert isinstance(model, nn.Module)
     return model
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The auto class that makes the text-generating model of a configuration; AutoModel when there is none."""
+    known = (getattr(transformers, name) for name in _AUTO_CLASSES)
+    found = next((auto for auto in known if type(config) in auto._model_mapping), None)
+    if found is not None:
+        return found
+    remote = getattr(config, "auto_map", None) or {}
+    return next((getattr(transformers, name) for name in _AUTO_CLASSES if name in remote), AutoModel)

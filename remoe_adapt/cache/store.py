@@ -1,0 +1,255 @@
+"""Where every expert of a checkpoint lies, and how to read exactly one of them into memory that is ours.
+
+Names and layouts are those of transformers: its conversion mapping says which tensors of the files make up which
+parameter of the model, and its converters, run on one expert, put them together. So every layout that `from_pretrained`
+reads is read here, without a table of names: experts in tensors of their own, packed, fused, sharded.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from remoe_adapt.cache.reading import ExtentReader, Reader
+from remoe_adapt.cache.shards import Extent, open_checkpoint
+from remoe_adapt.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What one expert needs of the files: a tensor for each expert, or one with a row for each."""
+
+    pattern: str
+    extents: tuple[Extent, ...]
+    packed: bool
+
+    def of(self, expert: int, num_experts: int) -> Extent:
+        return self.extents[0].row(expert, num_experts) if self.packed else self.extents[expert]
+
+    def shape(self) -> tuple[int, ...]:
+        """Of one expert, as a converter takes it."""
+        shape = self.extents[0].shape
+        return (1, *shape[1:]) if self.packed else shape
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sources that one conversion turns into parameters; `order`: the output is the sources one after another."""
+
+    name: str
+    sources: tuple[_Source, ...]
+    converter: WeightConverter | None
+    params: tuple[str, ...]
+    order: tuple[int, ...] | None
+
+
+class _OneExpert:
+    """The model as a converter sees it that works on one expert instead of all."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._model.get_parameter(name)[:1]
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules, by name in model order, whose experts transformers' experts interface can compute."""
+    marks = ("is_transposed", "has_gate", "has_bias", "num_experts")
+    return {name: module for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)}
+
+
+class ExpertStore:
+    """Reads experts of a checkpoint folder; any number of threads at once.
+
+    model: built from the folder's configuration, on the meta device, in the dtype that experts shall have. direct_io:
+    past the page cache (O_DIRECT), where the file system has it; else buffered, which is logged once. reader: reads
+    the files, as os.preadv does.
+
+    `layers` are the names of the experts modules in model order; `num_experts`, `expert_bytes` (of one) and `params`
+    (names) go with them.
+
+    Raises ConfigError when the folder is no safetensors checkpoint of this model or lacks experts, ExpertReadError for
+    a truncated file.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: PreTrainedModel,
+        *,
+        direct_io: bool = False,
+        reader: Reader = os.preadv,
+    ) -> None:
+        modules = experts_modules(model)
+        if not modules:
+            raise ConfigError(
+                f"{type(model).__name__}: its experts cannot be cached, they do not go through transformers' experts "
+                "interface. Load it with from_pretrained."
+            )
+        self.folder = Path(folder)
+        self.layers = tuple(modules)
+        self.num_experts = tuple(int(cast(int, module.num_experts)) for module in modules.values())
+        self._params = [dict(module.named_parameters(recurse=False)) for module in modules.values()]
+        self.params = tuple(tuple(params) for params in self._params)
+        for name, count, params in zip(self.layers, self.num_experts, self._params, strict=True):
+            if odd := [f"{param} {tuple(value.shape)}" for param, value in params.items() if len(value) != count]:
+                raise ConfigError(f"{name}: {', '.join(odd)} is not one row for each of {count} experts.")
+        self.expert_bytes = tuple(
+            sum(p[0].numel() * p.element_size() for p in params.values()) for params in self._params
+        )
+        extents = open_checkpoint(self.folder)
+        self._one_expert = _OneExpert(model)
+        self._plain: dict[tuple[object, ...], tuple[int, ...] | None] = {}
+        self._groups = self._plan(model, extents)
+        paths = {e.path for groups in self._groups for g in groups for s in g.sources for e in s.extents}
+        self._reader = ExtentReader(paths, direct_io=direct_io, reader=reader)
+        self.direct_io, self.close = self._reader.direct_io, self._reader.close
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all experts in memory."""
+        return sum(count * size for count, size in zip(self.num_experts, self.expert_bytes, strict=True))
+
+    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """The parameters of one expert, by name: tensors of `param.shape[1:]` that own their memory.
+
+        Raises ExpertReadError, after several attempts.
+        """
+        # Ordinary tensors, whatever runs in the thread that asks: they outlive its inference mode.
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return self._assemble(layer, expert)
+
+    def _assemble(self, layer: int, expert: int) -> dict[str, Tensor]:
+        params, count = self._params[layer], self.num_experts[layer]
+        found: dict[str, Tensor] = {}
+        for group in self._groups[layer]:
+            pieces = [source.of(expert, count) for source in group.sources]
+            if group.order is not None:
+                like = params[group.params[0]]
+                whole = torch.empty(like.shape[1:], dtype=pieces[0].dtype)
+                self._reader.fill([pieces[place] for place in group.order], whole)
+                found[group.params[0]] = whole.to(like.dtype)
+                continue
+            first = params[group.params[0]].dtype
+            tensors = []
+            for piece, source in zip(pieces, group.sources, strict=True):
+                tensors.append(torch.empty(source.shape(), dtype=piece.dtype))
+                self._reader.fill([piece], tensors[-1])
+            made = self._convert(group.converter, group.name, group.sources, [tensor.to(first) for tensor in tensors])
+            prefix = f"{self.layers[layer]}."
+            # A clone where the conversion gave a view: a slot holds its own bytes and no others.
+            own = {name: made[prefix + name][0] for name in group.params}
+            found |= {name: value.clone(memory_format=torch.contiguous_format) for name, value in own.items()}
+        return found
+
+    # Planning
+
+    def _plan(self, model: PreTrainedModel, extents: dict[str, Extent]) -> list[list[_Group]]:
+        meta = model.state_dict()
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        found: defaultdict[str, defaultdict[str | None, list[Extent]]] = defaultdict(lambda: defaultdict(list))
+        for key in sorted(extents, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+            if name not in meta and key in meta:
+                name, pattern = rename_source_key(key, [], [], model.base_model_prefix, meta)
+            found[name][pattern].append(extents[key])
+        plans = []
+        for layer, (prefix, params) in enumerate(zip(self.layers, self._params, strict=True)):
+            groups = []
+            for name in (f"{prefix}.{param}" for param in params):
+                if name in found:
+                    groups.append(self._group(layer, name, found[name], by_pattern))
+            missing = sorted(set(params) - {param for group in groups for param in group.params})
+            if missing:
+                raise ConfigError(f"{self.folder} has no weights for {prefix}.{missing[0]}: is it this model's folder?")
+            plans.append(groups)
+        return plans
+
+    def _group(
+        self,
+        layer: int,
+        name: str,
+        by_source: dict[str | None, list[Extent]],
+        by_pattern: dict[str, WeightConverter],
+    ) -> _Group:
+        count, prefix, params = self.num_experts[layer], f"{self.layers[layer]}.", self._params[layer]
+        sources = []
+        for pattern, extents in by_source.items():
+            shape = extents[0].shape
+            packed = len(extents) == 1 and shape[:1] == (count,) and (count > 1 or pattern is None or len(shape) > 2)
+            if not packed and (pattern is None or len(extents) != count or any(e.shape != shape for e in extents)):
+                raise ConfigError(
+                    f"{self.folder}: {len(extents)} tensors, as {extents[0].tensor} {shape}, do not make up the "
+                    f"{count} experts of {name}: are all files there, and of this model?"
+                )
+            if not all(extent.dtype.is_floating_point for extent in extents):
+                raise ConfigError(
+                    f"{self.folder}: {extents[0].tensor} is quantised; the expert cache reads experts in F64, F32, F16 "
+                    "or BF16. Give it a checkpoint that is not quantised."
+                )
+            sources.append(_Source(pattern or "", tuple(extents), packed))
+        patterns = [pattern for pattern in by_source if pattern is not None]
+        converter = by_pattern[patterns[0]] if patterns else None
+        group = tuple(sources)
+        made = self._convert(converter, name, group, [torch.empty(source.shape(), device="meta") for source in group])
+        own = {key.removeprefix(prefix): value for key, value in made.items()}
+        for param, value in own.items():
+            if param not in params or value.shape != (1, *params[param].shape[1:]):
+                raise ConfigError(
+                    f"{self.folder}: {prefix}{param} cannot be read expert by expert (one is {list(value.shape)})."
+                )
+        return _Group(name, group, converter, tuple(own), self._order(converter, name, group, len(own)))
+
+    def _convert(
+        self, converter: WeightConverter | None, name: str, sources: Sequence[_Source], tensors: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """What the sources of one expert become, by full name, each with one row."""
+        if converter is None:
+            return {name: tensors[0]}
+        # A converter collects; its like is made for each use.
+        converter = copy.deepcopy(converter)
+        for source, tensor in zip(sources, tensors, strict=True):
+            converter.add_tensor(name, name, source.pattern, cast(Any, tensor))
+        made = converter.convert(name, model=self._one_expert, config=self._one_expert.config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+    def _order(
+        self, converter: WeightConverter | None, name: str, sources: tuple[_Source, ...], outputs: int
+    ) -> tuple[int, ...] | None:
+        """The order in which the sources, one after another, are the output; None where it is not so simple."""
+        if outputs != 1 or len({source.extents[0].dtype for source in sources}) != 1:
+            return None
+        if converter is None:
+            return (0,)
+        # Found out once, with numbers instead of weights, for all layers alike.
+        key = (id(converter), *((source.pattern, source.shape()) for source in sources))
+        if key not in self._plain:
+            sizes = [torch.Size(source.shape()).numel() for source in sources]
+            starts = [0, *itertools.accumulate(sizes)]
+            numbers = torch.arange(starts[-1], dtype=torch.int64)
+            parts = numbers.split(sizes)
+            tensors = [part.view(source.shape()) for part, source in zip(parts, sources, strict=True)]
+            (output,) = self._convert(converter, name, sources, tensors).values()
+            order = sorted(range(len(sources)), key=lambda place: int((output.flatten() == starts[place]).nonzero()[0]))
+            same = torch.equal(output.flatten(), torch.cat([parts[place] for place in order]))
+            self._plain[key] = tuple(order) if same else None
+        return self._plain[key]

@@ -1,0 +1,171 @@
+"""Experts read from checkpoints: the very bytes that transformers loads, or one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import Faults, save_tiny, skeleton, stock
+
+from remoe_adapt.cache.reading import ATTEMPTS
+from remoe_adapt.cache.store import ExpertStore
+from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError
+
+# Experts in tensors of their own, under other names, packed with biases, packed and transposed on the way, without gate.
+LAYOUTS = ("qwen2_moe", "mixtral", "gpt_oss", "inkling2", "nemotron_h", "granitemoe")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: save_tiny(root / name, name) for name in LAYOUTS}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """One file, which a test may spoil."""
+    return save_tiny(tmp_path / "qwen2_moe", "qwen2_moe", shards="1GB")
+
+
+def assert_reads_what_is_loaded(store: ExpertStore, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    model = stock(folder, dtype=dtype)
+    for layer, name in enumerate(store.layers):
+        params = dict(model.get_submodule(name).named_parameters(recurse=False))
+        for expert in range(store.num_experts[layer]):
+            read = store.read(layer, expert)
+            assert read.keys() == params.keys()
+            for param, value in read.items():
+                assert value.dtype == dtype and torch.equal(value, params[param][expert])
+                assert value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+            assert sum(value.nbytes for value in read.values()) == store.expert_bytes[layer]
+
+
+@pytest.mark.parametrize("direct_io", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_expert_is_as_transformers_loads_it(name: str, direct_io: bool, folders: dict[str, Path]) -> None:
+    store = ExpertStore(folders[name], skeleton(folders[name]), direct_io=direct_io)
+    assert len(list(folders[name].glob("*.safetensors"))) > 1
+    assert_reads_what_is_loaded(store, folders[name])
+    assert store.total_bytes == sum(n * b for n, b in zip(store.num_experts, store.expert_bytes, strict=True))
+
+
+def test_another_dtype_is_cast_as_transformers_casts(folders: dict[str, Path]) -> None:
+    for name in ("qwen2_moe", "inkling2"):
+        store = ExpertStore(folders[name], skeleton(folders[name], torch.bfloat16))
+        assert_reads_what_is_loaded(store, folders[name], torch.bfloat16)
+
+
+def test_only_the_bytes_of_that_expert_are_read(folders: dict[str, Path]) -> None:
+    lengths: list[int] = []
+
+    def counting(fd: int, buffers: object, offset: int) -> int:
+        lengths.append(sum(len(buffer) for buffer in buffers))  # type: ignore[attr-defined]
+        return os.preadv(fd, buffers, offset)  # type: ignore[call-overload, no-any-return]
+
+    for name in LAYOUTS:
+        store = ExpertStore(folders[name], skeleton(folders[name]), reader=counting)
+        lengths.clear()
+        store.read(0, 3)
+        assert sum(lengths) == store.expert_bytes[0], name
+
+
+def test_what_is_read_is_ordinary_and_owned(folder: Path) -> None:
+    store = ExpertStore(folder, skeleton(folder))
+    with torch.inference_mode(), torch.device("meta"):
+        read = store.read(0, 0)
+    assert all(not value.is_inference() and value.is_cpu for value in read.values())
+    before = {name: value.clone() for name, value in read.items()}
+    with (folder / "model.safetensors").open("r+b") as file:  # a mapped view would change with the file
+        file.seek(-100_000, os.SEEK_END)
+        file.write(b"\xff" * 100_000)
+    assert all(torch.equal(value, before[name]) for name, value in read.items())
+
+
+def test_many_threads_read_at_once(folders: dict[str, Path]) -> None:
+    for direct_io in (False, True):
+        store = ExpertStore(folders["qwen2_moe"], skeleton(folders["qwen2_moe"]), direct_io=direct_io)
+        keys = [(layer, expert) for layer in range(len(store.layers)) for expert in range(store.num_experts[layer])]
+        alone = [store.read(*key) for key in keys]
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda key: store.read(*key), keys * 4))
+        for number, read in enumerate(together):
+            assert all(torch.equal(value, alone[number % len(keys)][name]) for name, value in read.items())
+
+
+@pytest.mark.parametrize("direct_io", [False, True])
+def test_failed_and_short_reads_are_tried_again(folder: Path, direct_io: bool) -> None:
+    plain = ExpertStore(folder, skeleton(folder)).read(1, 5)
+    faults = Faults(os.preadv, {0: "eio", 1: "short", 2: "end", 4: "eio", 5: "short"})
+    read = ExpertStore(folder, skeleton(folder), direct_io=direct_io, reader=faults).read(1, 5)
+    assert all(torch.equal(value, plain[name]) for name, value in read.items())
+    assert faults.reads > 5
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("eio", "Input/output error"), ("end", "the file ends there")])
+def test_an_error_that_stays_names_file_tensor_and_offset(folder: Path, fault: str, reason: str) -> None:
+    faults = Faults(os.preadv)
+    store = ExpertStore(folder, skeleton(folder), reader=faults)
+    faults.always = fault
+    with pytest.raises(ExpertReadError, match=rf"model\.safetensors.*experts\.5\..*at byte \d+ .{reason}") as caught:
+        store.read(1, 5)
+    assert faults.reads == ATTEMPTS
+    assert isinstance(caught.value, RemoeError) and isinstance(caught.value, OSError)
+    faults.always = ""
+    assert store.read(1, 5)
+
+
+def test_a_truncated_file_is_refused_when_it_is_opened(folder: Path) -> None:
+    file, model = folder / "model.safetensors", skeleton(folder)
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ExpertReadError, match=r"model\.safetensors is truncated: tensor .* ends at byte \d+"):
+        ExpertStore(folder, model)
+    os.truncate(file, 100)
+    with pytest.raises(ExpertReadError, match="not a whole safetensors file"):
+        ExpertStore(folder, model)
+
+
+@pytest.mark.parametrize("direct_io", [False, True])
+def test_a_file_that_is_truncated_later_is_noticed(folder: Path, direct_io: bool) -> None:
+    store = ExpertStore(folder, skeleton(folder), direct_io=direct_io)
+    os.truncate(folder / "model.safetensors", 10_000)
+    with pytest.raises(ExpertReadError, match="the file ends there"):
+        for expert in range(8):
+            store.read(3, expert)
+
+
+def test_a_deleted_file_is_read_on(folder: Path) -> None:
+    store = ExpertStore(folder, skeleton(folder))
+    before = store.read(2, 2)
+    (folder / "model.safetensors").unlink()
+    assert all(torch.equal(value, before[name]) for name, value in store.read(2, 2).items())
+    store.close()
+    with pytest.raises(ExpertReadError, match="the store is closed"):
+        store.read(2, 2)
+
+
+def test_folders_that_are_no_such_checkpoint_are_refused(folder: Path, tmp_path: Path) -> None:
+    model, file = skeleton(folder), folder / "model.safetensors"
+    with pytest.raises(ConfigError, match=r"neither model\.safetensors nor"):
+        ExpertStore(tmp_path, model)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+    with pytest.raises(ExpertReadError, match=r"gone\.safetensors is missing"):
+        ExpertStore(tmp_path, model)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ExpertReadError, match="not the index of a checkpoint"):
+        ExpertStore(tmp_path, model)
+    weights = load_file(file)
+    lost = next(name for name in weights if "layers.1.mlp.experts.3." in name)
+    save_file({name: value for name, value in weights.items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"7 tensors, as .*experts\.0.* do not make up the 8 experts"):
+        ExpertStore(folder, model)
+    save_file({name: value for name, value in weights.items() if ".layers.2." not in name}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"no weights for model\.layers\.2\.mlp\.experts"):
+        ExpertStore(folder, model)
+    save_file({name: value.to(torch.int8) for name, value in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match="is quantised"):
+        ExpertStore(folder, model)
