@@ -97,6 +97,13 @@ def test_an_own_prior_without_a_family() -> None:
         assert torch.equal(found, chosen(plain, LONGER))
 
 
+def test_a_decay_alone_asks_for_a_prior() -> None:
+    model = get_remoe_model(routing_matters(), recency_decay=0.5)
+    assert model.controller.status()["recency"] == {
+        "mode": "ema", "decay": 0.5, "routers": 4, "gain": pytest.approx(0.2),
+    }  # fmt: skip
+
+
 def test_a_profile_has_a_gain_at_full_strength(family: Family) -> None:
     profile = replace(load_profile("orin-8gb"), recency=RecencyProfile(mode="ema", gain=0.5))
     model = get_remoe_model(routing_matters(), profile, with_recency(family, None))
@@ -128,6 +135,7 @@ def test_what_contradicts_is_refused_and_leaves_the_model_alone(family: Family) 
         ({"recency": "last"}, "mode 'last'.*have 'ema'"),
         ({"recency_decay": 0.9}, "decay 0.9.*have 0.6"),
         ({"recency": "often"}, "often"),
+        ({"recency": ""}, "recency '' is not one of"),
         ({"recency_gain": -0.1}, "gain -0.1"),
     ):
         with pytest.raises(ConfigError, match=what):

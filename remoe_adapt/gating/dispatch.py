@@ -77,8 +77,8 @@ class LayerGate:
 
     def __call__(self, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] and ids [T, K]; tokens that belong to no known sequence are gated without the prior."""
-        tokens = self.prior.here.tokens or self.prior.tokens
-        if tokens is None or tokens.count != logits_TE.shape[0]:
+        tokens = self.prior.tokens(logits_TE.shape[0])
+        if tokens is None:
             return gate(logits_TE, k, spec, None, bias_E)
         if tokens.single and _forced is None and logits_TE.is_cpu and not torch.compiler.is_dynamo_compiling():
             found = one_token(logits_TE, k, spec, tokens.steps[self.layer], tokens.gains[self.layer], bias_E)
@@ -95,12 +95,11 @@ class LayerGate:
         """Product and gate in one launch: logits [T, E], weights and ids; None where that is not to be had."""
         if len(hidden_TD) > MAX_ROUTE_TOKENS or torch.is_grad_enabled() or backend(hidden_TD.device) != "triton":
             return None
-        tokens = self.prior.tokens
-        known = tokens is not None and tokens.count == len(hidden_TD) == tokens.sequences
-        if tokens is not None and tokens.count == len(hidden_TD) and not known:
+        tokens = self.prior.tokens(len(hidden_TD))
+        if tokens is not None and tokens.count != tokens.sequences:
             return None  # several tokens of a sequence: the scan
-        prior = tokens.step(self.layer) if tokens is not None and known else None
+        prior = None if tokens is None else tokens.step(self.layer)
         found = fused_route(hidden_TD, weight_ED, k, spec, prior, bias_E, linear_bias_E, linear_fp32)
-        if tokens is not None and known:
+        if tokens is not None:
             tokens.chose(self.layer, found[2])
         return found

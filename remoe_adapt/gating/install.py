@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from remoe_adapt.errors import ConfigError, RouterError
+from remoe_adapt.errors import RouterError
 from remoe_adapt.gating.dispatch import LayerGate, backend
 from remoe_adapt.gating.forward import RouterForward, router_forward
-from remoe_adapt.gating.prior import DECAY, RecencyPrior, check_prior
+from remoe_adapt.gating.prior import DECAY, RecencyPrior, check_prior, checked_gains
 from remoe_adapt.gating.sequences import SequenceHooks, text_model
 from remoe_adapt.notices import say_once
 from remoe_adapt.routers.discover import discover_routers
@@ -70,9 +70,7 @@ class InstalledPrior:
 
         Raises ConfigError for a wrong number or value.
         """
-        per_router = [gain] * self.num_routers if isinstance(gain, int | float) else list(gain)
-        if len(per_router) != self.num_routers:
-            raise ConfigError(f"{len(per_router)} recency gains for {self.num_routers} routers: give one for each.")
+        per_router = checked_gains(gain, self.num_routers)
         self.prior.set_gains([per_router[place] for place in self.layers])
 
     def follow(self) -> None:

@@ -7,7 +7,9 @@ the KV cache of its sequences (`gating/sequences.py`); gates move it on in place
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from remoe_adapt.gating.state import RecencyState
 MODES = ("last", "ema", "resident")
 DECAY = 0.7
 MAX_GAIN = 16.0
+# Forwards whose backward may still come; of equally many tokens the last one counts.
+_TRAINED = 8
 
 
 class _Here(threading.local):
@@ -46,23 +50,18 @@ class RecencyPrior:
         self.placed = 0
         self.resident_steps = self._resident_steps()
         self.here = _Here()
-        self._trained: Tokens | None = None
+        self._trained: deque[Tokens] = deque(maxlen=_TRAINED)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside any forward."""
         return {name: value for name, value in vars(self).items() if name not in ("here", "_trained")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, here=_Here(), _trained=None)
+        vars(self).update(state, here=_Here(), _trained=deque(maxlen=_TRAINED))
 
     def set_gains(self, gain: float | Sequence[float]) -> None:
         """One gain for all layers, or one each. Raises ConfigError for a wrong number or value."""
-        values = [gain] * len(self.gains) if isinstance(gain, int | float) else list(gain)
-        if len(values) != len(self.gains):
-            raise ConfigError(f"{len(values)} recency gains for {len(self.gains)} routers: give one for each.")
-        for value in values:
-            check_prior(self.mode, value, self.decay)
-        for tensor, value in zip(self.gains, values, strict=True):
+        for tensor, value in zip(self.gains, checked_gains(gain, len(self.gains)), strict=True):
             tensor.fill_(value)
 
     def place(self, devices: Sequence[torch.device]) -> None:
@@ -94,22 +93,24 @@ class RecencyPrior:
 
     # The tokens that this thread runs now
 
-    @property
-    def tokens(self) -> Tokens | None:
-        """What the forward under way runs; gates ask it."""
-        return self.here.tokens or self._trained
+    def tokens(self, count: int) -> Tokens | None:
+        """The tokens of the forward under way, for a router that sees `count`; None where it sees others."""
+        if (tokens := self.here.tokens) is not None:
+            return tokens if tokens.count == count else None
+        return next((tokens for tokens in self._trained if tokens.count == count), None)
 
     def begin(self, tokens: Tokens) -> None:
         """A forward of this thread starts."""
         self.here.tokens = tokens
-        # Gradient checkpointing runs layers again in backward, from a thread of its own.
-        self._trained = tokens if tokens.state is None and torch.is_grad_enabled() else None
+        # Gradient checkpointing runs layers again in backward, outside a forward and from a thread of its own.
+        if tokens.state is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._trained.appendleft(tokens)
 
     def end(self) -> None:
         """It has ended."""
         tokens, self.here.tokens = self.here.tokens, None
-        if tokens is not None and tokens.pending and tokens.state is not None:
-            tokens.state.move(tokens.pending)
+        if tokens is not None:
+            tokens.end()
 
 
 class Tokens:
@@ -130,6 +131,7 @@ class Tokens:
         self.pending: dict[int, Tensor] = {}
         self._started: dict[int, Tensor] = {}
         self._chosen: dict[int, Tensor] = {}
+        self._ended = False
 
     def step(self, layer: int) -> PriorStep:
         """The prior for this router's gate."""
@@ -142,15 +144,24 @@ class Tokens:
             return PriorStep(prior.residency[layer], gain, None, flags_T)
         if self.state is not None:
             return PriorStep(self.state.recency[layer], gain, prior.decay, flags_T)
-        self._started[layer] = prior.zeros(layer, self.sequences)
-        return PriorStep(self._started[layer], gain, prior.decay, flags_T)
+        started_BE = prior.zeros(layer, self.sequences)
+        if not self._ended:
+            self._started[layer] = started_BE
+        return PriorStep(started_BE, gain, prior.decay, flags_T)
 
     def chose(self, layer: int, ids_TK: Tensor) -> None:
         """Remember what a router chose, for a cache that is cropped later."""
         if self.state is None:
-            self._chosen[layer] = ids_TK
+            if not self._ended:
+                self._chosen[layer] = ids_TK
         elif self.state.chosen is not None:
             self.state.chosen[layer].append(ids_TK)
+
+    def end(self) -> None:
+        """The forward has ended; only gradient checkpointing may ask again."""
+        if self.pending and self.state is not None:
+            self.state.move(self.pending)
+        self._started, self._chosen, self._ended = {}, {}, True
 
     def made_state(self) -> RecencyState | None:
         """The state after these tokens where they began without one; None when no router was asked."""
@@ -171,13 +182,24 @@ def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> list[T
     return [torch.tensor(value, device=device) for value, device in zip(values, devices, strict=True)]
 
 
+def checked_gains(gain: float | Sequence[float], count: int) -> list[float]:
+    """One gain for each of `count` routers. Raises ConfigError for a wrong number or value."""
+    is_list = isinstance(gain, Sequence) and not isinstance(gain, str)
+    values: list[float] = list(gain) if is_list else [gain] * count  # type: ignore[arg-type,list-item]
+    if len(values) != count:
+        raise ConfigError(f"{len(values)} recency gains for {count} routers: give one for each.")
+    for value in values:
+        check_prior("ema", value, DECAY)
+    return [float(value) for value in values]
+
+
 def check_prior(mode: object, gain: object, decay: object) -> None:
     """Raises ConfigError for a mode, gain or decay that cannot be."""
     if mode not in MODES:
         raise ConfigError(f"recency {mode!r} is not one of {', '.join(MODES)}.")
-    if not isinstance(gain, int | float) or isinstance(gain, bool) or not 0.0 <= gain <= MAX_GAIN:
+    if not isinstance(gain, Real) or isinstance(gain, bool) or not 0.0 <= float(gain) <= MAX_GAIN:
         raise ConfigError(
             f"recency gain {gain!r}: give a number from 0 (no prior) to {MAX_GAIN:g}; 0.1 to 0.3 is usual."
         )
-    if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0.0 <= decay < 1.0:
+    if not isinstance(decay, Real) or isinstance(decay, bool) or not 0.0 <= float(decay) < 1.0:
         raise ConfigError(f"recency decay {decay!r}: give a number from 0 (the last token alone) to below 1.")

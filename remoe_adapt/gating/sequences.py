@@ -68,7 +68,7 @@ class SequenceHooks:
         self._prior.begin(Tokens(self._prior, sequences, sequences * length, flags_T, state))
 
     def _after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tokens, made = self._prior.tokens, getattr(output, self._cache_name, None)
+        tokens, made = self._prior.here.tokens, getattr(output, self._cache_name, None)
         if made is not None and tokens is not None and (state := tokens.made_state()) is not None:
             attach(made, state)
         self._prior.end()

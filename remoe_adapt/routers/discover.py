@@ -73,7 +73,8 @@ def survey_routers(model: nn.Module) -> Survey:
                 foreign.append((name, foreign_reason))
             continue
         block = modules[name.rpartition(".")[0]]
-        if any("Attention" in type(modules[parent]).__name__ for parent in _ancestors(name)):
+        around = [type(modules[parent]).__name__ for parent in _ancestors(name)]
+        if any("Attention" in kind and not kind.endswith("Layer") for kind in around):  # a layer holds experts as well
             refused.append((name, "it routes attention, not feed-forward experts"))
             continue
         spec = own_spec or _spec(module, block, _config_of(name, modules))

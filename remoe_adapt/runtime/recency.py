@@ -40,7 +40,7 @@ def plan_recency(
 
     Raises ConfigError for values out of range, or for a mode or decay other than that of the family's points.
     """
-    check_prior(mode or "ema", 0.0 if gain is None else gain, DECAY if decay is None else decay)
+    check_prior("ema" if mode is None else mode, 0.0 if gain is None else gain, DECAY if decay is None else decay)
     own = next((point.recency for point in family.points if point.recency and point.recency.mode != "none"), None)
     from_profile = profile.recency if profile.recency.mode != "none" and profile.recency.gain > 0 else None
     asked = mode is not None or gain is not None or decay is not None
