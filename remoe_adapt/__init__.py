@@ -32,6 +32,7 @@ _EXPORTS = {
     "get_remoe_model": "remoe_adapt.runtime.load",
     "list_profiles": "remoe_adapt.device_profile",
     "load_profile": "remoe_adapt.device_profile",
+    "load_with_expert_cache": "remoe_adapt.runtime.cached",
     "recency_prior": "remoe_adapt.gating.install",
     "topk_gating": "remoe_adapt.gating.reference",
 }

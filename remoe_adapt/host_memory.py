@@ -40,3 +40,10 @@ def freed_memory_kept(device_type: str = "cpu") -> Iterator[None]:
         for parameter, (_, after) in _SETTINGS.items():
             libc.mallopt(parameter, after)
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def return_freed_memory() -> None:
+    """What the allocator holds back of freed memory goes to the system now; nothing without glibc."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))

@@ -16,7 +16,7 @@ from remoe_adapt.cache.reading import ATTEMPTS
 from remoe_adapt.cache.store import ExpertStore
 from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError
 
-# Experts in tensors of their own, under other names, packed with biases, packed and transposed on the way, without gate.
+# Experts in tensors of their own, under other names, packed with biases, interleaved, without gate, packed.
 LAYOUTS = ("qwen2_moe", "mixtral", "gpt_oss", "inkling2", "nemotron_h", "granitemoe")
 
 
@@ -92,7 +92,7 @@ def test_many_threads_read_at_once(folders: dict[str, Path]) -> None:
         keys = [(layer, expert) for layer in range(len(store.layers)) for expert in range(store.num_experts[layer])]
         alone = [store.read(*key) for key in keys]
         with ThreadPoolExecutor(8) as pool:
-            together = list(pool.map(lambda key: store.read(*key), keys * 4))
+            together = list(pool.map(store.read, *zip(*keys * 4, strict=True)))
         for number, read in enumerate(together):
             assert all(torch.equal(value, alone[number % len(keys)][name]) for name, value in read.items())
 

@@ -25,10 +25,15 @@ def save_tiny(
 
 
 def stock(folder: Path, **kwargs: Any) -> PreTrainedModel:
-    """What from_pretrained makes of it, all in memory."""
+    """What from_pretrained makes of it, all in memory.
+
+    Copied from the mapped files, where weights lie at odd addresses: products then differ in the last place.
+    """
     loader = auto_class(AutoConfig.from_pretrained(folder))
     model = loader.from_pretrained(folder, experts_implementation="eager", **kwargs)
     assert isinstance(model, PreTrainedModel)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model
 
 

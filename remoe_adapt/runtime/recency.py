@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from remoe_adapt.cache.experts import expert_cache_of, layer_of_router
+from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError, FamilyError
 from remoe_adapt.family import Family, FamilyPoint, Recency
@@ -101,8 +103,17 @@ class DialPrior:
                 f"which its routers cannot have ({reason}). Train one with `remoe train {family.base_id} --data FILE "
                 "--strengths 0.25,0.5,1.0 --out FAMILY` and pass family='FAMILY'."
             )
-        if plan.mode == "resident":
+        self._cache = expert_cache_of(model) if plan.mode == "resident" else None
+        if self._cache is not None:
+            self._show_residency(model, self._cache)
+        elif plan.mode == "resident":
             say_once("the resident prior has no effect until an expert cache writes what it holds.")
+
+    def _show_residency(self, model: nn.Module, cache: ExpertCache) -> None:
+        routers, residency = discover_routers(model), self.installed.prior.residency
+        layers = [layer_of_router(cache.source.layers, routers[place].name) for place in self.installed.layers]
+        known = [(layer, mask) for layer, mask in zip(layers, residency, strict=True) if layer is not None]
+        cache.show_residency([mask for _, mask in known], [layer for layer, _ in known])
 
     @property
     def live(self) -> list[Tensor]:
@@ -124,4 +135,6 @@ class DialPrior:
 
     def remove(self) -> None:
         """The routers run their own forwards again."""
+        if self._cache is not None:
+            self._cache.show_residency([])
         self.installed.remove()

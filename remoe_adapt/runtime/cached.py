@@ -1,0 +1,153 @@
+"""`load_with_expert_cache`: a model whose experts stay in storage, and come to memory when they are needed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, PreTrainedModel
+
+from remoe_adapt.cache.experts import bind_experts, check_experts, experts_left_out
+from remoe_adapt.cache.reading import Reader
+from remoe_adapt.cache.shards import checkpoint_dtype
+from remoe_adapt.cache.store import ExpertStore, experts_modules
+from remoe_adapt.cache.tiers import READ_THREADS, ExpertCache
+from remoe_adapt.device_profile import parse_size
+from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.runtime.load import auto_class
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+_HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
+_REFUSED = {
+    "device_map",
+    "quantization_config",
+    "experts_implementation",
+    "state_dict",
+    "tp_plan",
+    "gguf_file",
+    "config",
+}
+
+
+def load_with_expert_cache(
+    path: str | os.PathLike[str],
+    budget: str | int | float = 0.25,
+    *,
+    policy: str = "lrfu",
+    scope: str = "global",
+    direct_io: bool = False,
+    dtype: str | torch.dtype | None = None,
+    threads: int = READ_THREADS,
+    reader: Reader = os.preadv,
+    **from_pretrained_kwargs: Any,
+) -> PreTrainedModel:
+    """The model of a checkpoint folder or hub id, on the CPU, with `.expert_cache`: the ExpertCache of its experts.
+
+    Its memory is the dense part and the slots, nothing mapped. It computes what `from_pretrained` would with
+    `experts_implementation="eager"`, generates, and takes PEFT adapters; its experts are frozen.
+
+    budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0). policy, scope, threads: see
+    ExpertCache; direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's.
+
+    Raises ConfigError for options that cannot work and for models whose experts cannot be cached (quantised, or not
+    behind transformers' experts interface), ExpertReadError when the files cannot be read.
+    """
+    refused = sorted(_REFUSED.intersection(from_pretrained_kwargs))
+    if refused:
+        raise ConfigError(f"{', '.join(refused)}: an expert cache loads to the CPU, unquantised, eager.")
+    folder = _folder(os.fspath(path), from_pretrained_kwargs)
+    kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in _HUB_OPTIONS}
+    trust = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+    try:
+        config = AutoConfig.from_pretrained(folder, **trust)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{os.fspath(path)!r} is no model ({reason}): give a model folder or a hub id.") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{os.fspath(path)!r} is quantised: the expert cache reads experts that are not.")
+    loader = auto_class(config)
+    wanted = _dtype(dtype, config, folder)
+    with torch.device("meta"):
+        skeleton = loader.from_config(copy.deepcopy(config), dtype=wanted, **trust)
+    modules = experts_modules(skeleton)
+    check_experts(modules)
+    store = ExpertStore(folder, skeleton, direct_io=direct_io, reader=reader)
+    cache = ExpertCache(store, _bytes(budget, store.total_bytes), policy=policy, scope=scope, threads=threads)
+    left_out = [f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names]
+    with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
+        model = loader.from_pretrained(folder, dtype=wanted, experts_implementation="eager", **kwargs)
+    assert isinstance(model, PreTrainedModel)
+    _own(model)
+    model.config._name_or_path = model.name_or_path = os.fspath(path)
+    bind_experts(model, cache, store.params)
+    # Not through setattr of nn.Module: neither is part of the model's state.
+    model.__dict__["expert_cache"], model.__dict__["save_pretrained"] = cache, _no_saving
+    return model
+
+
+def _own(model: PreTrainedModel) -> None:
+    """Move the dense part from the mapped files, whose pages come and go with memory pressure, to memory of its own."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def _no_saving(*args: object, **kwargs: object) -> NoReturn:
+    raise MergeStateError(
+        "this model's experts are in its checkpoint, not in the model, so saving it would lose them. Save adapters "
+        "with the PeftModel's save_pretrained; to save the whole model, load it with from_pretrained first."
+    )
+
+
+def _folder(path: str, options: dict[str, Any]) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    chosen = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES), **chosen))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{path!r} cannot be found ({reason}): give a model folder or a hub id.") from error
+
+
+def _dtype(dtype: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        dtype = getattr(config, "dtype", None) or checkpoint_dtype(folder)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype {dtype!r} is no floating type of torch: give bfloat16 or float32, for instance.")
+    return found
+
+
+def _bytes(budget: str | int | float, total_bytes: int) -> int:
+    if isinstance(budget, str):
+        return parse_size(budget)
+    if isinstance(budget, float):
+        if not 0.0 < budget <= 1.0:
+            raise ConfigError(f"budget {budget!r}: a share of all experts is above 0 and at most 1.0.")
+        return int(budget * total_bytes)
+    return budget
+
+
+@contextmanager
+def _unexpected(cls: type[PreTrainedModel], names: list[str]) -> Iterator[None]:
+    """Within, models of `cls` do not report these parameters as left over in their checkpoints."""
+    before = vars(cls).get("_keys_to_ignore_on_load_unexpected")
+    prefix = f"{cls.base_model_prefix}."
+    patterns = [re.escape(name.removeprefix(prefix)) + "$" for name in names]
+    cls._keys_to_ignore_on_load_unexpected = [*(cls._keys_to_ignore_on_load_unexpected or ()), *patterns]
+    try:
+        yield
+    finally:
+        if before is None:
+            del cls._keys_to_ignore_on_load_unexpected
+        else:
+            cls._keys_to_ignore_on_load_unexpected = before
