@@ -6,6 +6,9 @@ import copy
 import logging
 import os
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +196,36 @@ def test_the_resident_prior_reads_the_slots(tmp_path: Path, caplog: pytest.LogCa
     assert all(torch.equal(mask, was) for mask, was in zip(masks, before, strict=True))
 
 
+def test_a_model_of_the_hub_cache_is_found_by_its_id(folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--somebody--tiny-moe"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    blobs = shutil.copytree(folder, repository / "blobs")
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir()
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    model = load_with_expert_cache("somebody/tiny-moe", cache_dir=tmp_path, local_files_only=True)
+    assert torch.equal(logits(model), logits(stock(folder)))
+    assert model.name_or_path == model.config._name_or_path == "somebody/tiny-moe"
+
+
+def test_threads_decode_at_once_with_room_for_one_expert(folder: Path) -> None:
+    expected = logits(stock(folder))
+    model = load_with_expert_cache(folder, 0.25)
+    model.expert_cache.resize(smallest(model))
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(logits, [model] * 6):
+            assert torch.equal(found, expected)
+
+
+def test_compiled_models_run_their_experts_outside_the_graph(folder: Path) -> None:
+    model = load_with_expert_cache(folder, 0.5)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(logits(compiled), logits(stock(folder)))
+
+
 def test_faults_of_the_disk_give_an_error_or_the_right_logits(folder: Path, tmp_path: Path) -> None:
     expected = logits(stock(folder))
     faults = Faults(os.preadv)
@@ -236,3 +269,45 @@ def test_options_that_cannot_work_are_refused(folder: Path, tmp_path: Path) -> N
     # Whatever failed, stock models are made as before.
     assert type(stock(folder)).__name__ == type(load_with_expert_cache(folder, "40KiB")).__name__
     assert any("experts" in name for name, _ in stock(folder).named_parameters())
+
+
+MEASURE = """
+import sys, torch
+from remoe_adapt import load_with_expert_cache
+from tiny_checkpoints import stock
+import transformers.models.auto.modeling_auto, transformers.models.qwen2_moe.modeling_qwen2_moe
+def anonymous():
+    return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous:")) << 10
+torch.set_num_threads(1)
+warm = load_with_expert_cache(sys.argv[2])
+warm(input_ids=torch.ones(1, 4, dtype=torch.long))
+del warm
+before = anonymous()
+model = load_with_expert_cache(sys.argv[1], 0.25, direct_io=sys.argv[3] == "direct")
+for step in range(6):
+    with torch.no_grad():
+        model(input_ids=torch.randint(3, 96, (1, 16)))
+cache = model.expert_cache
+dense = sum(p.nbytes for p in model.parameters())
+grown = anonymous() - before
+assert cache.resident_bytes > 0.9 * cache.budget_bytes
+cache.resize(max(cache.source.expert_bytes))
+print(grown, dense, cache.stats()["bytes"], int(0.25 * cache.source.total_bytes), anonymous() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_memory_is_the_dense_part_and_the_slots(folder: Path, tmp_path: Path, io: str) -> None:
+    big = save_tiny(
+        tmp_path / "big", "qwen2_moe", shards="50MB", hidden_size=256, moe_intermediate_size=1024, num_experts=16
+    )
+    assert sum(file.stat().st_size for file in big.glob("*.safetensors")) > 190e6
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, big, folder, io],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    grown, dense, _, slots, after_shrinking = map(int, run.stdout.split())
+    assert grown <= dense + slots + (32 << 20)
+    assert after_shrinking <= grown - 0.7 * slots

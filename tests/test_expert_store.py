@@ -42,6 +42,7 @@ def assert_reads_what_is_loaded(store: ExpertStore, folder: Path, dtype: torch.d
             for param, value in read.items():
                 assert value.dtype == dtype and torch.equal(value, params[param][expert])
                 assert value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+                assert value.data_ptr() % 4096 == 0
             assert sum(value.nbytes for value in read.values()) == store.expert_bytes[layer]
 
 
@@ -84,6 +85,21 @@ def test_what_is_read_is_ordinary_and_owned(folder: Path) -> None:
         file.seek(-100_000, os.SEEK_END)
         file.write(b"\xff" * 100_000)
     assert all(torch.equal(value, before[name]) for name, value in read.items())
+
+
+def test_memory_is_used_again_once_nothing_holds_it_and_given_back(folder: Path) -> None:
+    store = ExpertStore(folder, skeleton(folder))
+    first = store.read(0, 0)
+    places, held = {value.data_ptr() for value in first.values()}, first["down_proj"].t()
+    kept = held.clone()
+    del first
+    second = store.read(0, 1)
+    assert second["gate_up_proj"].data_ptr() in places and second["down_proj"].data_ptr() not in places
+    assert torch.equal(held, kept), "a view holds its expert's bytes"
+    assert all(torch.equal(value, ExpertStore(folder, skeleton(folder)).read(0, 1)[n]) for n, value in second.items())
+    del second
+    store.give_back()
+    assert not store._blocks._free
 
 
 def test_many_threads_read_at_once(folders: dict[str, Path]) -> None:

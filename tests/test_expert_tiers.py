@@ -44,6 +44,9 @@ class Source:
             raise ExpertReadError(f"expert {expert} of layer {layer}")
         return {"w": torch.full((self.expert_bytes[layer] // 4,), 10.0 * layer + expert)}
 
+    def give_back(self) -> None:
+        """Nothing is kept."""
+
     @property
     def total(self) -> int:
         return EXPERTS * sum(self.expert_bytes)

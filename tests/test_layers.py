@@ -76,6 +76,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "training.point",
         "training.run",
         "cache.shards",
+        "cache.blocks",
         "cache.reading",
         "cache.store",
         "cache.tiers",

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from remoe_adapt.cache.blocks import Blocks
 from remoe_adapt.cache.reading import ExtentReader, Reader
 from remoe_adapt.cache.shards import Extent, open_checkpoint
 from remoe_adapt.errors import ConfigError
@@ -114,7 +115,7 @@ class ExpertStore:
             sum(p[0].numel() * p.element_size() for p in params.values()) for params in self._params
         )
         extents = open_checkpoint(self.folder)
-        self._one_expert = _OneExpert(model)
+        self._one_expert, self._blocks = _OneExpert(model), Blocks()
         self._plain: dict[tuple[object, ...], tuple[int, ...] | None] = {}
         self._groups = self._plan(model, extents)
         paths = {e.path for groups in self._groups for g in groups for s in g.sources for e in s.extents}
@@ -135,27 +136,30 @@ class ExpertStore:
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return self._assemble(layer, expert)
 
+    def give_back(self) -> None:
+        """Memory that is kept for the next reads goes to the system."""
+        self._blocks.give_back()
+
+    def _owned(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._blocks.empty(tuple(value.shape), dtype).copy_(value)
+
     def _assemble(self, layer: int, expert: int) -> dict[str, Tensor]:
         params, count = self._params[layer], self.num_experts[layer]
         found: dict[str, Tensor] = {}
         for group in self._groups[layer]:
             pieces = [source.of(expert, count) for source in group.sources]
+            like = params[group.params[0]]
             if group.order is not None:
-                like = params[group.params[0]]
-                whole = torch.empty(like.shape[1:], dtype=pieces[0].dtype)
+                whole = self._blocks.empty(tuple(like.shape[1:]), pieces[0].dtype)
                 self._reader.fill([pieces[place] for place in group.order], whole)
-                found[group.params[0]] = whole.to(like.dtype)
+                found[group.params[0]] = self._owned(whole, like.dtype) if whole.dtype != like.dtype else whole
                 continue
-            first = params[group.params[0]].dtype
             tensors = []
             for piece, source in zip(pieces, group.sources, strict=True):
-                tensors.append(torch.empty(source.shape(), dtype=piece.dtype))
+                tensors.append(self._blocks.empty(source.shape(), piece.dtype))
                 self._reader.fill([piece], tensors[-1])
-            made = self._convert(group.converter, group.name, group.sources, [tensor.to(first) for tensor in tensors])
-            prefix = f"{self.layers[layer]}."
-            # A clone where the conversion gave a view: a slot holds its own bytes and no others.
-            own = {name: made[prefix + name][0] for name in group.params}
-            found |= {name: value.clone(memory_format=torch.contiguous_format) for name, value in own.items()}
+            made = self._convert(group.converter, group.name, group.sources, [part.to(like.dtype) for part in tensors])
+            found |= {name: self._owned(made[f"{self.layers[layer]}.{name}"][0], like.dtype) for name in group.params}
         return found
 
     # Planning

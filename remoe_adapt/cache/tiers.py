@@ -41,6 +41,8 @@ class ExpertSource(Protocol):
 
     def read(self, layer: int, expert: int) -> dict[str, Tensor]: ...
 
+    def give_back(self) -> None: ...
+
 
 @dataclass(slots=True)
 class LayerCounters:
@@ -187,6 +189,7 @@ class ExpertCache:
                 self._budget_bytes = budget_bytes
             self._changed.notify_all()
         if self.resident_bytes < before:
+            self.source.give_back()
             return_freed_memory()
 
     def stats(self) -> dict[str, Any]:
