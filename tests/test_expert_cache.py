@@ -191,6 +191,8 @@ def test_the_resident_prior_reads_the_slots(tmp_path: Path, caplog: pytest.LogCa
         assert mask.flatten().nonzero().flatten().tolist() == [expert for at, expert in held if at == layer]
     assert len(held) > 0
     model.controller.close()
+    with pytest.raises(MergeStateError, match="experts are in its checkpoint"):
+        model.get_base_model().save_pretrained(tmp_path / "whole")
     before = [mask.clone() for mask in masks]
     cache.resize(smallest(model))
     assert all(torch.equal(mask, was) for mask, was in zip(masks, before, strict=True))
@@ -209,6 +211,15 @@ def test_a_model_of_the_hub_cache_is_found_by_its_id(folder: Path, tmp_path: Pat
     model = load_with_expert_cache("somebody/tiny-moe", cache_dir=tmp_path, local_files_only=True)
     assert torch.equal(logits(model), logits(stock(folder)))
     assert model.name_or_path == model.config._name_or_path == "somebody/tiny-moe"
+
+
+def test_threads_load_at_once(folder: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(load_with_expert_cache, [folder] * 6))
+    expected = stock(folder)
+    assert sum("experts" in name for name, _ in expected.named_parameters()) == 8
+    for model in models:
+        assert torch.equal(logits(model), logits(expected))
 
 
 def test_threads_decode_at_once_with_room_for_one_expert(folder: Path) -> None:

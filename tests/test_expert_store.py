@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Faults, save_tiny, skeleton, stock
 
-from remoe_adapt.cache.reading import ATTEMPTS
+from remoe_adapt.cache.reading import ATTEMPTS, CHUNK, ExtentReader
+from remoe_adapt.cache.shards import Extent
 from remoe_adapt.cache.store import ExpertStore
 from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError
 
@@ -111,6 +112,19 @@ def test_many_threads_read_at_once(folders: dict[str, Path]) -> None:
             together = list(pool.map(store.read, *zip(*keys * 4, strict=True)))
         for number, read in enumerate(together):
             assert all(torch.equal(value, alone[number % len(keys)][name]) for name, value in read.items())
+
+
+def test_direct_reads_of_any_size_and_place_are_whole(tmp_path: Path) -> None:
+    file = tmp_path / "bytes"
+    content = torch.randint(0, 256, (2 * CHUNK + 5000,), dtype=torch.uint8)
+    file.write_bytes(content.numpy().tobytes())
+    reader = ExtentReader([file], direct_io=True)
+    if not reader.direct_io:
+        pytest.skip("the file system of the temporary folder has no direct I/O")
+    for offset, size in ((0, 1), (0, CHUNK), (1, CHUNK), (4095, 2), (4096, 4096), (777, 2 * CHUNK), (5000, 2 * CHUNK)):
+        found = torch.empty(size, dtype=torch.uint8)
+        reader.fill([Extent(file, "x", torch.uint8, (size,), offset, size)], found)
+        assert torch.equal(found, content[offset : offset + size])
 
 
 @pytest.mark.parametrize("direct_io", [False, True])

@@ -158,7 +158,10 @@ def check_experts(modules: dict[str, nn.Module]) -> None:
 
 @contextmanager
 def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
-    """Within, in this thread: modules of these very classes are made without parameters, to be bound to a cache."""
+    """Within, in this thread: modules of these very classes are made without parameters, to be bound to a cache.
+
+    The classes are changed meanwhile: one thread at a time.
+    """
     thread, make = threading.get_ident(), cast(Callable[[Any], Any], _cached_class)
 
     def patched(cls: type[nn.Module], original: Callable[..., None]) -> Callable[..., None]:

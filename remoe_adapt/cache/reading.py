@@ -21,6 +21,8 @@ Reader = Callable[[int, Sequence[memoryview], int], int]
 
 # O_DIRECT wants addresses, offsets and lengths in multiples of the device's block; no device has larger ones.
 BLOCK = 4096
+# Direct reads go through as much memory of each thread.
+CHUNK = 2 << 20
 ATTEMPTS = 4
 _PAUSE_S = 0.005
 
@@ -59,10 +61,14 @@ class ExtentReader:
             if not self.direct_io:
                 self._read(extent, part, extent.offset, extent.size)
                 continue
-            head = extent.offset % BLOCK
-            block = self._blocks(head + extent.size)
-            self._read(extent, block, extent.offset - head, head + extent.size)
-            part[:] = block[head : head + extent.size]
+            done = 0
+            while done < extent.size:
+                head = (extent.offset + done) % BLOCK
+                size = min(extent.size - done, CHUNK - head)
+                block = self._blocks(head + size)
+                self._read(extent, block, extent.offset + done - head, head + size)
+                part[done : done + size] = block[head : head + size]
+                done += size
 
     def _blocks(self, size: int) -> memoryview:
         """This thread's aligned memory of at least `size` bytes, in whole blocks."""

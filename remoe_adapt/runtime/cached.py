@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError, MergeStateError
 from remoe_adapt.runtime.load import auto_class
 
+# Default dtype and classes of experts change for the whole process while a model is made.
+_LOADING = threading.Lock()
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
 _REFUSED = {
@@ -76,21 +79,27 @@ def load_with_expert_cache(
         raise ConfigError(f"{os.fspath(path)!r} is quantised: the expert cache reads experts that are not.")
     loader = auto_class(config)
     wanted = _dtype(dtype, config, folder)
-    with torch.device("meta"):
-        skeleton = loader.from_config(copy.deepcopy(config), dtype=wanted, **trust)
-    modules = experts_modules(skeleton)
-    check_experts(modules)
-    store = ExpertStore(folder, skeleton, direct_io=direct_io, reader=reader)
-    cache = ExpertCache(store, _bytes(budget, store.total_bytes), policy=policy, scope=scope, threads=threads)
-    left_out = [f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names]
-    with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
-        model = loader.from_pretrained(folder, dtype=wanted, experts_implementation="eager", **kwargs)
+    with _LOADING:
+        with torch.device("meta"):
+            skeleton = loader.from_config(copy.deepcopy(config), dtype=wanted, **trust)
+        modules = experts_modules(skeleton)
+        check_experts(modules)
+        store = ExpertStore(folder, skeleton, direct_io=direct_io, reader=reader)
+        cache = ExpertCache(store, _bytes(budget, store.total_bytes), policy=policy, scope=scope, threads=threads)
+        left_out = [
+            f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
+        ]
+        with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
+            model = loader.from_pretrained(folder, dtype=wanted, experts_implementation="eager", **kwargs)
     assert isinstance(model, PreTrainedModel)
     _own(model)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
     bind_experts(model, cache, store.params)
-    # Not through setattr of nn.Module: neither is part of the model's state.
-    model.__dict__["expert_cache"], model.__dict__["save_pretrained"] = cache, _no_saving
+    # Not through setattr of nn.Module: it is no part of the model's state.
+    model.__dict__["expert_cache"] = cache
+    # By its class: attributes of the model are hooked and unhooked by others.
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (cls,), {"save_pretrained": _no_saving, "__module__": cls.__module__})
     return model
 
 
