@@ -84,8 +84,8 @@ class _Call:
 class LayerExperts:
     """The experts of one layer, as its module finds them; threads have a call each."""
 
-    def __init__(self, expert_cache: ExpertCache, layer: int) -> None:
-        self.cache, self.layer = expert_cache, layer
+    def __init__(self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype) -> None:
+        self.cache, self.layer, self._dtype = expert_cache, layer, dtype
         self._num_experts = expert_cache.source.num_experts[layer]
         self._here = threading.local()
 
@@ -99,6 +99,11 @@ class LayerExperts:
         if not hidden_TD.is_cpu:
             raise ConfigError(
                 f"hidden states on {hidden_TD.device}: the expert cache holds experts in RAM, use the CPU."
+            )
+        if hidden_TD.dtype != self._dtype and not torch.is_autocast_enabled("cpu"):
+            raise ConfigError(
+                f"hidden states are {hidden_TD.dtype}, the cached experts {self._dtype}: choose dtype= when the model "
+                "is loaded instead of converting it."
             )
         needed = sorted({expert for expert in ids_TK.flatten().tolist() if 0 <= expert < self._num_experts})
         call = self._here.call = _Call(self.cache, self.layer, needed)
@@ -189,11 +194,16 @@ def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
                 cls.__init__ = own
 
 
-def bind_experts(model: nn.Module, expert_cache: ExpertCache, params: Sequence[Sequence[str]]) -> None:
-    """Let the modules made under `experts_left_out` compute on this cache; `params` are their names, by layer."""
+def bind_experts(
+    model: nn.Module, expert_cache: ExpertCache, params: Sequence[Sequence[str]], dtype: torch.dtype
+) -> None:
+    """Let the modules made under `experts_left_out` compute on this cache, whose experts have this dtype.
+
+    `params` are the names of their parameters, by layer.
+    """
     for layer, (name, names) in enumerate(zip(expert_cache.source.layers, params, strict=True)):
         module: Any = model.get_submodule(name)
-        module.expert_rows = LayerExperts(expert_cache, layer)
+        module.expert_rows = LayerExperts(expert_cache, layer, dtype)
         for param in names:
             setattr(module, param, _Rows(module.expert_rows, param))
 

@@ -94,7 +94,7 @@ def load_with_expert_cache(
     assert isinstance(model, PreTrainedModel)
     _own(model)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
-    bind_experts(model, cache, store.params)
+    bind_experts(model, cache, store.params, wanted)
     # Not through setattr of nn.Module: it is no part of the model's state.
     model.__dict__["expert_cache"] = cache
     # By its class: attributes of the model are hooked and unhooked by others.
