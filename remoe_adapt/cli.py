@@ -237,6 +237,7 @@ def run(
     model: opt.Model, prompt: opt.Prompt, family: opt.FamilyPath = None, profile: opt.Profile = None,
     pressure: opt.Pressure = None, strength: opt.Strength = None, max_new_tokens: opt.NewTokens = 128,
     recency: opt.Recency = None, recency_gain: opt.RecencyGain = None, recency_decay: opt.RecencyDecay = None,
+    expert_cache: opt.ExpertCacheBudget = None,
     temperature: opt.Temperature = 0.0, seed: opt.Seed = 0, device: opt.Device = None, dtype: opt.Dtype = "auto",
     force: opt.Force = False, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
@@ -247,7 +248,10 @@ def run(
     from remoe_adapt.record import load_base
     from remoe_adapt.runtime.load import get_remoe_model
 
-    base, tokenizer = load_base(model, device=device, dtype=dtype)
+    if expert_cache is None:
+        base, tokenizer = load_base(model, device=device, dtype=dtype)
+    else:
+        base, tokenizer = _behind_a_cache(model, expert_cache, device, dtype)
     dialled = get_remoe_model(
         base, profile=profile, family=family, recency=recency, recency_gain=recency_gain, recency_decay=recency_decay,
         force=force,
@@ -267,6 +271,20 @@ def run(
     finally:
         controller.close()
     return result, [report.run_summary(result)]
+
+
+def _behind_a_cache(model: str, budget: str, device: str | None, dtype: str) -> tuple[Any, Any]:
+    if device not in (None, "cpu"):
+        raise typer.BadParameter(f"--expert-cache keeps experts in RAM, for the CPU; not with --device {device}")
+    from remoe_adapt.record import load_tokenizer
+    from remoe_adapt.runtime.cached import load_with_expert_cache
+
+    try:
+        size: str | float = float(budget)
+    except ValueError:
+        size = budget
+    base = load_with_expert_cache(model, size, dtype=None if dtype == "auto" else dtype)
+    return base, load_tokenizer(model)
 
 
 @contextlib.contextmanager

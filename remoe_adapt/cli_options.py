@@ -74,6 +74,9 @@ Prompt = Annotated[str, typer.Option(help="What to continue.")]
 Profile = Annotated[str | None, typer.Option(help="Profile name or YAML file: see `remoe profiles list`.")]
 Pressure = Annotated[float | None, typer.Option(help="Pin the pressure, 0 (plenty) to 1 (thrashing).")]
 Strength = Annotated[float | None, typer.Option(help="Pin the strength itself, 0 to 1.")]
+ExpertCacheBudget = Annotated[
+    str | None, typer.Option("--expert-cache", help="Keep so much of the experts in memory: a share (0.25) or 2GiB.")
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="Of generated tokens; 0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Of generated tokens.")]

@@ -123,6 +123,17 @@ def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: s
         raise ConfigError(f"cannot load the model {name} on {target}: {reason}") from error
 
 
+def load_tokenizer(path_or_hub_id: str) -> Any:
+    """The tokenizer of a model. Raises ConfigError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path_or_hub_id)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"no tokenizer at {path_or_hub_id} ({reason}): give a model folder that holds one, or pass tokenizer="
+        ) from error
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's input goes: the device of its first parameter."""
     return next(model.parameters()).device

@@ -123,7 +123,11 @@ def profile_table(profiles: Mapping[str, Row]) -> Table:
 
 def status_line(status: Row) -> str:
     """The controller's state in one line."""
-    return f"strength {status['strength']:.2f} | {status['swaps']} swap(s) | {status['reason']}"
+    experts = status["expert_cache"]
+    read = (
+        "" if experts is None else f"hit rate {experts['hit_rate']:.1%}, {experts['bytes'] / (1 << 20):.1f} MiB read | "
+    )
+    return f"strength {status['strength']:.2f} | {status['swaps']} swap(s) | {read}{status['reason']}"
 
 
 def run_summary(result: Row) -> Table:

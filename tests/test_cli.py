@@ -172,6 +172,37 @@ def test_run_pins_strength_and_pressure(home: Path) -> None:
     assert "strength 1.00" in shown.stderr and "tpot_ms" in shown.stdout
 
 
+def test_run_behind_an_expert_cache_writes_the_same_text(home: Path) -> None:
+    args = ("run", home / "base", "--family", home / "base/family", "--prompt", "Once", "--max-new-tokens", 6)
+    plain, cached = found(*args, "--strength", 1), found(*args, "--strength", 1, "--expert-cache", 0.5)
+    assert cached["text"] == plain["text"] and plain["status"]["hit_rate"] is None
+    experts = cached["status"]["expert_cache"]
+    assert 0 < cached["status"]["hit_rate"] < 1 and cached["status"]["bytes_read"] == experts["bytes"] > 0
+    assert "hit rate" in call(*args, "--expert-cache", "1MiB").stderr
+    assert "budget" in refused(*args, "--expert-cache", "1.5")
+    assert call(*args, "--expert-cache", "0.5", "--device", "cuda").exit_code == 2
+
+
+def test_run_takes_a_recency_prior(home: Path) -> None:
+    args = ("run", home / "base", "--prompt", "Once", "--max-new-tokens", 6, "--recency", "ema", "--recency-gain", 0.4)
+    assert found(*args)["status"]["recency"]["gain"] == pytest.approx(0.4)
+    assert "recency 'often'" in refused(*args[:-3], "often")
+
+
+def test_eval_measures_priors_and_bench_gates(home: Path) -> None:
+    result = found("eval", home / "base", "--data", home / "a.txt", "--recency", "last", "--recency-gain", "0.1,0.8")
+    assert [(row["recency"], row["recency_gain"]) for row in result["priors"]] == [("last", 0.1), ("last", 0.8)]
+    assert result["priors"][1]["eor"] > result["base"]["eor"]
+    assert (
+        "last 0.8"
+        in call("eval", home / "base", "--data", home / "a.txt", "--recency", "last", "--recency-gain", "0.8").stdout
+    )
+    rows = found("bench", "gating", "--calls", 1)["rows"]
+    on_cpu = [row for row in rows if row["device"] == "cpu"]
+    assert len(on_cpu) == 22 and all(row["ratio"] > 0 and row["D"] == 2048 for row in on_cpu)
+    assert "the stock router" in call("bench", "gating", "--calls", 1).stdout
+
+
 def test_train_makes_a_certified_family_and_goes_on_where_it_was(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "family"
     args = (

@@ -160,3 +160,13 @@ def test_evaluation_measures_points_and_priors(family: Family) -> None:
     with pytest.raises(ConfigError, match="of one kind"):
         evaluate(base, documents, family=family, priors=[Prior("last", 0.1)])
     assert "forward" not in vars(discover_routers(base)[0].module)
+
+
+def test_a_family_beside_routers_without_the_prior(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = routing_matters("phimoe")
+    model = get_remoe_model(base, family=tiny_family(base, tmp_path / "family"), recency="ema")
+    assert "keep their own forward" in caplog.text
+    before = chosen(model, LONGER)
+    model.controller.set_strength(1.0)
+    assert not torch.equal(chosen(model, LONGER), before)
+    assert model.controller.status()["recency"]["routers"] == 0

@@ -58,7 +58,7 @@ def cpu_rows(calls: int = 400) -> Iterator[Row]:
 
 def _row(family: str, example: str, experts: int, calls: int) -> Row:
     torch.manual_seed(0)
-    stock = nn.ModuleList(_Block(stock_router(example, experts)) for _ in range(_LAYERS))
+    stock = _Stack(_Block(stock_router(example, experts)) for _ in range(_LAYERS))
     dialled = copy.deepcopy(stock)
     model = get_remoe_model(dialled, family=random_family(dialled), recency="ema", recency_gain=_GAIN)
     forward: Any = vars(discover_routers(dialled)[0].module)["forward"]
@@ -100,6 +100,15 @@ class _Block(nn.Module):
         return self.gate(hidden_TD)
 
 
+class _Stack(nn.ModuleList):
+    """Blocks of a model that is called with tokens, as one has to be for the prior."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        for block in self:
+            block(input_ids)
+        return input_ids
+
+
 def stock_router(example: str, experts: int) -> nn.Module:
     """The router class `folder.Class` of transformers at the benchmark's sizes, with random weights.
 
@@ -122,11 +131,12 @@ def stock_router(example: str, experts: int) -> nn.Module:
 def interleaved_us(runs: list[Callable[[], object]], calls: int) -> list[float]:
     """Median microseconds of each, taken in turns."""
     times: list[list[int]] = [[] for _ in runs]
-    for i in range(calls + 100):
+    warm = min(100, calls)
+    for i in range(warm + calls):
         for run, kept in zip(runs, times, strict=True):
             begin = time.perf_counter_ns()
             run()
             elapsed = time.perf_counter_ns() - begin
-            if i >= 100:  # warm
+            if i >= warm:
                 kept.append(elapsed)
     return [statistics.median(kept) / 1e3 for kept in times]

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from peft import PeftModel
 
+from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError, MergeStateError
 from remoe_adapt.family import Family
@@ -110,8 +111,12 @@ class Controller:
 
         strength (live), target, pressure (None unless pinned), reason (in words), waiting (a swap is posted), swaps,
         swap_ms and stage_ms (last) with swap_ms_median and stage_ms_median, running (generate calls), recency (None, or
-        mode, decay, routers that have it, and mean live gain), profile, family, base, points, closed.
+        mode, decay, routers that have it, and mean live gain), hit_rate and bytes_read of the expert cache with
+        expert_cache (its settings and counters without those of single layers; all None without one), profile, family,
+        base, points, closed.
         """
+        cache = expert_cache_of(self._base)
+        experts = None if cache is None else {key: value for key, value in cache.stats().items() if key != "layers"}
         with self._gate.lock:
             waiting = self._staged is not None
             timings: dict[str, float | None] = {}
@@ -128,6 +133,9 @@ class Controller:
                 **timings,
                 "running": self._gate.sessions,
                 "recency": None if self._prior is None else self._prior.status(),
+                "hit_rate": experts and experts["hit_rate"],
+                "bytes_read": experts and experts["bytes"],
+                "expert_cache": experts,
                 "profile": self.profile.name,
                 "family": str(self.family.path),
                 "base": self.family.base_id,

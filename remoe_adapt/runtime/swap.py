@@ -56,7 +56,7 @@ class ResidentRouters:
                     layer.hold()
                     held.append(layer)
             self._precompute()
-            if prior is not None:
+            if prior is not None and prior.live:
                 with _writing(False):
                     torch._foreach_copy_(prior.live, prior.gains(0.0))
         except BaseException:

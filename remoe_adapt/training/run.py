@@ -16,13 +16,13 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
 from remoe_adapt.family_files import FAMILY_FILE, write_whole
 from remoe_adapt.host_memory import freed_memory_kept
-from remoe_adapt.record import max_positions
+from remoe_adapt.record import load_tokenizer, max_positions
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.fingerprint import fingerprint
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
@@ -110,7 +110,7 @@ def train_family(
     wanted = check_strengths(strengths)
     processes = PartialState()
     model, base_id = _load(base, device, dtype)
-    tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(base_id)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base_id)
     length = _row_tokens(model, options)
     train, _ = token_rows(data, tokenizer, _needed_tokens(model, options) * processes.num_processes, options.seed)
     rows = PackedRows(train, length, None, options.seed)  # pieces end anywhere: no end-of-text after them
@@ -215,11 +215,3 @@ def _load(
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load the model {base} on {device}: {reason}") from error
-
-
-def _load_tokenizer(base_id: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(base_id)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"no tokenizer at {base_id} ({reason}): pass tokenizer=") from error
