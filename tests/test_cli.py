@@ -17,10 +17,12 @@ from tiny_family import save_base, save_family
 from typer.testing import CliRunner, Result
 
 from remoe_adapt import Family, Trace, __version__
+from remoe_adapt.bench import gating_cpu
 from remoe_adapt.cache.simulate import simulate
 from remoe_adapt.cli import app
 from remoe_adapt.evaluate import evaluate, read_shared
 from remoe_adapt.record import load_base
+from remoe_adapt.routers.families import FAMILY_EXAMPLES
 
 TEXT = "It was the best of times, it was the worst of times. " * 12
 
@@ -197,10 +199,14 @@ def test_eval_measures_priors_and_bench_gates(home: Path) -> None:
         "last 0.8"
         in call("eval", home / "base", "--data", home / "a.txt", "--recency", "last", "--recency-gain", "0.8").stdout
     )
-    rows = found("bench", "gating", "--calls", 1)["rows"]
-    on_cpu = [row for row in rows if row["device"] == "cpu"]
-    assert len(on_cpu) == 22 and all(row["ratio"] > 0 and row["D"] == 2048 for row in on_cpu)
-    assert "the stock router" in call("bench", "gating", "--calls", 1).stdout
+
+
+def test_bench_gating_prints_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gating_cpu, "_EXPERTS", (64,))
+    monkeypatch.setattr(gating_cpu, "_LAYERS", 2)
+    rows = [row for row in found("bench", "gating", "--calls", 2)["rows"] if row["device"] == "cpu"]
+    assert len(rows) == len(FAMILY_EXAMPLES) and all(row["ratio"] > 0 and row["D"] == 2048 for row in rows)
+    assert "the stock router" in " ".join(call("bench", "gating", "--calls", 2).stdout.split())
 
 
 def test_train_makes_a_certified_family_and_goes_on_where_it_was(home: Path, tmp_path: Path) -> None:
