@@ -179,7 +179,7 @@ def _following(base: type) -> Any:
     if base in _classes:
         return _classes[base]
 
-    class Following(base):  # type: ignore[misc]
+    class Following(base):  # type: ignore[misc, unused-ignore]
         _remoe_base = base
 
         def crop(self, *args: Any, **kwargs: Any) -> None:
