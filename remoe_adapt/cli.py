@@ -12,8 +12,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from remoe_adapt import __version__, report
+from remoe_adapt import __version__, cli_bench, cli_profiles, report
 from remoe_adapt import cli_options as opt
+from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError, RemoeError
-from remoe_adapt.report import counting, progress
+from remoe_adapt.report import progress
 
 app = typer.Typer(
     name="remoe",
@@ -37,8 +38,6 @@ profiles_app = typer.Typer(help="Device profiles: list, show, check.", no_args_i
 bench_app = typer.Typer(help="Benchmarks, each against its named baselines.", no_args_is_help=True)
 app.add_typer(profiles_app, name="profiles")
 app.add_typer(bench_app, name="bench")
-
-Found = tuple[Mapping[str, Any], list[RenderableType]]
 
 
 def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Found]], Callable[..., None]]:
@@ -309,70 +308,15 @@ def _live_text(shown: bool, status: Callable[[], str]) -> Iterator[Callable[[str
     print(f"\x1b[J{status()}" if at_terminal else status(), file=sys.stderr, flush=True)
 
 
-@command(profiles_app, "list")
-def profiles_list(as_json: opt.Json = False) -> Found:
-    """Every profile found, shipped and of the user."""
-    from remoe_adapt.device_profile import check_profile, list_profiles, load_profile
-
-    rows = {
-        name: {"file": str(path), "faults": len(faults)}
-        if (faults := check_profile(path))
-        else {"file": str(path), "faults": 0, **asdict(load_profile(path))}
-        for name, path in list_profiles().items()
-    }
-    return {"profiles": rows}, [report.profile_table(rows)]
-
-
-@command(profiles_app, "show")
-def profiles_show(name: opt.ProfileName, as_json: opt.Json = False) -> Found:
-    """One profile, as it is understood."""
-    from remoe_adapt.device_profile import load_profile
-
-    result = asdict(load_profile(name))
-    return result, [report.figures_table(f"profile {result['name']}", result)]
-
-
-@command(profiles_app, "check")
-def profiles_check(
-    names: opt.ProfileNames = None,
-    as_json: opt.Json = False,
-) -> Found:
-    """All faults of profiles, each with file, line and key; exit status 1 when there is one."""
-    from remoe_adapt.device_profile import check_profile, list_profiles
-
-    known = list_profiles()
-    paths = [known.get(name, Path(name)) for name in names] if names else list(known.values())
-    faults = [fault for path in paths for fault in check_profile(path)]
-    result = {"ok": not faults, "checked": [str(path) for path in paths], "faults": [asdict(f) for f in faults]}
-    return result, [*(Text(str(fault)) for fault in faults), f"{len(paths)} checked, {len(faults)} fault(s)"]
-
-
-@command(app, "doctor")
-def doctor(as_json: opt.Json = False) -> Found:
-    """What is usable here (devices, kernels, sensors, extras) and, where it is not, why."""
-    from remoe_adapt.doctor import as_result, examine
-
-    result = as_result(examine())
-    return result, [report.doctor_table(result["rows"])]
-
-
-@command(bench_app, "swap")
-def bench_swap(model: opt.ShippedModel = None, family: opt.FamilyPath = None, as_json: opt.Json = False) -> Found:
-    """Swapping strength in place, against PEFT's own way; forward time at strength against the base."""
-    from remoe_adapt.bench.swap import run_swap
-
-    result = run_swap(model, family)
-    return result, [report.figures_table("swap", result)]
-
-
-@command(bench_app, "gating")
-def bench_gating(calls: opt.Calls = 400, as_json: opt.Json = False) -> Found:
-    """Routers with a recency prior against stock ones on the CPU; the fused kernels against their bars on a GPU."""
-    from remoe_adapt.bench.gating import run_gating
-
-    with counting("rows done") as advance:
-        result = run_gating(calls, on_row=lambda _: advance())
-    return result, [report.gating_table(result)]
+for _group, _name, _function in (
+    (profiles_app, "list", cli_profiles.list_all),
+    (profiles_app, "show", cli_profiles.show),
+    (profiles_app, "check", cli_profiles.check),
+    (app, "doctor", cli_bench.doctor),
+    (bench_app, "swap", cli_bench.swap),
+    (bench_app, "gating", cli_bench.gating),
+):
+    command(_group, _name)(_function)
 
 
 def _words(text: str) -> list[str]:

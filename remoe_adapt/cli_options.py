@@ -1,11 +1,16 @@
-"""What the command line accepts: one typed name per option, so that equal options read alike in every command."""
+"""What the command line accepts and returns: one typed name per option, so that equal ones read alike everywhere."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
+
+# What a command returns: its JSON object, and what is shown instead of it.
+Found = tuple[Mapping[str, Any], list[RenderableType]]
 
 # Everywhere
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")]

@@ -88,12 +88,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "runtime.swap",
         "runtime.controller",
         "runtime.llama_server",
-        "runtime.load",
+        "runtime.pretrained",
         "runtime.cached",
+        "runtime.load",
         "evaluate",
     ),
     ("export.*",),
-    ("report", "demo", "doctor", "bench.*", "cli_options", "cli", "__main__", "__init__"),
+    ("report", "demo", "doctor", "bench.*", "cli_options", "cli_profiles", "cli_bench", "cli", "__main__", "__init__"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 LAYER_OF = [number for number, layer in enumerate(LAYERS) for _ in layer]

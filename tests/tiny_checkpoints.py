@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoConfig, PreTrainedModel
 
-from remoe_adapt.runtime.load import auto_class
+from remoe_adapt.runtime.pretrained import auto_class
 
 SMALL_SHARDS = "60KB"
 

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from remoe_adapt.bench.results import REPO_ROOT
 from remoe_adapt.family import Family, FamilyPoint, original_weights
 from remoe_adapt.routers.fingerprint import fingerprint
-from remoe_adapt.runtime.load import get_remoe_model, load_base
+from remoe_adapt.runtime.load import get_remoe_model
+from remoe_adapt.runtime.pretrained import load_base
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
 _STRENGTHS = (0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.35, 0.65)

@@ -24,7 +24,7 @@ from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS, ExpertCache
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError, MergeStateError
-from remoe_adapt.runtime.load import auto_class
+from remoe_adapt.runtime.pretrained import auto_class
 
 # Default dtype and classes of experts change for the whole process while a model is made.
 _LOADING = threading.Lock()

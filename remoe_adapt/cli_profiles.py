@@ -1,0 +1,39 @@
+"""`remoe profiles`: the device profiles that are there, one of them, and what is wrong in a file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.text import Text
+
+from remoe_adapt import cli_options as opt
+from remoe_adapt import report
+from remoe_adapt.cli_options import Found
+from remoe_adapt.device_profile import check_profile, list_profiles, load_profile
+
+
+def list_all(as_json: opt.Json = False) -> Found:
+    """Every profile found, shipped and of the user."""
+    rows = {
+        name: {"file": str(path), "faults": len(faults)}
+        if (faults := check_profile(path))
+        else {"file": str(path), "faults": 0, **asdict(load_profile(path))}
+        for name, path in list_profiles().items()
+    }
+    return {"profiles": rows}, [report.profile_table(rows)]
+
+
+def show(name: opt.ProfileName, as_json: opt.Json = False) -> Found:
+    """One profile, as it is understood."""
+    result = asdict(load_profile(name))
+    return result, [report.figures_table(f"profile {result['name']}", result)]
+
+
+def check(names: opt.ProfileNames = None, as_json: opt.Json = False) -> Found:
+    """All faults of profiles, each with file, line and key; exit status 1 when there is one."""
+    known = list_profiles()
+    paths = [known.get(name, Path(name)) for name in names] if names else list(known.values())
+    faults = [fault for path in paths for fault in check_profile(path)]
+    result = {"ok": not faults, "checked": [str(path) for path in paths], "faults": [asdict(f) for f in faults]}
+    return result, [*(Text(str(fault)) for fault in faults), f"{len(paths)} checked, {len(faults)} fault(s)"]

@@ -1,0 +1,43 @@
+"""Models by path or hub id, with the class that generates text."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from remoe_adapt.errors import ConfigError
+
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+
+
+def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """`from_pretrained` of the auto class that generates text for this base; AutoModel when there is none.
+
+    Raises ConfigError when it cannot be loaded.
+    """
+    path = os.fspath(base)
+    try:
+        config_kwargs = {
+            key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs
+        }
+        config = kwargs.get("config") or AutoConfig.from_pretrained(path, **config_kwargs)
+        model = auto_class(config).from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"base {path!r} cannot be loaded ({reason}): give a model folder or a hub id.") from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The auto class that makes the text-generating model of a configuration; AutoModel when there is none."""
+    known = (getattr(transformers, name) for name in _AUTO_CLASSES)
+    found = next((auto for auto in known if type(config) in auto._model_mapping), None)
+    if found is not None:
+        return found
+    remote = getattr(config, "auto_map", None) or {}
+    return next((getattr(transformers, name) for name in _AUTO_CLASSES if name in remote), AutoModel)
