@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,19 @@ def fingerprint(model: nn.Module) -> str:
     Raises RouterNotFoundError or UnsupportedRouterError as `discover_routers`, RouterError when a weight has no values
     (meta device).
     """
+    return fingerprint_of_weights(_base_weights(model))
+
+
+def fingerprint_of_weights(weights: Iterable[Tensor]) -> str:
+    """The same hash of router weights [E, D] in model order, wherever they were read."""
     digest = hashlib.sha256()
+    for weight_ED in weights:
+        digest.update(str(tuple(weight_ED.shape)).encode())
+        digest.update(_canonical_bytes(weight_ED.detach()))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _base_weights(model: nn.Module) -> Iterator[Tensor]:
     for router in discover_routers(model):
         # A wrapper keeps the true base weight while an adapter is merged into the live one.
         wrapper = model.get_submodule(router.name)
@@ -35,9 +48,7 @@ def fingerprint(model: nn.Module) -> str:
                 f"router {router.name} is on the meta device and has no values to take a fingerprint of: "
                 "load the base model's weights first."
             )
-        digest.update(str(tuple(weight_ED.shape)).encode())
-        digest.update(_canonical_bytes(weight_ED.detach()))
-    return f"sha256:{digest.hexdigest()}"
+        yield weight_ED
 
 
 def _canonical_bytes(weight_ED: Tensor) -> bytes:
