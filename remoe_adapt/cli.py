@@ -244,17 +244,14 @@ def run(
     if pressure is not None and strength is not None:
         raise typer.BadParameter("--pressure and --strength pin the same dial: give one of them")
     from remoe_adapt.demo import generate_text
-    from remoe_adapt.record import load_base
+    from remoe_adapt.record import load_tokenizer
     from remoe_adapt.runtime.load import get_remoe_model
 
-    if expert_cache is None:
-        base, tokenizer = load_base(model, device=device, dtype=dtype)
-    else:
-        base, tokenizer = _behind_a_cache(model, expert_cache, device, dtype)
     dialled = get_remoe_model(
-        base, profile=profile, family=family, recency=recency, recency_gain=recency_gain, recency_decay=recency_decay,
-        force=force,
+        _base_for(model, profile, expert_cache, device, dtype), profile=profile, family=family, recency=recency,
+        recency_gain=recency_gain, recency_decay=recency_decay, force=force,
     )  # fmt: skip
+    tokenizer = load_tokenizer(model)
     controller = dialled.controller
     try:
         if pressure is not None:
@@ -272,18 +269,17 @@ def run(
     return result, [report.run_summary(result)]
 
 
-def _behind_a_cache(model: str, budget: str, device: str | None, dtype: str) -> tuple[Any, Any]:
-    if device not in (None, "cpu"):
-        raise typer.BadParameter(f"--expert-cache keeps experts in RAM, for the CPU; not with --device {device}")
-    from remoe_adapt.record import load_tokenizer
-    from remoe_adapt.runtime.cached import load_with_expert_cache
+def _base_for(model: str, profile: str | None, budget: str | None, device: str | None, dtype: str) -> Any:
+    """Behind an expert cache where the profile or --expert-cache says so."""
+    from remoe_adapt.record import load_base
+    from remoe_adapt.runtime.load import load_base_under, profile_of
 
-    try:
-        size: str | float = float(budget)
-    except ValueError:
-        size = budget
-    base = load_with_expert_cache(model, size, dtype=None if dtype == "auto" else dtype)
-    return base, load_tokenizer(model)
+    if profile is None and budget is None:
+        return load_base(model, device=device, dtype=dtype)[0]
+    size: str | float | None = budget
+    with contextlib.suppress(ValueError):
+        size = None if budget is None else float(budget)
+    return load_base_under(profile_of(profile), model, size, device=device, dtype=dtype)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 RemoeError(Exception)
  |- ConfigError(ValueError)               an option value; names the value and the remedy
- |   `- ProfileError                      a profile file; names file, line and key
+ |   |- ProfileError                      a profile file; names file, line and key
+ |   `- UncacheableError                  a model whose experts cannot be cached; says why
  |- RouterError
  |   |- RouterNotFoundError(ValueError)   the model has no router
  |   `- UnsupportedRouterError(ValueError)  a router we refuse, with the reason
@@ -33,6 +34,10 @@ class ConfigError(RemoeError, ValueError):
 
 class ProfileError(ConfigError):
     """A device profile cannot be used; the message names the file, the line and the key."""
+
+
+class UncacheableError(ConfigError):
+    """The model's experts cannot be left in storage: not behind transformers' experts interface, or quantised."""
 
 
 class RouterError(RemoeError):

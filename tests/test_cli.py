@@ -182,7 +182,8 @@ def test_run_behind_an_expert_cache_writes_the_same_text(home: Path) -> None:
     assert 0 < cached["status"]["hit_rate"] < 1 and cached["status"]["bytes_read"] == experts["bytes"] > 0
     assert "hit rate" in call(*args, "--expert-cache", "1MiB").stderr
     assert "budget" in refused(*args, "--expert-cache", "1.5")
-    assert call(*args, "--expert-cache", "0.5", "--device", "cuda").exit_code == 2
+    if not torch.cuda.is_available():
+        assert "cuda" in refused(*args, "--expert-cache", "0.5", "--device", "cuda")
 
 
 def test_run_takes_a_recency_prior(home: Path) -> None:

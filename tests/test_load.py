@@ -25,10 +25,11 @@ from remoe_adapt.errors import (
     MergeStateError,
     ProfileError,
     RouterNotFoundError,
+    UncacheableError,
 )
 from remoe_adapt.family import Family, original_weights
 from remoe_adapt.routers.fingerprint import fingerprint
-from remoe_adapt.runtime.load import get_remoe_model
+from remoe_adapt.runtime.load import get_remoe_model, load_base_under
 from remoe_adapt.tuner import RemoeConfig, remoe_layers
 
 
@@ -86,6 +87,50 @@ def test_loading_options_reach_the_loader(saved: Path) -> None:
     live = Family.load(saved / "family").live(1.0, original_weights(model))
     for name, layer in remoe_layers(model).items():
         assert torch.equal(layer.base_weight_ED, live[name])
+
+
+def test_a_profile_leaves_experts_in_storage(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    profile, family = load_profile("orin-8gb"), Family.load(saved / "family")
+    model = get_remoe_model(saved, profile, family)
+    experts = model.get_base_model().expert_cache
+    assert experts.policy == "lrfu" and experts.budget_bytes == experts.source.total_bytes // 4
+    model.controller.set_strength(1.0)
+    assert torch.equal(logits_of(model), expected_logits(1.0, family))
+    assert model.controller.status()["bytes_read"] > 0
+    layers = model.controller.status()["expert_cache"]["layers"]
+    assert len(layers) == 4 and all({"hits", "misses", "bytes", "stall_s"} <= set(layer) for layer in layers)
+    assert not hasattr(get_remoe_model(saved, "server", family).get_base_model(), "expert_cache"), "all may be there"
+    more = get_remoe_model(saved, profile, family, expert_cache=0.5).get_base_model().expert_cache
+    assert more.budget_bytes == experts.source.total_bytes // 2
+    whole = get_remoe_model(saved, profile, family, device_map="cpu").get_base_model()
+    assert not hasattr(whole, "expert_cache") and "device_map: profile orin-8gb builds no expert cache" in caplog.text
+    with pytest.raises(ConfigError, match="expert_cache: options of loading, but base is a model"):
+        get_remoe_model(tiny_model("qwen2_moe"), profile, family, expert_cache=0.5)
+
+
+def test_the_profile_s_memory_bounds_the_slots(saved: Path) -> None:
+    profile = load_profile("orin-8gb")
+    whole = load_base_under(profile, saved)
+    experts: Any = whole.expert_cache
+    dense_bytes = sum(tensor.nbytes for tensor in [*whole.parameters(), *whole.buffers()])
+    limit = (dense_bytes + experts.source.expert_bytes[0] * 3) * 16 // 15 + 16
+    narrow = replace(profile, memory=replace(profile.memory, budget_bytes=limit))
+    slots: Any = load_base_under(narrow, saved).expert_cache
+    assert (
+        slots.budget_bytes // experts.source.expert_bytes[0] == 3 < experts.budget_bytes // slots.source.expert_bytes[0]
+    )
+    with pytest.raises(ConfigError, match="the dense part alone takes"):
+        load_base_under(replace(profile, memory=replace(profile.memory, budget_bytes=dense_bytes)), saved)
+
+
+def test_models_that_cannot_be_cached_are_loaded_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base: Any = tiny_model("jetmoe")
+    base.save_pretrained(tmp_path / "jet")
+    model = load_base_under(load_profile("orin-8gb"), tmp_path / "jet")
+    assert "loaded whole" in caplog.text and not hasattr(model, "expert_cache")
+    torch.testing.assert_close(logits_of(model), logits_of(base))
+    with pytest.raises(UncacheableError, match="cannot be cached"):
+        load_base_under(load_profile("orin-8gb"), tmp_path / "jet", 0.5)
 
 
 def test_without_a_family_the_profile_is_asked_by_the_base_s_id(saved: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Blocks:
-    """Makes CPU tensors in page-aligned memory of their own; any number of threads at once.
+    """Page-aligned CPU memory for tensors; any number of threads at once.
 
     Free blocks are kept while tensors of their sizes follow: whenever none fits, all go to the system first.
     """
@@ -26,7 +26,10 @@ class Blocks:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Contiguous, with arbitrary contents."""
         count = torch.Size(shape).numel()
-        size = max(1, count * dtype.itemsize)
+        return torch.frombuffer(self.take(max(1, count * dtype.itemsize)), dtype=dtype, count=count).view(shape)
+
+    def take(self, size: int) -> np.ndarray:
+        """`size` bytes, kept while a tensor made of them (torch.frombuffer) is."""
         try:
             block = self._free.get(size, []).pop()
         except IndexError:
@@ -35,7 +38,7 @@ class Blocks:
         owner = np.frombuffer(block, dtype=np.uint8)
         # The tensor's storage holds `owner`; who holds that storage, autograd for one, holds the block.
         weakref.finalize(owner, self._keep, block).atexit = False
-        return torch.frombuffer(owner, dtype=dtype, count=count).view(shape)
+        return owner
 
     def _keep(self, block: mmap.mmap) -> None:
         self._free.setdefault(len(block), []).append(block)

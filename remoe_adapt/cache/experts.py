@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from remoe_adapt.cache.tiers import ExpertCache, Lease
-from remoe_adapt.errors import ConfigError
+from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.tuner.beside import plain_base
 
 _FORWARD_INPUTS = 3
@@ -152,11 +152,11 @@ def _cached_class(cls: Any) -> type[nn.Module]:
 
 
 def check_experts(modules: dict[str, nn.Module]) -> None:
-    """Raises ConfigError for a module whose eager function is not one of (hidden states, ids, weights)."""
+    """Raises UncacheableError for a module whose eager function is not one of (hidden states, ids, weights)."""
     for name, module in modules.items():
         eager = inspect.unwrap(type(module).forward)
         if len(inspect.signature(eager).parameters) != _FORWARD_INPUTS + 1:
-            raise ConfigError(
+            raise UncacheableError(
                 f"{name} ({type(module).__name__}) takes other inputs than experts do: it cannot be cached."
             )
 

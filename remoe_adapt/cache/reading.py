@@ -1,14 +1,21 @@
-"""Byte ranges of files read into memory of the caller: directly past the page cache or through it, with retries."""
+"""Byte ranges of files read into memory of the caller: directly past the page cache or through it, with retries.
+
+Neighbours in a file come in one read. A direct read moves whole blocks of the file; those that lie within one extent
+go straight to its memory where device and addresses allow that, the others by way of a little memory of the thread.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +25,12 @@ from remoe_adapt.notices import say_once
 
 # As os.preadv: (file descriptor, buffers, offset) -> bytes read.
 Reader = Callable[[int, Sequence[memoryview], int], int]
+# An extent and the bytes it goes to.
+_Part = tuple[Extent, np.ndarray]
 
-# O_DIRECT wants addresses, offsets and lengths in multiples of the device's block; no device has larger ones.
+# O_DIRECT wants offsets and lengths in multiples of the device's block; no device has larger ones.
 BLOCK = 4096
-# Direct reads go through as much memory of each thread.
+# Of what does not go straight to its place, a thread takes as much at a time.
 CHUNK = 2 << 20
 ATTEMPTS = 4
 _PAUSE_S = 0.005
@@ -42,52 +51,62 @@ class ExtentReader:
             say_once(
                 f"the file system of {files[0].parent} has no direct I/O: experts are read through the page cache."
             )
+        self._steps = {path: _memory_step(path) for path in files} if self.direct_io else {}
         self._fds: dict[Path, int] = {}
         # At the latest when nothing needs the reader any more.
         self.close = weakref.finalize(self, _close, self._fds)
         for path in files:
             self._fds[path] = os.open(path, os.O_RDONLY | (os.O_DIRECT if self.direct_io else 0))
 
-    def fill(self, extents: Sequence[Extent], whole: Tensor) -> None:
-        """Read `extents`, one after another, into a contiguous CPU tensor of as many bytes.
+    def fill(self, parts: Iterable[tuple[Extent, Tensor]]) -> None:
+        """Read each extent into its contiguous CPU tensor of as many bytes.
 
-        Raises ExpertReadError after ATTEMPTS failed or short reads; the tensor's contents are undefined then.
+        Raises ExpertReadError after ATTEMPTS failed or short reads; the tensors' contents are undefined then.
         """
-        view = _bytes_of(whole)
-        start = 0
-        for extent in extents:
-            part = view[start : start + extent.size]
-            start += extent.size
-            if not self.direct_io:
-                self._read(extent, part, extent.offset, extent.size)
-                continue
-            done = 0
-            while done < extent.size:
-                head = (extent.offset + done) % BLOCK
-                size = min(extent.size - done, CHUNK - head)
-                block = self._blocks(head + size)
-                self._read(extent, block, extent.offset + done - head, head + size)
-                part[done : done + size] = block[head : head + size]
-                done += size
+        for run in _runs([(extent, _bytes_of(whole)) for extent, whole in parts]):
+            start, last = run[0][0].offset, run[-1][0]
+            if self.direct_io:
+                self._read_blocks(run, last.offset + last.size)
+            else:
+                self._read(run, [place.data for _, place in run], start, last.offset + last.size - start)
 
-    def _blocks(self, size: int) -> memoryview:
-        """This thread's aligned memory of at least `size` bytes, in whole blocks."""
-        size = -(-size // BLOCK) * BLOCK
-        kept: memoryview | None = getattr(self._scratch, "view", None)
-        if kept is None or len(kept) < size:
-            kept = self._scratch.view = _aligned(size)
-        return kept[:size]
+    def _read_blocks(self, run: Sequence[_Part], end: int) -> None:
+        at = run[0][0].offset // BLOCK * BLOCK
+        buffers: list[memoryview] = []
+        aside: list[tuple[int, np.ndarray]] = []
+        begun, used = at, 0
+        for stop, place in _segments(run, at, end, self._steps[run[0][0].path]):
+            while at < stop:
+                size = stop - at
+                if place is None:
+                    size = min(size, CHUNK - used)
+                    aside.append((at, self._memory[used : used + size]))
+                    used += size
+                buffers.append((aside[-1][1] if place is None else place).data)
+                at += size
+                if used == CHUNK or at >= end:
+                    self._read(run, buffers, begun, min(at, end) - begun)
+                    _distribute(run, aside)
+                    buffers, aside, begun, used = [], [], at, 0
 
-    def _read(self, extent: Extent, buffer: memoryview, offset: int, needed: int) -> None:
-        """Fill the first `needed` bytes of `buffer`; more may be read."""
+    @property
+    def _memory(self) -> np.ndarray:
+        """This thread's own, aligned."""
+        kept: np.ndarray | None = getattr(self._scratch, "memory", None)
+        if kept is None:
+            kept = self._scratch.memory = _aligned(CHUNK)
+        return kept
+
+    def _read(self, run: Sequence[_Part], buffers: Sequence[memoryview], offset: int, needed: int) -> None:
+        """Fill the first `needed` bytes of `buffers`; more may be read."""
         done = attempts = 0
-        fd = self._fds.get(extent.path)
+        fd = self._fds.get(run[0][0].path)
         if fd is None:
-            raise ExpertReadError(f"{extent.path}: tensor {extent.tensor} at byte {offset}: the store is closed.")
+            raise ExpertReadError(f"{_where(run, offset)}: the store is closed.")
         while done < needed:
             reason = "the file ends there"
             try:
-                got = self._reader(fd, [buffer[done:]], offset + done)
+                got = self._reader(fd, list(_rest(buffers, done)), offset + done)
             except OSError as error:
                 got, reason = 0, os.strerror(error.errno) if error.errno else str(error)
             if self.direct_io and done + got < needed:
@@ -95,23 +114,74 @@ class ExtentReader:
             if got <= 0:
                 attempts += 1
                 if attempts == ATTEMPTS:
+                    at = max(offset + done, run[0][0].offset)
                     raise ExpertReadError(
-                        f"{extent.path}: tensor {extent.tensor} cannot be read at byte {offset + done} ({reason}; "
-                        f"{ATTEMPTS} attempts): check the disk, or fetch the file again."
+                        f"{_where(run, at)} cannot be read ({reason}; {ATTEMPTS} attempts): check the disk, or fetch "
+                        "the file again."
                     )
                 time.sleep(_PAUSE_S * attempts)
             done += got
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+def _runs(parts: list[_Part]) -> Iterator[list[_Part]]:
+    """In the order of the files, those together that follow one another without a gap."""
+    parts.sort(key=lambda part: (part[0].path, part[0].offset))
+    start = 0
+    for number in range(1, len(parts) + 1):
+        before = parts[number - 1][0]
+        if number == len(parts) or (before.path, before.offset + before.size) != (
+            parts[number][0].path,
+            parts[number][0].offset,
+        ):
+            yield parts[start:number]
+            start = number
+
+
+def _segments(run: Sequence[_Part], at: int, end: int, step: int) -> Iterator[tuple[int, np.ndarray | None]]:
+    """The blocks from `at` on, cut where their memory changes: (end, their place, or None where they have none)."""
+    for extent, place in run:
+        first, stop = -(-extent.offset // BLOCK) * BLOCK, (extent.offset + extent.size) // BLOCK * BLOCK
+        skipped = first - extent.offset
+        if first < stop and (place.ctypes.data + skipped) % step == 0:
+            if at < first:
+                yield first, None
+            yield stop, place[skipped : skipped + stop - first]
+            at = stop
+    if at < end:
+        yield -(-end // BLOCK) * BLOCK, None
+
+
+def _distribute(run: Sequence[_Part], aside: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Copy what was read aside (file offset, bytes) to its places."""
+    for start, memory in aside:
+        for extent, place in run:
+            first, stop = max(start, extent.offset), min(start + len(memory), extent.offset + extent.size)
+            if first < stop:
+                # numpy copies while other threads run, slices of memoryviews do not.
+                np.copyto(place[first - extent.offset : stop - extent.offset], memory[first - start : stop - start])
+
+
+def _rest(buffers: Sequence[memoryview], done: int) -> Iterator[memoryview]:
+    for buffer in buffers:
+        if done < len(buffer):
+            yield buffer[done:]
+        done = max(0, done - len(buffer))
+
+
+def _where(run: Sequence[_Part], offset: int) -> str:
+    extent = next((extent for extent, _ in reversed(run) if extent.offset <= offset), run[0][0])
+    return f"{extent.path}: tensor {extent.tensor} at byte {offset}"
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    flat: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
     return flat
 
 
-def _aligned(size: int) -> memoryview:
-    memory = torch.empty(size + BLOCK, dtype=torch.uint8, device="cpu")
-    start = -memory.data_ptr() % BLOCK
-    return _bytes_of(memory[start : start + size])
+def _aligned(size: int) -> np.ndarray:
+    memory = np.empty(size + BLOCK, dtype=np.uint8)
+    start = -memory.ctypes.data % BLOCK
+    return memory[start : start + size]
 
 
 def _reads_directly(path: Path) -> bool:
@@ -128,6 +198,18 @@ def _reads_directly(path: Path) -> bool:
     finally:
         os.close(fd)
     return flag != 0
+
+
+def _memory_step(path: Path) -> int:
+    """What addresses of direct reads of `path` must be multiples of, as statx(2) tells since Linux 6.1; else BLOCK."""
+    at_fdcwd, dioalign, mask_bytes, mem_align_at, struct_bytes = -100, 0x2000, 4, 152, 256
+    statx = getattr(ctypes.CDLL(None), "statx", None) if sys.platform == "linux" else None
+    found = ctypes.create_string_buffer(struct_bytes)
+    if statx is None or statx(at_fdcwd, os.fsencode(path), 0, dioalign, found):
+        return BLOCK
+    told = int.from_bytes(found.raw[:mask_bytes], sys.byteorder) & dioalign
+    step = int.from_bytes(found.raw[mem_align_at : mem_align_at + mask_bytes], sys.byteorder)
+    return step if told and step else BLOCK
 
 
 def _close(fds: dict[Path, int]) -> None:

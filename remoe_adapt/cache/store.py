@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from remoe_adapt.cache.blocks import Blocks
 from remoe_adapt.cache.reading import ExtentReader, Reader
 from remoe_adapt.cache.shards import Extent, open_checkpoint
-from remoe_adapt.errors import ConfigError
+from remoe_adapt.errors import ConfigError, UncacheableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class ExpertStore:
     ) -> None:
         modules = experts_modules(model)
         if not modules:
-            raise ConfigError(
+            raise UncacheableError(
                 f"{type(model).__name__}: its experts cannot be cached, they do not go through transformers' experts "
                 "interface. Load it with from_pretrained."
             )
@@ -110,7 +110,7 @@ class ExpertStore:
         self.params = tuple(tuple(params) for params in self._params)
         for name, count, params in zip(self.layers, self.num_experts, self._params, strict=True):
             if odd := [f"{param} {tuple(value.shape)}" for param, value in params.items() if len(value) != count]:
-                raise ConfigError(f"{name}: {', '.join(odd)} is not one row for each of {count} experts.")
+                raise UncacheableError(f"{name}: {', '.join(odd)} is not one row for each of {count} experts.")
         self.expert_bytes = tuple(
             sum(p[0].numel() * p.element_size() for p in params.values()) for params in self._params
         )
@@ -206,7 +206,7 @@ class ExpertStore:
                     f"{count} experts of {name}: are all files there, and of this model?"
                 )
             if not all(extent.dtype.is_floating_point for extent in extents):
-                raise ConfigError(
+                raise UncacheableError(
                     f"{self.folder}: {extents[0].tensor} is quantised; the expert cache reads experts in F64, F32, F16 "
                     "or BF16. Give it a checkpoint that is not quantised."
                 )

@@ -23,14 +23,16 @@ from remoe_adapt.cache.shards import checkpoint_dtype
 from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS, ExpertCache
 from remoe_adapt.device_profile import parse_size
-from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.errors import ConfigError, MergeStateError, UncacheableError
 from remoe_adapt.runtime.pretrained import auto_class
 
 # Default dtype and classes of experts change for the whole process while a model is made.
 _LOADING = threading.Lock()
+_KV_CACHE_PART = 16
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
-_REFUSED = {
+# Options of from_pretrained that place, make or quantise weights themselves.
+OWN_PLACEMENT = {
     "device_map",
     "quantization_config",
     "experts_implementation",
@@ -45,6 +47,7 @@ def load_with_expert_cache(
     path: str | os.PathLike[str],
     budget: str | int | float = 0.25,
     *,
+    memory: str | int | None = None,
     policy: str = "lrfu",
     scope: str = "global",
     direct_io: bool = False,
@@ -58,13 +61,14 @@ def load_with_expert_cache(
     Its memory is the dense part and the slots, nothing mapped. It computes what `from_pretrained` would with
     `experts_implementation="eager"`, generates, and takes PEFT adapters; its experts are frozen.
 
-    budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0). policy, scope, threads: see
-    ExpertCache; direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's.
+    budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0). memory: what the dense part
+    and the slots may take together, with a sixteenth left for the KV cache; it lowers the budget. policy, scope,
+    threads: see ExpertCache; direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's.
 
-    Raises ConfigError for options that cannot work and for models whose experts cannot be cached (quantised, or not
-    behind transformers' experts interface), ExpertReadError when the files cannot be read.
+    Raises ConfigError for options that cannot work, UncacheableError for models whose experts cannot be cached
+    (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
     """
-    refused = sorted(_REFUSED.intersection(from_pretrained_kwargs))
+    refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs))
     if refused:
         raise ConfigError(f"{', '.join(refused)}: an expert cache loads to the CPU, unquantised, eager.")
     folder = _folder(os.fspath(path), from_pretrained_kwargs)
@@ -76,7 +80,7 @@ def load_with_expert_cache(
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{os.fspath(path)!r} is no model ({reason}): give a model folder or a hub id.") from error
     if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{os.fspath(path)!r} is quantised: the expert cache reads experts that are not.")
+        raise UncacheableError(f"{os.fspath(path)!r} is quantised: the expert cache reads experts that are not.")
     loader = auto_class(config)
     wanted = _dtype(dtype, config, folder)
     with _LOADING:
@@ -85,7 +89,10 @@ def load_with_expert_cache(
         modules = experts_modules(skeleton)
         check_experts(modules)
         store = ExpertStore(folder, skeleton, direct_io=direct_io, reader=reader)
-        cache = ExpertCache(store, _bytes(budget, store.total_bytes), policy=policy, scope=scope, threads=threads)
+        budget_bytes = _bytes(budget, store.total_bytes)
+        if memory is not None:
+            budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
+        cache = ExpertCache(store, budget_bytes, policy=policy, scope=scope, threads=threads)
         left_out = [
             f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
         ]
@@ -144,6 +151,24 @@ def _bytes(budget: str | int | float, total_bytes: int) -> int:
             raise ConfigError(f"budget {budget!r}: a share of all experts is above 0 and at most 1.0.")
         return int(budget * total_bytes)
     return budget
+
+
+def _dense_bytes(skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:
+    left_out = {id(param) for module in experts.values() for param in module.parameters(recurse=False)}
+    tensors = itertools.chain(skeleton.parameters(), skeleton.buffers())
+    return sum(tensor.nbytes for tensor in tensors if id(tensor) not in left_out)
+
+
+def _under(memory: str | int, dense_bytes: int) -> int:
+    """Bytes left for slots."""
+    memory_bytes = parse_size(memory) if isinstance(memory, str) else memory
+    left = memory_bytes - memory_bytes // _KV_CACHE_PART - dense_bytes
+    if left <= 0:
+        raise ConfigError(
+            f"memory {memory!r}: the dense part alone takes {dense_bytes / (1 << 20):.0f} MiB, and a sixteenth is left "
+            "for the KV cache; give more, or a smaller model."
+        )
+    return left
 
 
 @contextmanager

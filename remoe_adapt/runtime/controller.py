@@ -112,11 +112,11 @@ class Controller:
         strength (live), target, pressure (None unless pinned), reason (in words), waiting (a swap is posted), swaps,
         swap_ms and stage_ms (last) with swap_ms_median and stage_ms_median, running (generate calls), recency (None, or
         mode, decay, routers that have it, and mean live gain), hit_rate and bytes_read of the expert cache with
-        expert_cache (its settings and counters without those of single layers; all None without one), profile, family,
+        expert_cache (its settings and counters, `layers` for each layer; all None without one), profile, family,
         base, points, closed.
         """
         cache = expert_cache_of(self._base)
-        experts = None if cache is None else {key: value for key, value in cache.stats().items() if key != "layers"}
+        experts = None if cache is None else cache.stats()
         with self._gate.lock:
             waiting = self._staged is not None
             timings: dict[str, float | None] = {}

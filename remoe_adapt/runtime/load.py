@@ -11,8 +11,10 @@ from peft import PeftModel
 from torch import nn
 
 from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
-from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError
+from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError, UncacheableError
 from remoe_adapt.family import Family, original_weights
+from remoe_adapt.notices import say_once
+from remoe_adapt.runtime.cached import OWN_PLACEMENT, load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.pretrained import load_base
 from remoe_adapt.runtime.recency import DialPrior, RecencyPlan, plan_recency, training_free_family
@@ -28,6 +30,8 @@ def get_remoe_model(
     recency: str | None = None,
     recency_gain: float | None = None,
     recency_decay: float | None = None,
+    expert_cache: str | int | float | None = None,
+    device: str | None = None,
     adapter_name: str = "dial",
     force: bool = False,
     **from_pretrained_kwargs: Any,
@@ -35,31 +39,89 @@ def get_remoe_model(
     """A PeftModel over the base object with `.controller`, at the profile's strength for pressure 0.
 
     base: a model, a PeftModel (its base object gets the dial, its adapters stay and keep working), a path or a hub id,
-    loaded with `from_pretrained_kwargs`. profile: a name, a path or a DeviceProfile; None: the server's settings with
-    strength equal to pressure. family: a folder, a hub id or a Family; None: what the profile's `families` name for the
-    base's id, else training-free operating points (recency prior only), which is logged once. recency: "last", "ema" or
-    "resident", a prior on top of what the points have, with `recency_gain` (default 0.2) at every strength and
-    `recency_decay` (default 0.7, for ema). force: accept a family of another base, if names and shapes fit.
+    loaded with `from_pretrained_kwargs`: behind an expert cache where the profile has one and the model can, see
+    `load_base_under`. profile: a name, a path or a DeviceProfile; None: the server's settings with strength equal to
+    pressure. family: a folder, a hub id or a Family; None: what the profile's `families` name for the base's id, else
+    training-free operating points (recency prior only), which is logged once. recency: "last", "ema" or "resident", a
+    prior on top of what the points have, with `recency_gain` (default 0.2) at every strength and `recency_decay`
+    (default 0.7, for ema). expert_cache: the budget of the cache instead of the profile's. device: where a base that is
+    loaded computes; None: where from_pretrained puts it. force: accept a family of another base, if names and shapes
+    fit.
 
     Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
     MergeStateError when the model has a dial already, AdapterConflictError when REMOE adapters or the name
     `adapter_name` are on it, ConfigError when the base cannot be loaded, ProfileError, RouterNotFoundError and
     UnsupportedRouterError as their makers. The model is unchanged after an error.
     """
-    chosen = _profile(profile)
+    chosen = profile_of(profile)
     if isinstance(base, nn.Module):
-        if from_pretrained_kwargs:
-            raise ConfigError(f"{', '.join(from_pretrained_kwargs)}: options of loading, but base is a model already.")
+        given = {"expert_cache": expert_cache, "device": device, **from_pretrained_kwargs}
+        options = [name for name, value in given.items() if value is not None]
+        if options:
+            raise ConfigError(f"{', '.join(options)}: options of loading, but base is a model already.")
         _check_free(base)
     known = _family(family, chosen, _base_id(base))
     if known is not None:
         plan_recency(known, chosen, recency, recency_gain, recency_decay)  # refuse before anything is loaded
-    model = plain_base(base if isinstance(base, nn.Module) else load_base(base, **from_pretrained_kwargs))
+    if isinstance(base, nn.Module):
+        model = plain_base(base)
+    else:
+        model = load_base_under(chosen, base, expert_cache, device=device, **from_pretrained_kwargs)
     asked = recency is not None or recency_gain is not None or recency_decay is not None
     operating = known or training_free_family(model, _base_id(base), own_gain=not asked)
     plan = plan_recency(operating, chosen, recency, recency_gain, recency_decay)
     operating.check(model, force=force)
     return _under_dial(model, operating, chosen, plan, adapter_name, force)
+
+
+def load_base_under(
+    profile: DeviceProfile,
+    base: str | os.PathLike[str],
+    budget: str | int | float | None = None,
+    *,
+    device: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The base by path or hub id, behind an expert cache as the profile has it; whole where all of it may be in memory.
+
+    budget: of the cache instead of the profile's, which then must be possible. Whole, which is logged once, are models
+    whose experts cannot be cached, and those loaded with options that place or quantise weights themselves. device:
+    where it computes; None: where from_pretrained puts it.
+
+    Raises ConfigError when it cannot be loaded, ExpertReadError when its experts cannot be read.
+    """
+    settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
+    if budget is None:
+        whole = settings.share == 1.0 and memory_bytes is None
+        placed = sorted(OWN_PLACEMENT.intersection(kwargs))
+        if placed and not whole:
+            say_once(f"loaded with {', '.join(placed)}: profile {profile.name} builds no expert cache then.")
+        if placed or whole:
+            return _placed(load_base(base, **kwargs), device)
+    if device not in (None, "cpu"):
+        raise ConfigError(f"device {device!r}: the expert cache holds experts in RAM, use the CPU.")
+    try:
+        return load_with_expert_cache(
+            base,
+            settings.share if budget is None else budget,
+            memory=memory_bytes if budget is None else None,
+            policy=settings.policy,
+            scope=settings.scope,
+            direct_io=settings.direct_io,
+            **kwargs,
+        )
+    except UncacheableError as error:
+        if budget is not None:
+            raise
+        say_once(f"{error} It is loaded whole.")
+        return _placed(load_base(base, **kwargs), device)
+
+
+def _placed(model: nn.Module, device: str | None) -> nn.Module:
+    try:
+        return model if device is None else model.to(device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device it was built without
+        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _under_dial(
@@ -91,7 +153,8 @@ def _under_dial(
     return wrapped
 
 
-def _profile(profile: str | os.PathLike[str] | DeviceProfile | None) -> DeviceProfile:
+def profile_of(profile: str | os.PathLike[str] | DeviceProfile | None) -> DeviceProfile:
+    """A profile by name or path; None: the server's settings with strength equal to pressure."""
     if isinstance(profile, DeviceProfile):
         return profile
     if profile is not None:
