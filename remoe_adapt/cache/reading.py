@@ -74,17 +74,18 @@ class ExtentReader:
         at = run[0][0].offset // BLOCK * BLOCK
         buffers: list[memoryview] = []
         aside: list[tuple[int, np.ndarray]] = []
-        begun, used = at, 0
+        begun, used, blocks = at, 0, -(-(end - at) // BLOCK)
+        most = -(-blocks // -(-blocks * BLOCK // CHUNK)) * BLOCK  # even pieces
         for stop, place in _segments(run, at, end, self._steps[run[0][0].path]):
             while at < stop:
                 size = stop - at
                 if place is None:
-                    size = min(size, CHUNK - used)
+                    size = min(size, most - used)
                     aside.append((at, self._memory[used : used + size]))
                     used += size
                 buffers.append((aside[-1][1] if place is None else place).data)
                 at += size
-                if used == CHUNK or at >= end:
+                if used == most or at >= end:
                     self._read(run, buffers, begun, min(at, end) - begun)
                     _distribute(run, aside)
                     buffers, aside, begun, used = [], [], at, 0
@@ -102,7 +103,7 @@ class ExtentReader:
         done = attempts = 0
         fd = self._fds.get(run[0][0].path)
         if fd is None:
-            raise ExpertReadError(f"{_where(run, offset)}: the store is closed.")
+            raise ExpertReadError(f"{_where(run, offset)} at byte {offset}: the store is closed.")
         while done < needed:
             reason = "the file ends there"
             try:
@@ -116,8 +117,8 @@ class ExtentReader:
                 if attempts == ATTEMPTS:
                     at = max(offset + done, run[0][0].offset)
                     raise ExpertReadError(
-                        f"{_where(run, at)} cannot be read ({reason}; {ATTEMPTS} attempts): check the disk, or fetch "
-                        "the file again."
+                        f"{_where(run, at)} cannot be read at byte {at} ({reason}; {ATTEMPTS} attempts): check the "
+                        "disk, or fetch the file again."
                     )
                 time.sleep(_PAUSE_S * attempts)
             done += got
@@ -170,7 +171,7 @@ def _rest(buffers: Sequence[memoryview], done: int) -> Iterator[memoryview]:
 
 def _where(run: Sequence[_Part], offset: int) -> str:
     extent = next((extent for extent, _ in reversed(run) if extent.offset <= offset), run[0][0])
-    return f"{extent.path}: tensor {extent.tensor} at byte {offset}"
+    return f"{extent.path}: tensor {extent.tensor}"
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:

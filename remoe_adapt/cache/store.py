@@ -23,9 +23,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from remoe_adapt.cache.blocks import Blocks
-from remoe_adapt.cache.reading import ExtentReader, Reader
+from remoe_adapt.cache.reading import BLOCK, ExtentReader, Reader
 from remoe_adapt.cache.shards import Extent, open_checkpoint
 from remoe_adapt.errors import ConfigError, UncacheableError
+
+# Of tensors in memory, as torch's own: kernels compute other last bits on data that is not.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,23 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sources that one conversion turns into parameters; `order`: the output is the sources one after another."""
+    """Sources that one conversion turns into parameters; `order`: the output is the sources one after another.
+
+    `straight`: so, and of the parameter's type.
+    """
 
     name: str
     sources: tuple[_Source, ...]
     converter: WeightConverter | None
     params: tuple[str, ...]
     order: tuple[int, ...] | None
+    straight: bool
+
+
+def _parts(extents: Sequence[Extent], whole: Tensor) -> list[tuple[Extent, Tensor]]:
+    """The extents, one after another, as parts of a tensor of their type."""
+    pieces = whole.view(-1).split([extent.size // extent.dtype.itemsize for extent in extents])
+    return list(zip(extents, pieces, strict=True))
 
 
 class _OneExpert:
@@ -120,6 +133,10 @@ class ExpertStore:
         self._groups = self._plan(model, extents)
         paths = {e.path for groups in self._groups for g in groups for s in g.sources for e in s.extents}
         self._reader = ExtentReader(paths, direct_io=direct_io, reader=reader)
+        self._block_bytes = [
+            (-(-size // BLOCK) + len(params)) * BLOCK
+            for size, params in zip(self.expert_bytes, self._params, strict=True)
+        ]
         self.direct_io, self.close = self._reader.direct_io, self._reader.close
 
     @property
@@ -146,20 +163,44 @@ class ExpertStore:
     def _assemble(self, layer: int, expert: int) -> dict[str, Tensor]:
         params, count = self._params[layer], self.num_experts[layer]
         found: dict[str, Tensor] = {}
+        straight: list[tuple[str, list[Extent]]] = []
         for group in self._groups[layer]:
             pieces = [source.of(expert, count) for source in group.sources]
+            if group.straight and group.order is not None:
+                straight.append((group.params[0], [pieces[place] for place in group.order]))
+                continue
             like = params[group.params[0]]
             if group.order is not None:
                 whole = self._blocks.empty(tuple(like.shape[1:]), pieces[0].dtype)
-                self._reader.fill([pieces[place] for place in group.order], whole)
-                found[group.params[0]] = self._owned(whole, like.dtype) if whole.dtype != like.dtype else whole
+                self._reader.fill(_parts([pieces[place] for place in group.order], whole))
+                found[group.params[0]] = self._owned(whole, like.dtype)
                 continue
-            tensors = []
-            for piece, source in zip(pieces, group.sources, strict=True):
-                tensors.append(self._blocks.empty(source.shape(), piece.dtype))
-                self._reader.fill([piece], tensors[-1])
+            tensors = [
+                self._blocks.empty(source.shape(), piece.dtype)
+                for piece, source in zip(pieces, group.sources, strict=True)
+            ]
+            self._reader.fill(zip(pieces, tensors, strict=True))
             made = self._convert(group.converter, group.name, group.sources, [part.to(like.dtype) for part in tensors])
             found |= {name: self._owned(made[f"{self.layers[layer]}.{name}"][0], like.dtype) for name in group.params}
+        return found | self._straight(layer, straight)
+
+    def _straight(self, layer: int, wanted: list[tuple[str, list[Extent]]]) -> dict[str, Tensor]:
+        """These parameters in one block, as far as possible read straight into it: in the order of the file, and at
+        addresses that are its offsets modulo the block size, unless that would spoil the alignment of the tensors."""
+        if not wanted:
+            return {}
+        block = self._blocks.take(self._block_bytes[layer])
+        at, found, parts = 0, {}, []
+        for param, extents in sorted(wanted, key=lambda entry: (entry[1][0].path, entry[1][0].offset)):
+            like, offset = self._params[layer][param], extents[0].offset
+            step, phase = (ALIGNMENT, 0) if offset % ALIGNMENT else (BLOCK, offset % BLOCK)
+            at += (phase - at) % step
+            count = like[0].numel()
+            whole = torch.frombuffer(block, dtype=like.dtype, count=count, offset=at).view(like.shape[1:])
+            at += count * like.dtype.itemsize
+            parts += _parts(extents, whole)
+            found[param] = whole
+        self._reader.fill(parts)
         return found
 
     # Planning
@@ -221,7 +262,9 @@ class ExpertStore:
                 raise ConfigError(
                     f"{self.folder}: {prefix}{param} cannot be read expert by expert (one is {list(value.shape)})."
                 )
-        return _Group(name, group, converter, tuple(own), self._order(converter, name, group, len(own)))
+        order = self._order(converter, name, group, len(own))
+        straight = order is not None and sources[0].extents[0].dtype == params[name.removeprefix(prefix)].dtype
+        return _Group(name, group, converter, tuple(own), order, straight)
 
     def _convert(
         self, converter: WeightConverter | None, name: str, sources: Sequence[_Source], tensors: Sequence[Tensor]
