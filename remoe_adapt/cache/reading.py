@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from remoe_adapt.cache.blocks import map_pages
 from remoe_adapt.cache.shards import Extent
 from remoe_adapt.errors import ExpertReadError
 from remoe_adapt.notices import say_once
@@ -95,7 +96,7 @@ class ExtentReader:
         """This thread's own, aligned."""
         kept: np.ndarray | None = getattr(self._scratch, "memory", None)
         if kept is None:
-            kept = self._scratch.memory = _aligned(CHUNK)
+            kept = self._scratch.memory = map_pages(CHUNK)
         return kept
 
     def _read(self, run: Sequence[_Part], buffers: Sequence[memoryview], offset: int, needed: int) -> None:
@@ -179,12 +180,6 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
     return flat
 
 
-def _aligned(size: int) -> np.ndarray:
-    memory = np.empty(size + BLOCK, dtype=np.uint8)
-    start = -memory.ctypes.data % BLOCK
-    return memory[start : start + size]
-
-
 def _reads_directly(path: Path) -> bool:
     """Whether the file system of `path` takes O_DIRECT."""
     flag = getattr(os, "O_DIRECT", 0)
@@ -193,7 +188,7 @@ def _reads_directly(path: Path) -> bool:
     except OSError:
         return False
     try:
-        os.preadv(fd, [_aligned(BLOCK)], 0)
+        os.preadv(fd, [map_pages(BLOCK).data], 0)
     except OSError:
         return False
     finally:
