@@ -100,6 +100,22 @@ def _curve(value: object) -> tuple[tuple[float, float], ...]:
     return points
 
 
+def _ramp(read: Callable[[object], float]) -> Callable[[object], tuple[float, float] | None]:
+    """Reader of null or [from, full]: where a sensor's pressure leaves 0, and where it reaches 1."""
+
+    def read_pair(value: object) -> tuple[float, float] | None:
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 2:
+            raise ConfigError(f"{_show(value)} is not a range; write [from, full], or null to leave the sensor out")
+        begin, full = read(value[0]), read(value[1])
+        if begin >= full:
+            raise ConfigError(f"from {value[0]!r} is not below full {value[1]!r}; pressure rises between the two")
+        return begin, full
+
+    return read_pair
+
+
 def _families(value: object) -> dict[str, str | None]:
     if not isinstance(value, dict):
         raise ConfigError(f"{_show(value)} is not a map; write base model ids with a family path, hub id or null")
@@ -126,7 +142,8 @@ class MemoryProfile:
 @dataclass(frozen=True, kw_only=True)
 class ExpertCacheProfile:
     """share: part of all routed experts' bytes kept in fast memory, (0, 1], as far as memory.budget allows;
-    scope: one budget for the whole model or one per layer.
+    scope: one budget for the whole model or one per layer; floor: the part of its budget that memory pressure never
+    takes; regrow_s: calm after which it has its whole budget back, half of it waiting and half growing evenly.
     """
 
     share: float = _key("budget", _number(0, 1, open_low=True))
@@ -134,6 +151,8 @@ class ExpertCacheProfile:
     scope: str = _key("scope", _choice(*CACHE_SCOPES), default="global")
     prefetch: bool = _key("prefetch", _switch, default=True)
     direct_io: bool = _key("direct_io", _switch, default=False)
+    floor: float = _key("floor", _number(0, 1, open_low=True), default=0.1)
+    regrow_s: float = _key("regrow_s", _number(0, math.inf), default=30.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +165,37 @@ class StrengthProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerProfile:
-    """sample_hz: sensor readings per second; rise_s / fall_s: smoothing time of rising / falling pressure;
-    dwell_s: least time between swaps; deadband: changes of strength below it are ignored."""
+    """sample_hz: sensor readings per second; rise_s: how long pressure must last to count in full; fall_s: calm after
+    which it counts no more, half of it waiting and half falling; dwell_s: least time between a swap and a fall of
+    strength; deadband: changes of strength below it are ignored; max_swaps_per_s: limits rises too."""
 
     sample_hz: float = _key("sample_hz", _number(0, 1000, open_low=True), default=5.0)
     rise_s: float = _key("rise_s", _number(0, math.inf), default=0.5)
     fall_s: float = _key("fall_s", _number(0, math.inf), default=10.0)
     dwell_s: float = _key("dwell_s", _number(0, math.inf), default=2.0)
     deadband: float = _key("deadband", _number(0, 1), default=0.05)
+    max_swaps_per_s: float = _key("max_swaps_per_s", _number(0, 1000, open_low=True), default=4.0)
+
+
+_Ramp = tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PressureProfile:
+    """Where each sensor's pressure leaves 0 and where it reaches 1; None leaves it out. (Memory itself has
+    `memory.reserve`.)
+
+    cache_loss: part of its budget that the expert cache gave back; psi_memory, psi_io: share of the time in which tasks
+    stalled (`full` stalls count double; a model that reads experts causes psi_io itself); faults: major faults per
+    second; swap: bytes per second in and out; stall: share of the time in which tokens waited for experts.
+    """
+
+    cache_loss: _Ramp = _key("cache_loss", _ramp(_number(0, 1)), default=(0.05, 0.4))
+    psi_memory: _Ramp = _key("psi_memory", _ramp(_number(0, 1)), default=(0.07, 0.5))
+    psi_io: _Ramp = _key("psi_io", _ramp(_number(0, 1)), default=None)
+    faults: _Ramp = _key("faults", _ramp(_number(0, math.inf)), default=(50.0, 1000.0))
+    swap: _Ramp = _key("swap", _ramp(parse_size), default=(2.0**20, 2.0**25))
+    stall: _Ramp = _key("stall", _ramp(_number(0, 1)), default=(0.9, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +223,18 @@ class DeviceProfile:
     expert_cache: ExpertCacheProfile = _key("expert_cache", ExpertCacheProfile)
     strength: StrengthProfile = _key("strength", StrengthProfile)
     controller: ControllerProfile = _key("controller", ControllerProfile, default=ControllerProfile())
+    pressure: PressureProfile = _key("pressure", PressureProfile, default=PressureProfile())
     recency: RecencyProfile = _key("recency", RecencyProfile, default=RecencyProfile())
     families: Mapping[str, str | None] = _key("families", _families, default_factory=dict, hash=False)
+
+    @property
+    def settle_s(self) -> float:
+        """Seconds of calm within which the cache is whole and the strength that of pressure 0, whatever was before.
+
+        Strength that rose on the word of stalls alone is held longer, see `pressure.policy`.
+        """
+        controller = self.controller
+        return self.expert_cache.regrow_s + controller.fall_s + controller.dwell_s + 5 / controller.sample_hz
 
     def strength_at(self, pressure: float) -> float:
         """Strength for a pressure in [0, 1]; linear between curve points, never above `strength.max`."""

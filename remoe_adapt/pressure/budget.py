@@ -1,0 +1,123 @@
+"""How large the expert cache may be: at once down by what memory lacks, slowly up again in long calm.
+
+A cache that follows every change of free memory is known to hurt (BigMoeOnEdge retired its governor). So this moves
+only when memory is lacking, or after calm of half of `expert_cache.regrow_s`, and then only as far as a quarter of the
+reserve stays to spare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from remoe_adapt.device_profile import DeviceProfile
+from remoe_adapt.pressure.signals import Place, Weighed
+
+# Parts of the reserve: given back beyond what is lacking, and to spare before the cache grows.
+_SLACK, _SPARE = 0.1, 0.25
+# Stalled or swapping memory takes a whole budget in so many seconds.
+_SQUEEZE_S = 60.0
+_SQUEEZING = ("psi memory", "swap")
+# Smaller changes are not worth a call, as parts of the allowed budget.
+_LEAST_STEP = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class TierState:
+    """calm_s: when calm began, None: there is none; moved_s: the last growth; both on the policy's clock.
+    others: bytes that are free or ours to give, as it was read last: what falls of it, others took."""
+
+    calm_s: float | None = None
+    moved_s: float = 0.0
+    others: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """One tier of the cache in a reading, in bytes. allowed: its budget in calm; resident: of its experts."""
+
+    name: str
+    budget: float
+    allowed: float
+    resident: float
+    place: Place
+
+    @classmethod
+    def of(cls, name: str, weighed: Weighed) -> Tier | None:
+        """None when the reading does not say enough about it."""
+        found = [weighed.values.get(f"{name}.{key}") for key in ("budget", "allowed", "resident")]
+        on_gpu = name == "cache" and weighed.values.get("cache.on_gpu", 0.0) > 0
+        place = weighed.places.get("device" if on_gpu and "device" in weighed.places else "host")
+        budget, allowed, resident = found
+        if budget is None or not allowed or resident is None or place is None:
+            return None
+        return cls(name, budget, allowed, min(resident, budget), place)
+
+
+def move(
+    tier: Tier, state: TierState, weighed: Weighed, clock_s: float, step_s: float, profile: DeviceProfile, share: float
+) -> tuple[TierState, int | None, str]:
+    """The tier's next state, the budget it should have (None: as it is), and why in words ("" when nothing moves).
+
+    share: the part of what is lacking or to spare that is this model's.
+    """
+    place, settings = tier.place, profile.expert_cache
+    floor = min(tier.budget, settings.floor * tier.allowed)
+    others = place.free + tier.resident
+    # What others took since the last reading, they may take again before the next one.
+    taken = max(0.0, state.others - others) if state.others is not None else 0.0
+    lacking = place.lacking + min(taken, place.reserve)
+    squeeze = max((s.pressure for s in weighed.memory if s.name in _SQUEEZING), default=0.0)
+    if lacking > 0:
+        wanted = max(floor, tier.resident - share * (lacking + _SLACK * place.reserve))
+        return _shrunk(tier, clock_s, others, wanted, f"{_mib(lacking)} MiB of memory are lacking, or will be")
+    if squeeze >= 0.5:
+        wanted = max(floor, tier.budget - tier.allowed * squeeze * step_s / _SQUEEZE_S)
+        return _shrunk(tier, clock_s, others, wanted, f"memory stalls or swaps (pressure {squeeze:.2f})")
+    if squeeze > 0:
+        return TierState(None, clock_s, others), None, ""
+    calm_s = clock_s if state.calm_s is None else state.calm_s
+    waiting = clock_s - calm_s < settings.regrow_s / 2
+    moved_s = clock_s if waiting else state.moved_s
+    if waiting or tier.budget >= tier.allowed:
+        return TierState(calm_s, moved_s, others), None, ""
+    spare = share * (-place.lacking - _SPARE * place.reserve) - (tier.budget - tier.resident)
+    grown = tier.allowed * (clock_s - moved_s) / max(settings.regrow_s / 2, 1e-9)
+    growth = min(grown, spare, tier.allowed - tier.budget)
+    if growth < min(_LEAST_STEP * tier.allowed, tier.allowed - tier.budget):
+        # What could not grow for want of room is not saved up.
+        return TierState(calm_s, moved_s if growth == grown else clock_s, others), None, ""
+    words = f"{clock_s - calm_s:.0f} s of calm: the expert cache grows to {_mib(tier.budget + growth)} MiB"
+    return TierState(calm_s, clock_s, others), int(tier.budget + growth), words
+
+
+def _shrunk(tier: Tier, clock_s: float, others: float, wanted: float, why: str) -> tuple[TierState, int | None, str]:
+    state = TierState(None, clock_s, others)
+    if wanted >= tier.budget:
+        return state, None, ""
+    return state, int(wanted), f"{why}: the expert cache shrinks to {_mib(wanted)} MiB"
+
+
+def budgets(
+    states: Mapping[str, TierState],
+    weighed: Weighed,
+    clock_s: float,
+    step_s: float,
+    profile: DeviceProfile,
+    share: float,
+) -> tuple[dict[str, TierState], dict[str, int], list[str]]:
+    """`move` for every tier a reading tells of: their states, the budgets to set, and why."""
+    after, wanted, why = dict(states), dict[str, int](), list[str]()
+    for name in ("cache", "below"):
+        tier = Tier.of(name, weighed)
+        if tier is None:
+            continue
+        after[name], budget, words = move(tier, states.get(name, TierState()), weighed, clock_s, step_s, profile, share)
+        if budget is not None:
+            wanted[name] = budget
+            why.append(words)
+    return after, wanted, why
+
+
+def _mib(size_bytes: float) -> str:
+    return f"{size_bytes / (1 << 20):.0f}"

@@ -1,0 +1,140 @@
+"""This process's control groups: where they are, and the tightest memory limit on the path to the root.
+
+v1 and v2 may both be mounted (a hybrid machine): memory limits in one, pressure files in the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from remoe_adapt.pressure.files import PolledFile
+
+# "No limit" of v1 is the largest page-aligned 64-bit number.
+UNLIMITED_BYTES = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """limit, usage and reclaimable in bytes: of a group and all below it. reclaimable: file cache that nobody maps,
+    which the kernel drops before it kills. folder: the group's."""
+
+    folder: Path
+    limit: int
+    usage: int
+    reclaimable: int
+
+    @property
+    def headroom(self) -> int:
+        """Bytes that may still be taken; never below 0."""
+        return max(0, self.limit - self.usage + self.reclaimable)
+
+
+def roots(cgroups: Path) -> dict[str, Path]:
+    """Mount points below `cgroups` by version, those that exist; on a hybrid machine v2 is one level down."""
+    unified = cgroups / "unified"
+    candidates = {"v1": cgroups / "memory", "v2": unified if unified.is_dir() else cgroups}
+    return {version: root for version, root in candidates.items() if root.is_dir()}
+
+
+def own_groups(membership: str, cgroups: Path) -> dict[str, list[Path]]:
+    """Folders from this process's group up to its mount point, by version, from the text of /proc/self/cgroup.
+
+    In a container the mount point may be a group below the root that the path still starts with: the longest end of the
+    path that exists counts.
+    """
+    mounted = roots(cgroups)
+    found: dict[str, list[Path]] = {}
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        version = "v2" if controllers == "" else "v1" if "memory" in controllers.split(",") else ""
+        if version not in mounted:
+            continue
+        root, parts = mounted[version], [part for part in path.split("/") if part not in ("", "..")]
+        ends = (root.joinpath(*parts[start:]) for start in range(len(parts) + 1))
+        own = next(folder for folder in ends if folder.is_dir())
+        found[version] = [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+    return found
+
+
+class _Level:
+    """One group's memory files, of either version."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        v1 = version == "v1"
+        self.folder, self._total = folder, "total_" if v1 else ""
+        self._mapped = "total_mapped_file" if v1 else "file_mapped"
+        limits = ("memory.limit_in_bytes",) if v1 else ("memory.max", "memory.high")
+        self._limits = [PolledFile(folder / name) for name in limits if (folder / name).is_file()]
+        self._usage = PolledFile(folder / ("memory.usage_in_bytes" if v1 else "memory.current"))
+        self._stat = PolledFile(folder / "memory.stat")
+
+    def read(self) -> Usage | None:
+        """None without a limit."""
+        texts = [file.read().strip() for file in self._limits]
+        limit = min((int(text) for text in texts if text != "max"), default=UNLIMITED_BYTES)
+        if limit >= UNLIMITED_BYTES:
+            return None
+        usage = int(self._usage.read())
+        stat = dict(line.split(" ", 1) for line in self._stat.read().splitlines())
+        inactive, active = (int(stat.get(f"{self._total}{kind}_file", 0)) for kind in ("inactive", "active"))
+        # Mapped pages are in use: taking them away is what thrashing means.
+        return Usage(self.folder, limit, usage, inactive + max(0, active - int(stat.get(self._mapped, 0))))
+
+    def close(self) -> None:
+        for file in (*self._limits, self._usage, self._stat):
+            file.close()
+
+
+class OwnGroups:
+    """Follows the process when it is moved to another group."""
+
+    def __init__(self, proc: Path, cgroups: Path) -> None:
+        self._cgroups = cgroups
+        self._membership = PolledFile(proc / "cgroup")
+        self._seen: str | None = None
+        self.folders: dict[str, list[Path]] = {}
+        self._levels: list[_Level] = []
+
+    def follow(self) -> bool:
+        """Look where the process is; True when that has changed. Raises OSError without cgroups."""
+        membership = self._membership.read()
+        if membership == self._seen:
+            return False
+        self.close()
+        self._seen, self.folders = membership, own_groups(membership, self._cgroups)
+        self._levels = [
+            _Level(folder, version)
+            for version, folders in self.folders.items()
+            for folder in _binding(folders)
+            if (folder / ("memory.limit_in_bytes" if version == "v1" else "memory.max")).is_file()
+        ]
+        return True
+
+    def tightest(self) -> Usage | None:
+        """The group of least headroom on the path; None when none of them has a limit. Raises OSError."""
+        self.follow()
+        limited = [usage for level in self._levels if (usage := level.read()) is not None]
+        return min(limited, key=lambda usage: usage.headroom, default=None)
+
+    @property
+    def has_controller(self) -> bool:
+        """Whether any hierarchy can limit memory here."""
+        return bool(self._levels)
+
+    def close(self) -> None:
+        for level in self._levels:
+            level.close()
+        self._levels, self._seen = [], None
+        self._membership.close()
+
+
+def _binding(folders: list[Path]) -> list[Path]:
+    """The groups whose limit counts for the first one: v1 parents only where use_hierarchy is on (always, lately)."""
+    binding = folders[:1]
+    for folder in folders[1:]:
+        switch = folder / "memory.use_hierarchy"
+        if switch.is_file() and switch.read_text().strip() == "0":
+            break
+        binding.append(folder)
+    return binding

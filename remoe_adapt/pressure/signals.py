@@ -1,0 +1,173 @@
+"""What each sensor's reading means as pressure, from 0 to 1, by the ranges of a profile. More is never less pressure.
+
+| signal | 0 | 1 |
+|---|---|---|
+| headroom | free memory at the reserve, own use within the budget | half a reserve beyond either |
+| cache loss | the expert cache has its budget | `pressure.cache_loss` of it was given back |
+| psi memory, psi io, faults, swap | `from` of the profile's range | its `full` |
+| stall | tokens wait `from` of the time for experts | `full` of it, with at least 1 in 20 look-ups missed |
+
+Headroom is that of the tightest place: the machine, the cgroup, and a GPU of its own. Memory that CPU and GPU share
+counts once. A value that is not finite, negative or too old is no word at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from remoe_adapt.device_profile import DeviceProfile
+from remoe_adapt.pressure.reading import Reading
+
+# A reserve larger than this part of the memory there is cannot be kept (a profile of another machine).
+_LARGEST_RESERVE = 0.25
+# Below this share of look-ups missed, stalls are the storage's fault and no routing helps.
+_MISSES_THAT_EXPLAIN = 0.05
+# Below this part of its budget a cache is still filling: whatever is asked for is missing.
+_FILLED = 0.8
+# Readings older than this many samples say nothing.
+_STALE_SAMPLES = 5
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One sensor's pressure, 0 to 1, and what it is in words."""
+
+    name: str
+    pressure: float
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Memory that something takes: bytes free, bytes that must stay free, and bytes lacking (negative: to spare)."""
+
+    free: float
+    reserve: float
+    lacking: float
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """Signals of memory (`memory`) and of the cache's stalls (`stall`, None without one), places "host" and "device",
+    values by measure name, and measures that could not be used with the reason."""
+
+    memory: tuple[Signal, ...]
+    stall: Signal | None
+    places: Mapping[str, Place]
+    values: Mapping[str, float]
+    unusable: Mapping[str, str]
+
+
+def weigh(reading: Reading, profile: DeviceProfile) -> Weighed:
+    """The pressure of every sensor in a reading."""
+    values, unusable = _usable(reading, _STALE_SAMPLES / profile.controller.sample_hz)
+    places = _places(values, profile)
+    ranges = profile.pressure
+    signals = [_headroom(place, where, values, profile) for where, place in places.items()]
+    for tier in ("cache", "below"):
+        budget, allowed = values.get(f"{tier}.budget"), values.get(f"{tier}.allowed")
+        if budget is not None and allowed:
+            lost = max(0.0, 1.0 - budget / allowed)
+            name = "cache loss" if tier == "cache" else "RAM tier loss"
+            words = f"the expert cache has {_size(budget)} of its {_size(allowed)}"
+            signals.append(Signal(name, ramp(lost, ranges.cache_loss), words))
+    signals += _rates(values, profile)
+    return Weighed(tuple(signals), _stall(values, profile), places, values, unusable)
+
+
+def ramp(value: float, limits: tuple[float, float] | None) -> float:
+    """0 up to the first limit, 1 from the second, linear between; 0 without limits."""
+    if limits is None:
+        return 0.0
+    return min(1.0, max(0.0, (value - limits[0]) / (limits[1] - limits[0])))
+
+
+def _usable(reading: Reading, stale_s: float) -> tuple[dict[str, float], dict[str, str]]:
+    values: dict[str, float] = {}
+    unusable = dict(reading.missing)
+    for name, measure in reading.measures.items():
+        age_s = reading.time_s - measure.time_s
+        if not math.isfinite(measure.value):
+            unusable[name] = f"{measure.value} is not finite"
+        elif measure.value < 0:
+            unusable[name] = f"{measure.value:g} is negative"
+        elif not age_s <= max(1.0, stale_s):
+            unusable[name] = f"it is {age_s:.1f} s old"
+        else:
+            values[name] = float(measure.value)
+    return values, unusable
+
+
+def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Place]:
+    shared = values.get("gpu.unified", 0.0) > 0
+    own = values.get("process.private")
+    gpu_own = values.get("gpu.allocated")
+    if own is not None and shared:
+        own += gpu_own or 0.0
+    free = [values[name] for name in ("memory.available", "cgroup.headroom") if name in values]
+    total = [values[name] for name in ("memory.total", "cgroup.limit") if values.get(name)]
+    has_card = not shared and "gpu.free" in values
+    places: dict[str, Place] = {}
+    if free:
+        # The budget of a profile is that of the memory where the model is.
+        places["host"] = _place(min(free), min(total, default=math.inf), None if has_card else own, profile)
+    if has_card:
+        card_free = values["gpu.free"] + values.get("gpu.reusable", 0.0)
+        places["device"] = _place(card_free, values.get("gpu.total") or math.inf, gpu_own, profile)
+    return places
+
+
+def _place(free: float, total: float, own: float | None, profile: DeviceProfile) -> Place:
+    reserve = min(float(profile.memory.reserve_bytes), _LARGEST_RESERVE * total)
+    budget = profile.memory.budget_bytes
+    over = -math.inf if own is None or budget is None else own - budget
+    return Place(free, reserve, max(reserve - free, over))
+
+
+def _headroom(place: Place, where: str, values: Mapping[str, float], profile: DeviceProfile) -> Signal:
+    pressure = min(1.0, max(0.0, place.lacking / max(place.reserve / 2, 1.0)))
+    what = "GPU memory" if where == "device" else "memory"
+    if place.lacking > place.reserve - place.free:
+        words = f"the model takes {_size(place.lacking + (profile.memory.budget_bytes or 0))} of {what}, its budget is "
+        return Signal(f"{where} headroom", pressure, words + _size(profile.memory.budget_bytes or 0))
+    in_group = where == "host" and values.get("cgroup.headroom") == place.free
+    words = f"{_size(place.free)} of {what} {'of this cgroup ' if in_group else ''}free, reserve {_size(place.reserve)}"
+    return Signal(f"{where} headroom", pressure, words)
+
+
+def _rates(values: Mapping[str, float], profile: DeviceProfile) -> list[Signal]:
+    ranges, signals = profile.pressure, []
+    for kind, limits in (("memory", ranges.psi_memory), ("io", ranges.psi_io)):
+        # The own group's stalls are ours; the machine's may be those of a neighbour in a group of its own.
+        whose = "psi.cgroup" if f"psi.cgroup.{kind}.some" in values else "psi"
+        some, full = (values.get(f"{whose}.{kind}.{part}") for part in ("some", "full"))
+        if some is not None or full is not None:
+            stalled = max(some or 0.0, 2 * (full or 0.0))
+            words = f"tasks stalled on {kind} {some or 0.0:.0%} of the time, all of them {full or 0.0:.0%}"
+            signals.append(Signal(f"psi {kind}", ramp(stalled, limits), words))
+    if (faults := values.get("process.faults")) is not None:
+        signals.append(Signal("faults", ramp(faults, ranges.faults), f"{faults:.0f} major faults per second"))
+    swapped = [values[name] for name in ("swap.in", "swap.out") if name in values]
+    if swapped:
+        words = f"{_size(sum(swapped))} per second swapped"
+        signals.append(Signal("swap", ramp(sum(swapped), ranges.swap), words))
+    return signals
+
+
+def _stall(values: Mapping[str, float], profile: DeviceProfile) -> Signal | None:
+    share = values.get("cache.stall_share")
+    if share is None:
+        return None
+    missed = values.get("cache.miss_rate", 1.0)
+    pressure = ramp(share, profile.pressure.stall) * min(1.0, missed / _MISSES_THAT_EXPLAIN)
+    words = f"tokens wait {share:.0%} of the time for experts, {missed:.0%} of look-ups miss"
+    if values.get("cache.resident", math.inf) < _FILLED * values.get("cache.budget", 0.0):
+        return Signal("stall", 0.0, f"{words}, but the cache is still filling")
+    return Signal("stall", pressure, words)
+
+
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / MIB:.0f} MiB" if size_bytes < 10 * 1024 * MIB else f"{size_bytes / MIB / 1024:.1f} GiB"
