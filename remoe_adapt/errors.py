@@ -13,6 +13,7 @@ RemoeError(Exception)
  |   |- FingerprintMismatchError          made for another base; names both
  |   `- MergeStateError                   illegal in this merge state (swap while merged)
  |- FamilyError(ValueError)               family.json or its adapter folders
+ |- ExportError(ValueError)               a checkpoint or GGUF that cannot take the family's routers
  |- TraceError(ValueError)                a trace file or array
  |- DataError(ValueError)                 training or evaluation text
  |- ExpertReadError(OSError)              an expert's bytes in a checkpoint; names file, tensor and offset
@@ -74,6 +75,10 @@ class MergeStateError(AdapterError):
 
 class FamilyError(RemoeError, ValueError):
     """A family folder is malformed, incomplete, or does not hold the point asked for."""
+
+
+class ExportError(RemoeError, ValueError):
+    """A checkpoint or GGUF file is damaged, or cannot carry the routers of the family; the message says why."""
 
 
 class TraceError(RemoeError, ValueError):

@@ -288,6 +288,9 @@ GGUF_ARCH: dict[str, str] = {
     "qwen3_vl_moe_text": "qwen3vlmoe",
 }
 
+# Architectures whose graph multiplies by the router without its LoRA, so that one is loaded and silently ignored.
+GGUF_LORA_IGNORED = frozenset({"kimi-k3"})
+
 # A stock router of each scoring family whose gating follows from its logits: "folder of transformers.models.class".
 FAMILY_EXAMPLES: tuple[tuple[str, str], ...] = (
     ("softmax", "qwen2_moe.Qwen2MoeTopKRouter"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from remoe_adapt.errors import ConfigError
 
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+_HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
 
 
 def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
@@ -31,6 +35,21 @@ def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         raise ConfigError(f"base {path!r} cannot be loaded ({reason}): give a model folder or a hub id.") from error
     assert isinstance(model, nn.Module)
     return model
+
+
+def checkpoint_folder(base: str | os.PathLike[str], **hub_options: Any) -> Path:
+    """An existing folder as it is; safetensors, configuration and tokenizer of a hub id from the hub or its cache.
+
+    Raises ConfigError when neither has it.
+    """
+    path = os.fspath(base)
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES), **hub_options))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{path!r} cannot be found ({reason}): give a model folder or a hub id.") from error
 
 
 def auto_class(config: PretrainedConfig) -> Any:

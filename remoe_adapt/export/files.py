@@ -1,0 +1,161 @@
+"""Large files without copying them where the file system allows, and results that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from remoe_adapt.errors import ConfigError
+
+OnBytes = Callable[[int], object]
+_CHUNK_BYTES = 8 << 20
+# linux/fs.h: the target shares the source's blocks until one of them is written to (btrfs, xfs, bcachefs).
+_FICLONE = 0x40049409
+
+
+def ignore_bytes(count: int) -> None:
+    """What hears of progress where nobody asked."""
+
+
+def link_or_copy(source: Path, target: Path, on_bytes: OnBytes = ignore_bytes) -> str:
+    """A file under a second name: "linked", where that fails "cloned" or "copied". Symbolic links are resolved."""
+    real = source.resolve(strict=True)
+    try:
+        os.link(real, target)
+    except OSError:  # another file system, or one without links
+        return clone_or_copy(real, target, on_bytes)
+    on_bytes(target.stat().st_size)
+    return "linked"
+
+
+def clone_or_copy(source: Path, target: Path, on_bytes: OnBytes = ignore_bytes) -> str:
+    """A file of its own that starts out equal: "cloned" (blocks shared until written to) or "copied"."""
+    with source.open("rb") as old, target.open("xb") as new:
+        size = os.fstat(old.fileno()).st_size
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        except OSError:
+            copy_range(old.fileno(), 0, size, new.fileno(), on_bytes)
+            return "copied"
+        on_bytes(size)
+        return "cloned"
+
+
+def copy_range(source_fd: int, offset: int, size: int, target_fd: int, on_bytes: OnBytes = ignore_bytes) -> None:
+    """Append `size` bytes from `offset` of one file to another, in the kernel. Raises OSError at a short source."""
+    end = offset + size
+    while offset < end:
+        sent = os.sendfile(target_fd, source_fd, offset, min(_CHUNK_BYTES, end - offset))
+        if not sent:
+            raise OSError(f"a file ends at byte {offset}, {end - offset} bytes early: was it changed meanwhile?")
+        offset += sent
+        on_bytes(sent)
+
+
+def write_at(path: Path, pieces: Iterable[tuple[int, bytes]]) -> None:
+    """Overwrite parts of a file, (offset, bytes) each, and wait until they are on the disk."""
+    with path.open("r+b", buffering=0) as file:
+        for offset, data in pieces:
+            view = memoryview(data)
+            while view:
+                written = os.pwrite(file.fileno(), view, offset)
+                offset, view = offset + written, view[written:]
+        os.fsync(file.fileno())
+
+
+def read_at(path: Path, offset: int, size: int) -> bytearray:
+    """`size` bytes of a file from `offset` on. Raises OSError when it ends before."""
+    data = bytearray(size)
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.readinto(data) != size:
+            raise OSError(f"{path} ends before byte {offset + size}: fetch it again.")
+    return data
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` at the end; after an error or a kill nothing of that name exists.
+
+    Raises ConfigError when `out` exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already: give a new folder, or remove it.")
+    draft = _draft(out)
+    draft.mkdir()
+    try:
+        yield draft
+        for path in (*(p for p in draft.rglob("*") if p.is_file()), draft):
+            sync(path)
+        draft.replace(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """The path of a file to write that becomes `out` at the end; after an error or a kill there is no such file.
+
+    Raises ConfigError when `out` exists.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already: give another name, or remove it.")
+    draft = _draft(out)
+    try:
+        yield draft
+        sync(draft)
+        draft.replace(out)
+        sync(out.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file in one piece, and wait until it is on the disk under its name."""
+    draft = _draft(path)
+    try:
+        with draft.open("xb") as file:
+            file.write(data)
+        sync(draft)
+        draft.replace(path)
+        sync(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _draft(out: Path) -> Path:
+    """A name beside `out`; what killed processes left there under such names is removed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pattern = re.compile(re.escape(f".{out.name}.") + r"(\d+)\.tmp")
+    for path in out.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and not _runs(int(match[1])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return out.with_name(f".{out.name}.{os.getpid()}.tmp")
+
+
+def _runs(process: int) -> bool:
+    if process == os.getpid():
+        return False  # a number used again: this process has just come here
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+    return True

@@ -1,0 +1,156 @@
+"""An existing GGUF with the routers of one strength: as a copy, in place, or split so that a strength costs little."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from remoe_adapt.errors import ConfigError, ExportError
+from remoe_adapt.export.files import (
+    OnBytes,
+    clone_or_copy,
+    ignore_bytes,
+    link_or_copy,
+    new_file,
+    write_at,
+)
+from remoe_adapt.export.gguf_file import shard_name
+from remoe_adapt.export.gguf_routers import GgufModel
+from remoe_adapt.export.gguf_undo import Undo
+from remoe_adapt.export.merged import left_out
+from remoe_adapt.family import Family
+
+Base = str | os.PathLike[str] | None
+
+
+def export_gguf(
+    source: str | os.PathLike[str],
+    family: Family,
+    strength: float,
+    out: str | os.PathLike[str],
+    *,
+    base: Base = None,
+    force: bool = False,
+    on_bytes: OnBytes = ignore_bytes,
+    on_total: OnBytes = ignore_bytes,
+) -> dict[str, Any]:
+    """Write `out`: the GGUF `source` with the router weights that `Family.live` gives, every other byte as it is.
+
+    Of a split GGUF only the parts that hold routers are written, under `out`'s name with the part's number; the others
+    are hard links. The copy shares the source's blocks where the file system can.
+
+    Raises ConfigError when a file to write exists, else as `GgufModel` and `GgufModel.check`.
+    """
+    model = GgufModel(source)
+    pieces = model.live(family, strength, model.check(family, base, force=force))
+    targets = _targets(Path(out), len(model.files))
+    on_total(sum(file.size for file in model.files))
+    how = {}
+    # The first part comes last: without it engines see no model.
+    for file, target in reversed(list(zip(model.files, targets, strict=True))):
+        with new_file(target) as draft:
+            if file.path in pieces:
+                how[target.name] = clone_or_copy(file.path.resolve(), draft, on_bytes)
+                write_at(draft, model.placed(pieces[file.path], file.path))
+            else:
+                how[target.name] = link_or_copy(file.path, draft, on_bytes)
+    return _result(model, family, strength, str(targets[0])) | {"files": how}
+
+
+def patch_in_place(
+    source: str | os.PathLike[str], family: Family, strength: float, *, base: Base = None, force: bool = False
+) -> dict[str, Any]:
+    """Replace the routers inside `source`; an undo file beside it holds the originals, whatever is patched how often.
+
+    It is on the disk before the first change, so after a kill the next call, or `undo_in_place`, puts things right
+    (`recovered` says that there was something to). Strength 0 restores the base and removes the undo file. A process
+    that has the file memory-mapped sees the new routers at once.
+
+    Raises ConfigError when the file is a link or has several names (another program's store would change with it;
+    unless `force`), or is being patched by another process, else as `GgufModel` and `GgufModel.check`.
+    """
+    with _locked(Path(source)):
+        model = GgufModel(source)
+        for file in model.files:
+            if not force and (file.path.is_symlink() or file.path.stat().st_nlink > 1):
+                raise ConfigError(
+                    f"{file.path} is a link or has several names, and all of them would change: export a copy, or pass "
+                    "--force if they shall."
+                )
+        pieces = model.live(family, strength, model.check(family, base, force=force))
+        torn = any(model.undos[f.path].state(f) == "torn" for f in model.files if f.path in model.undos)
+        changed = [file for file in model.files if file.path in pieces]
+        undos = [Undo.write(file, model.originals(file.path), pieces[file.path], strength) for file in changed]
+        for file in changed:
+            write_at(file.path, model.placed(pieces[file.path], file.path))
+        if strength == 0.0:
+            for undo in undos:
+                undo.remove()
+    kept = [str(undo.path) for undo in undos] if strength else []
+    return _result(model, family, strength, str(source)) | {"undo": kept, "recovered": torn}
+
+
+def undo_in_place(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Give `source` its original routers back, also after an interrupted patch, and remove the undo file.
+
+    Raises ConfigError when there is no undo file, else as `GgufModel`.
+    """
+    with _locked(Path(source)):
+        model = GgufModel(source)
+        if not model.undos:
+            raise ConfigError(f"{source} has no undo file beside it: it was not patched in place.")
+        states = {}
+        for file in model.files:
+            if undo := model.undos.get(file.path):
+                states[file.path.name] = undo.state(file)
+                undo.restore(file)
+    return {"out": str(source), "strength": 0.0, "was": states}
+
+
+def _result(model: GgufModel, family: Family, strength: float, out: str) -> dict[str, Any]:
+    return {
+        "out": out,
+        "base": family.base_id,
+        "strength": strength,
+        "architecture": model.architecture,
+        "routers": len(model.weights),
+        "router_bytes": sum(len(data) for file in model.files for data in model.originals(file.path).values()),
+        **left_out(family, strength),
+    }
+
+
+def target_stem(out: Path) -> str:
+    """A split GGUF's name without the part's number and the ending."""
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", out.name)
+
+
+def _targets(out: Path, count: int) -> list[Path]:
+    if out.suffix != ".gguf":
+        raise ConfigError(f"{out} must end in .gguf: engines know the format by that.")
+    if count == 1:
+        return [out]
+    targets = [out.with_name(shard_name(target_stem(out), number, count)) for number in range(1, count + 1)]
+    if there := [target for target in targets if target.exists()]:
+        raise ConfigError(f"{there[0]} exists already: give another name, or remove it.")
+    return targets
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file: give a GGUF model (of a split one, its first part).")
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("r+b"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{path} is being patched by another process: try again when it has ended.") from error
+        except OSError as error:
+            raise ExportError(f"{path} cannot be written to ({error.strerror}): export a copy instead.") from error
+        yield
