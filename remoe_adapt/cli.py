@@ -85,6 +85,7 @@ def _root(version: opt.Version = False) -> None:
 @command(app, "demo")
 def demo(
     model: opt.ShippedModel = None, family: opt.FamilyPath = None, data: opt.MoreData = None,
+    expert_cache: opt.DemoCache = "0.25",
     tokens: opt.DemoTokens = 1600, max_new_tokens: opt.SampleTokens = 60, max_seconds: opt.MaxSeconds = 120.0,
     force: opt.Force = False, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
@@ -93,8 +94,8 @@ def demo(
 
     with progress("decoding") as (total, advance):
         result = run_demo(
-            model, family, data=data or (), tokens=tokens, new_tokens=max_new_tokens, max_seconds=max_seconds,
-            force=force, on_start=total, on_tokens=advance,
+            model, family, data=data or (), expert_cache=_budget(expert_cache), tokens=tokens,
+            new_tokens=max_new_tokens, max_seconds=max_seconds, force=force, on_start=total, on_tokens=advance,
         )  # fmt: skip
     return result, [report.demo_table(result), *report.demo_samples(result), report.demo_meaning(result)]
 
@@ -243,7 +244,7 @@ def run(
     """Generate text with the dial on: a live status line, then a summary."""
     if pressure is not None and strength is not None:
         raise typer.BadParameter("--pressure and --strength pin the same dial: give one of them")
-    from remoe_adapt.demo import generate_text
+    from remoe_adapt.generation import generate_text
     from remoe_adapt.record import load_tokenizer
     from remoe_adapt.runtime.load import get_remoe_model
 
@@ -276,10 +277,16 @@ def _base_for(model: str, profile: str | None, budget: str | None, device: str |
 
     if profile is None and budget is None:
         return load_base(model, device=device, dtype=dtype)[0]
-    size: str | float | None = budget
-    with contextlib.suppress(ValueError):
-        size = None if budget is None else float(budget)
+    size = None if budget is None else _budget(budget)
     return load_base_under(profile_of(profile), model, size, device=device, dtype=dtype)
+
+
+def _budget(text: str) -> str | float:
+    """A share of the experts, or a size with its unit."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ Strength = Annotated[float | None, typer.Option(help="Pin the strength itself, 0
 ExpertCacheBudget = Annotated[
     str | None, typer.Option("--expert-cache", help="Keep so much of the experts in memory: a share (0.25) or 2GiB.")
 ]
+DemoCache = Annotated[str, typer.Option("--expert-cache", help="So much of the experts in memory: a share, or 2GiB.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="Of generated tokens; 0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Of generated tokens.")]

@@ -1,6 +1,6 @@
 """The main job in one command: decode base and family over the same held-out text, and show what reuse costs.
 
-Also the example's place, its held-out text, and streaming generation, which `remoe run` shares.
+Also the example's place and its held-out text.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ import json
 import statistics
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TextStreamer
 
 from remoe_adapt.arms import Arm, Arms, arms_of
-from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.cache.experts import expert_cache_of
+from remoe_adapt.cache.tiers import ExpertCache
+from remoe_adapt.errors import ConfigError, DataError, UncacheableError
 from remoe_adapt.evaluate import Tally, read_shared
 from remoe_adapt.family import Family
-from remoe_adapt.metrics import eor
-from remoe_adapt.record import Decoder, Recorder, device_of, inference, load_base, make_trace, record_forward
+from remoe_adapt.generation import COUNTED, cache_figures, generate_text
+from remoe_adapt.notices import say_once
+from remoe_adapt.record import Decoder, Recorder, device_of, inference, load_base, load_tokenizer, record_forward
+from remoe_adapt.runtime.cached import load_with_expert_cache
 
 CACHES = (0.25,)
 PIECE_TOKENS = 128
@@ -112,6 +115,7 @@ def run_demo(
     family: str | Path | None = None,
     *,
     data: Sequence[str | Path] = (),
+    expert_cache: str | float = 0.25,
     tokens: int = 1600,
     new_tokens: int = 60,
     max_seconds: float = 120.0,
@@ -119,16 +123,18 @@ def run_demo(
     on_start: Callable[[int], object] | None = None,
     on_tokens: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """Decodes base, control and every point of the family over the same text, one token per step, with the KV cache.
+    """Decodes base, control and every point of the family over the same text, one token per step, with the KV cache,
+    behind an expert cache (its budget is `expert_cache`) that reads from storage and is empty when a document begins.
 
     Returns `base`, `control` and `points` with the keys of `evaluate` and `tpot_ms` (median over steps; arms take
-    turns document by document), `samples` (`{strength, prompt, text}` at the base and at the strongest point),
-    `model`, `family`, `text` (sources), `tokens`, `hit_rate_is` and `seconds`. `on_start` hears the number of steps to
-    come, `on_tokens` of steps done. After `max_seconds` of decoding no further document is begun: all arms have then
-    seen the same, shorter text.
+    turns document by document), `hit_rate`, `bytes_per_token` and `stall_share` (of the time, spent waiting for reads)
+    of the expert cache, None where the model cannot have one; `samples` (`{strength, prompt, text}` at the base and at
+    the strongest point), `model`, `family`, `text` (sources), `tokens`, `expert_cache` (its settings) and `seconds`.
+    `on_start` hears the number of steps to come, `on_tokens` of steps done. After `max_seconds` of decoding no further
+    document is begun: all arms have then seen the same, shorter text.
 
     Raises:
-        ConfigError: the shipped model or its family is not there and none was given.
+        ConfigError: the shipped model or its family is not there and none was given; a budget that cannot be.
         DataError: no text.
         FingerprintMismatchError: the family is of another base (unless `force`).
     """
@@ -137,7 +143,7 @@ def run_demo(
         raise ConfigError(f"cannot measure on {tokens} token(s): use --tokens 100 or more")
     model_path, family_path = _places(model, family)
     points = Family.load(family_path)
-    loaded, tokenizer = load_base(model_path)
+    loaded, tokenizer = _load(model_path, expert_cache)
     text = held_out(Path(model_path), tokenizer, tokens, data)
     with arms_of(loaded, points, force=force) as arms, inference(loaded), _fit_for_decode(loaded):
         if on_start is not None:
@@ -149,7 +155,7 @@ def run_demo(
         "family": str(family_path),
         "text": text.sources,
         "tokens": decoded,
-        "hit_rate_is": "a replay: LRU cache of 25 % of experts, recorded decode",
+        "expert_cache": _settings(expert_cache_of(loaded)),
         "base": rows[arms.base],
         "control": None if arms.control is None else rows[arms.control],
         "points": [rows[arm] for arm in arms.points],
@@ -171,6 +177,48 @@ def _places(model: str | Path | None, family: str | Path | None) -> tuple[str | 
     return model, family
 
 
+def _load(path: str | Path, budget: str | float) -> tuple[Any, Any]:
+    try:
+        # Past the page cache: a model that fits into it would show no read.
+        model = load_with_expert_cache(path, budget, direct_io=True)
+    except UncacheableError as error:
+        say_once(f"{error} It is decoded without an expert cache.")
+        return load_base(path)
+    return model.eval(), load_tokenizer(str(path))
+
+
+def _settings(cache: ExpertCache | None) -> dict[str, Any] | None:
+    if cache is None:
+        return None
+    share = cache.budget_bytes / sum(
+        count * size for count, size in zip(cache.source.num_experts, cache.source.expert_bytes, strict=True)
+    )
+    return {"policy": cache.policy, "scope": cache.scope, "budget_bytes": cache.budget_bytes, "share": share}
+
+
+@dataclass(slots=True)
+class _Decoded:
+    """What decoding took in one arm, over its documents."""
+
+    times_s: list[float] = field(default_factory=list)
+    total_s: float = 0.0
+    tokens: int = 0
+    counted: Counter[str] = field(default_factory=Counter)
+
+    def add(self, steps_s: Sequence[float], stats: Mapping[str, Any] | None) -> None:
+        """One document: its steps, and what the cache counted meanwhile."""
+        self.times_s += steps_s[WARM_STEPS:] or steps_s[-1:]
+        self.total_s += sum(steps_s)
+        self.tokens += len(steps_s)
+        self.counted.update({name: stats[name] for name in COUNTED} if stats else {})
+
+    def row(self) -> dict[str, float | None]:
+        return {
+            "tpot_ms": 1e3 * statistics.median(self.times_s),
+            **cache_figures(self.counted, self.tokens, self.total_s),
+        }
+
+
 def _decode_arms(
     model: nn.Module,
     arms: Arms,
@@ -180,7 +228,8 @@ def _decode_arms(
 ) -> tuple[dict[Arm, dict[str, Any]], int]:
     """(row of each arm, scored tokens): arms take turns document by document, so that a busy moment hits them all."""
     tallies = {arm: Tally() for arm in arms}
-    times_s: dict[Arm, list[float]] = {arm: [] for arm in arms}
+    decoded = {arm: _Decoded() for arm in arms}
+    cache = expert_cache_of(model)
     deadline_s = time.perf_counter() + max_seconds
     with record_forward(model) as recorder:
         for number, ids in enumerate(documents):
@@ -189,24 +238,24 @@ def _decode_arms(
             base_logits_SV: Tensor | None = None
             for arm, tally in tallies.items():
                 arms.use(arm)
+                if cache is not None:
+                    cache.clear()
+                    cache.reset_stats()
                 logits_SV, steps_s = _teacher_forced(model, ids)
-                times_s[arm] += steps_s[WARM_STEPS:] or steps_s[-1:]
+                decoded[arm].add(steps_s, None if cache is None else cache.stats())
                 tally.ids[number, 0] = recorder.take().numpy()
                 tally.add(logits_SV, torch.tensor(ids[1:], device=logits_SV.device), base_logits_SV)
                 base_logits_SV = logits_SV if base_logits_SV is None else base_logits_SV
                 if on_tokens is not None:
                     on_tokens(len(ids))
-        rows = {arm: _row(arm, arms, tallies, recorder, times_s[arm]) for arm in arms}
+        rows = {arm: _row(arm, arms, tallies, recorder) | decoded[arm].row() for arm in arms}
     return rows, tallies[arms.base].tokens
 
 
-def _row(
-    arm: Arm, arms: Arms, tallies: Mapping[Arm, Tally], recorder: Recorder, times_s: Sequence[float]
-) -> dict[str, Any]:
+def _row(arm: Arm, arms: Arms, tallies: Mapping[Arm, Tally], recorder: Recorder) -> dict[str, Any]:
     control = None if arms.control is None else tallies[arms.control]
     trace = tallies[arm].trace(recorder.num_experts, phase="decode")
-    row = tallies[arm].row(arm.strength, tallies[arms.base], control, trace, caches=CACHES)
-    return row | {"tpot_ms": 1e3 * statistics.median(times_s)}
+    return tallies[arm].row(arm.strength, tallies[arms.base], control, trace, caches=CACHES)
 
 
 def _teacher_forced(model: nn.Module, ids: Sequence[int]) -> tuple[Tensor, list[float]]:
@@ -225,7 +274,7 @@ def _teacher_forced(model: nn.Module, ids: Sequence[int]) -> tuple[Tensor, list[
 @contextmanager
 def _fit_for_decode(model: Any) -> Iterator[None]:
     """One token at a time is fastest with the batched experts function where a model has it; prefill with another."""
-    before = getattr(model.config, "_experts_implementation", None)
+    before = None if expert_cache_of(model) else getattr(model.config, "_experts_implementation", None)
     if before is None or not hasattr(model, "set_experts_implementation"):
         yield
         return
@@ -248,68 +297,3 @@ def _samples(
             arms.use(arm)
             made = generate_text(model, tokenizer, prompt, new_tokens=new_tokens, temperature=0.7)
             yield {"strength": arm.strength, "prompt": prompt, "text": made["text"]}
-
-
-class _Stream(TextStreamer):
-    """Hands pieces of text and the time of each token to callbacks."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], object] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.times_s: list[float] = []
-        self._on_text = on_text
-
-    def put(self, value: Tensor) -> None:
-        self.times_s.append(time.perf_counter())
-        super().put(value)  # type: ignore[no-untyped-call]
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self._on_text is not None and text:
-            self._on_text(text)
-
-
-def generate_text(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    on_text: Callable[[str], object] | None = None,
-) -> dict[str, Any]:
-    """Continues a prompt by `model.generate`; temperature 0 is greedy.
-
-    Returns `text`, `prompt_tokens`, `tokens` (new ones), `ttft_ms`, `tpot_ms` (median after the first; None for one
-    token) and `eor` of the decode steps (None below two). `on_text` hears pieces of text as they come.
-
-    Raises:
-        ConfigError: no new tokens, or a negative temperature.
-        DataError: the prompt has no token.
-    """
-    if new_tokens < 1 or not temperature >= 0:
-        raise ConfigError(f"cannot generate {new_tokens} tokens at temperature {temperature}: use >= 1 and >= 0")
-    inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(device_of(model))
-    inputs.pop("token_type_ids", None)
-    prompt_tokens = inputs["input_ids"].shape[1]
-    if not prompt_tokens:
-        raise DataError("the prompt has no token: give --prompt some text")
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
-    stream = _Stream(tokenizer, on_text)
-    with record_forward(model) as recorder, inference(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        started = time.perf_counter()
-        ids_BT = model.generate(**inputs, max_new_tokens=new_tokens, streamer=stream, **sampling)
-        routing_LTK = recorder.take()[:, prompt_tokens:]
-        steps = [routing_LTK.numpy()]
-        # Two steps make the first overlap.
-        overlap = eor(make_trace(steps, recorder.num_experts, phase="decode")) if steps[0].shape[1] > 1 else None
-    arrivals_s = stream.times_s[1:]
-    gaps_s = [after - before for before, after in pairwise(arrivals_s)]
-    return {
-        "text": tokenizer.decode(ids_BT[0, prompt_tokens:], skip_special_tokens=True),
-        "prompt_tokens": prompt_tokens,
-        "tokens": ids_BT.shape[1] - prompt_tokens,
-        "ttft_ms": 1e3 * (arrivals_s[0] - started) if arrivals_s else None,
-        "tpot_ms": 1e3 * statistics.median(gaps_s) if gaps_s else None,
-        "eor": overlap,
-    }

@@ -15,7 +15,6 @@ from rich.text import Text
 from remoe_adapt.errors import MissingDependencyError
 
 Row = Mapping[str, Any]
-REPLAYED = "replayed LRU cache of 25 % of experts, recorded decode"
 
 
 def hit_keys(row: Row) -> list[str]:
@@ -69,21 +68,37 @@ def demo_table(result: Mapping[str, Any]) -> Table:
     """The rows of the demo: what a newcomer should see first."""
     table = _table(
         f"{result['tokens']} tokens of held-out text, decoded one at a time, at every strength",
-        "strength", "EOR", "hit rate", "ppl", "ratio to base", "to control", "TPOT, ms", "load entropy",
+        "strength", "EOR", "ppl", "ratio to base", "to control", "hit rate", "KiB read/token", "stall", "TPOT, ms",
+        "load entropy",
     )  # fmt: skip
     for label, row in arm_rows(result):
+        read = row["bytes_per_token"]
         table.add_row(
             label,
             _change(row["eor"], result["base"]["eor"]),
-            _percent(row["lru@0.25"]),
             f"{row['ppl']:.3f}",
             f"{row['ppl_ratio']:.4f}",
             _optional(row["ppl_ratio_control"], ".4f"),
+            _percent(_hit_rate(row)),
+            "" if read is None else f"{read / 1024:.0f}",
+            "" if row["stall_share"] is None else _percent(row["stall_share"]),
             _optional(row["tpot_ms"], ".2f"),
             f"{row['load_entropy']:.3f}",
         )
-    table.caption = f"EOR: expert overlap of neighbouring tokens. Hit rate: {REPLAYED}. TPOT: median time per token."
+    cache = result["expert_cache"]
+    measured = (
+        "replayed LRU cache of 25 % of experts, recorded decode"
+        if cache is None
+        else f"expert cache of {cache['share']:.0%} of the experts ({cache['policy']}), empty when a document begins, "
+        "reads past the page cache. Stall: share of the time spent waiting for reads"
+    )
+    table.caption = f"EOR: expert overlap of neighbouring tokens. Hit rate: {measured}. TPOT: median time per token."
     return table
+
+
+def _hit_rate(row: Row) -> float:
+    measured: float | None = row["hit_rate"]
+    return row["lru@0.25"] if measured is None else measured
 
 
 def figures_table(title: str, result: Row) -> Table:
@@ -124,19 +139,23 @@ def profile_table(profiles: Mapping[str, Row]) -> Table:
 def status_line(status: Row) -> str:
     """The controller's state in one line."""
     experts = status["expert_cache"]
-    read = (
-        "" if experts is None else f"hit rate {experts['hit_rate']:.1%}, {experts['bytes'] / (1 << 20):.1f} MiB read | "
-    )
+    read = "" if experts is None else f"hit rate {experts['hit_rate']:.1%}, {_read(experts)} | "
     return f"strength {status['strength']:.2f} | {status['swaps']} swap(s) | {read}{status['reason']}"
+
+
+def _read(experts: Row) -> str:
+    ahead = f" ({experts['prefetch_hits']} read ahead)" if experts.get("prefetch_hits") else ""
+    return f"{experts['bytes'] / (1 << 20):.1f} MiB read{ahead}, {experts['stall_s']:.1f} s stalled"
 
 
 def run_summary(result: Row) -> Table:
     """What a `remoe run` did."""
     keys = ("prompt_tokens", "tokens", "ttft_ms", "tpot_ms", "eor")
     status = result["status"]
-    return figures_table(
-        "summary", {key: result[key] for key in keys} | {key: status[key] for key in ("strength", "swaps", "reason")}
-    )
+    figures = {key: result[key] for key in keys} | {key: status[key] for key in ("strength", "swaps", "reason")}
+    if status["expert_cache"] is not None:
+        figures |= {key: result[key] for key in ("hit_rate", "bytes_per_token", "stall_share")}
+    return figures_table("summary", figures)
 
 
 def demo_samples(result: Mapping[str, Any]) -> list[Text]:
@@ -224,12 +243,14 @@ def demo_meaning(result: Mapping[str, Any]) -> str:
     base = result["base"]
     if not result["points"]:
         return "This family holds no point above strength 0: nothing to compare."
-    best = max(result["points"], key=lambda row: row["lru@0.25"])
-    fewer = 1 - (1 - best["lru@0.25"]) / (1 - base["lru@0.25"]) if base["lru@0.25"] < 1 else 0.0
+    best = max(result["points"], key=_hit_rate)
+    before, after = _hit_rate(base), _hit_rate(best)
+    fewer = 1 - (1 - after) / (1 - before) if before < 1 else 0.0
     price = best["ppl_ratio"] - 1
+    share = 0.25 if result["expert_cache"] is None else result["expert_cache"]["share"]
     return (
-        f"With a cache for a quarter of the experts, the base finds {base['lru@0.25']:.1%} of the experts it needs; at "
-        f"strength {best['strength']:g} it finds {best['lru@0.25']:.1%}: {fewer:.0%} fewer to fetch from storage, for "
+        f"With a cache for {share:.0%} of the experts, the base finds {before:.1%} of the experts it needs; at "
+        f"strength {best['strength']:g} it finds {after:.1%}: {fewer:.0%} fewer to fetch from storage, for "
         f"{abs(price):.1%} {'higher' if price >= 0 else 'lower'} perplexity and the same work per token."
     )
 

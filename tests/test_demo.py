@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import tiny_family
 from tiny_family import byte_tokenizer, save_base, save_family
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from remoe_adapt import Family, demo, report
-from remoe_adapt.demo import example_folder, generate_text, held_out, run_demo
+from remoe_adapt.demo import example_folder, held_out, run_demo
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.evaluate import evaluate
+from remoe_adapt.generation import generate_text
+from remoe_adapt.runtime.cached import load_with_expert_cache
 
 PROMPTS = ["Once there was", "def f(x):"]
 
@@ -79,11 +83,34 @@ def test_every_arm_decodes_the_same_text_and_scores_as_evaluation_does(folder: P
 
 def test_keys_are_those_of_the_design(result: dict[str, Any]) -> None:
     keys = {"strength", "ce", "ppl", "ppl_ratio", "ppl_ratio_control", "kl", "eor", "lru@0.25", "load_entropy"}
-    assert keys | {"tpot_ms"} <= set(result["base"])
+    assert keys | {"tpot_ms", "hit_rate", "bytes_per_token", "stall_share"} <= set(result["base"])
     assert [row["strength"] for row in result["points"]] == [0.5, 1.0]
     assert all(set(row) == set(result["base"]) for row in result["points"])
-    assert "replay" in result["hit_rate_is"]
+    assert result["expert_cache"]["share"] == pytest.approx(0.25) and result["expert_cache"]["policy"] == "lrfu"
     json.dumps(result)
+
+
+def test_experts_come_through_the_cache(folder: Path, result: dict[str, Any]) -> None:
+    experts = load_with_expert_cache(folder).expert_cache
+    for row in (result["base"], *result["points"]):
+        assert 0 < row["hit_rate"] < 1 and 0 < row["stall_share"] < 1
+    whole = run_demo(folder, expert_cache=1.0, tokens=90, new_tokens=0)["base"]
+    documents, per_layer = 3, experts.source.num_experts[0] * experts.source.expert_bytes[0]
+    most_bytes = documents * per_layer * len(experts.source.layers)
+    # With room for all, each expert is read at most once for each document.
+    assert whole["bytes_per_token"] * 90 <= most_bytes and whole["hit_rate"] > result["base"]["hit_rate"]
+    assert whole["ce"] == result["base"]["ce"], "the budget changes no figure of the model"
+
+
+def test_a_model_that_cannot_be_cached_is_decoded_without(tmp_path: Path) -> None:
+    base = tiny_model("jetmoe", vocab_size=257)
+    base.save_pretrained(tmp_path / "jet")
+    byte_tokenizer().save_pretrained(tmp_path / "jet")
+    tiny_family(base, tmp_path / "jet" / "family")
+    (tmp_path / "text.txt").write_text("Once upon a time there was")
+    found = run_demo(tmp_path / "jet", data=[tmp_path / "text.txt"], new_tokens=0)
+    assert found["expert_cache"] is None and found["base"]["hit_rate"] is None and found["base"]["tpot_ms"] > 0
+    assert "recorded decode" in str(report.demo_table(found).caption) and "25%" in report.demo_meaning(found)
 
 
 def test_samples_show_base_and_full_strength(result: dict[str, Any]) -> None:
@@ -108,8 +135,8 @@ def test_progress_hears_every_step(folder: Path) -> None:
 def test_meaning_and_table_come_from_the_figures(result: dict[str, Any]) -> None:
     made_up = {
         **result,
-        "base": {**result["base"], "lru@0.25": 0.6, "eor": 0.4},
-        "points": [{**result["points"][0], "strength": 1.0, "lru@0.25": 0.8, "eor": 0.5, "ppl_ratio": 1.031}],
+        "base": {**result["base"], "hit_rate": 0.6, "eor": 0.4},
+        "points": [{**result["points"][0], "strength": 1.0, "hit_rate": 0.8, "eor": 0.5, "ppl_ratio": 1.031}],
     }
     sentence = report.demo_meaning(made_up)
     assert "60.0%" in sentence and "80.0%" in sentence and "50% fewer" in sentence and "3.1% higher" in sentence

@@ -85,6 +85,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cache.blocks",
         "cache.reading",
         "cache.store",
+        "cache.packed",
+        "cache.packing",
         "cache.slots",
         "cache.residency",
         "cache.ahead",

@@ -1,0 +1,116 @@
+"""Text from a prompt, streamed, with what it took: time to the first token, time per token, expert overlap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from remoe_adapt.cache.experts import expert_cache_of
+from remoe_adapt.cache.tiers import ExpertCache
+from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.metrics import eor
+from remoe_adapt.record import device_of, inference, make_trace, record_forward
+
+COUNTED = ("hits", "misses", "bytes", "stall_s")
+
+
+def cache_figures(counted: Mapping[str, float], tokens: int, seconds: float) -> dict[str, float | None]:
+    """`hit_rate`, `bytes_per_token` and `stall_share` (of the seconds, spent waiting for reads) of an expert cache.
+
+    counted: what its counters COUNTED grew by meanwhile; all None where no expert was asked for.
+    """
+    uses = counted.get("hits", 0) + counted.get("misses", 0)
+    if not uses or not tokens:
+        return dict.fromkeys(("hit_rate", "bytes_per_token", "stall_share"))
+    return {
+        "hit_rate": counted["hits"] / uses,
+        "bytes_per_token": counted["bytes"] / tokens,
+        "stall_share": min(1.0, counted["stall_s"] / seconds),
+    }
+
+
+class _Stream(TextStreamer):
+    """Hands on pieces of text; keeps the time of each token, and the cache's counters after the first and the last."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], object] | None, cache: ExpertCache | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times_s: list[float] = []
+        self._on_text, self._cache = on_text, cache
+        self._first: dict[str, Any] = {}
+
+    def put(self, value: Tensor) -> None:
+        self.times_s.append(time.perf_counter())
+        # The prompt is put first, then the token that prefill made.
+        if self._cache is not None and len(self.times_s) == 2:
+            self._first = self._cache.stats()
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._on_text is not None and text:
+            self._on_text(text)
+
+    def cache_figures(self) -> dict[str, float | None]:
+        """Of the steps after the first token."""
+        tokens = len(self.times_s) - 2
+        if self._cache is None or tokens < 1:
+            return cache_figures({}, 0, 0.0)
+        last = self._cache.stats()
+        grown = {name: last[name] - self._first[name] for name in COUNTED}
+        return cache_figures(grown, tokens, self.times_s[-1] - self.times_s[1])
+
+
+def generate_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_text: Callable[[str], object] | None = None,
+) -> dict[str, Any]:
+    """Continues a prompt by `model.generate`; temperature 0 is greedy.
+
+    Returns `text`, `prompt_tokens`, `tokens` (new ones), `ttft_ms`, `tpot_ms` (median after the first; None for one
+    token) and `eor` of the decode steps (None below two), and what `cache_figures` says of those steps. `on_text` hears
+    pieces of text as they come.
+
+    Raises:
+        ConfigError: no new tokens, or a negative temperature.
+        DataError: the prompt has no token.
+    """
+    if new_tokens < 1 or not temperature >= 0:
+        raise ConfigError(f"cannot generate {new_tokens} tokens at temperature {temperature}: use >= 1 and >= 0")
+    inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(device_of(model))
+    inputs.pop("token_type_ids", None)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if not prompt_tokens:
+        raise DataError("the prompt has no token: give --prompt some text")
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
+    stream = _Stream(tokenizer, on_text, expert_cache_of(model))
+    with record_forward(model) as recorder, inference(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        started = time.perf_counter()
+        ids_BT = model.generate(**inputs, max_new_tokens=new_tokens, streamer=stream, **sampling)
+        routing_LTK = recorder.take()[:, prompt_tokens:]
+        steps = [routing_LTK.numpy()]
+        # Two steps make the first overlap.
+        overlap = eor(make_trace(steps, recorder.num_experts, phase="decode")) if steps[0].shape[1] > 1 else None
+    arrivals_s = stream.times_s[1:]
+    gaps_s = [after - before for before, after in pairwise(arrivals_s)]
+    return {
+        "text": tokenizer.decode(ids_BT[0, prompt_tokens:], skip_special_tokens=True),
+        "prompt_tokens": prompt_tokens,
+        "tokens": ids_BT.shape[1] - prompt_tokens,
+        "ttft_ms": 1e3 * (arrivals_s[0] - started) if arrivals_s else None,
+        "tpot_ms": 1e3 * median(gaps_s) if gaps_s else None,
+        "eor": overlap,
+        **stream.cache_figures(),
+    }
