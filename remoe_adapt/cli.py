@@ -21,7 +21,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from remoe_adapt import __version__, cli_bench, cli_profiles, report
+from remoe_adapt import __version__, cli_bench, cli_export, cli_profiles, cli_trace, report
 from remoe_adapt import cli_options as opt
 from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError, RemoeError
@@ -35,9 +35,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 profiles_app = typer.Typer(help="Device profiles: list, show, check.", no_args_is_help=True)
+export_app = typer.Typer(help="The same adapter for other engines: vLLM, PEFT, llama.cpp.", no_args_is_help=True)
 bench_app = typer.Typer(help="Benchmarks, each against its named baselines.", no_args_is_help=True)
 app.add_typer(profiles_app, name="profiles")
 app.add_typer(bench_app, name="bench")
+app.add_typer(export_app, name="export")
 
 
 def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Found]], Callable[..., None]]:
@@ -197,6 +199,8 @@ def trace(
     from remoe_adapt.evaluate import read_shared
     from remoe_adapt.record import load_base, prompts_from, record_decode, record_prefill
 
+    if model.endswith(".gguf"):
+        return cli_trace.trace_gguf(model, data, out, decode, max_tokens)
     base, tokenizer = load_base(model, device=device, dtype=dtype)
     names = {"model_id": Path(model).name, "text": ", ".join(path.name for path in data)}
     if decode is None:
@@ -316,6 +320,10 @@ for _group, _name, _function in (
     (profiles_app, "show", cli_profiles.show),
     (profiles_app, "check", cli_profiles.check),
     (app, "doctor", cli_bench.doctor),
+    (export_app, "merged", cli_export.merged),
+    (export_app, "lora", cli_export.lora),
+    (export_app, "gguf", cli_export.gguf),
+    (export_app, "gguf-lora", cli_export.gguf_lora),
     (bench_app, "swap", cli_bench.swap),
     (bench_app, "gating", cli_bench.gating),
 ):

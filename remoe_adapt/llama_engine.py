@@ -1,0 +1,271 @@
+"""llama.cpp in this process: the C API of the xllamacpp wheel through ctypes, as far as tracing and parity need it.
+
+Structs are those of one llama.cpp version, so the wheel's version is checked before anything is called.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
+
+VERSION = "2026.10.11549"
+# llama.cpp calls the ids of the chosen experts of a layer so; the layer's number follows.
+_TOP_K = "ffn_moe_topk-"
+_LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1, "dio": 4}
+_LOG_LINES = 8
+
+_Pointer = C.c_void_p
+_OnEval = C.CFUNCTYPE(C.c_bool, _Pointer, C.c_bool, _Pointer)
+_OnLog = C.CFUNCTYPE(None, C.c_int, C.c_char_p, _Pointer)
+
+
+def _named(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _ModelParams(C.Structure):
+    _fields_ = (
+        *_named(_Pointer, "devices tensor_buft_overrides"),
+        *_named(C.c_int32, "n_gpu_layers split_mode load_mode lazy_mode main_gpu"),
+        *_named(_Pointer, "tensor_split progress_callback progress_callback_user_data kv_overrides"),
+        *_named(C.c_bool, "vocab_only check_tensors use_extra_bufts no_host no_alloc load_mtp"),
+    )
+
+
+class _ContextParams(C.Structure):
+    _fields_ = (
+        *_named(C.c_uint32, "n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max n_outputs_max_per_seq"),
+        *_named(C.c_int32, "n_threads n_threads_batch"),
+        *_named(C.c_int32, "ctx_type rope_scaling_type pooling_type attention_type flash_attn_type"),
+        *_named(C.c_float, "rope_freq_base rope_freq_scale"),
+        *_named(C.c_float, "yarn_ext_factor yarn_attn_factor yarn_beta_fast yarn_beta_slow"),
+        ("yarn_orig_ctx", C.c_uint32),
+        ("defrag_thold", C.c_float),
+        ("cb_eval", _OnEval),
+        ("cb_eval_user_data", _Pointer),
+        *_named(C.c_int32, "type_k type_v"),
+        ("moe_cache_size", C.c_size_t),
+        *_named(_Pointer, "abort_callback abort_callback_data"),
+        *_named(C.c_bool, "embeddings offload_kqv no_perf op_offload swa_full kv_unified"),
+        ("samplers", _Pointer),
+        ("n_samplers", C.c_size_t),
+        ("ctx_other", _Pointer),
+    )
+
+
+class _Batch(C.Structure):
+    _fields_ = (
+        ("n_tokens", C.c_int32),
+        ("token", C.POINTER(C.c_int32)),
+        ("embd", C.POINTER(C.c_float)),
+        ("pos", C.POINTER(C.c_int32)),
+        ("n_seq_id", C.POINTER(C.c_int32)),
+        ("seq_id", C.POINTER(C.POINTER(C.c_int32))),
+        ("logits", C.POINTER(C.c_int8)),
+    )
+
+
+class _Tensor(C.Structure):
+    """The head of struct ggml_tensor: ne are sizes from the fastest dimension on, nb the strides in bytes."""
+
+    _fields_ = (("type", C.c_int32), ("buffer", _Pointer), ("ne", C.c_int64 * 4), ("nb", C.c_size_t * 4))
+
+
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "llama_backend_init": ([], None),
+    "llama_log_set": ([_OnLog, _Pointer], None),
+    "llama_model_default_params": ([], _ModelParams),
+    "llama_context_default_params": ([], _ContextParams),
+    "llama_model_load_from_file": ([C.c_char_p, _ModelParams], _Pointer),
+    "llama_init_from_model": ([_Pointer, _ContextParams], _Pointer),
+    "llama_model_free": ([_Pointer], None),
+    "llama_free": ([_Pointer], None),
+    "llama_decode": ([_Pointer, _Batch], C.c_int32),
+    "llama_get_logits": ([_Pointer], C.POINTER(C.c_float)),
+    "llama_model_get_vocab": ([_Pointer], _Pointer),
+    "llama_vocab_n_tokens": ([_Pointer], C.c_int32),
+    "llama_tokenize": (
+        [_Pointer, C.c_char_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32, C.c_bool, C.c_bool],
+        C.c_int32,
+    ),
+    "llama_model_n_ctx_train": ([_Pointer], C.c_int32),
+    "llama_model_meta_val_str": ([_Pointer, C.c_char_p, C.c_char_p, C.c_size_t], C.c_int32),
+    "llama_get_memory": ([_Pointer], _Pointer),
+    "llama_memory_clear": ([_Pointer, C.c_bool], None),
+    "llama_adapter_lora_init": ([_Pointer, C.c_char_p], _Pointer),
+    "llama_set_adapters_lora": ([_Pointer, C.POINTER(_Pointer), C.c_size_t, C.POINTER(C.c_float)], C.c_int32),
+    "ggml_get_name": ([_Pointer], C.c_char_p),
+    "ggml_backend_tensor_get": ([_Pointer, _Pointer, C.c_size_t, C.c_size_t], None),
+}
+_log: list[str] = []
+
+
+@_OnLog
+def _on_log(level: int, text: bytes, user_data: object) -> None:
+    _log.append(text.decode("utf-8", "replace").strip())
+    del _log[:-_LOG_LINES]
+
+
+@cache
+def library() -> Any:
+    """The loaded library with the types of its functions set. Raises MissingDependencyError without the right wheel."""
+    spec = importlib.util.find_spec("xllamacpp")
+    found = importlib.metadata.version("xllamacpp") if spec else "none"
+    if spec is None or found != VERSION:
+        raise MissingDependencyError(
+            f"llama.cpp is called through xllamacpp {VERSION} (found: {found}): pip install 'remoe-adapt[llamacpp]'"
+        )
+    (path,) = (p for folder in spec.submodule_search_locations or () for p in Path(folder).glob("xllamacpp*.so"))
+    # Read once, when its OpenMP is loaded: threads that spin make a token 50 times as slow on busy cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    loaded = C.CDLL(str(path))
+    for name, (arguments, result) in _FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, result
+    loaded.llama_log_set(_on_log, None)
+    loaded.llama_backend_init()
+    return loaded
+
+
+class LlamaModel:
+    """A GGUF model with one context of `context_tokens` in memory, on the CPU, KV cache in F32; close it, or use
+    `with`.
+
+    `routes` holds, when `trace`, the chosen experts int32 [T, K] of every call of each layer since it was last
+    cleared. repack: let the engine rearrange quantised weights in memory of their own.
+
+    Raises MissingDependencyError without the wheel, ConfigError when llama.cpp refuses the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        context_tokens: int = 512,
+        threads: int = 1,
+        trace: bool = False,
+        load_mode: str = "auto",
+        repack: bool = True,
+    ) -> None:
+        self._lib = library()
+        self._model = self._context = None
+        self.routes: dict[int, list[NDArray[np.int32]]] = {}
+        self.position = 0
+        params = self._lib.llama_model_default_params()
+        params.load_mode, params.n_gpu_layers, params.use_extra_bufts = _LOAD_MODES[load_mode], 0, repack
+        self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise ConfigError(f"llama.cpp cannot load {os.fspath(path)}: {_last_words()}")
+        options = self._lib.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = options.n_outputs_max = context_tokens
+        options.n_threads = options.n_threads_batch = threads
+        options.type_k = options.type_v = options.flash_attn_type = 0
+        # Kept: the context calls it for as long as it lives.
+        self._on_eval = _OnEval(self._take_route)
+        if trace:
+            options.cb_eval = self._on_eval
+        self._context = self._lib.llama_init_from_model(self._model, options)
+        if not self._context:
+            self.close()
+            raise ConfigError(f"llama.cpp has no context for {os.fspath(path)}: {_last_words()}")
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
+        self.trained_tokens = int(self._lib.llama_model_n_ctx_train(self._model))
+        self.num_experts = int(self.metadata(f"{self.metadata('general.architecture')}.expert_count") or 0)
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def metadata(self, key: str) -> str:
+        """An entry of the file as text; empty when there is none."""
+        buffer = C.create_string_buffer(256)
+        size = self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode() if size >= 0 else ""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids without special ones. Raises ConfigError when the file has no tokenizer for it."""
+        data = text.encode()
+        ids = (C.c_int32 * (len(data) + 1))()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, False)
+        if count < 0:
+            raise ConfigError(f"llama.cpp cannot tokenize with this model's vocabulary: {_last_words()}")
+        return ids[:count]
+
+    def decode(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [T, V] of these tokens, which follow those decoded before."""
+        count = len(ids)
+        one = (C.c_int32 * 1)(0)
+        sequence = C.cast(one, C.POINTER(C.c_int32))
+        batch = _Batch(
+            count,
+            (C.c_int32 * count)(*ids),
+            None,
+            (C.c_int32 * count)(*range(self.position, self.position + count)),
+            (C.c_int32 * count)(*[1] * count),
+            (C.POINTER(C.c_int32) * count)(*[sequence] * count),
+            # All, for the engine leaves out what no logits depend on: the last layer's experts.
+            (C.c_int8 * count)(*[1] * count),
+        )
+        if status := self._lib.llama_decode(self._context, batch):
+            raise TraceError(
+                f"llama.cpp could not decode {count} tokens at {self.position} ({status}): {_last_words()}"
+            )
+        self.position += count
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (count, self.vocab_size)).copy()
+
+    def clear(self) -> None:
+        """Start a new sequence."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self.position = 0
+
+    def load_lora(self, path: str | os.PathLike[str]) -> int:
+        """A LoRA for `set_loras`; it lives as long as the model. Raises ConfigError when llama.cpp refuses it."""
+        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise ConfigError(f"llama.cpp cannot load the LoRA {os.fspath(path)}: {_last_words()}")
+        return int(adapter)
+
+    def set_loras(self, scales: dict[int, float]) -> None:
+        """Use these LoRAs with these scales from the next decode on, and no others."""
+        count = len(scales)
+        adapters = (_Pointer * max(count, 1))(*scales)
+        values = (C.c_float * max(count, 1))(*scales.values())
+        self._lib.llama_set_adapters_lora(self._context, adapters, count, values)
+
+    def _take_route(self, tensor: int, ask: bool, user_data: object) -> bool:
+        name = self._lib.ggml_get_name(tensor).decode()
+        if not name.startswith(_TOP_K):
+            return not ask
+        if not ask:
+            head = _Tensor.from_address(tensor)
+            ids_TK = np.empty((head.ne[1], head.ne[0]), np.int32)
+            # A view of all experts in order of score: rows are as far apart as all of them.
+            for token, row_K in enumerate(ids_TK):
+                self._lib.ggml_backend_tensor_get(tensor, row_K.ctypes.data, token * head.nb[1], row_K.nbytes)
+            self.routes.setdefault(int(name.removeprefix(_TOP_K)), []).append(ids_TK)
+        return True
+
+
+def _last_words() -> str:
+    return " ".join(line for line in _log[-3:] if line) or "it gives no reason"
