@@ -16,8 +16,8 @@ UNLIMITED_BYTES = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """limit, usage and reclaimable in bytes: of a group and all below it. reclaimable: file cache that nobody maps,
-    which the kernel drops before it kills. folder: the group's."""
+    """limit, usage and reclaimable in bytes: of a group and all below it. reclaimable: file cache that is inactive or
+    that nobody maps; the kernel drops it before it kills. folder: the group's."""
 
     folder: Path
     limit: int

@@ -85,7 +85,7 @@ def merged(time_s: float, readings: Iterable[Reading]) -> Reading:
 
 
 def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return float(value) if math.isfinite(value) else None
 
 
 def _number(value: Any) -> float:
