@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache
-from typing import Any, NamedTuple, cast
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from remoe_adapt.cache.tiers import ExpertCache, Lease
+from remoe_adapt.cache.slots import Lease, Slot
+from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.tuner.beside import plain_base
 
 _FORWARD_INPUTS = 3
+_CPU = torch.device("cpu")
 
 
 class _Saved(NamedTuple):
@@ -36,38 +38,61 @@ class _Saved(NamedTuple):
     offset: int
 
 
-class _Call:
-    """One forward of one layer: the experts it needs, and the lease of those it computes with now."""
+class Predictor(Protocol):
+    """Looks a layer ahead of the forwards of a model; see cache/prefetch.py."""
 
-    def __init__(self, expert_cache: ExpertCache, layer: int, experts: Sequence[int]) -> None:
-        self._cache, self._layer, self._left = expert_cache, layer, experts
+    def settle(self, layer: int, experts: Sequence[int]) -> None:
+        """This layer asks for these experts now."""
+        ...
+
+    def follow(self, layer: int, hidden_TD: Tensor) -> None:
+        """This layer computes on this input from now on."""
+        ...
+
+
+class _Call:
+    """One forward of one layer: the experts it needs, and the lease of those it computes with now.
+
+    begin: called once the first of them are there.
+    """
+
+    def __init__(
+        self, expert_cache: ExpertCache, layer: int, experts: Sequence[int], begin: Callable[[], None] | None
+    ) -> None:
+        self._cache, self._layer, self._left, self._begin = expert_cache, layer, experts, begin
         self._lease: Lease | None = None
+        self._slots: Mapping[int, Slot] = {}
         self._begun = False
-        self._places: dict[int, tuple[int, str]] = {}
+        self._places: dict[int, tuple[int, str]] | None = None
 
     def row(self, expert: int, param: str) -> Tensor:
-        if self._lease is None or expert not in self._lease.slots:
+        if expert not in self._slots:
             self._advance(expert)
-        assert self._lease is not None
-        return self._lease.slots[expert][param]
+        return self._slots[expert][param]
 
     def _advance(self, expert: int) -> None:
         self.close()
-        self._left = [other for other in self._left if other >= expert]
+        if self._begun:
+            self._left = [other for other in self._left if other >= expert]
         self._lease = self._cache.lease(self._layer, self._left, continues=self._begun)
-        self._begun = True
-        self._places = {
-            tensor.untyped_storage().data_ptr(): (held, param)
-            for held, slot in self._lease.slots.items()
-            for param, tensor in slot.items()
-        }
+        self._slots, self._places = self._lease.slots, None
+        if not self._begun:
+            self._begun = True
+            if self._begin is not None:
+                self._begin()
 
     def close(self) -> None:
-        lease, self._lease = self._lease, None
+        lease, self._lease, self._slots = self._lease, None, {}
         if lease is not None:
             lease.release()
 
     def pack(self, tensor: Tensor) -> Tensor | _Saved:
+        if self._places is None:
+            self._places = {
+                param.untyped_storage().data_ptr(): (expert, name)
+                for expert, slot in self._slots.items()
+                for name, param in slot.items()
+            }
         place = self._places.get(tensor.untyped_storage().data_ptr()) if self._lease is not None else None
         if place is None:
             return tensor
@@ -84,8 +109,9 @@ class _Call:
 class LayerExperts:
     """The experts of one layer, as its module finds them; threads have a call each."""
 
-    def __init__(self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype) -> None:
-        self.cache, self.layer, self._dtype = expert_cache, layer, dtype
+    def __init__(self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.cache, self.layer, self._dtype, self._device = expert_cache, layer, dtype, device
+        self.predictor: Predictor | None = None
         self._num_experts = expert_cache.source.num_experts[layer]
         self._here = threading.local()
 
@@ -96,17 +122,23 @@ class LayerExperts:
         self, eager: Callable[..., Tensor], module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         """`eager(module, hidden_TD, ids_TK, weights_TK)` on the slots."""
-        if not hidden_TD.is_cpu:
+        if hidden_TD.device != self._device:
             raise ConfigError(
-                f"hidden states on {hidden_TD.device}: the expert cache holds experts in RAM, use the CPU."
+                f"hidden states on {hidden_TD.device}, the cached experts on {self._device}: choose device= when the "
+                "model is loaded instead of moving it."
             )
-        if hidden_TD.dtype != self._dtype and not torch.is_autocast_enabled("cpu"):
+        if hidden_TD.dtype != self._dtype and not torch.is_autocast_enabled(self._device.type):
             raise ConfigError(
                 f"hidden states are {hidden_TD.dtype}, the cached experts {self._dtype}: choose dtype= when the model "
                 "is loaded instead of converting it."
             )
-        needed = sorted({expert for expert in ids_TK.flatten().tolist() if 0 <= expert < self._num_experts})
-        call = self._here.call = _Call(self.cache, self.layer, needed)
+        count = self._num_experts
+        needed = sorted(expert for expert in set(ids_TK.flatten().tolist()) if 0 <= expert < count)
+        begin = None
+        if self.predictor is not None:
+            self.predictor.settle(self.layer, needed)
+            begin = partial(self.predictor.follow, self.layer, hidden_TD)
+        call = self._here.call = _Call(self.cache, self.layer, needed, begin)
         graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
         try:
             with saved_tensors_hooks(call.pack, call.unpack) if graph else nullcontext():
@@ -195,15 +227,19 @@ def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
 
 
 def bind_experts(
-    model: nn.Module, expert_cache: ExpertCache, params: Sequence[Sequence[str]], dtype: torch.dtype
+    model: nn.Module,
+    expert_cache: ExpertCache,
+    params: Sequence[Sequence[str]],
+    dtype: torch.dtype,
+    device: torch.device = _CPU,
 ) -> None:
-    """Let the modules made under `experts_left_out` compute on this cache, whose experts have this dtype.
+    """Let the modules made under `experts_left_out` compute on this cache, whose experts have this dtype and device.
 
     `params` are the names of their parameters, by layer.
     """
     for layer, (name, names) in enumerate(zip(expert_cache.source.layers, params, strict=True)):
         module: Any = model.get_submodule(name)
-        module.expert_rows = LayerExperts(expert_cache, layer, dtype)
+        module.expert_rows = LayerExperts(expert_cache, layer, dtype, device)
         for param in names:
             setattr(module, param, _Rows(module.expert_rows, param))
 

@@ -1,7 +1,8 @@
 """The experts held in memory: slots under a budget in bytes, filled from storage, given up by a policy.
 
 Keys are (layer, expert). One policy rules all layers, or each layer has its own share of the budget. A lease holds the
-experts that are computed with now; what is leased is never evicted.
+experts that are computed with now; what is leased is never evicted. Experts may be read ahead of their lease: until it
+comes they have their room, and they are read only while no lease waits for a read.
 """
 
 from __future__ import annotations
@@ -9,74 +10,37 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, fields
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from remoe_adapt.cache.ahead import ReadAheads
 from remoe_adapt.cache.policy import Policy
+from remoe_adapt.cache.residency import Residency
 from remoe_adapt.cache.simulate import make_policy
+from remoe_adapt.cache.slots import ExpertSource, Key, LayerCounters, Lease, Slot, shares_of
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.host_memory import return_freed_memory
-
-Key = tuple[int, int]
-# One expert's parameters, by name.
-Slot = Mapping[str, Tensor]
 
 POLICIES = ("lru", "lfu", "lrfu")
 SCOPES = ("global", "layer")
 READ_THREADS = 4
-
-
-class ExpertSource(Protocol):
-    """What experts are read from; `ExpertStore` is one."""
-
-    layers: tuple[str, ...]
-    num_experts: tuple[int, ...]
-    expert_bytes: tuple[int, ...]
-
-    def read(self, layer: int, expert: int) -> dict[str, Tensor]: ...
-
-    def give_back(self) -> None: ...
-
-
-@dataclass(slots=True)
-class LayerCounters:
-    """Of one layer. `bytes`: read, as they are in memory; `stall_s`: seconds that leases waited for reads."""
-
-    hits: int = 0
-    misses: int = 0
-    bytes: int = 0
-    stall_s: float = 0.0
-
-
-class Lease:
-    """Experts that stay while the lease is open: `slots` maps each to its parameters. A context manager."""
-
-    def __init__(self, cache: ExpertCache, keys: list[Key], slots: dict[int, Slot]) -> None:
-        self._cache, self._keys, self.slots = cache, keys, slots
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Give the experts back; once is enough."""
-        keys, self._keys, self.slots = self._keys, [], {}
-        self._cache.unpin(keys)
+# Read-aheads at a time. What a wrong one costs ends with it, so few are begun.
+AHEAD_THREADS = 2
+# Read-aheads, waiting and under way, take no more of a budget than this part.
+_AHEAD_PART = 2
+_MISS_S_RATE = 0.1
 
 
 class ExpertCache:
     """Slots for at most `budget_bytes` of a source's experts; any number of threads at once.
 
     policy: "lru", "lfu" or "lrfu". scope: "global", one budget over all layers, or "layer", each layer its share.
-    threads: reads at a time.
+    threads: reads at a time. below: the tier that the source reads from, for `stats` and `clear`. released: called in
+    the thread that gives a lease back, before anything of it can be evicted.
 
     Raises ConfigError for an unknown policy or scope, and for a budget that does not hold one expert (of each layer
     with scope "layer").
@@ -90,27 +54,35 @@ class ExpertCache:
         policy: str = "lrfu",
         scope: str = "global",
         threads: int = READ_THREADS,
+        below: ExpertCache | None = None,
+        released: Callable[[], None] | None = None,
     ) -> None:
         for what, value, known in (("policy", policy, POLICIES), ("scope", scope, SCOPES)):
             if value not in known:
                 raise ConfigError(f"expert cache {what} {value!r} is not one of {', '.join(known)}.")
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"threads {threads!r}: give the number of reads at a time, at least 1.")
-        self.source, self.policy, self.scope = source, policy, scope
+        self.source, self.policy, self.scope, self.below = source, policy, scope, below
+        # Seconds that a lease waits for each expert it misses, lately.
+        self.miss_s = 0.0
+        self._released = released
         layers = range(len(source.layers))
         self._domains = [list(layers)] if scope == "global" else [[layer] for layer in layers]
-        self._limits = self._shares(budget_bytes)
+        self._limits = shares_of(budget_bytes, source, self._domains)
         policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self._limits]
         self._domain_of = [0 if scope == "global" else layer for layer in layers]
         self._policies, self._budget_bytes = policies, budget_bytes
+        self._held = [0 for _ in layers]
         self._slots: dict[Key, Slot] = {}
         self._loading: dict[Key, Future[Slot]] = {}
         self._pins: Counter[Key] = Counter()
+        self._ahead, self._waiting = ReadAheads(), 0
         self._tokens, self._last_layer = [0] * len(self._domains), [-1] * len(self._domains)
         self._counters = [LayerCounters() for _ in layers]
-        self._shown: dict[int, list[Tensor]] = {}
+        self._residency = Residency(source.num_experts)
         self._changed = threading.Condition()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="expert-read")
+        self._ahead_pool = ThreadPoolExecutor(AHEAD_THREADS, thread_name_prefix="expert-read-ahead")
 
     def __deepcopy__(self, memo: object) -> ExpertCache:
         """A copied model computes on the same slots."""
@@ -139,34 +111,101 @@ class ExpertCache:
 
         Raises what the source raises, once every read of this call has ended; the cache then holds what could be read.
         """
+        wanted = list(experts)
         with self._changed:
-            domain = self._domain_of[layer]
+            domain, ahead = self._domain_of[layer], self._ahead
             policy, size = self._policies[domain], self.source.expert_bytes[layer]
-            wanted = list(experts)
+            if ahead.expected and not continues:
+                self._cancel(ahead.settle(layer, wanted))
             while True:
                 keys = [(layer, expert) for expert in wanted[: max(1, self._limits[domain] // size)]]
-                if self._pinned_bytes(domain, keys) <= min(self._limits[domain], policy.capacity):
+                if self._fits(domain, keys):
                     break
-                self._changed.wait()
-            missing = [key for key in keys if key not in policy]
+                if not self._cancel([key for key in ahead.queued if self._domain_of[key[0]] == domain]):
+                    self._changed.wait()
+            missing = [key for key in keys if key not in policy or key in ahead.queued]
             self._pins.update(keys)
             policy.touch(keys, self._tick(layer, continues))
             for key in missing:
-                self._drop(policy.make_room(size, self._pins))
-                policy.admit(key, size)
-                self._loading[key] = Future()
+                if key in ahead.queued:  # has its room, and now the read is this lease's own
+                    ahead.forget(key)
+                    self._unpin((key,))
+                else:
+                    self._make_room(policy, size)
+                    policy.admit(key, size)
+                    self._loading[key] = Future()
             counters = self._counters[layer]
             counters.hits += len(keys) - len(missing)
             counters.misses += len(missing)
-            awaited = {key: self._loading[key] for key in keys if key in self._loading}
+            counters.prefetch_hits += ahead.use(keys)
+            awaited = {key: self._loading[key] for key in keys if key in self._loading} if self._loading else {}
             slots = {key[1]: self._slots[key] for key in keys if key not in awaited}
+            self._waiting += bool(awaited)
         if awaited:
             try:
                 slots |= self._await(layer, missing, awaited)
             except BaseException:
                 self.unpin(keys)
                 raise
-        return Lease(self, keys, slots)
+        return Lease(self.unpin, keys, slots)
+
+    def prefetch(self, layer: int, experts: Iterable[int]) -> None:
+        """Read those of these experts that are missing, in their order, before a lease asks for them. Never waits.
+
+        Until the layer's next lease none of them is evicted for another one's sake; that lease calls off the reads that
+        it does not want and that have not begun. Nothing is read that needs the room of a leased or expected expert,
+        or half of the budget. A read that fails leaves no trace: a lease reads again, and raises.
+        """
+        with self._changed:
+            domain, size, ahead = self._domain_of[layer], self.source.expert_bytes[layer], self._ahead
+            policy, limit = self._policies[domain], self._limits[domain]
+            keys = [(layer, expert) for expert in experts]
+            ahead.expected.update(keys)
+            for key in keys:
+                if key in policy:
+                    continue
+                reading = sum(self.source.expert_bytes[at] for at, _ in ahead.reading if self._domain_of[at] == domain)
+                if policy.capacity != limit or reading + size > limit // _AHEAD_PART:
+                    break
+                try:
+                    self._drop(policy.make_room(size, self._pins.keys() | ahead.expected))
+                except ConfigError:
+                    break
+                policy.admit(key, size)
+                self._loading[key] = Future()
+                self._pins[key] += 1
+                ahead.queue(key)
+                self._ahead_pool.submit(self._read_ahead, key)
+
+    def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those of these experts that are neither there nor being read, in their order."""
+        with self._changed:
+            policy = self._policies[self._domain_of[layer]]
+            return [expert for expert in experts if (layer, expert) not in policy]
+
+    def is_whole(self, layer: int) -> bool:
+        """Whether all experts of this layer are there."""
+        return self._held[layer] == self.source.num_experts[layer]
+
+    def clear(self) -> None:
+        """Drop all experts that are not leased, here and in the tiers below; their memory goes back to the system.
+
+        Counters and the policy's memory of uses stay.
+        """
+        with self._changed:
+            self._cancel(list(self._ahead.queued))
+            begun = set(self._ahead.begun)
+            while begun & self._ahead.begun:
+                self._changed.wait()
+            self._ahead.expected.clear()
+            for policy in self._policies:
+                for key in [key for key in policy if key not in self._pins]:
+                    policy.discard(key)
+                    self._drop([key])
+        if self.below is not None:
+            self.below.clear()
+        self.source.give_back()
+        return_freed_memory()
 
     def resize(self, budget_bytes: int) -> None:
         """Another budget from now on. What no longer fits goes at once (what is leased, when its lease ends; this waits
@@ -174,10 +213,11 @@ class ExpertCache:
 
         Raises ConfigError as the constructor; the budget is unchanged then.
         """
-        limits = self._shares(budget_bytes)
+        limits = shares_of(budget_bytes, self.source, self._domains)
         before = self.resident_bytes
         with self._changed:
             self._limits = limits
+            self._cancel(list(self._ahead.queued))
             for domain, policy in enumerate(self._policies):
                 while self._limits is limits:  # else a later call has taken over
                     held = self._pinned_bytes(domain, ())
@@ -193,26 +233,31 @@ class ExpertCache:
             return_freed_memory()
 
     def stats(self) -> dict[str, Any]:
-        """JSON-ready: settings, what is resident, counters summed up and (`layers`) for each layer."""
+        """JSON-ready: settings, what is resident, counters summed up and (`layers`) for each layer.
+
+        `below`: the same of the tier below; None without one.
+        """
         with self._changed:
             layers = [asdict(counters) for counters in self._counters]
-            budget_bytes, resident_bytes = self._budget_bytes, self.resident_bytes
-        total = {name: sum(layer[name] for layer in layers) for name in ("hits", "misses", "bytes", "stall_s")}
+            room = {"budget_bytes": self._budget_bytes, "resident_bytes": self.resident_bytes}
+        total = {field.name: sum(layer[field.name] for layer in layers) for field in fields(LayerCounters)}
         uses = total["hits"] + total["misses"]
         return {
             "policy": self.policy,
             "scope": self.scope,
-            "budget_bytes": budget_bytes,
-            "resident_bytes": resident_bytes,
+            **room,
             "hit_rate": total["hits"] / uses if uses else 0.0,
             **total,
             "layers": layers,
+            "below": None if self.below is None else self.below.stats(),
         }
 
     def reset_stats(self) -> None:
-        """Counters start again at 0; slots and the policy's memory of uses stay."""
+        """Counters start again at 0, those of the tiers below too; slots and the policy's memory of uses stay."""
         with self._changed:
             self._counters = [LayerCounters() for _ in self._counters]
+        if self.below is not None:
+            self.below.reset_stats()
 
     def show_residency(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> None:
         """Keep 1 where an expert is in its slot and 0 elsewhere in these [1, E] tensors, in place, until the next call.
@@ -221,44 +266,49 @@ class ExpertCache:
 
         Raises ConfigError when numbers or shapes do not fit.
         """
-        places = list(range(len(self.source.layers)))[: len(tensors) or 0] if layers is None else list(layers)
-        counts = [self.source.num_experts[layer] for layer in places]
-        if [tuple(tensor.shape) for tensor in tensors] != [(1, count) for count in counts]:
-            shapes = [list(tensor.shape) for tensor in tensors]
-            raise ConfigError(f"residency tensors {shapes} for layers of {counts} experts: give one [1, E] for each.")
-        with self._changed, torch.no_grad():
-            self._shown = {}
-            for layer, tensor in zip(places, tensors, strict=True):
-                self._shown.setdefault(layer, []).append(tensor)
-                tensor.zero_()
-            for key in self._slots:
-                self._show(key, 1.0)
+        with self._changed:
+            self._residency.follow(tensors, layers, self._slots)
 
     def unpin(self, keys: Sequence[Key]) -> None:
         """End of a lease; called by it."""
+        if self._released is not None:
+            self._released()
         with self._changed:
-            for key in keys:
-                self._pins[key] -= 1
-                if not self._pins[key]:
-                    del self._pins[key]
+            self._unpin(keys)
             self._changed.notify_all()
 
     # Under the lock
 
-    def _shares(self, budget_bytes: int) -> list[int]:
-        if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
-            raise ConfigError(f"expert cache budget {budget_bytes!r}: give a number of bytes.")
-        sizes = self.source.expert_bytes
-        weights = [sum(self.source.num_experts[layer] * sizes[layer] for layer in layers) for layers in self._domains]
-        limits = [budget_bytes * weight // sum(weights) for weight in weights]
-        for layers, limit in zip(self._domains, limits, strict=True):
-            largest = max(sizes[layer] for layer in layers)
-            if limit < largest:
-                needed = max(sizes) if self.scope == "global" else -(-largest * sum(weights) // min(weights))
-                raise ConfigError(
-                    f"expert cache budget {budget_bytes} bytes cannot hold one expert: give at least {needed}."
-                )
-        return limits
+    def _unpin(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self._pins[key] -= 1
+            if not self._pins[key]:
+                del self._pins[key]
+
+    def _fits(self, domain: int, keys: list[Key]) -> bool:
+        """Whether these can be leased beside what is leased and read ahead now."""
+        capacity, limit = self._policies[domain].capacity, self._limits[domain]
+        return (not self._pins and capacity == limit) or self._pinned_bytes(domain, keys) <= min(limit, capacity)
+
+    def _make_room(self, policy: Policy[Key], size: int) -> None:
+        if self._ahead.expected:
+            try:
+                self._drop(policy.make_room(size, self._pins.keys() | self._ahead.expected))
+                return
+            except ConfigError:  # what is expected yields to what is asked for
+                pass
+        self._drop(policy.make_room(size, self._pins))
+
+    def _cancel(self, keys: list[Key]) -> bool:
+        """Call off read-aheads that have not begun; whether there were any."""
+        if keys:
+            self._changed.notify_all()
+        for key in keys:
+            self._ahead.forget(key)
+            self._unpin((key,))
+            del self._loading[key]
+            self._policies[self._domain_of[key[0]]].discard(key)
+        return bool(keys)
 
     def _tick(self, layer: int, continues: bool) -> int:
         """The token that a use by `layer` belongs to, as its policy counts them."""
@@ -276,45 +326,73 @@ class ExpertCache:
     def _drop(self, keys: Iterable[Key]) -> None:
         for key in keys:
             if self._slots.pop(key, None) is not None:
-                self._show(key, 0.0)
-
-    def _show(self, key: Key, value: float) -> None:
-        with torch.no_grad():
-            for tensor in self._shown.get(key[0], ()):
-                tensor[0, key[1]] = value
+                self._held[key[0]] -= 1
+                self._ahead.unused.discard(key)
+                self._residency.set(key, 0.0)
 
     # Without it
 
     def _await(self, layer: int, missing: list[Key], awaited: dict[Key, Future[Slot]]) -> dict[int, Slot]:
         started = time.perf_counter()
-        for key in missing[1:]:
-            self._pool.submit(self._fetch, key, awaited[key])
-        if missing:
-            self._fetch(missing[0], awaited[missing[0]])
-        wait(awaited.values())
-        with self._changed:
-            self._counters[layer].stall_s += time.perf_counter() - started
+        try:
+            for key in missing[1:]:
+                self._pool.submit(self._fetch, key, awaited[key])
+            if missing:
+                self._fetch(missing[0], awaited[missing[0]])
+            for future in awaited.values():
+                future.exception()  # waits
+        finally:
+            with self._changed:
+                stall_s = time.perf_counter() - started
+                self._counters[layer].stall_s += stall_s
+                if missing:
+                    self.miss_s += _MISS_S_RATE * (stall_s / len(missing) - self.miss_s)
+                self._waiting -= 1
+                self._changed.notify_all()
         return {key[1]: future.result() for key, future in awaited.items()}
 
-    def _fetch(self, key: Key, future: Future[Slot]) -> None:
-        layer, size = key[0], self.source.expert_bytes[key[0]]
-        slot: Slot | None = None
-        failure: BaseException | None = None
-        try:
-            slot = self.source.read(*key)
-        except BaseException as error:  # whoever waits for it gets it
-            failure = error
+    def _read_ahead(self, key: Key) -> None:
         with self._changed:
-            if self._loading.get(key) is future:
-                del self._loading[key]
-            policy = self._policies[self._domain_of[layer]]
+            while self._waiting and key in self._ahead.queued:
+                self._changed.wait()
+            if key not in self._ahead.queued:
+                return
+            self._ahead.begin(key)
+            future = self._loading[key]
+        self._fetch(key, future, ahead=True)
+
+    def _fetch(self, key: Key, future: Future[Slot], *, ahead: bool = False) -> None:
+        slot: Slot | None = None
+        while slot is None:
+            failure: BaseException | None = None
+            try:
+                slot = self.source.read(*key)
+            except BaseException as error:  # whoever waits for it gets it
+                failure = error
+            with self._changed:
+                again = slot is None and ahead and self._pins[key] > 1  # somebody waits, and gets a read of its own
+                if ahead:
+                    self._ahead.end(key, came=slot is not None)
+                    self._unpin((key,))
+                    ahead = False
+                    self._counters[key[0]].prefetched += slot is not None
+                if again:
+                    continue
+                self._arrive(key, future, slot)
             if slot is None:
-                policy.discard(key)
-            elif key in policy:  # it is, unless whoever asked was interrupted
-                self._slots[key] = slot
-                self._counters[layer].bytes += size
-                self._show(key, 1.0)
+                future.set_exception(failure)
+                return
+        future.set_result(slot)
+
+    def _arrive(self, key: Key, future: Future[Slot], slot: Slot | None) -> None:
+        if self._loading.get(key) is future:
+            del self._loading[key]
+        policy = self._policies[self._domain_of[key[0]]]
         if slot is None:
-            future.set_exception(failure)
-        else:
-            future.set_result(slot)
+            policy.discard(key)
+        elif key in policy:  # it is, unless whoever asked was interrupted
+            self._slots[key] = slot
+            self._held[key[0]] += 1
+            self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
+            self._residency.set(key, 1.0)
+        self._changed.notify_all()
