@@ -21,7 +21,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from remoe_adapt import __version__, cli_bench, cli_export, cli_profiles, cli_trace, report
+from remoe_adapt import __version__, cli_bench, cli_export, cli_pack, cli_profiles, cli_trace, report
 from remoe_adapt import cli_options as opt
 from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError, RemoeError
@@ -319,6 +319,7 @@ for _group, _name, _function in (
     (profiles_app, "list", cli_profiles.list_all),
     (profiles_app, "show", cli_profiles.show),
     (profiles_app, "check", cli_profiles.check),
+    (app, "pack", cli_pack.pack),
     (app, "doctor", cli_bench.doctor),
     (export_app, "merged", cli_export.merged),
     (export_app, "lora", cli_export.lora),

@@ -94,3 +94,7 @@ Calls = Annotated[int, typer.Option(min=1, help="Timed calls for each row on the
 ProfileName = Annotated[str, typer.Argument(help="Profile name, or a YAML file.")]
 ProfileNames = Annotated[list[str] | None, typer.Argument(help="Names or YAML files; default: all.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
+
+# remoe pack
+PackOut = Annotated[Path, typer.Argument(help="Folder for the packed experts.", metavar="OUT")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

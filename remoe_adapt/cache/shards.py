@@ -68,10 +68,11 @@ def open_checkpoint(folder: Path) -> dict[str, Extent]:
         if isinstance(error, ConfigError):
             raise
         raise ExpertReadError(f"{index} is not the index of a checkpoint ({error}): fetch it again.") from error
-    return {tensor: extent for name in names for tensor, extent in _extents(folder / name).items()}
+    return {tensor: extent for name in names for tensor, extent in file_extents(folder / name).items()}
 
 
-def _extents(path: Path) -> dict[str, Extent]:
+def file_extents(path: Path) -> dict[str, Extent]:
+    """Every tensor of one file; raises ExpertReadError as `open_checkpoint`."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -86,7 +87,7 @@ def _extents(path: Path) -> dict[str, Extent]:
             dtype = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
             found[tensor] = Extent(path, tensor, dtype, tuple(entry["shape"]), start + first, end - first)
     except FileNotFoundError as error:
-        raise ExpertReadError(f"{path} is missing, though the checkpoint's index names it: fetch it again.") from error
+        raise ExpertReadError(f"{path} is missing, though the index beside it names it: fetch it again.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExpertReadError(
             f"{path} is not a whole safetensors file: its header cannot be read at byte 0."

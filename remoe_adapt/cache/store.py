@@ -12,7 +12,7 @@ import itertools
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,8 +131,8 @@ class ExpertStore:
         self._one_expert, self._blocks = _OneExpert(model), Blocks()
         self._plain: dict[tuple[object, ...], tuple[int, ...] | None] = {}
         self._groups = self._plan(model, extents)
-        paths = {e.path for groups in self._groups for g in groups for s in g.sources for e in s.extents}
-        self._reader = ExtentReader(paths, direct_io=direct_io, reader=reader)
+        self._paths = {e.path for groups in self._groups for g in groups for s in g.sources for e in s.extents}
+        self._reader = ExtentReader(self._paths, direct_io=direct_io, reader=reader)
         self._block_bytes = [
             (-(-size // BLOCK) + len(params)) * BLOCK
             for size, params in zip(self.expert_bytes, self._params, strict=True)
@@ -152,6 +152,29 @@ class ExpertStore:
         # Ordinary tensors, whatever runs in the thread that asks: they outlive its inference mode.
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return self._assemble(layer, expert)
+
+    def like(self, layer: int) -> dict[str, Tensor]:
+        """The parameters of one expert of this layer, by name, on the meta device."""
+        return {name: param[0] for name, param in self._params[layer].items()}
+
+    def sample(self, layer: int, expert: int, count: int) -> dict[str, Tensor]:
+        """The first numbers of each parameter of an expert, at most `count`, flat; raises as `read`."""
+        found: dict[str, Tensor] = {}
+        for group in self._groups[layer]:
+            if group.order is None:
+                whole = self.read(layer, expert)
+                found |= {name: whole[name].flatten()[:count].clone() for name in group.params}
+                continue
+            first = group.sources[group.order[0]].of(expert, self.num_experts[layer])
+            part = torch.empty(min(count, first.size // first.dtype.itemsize), dtype=first.dtype, device="cpu")
+            self._reader.fill([(replace(first, shape=tuple(part.shape), size=part.nbytes), part)])
+            found[group.params[0]] = part.to(self._params[layer][group.params[0]].dtype)
+        return found
+
+    def state(self) -> list[list[Any]]:
+        """Name, size and time of change (ns) of each file that experts are in (JSON-ready)."""
+        stats = [(path.name, path.stat()) for path in sorted(self._paths)]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
     def give_back(self) -> None:
         """Memory that is kept for the next reads goes to the system."""

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from remoe_adapt.cache.experts import bind_experts, check_experts, experts_left_out
+from remoe_adapt.cache.packed import PackedStore
 from remoe_adapt.cache.reading import Reader
-from remoe_adapt.cache.shards import checkpoint_dtype
 from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS, ExpertCache
 from remoe_adapt.device_profile import parse_size
-from remoe_adapt.errors import ConfigError, MergeStateError, UncacheableError
-from remoe_adapt.runtime.pretrained import auto_class
+from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.runtime.checkpoint import HUB_OPTIONS, LOADING, find_checkpoint
 
-# Default dtype and classes of experts change for the whole process while a model is made.
-_LOADING = threading.Lock()
 _KV_CACHE_PART = 16
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
-_HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
 # Options of from_pretrained that place, make or quantise weights themselves.
 OWN_PLACEMENT = {
     "device_map",
@@ -48,6 +40,7 @@ def load_with_expert_cache(
     budget: str | int | float = 0.25,
     *,
     memory: str | int | None = None,
+    storage: str | os.PathLike[str] | None = None,
     policy: str = "lrfu",
     scope: str = "global",
     direct_io: bool = False,
@@ -62,7 +55,8 @@ def load_with_expert_cache(
     `experts_implementation="eager"`, generates, and takes PEFT adapters; its experts are frozen.
 
     budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0). memory: what the dense part
-    and the slots may take together, with a sixteenth left for the KV cache; it lowers the budget. policy, scope,
+    and the slots may take together, with a sixteenth left for the KV cache; it lowers the budget. storage: a
+    folder that `remoe pack` made of this model, to read experts from; None: the checkpoint. policy, scope,
     threads: see ExpertCache; direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's.
 
     Raises ConfigError for options that cannot work, UncacheableError for models whose experts cannot be cached
@@ -71,24 +65,14 @@ def load_with_expert_cache(
     refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs))
     if refused:
         raise ConfigError(f"{', '.join(refused)}: an expert cache loads to the CPU, unquantised, eager.")
-    folder = _folder(os.fspath(path), from_pretrained_kwargs)
-    kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in _HUB_OPTIONS}
-    trust = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
-    try:
-        config = AutoConfig.from_pretrained(folder, **trust)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{os.fspath(path)!r} is no model ({reason}): give a model folder or a hub id.") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise UncacheableError(f"{os.fspath(path)!r} is quantised: the expert cache reads experts that are not.")
-    loader = auto_class(config)
-    wanted = _dtype(dtype, config, folder)
-    with _LOADING:
-        with torch.device("meta"):
-            skeleton = loader.from_config(copy.deepcopy(config), dtype=wanted, **trust)
+    checkpoint = find_checkpoint(path, dtype, from_pretrained_kwargs)
+    folder, wanted, loader = checkpoint.folder, checkpoint.dtype, checkpoint.loader
+    kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in HUB_OPTIONS}
+    with LOADING:
+        skeleton = checkpoint.skeleton()
         modules = experts_modules(skeleton)
         check_experts(modules)
-        store = ExpertStore(folder, skeleton, direct_io=direct_io, reader=reader)
+        store = _store(folder, skeleton, storage, direct_io=direct_io, reader=reader)
         budget_bytes = _bytes(budget, store.total_bytes)
         if memory is not None:
             budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
@@ -123,24 +107,16 @@ def _no_saving(*args: object, **kwargs: object) -> NoReturn:
     )
 
 
-def _folder(path: str, options: dict[str, Any]) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    chosen = {name: options[name] for name in _HUB_OPTIONS if name in options}
+def _store(
+    folder: Path, skeleton: PreTrainedModel, storage: str | os.PathLike[str] | None, *, direct_io: bool, reader: Reader
+) -> ExpertStore | PackedStore:
+    if storage is None:
+        return ExpertStore(folder, skeleton, direct_io=direct_io, reader=reader)
+    source = ExpertStore(folder, skeleton)
     try:
-        return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES), **chosen))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{path!r} cannot be found ({reason}): give a model folder or a hub id.") from error
-
-
-def _dtype(dtype: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:
-    if dtype is None or dtype == "auto":
-        dtype = getattr(config, "dtype", None) or checkpoint_dtype(folder)
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"dtype {dtype!r} is no floating type of torch: give bfloat16 or float32, for instance.")
-    return found
+        return PackedStore(storage, source, direct_io=direct_io, reader=reader)
+    finally:
+        source.close()
 
 
 def _bytes(budget: str | int | float, total_bytes: int) -> int:

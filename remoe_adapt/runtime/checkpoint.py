@@ -1,0 +1,96 @@
+"""A model by path or hub id, up to the point where its weights are read: where the expert cache and packs begin."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from remoe_adapt.cache.shards import checkpoint_dtype
+from remoe_adapt.errors import ConfigError, UncacheableError
+from remoe_adapt.runtime.pretrained import auto_class, checkpoint_folder
+
+# Default dtype and classes of experts change for the whole process while a model is made.
+LOADING = threading.Lock()
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+# What transformers loads quantised weights with to make plain ones of them.
+_DEQUANTISED = {"fp8": "FineGrainedFP8Config(dequantize=True)", "mxfp4": "Mxfp4Config(dequantize=True)"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model is and how it is made; `name` as it was given, `dtype` of its weights in memory."""
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+    trust: Mapping[str, Any]
+
+    @property
+    def loader(self) -> Any:
+        """The auto class that makes it."""
+        return auto_class(self.config)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device; under LOADING."""
+        with torch.device("meta"):
+            model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str], dtype: str | torch.dtype | None = None, options: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """The checkpoint of a folder or hub id, fetched if need be; dtype None or "auto": the configuration's.
+
+    options: of from_pretrained, of which those for the hub and `trust_remote_code` count here.
+
+    Raises ConfigError when it is not there or the dtype is none, UncacheableError when the configuration says that it
+    is quantised: then no weights have been fetched.
+    """
+    name, options = os.fspath(path), options or {}
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    trust = {key: options[key] for key in ("trust_remote_code",) if key in options}
+    try:
+        config = AutoConfig.from_pretrained(name, **hub, **trust)
+    except (OSError, ValueError) as error:
+        what = "is no model" if Path(name).is_dir() else "cannot be found"
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{name!r} {what} ({reason}): give a model folder or a hub id.") from error
+    _refuse_quantised(name, config)
+    folder = checkpoint_folder(name, **hub)
+    return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust)
+
+
+def _refuse_quantised(name: str, config: PretrainedConfig) -> None:
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "quantization_config", None)
+        if found is None:
+            continue
+        told = found if isinstance(found, Mapping) else vars(found)
+        method = str(getattr(told.get("quant_method"), "value", told.get("quant_method")) or "no method named")
+        remedy = "give the checkpoint that it was made from"
+        if method in _DEQUANTISED:
+            remedy = (
+                f"load it with from_pretrained(..., quantization_config={_DEQUANTISED[method]}), save_pretrained that "
+                "to a folder, and give the folder"
+            )
+        raise UncacheableError(f"{name!r} is quantised ({method}): experts are cached as plain numbers; {remedy}.")
+
+
+def _dtype(dtype: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        dtype = getattr(config, "dtype", None) or checkpoint_dtype(folder)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype {dtype!r} is no floating type of torch: give bfloat16 or float32, for instance.")
+    return found
