@@ -98,3 +98,21 @@ Version = Annotated[bool, typer.Option("--version", help="Show the version and e
 # remoe pack
 PackOut = Annotated[Path, typer.Argument(help="Folder for the packed experts.", metavar="OUT")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+# remoe export
+ExportBase = Annotated[str, typer.Argument(help="Folder or hub id of the base model.", metavar="BASE")]
+ExportFamily = Annotated[str, typer.Argument(help="Family folder or hub id.", metavar="FAMILY")]
+ExportFolder = Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT")]
+AtStrength = Annotated[float, typer.Option("--strength", help="0 is the base, 1 the strongest point.")]
+GgufModel = Annotated[Path, typer.Argument(help="A GGUF model; of a split one, its first part.", metavar="MODEL.gguf")]
+OptionalFamily = Annotated[str | None, typer.Argument(help="Family folder or hub id.", metavar="FAMILY")]
+OptionalGguf = Annotated[Path | None, typer.Argument(help="The GGUF to write.", metavar="OUT.gguf")]
+OptionalStrength = Annotated[float | None, typer.Option("--strength", help="0 is the base, 1 the strongest point.")]
+GgufBase = Annotated[str | None, typer.Option("--base", help="Compare with this base value by value as well.")]
+InPlace = Annotated[bool, typer.Option("--in-place", help="Change MODEL.gguf itself; originals go to an undo file.")]
+UndoInPlace = Annotated[bool, typer.Option("--undo", help="Give MODEL.gguf its original routers back.")]
+Split = Annotated[bool, typer.Option("--split", help="Put the routers into a first part of their own.")]
+LoraStrengths = Annotated[
+    str | None, typer.Option("--strength", help="Points to write, comma-separated; default: the stored ones.")
+]
+LoraRank = Annotated[int | None, typer.Option("--rank", help="Nearest LoRA of this rank; default: exact.")]
