@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from remoe_adapt.cache.experts import bind_experts, check_experts, experts_left_out
 from remoe_adapt.cache.packed import PackedStore
+from remoe_adapt.cache.prefetch import bind_prefetch
 from remoe_adapt.cache.reading import Reader
 from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS, ExpertCache
@@ -43,6 +44,7 @@ def load_with_expert_cache(
     storage: str | os.PathLike[str] | None = None,
     policy: str = "lrfu",
     scope: str = "global",
+    prefetch: bool = False,
     direct_io: bool = False,
     dtype: str | torch.dtype | None = None,
     threads: int = READ_THREADS,
@@ -57,7 +59,8 @@ def load_with_expert_cache(
     budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0). memory: what the dense part
     and the slots may take together, with a sixteenth left for the KV cache; it lowers the budget. storage: a
     folder that `remoe pack` made of this model, to read experts from; None: the checkpoint. policy, scope,
-    threads: see ExpertCache; direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's.
+    threads: see ExpertCache; prefetch: predict each next layer's experts, and read ahead where that pays (see
+    cache/prefetch.py); direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's.
 
     Raises ConfigError for options that cannot work, UncacheableError for models whose experts cannot be cached
     (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
@@ -86,6 +89,8 @@ def load_with_expert_cache(
     _own(model)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
     bind_experts(model, cache, store.params, wanted)
+    if prefetch:
+        bind_prefetch(model, cache)
     # Not through setattr of nn.Module: it is no part of the model's state.
     model.__dict__["expert_cache"] = cache
     # By its class: attributes of the model are hooked and unhooked by others.
