@@ -17,6 +17,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from remoe_adapt.llama_engine import library
 
@@ -90,7 +91,8 @@ def small_model(kind: str, *, hidden: int = 64, inner: int = 64, seed: int = 0) 
 
 
 def write_gguf(model: PreTrainedModel, kind: str, path: Path, *, weights: str = "F32", router: str = "F32") -> Path:
-    """The model as a GGUF file: matrices in the type `weights`, routers in `router`, vectors in F32."""
+    """The model as a GGUF file: matrices in the type `weights` (or "Q4_K_M"), routers in `router`, vectors in
+    F32."""
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCH[kind]])
     _add_sizes(writer, model.config, kind)
     _add_tokenizer(writer, model.config)
@@ -99,6 +101,10 @@ def write_gguf(model: PreTrainedModel, kind: str, path: Path, *, weights: str = 
             chosen = Type.F32
         elif name.endswith("ffn_gate_inp.weight"):
             chosen = Type[router]
+        elif weights == "Q4_K_M":  # a mixture: more bits for what hurts most
+            chosen = (
+                Type.Q6_K if name.endswith(("attn_v.weight", "ffn_down_exps.weight", "output.weight")) else Type.Q4_K
+            )
         else:
             chosen = Type[weights]
         if chosen == Type.F32:
@@ -171,7 +177,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
     """Every byte is a token, as byte-level BPE writes it; one merge, for the engine refuses none."""
-    shown = transformers.convert_slow_tokenizer.bytes_to_unicode()
+    shown = bytes_to_unicode()
     tokens = [shown[byte] for byte in range(256)] + ["<|bos|>", "<|eos|>", "er"]
     kinds = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL]
     spare = config.vocab_size - len(tokens)

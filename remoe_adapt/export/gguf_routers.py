@@ -44,7 +44,7 @@ class GgufModel:
         first = self.files[0]
         self.architecture = str(first.values.get("general.architecture", ""))
         if first.values.get("general.type", "model") != "model":
-            raise ExportError(f"{self.path} is a {first.values['general.type']}, not a model.")
+            raise ExportError(f"{self.path} is of the type {first.values['general.type']}, not a model.")
         hidden = self._number("nextn_predict_layers")
         self.num_blocks = self._number("block_count") - hidden
         self.weights = self._by_layer(GGUF_ROUTER_WEIGHT)
