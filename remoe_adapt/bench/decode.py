@@ -1,0 +1,333 @@
+"""`remoe bench decode`: what a token costs when experts come from storage, against the other ways to get them.
+
+Every way to hold the experts is a process of its own. All live at once and take turns, document by document, in an order
+that changes, over the same held-out text: a prompt at once, then one given token per step with the KV cache, batch 1.
+Times are medians over steps. Where memory can be limited, our cache at 25 %, accelerate's disk offload and memory-mapped
+weights decode under the same limit, which is what ours takes: the code of libraries is in memory before, charged to
+nobody who is limited, so the limit is anonymous memory, the kernel's own, and page cache of the weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from remoe_adapt.bench.bandwidth import RawReads
+from remoe_adapt.bench.decode_figures import arm_row, bars, limit_ms, miss_bursts
+from remoe_adapt.bench.decode_process import WorkerProcess
+from remoe_adapt.bench.limits import MemoryGroup, memory_group, why_no_groups
+from remoe_adapt.bench.loop_disk import READ_AHEAD_BYTES, evict, loop_disk, why_no_loop
+from remoe_adapt.bench.widen import EXPERT_BYTES, widened
+from remoe_adapt.cache.tiers import READ_THREADS
+from remoe_adapt.demo import example_folder, held_out
+from remoe_adapt.errors import ConfigError, DataError, RemoeError
+from remoe_adapt.family import Family
+from remoe_adapt.record import load_base
+
+BUDGET = 0.25
+PROMPT_TOKENS = 16
+# Shorter documents have no step worth timing.
+_LEAST_STEPS = 16
+_REHEARSAL_STEPS = 16
+_MOST_BURSTS = 100
+# What others offer for the same memory, by arm: the regime.
+_OTHERS = {"accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped"}
+# Our total memory is measured with caches full; a longer document needs a little more.
+_LIMIT_SLACK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """What to decode and how; None means the default that is described at the command line."""
+
+    model: str | Path | None = None
+    family: str | Path | None = None
+    data: Sequence[str | Path] = ()
+    tokens: int = 600
+    strengths: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 1.0)
+    gains: Sequence[float] = (0.1, 0.2, 0.3)
+    work: Path | None = None
+    keep: bool = False
+    threads: int = 1
+    read_threads: int = READ_THREADS
+    dtype: torch.dtype = torch.float32
+    expert_bytes: int = EXPERT_BYTES
+    direct_io: bool = True
+    prefetch: bool = False
+    pack: bool = False
+    limits: bool = True
+    turn_seconds: float = 12.0
+
+
+@dataclass
+class _Arm:
+    name: str
+    worker: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+
+
+def run_decode(
+    options: DecodeOptions,
+    *,
+    on_start: Callable[[int], object] | None = None,
+    on_tokens: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Key `arms` by name (see `decode_figures.arm_row`, or `{skipped: reason}`), `bars`, `raw_bandwidth_bytes_per_s`,
+    `limit_ms`, `memory_limit_bytes`, `workers` (what each process said of itself), `storage`, and the settings.
+
+    Raises ConfigError and DataError for a model, family, text or work folder that cannot be used. Disk, groups and
+    processes are gone afterwards, whatever happens.
+    """
+    started_s = time.perf_counter()
+    model = options.model or example_folder()
+    if not options.model and not (example_folder() / "config.json").is_file():
+        raise ConfigError("the shipped model is not beside this package: clone the repository, or give --model")
+    work = options.work or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe" / "bench"
+    documents = _documents(model, options)
+    family = _family(model, options)
+    bench = _Bench(options, family, documents, on_start, on_tokens)
+    with _terminated_as_interrupted():
+        wide = widened(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes)
+        try:
+            with ExitStack() as undo:
+                result = bench.run(wide, work, undo)
+        finally:
+            if not options.keep:
+                shutil.rmtree(wide, ignore_errors=True)
+    return {
+        "model": str(model),
+        "family": family,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "threads": options.threads,
+        "read_threads": options.read_threads,
+        "direct_io": options.direct_io,
+        "prefetch": options.prefetch,
+        "pack": options.pack,
+        **result,
+        "seconds": round(time.perf_counter() - started_s, 1),
+    }
+
+
+class _Bench:
+    """One run: its arms, its worker processes, and what they found."""
+
+    def __init__(
+        self,
+        options: DecodeOptions,
+        family: str | None,
+        documents: list[list[int]],
+        on_start: Callable[[int], object] | None,
+        on_tokens: Callable[[int], object] | None,
+    ) -> None:
+        self._options, self._family, self._documents = options, family, documents
+        self._on_start, self._on_tokens = on_start, on_tokens
+        self._arms = [_Arm("stock", "stock"), _Arm("cache100_s0", "cache100", {"strength": 0.0})]
+        strengths = (0.0, *(options.strengths if family else ()))
+        self._arms += [_Arm(f"cache25_s{round(100 * s)}", "cache25", {"strength": s}) for s in strengths]
+        top = max(options.gains, default=0.0)
+        self._arms += [
+            _Arm(f"cache25_prior{round(100 * gain)}", "cache25_prior", {"strength": gain / top})
+            for gain in options.gains
+        ]
+        self._arms += [_Arm(name, name) for name in _OTHERS]
+        self._skipped: dict[str, str] = {}
+        self._workers: dict[str, WorkerProcess] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+
+    def run(self, wide: Path, work: Path, undo: ExitStack) -> dict[str, Any]:
+        why = why_no_loop() or why_no_groups() if self._options.limits else "left out of this run"
+        folder, storage = _storage(wide, work, undo, why)
+        groups: dict[str, MemoryGroup] = {}
+        limited = ("cache25", *_OTHERS)
+        if why is None:
+            groups = {name: undo.enter_context(memory_group(name)) for name in limited}
+        else:
+            self._skipped |= dict.fromkeys(_OTHERS, why)
+        for name, (regime, settings) in self._plans(folder).items():
+            if name not in self._skipped:
+                self._start(name, regime, settings, folder, groups.get(name), undo)
+        limit = self._limit(groups)
+        expert_bytes = self._facts["cache25"]["expert_bytes"]
+        largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        with RawReads(largest, expert_bytes, self._options.read_threads) as raw:
+            self._take_turns(raw)
+        for group in groups.values():
+            if group.kills():
+                raise RemoeError(f"{group.folder.name}: the kernel killed a process under the memory limit")
+        return self._result(raw) | {"memory_limit_bytes": limit, "storage": {**storage, "direct_io": raw.direct}}
+
+    def _plans(self, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+        options = self._options
+        cache: dict[str, Any] = {"direct_io": options.direct_io, "threads": options.read_threads}
+        cache |= {"prefetch": True} if options.prefetch else {}
+        cached = {"cache": cache, "family": self._family, "gain": 0.0, "dial": self._family is not None}
+        prior = {"gain": max(options.gains, default=0.0), "dial": True}
+        plans: dict[str, tuple[str, dict[str, Any]]] = {
+            "stock": ("stock", {"trial_ids": self._documents[0]}),
+            "cache100": ("cached", cached | {"budget": 1.0}),
+            "cache25": ("cached", cached | {"budget": BUDGET}),
+            "cache25_prior": ("cached", cached | prior | {"budget": BUDGET}),
+            **{name: (regime, {}) for name, regime in _OTHERS.items()},
+        }
+        return {name: plan for name, plan in plans.items() if any(arm.worker == name for arm in self._arms)}
+
+    def _start(
+        self, name: str, regime: str, settings: dict[str, Any], folder: Path, group: MemoryGroup | None, undo: ExitStack
+    ) -> None:
+        """One process, loaded and rehearsed, so that the code it runs is in memory; those we compare with may fail."""
+        evict(folder)
+        worker = WorkerProcess(name, group)
+        undo.callback(worker.close)
+        try:
+            self._facts[name] = worker.ask(
+                "load", regime=regime, folder=str(folder), threads=self._options.threads, options=settings
+            )
+            self._workers[name] = worker
+            arm = next(arm for arm in self._arms if arm.worker == name)
+            self._decode(arm, self._documents[0][: PROMPT_TOKENS + _REHEARSAL_STEPS + 1])
+        except RemoeError as error:
+            self._skip(name, error)
+
+    def _skip(self, name: str, error: RemoeError) -> None:
+        if name not in _OTHERS:
+            raise error
+        self._workers.pop(name, None)
+        self._skipped[name] = str(error)
+
+    def _limit(self, groups: Mapping[str, MemoryGroup]) -> int | None:
+        """Put everyone under what our cache takes; its bytes, None where nothing is limited."""
+        if not groups:
+            return None
+        limit = groups["cache25"].needed_bytes() + _LIMIT_SLACK_BYTES
+        for name, group in groups.items():
+            if name in self._workers:
+                try:
+                    group.limit(limit)
+                except RemoeError as error:
+                    self._skip(name, error)
+        return limit
+
+    def _decode(self, arm: _Arm, ids: Sequence[int]) -> list[dict[str, Any]]:
+        answer = self._workers[arm.worker].ask(
+            "decode", arm=arm.settings, ids=list(ids), prompt=PROMPT_TOKENS, max_seconds=self._options.turn_seconds
+        )
+        facts = self._facts[arm.worker]
+        facts["anon_growth_bytes"] = max(facts["anon_growth_bytes"], answer["anon_growth_bytes"])
+        steps: list[dict[str, Any]] = answer["steps"]
+        return steps
+
+    def _take_turns(self, raw: RawReads) -> None:
+        arms = [arm for arm in self._arms if arm.worker in self._workers]
+        if self._on_start is not None:
+            self._on_start(len(arms) * sum(len(ids) for ids in self._documents))
+        for number, ids in enumerate(self._documents):
+            at = number * len(arms) // max(1, len(self._documents))
+            order = [*arms[at:], *arms[:at]]
+            for arm in order if number % 2 == 0 else reversed(order):
+                if arm.worker not in self._workers:
+                    continue
+                try:
+                    steps = self._decode(arm, ids)
+                except RemoeError as error:
+                    self._skip(arm.worker, error)
+                    continue
+                arm.steps |= {(number, place): step for place, step in enumerate(steps)}
+                if arm.name == "cache25_s0":
+                    raw.replay(miss_bursts(steps)[:_MOST_BURSTS])
+                if self._on_tokens is not None:
+                    self._on_tokens(len(ids))
+
+    def _result(self, raw: RawReads) -> dict[str, Any]:
+        steps = {arm.name: arm.steps for arm in self._arms if arm.worker in self._workers and arm.steps}
+        base = steps["stock"]
+        rows = {
+            arm.name: arm_row(arm.steps, base, self._facts[arm.worker]) for arm in self._arms if arm.name in steps
+        }
+        limit = limit_ms(rows["cache25_s0"]["bytes_per_token"], raw.bytes_per_s, rows["cache100_s0"]["tpot_ms"])
+        return {
+            "tokens": len(base),
+            "documents": len(self._documents),
+            "arms": {arm.name: rows.get(arm.name) or {"skipped": self._skipped[arm.worker]} for arm in self._arms},
+            "bars": bars(steps, rows, limit, self._facts),
+            "raw_bandwidth_bytes_per_s": raw.bytes_per_s,
+            "raw_read_bytes": raw.read_bytes,
+            "limit_ms": limit,
+            "workers": self._facts,
+        }
+
+
+def _documents(model: str | Path, options: DecodeOptions) -> list[list[int]]:
+    """Held-out documents of about `tokens` tokens in all, those of the standard library and of the data in turn."""
+    _, tokenizer = load_base(model, device="cpu")
+    # The prompts of the shipped text are too short to be timed, but count as tokens there.
+    wanted = 2 * options.tokens + 1024
+    found = held_out(Path(model), tokenizer, wanted, options.data).documents
+    long = [ids for ids in found if len(ids) > PROMPT_TOKENS + _LEAST_STEPS]
+    spread = [long[place * len(long) // (len(long))] for place in range(len(long))]
+    if options.data:
+        half = len(long) // 2
+        spread = [ids for pair in zip(long[:half], long[half:], strict=False) for ids in pair]
+    chosen: list[list[int]] = []
+    for ids in spread:
+        left = options.tokens - sum(map(len, chosen))
+        if left > PROMPT_TOKENS + _LEAST_STEPS:
+            chosen.append(ids[:left])
+    if not chosen:
+        raise DataError(
+            f"nothing to decode in {options.tokens} tokens: give --data FILE with documents of more than "
+            f"{PROMPT_TOKENS + _LEAST_STEPS} tokens, and a higher --tokens"
+        )
+    return chosen
+
+
+def _family(model: str | Path, options: DecodeOptions) -> str | None:
+    """Folder or hub id of the family, checked on the model as it is stored; None where there is none."""
+    place = options.family
+    if place is None:
+        place = Path(model) / "family"
+        if not (place / "family.json").is_file():
+            return None
+    Family.load(place).check(load_base(model, device="cpu")[0])
+    return str(Path(place).resolve()) if Path(place).is_dir() else str(place)
+
+
+def _storage(wide: Path, work: Path, undo: ExitStack, why: str | None) -> tuple[Path, dict[str, Any]]:
+    """The folder that everyone reads from, and what it is on."""
+    if why is not None:
+        return wide, {"kind": "the disk of the work folder", "why": why}
+    size = sum(path.stat().st_size for path in wide.iterdir())
+    # The checkpoint, and what the others make of its experts.
+    disk = undo.enter_context(loop_disk(work, (2 + len(_OTHERS)) * size + (128 << 20)))
+    folder = disk.folder / wide.name
+    shutil.copytree(wide, folder)
+    disk.forget()
+    return folder, {"kind": "loop device", "read_ahead_bytes": READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A polite kill cleans up as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,109 @@
+"""From the steps of every arm to the figures of `remoe bench decode`: rows, the limit, and the bars."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# A step is known by its document and its place in it.
+Steps = Mapping[tuple[int, int], Mapping[str, Any]]
+Row = dict[str, Any]
+
+_ANON_SLACK_BYTES = 32 << 20
+_ADAPTERS, _PRIORS = "cache25_s", "cache25_prior"
+
+
+def arm_row(steps: Steps, base: Steps, facts: Mapping[str, Any]) -> Row:
+    """One arm's figures over all its steps; `ppl_ratio` over those that the base arm has too."""
+    times_ms = [1e3 * step["s"] for step in steps.values()]
+    cached = "hits" in next(iter(steps.values()))
+    seconds = sum(step["s"] for step in steps.values())
+    row: Row = {
+        "tpot_ms": statistics.median(times_ms),
+        "tpot_p95_ms": float(np.percentile(times_ms, 95)),
+        "tpot_mean_ms": statistics.fmean(times_ms),
+        "hit_rate": None,
+        "bytes_per_token": _mean(steps, "bytes" if cached else "io_bytes"),
+        "io_bytes_per_token": _mean(steps, "io_bytes"),
+        "major_faults_per_token": _mean(steps, "major_faults"),
+        "stall_share": None,
+        "ppl_ratio": ppl_ratio(steps, base),
+        "anon_growth_bytes": facts["anon_growth_bytes"],
+        "steps": len(steps),
+    }
+    if cached:
+        misses = sum(sum(step["misses"]) for step in steps.values())
+        hits = sum(step["hits"] for step in steps.values())
+        row["hit_rate"] = hits / (hits + misses)
+        row["stall_share"] = sum(step["stall_s"] for step in steps.values()) / seconds
+        row["bytes_per_token_median"] = statistics.median(step["bytes"] for step in steps.values())
+    return row
+
+
+def ppl_ratio(steps: Steps, base: Steps) -> float:
+    """exp of the mean difference of negative log-likelihoods over the steps that both have."""
+    return math.exp(statistics.fmean(steps[key]["nll"] - base[key]["nll"] for key in steps.keys() & base.keys()))
+
+
+def times_faster(arm: Steps, baseline: Steps) -> float:
+    """Median time of the baseline over that of the arm, over the steps that both have."""
+    both = arm.keys() & baseline.keys()
+    return statistics.median(baseline[key]["s"] for key in both) / statistics.median(arm[key]["s"] for key in both)
+
+
+def miss_bursts(steps: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many experts were read at a time: the misses of each layer at each token."""
+    return [count for step in steps for count in step["misses"] if count]
+
+
+def limit_ms(bytes_per_token: float, bytes_per_s: float, resident_tpot_ms: float) -> float:
+    """What a token would take if its misses came at the raw bandwidth, and nothing else were lost."""
+    return 1e3 * bytes_per_token / bytes_per_s + resident_tpot_ms
+
+
+def bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], limit: float, facts: Mapping[str, Row]) -> list[Row]:
+    """Each bar of the benchmark: `{bar, value, target, at_most, met, arm}`; value and met are None where it has none."""
+    base = steps["cache25_s0"]
+    found = [
+        _bar("budget 100 %: TPOT / stock's", 1 / times_faster(steps["cache100_s0"], steps["stock"]), at_most=1.10),
+        _bar("budget 25 %: times faster than accelerate's disk offload", _over(steps, "accelerate_disk"), at_least=5.0),
+        _bar("budget 25 %: times faster than memory-mapped weights", _over(steps, "mmap_cgroup"), at_least=1.2),
+        _bar("budget 25 %: times faster than transformers' disk offload", _over(steps, "transformers_disk"), at_least=1.2),
+        _bar("budget 25 %: TPOT / the limit", rows["cache25_s0"]["tpot_ms"] / limit, at_most=1.25),
+    ]
+    for title, prefix, ratio, times in (
+        ("adapter alone, ppl ratio <= 1.05: times faster than strength 0", _ADAPTERS, 1.05, 1.25),
+        ("resident prior, ppl ratio <= 1.02: times faster than strength 0", _PRIORS, 1.02, 1.6),
+    ):
+        arms = {
+            name: times_faster(steps[name], base)
+            for name, row in rows.items()
+            if name.startswith(prefix) and name != "cache25_s0" and row.get("ppl_ratio", math.inf) <= ratio
+        }
+        best = max(arms, key=arms.__getitem__, default=None)
+        found.append(_bar(title, None if best is None else arms[best], at_least=times) | {"arm": best})
+    for name, fact in facts.items():
+        if "budget_bytes" in fact:
+            allowed = 1.1 * (fact["dense_bytes"] + fact["budget_bytes"]) + _ANON_SLACK_BYTES
+            title = f"{name}: anonymous memory grown / (dense part + budget + 10 % + 32 MiB)"
+            found.append(_bar(title, fact["anon_growth_bytes"] / allowed, at_most=1.0))
+    return found
+
+
+def _over(steps: Mapping[str, Steps], baseline: str) -> float | None:
+    return times_faster(steps["cache25_s0"], steps[baseline]) if baseline in steps else None
+
+
+def _bar(title: str, value: float | None, *, at_most: float | None = None, at_least: float | None = None) -> Row:
+    target = at_most if at_most is not None else at_least
+    assert target is not None
+    met = None if value is None else (value <= target if at_most is not None else value >= target)
+    return {"bar": title, "value": value, "target": target, "at_most": at_most is not None, "met": met}
+
+
+def _mean(steps: Steps, key: str) -> float:
+    return statistics.fmean(step[key] for step in steps.values())

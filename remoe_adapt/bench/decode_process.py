@@ -1,0 +1,70 @@
+"""A worker process of `remoe bench decode` from its owner's side."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from remoe_adapt.bench.limits import MemoryGroup
+from remoe_adapt.errors import RemoeError
+
+_COMMAND = [sys.executable, "-m", "remoe_adapt.bench.decode_worker"]
+
+
+class WorkerProcess:
+    """Asked one thing at a time. `close` ends it, whatever it does."""
+
+    def __init__(self, name: str, group: MemoryGroup | None = None) -> None:
+        self.name, self.group = name, group
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `close`)
+        self._process = subprocess.Popen(
+            _COMMAND if group is None else group.command(_COMMAND),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            # Waiting threads must not take a core from the arm whose turn it is.
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error"},
+            start_new_session=True,  # Ctrl-C is for the owner, who closes all
+            text=True,
+            encoding="utf-8",
+        )
+
+    def ask(self, op: str, **request: Any) -> dict[str, Any]:
+        """The answer to one request. Raises RemoeError with the reason when it cannot, or died."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps({"op": op, **request}) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RemoeError(self._why_dead())
+        reply: Mapping[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise RemoeError(f"{self.name}: {reply['error']}")
+        answer: dict[str, Any] = reply["ok"]
+        return answer
+
+    def _why_dead(self) -> str:
+        status = self._process.wait()
+        if status == -signal.SIGKILL and self.group is not None and self.group.kills():
+            return f"{self.name}: killed by the kernel, it needs more memory than the limit"
+        self._errors.seek(0)
+        last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
+        return f"{self.name}: ended with status {status}" + (f" ({last[0]})" if last else "")
+
+    def close(self) -> None:
+        """The process has ended and is forgotten."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                stream.close()

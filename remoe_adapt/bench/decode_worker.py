@@ -1,0 +1,131 @@
+"""A process that holds one regime of `remoe bench decode` and decodes what it is told: JSON lines in, JSON lines out.
+
+Its stdout is the protocol's alone; what libraries print goes to stderr. It ends when its stdin does.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
+from torch import Tensor
+
+from remoe_adapt.bench.decode_regimes import REGIMES, Regime
+from remoe_adapt.record import Decoder
+
+
+class Worker:
+    """Answers requests: `load` once, then any number of `decode`."""
+
+    def __init__(self) -> None:
+        self._regime: Regime | None = None
+        self._before_bytes = 0
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What a request found; errors are for the caller to report."""
+        if request["op"] == "load":
+            return self._load(request)
+        assert request["op"] == "decode", request
+        return self._decode(request)
+
+    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        torch.set_num_threads(request["threads"])
+        self._before_bytes = anonymous_bytes()
+        self._regime = REGIMES[request["regime"]](Path(request["folder"]), request["options"])
+        self._regime.model.eval()
+        gc.collect()
+        gc.freeze()
+        return {**self._regime.facts, "anon_growth_bytes": anonymous_bytes() - self._before_bytes}
+
+    def _decode(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Feeds `prompt` tokens at once, then one at a time until `max_seconds` are over; the last one is only a target.
+
+        `steps` holds for each token fed: `s`, `nll` of the next one (nats), what the kernel read from disk for this
+        process (`io_bytes`) and its major faults, and with a cache `hits`, `misses` of each layer, `bytes`, `stall_s`.
+        """
+        regime, ids, prompt = self._regime, request["ids"], request["prompt"]
+        assert regime is not None and 0 < prompt < len(ids) - 1
+        regime.use(request["arm"])
+        gc.collect()
+        gc.disable()
+        steps: list[dict[str, Any]] = []
+        with torch.inference_mode():
+            decoder = Decoder(regime.model)
+            with regime.between_steps():
+                decoder.feed(ids[:prompt])
+            deadline_s = time.perf_counter() + request["max_seconds"]
+            counted = self._counters()
+            for token, target in zip(ids[prompt:-1], ids[prompt + 1 :], strict=True):
+                begin_s = time.perf_counter()
+                if begin_s > deadline_s and steps:
+                    break
+                with regime.between_steps():
+                    logits_V = decoder.feed([token])
+                took_s = time.perf_counter() - begin_s
+                before, counted = counted, self._counters()
+                steps.append({"s": took_s, "nll": _nll(logits_V, target), **_difference(counted, before)})
+        gc.enable()
+        return {"steps": steps, "anon_growth_bytes": anonymous_bytes() - self._before_bytes}
+
+    def _counters(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"io_bytes": _read_from_disk(), "major_faults": _major_faults()}
+        if self._regime is not None and self._regime.cache is not None:
+            stats = self._regime.cache.stats()
+            found |= {key: stats[key] for key in ("hits", "bytes", "stall_s")}
+            found["misses"] = [layer["misses"] for layer in stats["layers"]]
+            found["prefetch_hits"] = stats.get("prefetch_hits", 0)
+        return found
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process, by the kernel's account."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
+
+
+def _read_from_disk() -> int:
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def _major_faults() -> int:
+    # proc(5): the twelfth field; the second may hold spaces and ends with the last parenthesis.
+    return int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[9])
+
+
+def _nll(logits_V: Tensor, target: int) -> float:
+    logits_V = logits_V.float()
+    return float(logits_V.logsumexp(dim=-1) - logits_V[target])
+
+
+def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: [a - b for a, b in zip(value, before[key], strict=True)] if isinstance(value, list) else value - before[key]
+        for key, value in now.items()
+    }
+
+
+def serve(requests: TextIO, replies: TextIO) -> None:
+    """Answer each line of `requests` with one of `replies`: `{"ok": ...}` or `{"error": "..."}`."""
+    worker = Worker()
+    for line in requests:
+        try:
+            reply = {"ok": worker.answer(json.loads(line))}
+        except Exception as error:  # the benchmark reports it and goes on without this regime
+            reply = {"error": f"{type(error).__name__}: {str(error).strip() or repr(error)}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as protocol:
+        os.dup2(2, 1)
+        serve(sys.stdin, protocol)
