@@ -225,7 +225,6 @@ def test_threads_read_ahead_resize_and_clear_within_the_budget(scope: str) -> No
     stats = cache.stats()
     assert cache.resident() == [] and cache.resident_bytes == 0 and not cache._pins and not cache._loading
     assert stats["hits"] + stats["misses"] == 3 * 120 * 2 and stats["prefetch_hits"] <= stats["prefetched"]
-    assert stats["prefetch_hits"] > 0
 
 
 def test_clearing_leaves_what_is_leased_and_the_counters() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,35 +33,48 @@ def map_pages(size: int) -> np.ndarray:
     return np.frombuffer(memory, dtype=np.uint8, offset=start)
 
 
+class Block:
+    """`size` bytes of memory, lent to one user after another."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.memory: Any = map_pages(size)
+
+    def lend(self) -> Any:
+        """An object over these bytes that is the user's alone, so that its end is the end of the use."""
+        return np.frombuffer(self.memory.data, dtype=np.uint8)
+
+
 class Blocks:
-    """Page-aligned CPU memory for tensors; any number of threads at once.
+    """Page-aligned CPU memory for tensors; any number of threads at once. new: makes its blocks.
 
     Free blocks are kept while tensors of their sizes follow: whenever none fits, all go to the system first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, new: Callable[[int], Block] = Block) -> None:
+        self._new = new
         # Appended to and popped from without a lock: finalizers run wherever a tensor dies.
-        self._free: dict[int, list[np.ndarray]] = {}
+        self._free: dict[int, list[Block]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Contiguous, with arbitrary contents."""
         count = torch.Size(shape).numel()
         return torch.frombuffer(self.take(max(1, count * dtype.itemsize)), dtype=dtype, count=count).view(shape)
 
-    def take(self, size: int) -> np.ndarray:
+    def take(self, size: int) -> Any:
         """`size` bytes, kept while a tensor made of them (torch.frombuffer) is."""
         try:
             block = self._free.get(size, []).pop()
         except IndexError:
             self.give_back()
-            block = map_pages(size)
-        owner = np.frombuffer(block.data, dtype=np.uint8)
+            block = self._new(size)
+        owner = block.lend()
         # The tensor's storage holds `owner`; who holds that storage, autograd for one, holds the block.
         weakref.finalize(owner, self._keep, block).atexit = False
         return owner
 
-    def _keep(self, block: np.ndarray) -> None:
-        self._free.setdefault(len(block), []).append(block)
+    def _keep(self, block: Block) -> None:
+        self._free.setdefault(block.size, []).append(block)
 
     def give_back(self) -> None:
         """Free blocks go to the system."""

@@ -105,6 +105,10 @@ class PackedStore:
         """As `ExpertStore.give_back`."""
         self._blocks.give_back()
 
+    def use_blocks(self, blocks: Blocks) -> None:
+        """Read into this memory from now on."""
+        self._blocks = blocks
+
     def _check(self, manifest: dict[str, Any], source: ExpertStore) -> None:
         wanted = [as_json(layer) for layer in self._packed]
         if manifest["layers"] == wanted:

@@ -180,6 +180,10 @@ class ExpertStore:
         """Memory that is kept for the next reads goes to the system."""
         self._blocks.give_back()
 
+    def use_blocks(self, blocks: Blocks) -> None:
+        """Read into this memory from now on."""
+        self._blocks = blocks
+
     def _owned(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         return self._blocks.empty(tuple(value.shape), dtype).copy_(value)
 

@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedModel
 
+from remoe_adapt.cache.device import find_device, make_cache
 from remoe_adapt.cache.experts import bind_experts, check_experts, experts_left_out
 from remoe_adapt.cache.packed import PackedStore
 from remoe_adapt.cache.prefetch import bind_prefetch
 from remoe_adapt.cache.reading import Reader
 from remoe_adapt.cache.store import ExpertStore, experts_modules
-from remoe_adapt.cache.tiers import READ_THREADS, ExpertCache
+from remoe_adapt.cache.tiers import READ_THREADS
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError, MergeStateError
 from remoe_adapt.runtime.checkpoint import HUB_OPTIONS, LOADING, find_checkpoint
@@ -40,6 +41,8 @@ def load_with_expert_cache(
     path: str | os.PathLike[str],
     budget: str | int | float = 0.25,
     *,
+    device: str | torch.device = "cpu",
+    ram_budget: str | int | float | None = None,
     memory: str | int | None = None,
     storage: str | os.PathLike[str] | None = None,
     policy: str = "lrfu",
@@ -51,26 +54,31 @@ def load_with_expert_cache(
     reader: Reader = os.preadv,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
-    """The model of a checkpoint folder or hub id, on the CPU, with `.expert_cache`: the ExpertCache of its experts.
+    """The model of a checkpoint folder or hub id, with `.expert_cache`: the ExpertCache of its experts.
 
     Its memory is the dense part and the slots, nothing mapped. It computes what `from_pretrained` would with
     `experts_implementation="eager"`, generates, and takes PEFT adapters; its experts are frozen.
 
-    budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0). memory: what the dense part
-    and the slots may take together, with a sixteenth left for the KV cache; it lowers the budget. storage: a
-    folder that `remoe pack` made of this model, to read experts from; None: the checkpoint. policy, scope,
-    threads: see ExpertCache; prefetch: predict each next layer's experts, and read ahead where that pays (see
-    cache/prefetch.py); direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's.
+    budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0). device: the CPU, or a CUDA
+    device, which holds the dense part and the slots of that budget; below them come slots in pinned RAM, of
+    `ram_budget` (like budget; None: twice the budget, at most all experts), filled from storage. memory: what the dense
+    part and the slots may take together, with a sixteenth left for the KV cache; it lowers the budget. storage: a
+    folder that `remoe pack` made of this model, to read experts from; None: the checkpoint. policy, scope, threads: see
+    ExpertCache; prefetch: predict each next layer's experts, and read ahead where that pays (see cache/prefetch.py);
+    direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's.
 
     Raises ConfigError for options that cannot work, UncacheableError for models whose experts cannot be cached
     (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
     """
     refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs))
     if refused:
-        raise ConfigError(f"{', '.join(refused)}: an expert cache loads to the CPU, unquantised, eager.")
+        raise ConfigError(
+            f"{', '.join(refused)}: an expert cache places the model itself (device=), unquantised, eager."
+        )
     checkpoint = find_checkpoint(path, dtype, from_pretrained_kwargs)
     folder, wanted, loader = checkpoint.folder, checkpoint.dtype, checkpoint.loader
     kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in HUB_OPTIONS}
+    place = find_device(device)
     with LOADING:
         skeleton = checkpoint.skeleton()
         modules = experts_modules(skeleton)
@@ -79,16 +87,24 @@ def load_with_expert_cache(
         budget_bytes = _bytes(budget, store.total_bytes)
         if memory is not None:
             budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
-        cache = ExpertCache(store, budget_bytes, policy=policy, scope=scope, threads=threads)
+        cache = make_cache(
+            store,
+            budget_bytes,
+            device=place,
+            ram_budget_bytes=None if ram_budget is None else _bytes(ram_budget, store.total_bytes),
+            policy=policy,
+            scope=scope,
+            threads=threads,
+        )
         left_out = [
             f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
         ]
         with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
             model = loader.from_pretrained(folder, dtype=wanted, experts_implementation="eager", **kwargs)
     assert isinstance(model, PreTrainedModel)
-    _own(model)
+    _own(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
-    bind_experts(model, cache, store.params, wanted)
+    bind_experts(model, cache, store.params, wanted, place)
     if prefetch:
         bind_prefetch(model, cache)
     # Not through setattr of nn.Module: it is no part of the model's state.
@@ -99,8 +115,11 @@ def load_with_expert_cache(
     return model
 
 
-def _own(model: PreTrainedModel) -> None:
+def _own(model: PreTrainedModel, device: torch.device) -> None:
     """Move the dense part from the mapped files, whose pages come and go with memory pressure, to memory of its own."""
+    if device.type != "cpu":
+        model.to(device)  # type: ignore[arg-type]
+        return
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.clone()
 
