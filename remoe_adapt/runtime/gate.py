@@ -127,6 +127,15 @@ class Gate:
                 self._closing = False
                 self.lock.notify_all()
 
+    def after_fork(self) -> None:
+        """In the child: the calling thread alone is left, and the lock may have been another one's."""
+        self.lock = threading.Condition()
+        own = self._own_stack()
+        self._in_flight &= set(own)
+        self._slow &= set(own)
+        self._sessions, self._closing = len(own), False
+        self._loop_thread = None
+
     # Under the lock
 
     def _swap_or_wait(self) -> None:

@@ -32,11 +32,12 @@ def get_remoe_model(
     recency_decay: float | None = None,
     expert_cache: str | int | float | None = None,
     device: str | None = None,
+    monitor: bool = True,
     adapter_name: str = "dial",
     force: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> PeftModel:
-    """A PeftModel over the base object with `.controller`, at the profile's strength for pressure 0.
+    """A PeftModel over the base object with `.controller`, which turns its strength as the sensors say.
 
     base: a model, a PeftModel (its base object gets the dial, its adapters stay and keep working), a path or a hub id,
     loaded with `from_pretrained_kwargs`: behind an expert cache where the profile has one and the model can, see
@@ -45,8 +46,8 @@ def get_remoe_model(
     training-free operating points (recency prior only), which is logged once. recency: "last", "ema" or "resident", a
     prior on top of what the points have, with `recency_gain` (default 0.2) at every strength and `recency_decay`
     (default 0.7, for ema). expert_cache: the budget of the cache instead of the profile's. device: where a base that is
-    loaded computes; None: where from_pretrained puts it. force: accept a family of another base, if names and shapes
-    fit.
+    loaded computes; None: where from_pretrained puts it. monitor: False leaves the dial to your calls until
+    `controller.resume()`. force: accept a family of another base, if names and shapes fit.
 
     Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
     MergeStateError when the model has a dial already, AdapterConflictError when REMOE adapters or the name
@@ -71,7 +72,7 @@ def get_remoe_model(
     operating = known or training_free_family(model, _base_id(base), own_gain=not asked)
     plan = plan_recency(operating, chosen, recency, recency_gain, recency_decay)
     operating.check(model, force=force)
-    return _under_dial(model, operating, chosen, plan, adapter_name, force)
+    return _under_dial(model, operating, chosen, plan, adapter_name, force, monitor)
 
 
 def load_base_under(
@@ -125,7 +126,13 @@ def _placed(model: nn.Module, device: str | None) -> nn.Module:
 
 
 def _under_dial(
-    model: nn.Module, family: Family, profile: DeviceProfile, plan: RecencyPlan | None, adapter_name: str, force: bool
+    model: nn.Module,
+    family: Family,
+    profile: DeviceProfile,
+    plan: RecencyPlan | None,
+    adapter_name: str,
+    force: bool,
+    monitor: bool,
 ) -> PeftModel:
     names = list(family.points[0].deltas)
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -142,7 +149,7 @@ def _under_dial(
     prior: DialPrior | None = None
     try:
         prior = DialPrior(model, family, plan) if plan is not None else None
-        controller = Controller(wrapped, family, profile, prior)
+        controller = Controller(wrapped, family, profile, prior, monitored=monitor)
     except BaseException:
         if prior is not None:
             prior.remove()

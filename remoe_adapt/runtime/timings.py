@@ -1,0 +1,46 @@
+"""How long swaps, their staging and decoding steps take: the last of each, and medians."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import deque
+
+_KEPT, _KEPT_STEPS = 1000, 64
+
+
+class Timings:
+    """Of one dial, in ms; any thread may call anything."""
+
+    def __init__(self) -> None:
+        self.swap_ms: deque[float] = deque(maxlen=_KEPT)
+        self.stage_ms: deque[float] = deque(maxlen=_KEPT)
+        self._step_ms: deque[float] = deque(maxlen=_KEPT_STEPS)
+        self._here = threading.local()
+
+    def step_begins(self) -> None:
+        """A decoding step of this thread begins; the one before it has taken until now."""
+        now_s, began_s = time.perf_counter(), getattr(self._here, "began_s", None)
+        if began_s is not None:
+            self._step_ms.append((now_s - began_s) * 1e3)
+        self._here.began_s = now_s
+
+    def steps_end(self) -> None:
+        """What comes before this thread's next step is no step."""
+        self._here.began_s = None
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Median of the last steps of all threads; None before the second."""
+        steps = list(self._step_ms)
+        return statistics.median(steps) if steps else None
+
+    def status(self) -> dict[str, float | None]:
+        """JSON-ready: `swap_ms` and `stage_ms`, the last ones, each with `..._median`, and `tpot_ms`."""
+        found: dict[str, float | None] = {}
+        for key, kept in (("swap_ms", self.swap_ms), ("stage_ms", self.stage_ms)):
+            values = list(kept)
+            found[key] = values[-1] if values else None
+            found[f"{key}_median"] = statistics.median(values) if values else None
+        return found | {"tpot_ms": self.tpot_ms}
