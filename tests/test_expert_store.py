@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Faults, save_tiny, skeleton, stock
+from tiny_models import tiny_model
 
 from remoe_adapt.cache.reading import ATTEMPTS, CHUNK, ExtentReader
 from remoe_adapt.cache.shards import Extent
 from remoe_adapt.cache.store import ALIGNMENT, ExpertStore
-from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError
+from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, UncacheableError
+from remoe_adapt.runtime.checkpoint import find_checkpoint
 
 # Experts in tensors of their own, under other names, packed with biases, interleaved, without gate, packed.
 LAYOUTS = ("qwen2_moe", "mixtral", "gpt_oss", "inkling2", "nemotron_h", "granitemoe")
@@ -242,6 +244,85 @@ def test_folders_that_are_no_such_checkpoint_are_refused(folder: Path, tmp_path:
     save_file({name: value for name, value in weights.items() if ".layers.2." not in name}, file, {"format": "pt"})
     with pytest.raises(ConfigError, match=r"no weights for model\.layers\.2\.mlp\.experts"):
         ExpertStore(folder, model)
-    save_file({name: value.to(torch.int8) for name, value in weights.items()}, file, {"format": "pt"})
-    with pytest.raises(ConfigError, match="is quantised"):
-        ExpertStore(folder, model)
+
+
+def quantised(kind: str, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A tensor as these methods store it."""
+    if "experts" not in name or value.ndim < 2:
+        return {name: value}
+    if kind == "fp8":
+        return {name: value.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
+    if kind == "mxfp4":
+        return {f"{name}_blocks": value.to(torch.uint8), f"{name}_scales": torch.ones(1, dtype=torch.uint8)}
+    if kind == "packed":
+        stem = name.removesuffix(".weight")
+        return {f"{stem}.qweight": value.to(torch.int32), f"{stem}.scales": torch.ones(1, dtype=torch.float16)}
+    return {name: value.to(torch.int8)}
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "packed", "int8"])
+def test_quantised_experts_are_refused_before_a_byte_of_them_is_read(kind: str, folder: Path) -> None:
+    file, faults = folder / "model.safetensors", Faults(os.preadv)
+    weights = {k: v for name, value in load_file(file).items() for k, v in quantised(kind, name, value).items()}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UncacheableError, match=r"experts\.\d+\..* is quantised; .* Give it the checkpoint that this"):
+        ExpertStore(folder, skeleton(folder), reader=faults)
+    assert faults.reads == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("fp8", r"\(fp8\).*FineGrainedFP8Config\(dequantize=True\)"),
+        ("mxfp4", r"\(mxfp4\).*Mxfp4Config\(dequantize=True\)"),
+        ("gptq", r"\(gptq\).*give the checkpoint that it was made from"),
+    ],
+)
+def test_a_configuration_that_says_so_is_refused_before_weights_are_fetched(
+    method: str, words: str, folder: Path
+) -> None:
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UncacheableError, match=words):
+        find_checkpoint(folder)
+
+
+def test_layers_that_share_experts_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    tiny_model("diffusion_gemma", text_only=False).save_pretrained(folder)
+    with pytest.raises(UncacheableError, match=r"experts.* once more: layers that share experts cannot be cached"):
+        ExpertStore(folder, skeleton(folder))
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "deepseek_ocr2", "gemma4"])
+def test_experts_below_a_vision_model_are_read(name: str, tmp_path: Path) -> None:
+    tiny_model(name, text_only=False).save_pretrained(tmp_path)
+    store = ExpertStore(tmp_path, skeleton(tmp_path))
+    assert all("language_model" in layer for layer in store.layers)
+    assert_reads_what_is_loaded(store, tmp_path)
+
+
+def test_files_of_a_hub_cache_are_links_and_large_ones_have_large_offsets(folder: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0"
+    for path in (blobs, snapshot):
+        path.mkdir(parents=True)
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(shutil.copy(path, blobs / f"of-{path.name}"))
+    file = blobs / "of-model.safetensors"
+    content, hole = file.read_bytes(), 5 << 30
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    for name, entry in header.items():
+        if name != "__metadata__":
+            entry["data_offsets"] = [offset + hole for offset in entry["data_offsets"]]
+    text = json.dumps(header).encode()
+    with file.open("wb") as whole:  # sparse: a tensor more than 4 GiB long before the others
+        whole.write(len(text).to_bytes(8, "little") + text)
+        whole.seek(hole, os.SEEK_CUR)
+        whole.write(content[start:])
+    for direct_io in (False, True):
+        store = ExpertStore(snapshot, skeleton(snapshot), direct_io=direct_io)
+        expected = ExpertStore(folder, skeleton(folder)).read(3, 6)
+        assert all(torch.equal(value, expected[param]) for param, value in store.read(3, 6).items())

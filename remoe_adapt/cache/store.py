@@ -11,7 +11,7 @@ import copy
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -67,6 +67,17 @@ def _parts(extents: Sequence[Extent], whole: Tensor) -> list[tuple[Extent, Tenso
     """The extents, one after another, as parts of a tensor of their type."""
     pieces = whole.view(-1).split([extent.size // extent.dtype.itemsize for extent in extents])
     return list(zip(extents, pieces, strict=True))
+
+
+def _refuse_quantised(folder: Path, extents: Iterable[Extent]) -> None:
+    # Experts' tensors in whole numbers, or in formats without a name in shards.py; indices and masks are none of them.
+    plain = (torch.int64, torch.bool)
+    for extent in extents:
+        if "expert" in extent.tensor and not extent.dtype.is_floating_point and extent.dtype not in plain:
+            raise UncacheableError(
+                f"{folder}: {extent.tensor} is quantised; the expert cache reads experts in F64, F32, F16 or BF16. "
+                "Give it the checkpoint that this was made from, or a dequantised copy of it."
+            )
 
 
 class _OneExpert:
@@ -233,7 +244,8 @@ class ExpertStore:
     # Planning
 
     def _plan(self, model: PreTrainedModel, extents: dict[str, Extent]) -> list[list[_Group]]:
-        meta = model.state_dict()
+        _refuse_quantised(self.folder, extents.values())
+        meta, tied = model.state_dict(), getattr(model, "all_tied_weights_keys", None) or {}
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -251,6 +263,11 @@ class ExpertStore:
                 if name in found:
                     groups.append(self._group(layer, name, found[name], by_pattern))
             missing = sorted(set(params) - {param for group in groups for param in group.params})
+            if missing and f"{prefix}.{missing[0]}" in tied:
+                raise UncacheableError(
+                    f"{prefix}.{missing[0]} is {tied[f'{prefix}.{missing[0]}']} once more: layers that share experts "
+                    "cannot be cached. Load it with from_pretrained."
+                )
             if missing:
                 raise ConfigError(f"{self.folder} has no weights for {prefix}.{missing[0]}: is it this model's folder?")
             plans.append(groups)
@@ -272,11 +289,6 @@ class ExpertStore:
                 raise ConfigError(
                     f"{self.folder}: {len(extents)} tensors, as {extents[0].tensor} {shape}, do not make up the "
                     f"{count} experts of {name}: are all files there, and of this model?"
-                )
-            if not all(extent.dtype.is_floating_point for extent in extents):
-                raise UncacheableError(
-                    f"{self.folder}: {extents[0].tensor} is quantised; the expert cache reads experts in F64, F32, F16 "
-                    "or BF16. Give it a checkpoint that is not quantised."
                 )
             sources.append(_Source(pattern or "", tuple(extents), packed))
         patterns = [pattern for pattern in by_source if pattern is not None]

@@ -40,9 +40,13 @@ class Checkpoint:
         return auto_class(self.config)
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device; under LOADING."""
-        with torch.device("meta"):
-            model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
+        """The model on the meta device; under LOADING. Raises UncacheableError when no auto class makes it."""
+        try:
+            with torch.device("meta"):
+                model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
+        except ValueError as error:
+            reason = str(error).partition("\n")[0].partition(" Model type should be")[0]
+            raise UncacheableError(f"{self.name!r} cannot be made without its weights ({reason}).") from error
         assert isinstance(model, PreTrainedModel)
         return model
 
