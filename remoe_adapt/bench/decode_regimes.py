@@ -81,7 +81,8 @@ class Cached(Regime):
             for layer, count in enumerate(cache.source.num_experts):
                 cache.lease(layer, range(count)).release()
         self._fresh = options["budget"] < 1.0
-        self._controller = get_remoe_model(base, **dial).controller if options["dial"] else None
+        # Without its monitor: an arm is one strength and one budget.
+        self._controller = get_remoe_model(base, **dial, monitor=False).controller if options["dial"] else None
         self.model, self.cache = base, cache
         self.facts = {
             "dense_bytes": sum(tensor.nbytes for tensor in (*base.parameters(), *base.buffers())),
