@@ -161,7 +161,7 @@ class LlamaModel:
         self._lib = library()
         self._model = self._context = None
         self.routes: dict[int, list[NDArray[np.int32]]] = {}
-        self.position = 0
+        self.position, self.context_tokens = 0, context_tokens
         params = self._lib.llama_model_default_params()
         params.load_mode, params.n_gpu_layers, params.use_extra_bufts = _LOAD_MODES[load_mode], 0, repack
         self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
@@ -213,8 +213,15 @@ class LlamaModel:
         return ids[:count]
 
     def decode(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits [T, V] of these tokens, which follow those decoded before."""
+        """Logits [T, V] of these tokens, which follow those decoded before.
+
+        Raises TraceError when there is no room for them, or no token.
+        """
         count = len(ids)
+        if not 1 <= count <= self.context_tokens - self.position:  # llama.cpp ends the process
+            raise TraceError(
+                f"cannot decode {count} tokens after {self.position}: the context has {self.context_tokens}"
+            )
         one = (C.c_int32 * 1)(0)
         sequence = C.cast(one, C.POINTER(C.c_int32))
         batch = _Batch(

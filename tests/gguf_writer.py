@@ -31,7 +31,7 @@ Type = gguf.GGMLQuantizationType
 EXPERTS, TOP_K, LAYERS, VOCAB = 16, 4, 3, 320
 
 
-def small_model(kind: str, *, hidden: int = 64, inner: int = 64, seed: int = 0) -> PreTrainedModel:
+def small_model(kind: str, *, hidden: int = 64, inner: int = 64, layers: int = LAYERS, seed: int = 0) -> PreTrainedModel:
     """A random model of one of the architectures of ARCH whose routers, norms and biases all matter; fp32."""
     torch.manual_seed(seed)
     heads: dict[str, Any] = {
@@ -41,7 +41,7 @@ def small_model(kind: str, *, hidden: int = 64, inner: int = 64, seed: int = 0) 
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": hidden,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "max_position_embeddings": 256,
         "tie_word_embeddings": False,
         "initializer_range": 0.05,

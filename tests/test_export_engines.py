@@ -147,7 +147,7 @@ def test_a_lora_of_lower_rank_is_what_its_error_says(homes: dict[str, Home], ids
 
 @pytest.mark.parametrize("weights", ["Q8_0", "Q4_K_M", "IQ4_XS"])
 def test_quantised_models_reroute_as_the_unquantised_one(weights: str, ids: list[int], tmp_path: Path) -> None:
-    home = Home(tmp_path, small_model("qwen2moe", hidden=256, inner=256), "qwen2moe")
+    home = Home(tmp_path, small_model("qwen2moe", hidden=256, inner=256, layers=2), "qwen2moe")
     source = write_gguf(home.model, "qwen2moe", tmp_path / "quantised.gguf", weights=weights)
     export_gguf(source, home.family, 1.0, tmp_path / "patched.gguf")
     export_gguf(home.gguf, home.family, 1.0, tmp_path / "exact.gguf")
@@ -186,8 +186,10 @@ def test_the_engine_refuses_what_it_cannot_do(homes: dict[str, Home], tmp_path: 
         assert window == 256 and GgufTokenizer(engine)("her")["input_ids"] == [ord("h"), 258]
         with pytest.raises(ConfigError, match="cannot load the LoRA"):
             engine.load_lora(home.gguf)
-        with pytest.raises(TraceError, match="could not decode"):
+        with pytest.raises(TraceError, match="cannot decode"):
             engine.decode([1] * 5000)
+        with pytest.raises(TraceError, match="could not decode"):
+            engine.decode([100_000])
     (tmp_path / "broken.gguf").write_bytes(home.gguf.read_bytes()[:5000])
     with pytest.raises(ConfigError, match="cannot load"):
         LlamaModel(tmp_path / "broken.gguf")

@@ -1,0 +1,15 @@
+"""What another strength costs in a GGUF of 3 GB, kept in results/patch_gguf.csv: `python benchmarks/patch_gguf.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from remoe_adapt.bench.patching import run_patching
+from remoe_adapt.bench.results import append_row, environment
+
+if __name__ == "__main__":
+    result = run_patching(*map(float, sys.argv[1:2]))
+    append_row(Path(__file__).parent / "results" / "patch_gguf.csv", {**environment(), **result})
+    print(json.dumps(result))

@@ -1,0 +1,123 @@
+"""What another strength costs in a GGUF of some gigabytes: in place, as a split part, against copying the file.
+
+The model has the router and vocabulary sizes of a real one (24 layers, 60 experts, hidden 2048, 151,936 tokens);
+its experts are a hole in the file, which no exporter reads.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remoe_adapt.export.files import clone_or_copy
+from remoe_adapt.export.gguf import export_gguf, patch_in_place, undo_in_place
+from remoe_adapt.export.gguf_file import entry_bytes, header_bytes
+from remoe_adapt.export.gguf_split import split_gguf
+from remoe_adapt.family import Family, FamilyPoint
+from remoe_adapt.routers.families import GGUF_ARCH, GGUF_ROUTER_WEIGHT
+from remoe_adapt.routers.fingerprint import fingerprint_of_weights
+
+LAYERS, EXPERTS, HIDDEN, TOKENS = 24, 60, 2048, 151_936
+_UINT32, _STRING, _ARRAY, _ALIGNMENT = 4, 8, 9, 32
+_F32, _Q8_0, _Q8_0_BYTES = 0, 8, 34 / 32
+
+
+def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: int = 5) -> dict[str, Any]:
+    """Seconds (median of `repeats`) and bytes of each way, in a temporary folder below `folder`.
+
+    in_place_s, undo_s: routers replaced and put back, on the disk; variant_s, variant_bytes, variant_share: another
+    strength of a split model; split_s: taking it apart, once; copy_s: copying the file (the baseline).
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        source, family = _model(Path(home) / "model.gguf", gigabytes)
+        size = source.stat().st_size
+        steps: dict[str, list[float]] = {"in_place_s": [], "undo_s": [], "variant_s": []}
+        for strength in (1.0, 0.5, *[0.25] * repeats)[:repeats]:
+            steps["in_place_s"].append(_seconds(patch_in_place, source, family, strength))
+            steps["undo_s"].append(_seconds(undo_in_place, source))
+        copy_s = _seconds(_copy_to_disk, source, Path(home) / "copy.gguf")
+        (Path(home) / "copy.gguf").unlink()
+        split_s = _seconds(split_gguf, source, family, 0.0, Path(home) / "split" / "m.gguf")
+        first = Path(home) / "split" / "m-00001-of-00002.gguf"
+        for number in range(repeats):
+            target = Path(home) / f"variant{number}" / "m.gguf"
+            steps["variant_s"].append(_seconds(export_gguf, first, family, 1.0 - number / 10, target))
+        part = (Path(home) / "variant0" / first.name).stat().st_size
+        medians = {name: sorted(values)[len(values) // 2] for name, values in steps.items()}
+    return {
+        "bytes": size,
+        "router_bytes": LAYERS * EXPERTS * HIDDEN * 4,
+        **medians,
+        "variant_bytes": part,
+        "variant_share": part / size,
+        "split_s": split_s,
+        "copy_s": copy_s,
+    }
+
+
+def _copy_to_disk(source: Path, target: Path) -> None:
+    clone_or_copy(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _seconds(work: Callable[..., object], *arguments: object) -> float:
+    os.sync()  # what others left to write is not waited for by this
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+def _model(path: Path, gigabytes: float) -> tuple[Path, Family]:
+    torch.manual_seed(0)
+    architecture = next(iter(GGUF_ARCH.values()))
+    entries = [_string("general.architecture", architecture), *_vocabulary()]
+    sizes = {"block_count": LAYERS, "expert_count": EXPERTS, "embedding_length": HIDDEN}
+    entries += [entry_bytes(f"{architecture}.{key}", _UINT32, value) for key, value in sizes.items()]
+    rows = int(gigabytes * 1e9 / LAYERS / EXPERTS / HIDDEN / _Q8_0_BYTES)
+    tensors, end, routers = [], 0, []
+    for layer in range(LAYERS):
+        routers.append((end, torch.randn(EXPERTS, HIDDEN)))
+        tensors.append((GGUF_ROUTER_WEIGHT.format(layer=layer), (EXPERTS, HIDDEN), _F32, end))
+        end += EXPERTS * HIDDEN * 4
+        tensors.append((f"blk.{layer}.ffn_up_exps.weight", (EXPERTS, rows, HIDDEN), _Q8_0, end))
+        end += int(EXPERTS * rows * HIDDEN * _Q8_0_BYTES)
+        end += -end % _ALIGNMENT
+    header = header_bytes(entries, tensors, _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(header)
+        for offset, weight_ED in routers:
+            file.seek(len(header) + offset)
+            file.write(weight_ED.numpy().tobytes())
+        file.truncate(len(header) + end)
+    weights = {f"model.layers.{layer}.mlp.gate": weight_ED for layer, (_, weight_ED) in enumerate(routers)}
+    deltas = {name: 0.1 * torch.randn_like(weight_ED) for name, weight_ED in weights.items()}
+    points = (FamilyPoint(1.0, Family.adapter_name(1.0), deltas),)
+    return path, Family(path.parent / "family", "benchmark", fingerprint_of_weights(weights.values()), points)
+
+
+def _string(key: str, value: str) -> bytes:
+    return _text(key) + struct.pack("<I", _STRING) + _text(value)
+
+
+def _vocabulary() -> list[bytes]:
+    """Tokens and merges of a real vocabulary's size."""
+    found = []
+    for key, words in (
+        ("tokenizer.ggml.tokens", (f"token{number}" for number in range(TOKENS))),
+        ("tokenizer.ggml.merges", (f"to{number} ken{number}" for number in range(TOKENS))),
+    ):
+        body = b"".join(map(_text, words))
+        found.append(_text(key) + struct.pack("<IIQ", _ARRAY, _STRING, TOKENS) + body)
+    return found
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
