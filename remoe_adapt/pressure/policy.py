@@ -1,12 +1,12 @@
 """The dial's policy: `decide(state, reading, profile) -> (state, decision)`, a pure function. Time enters only inside a
 reading.
 
-Pressure now is that of the worst sensor (`pressure.signals`). It counts as far as it is (1) sustained: an average over
-`rise_s` has reached it, and (2) present: it is there now; and it raises nothing while it is (3) already recovering:
-below its own average. These are the conditions of Meta's oomd. What counts is held for half of `fall_s` of calm and
-falls in the other half, so that shorter breaks in the pressure move nothing. The profile's curve maps it to strength,
-which moves by `deadband` at least, falls `dwell_s` after a swap at the soonest, and swaps `max_swaps_per_s` times at
-most.
+Pressure now is that of the worst sensor (`pressure.signals`). It counts as far as it is (1) sustained: three quarters
+of the samples of the last `rise_s` have reached it, and (2) present: it is there now; and it raises nothing while it is
+(3) already recovering: below its own moving average. These are the conditions of Meta's oomd. What counts is held for
+half of `fall_s` of calm and falls in the other half, so that shorter breaks in the pressure move nothing. The profile's
+curve maps it to strength, which moves by `deadband` at least, falls `dwell_s` after a swap at the soonest, and swaps
+`max_swaps_per_s` times at most.
 
 Strength itself lowers misses and stalls, so calm there proves nothing. Pressure on the word of stalls alone, with
 memory in order, has to last longer, is then held for `fall_s`, and each time that it comes back soon after, for twice
@@ -26,13 +26,12 @@ from remoe_adapt.pressure.budget import TierState, budgets
 from remoe_adapt.pressure.reading import Reading
 from remoe_adapt.pressure.signals import Signal, weigh
 
-# An average that follows a step has this part of it after its time constant.
-_REACHED = 1.0 - math.exp(-1.0)
-# Half of fall_s is so many time constants, after which nothing is left.
+# Half of fall_s is so many time constants, after which less than _SAME is left.
 _CONSTANTS = 4.0
-_NOTHING = math.exp(-_CONSTANTS)
-# Pressures closer than this are the same.
-_SAME = 0.02
+# Pressures closer than this are the same; one that is this part of what is held still holds it.
+_SAME, _HOLDS = 0.02, 0.85
+# Of the samples that must be as high for pressure to be sustained, this part may be lower.
+_DROPOUTS = 0.25
 # Stalls must last this many times rise_s, and at least so many seconds.
 _STALL_PATIENCE, _LEAST_PATIENCE_S = 4.0, 2.0
 _LONGEST_HOLD = 64
@@ -47,12 +46,12 @@ class PolicyState:
     strength: float = 0.0
     time_s: float | None = None
     clock_s: float = 0.0
+    samples: tuple[tuple[float, float, float], ...] = ()  # (clock_s, pressure, pressure of stalls), oldest first
     average: float = 0.0
     held: float = 0.0
     held_at_s: float = 0.0
     swapped_at_s: float = -math.inf
     cause: str = ""
-    stall_average: float = 0.0
     stall_held: float = 0.0
     stall_until_s: float = -math.inf
     stall_released_s: float = -math.inf
@@ -94,12 +93,13 @@ def decide(
     tiers, wanted, moves = budgets(state.tiers, weighed, state.clock_s, step_s, profile, share)
     worst = max(weighed.memory, key=lambda signal: signal.pressure, default=_CALM)
     state = replace(state, tiers=MappingProxyType(tiers))
-    state = _weigh_stalls(state, weighed.stall, worst.pressure, step_s, profile)
+    stalled = 0.0 if weighed.stall is None else weighed.stall.pressure
+    state = _weigh_stalls(state, stalled, worst.pressure, profile)
     if weighed.stall is not None and state.stall_held > worst.pressure:
         worst = Signal("stall", state.stall_held, weighed.stall.words)
     if worst.pressure == 0.0:
         worst = replace(worst, name="")
-    state, why_not = _hold(state, worst, step_s, profile)
+    state, why_not = _hold(state, worst, stalled, step_s, profile)
     strength, why = _strength(state, worst, why_not, profile)
     changed = strength != state.strength
     decision = Decision(
@@ -121,9 +121,11 @@ def decide(
 def _tick(state: PolicyState, reading: Reading, profile: DeviceProfile) -> tuple[PolicyState, float]:
     longest = max(1.0, 2 / profile.controller.sample_hz)
     if not math.isfinite(reading.time_s):
-        return state, 0.0
+        return replace(state, samples=state.samples[:-1]), 0.0
     step_s = 0.0 if state.time_s is None else min(longest, max(0.0, reading.time_s - state.time_s))
-    return replace(state, time_s=reading.time_s, clock_s=state.clock_s + step_s), step_s
+    # Two samples at one time are one: the later counts.
+    samples = state.samples if step_s > 0 else state.samples[:-1]
+    return replace(state, time_s=reading.time_s, clock_s=state.clock_s + step_s, samples=samples), step_s
 
 
 def _toward(average: float, value: float, step_s: float, constant_s: float) -> float:
@@ -131,16 +133,11 @@ def _toward(average: float, value: float, step_s: float, constant_s: float) -> f
     return min(1.0, max(0.0, value + (average - value) * kept))
 
 
-def _weigh_stalls(
-    state: PolicyState, stall: Signal | None, memory: float, step_s: float, profile: DeviceProfile
-) -> PolicyState:
+def _weigh_stalls(state: PolicyState, present: float, memory: float, profile: DeviceProfile) -> PolicyState:
     """Pressure on the word of stalls alone: taken up late, held long."""
     controller, now_s = profile.controller, state.clock_s
-    present = 0.0 if stall is None else stall.pressure
-    patience_s = max(_LEAST_PATIENCE_S, _STALL_PATIENCE * controller.rise_s)
-    average = _toward(state.stall_average, present, step_s, patience_s)
-    state = replace(state, stall_average=average)
-    sustained = min(present, average / _REACHED)
+    samples = (*state.samples, (now_s, memory, present))
+    sustained = min(present, _sustained(samples, 2, _patience_s(profile)))
     hold_s = state.stall_hold * controller.fall_s
     if sustained > max(memory, state.stall_held + _SAME):
         again = now_s - state.stall_released_s < 2 * hold_s + controller.fall_s
@@ -155,25 +152,51 @@ def _weigh_stalls(
     return state
 
 
-def _hold(state: PolicyState, worst: Signal, step_s: float, profile: DeviceProfile) -> tuple[PolicyState, str]:
+def _patience_s(profile: DeviceProfile) -> float:
+    return max(_LEAST_PATIENCE_S, _STALL_PATIENCE * profile.controller.rise_s)
+
+
+def _kept(samples: tuple[tuple[float, float, float], ...], window_s: float) -> tuple[tuple[float, float, float], ...]:
+    """The samples of the last `window_s`, and the one before them: what held when the window began."""
+    begin_s = samples[-1][0] - window_s + 1e-9
+    first = next((place for place, sample in enumerate(samples) if sample[0] > begin_s), len(samples) - 1)
+    return samples[max(0, first - 1) :]
+
+
+def _sustained(samples: tuple[tuple[float, float, float], ...], column: int, window_s: float) -> float:
+    """What three quarters of the samples of a window have reached; 0 while less than the window has been seen."""
+    if window_s == 0:
+        return samples[-1][column]
+    within = _kept(samples, window_s)
+    if within[0][0] > samples[-1][0] - window_s + 1e-9:
+        return 0.0
+    return sorted(sample[column] for sample in within)[int(_DROPOUTS * len(within))]
+
+
+def _hold(
+    state: PolicyState, worst: Signal, stalled: float, step_s: float, profile: DeviceProfile
+) -> tuple[PolicyState, str]:
     """The pressure that counts, and why it is not more."""
     controller, now_s, present = profile.controller, state.clock_s, worst.pressure
     average = _toward(state.average, present, step_s, controller.rise_s)
-    state = replace(state, average=average)
+    samples = _kept((*state.samples, (now_s, present, stalled)), max(controller.rise_s, _patience_s(profile)))
+    state = replace(state, average=average, samples=samples)
     recovering = present < average - _SAME
-    sustained = min(1.0, average / _REACHED)
+    sustained = _sustained(samples, 1, controller.rise_s)
     level = state.held if recovering else min(present, sustained)
+    waits = "it is already recovering" if recovering else f"the rest has not lasted {controller.rise_s:g} s"
+    waits = waits if present > max(level, state.held) + _SAME else ""
     if level > state.held:
-        waits = "" if sustained >= present - _SAME else f"as far as it has lasted (less than {controller.rise_s:g} s)"
         return replace(state, held=level, held_at_s=now_s, cause=worst.name), waits
-    if present >= state.held - _SAME:
-        waits = "it is already recovering" if recovering and present > state.held else ""
+    if present == 0.0 and state.held <= _SAME:  # what is left is nothing, and must not count for ever
+        return replace(state, held=0.0, cause=""), ""
+    if present >= _HOLDS * state.held:
         return replace(state, held_at_s=now_s), waits
     calm_s = now_s - state.held_at_s
     if calm_s < controller.fall_s / 2:
         return state, f"calmer for {calm_s:.1f} s, held until {controller.fall_s / 2:g} s"
     held = _toward(state.held, present, step_s, controller.fall_s / 2 / _CONSTANTS)
-    if present == 0.0 and held < _NOTHING:
+    if present == 0.0 and held <= _SAME:
         held = 0.0
     return replace(state, held=held, cause=state.cause if held > 0 else ""), ""
 
@@ -183,7 +206,7 @@ def _strength(state: PolicyState, worst: Signal, why_not: str, profile: DevicePr
     target = profile.strength_at(min(1.0, max(0.0, state.held)))
     what = f"{worst.name}: {worst.words}: pressure {worst.pressure:.2f}" if worst.name else "all sensors are calm"
     if abs(worst.pressure - state.held) > _SAME:
-        what += f", {state.held:.2f} counts"
+        what += f", {state.held:.2f} {'still ' if state.held > worst.pressure else ''}counts"
     what += f" ({why_not})" if why_not else ""
     ends = (profile.strength_at(0.0), profile.strength_at(1.0))
     if target == now or (abs(target - now) < controller.deadband and target not in ends):
