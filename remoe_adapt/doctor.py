@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,20 @@ from remoe_adapt.demo import example_folder
 from remoe_adapt.device_profile import check_profile, list_profiles
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.dispatch import explain
+from remoe_adapt.pressure.reading import Measure
+from remoe_adapt.pressure.sensors import Sensors, os_sensors
+from remoe_adapt.runtime.sensors import GpuMemory
 
 GIB = 1 << 30
+# Rates are taken over so long.
+_RATES_S = 0.2
+# First word of a sensor's name -> what holds without it.
+_WITHOUT = {
+    "cgroup": "budgets follow the machine's memory",
+    "psi": "headroom, faults and the cache stand in",
+    "swap": "nothing can be swapped out, so headroom and faults tell",
+    "gpu": "models run on the CPU; its memory counts",
+}
 # Module an extra brings -> the extra and what it is for.
 EXTRAS = {
     "gguf": ("export", "GGUF files"),
@@ -48,8 +61,7 @@ def examine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) 
     probes: list[Probe] = []
     for probe in (
         _packages, _peft_type, _processor, _memory, _cuda, _triton, _gating, _compiler,
-        lambda: _cgroup_limit(proc, cgroups), lambda: _pressure(proc, cgroups), _direct_reads, _extras, _profiles,
-        _example,
+        lambda: _sensors(proc, cgroups), _direct_reads, _extras, _profiles, _example,
     ):  # fmt: skip
         probes += _guarded(probe)
     return probes
@@ -146,56 +158,31 @@ def _compiler() -> Iterator[Probe]:
         yield Probe("torch.compile on the CPU", False, "no C++ compiler", "install g++; eager mode works without")
 
 
-def cgroup_folders(proc: Path, cgroups: Path) -> dict[str, Path]:
-    """Folder of this process's memory group in each hierarchy that exists: keys "v1", "v2"."""
-    folders = {}
-    for line in (proc / "self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            # On a hybrid machine the v2 tree is mounted one level down.
-            root = cgroups / "unified" if (cgroups / "unified").is_dir() else cgroups
-            folders["v2"] = root
-        elif "memory" in controllers.split(","):
-            root = cgroups / "memory"
-            folders["v1"] = root
-        else:
-            continue
-        # Inside a container the group's own path is mounted as the root.
-        key = "v2" if controllers == "" else "v1"
-        inside = folders[key] / path.lstrip("/")
-        folders[key] = inside if inside.is_dir() else folders[key]
-    return folders
+def _sensors(proc: Path, cgroups: Path) -> Iterator[Probe]:
+    """Every sensor of the controller, its value now, and why one is missing."""
+    # A GPU that no model uses yet is asked too: the doctor's process ends soon, and its CUDA context with it.
+    sensors = Sensors([*os_sensors(proc, cgroups), GpuMemory(proc=proc)])
+    sensors.read()
+    time.sleep(_RATES_S)
+    reading = sensors.read()
+    sensors.close()
+    for name in sorted(reading.measures):
+        yield Probe(f"sensor {name}", True, shown(reading.measures[name]))
+    for name, why in sorted(reading.missing.items()):
+        yield Probe(f"sensor {name}", False, why, _WITHOUT.get(name.split(".")[0], "the others stand in"))
+    yield Probe("sensor cache", False, "no model is loaded", "a model with an expert cache brings its own")
 
 
-def _cgroup_limit(proc: Path, cgroups: Path) -> Iterator[Probe]:
-    if not (proc / "self/cgroup").exists():
-        yield Probe("cgroup memory limit", False, f"no cgroups on {platform.system()}", "budgets follow the machine")
-        return
-    folders = cgroup_folders(proc, cgroups)
-    for version, name in (("v2", "memory.max"), ("v1", "memory.limit_in_bytes")):
-        file = folders[version] / name if version in folders else None
-        if file is None or not file.is_file():
-            where = "no such hierarchy" if file is None else "no memory controller"
-            yield Probe(f"cgroup {version} memory", False, where, "limits of this kind cannot be read or set here")
-            continue
-        text = file.read_text().strip()
-        unlimited = text == "max" or int(text) > 1 << 60
-        yield Probe(f"cgroup {version} memory", True, "no limit" if unlimited else f"limit {int(text) / GIB:.2f} GiB")
-
-
-def _pressure(proc: Path, cgroups: Path) -> Iterator[Probe]:
-    machine = proc / "pressure/memory"
-    try:
-        yield Probe("memory pressure (PSI)", True, machine.read_text().splitlines()[0])
-    except OSError as error:
-        reason = "boot with psi=1, or a kernel with CONFIG_PSI" if platform.system() == "Linux" else "Linux only"
-        yield Probe("memory pressure (PSI)", False, f"{machine}: {error.strerror}", reason)
-    folder = cgroup_folders(proc, cgroups).get("v2") if (proc / "self/cgroup").exists() else None
-    own = None if folder is None else folder / "memory.pressure"
-    if own is not None and own.is_file():
-        yield Probe("PSI of this cgroup", True, own.read_text().splitlines()[0])
-    else:
-        yield Probe("PSI of this cgroup", False, "no cgroup v2 memory.pressure", "the machine's own PSI is used")
+def shown(measure: Measure) -> str:
+    """A measure with its unit, as people write it."""
+    value, unit = measure.value, measure.unit
+    if unit == "flag":
+        return "yes" if value else "no"
+    if unit == "share":
+        return f"{value:.1%} of the time"
+    if unit == "1/s":
+        return f"{value:.1f} per second"
+    return f"{value / GIB:.2f} GiB" + ("" if unit == "B" else " per second")
 
 
 def _direct_reads() -> Iterator[Probe]:

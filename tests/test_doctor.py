@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_cgroups import below, fake_machine, psi, v2_group
 
 from remoe_adapt import doctor
 from remoe_adapt.device_profile import list_profiles
-from remoe_adapt.doctor import Probe, as_result, examine
+from remoe_adapt.doctor import GIB, Probe, as_result, examine, shown
 from remoe_adapt.gating import dispatch
+from remoe_adapt.pressure.reading import Measure
 from remoe_adapt.report import doctor_table
 
 
@@ -65,60 +67,48 @@ def test_missing_extras_name_their_install_command(probes: dict[str, Probe], mon
     ]  # fmt: skip
 
 
-def fake_machine(root: Path, cgroup: str, files: dict[str, str]) -> tuple[Path, Path]:
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(cgroup)
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root / "proc", root / "sys"
-
-
-PSI = "some avg10=1.50 avg60=0.00 avg300=0.00 total=9\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
-
-
-def test_limit_and_pressure_of_the_own_v2_group(tmp_path: Path) -> None:
-    proc, cgroups = fake_machine(
-        tmp_path, "0::/box/me\n",
-        {"sys/box/me/memory.max": f"{3 << 30}\n", "sys/box/me/memory.pressure": PSI, "proc/pressure/memory": PSI},
-    )  # fmt: skip
+def test_every_sensor_is_shown_with_its_value_or_why_not(tmp_path: Path) -> None:
+    files = below("sys/me", v2_group(3 * GIB, GIB)) | {"sys/me/memory.pressure": psi(0, some_avg10=1.5)}
+    proc, cgroups = fake_machine(tmp_path, "0::/me\n", files | {"proc/pressure/memory": psi(9)})
     found = {probe.name: probe for probe in examine(proc, cgroups)}
-    assert found["cgroup v2 memory"].value == "limit 3.00 GiB"
-    assert found["PSI of this cgroup"].ok and "avg10=1.50" in found["PSI of this cgroup"].value
-    assert found["memory pressure (PSI)"].ok
-    assert not found["cgroup v1 memory"].ok
+    assert found["sensor cgroup.limit"].value == "3.00 GiB" and found["sensor cgroup.headroom"].value == "2.00 GiB"
+    assert found["sensor psi.cgroup.memory.some_avg10"].value == "1.5% of the time"
+    assert found["sensor psi.memory.some"].value == "0.0% of the time"
+    assert not found["sensor psi.io"].ok and "psi=1" in found["sensor psi.io"].value
+    assert not found["sensor process.faults"].ok and "No such file" in found["sensor process.faults"].value
+    assert found["sensor memory.available"].ok
+    assert not found["sensor cache"].ok
+    assert found["sensor gpu.free" if torch.cuda.is_available() else "sensor gpu"].ok is torch.cuda.is_available()
 
 
-def test_hybrid_tree_with_a_v1_limit(tmp_path: Path) -> None:
-    proc, cgroups = fake_machine(
-        tmp_path, "5:cpu,memory:/jobs\n0::/\n",
-        {"sys/memory/jobs/memory.limit_in_bytes": str(1 << 30), "sys/unified/cgroup.procs": ""},
-    )  # fmt: skip
-    found = {probe.name: probe for probe in examine(proc, cgroups)}
-    assert found["cgroup v1 memory"].value == "limit 1.00 GiB"
-    assert found["cgroup v2 memory"].value == "no memory controller"
-    assert not found["memory pressure (PSI)"].ok and not found["PSI of this cgroup"].ok
-
-
-def test_unlimited_groups_say_so(tmp_path: Path) -> None:
-    proc, cgroups = fake_machine(
-        tmp_path, "5:memory:/\n0::/\n",
-        {"sys/memory/memory.limit_in_bytes": "9223372036854771712", "sys/unified/memory.max": "max"},
-    )  # fmt: skip
-    found = {probe.name: probe for probe in examine(proc, cgroups)}
-    assert found["cgroup v1 memory"].value == found["cgroup v2 memory"].value == "no limit"
+def test_sensors_of_this_machine_have_values_and_reasons(probes: dict[str, Probe]) -> None:
+    sensors = [probe for probe in probes.values() if probe.name.startswith("sensor ")]
+    assert len(sensors) > 8 and probes["sensor memory.available"].ok
+    assert all(probe.value and (probe.ok or probe.remedy) for probe in sensors)
+    assert not any("second sample" in probe.value for probe in sensors), "rates are of two samples"
 
 
 def test_a_machine_without_cgroups(tmp_path: Path) -> None:
     found = {probe.name: probe for probe in examine(tmp_path, tmp_path)}
-    assert not found["cgroup memory limit"].ok
+    assert not found["sensor cgroup"].ok and "no cgroups here" in found["sensor cgroup"].value
     assert found["torch"].ok
 
 
-def test_a_failing_probe_is_a_finding(tmp_path: Path) -> None:
-    proc, cgroups = fake_machine(tmp_path, "not a cgroup line\n", {})
-    found = [probe for probe in examine(proc, cgroups) if "report it" in probe.remedy]
-    assert found and all(not probe.ok for probe in found)
+def test_measures_are_shown_with_their_units() -> None:
+    assert [shown(Measure(*pair, 0.0)) for pair in ((1.0, "flag"), (2.5, "1/s"), (2.0**30, "B/s"))] == [
+        "yes",
+        "2.5 per second",
+        "1.00 GiB per second",
+    ]
+
+
+def test_a_failing_probe_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> dict[str, Path]:
+        raise RuntimeError("no profiles today")
+
+    monkeypatch.setattr(doctor, "list_profiles", broken)
+    found = [probe for probe in examine() if "report it" in probe.remedy]
+    assert [probe.value for probe in found] == ["RuntimeError: no profiles today"]
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no O_DIRECT on this system")
