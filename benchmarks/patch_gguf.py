@@ -1,4 +1,4 @@
-"""What another strength costs in a GGUF of 3 GB, kept in results/patch_gguf.csv: `python benchmarks/patch_gguf.py`."""
+"""What another strength costs in a GGUF of 3 GB, kept in results/patch_gguf.csv: `python benchmarks/patch_gguf.py [GB]`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from remoe_adapt.bench.patching import run_patching
 from remoe_adapt.bench.results import append_row, environment
 
 if __name__ == "__main__":
-    result = run_patching(*map(float, sys.argv[1:2]))
+    result = run_patching(float(sys.argv[1]) if len(sys.argv) > 1 else 3.0)
     append_row(Path(__file__).parent / "results" / "patch_gguf.csv", {**environment(), **result})
     print(json.dumps(result))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from gguf_writer import small_model, write_gguf
 from killed import killed_at_write
+from tiny_checkpoints import save_tiny, stock
 from tiny_families import tiny_family
 from transformers import PreTrainedModel
 
@@ -25,6 +26,7 @@ from remoe_adapt.errors import (
     FingerprintMismatchError,
     UnsupportedRouterError,
 )
+from remoe_adapt.export.base import BaseFiles, read_tensor
 from remoe_adapt.export.gguf import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.export.gguf_file import GgufFile
 from remoe_adapt.export.gguf_lora import check_applied, export_gguf_lora, factor
@@ -32,7 +34,7 @@ from remoe_adapt.export.gguf_routers import GgufModel
 from remoe_adapt.export.gguf_split import split_gguf
 from remoe_adapt.export.gguf_undo import undo_path
 from remoe_adapt.family import original_weights
-from remoe_adapt.routers.families import GGUF_ARCH, GGUF_LORA_IGNORED
+from remoe_adapt.routers.families import GGUF_ARCH, GGUF_CORRECTION_BIAS, GGUF_LORA_IGNORED, GGUF_ROUTER_WEIGHT
 
 
 class Home:
@@ -235,6 +237,51 @@ def test_another_base_is_refused_in_every_way(home: Home, tmp_path: Path) -> Non
         export_gguf(
             write_gguf(wide, "qwen2moe", tmp_path / "w.gguf"), home.family, 1.0, tmp_path / "z.gguf", force=True
         )
+
+
+def write_routers_alone(path: Path, base: BaseFiles, extra_layers: int = 0, bias_shift: float = 0.0) -> Path:
+    """A GGUF of nothing but routers and their selection biases, which is all that checks look at."""
+    text = base.config.get_text_config()
+    writer = gguf.GGUFWriter(path, GGUF_ARCH[text.model_type])
+    writer.add_block_count(text.num_hidden_layers + extra_layers)
+    writer.add_nextn_predict_layers(extra_layers)
+    writer.add_expert_count(base.routers[0].spec.num_experts)
+    writer.add_embedding_length(base.routers[0].spec.hidden_size)
+    for router in base.routers:
+        layer = router.name.split(".")[2]
+        assert router.correction_bias
+        bias = read_tensor(router.correction_bias).float() + bias_shift
+        writer.add_tensor(GGUF_ROUTER_WEIGHT.format(layer=layer), base.weights[router.name].numpy())
+        writer.add_tensor(GGUF_CORRECTION_BIAS.format(layer=layer), bias.numpy())
+    for layer in range(text.num_hidden_layers, text.num_hidden_layers + extra_layers):
+        last = base.weights[base.routers[-1].name]
+        writer.add_tensor(GGUF_ROUTER_WEIGHT.format(layer=layer), torch.randn_like(last).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_selection_biases_are_compared_and_kept_and_layers_that_only_predict_left_alone(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", "deepseek_v3")
+    model = stock(tmp_path / "base")
+    family, base = tiny_family(model, tmp_path / "family", (1.0,)), BaseFiles(tmp_path / "base")
+    source = write_routers_alone(tmp_path / "m.gguf", base, extra_layers=1)
+    export_gguf(source, family, 1.0, tmp_path / "out.gguf", base=tmp_path / "base")
+    before, after = (
+        {t.name: np.array(t.data) for t in gguf.GGUFReader(path).tensors} for path in (source, tmp_path / "out.gguf")
+    )
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {GGUF_ROUTER_WEIGHT.format(layer=layer) for layer in (1, 2, 3)}
+    live = family.live(1.0, original_weights(model))
+    assert np.array_equal(after["blk.2.ffn_gate_inp.weight"], live["model.layers.2.mlp.gate"].detach().numpy())
+    split = split_gguf(source, family, 1.0, tmp_path / "split.gguf")
+    first = {t.name for t in gguf.GGUFReader(split["out"]).tensors}
+    assert {GGUF_CORRECTION_BIAS.format(layer=layer) for layer in (1, 2, 3)} | changed <= first
+    other = write_routers_alone(tmp_path / "other.gguf", base, bias_shift=0.01)
+    with pytest.raises(FingerprintMismatchError, match="selection bias of layer 1"):
+        export_gguf(other, family, 1.0, tmp_path / "new.gguf", base=tmp_path / "base")
 
 
 def test_quantised_routers_and_models_without_any_are_refused(home: Home, tmp_path: Path) -> None:

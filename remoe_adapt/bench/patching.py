@@ -82,7 +82,8 @@ def _model(path: Path, gigabytes: float) -> tuple[Path, Family]:
     sizes = {"block_count": LAYERS, "expert_count": EXPERTS, "embedding_length": HIDDEN}
     entries += [entry_bytes(f"{architecture}.{key}", _UINT32, value) for key, value in sizes.items()]
     rows = int(gigabytes * 1e9 / LAYERS / EXPERTS / HIDDEN / _Q8_0_BYTES)
-    tensors, end, routers = [], 0, []
+    tensors: list[tuple[str, tuple[int, ...], int, int]] = []
+    end, routers = 0, []
     for layer in range(LAYERS):
         routers.append((end, torch.randn(EXPERTS, HIDDEN)))
         tensors.append((GGUF_ROUTER_WEIGHT.format(layer=layer), (EXPERTS, HIDDEN), _F32, end))
