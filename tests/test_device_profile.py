@@ -12,6 +12,7 @@ import pytest
 from remoe_adapt.device_profile import (
     CACHE_POLICIES,
     DeviceProfile,
+    PressureProfile,
     check_profile,
     list_profiles,
     load_profile,
@@ -97,6 +98,40 @@ def test_optional_sections_have_the_documented_defaults(tmp_path: Path) -> None:
     assert profile.expert_cache.policy == "lrfu" and profile.strength.max == 1.0
     assert (profile.controller.rise_s, profile.controller.dwell_s) == (0.5, 2.0)
     assert profile.recency.mode == "none" and profile.families == {}
+    assert (profile.expert_cache.floor, profile.expert_cache.regrow_s) == (0.1, 30.0)
+    assert profile.controller.max_swaps_per_s == 4.0
+    assert profile.pressure == PressureProfile() and profile.pressure.psi_io is None
+
+
+def test_pressure_ranges_are_read_with_their_units(tmp_path: Path) -> None:
+    ranges = "pressure: {faults: [10, 100], swap: [1MiB, 2MiB], psi_io: [0.1, 1], stall: null}\n"
+    found = load_profile(write(tmp_path, GOOD + ranges)).pressure
+    assert found.faults == (10.0, 100.0) and found.swap == (2.0**20, 2.0**21)
+    assert found.psi_io == (0.1, 1.0) and found.stall is None
+    assert found.cache_loss == PressureProfile().cache_loss
+
+
+# (a line of the new keys, key, words of the message); each is line 11 of its file.
+PRESSURE_FAULTS = [
+    ("pressure: {fault: [1, 2]}", "pressure.fault", "did you mean 'faults'"),
+    ("pressure: {faults: 5}", "pressure.faults", "write [from, full], or null"),
+    ("pressure: {faults: [1, 2, 3]}", "pressure.faults", "write [from, full], or null"),
+    ("pressure: {faults: [2, 1]}", "pressure.faults", "from 2 is not below full 1"),
+    ("pressure: {faults: [1, .nan]}", "pressure.faults", "is not a number"),
+    ("pressure: {stall: [0.5, 1.5]}", "pressure.stall", "write a number from 0 up to 1"),
+    ("pressure: {swap: [1, 2]}", "pressure.swap", "write a number and its unit"),
+    ("pressure: high", "pressure", "must hold keys"),
+]
+
+
+@pytest.mark.parametrize(("line", "key", "words"), PRESSURE_FAULTS, ids=[fault[0] for fault in PRESSURE_FAULTS])
+def test_faults_of_pressure_ranges_name_their_line(tmp_path: Path, line: str, key: str, words: str) -> None:
+    problems = check_profile(write(tmp_path, f"{GOOD}{line}\n"))
+    assert [(problem.line, problem.key) for problem in problems] == [(11, key)] and words in problems[0].message
+
+
+def test_the_stated_time_of_return(tmp_path: Path) -> None:
+    assert load_profile(write(tmp_path, GOOD)).settle_s == 30 + 10 + 2 + 5 / 5
 
 
 @pytest.mark.parametrize(
@@ -136,6 +171,9 @@ FAULTS = [
     ("[0.9, 1.0]", "[0.9, 1.5]", 6, "strength.curve", "write a number from 0 up to 1"),
     ("[0.9, 1.0]", "[0.9]", 6, "strength.curve", "write pairs"),
     ("[[0.1, 0.0], [0.5, 0.25], [0.9, 1.0]]", "[]", 6, "strength.curve", "write pairs"),
+    ("direct_io: true", "direct_io: true, floor: 0", 4, "expert_cache.floor", "above 0 up to 1"),
+    ("direct_io: true", "direct_io: true, regrow_s: -1", 4, "expert_cache.regrow_s", "write a number from 0"),
+    ("dwell_s: 2", "dwell_s: 2, max_swaps_per_s: 0", 8, "controller.max_swaps_per_s", "above 0"),
     ("sample_hz: 5", "sample_hz: 0", 8, "controller.sample_hz", "above 0 up to 1000"),
     ("rise_s: 0.5", "rise_s: -1", 8, "controller.rise_s", "write a number from 0"),
     ("mode: ema", "mode: none", 9, "recency", "has no effect in mode 'none'"),

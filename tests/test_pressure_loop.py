@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from squeezed_cache import MIB, SqueezedCache, reversals
 
-from remoe_adapt.device_profile import DeviceProfile, load_profile
+from remoe_adapt.device_profile import DeviceProfile, PressureProfile, load_profile
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.policy import Decision
@@ -24,7 +24,8 @@ LASTS_S = 40.0
 def profile() -> DeviceProfile:
     found = load_profile("orin-8gb")
     memory = replace(found.memory, budget_bytes=None, reserve_bytes=400 * MIB)
-    return replace(found, memory=memory, expert_cache=replace(found.expert_cache, regrow_s=10.0))
+    cache = replace(found.expert_cache, regrow_s=10.0)
+    return replace(found, memory=memory, expert_cache=cache, pressure=PressureProfile())
 
 
 def neighbour(grows_s: float, mib: float = 1500.0) -> Callable[[float], float]:

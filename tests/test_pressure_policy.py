@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from squeezed_cache import MIB, reversals
 
-from remoe_adapt.device_profile import DeviceProfile, list_profiles, load_profile
+from remoe_adapt.device_profile import DeviceProfile, PressureProfile, list_profiles, load_profile
 from remoe_adapt.pressure.policy import Decision, PolicyState, decide
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.signals import weigh
@@ -80,7 +80,7 @@ def stalls(pressures: Sequence[float], hz: float = 5.0, start_s: float = 0.0) ->
 def profile() -> DeviceProfile:
     found = load_profile("orin-8gb")
     memory = replace(found.memory, budget_bytes=6 * GIB, reserve_bytes=GIB)
-    limits = replace(found.pressure, psi_io=(0.2, 0.9))
+    limits = replace(PressureProfile(), psi_io=(0.2, 0.9))
     return replace(found, memory=memory, pressure=limits)
 
 
@@ -201,9 +201,9 @@ def test_more_pressure_on_a_sensor_is_never_less_strength(profile: DeviceProfile
         hides = {"process.private": "gpu.free", "psi.memory.some": "psi.cgroup.memory.some"}
         hides["psi.memory.full"] = hides["psi.memory.some"]
         base = Reading(base.time_s, {key: m for key, m in base.measures.items() if key != hides.get(name)})
-        if name == "cache.miss_rate":
-            full = Measure(1.0, "share", base.time_s)
-            base = Reading(base.time_s, {**base.measures, "cache.stall_share": full})
+        other = {"cache.miss_rate": "cache.stall_share", "cache.stall_share": "cache.miss_rate"}.get(name)
+        if other is not None:  # one says nothing without the other
+            base = Reading(base.time_s, {**base.measures, other: Measure(1.0, "share", base.time_s)})
         low, high = sorted(random.random(2))
         readings = [
             Reading(base.time_s, {**base.measures, name: Measure(calm + x * (worst - calm), unit, base.time_s)})
@@ -223,7 +223,9 @@ def test_more_pressure_on_a_sensor_is_never_less_strength(profile: DeviceProfile
 @pytest.mark.parametrize("device", ["orin-8gb", "rtx-8gb", "laptop-16gb", "server", "rpi5-8gb"])
 def test_constant_pressure_raises_once_for_all_and_more_never_less(device: str) -> None:
     profile = load_profile(device)
-    profile = replace(profile, memory=replace(profile.memory, budget_bytes=None, reserve_bytes=GIB))
+    profile = replace(
+        profile, pressure=PressureProfile(), memory=replace(profile.memory, budget_bytes=None, reserve_bytes=GIB)
+    )
     ends = []
     for level in np.linspace(0.0, 1.0, 21):
         hz = profile.controller.sample_hz
@@ -301,7 +303,9 @@ def test_one_calm_reading_after_a_gap_is_not_calm(profile: DeviceProfile) -> Non
 @pytest.mark.parametrize("device", list(list_profiles()))
 def test_after_the_stated_time_of_calm_the_strength_is_that_of_no_pressure(device: str) -> None:
     profile = load_profile(device)
-    profile = replace(profile, memory=replace(profile.memory, budget_bytes=None, reserve_bytes=GIB))
+    profile = replace(
+        profile, pressure=PressureProfile(), memory=replace(profile.memory, budget_bytes=None, reserve_bytes=GIB)
+    )
     controller = profile.controller
     state, decisions = follow(stalls([1.0] * int(20 * controller.sample_hz), controller.sample_hz), profile)
     assert decisions[-1].strength == profile.strength_at(1.0)
