@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_expert_prefetch import always, decoded
+from test_expert_prefetch import always, decoded, in_threads
 from test_expert_tiers import EXPERTS, LAYERS, Source
 from tiny_checkpoints import Faults, save_tiny, stock
 
@@ -86,40 +85,25 @@ def test_router_adapters_train_through_both_tiers(folder: Path) -> None:
 def test_threads_never_exceed_either_budget(scope: str) -> None:
     source = Source(delay_s=0.0002)
     cache = two_tiers(source, source.total // 3, source.total // 2, scope=scope)
-    source.cache = cache.below
-    failures: list[BaseException] = []
+    source.cache = below = cache.below
+    assert below is not None
 
-    def work(seed: int) -> None:
-        random_of = random.Random(seed)
-        try:
-            for step in range(80):
-                layer = step % LAYERS
-                with cache.lease(layer, random_of.sample(range(EXPERTS), 2)) as lease:
-                    cache.prefetch((layer + 1) % LAYERS, random_of.sample(range(EXPERTS), 2))
-                    stats = cache.stats()
-                    for tier in (stats, stats["below"]):
-                        assert tier["resident_bytes"] <= max(tier["budget_bytes"], source.total // 2)
-                    for expert, slot in lease.slots.items():
-                        assert float(slot["w"][0]) == 10 * layer + expert
-        except BaseException as error:
-            failures.append(error)
+    def step(number: int, random_of: random.Random) -> None:
+        layer = number % LAYERS
+        with cache.lease(layer, random_of.sample(range(EXPERTS), 2)) as lease:
+            cache.prefetch((layer + 1) % LAYERS, random_of.sample(range(EXPERTS), 2))
+            assert cache.resident_bytes <= source.total // 2
+            for expert, slot in lease.slots.items():
+                assert float(slot["w"][0]) == 10 * layer + expert
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for number in range(9):
-        cache.resize(source.total // (2 + number % 2))
-        if cache.below is not None:
-            cache.below.resize(source.total // (3 + number % 3))
-        if number % 4 == 3:
-            cache.clear()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    assert not failures, failures
+    with in_threads(step, threads=3, steps=80):
+        for number in range(9):
+            cache.resize(source.total // (2 + number % 2))
+            below.resize(source.total // (3 + number % 3))
+            if number % 4 == 3:
+                cache.clear()
     cache.clear()
-    assert cache.below is not None and not cache._pins and not cache.below._pins
-    assert cache.resident_bytes == cache.below.resident_bytes == 0
+    assert not cache._pins and not below._pins and cache.resident_bytes == below.resident_bytes == 0
 
 
 def test_faults_leave_both_tiers_consistent(folder: Path) -> None:

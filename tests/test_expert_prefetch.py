@@ -9,8 +9,9 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def until(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+@contextmanager
+def in_threads(step: Callable[[int, random.Random], None], *, threads: int, steps: int) -> Iterator[None]:
+    """Meanwhile `step(number, random numbers)` runs in threads; afterwards none has failed."""
+    with ThreadPoolExecutor(threads) as pool:
+
+        def work(seed: int) -> None:
+            random_of = random.Random(seed)
+            for number in range(steps):
+                step(number, random_of)
+
+        running = [pool.submit(work, seed) for seed in range(threads)]
+        yield
+        for thread in running:
+            thread.result(60)
 
 
 def counted(cache: ExpertCache) -> tuple[int, ...]:
@@ -194,33 +211,20 @@ def test_a_lease_that_waits_for_a_failing_read_ahead_gets_a_read_of_its_own() ->
 def test_threads_read_ahead_resize_and_clear_within_the_budget(scope: str) -> None:
     source = Source(delay_s=0.0002)
     source.cache = cache = ExpertCache(source, source.total // 2, scope=scope, threads=2)
-    failures: list[BaseException] = []
 
-    def work(seed: int) -> None:
-        random_of = random.Random(seed)
-        try:
-            for step in range(120):
-                layer = step % LAYERS
-                experts = random_of.sample(range(EXPERTS), 2)
-                with cache.lease(layer, experts) as lease:
-                    cache.prefetch((layer + 1) % LAYERS, random_of.sample(range(EXPERTS), 3))
-                    for expert, slot in lease.slots.items():
-                        assert float(slot["w"][0]) == 10 * layer + expert
-        except BaseException as error:
-            failures.append(error)
+    def step(number: int, random_of: random.Random) -> None:
+        layer = number % LAYERS
+        with cache.lease(layer, random_of.sample(range(EXPERTS), 2)) as lease:
+            cache.prefetch((layer + 1) % LAYERS, random_of.sample(range(EXPERTS), 3))
+            for expert, slot in lease.slots.items():
+                assert float(slot["w"][0]) == 10 * layer + expert
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for number in range(12):
-        cache.resize(source.total // (2 + number % 2))
-        if number % 3 == 0:
-            cache.clear()
-        time.sleep(0.003)
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    assert not failures, failures
+    with in_threads(step, threads=3, steps=120):
+        for number in range(12):
+            cache.resize(source.total // (2 + number % 2))
+            if number % 3 == 0:
+                cache.clear()
+            time.sleep(0.003)
     cache.clear()
     stats = cache.stats()
     assert cache.resident() == [] and cache.resident_bytes == 0 and not cache._pins and not cache._loading
