@@ -13,7 +13,7 @@ import pytest
 import torch
 from killed import killed_at_write, peak_memory
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_tiny, stock
 from tiny_families import tiny_family
 from torch import Tensor
@@ -103,6 +103,27 @@ def test_a_hub_cache_of_links_is_read_and_never_written(qwen: tuple[Path, Family
     assert {path: path.read_bytes() for path in blobs.iterdir()} == before
     loaded = original_weights(stock(tmp_path / "out"))
     assert all(torch.equal(loaded[name], live) for name, live in live_weights(home / "base", family, 1.0).items())
+
+
+def test_a_quantised_base_keeps_its_experts_and_gets_new_routers(qwen: tuple[Path, Family], tmp_path: Path) -> None:
+    home, family = qwen
+    (tmp_path / "fp8").mkdir()
+    for path in (home / "base").iterdir():
+        (tmp_path / "fp8" / path.name).write_bytes(path.read_bytes())
+        if path.suffix == ".safetensors":
+            stored = load_file(path)
+            for name in [name for name in stored if ".experts." in name]:
+                stored[name] = stored[name].to(torch.float8_e4m3fn)
+                stored[f"{name}_scale_inv"] = torch.ones(1, 1)
+            save_file(stored, tmp_path / "fp8" / path.name, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    export_merged(tmp_path / "fp8", family, 1.0, tmp_path / "out")
+    live = live_weights(home / "base", family, 1.0)
+    assert all(torch.equal(BaseFiles(tmp_path / "out").weights[name], live[name]) for name in live)
+    before, after = tensors(tmp_path / "fp8"), tensors(tmp_path / "out")
+    assert sum(not before[key].float().equal(after[key].float()) for key in before) == len(live)
 
 
 def test_files_are_copied_where_linking_fails(

@@ -6,7 +6,6 @@ conversion mapping says what the files call them.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -26,7 +25,8 @@ from remoe_adapt.family import Family
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.fingerprint import fingerprint_of_weights
 from remoe_adapt.routers.spec import RouterSpec
-from remoe_adapt.runtime.pretrained import auto_class, checkpoint_folder
+from remoe_adapt.runtime.checkpoint import LOADING, Checkpoint
+from remoe_adapt.runtime.pretrained import checkpoint_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,13 @@ class BaseFiles:
         self.folder = checkpoint_folder(base)
         try:
             self.config: Any = AutoConfig.from_pretrained(self.folder)
-            with torch.device("meta"):
-                self.skeleton: PreTrainedModel = auto_class(self.config).from_config(
-                    copy.deepcopy(self.config), dtype=self._dtype()
-                )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"{os.fspath(base)!r} is no model ({reason}): give a model folder or a hub id."
-            ) from error
+            raise ConfigError(f"{os.fspath(base)!r} is no model ({reason}): give its folder or hub id.") from error
+        # Quantised ones too: their routers are not.
+        dtype = getattr(self.config, "dtype", None) or checkpoint_dtype(self.folder)
+        with LOADING:
+            self.skeleton = Checkpoint(os.fspath(base), self.folder, self.config, dtype, {}).skeleton()
         self.extents = open_checkpoint(self.folder)
         stored = self._stored()
         self.routers = tuple(
@@ -96,9 +94,6 @@ class BaseFiles:
                 raise FamilyError(
                     f"family {family.path} changes router {name} by {list(delta_ED.shape)}, {self.folder} has {has}."
                 )
-
-    def _dtype(self) -> torch.dtype:
-        return getattr(self.config, "dtype", None) or checkpoint_dtype(self.folder)
 
     def _stored(self) -> dict[str, list[tuple[str | None, Extent]]]:
         """Parameter of the model -> (pattern of the conversion it goes through, or None; tensor of the files)."""
