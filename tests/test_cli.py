@@ -157,7 +157,7 @@ def test_demo_prints_its_keys_and_a_sentence(home: Path) -> None:
     assert [row["strength"] for row in (result["base"], *result["points"])] == [0.0, 0.5, 1.0]
     shown = call(*args)
     assert shown.exit_code == 0
-    assert "With a cache for a quarter of the experts" in " ".join(shown.stdout.split())
+    assert "With a cache for 25% of the experts" in " ".join(shown.stdout.split())
     assert "Once there was" in shown.stdout and "decoding" in shown.stderr
 
 

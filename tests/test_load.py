@@ -102,6 +102,8 @@ def test_a_profile_leaves_experts_in_storage(saved: Path, caplog: pytest.LogCapt
     assert not hasattr(get_remoe_model(saved, "server", family).get_base_model(), "expert_cache"), "all may be there"
     more = get_remoe_model(saved, profile, family, expert_cache=0.5).get_base_model().expert_cache
     assert more.budget_bytes == experts.source.total_bytes // 2
+    other = get_remoe_model(saved, "server", family, policy="lru", prefetch=True).get_base_model().expert_cache
+    assert other.policy == "lru" and other.budget_bytes == other.source.total_bytes
     whole = get_remoe_model(saved, profile, family, device_map="cpu").get_base_model()
     assert not hasattr(whole, "expert_cache") and "device_map: profile orin-8gb builds no expert cache" in caplog.text
     with pytest.raises(ConfigError, match="expert_cache: options of loading, but base is a model"):

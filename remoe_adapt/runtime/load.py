@@ -22,6 +22,9 @@ from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 from remoe_adapt.tuner.beside import plain_base
 
 
+_CACHE_OPTIONS = ("ram_budget", "memory", "storage", "policy", "scope", "prefetch", "direct_io", "threads", "reader")
+
+
 def get_remoe_model(
     base: str | os.PathLike[str] | nn.Module,
     profile: str | os.PathLike[str] | DeviceProfile | None = None,
@@ -85,34 +88,36 @@ def load_base_under(
 ) -> nn.Module:
     """The base by path or hub id, behind an expert cache as the profile has it; whole where all of it may be in memory.
 
-    budget: of the cache instead of the profile's, which then must be possible. Whole, which is logged once, are models
-    whose experts cannot be cached, and those loaded with options that place or quantise weights themselves. device:
-    where it computes; None: where from_pretrained puts it.
+    budget: of the cache instead of the profile's; with one, or with options of `load_with_expert_cache` among `kwargs`
+    (storage, prefetch ...), a cache must be possible. Else models whose experts cannot be cached, and those loaded with
+    options that place or quantise weights themselves, are whole, which is logged once. device: where it computes; None:
+    where from_pretrained puts it.
 
     Raises ConfigError when it cannot be loaded, ExpertReadError when its experts cannot be read.
     """
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
-    if budget is None:
+    of_cache = {name: kwargs.pop(name) for name in _CACHE_OPTIONS if name in kwargs}
+    if budget is None and not of_cache:
         whole = settings.share == 1.0 and memory_bytes is None
         placed = sorted(OWN_PLACEMENT.intersection(kwargs))
         if placed and not whole:
             say_once(f"loaded with {', '.join(placed)}: profile {profile.name} builds no expert cache then.")
         if placed or whole:
             return _placed(load_base(base, **kwargs), device)
-    if device not in (None, "cpu"):
-        raise ConfigError(f"device {device!r}: the expert cache holds experts in RAM, use the CPU.")
+    options: dict[str, Any] = {
+        "memory": memory_bytes if budget is None else None,
+        "policy": settings.policy,
+        "scope": settings.scope,
+        "prefetch": settings.prefetch,
+        "direct_io": settings.direct_io,
+        **of_cache,
+        **kwargs,
+    }
+    share = settings.share if budget is None else budget
     try:
-        return load_with_expert_cache(
-            base,
-            settings.share if budget is None else budget,
-            memory=memory_bytes if budget is None else None,
-            policy=settings.policy,
-            scope=settings.scope,
-            direct_io=settings.direct_io,
-            **kwargs,
-        )
+        return load_with_expert_cache(base, share, device="cpu" if device is None else device, **options)
     except UncacheableError as error:
-        if budget is not None:
+        if budget is not None or of_cache:
             raise
         say_once(f"{error} It is loaded whole.")
         return _placed(load_base(base, **kwargs), device)
