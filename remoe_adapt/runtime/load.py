@@ -21,7 +21,6 @@ from remoe_adapt.runtime.recency import DialPrior, RecencyPlan, plan_recency, tr
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 from remoe_adapt.tuner.beside import plain_base
 
-
 _CACHE_OPTIONS = ("ram_budget", "memory", "storage", "policy", "scope", "prefetch", "direct_io", "threads", "reader")
 
 
