@@ -241,7 +241,7 @@ def test_after_a_fork_a_child_sees_itself() -> None:
         try:
             del held
             child = sensor.read(2.0).value("process.private")
-            os._exit(0 if child < parent - 32 * MIB else 1)
+            os._exit(0 if (child or 0) < (parent or 0) - 32 * MIB else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

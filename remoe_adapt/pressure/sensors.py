@@ -21,6 +21,7 @@ from remoe_adapt.pressure.reading import Measure, Reading, merged
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 FIRST_SAMPLE = "a rate needs a second sample"
+_SWAP_AGAIN_S = 10.0
 _STALL_KINDS = ("some", "full")
 
 
@@ -48,13 +49,18 @@ class MachineMemory:
 
     def __init__(self) -> None:
         self._rates = Rates()
+        self._swapless_until_s: float | None = None
 
     def read(self, now_s: float) -> Reading:
         memory = psutil.virtual_memory()
         found = {"memory.available": float(memory.available), "memory.total": float(memory.total)}
-        with warnings.catch_warnings():  # psutil warns where the counters are missing, and says 0
-            warnings.simplefilter("ignore", RuntimeWarning)
-            swap = psutil.swap_memory()
+        if self._swapless_until_s is None or not now_s < self._swapless_until_s <= now_s + _SWAP_AGAIN_S:
+            with warnings.catch_warnings():  # psutil warns where the counters are missing, and says 0
+                warnings.simplefilter("ignore", RuntimeWarning)
+                self._swap = psutil.swap_memory()
+            # The dearest figure of all; a machine without swap rarely gets some.
+            self._swapless_until_s = now_s + _SWAP_AGAIN_S if self._swap.total == 0 else None
+        swap = self._swap
         found |= {"swap.used": float(swap.used), "swap.total": float(swap.total)}
         measures = {name: Measure(value, "B", now_s) for name, value in found.items()}
         if swap.total == 0:
