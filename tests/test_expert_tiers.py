@@ -14,8 +14,8 @@ from tiny_checkpoints import save_tiny, skeleton
 from torch import Tensor
 
 from remoe_adapt.cache.policy import LRFU_DECAY
-from remoe_adapt.cache.store import ExpertStore
 from remoe_adapt.cache.slots import ExpertSource
+from remoe_adapt.cache.store import ExpertStore
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ConfigError, ExpertReadError
 
