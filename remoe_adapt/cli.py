@@ -21,7 +21,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from remoe_adapt import __version__, cli_bench, cli_export, cli_pack, cli_profiles, cli_trace, report
+from remoe_adapt import __version__, cli_bench, cli_decode, cli_export, cli_pack, cli_profiles, cli_trace, report
 from remoe_adapt import cli_options as opt
 from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError, RemoeError
@@ -327,6 +327,7 @@ for _group, _name, _function in (
     (export_app, "gguf-lora", cli_export.gguf_lora),
     (bench_app, "swap", cli_bench.swap),
     (bench_app, "gating", cli_bench.gating),
+    (bench_app, "decode", cli_decode.decode),
 ):
     command(_group, _name)(_function)
 

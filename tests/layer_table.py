@@ -115,6 +115,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cli_trace",
         "cli_profiles",
         "cli_bench",
+        "cli_decode",
         "cli_pack",
         "cli",
         "__main__",

@@ -16,14 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from remoe_adapt.bench.bandwidth import RawReads
+from remoe_adapt.bench.bandwidth import PacedReads, RawReads
 from remoe_adapt.bench.decode_figures import arm_row, bars, limit_ms, miss_bursts
 from remoe_adapt.bench.decode_process import WorkerProcess
 from remoe_adapt.bench.limits import MemoryGroup, memory_group, why_no_groups
@@ -34,6 +34,7 @@ from remoe_adapt.demo import example_folder, held_out
 from remoe_adapt.errors import ConfigError, DataError, RemoeError
 from remoe_adapt.family import Family
 from remoe_adapt.record import load_base
+from remoe_adapt.runtime.pack import pack_experts
 
 BUDGET = 0.25
 PROMPT_TOKENS = 16
@@ -56,7 +57,7 @@ class DecodeOptions:
     data: Sequence[str | Path] = ()
     tokens: int = 600
     strengths: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 1.0)
-    gains: Sequence[float] = (0.1, 0.2, 0.3)
+    gains: Sequence[float] = (0.1, 0.15, 0.2, 0.3)
     work: Path | None = None
     keep: bool = False
     threads: int = 1
@@ -65,9 +66,11 @@ class DecodeOptions:
     expert_bytes: int = EXPERT_BYTES
     direct_io: bool = True
     prefetch: bool = False
-    pack: bool = False
+    pack: bool = True
     limits: bool = True
-    turn_seconds: float = 12.0
+    read_mib_per_s: float | None = None
+    turn_seconds: float = 3.0
+    max_seconds: float = 140.0
 
 
 @dataclass
@@ -76,6 +79,11 @@ class _Arm:
     worker: str
     settings: dict[str, Any] = field(default_factory=dict)
     steps: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+
+
+def quickly(options: DecodeOptions) -> DecodeOptions:
+    """The same in seconds: small experts, few arms and tokens, no limits; its figures say little."""
+    return replace(options, tokens=160, strengths=(1.0,), gains=(0.2,), expert_bytes=1 << 18, limits=False)
 
 
 def run_decode(
@@ -105,7 +113,8 @@ def run_decode(
                 result = bench.run(wide, work, undo)
         finally:
             if not options.keep:
-                shutil.rmtree(wide, ignore_errors=True)
+                for folder in (wide, wide.with_name(f"{wide.name}.pack")):
+                    shutil.rmtree(folder, ignore_errors=True)
     return {
         "model": str(model),
         "family": family,
@@ -115,6 +124,7 @@ def run_decode(
         "direct_io": options.direct_io,
         "prefetch": options.prefetch,
         "pack": options.pack,
+        "read_mib_per_s": options.read_mib_per_s,
         **result,
         "seconds": round(time.perf_counter() - started_s, 1),
     }
@@ -142,12 +152,13 @@ class _Bench:
             for gain in options.gains
         ]
         self._arms += [_Arm(name, name) for name in _OTHERS]
+        self._decoded = 0
         self._skipped: dict[str, str] = {}
         self._workers: dict[str, WorkerProcess] = {}
         self._facts: dict[str, dict[str, Any]] = {}
 
     def run(self, wide: Path, work: Path, undo: ExitStack) -> dict[str, Any]:
-        why = why_no_loop() or why_no_groups() if self._options.limits else "left out of this run"
+        why = self._why_no_limits()
         folder, storage = _storage(wide, work, undo, why)
         groups: dict[str, MemoryGroup] = {}
         limited = ("cache25", *_OTHERS)
@@ -155,24 +166,49 @@ class _Bench:
             groups = {name: undo.enter_context(memory_group(name)) for name in limited}
         else:
             self._skipped |= dict.fromkeys(_OTHERS, why)
-        for name, (regime, settings) in self._plans(folder).items():
-            if name not in self._skipped:
-                self._start(name, regime, settings, folder, groups.get(name), undo)
+        plans = {name: plan for name, plan in self._plans(folder).items() if name not in self._skipped}
+        for name in plans:  # all at once: most of a start is imports
+            self._workers[name] = WorkerProcess(name, groups.get(name))
+            undo.callback(self._workers[name].close)
+        for name, (regime, settings) in plans.items():
+            self._load(name, regime, settings, folder)
         limit = self._limit(groups)
         expert_bytes = self._facts["cache25"]["expert_bytes"]
         largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-        with RawReads(largest, expert_bytes, self._options.read_threads) as raw:
+        pace = self._options.read_mib_per_s
+        reader = PacedReads(pace * (1 << 20)) if pace else os.preadv
+        with RawReads(largest, expert_bytes, self._options.read_threads, reader) as raw:
             self._take_turns(raw)
         for group in groups.values():
             if group.kills():
                 raise RemoeError(f"{group.folder.name}: the kernel killed a process under the memory limit")
         return self._result(raw) | {"memory_limit_bytes": limit, "storage": {**storage, "direct_io": raw.direct}}
 
+    def _why_no_limits(self) -> str | None:
+        if not self._options.limits:
+            return "left out of this run"
+        if self._options.read_mib_per_s:
+            return "the kernel's own reads cannot be made as slow as those of a cache"
+        return why_no_loop() or why_no_groups()
+
     def _plans(self, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         options = self._options
         cache: dict[str, Any] = {"direct_io": options.direct_io, "threads": options.read_threads}
-        cache |= {"prefetch": True} if options.prefetch else {}
-        cached = {"cache": cache, "family": self._family, "gain": 0.0, "dial": self._family is not None}
+        cache["prefetch"] = options.prefetch
+        if options.pack:
+            pack = folder.parent / f"{folder.name}.pack"
+            if not pack.exists():
+                pack_experts(str(folder), pack)
+            cache["storage"] = str(pack)
+            evict(pack)
+        pace = (options.read_mib_per_s or 0.0) * (1 << 20)
+        cached = {
+            "cache": cache,
+            "read_bytes_per_s": pace,
+            "family": self._family,
+            "gain": 0.0,
+            "dial": self._family is not None,
+        }
         prior = {"gain": max(options.gains, default=0.0), "dial": True}
         plans: dict[str, tuple[str, dict[str, Any]]] = {
             "stock": ("stock", {"trial_ids": self._documents[0]}),
@@ -183,18 +219,13 @@ class _Bench:
         }
         return {name: plan for name, plan in plans.items() if any(arm.worker == name for arm in self._arms)}
 
-    def _start(
-        self, name: str, regime: str, settings: dict[str, Any], folder: Path, group: MemoryGroup | None, undo: ExitStack
-    ) -> None:
-        """One process, loaded and rehearsed, so that the code it runs is in memory; those we compare with may fail."""
+    def _load(self, name: str, regime: str, settings: dict[str, Any], folder: Path) -> None:
+        """Loaded and rehearsed, so that the code it runs is in memory; those we compare with may fail."""
         evict(folder)
-        worker = WorkerProcess(name, group)
-        undo.callback(worker.close)
         try:
-            self._facts[name] = worker.ask(
+            self._facts[name] = self._workers[name].ask(
                 "load", regime=regime, folder=str(folder), threads=self._options.threads, options=settings
             )
-            self._workers[name] = worker
             arm = next(arm for arm in self._arms if arm.worker == name)
             self._decode(arm, self._documents[0][: PROMPT_TOKENS + _REHEARSAL_STEPS + 1])
         except RemoeError as error:
@@ -232,7 +263,12 @@ class _Bench:
         arms = [arm for arm in self._arms if arm.worker in self._workers]
         if self._on_start is not None:
             self._on_start(len(arms) * sum(len(ids) for ids in self._documents))
+        started_s = time.perf_counter()
         for number, ids in enumerate(self._documents):
+            # A document that is begun is decoded by all.
+            if number and (time.perf_counter() - started_s) * (number + 1) / number > self._options.max_seconds:
+                break
+            self._decoded = number + 1
             at = number * len(arms) // max(1, len(self._documents))
             order = [*arms[at:], *arms[:at]]
             for arm in order if number % 2 == 0 else reversed(order):
@@ -252,13 +288,11 @@ class _Bench:
     def _result(self, raw: RawReads) -> dict[str, Any]:
         steps = {arm.name: arm.steps for arm in self._arms if arm.worker in self._workers and arm.steps}
         base = steps["stock"]
-        rows = {
-            arm.name: arm_row(arm.steps, base, self._facts[arm.worker]) for arm in self._arms if arm.name in steps
-        }
+        rows = {arm.name: arm_row(arm.steps, base, self._facts[arm.worker]) for arm in self._arms if arm.name in steps}
         limit = limit_ms(rows["cache25_s0"]["bytes_per_token"], raw.bytes_per_s, rows["cache100_s0"]["tpot_ms"])
         return {
             "tokens": len(base),
-            "documents": len(self._documents),
+            "documents": self._decoded,
             "arms": {arm.name: rows.get(arm.name) or {"skipped": self._skipped[arm.worker]} for arm in self._arms},
             "bars": bars(steps, rows, limit, self._facts),
             "raw_bandwidth_bytes_per_s": raw.bytes_per_s,
@@ -275,10 +309,9 @@ def _documents(model: str | Path, options: DecodeOptions) -> list[list[int]]:
     wanted = 2 * options.tokens + 1024
     found = held_out(Path(model), tokenizer, wanted, options.data).documents
     long = [ids for ids in found if len(ids) > PROMPT_TOKENS + _LEAST_STEPS]
-    spread = [long[place * len(long) // (len(long))] for place in range(len(long))]
-    if options.data:
-        half = len(long) // 2
-        spread = [ids for pair in zip(long[:half], long[half:], strict=False) for ids in pair]
+    # The text of the standard library comes first, then that of the data: one of each in turn.
+    half = len(long) // 2 if options.data else 0
+    spread = [ids for pair in zip(long[:half], long[half : 2 * half], strict=True) for ids in pair] + long[2 * half :]
     chosen: list[list[int]] = []
     for ids in spread:
         left = options.tokens - sum(map(len, chosen))
@@ -308,8 +341,8 @@ def _storage(wide: Path, work: Path, undo: ExitStack, why: str | None) -> tuple[
     if why is not None:
         return wide, {"kind": "the disk of the work folder", "why": why}
     size = sum(path.stat().st_size for path in wide.iterdir())
-    # The checkpoint, and what the others make of its experts.
-    disk = undo.enter_context(loop_disk(work, (2 + len(_OTHERS)) * size + (128 << 20)))
+    # The checkpoint, its pack, and what the others make of its experts.
+    disk = undo.enter_context(loop_disk(work, (3 + len(_OTHERS)) * size + (128 << 20)))
     folder = disk.folder / wide.name
     shutil.copytree(wide, folder)
     disk.forget()

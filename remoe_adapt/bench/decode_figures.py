@@ -72,7 +72,9 @@ def bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], limit: float, fact
         _bar("budget 100 %: TPOT / stock's", 1 / times_faster(steps["cache100_s0"], steps["stock"]), at_most=1.10),
         _bar("budget 25 %: times faster than accelerate's disk offload", _over(steps, "accelerate_disk"), at_least=5.0),
         _bar("budget 25 %: times faster than memory-mapped weights", _over(steps, "mmap_cgroup"), at_least=1.2),
-        _bar("budget 25 %: times faster than transformers' disk offload", _over(steps, "transformers_disk"), at_least=1.2),
+        _bar(
+            "budget 25 %: times faster than transformers' disk offload", _over(steps, "transformers_disk"), at_least=1.2
+        ),
         _bar("budget 25 %: TPOT / the limit", rows["cache25_s0"]["tpot_ms"] / limit, at_most=1.25),
     ]
     for title, prefix, ratio, times in (

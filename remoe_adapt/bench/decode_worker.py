@@ -108,7 +108,9 @@ def _nll(logits_V: Tensor, target: int) -> float:
 
 def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: [a - b for a, b in zip(value, before[key], strict=True)] if isinstance(value, list) else value - before[key]
+        key: [a - b for a, b in zip(value, before[key], strict=True)]
+        if isinstance(value, list)
+        else value - before[key]
         for key, value in now.items()
     }
 

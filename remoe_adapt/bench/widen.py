@@ -23,7 +23,8 @@ from remoe_adapt.errors import ConfigError
 from remoe_adapt.record import load_base, load_tokenizer
 from remoe_adapt.runtime.pretrained import auto_class
 
-EXPERT_BYTES = 2_000_000
+# A huge page and a little more: devices read into those in fewer requests.
+EXPERT_BYTES = 2 << 20
 # Units are added in steps of as many: rows stay aligned for vector units and, with most hidden sizes, for direct I/O.
 _STEP = 32
 _SLACK_BYTES = 64 << 20
