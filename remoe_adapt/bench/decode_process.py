@@ -1,4 +1,4 @@
-"""A worker process of `remoe bench decode` from its owner's side."""
+"""A worker process of a benchmark from its owner's side."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from remoe_adapt.bench.limits import MemoryGroup
 from remoe_adapt.errors import RemoeError
 
-_COMMAND = [sys.executable, "-m", "remoe_adapt.bench.decode_worker"]
+DECODE_WORKER = (sys.executable, "-m", "remoe_adapt.bench.decode_worker")
 
 
 class WorkerProcess:
-    """Asked one thing at a time. `close` ends it, whatever it does."""
+    """A command that answers a line of JSON with one, asked one thing at a time. `close` ends it, whatever it does."""
 
-    def __init__(self, name: str, group: MemoryGroup | None = None) -> None:
+    def __init__(self, name: str, group: MemoryGroup | None = None, command: Sequence[str] = DECODE_WORKER) -> None:
         self.name, self.group = name, group
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `close`)
         self._process = subprocess.Popen(
-            _COMMAND if group is None else group.command(_COMMAND),
+            command if group is None else group.command(command),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -6,9 +6,6 @@ Its stdout is the protocol's alone; what libraries print goes to stderr. It ends
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +15,7 @@ import torch
 import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
 from torch import Tensor
 
+from remoe_adapt.bench import protocol
 from remoe_adapt.bench.decode_regimes import REGIMES, Regime
 from remoe_adapt.record import Decoder
 
@@ -46,7 +44,7 @@ class Worker:
         return {**self._regime.facts, "anon_growth_bytes": anonymous_bytes() - self._before_bytes}
 
     def _decode(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Feeds `prompt` tokens at once, then one at a time until `max_seconds` are over; the last one is only a target.
+        """Feeds `prompt` tokens at once, then one at a time until `max_seconds` are over; the last is only a target.
 
         `steps` holds for each token fed: `s`, `nll` of the next one (nats), what the kernel read from disk for this
         process (`io_bytes`) and its major faults, and with a cache `hits`, `misses` of each layer, `bytes`, `stall_s`.
@@ -107,27 +105,18 @@ def _nll(logits_V: Tensor, target: int) -> float:
 
 
 def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: [a - b for a, b in zip(value, before[key], strict=True)]
-        if isinstance(value, list)
-        else value - before[key]
-        for key, value in now.items()
-    }
+    def since(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [after - then for after, then in zip(value, before[key], strict=True)]
+        return value - before[key]
+
+    return {key: since(key, value) for key, value in now.items()}
 
 
 def serve(requests: TextIO, replies: TextIO) -> None:
-    """Answer each line of `requests` with one of `replies`: `{"ok": ...}` or `{"error": "..."}`."""
-    worker = Worker()
-    for line in requests:
-        try:
-            reply = {"ok": worker.answer(json.loads(line))}
-        except Exception as error:  # the benchmark reports it and goes on without this regime
-            reply = {"error": f"{type(error).__name__}: {str(error).strip() or repr(error)}"}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+    """Answer each line of `requests` with one of `replies`, see `protocol.serve`."""
+    protocol.serve(requests, replies, Worker().answer)
 
 
 if __name__ == "__main__":
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as protocol:
-        os.dup2(2, 1)
-        serve(sys.stdin, protocol)
+    protocol.speak(Worker().answer)
