@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,8 @@ from rich.console import RenderableType
 
 # What a command returns: its JSON object, and what is shown instead of it.
 Found = tuple[Mapping[str, Any], list[RenderableType]]
+# What a command yields that speaks while it runs: JSON object and text of each line.
+Events = Iterator[tuple[Mapping[str, Any], str]]
 
 # Everywhere
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")]
@@ -83,6 +85,10 @@ ExpertCacheBudget = Annotated[
     str | None, typer.Option("--expert-cache", help="Keep so much of the experts in memory: a share (0.25) or 2GiB.")
 ]
 DemoCache = Annotated[str, typer.Option("--expert-cache", help="So much of the experts in memory: a share, or 2GiB.")]
+Storage = Annotated[Path | None, typer.Option(help="Read experts from this folder of `remoe pack`.")]
+Log = Annotated[Path | None, typer.Option(help="Append swaps and samples here, one JSON object a line.")]
+LogPlot = Annotated[Path | None, typer.Option("--plot", help="Draw the --log over time here (extra: plot).")]
+MetricsPort = Annotated[int | None, typer.Option(help="Serve Prometheus metrics on this port (extra: metrics).")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="Of generated tokens; 0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Of generated tokens.")]
@@ -116,3 +122,21 @@ LoraStrengths = Annotated[
     str | None, typer.Option("--strength", help="Points to write, comma-separated; default: the stored ones.")
 ]
 LoraRank = Annotated[int | None, typer.Option("--rank", help="Nearest LoRA of this rank; default: exact.")]
+
+# remoe watch
+Server = Annotated[str, typer.Option(help="Address of a running llama-server, as http://127.0.0.1:8080.")]
+WatchFamily = Annotated[str, typer.Option("--family", help="Family that the server's LoRAs are of: folder or hub id.")]
+ServerPid = Annotated[int | None, typer.Option("--pid", help="The server's process; default: whoever has the port.")]
+Once = Annotated[bool, typer.Option("--once", help="Look, set the strength once, and go.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; set nothing.")]
+Interval = Annotated[float | None, typer.Option(min=0.01, help="Seconds between samples; default: the profile's.")]
+ProxyAt = Annotated[
+    str | None, typer.Option("--proxy", metavar="HOST:PORT", help="Listen here and set the strength of each request.")
+]
+Hold = Annotated[float, typer.Option(min=0.0, help="Seconds a request waits for a server that is down (--proxy).")]
+ReusePrompts = Annotated[
+    bool, typer.Option("--reuse-prompts", help="Leave prompt caches to clients (--proxy, server with --cache-ram 0).")
+]
+Keep = Annotated[bool, typer.Option("--keep", help="At the end, leave the strength as it is; default: the base.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="The server's --api-key.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]

@@ -17,6 +17,8 @@ RemoeError(Exception)
  |- TraceError(ValueError)                a trace file or array
  |- DataError(ValueError)                 training or evaluation text
  |- ExpertReadError(OSError)              an expert's bytes in a checkpoint; names file, tensor and offset
+ |- ServerError                           a llama-server that refuses, or whose state we cannot drive
+ |   `- ServerDownError(ConnectionError)   it does not answer now, or is still loading its model
  `- MissingDependencyError(ImportError)   names the extra to install
 
 The second base lets callers who know only the standard exceptions catch what they expect.
@@ -91,6 +93,14 @@ class DataError(RemoeError, ValueError):
 
 class ExpertReadError(RemoeError, OSError):
     """The bytes of an expert cannot be read from its checkpoint; the message names file, tensor and offset."""
+
+
+class ServerError(RemoeError):
+    """A llama-server refuses what is asked of it, or is not set up so that it can be driven; names the remedy."""
+
+
+class ServerDownError(ServerError, ConnectionError):
+    """A llama-server does not answer now, or is still loading its model: try again later."""
 
 
 class MissingDependencyError(RemoeError, ImportError):

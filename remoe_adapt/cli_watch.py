@@ -1,0 +1,81 @@
+"""`remoe watch`: drives a running llama-server from this machine's pressure."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from remoe_adapt import cli_options as opt
+from remoe_adapt.cli_options import Events
+from remoe_adapt.errors import ConfigError
+
+_PROXY_HOLD_S = 30.0
+
+
+def watch(
+    server: opt.Server, family: opt.WatchFamily, profile: opt.Profile = None, proxy: opt.ProxyAt = None,
+    once: opt.Once = False, dry_run: opt.DryRun = False, interval: opt.Interval = None, pid: opt.ServerPid = None,
+    hold: opt.Hold = _PROXY_HOLD_S, reuse_prompts: opt.ReusePrompts = False, keep: opt.Keep = False,
+    api_key: opt.ApiKey = None, as_json: opt.JsonLines = False,
+) -> Events:  # fmt: skip
+    """Turn the dial of a running llama-server by this machine's pressure.
+
+    The server needs --no-cache-prompt and, for each file of `remoe export gguf-lora`, --lora-scaled FILE:0. With
+    --proxy clients connect here instead, and prompt caches are no matter: every answer states its strength in the
+    header x-remoe-strength. Runs until Ctrl-C or SIGTERM.
+    """
+    from remoe_adapt.runtime.load import profile_of
+    from remoe_adapt.watch import Watch, WatchOptions
+
+    if once and proxy is not None:
+        raise ConfigError("--once sets a strength and goes, --proxy has to stay: give one of them.")
+    if reuse_prompts and proxy is None:
+        raise ConfigError("--reuse-prompts is for --proxy; without it the server's prompt caches must be off.")
+    options = WatchOptions(
+        interval_s=interval, pid=pid, proxy=None if proxy is None else _listening(proxy), hold_s=hold,
+        reuse_prompts=reuse_prompts, dry_run=dry_run, keep=keep, api_key=api_key,
+    )  # fmt: skip
+    watching = Watch(server, family, profile_of(profile), options)
+    if once:
+        event = watching.once()
+        yield event, _text(event)
+        return
+    with _until_signalled(watching.stop):
+        for event in watching.events():
+            yield event, _text(event)
+
+
+def _listening(text: str) -> tuple[str, int]:
+    from remoe_adapt.runtime.llama_http import Address
+
+    host, _, port = text.rpartition(":")
+    if port == "0" and host:
+        return host.strip("[]"), 0
+    address = Address.parse(text)
+    return address.host, address.port
+
+
+@contextmanager
+def _until_signalled(stop: Any) -> Iterator[None]:
+    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _text(event: Mapping[str, Any]) -> str:
+    kind = event["event"]
+    if kind in ("strength", "once"):
+        how = "" if event.get("live", True) else " (dry run)"
+        return f"strength {event['strength']:g}{how}: {event['reason']}"
+    if kind in ("down", "wrong"):
+        return f"{kind}: {event['reason']}"
+    if kind == "end":
+        left = event["left_at"]
+        return "end: the server could not be asked" if left is None else f"end: the server is left at strength {left:g}"
+    where = f", proxy on port {event['proxy_port']}" if event.get("proxy_port") else ""
+    return f"{kind}: {event['server']} (pid {event['pid']}) at strength {event['strength']:g}{where}"

@@ -1,0 +1,127 @@
+"""The process behind a server's port on this machine: found, recognised when it is another one, and read by sensors."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from pathlib import Path
+
+import psutil
+
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.pressure.reading import Reading, merged
+from remoe_adapt.pressure.sensors import CGROUPS, PROC, MachineMemory, Sensors, os_sensors
+from remoe_adapt.runtime.llama_http import Address
+
+
+class ServerProcess:
+    """Follows the server through restarts. pid: given by hand, it is never looked for.
+
+    Raises ConfigError when the address is on another machine: its pressure cannot be seen from here.
+    """
+
+    def __init__(self, address: Address, pid: int | None = None) -> None:
+        self._address, self._fixed = address, pid is not None
+        self.why_unknown = ""
+        self._process: psutil.Process | None = None
+        if pid is not None:
+            try:
+                self._process = psutil.Process(pid)
+            except psutil.NoSuchProcess as error:
+                raise ConfigError(f"no process {pid} runs here: give the server's --pid, or leave it out.") from error
+        elif not _is_local(address.host):
+            raise ConfigError(
+                f"{address} is on another machine, whose pressure cannot be seen from here: run `remoe watch` there, "
+                "or give --pid of the server on this one."
+            )
+
+    @property
+    def pid(self) -> int | None:
+        """Of the server that runs now; None when none is known."""
+        return self._process.pid if self.alive() and self._process is not None else None
+
+    @property
+    def known(self) -> bool:
+        """Whether a restart would be seen here."""
+        return self._process is not None
+
+    @property
+    def folder(self) -> Path | None:
+        """The working folder of the process, to which paths that it names are relative."""
+        try:
+            return None if self._process is None else Path(self._process.cwd())
+        except (psutil.Error, OSError):
+            return None
+
+    def alive(self) -> bool:
+        """Whether the process found last still runs; another one under the same number is not it. Costs 50 us."""
+        try:
+            process = self._process
+            return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def find(self) -> bool:
+        """Look who listens on the port; True when that is another process than before."""
+        if self._fixed or self.alive():
+            return False
+        before, self._process = self._process, None
+        pid = self._listener()
+        if pid is not None:
+            try:
+                self._process = psutil.Process(pid)
+            except psutil.NoSuchProcess:
+                self.why_unknown = "the server has just ended"
+        return self._process is not None and self._process != before
+
+    def _listener(self) -> int | None:
+        try:
+            listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr]
+        except psutil.Error as error:
+            self.why_unknown = f"the system does not say who listens ({type(error).__name__}): give --pid"
+            return None
+        on_port = [c for c in listening if getattr(c.laddr, "port", None) == self._address.port]
+        if not on_port:
+            self.why_unknown = f"nothing listens on port {self._address.port}"
+            return None
+        pids = {c.pid for c in on_port if c.pid is not None}
+        if len(pids) != 1:
+            reason = "several processes listen there" if pids else "it belongs to another user"
+            self.why_unknown = f"who listens on port {self._address.port} cannot be told ({reason}): give --pid"
+            return None
+        self.why_unknown = ""
+        return pids.pop()
+
+
+class ServerSensors(Sensors):
+    """The sensors of this machine, and of the server's process: its cgroup, stalls, faults and bytes read.
+
+    While there is no such process they say so, and only the machine counts.
+    """
+
+    def __init__(self, process: ServerProcess, proc: Path = PROC, cgroups: Path = CGROUPS) -> None:
+        super().__init__([MachineMemory()])
+        self._process, self._roots = process, (proc, cgroups)
+        self._of: int | None = None
+
+    def read(self, now_s: float | None = None) -> Reading:
+        self._process.find()
+        pid = self._process.pid
+        if pid != self._of:
+            self.close()
+            self._of = pid
+            self.sensors = tuple(os_sensors(*self._roots, pid)) if pid is not None else (MachineMemory(),)
+        reading = super().read(now_s)
+        if pid is not None:
+            return reading
+        why = self._process.why_unknown or "the server does not run"
+        return merged(reading.time_s, [reading, Reading(reading.time_s, {}, dict.fromkeys(("cgroup", "process"), why))])
+
+
+def _is_local(host: str) -> bool:
+    own = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
+    try:
+        names = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        raise ConfigError(f"{host!r} is no host that is known here ({error}): give the server's address.") from error
+    return all(name in own or ipaddress.ip_address(name).is_loopback for name in names)

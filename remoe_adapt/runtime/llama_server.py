@@ -1,0 +1,193 @@
+"""The dial of a llama-server that runs somewhere else: strength as LoRA scales over HTTP, through its restarts.
+
+Two ways: the server's own scales (POST /lora-adapters, all in one call, for whatever clients ask), or `lora` in every
+request, which a proxy in front adds (`per_request`; the server's own scales are those of strength 0 then).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from remoe_adapt.errors import ServerDownError, ServerError
+from remoe_adapt.runtime.llama_http import Address, call
+from remoe_adapt.runtime.llama_probe import restores_other_scales, reuses_prompts
+from remoe_adapt.runtime.llama_process import ServerProcess
+from remoe_adapt.runtime.llama_scales import STEP_DIGITS, LoadedLora, ScaleMap, loaded_loras
+
+CHECK_S = 2.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
+# A probe may wait for a slot behind somebody's long answer.
+_PROBE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a request should be computed at: the strength, and the scales that say so to the server that runs now."""
+
+    strength: float
+    scales: ScaleMap
+
+
+class LlamaActuator:
+    """Holds one server at a strength; an `Actuator` of the policy. Every method may be called by any thread, `sync` by
+    one.
+
+    strengths: the family's points, rising; recognise: path of a loaded adapter -> its strength, None: not of
+    the family. dry_run: nothing is ever set. reuse_prompts: per_request alone; clients may use the server's prompt
+    cache.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        process: ServerProcess,
+        strengths: Sequence[float],
+        recognise: Callable[[str], float | None],
+        *,
+        per_request: bool = False,
+        reuse_prompts: bool = False,
+        dry_run: bool = False,
+        api_key: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.address, self.process = address, process
+        self.per_request, self.reuse_prompts, self.dry_run = per_request, reuse_prompts, dry_run
+        self._strengths, self._recognise = tuple(strengths), recognise
+        self._api_key, self._clock = api_key, clock
+        self._lock = threading.Lock()
+        self._wanted: float | None = None
+        self._scales: ScaleMap | None = None
+        self._live: float | None = None
+        self._retry_s, self._pause_s, self._check_s = -1.0, 0.0, -1.0
+        self.attached = self.posts = 0
+
+    def apply(self, strength: float) -> None:
+        """Want this strength, in steps of 0.0001; `sync` brings it about."""
+        with self._lock:
+            self._wanted = round(strength, STEP_DIGITS)
+
+    def current(self) -> float:
+        """The strength wanted last; before the first, what the server was found at (0 where that is no strength)."""
+        with self._lock:
+            return self._wanted or 0.0
+
+    def setting(self) -> Setting | None:
+        """What a request should say now; None while the server is down, or another one whose adapters are unknown."""
+        with self._lock:
+            scales, wanted = self._scales, self._wanted
+        if scales is None or wanted is None or (self.process.known and not self.process.alive()):
+            return None
+        return Setting(wanted, scales)
+
+    def lost(self) -> None:
+        """Somebody found the server gone: nothing is known of the next one until `sync` has met it."""
+        with self._lock:
+            self._scales = self._live = None
+            self._retry_s = -1.0
+
+    def sync(self) -> bool:
+        """Meet the server (again) and bring it to the strength wanted; True when it is there now.
+
+        Scales are read back after they were set, and every CHECK_S: where they are not those of any call from here, the
+        server is met anew, as after a restart. Tries ever less often while it is down.
+
+        Raises ServerError for a server that cannot be driven, ServerDownError where it does not answer.
+        """
+        now_s = self._clock()
+        if self.process.find() or (self.process.known and not self.process.alive()):
+            self.lost()
+        if self._scales is None and now_s < self._retry_s:
+            return False
+        try:
+            if self._scales is None:
+                self._meet()
+            elif not self.per_request and self._wanted != self._live:
+                self._set(self._scales)
+            elif now_s >= self._check_s and not self._unchanged(self._scales):
+                self.lost()
+                self._meet()
+        except ServerError:
+            self.lost()
+            self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
+            self._retry_s = self._clock() + self._pause_s
+            raise
+        if now_s >= self._check_s:
+            self._check_s = self._clock() + CHECK_S
+        self._pause_s = 0.0
+        return True
+
+    def loras(self) -> list[LoadedLora]:
+        """The server's adapters now. Raises as `sync`."""
+        return loaded_loras(self._get("/lora-adapters"))
+
+    def _meet(self) -> None:
+        loras = self.loras()
+        scales = ScaleMap.of(loras, self._strengths, self._recognise)
+        self._check_caches(scales)
+        found = scales.strength_of(loras)
+        with self._lock:
+            if self._wanted is None:
+                self._wanted = found if found is not None and not self.per_request else 0.0
+            self._live = found
+        if self._live != self._target():
+            self._set(scales)
+        with self._lock:
+            self._scales = scales
+        self.attached += 1
+
+    def _target(self) -> float:
+        return 0.0 if self.per_request else self.current()
+
+    def _set(self, scales: ScaleMap) -> None:
+        """One call sets every adapter: no request ever sees a part of it."""
+        target = self._target()
+        if not self.dry_run:
+            self._post("/lora-adapters", scales.as_list(target))
+            self.posts += 1
+            loras = self.loras()
+            if not scales.matches(loras, target):
+                raise ServerError(
+                    f"{self.address} was set to strength {target:g} and has scales {[lora.scale for lora in loras]}: "
+                    "does something else set them too?"
+                )
+        with self._lock:
+            self._live = target
+
+    def _unchanged(self, scales: ScaleMap) -> bool:
+        """Whether the server is as it was left: adapters under their numbers, all scales as they were."""
+        loras = self.loras()
+        if ScaleMap.of(loras, self._strengths, self._recognise) != scales:
+            return False
+        return self.dry_run or self._live is None or scales.matches(loras, self._live)
+
+    def _check_caches(self, scales: ScaleMap) -> None:
+        if self.dry_run or (self.per_request and not self.reuse_prompts):
+            return
+        if self.per_request:
+            slots = int(self._get("/props").get("total_slots", 1))
+            if restores_other_scales(self._probe, slots, scales):
+                raise ServerError(
+                    f"{self.address} keeps prompts in RAM and restores them at other scales: start it with "
+                    "--cache-ram 0, or leave --reuse-prompts out."
+                )
+        elif reuses_prompts(self._probe):
+            raise ServerError(
+                f"{self.address} reuses prompts, so that answers would mix strengths: start it with --no-cache-prompt "
+                "(and --cache-ram 0, for nothing would come of that memory), or run `remoe watch --proxy`."
+            )
+
+    def _get(self, path: str) -> Any:
+        return call(self.address, path, api_key=self._api_key)
+
+    def _post(self, path: str, body: Any) -> Any:
+        return call(self.address, path, body, api_key=self._api_key)
+
+    def _probe(self, path: str, body: Any) -> Any:
+        try:
+            return call(self.address, path, body, api_key=self._api_key, timeout_s=_PROBE_S)
+        except ServerDownError as error:
+            raise ServerDownError(f"{error}, while it was asked about its prompt caches") from error

@@ -1,0 +1,202 @@
+"""`remoe watch`: the controller's policy at the dial of a llama-server that somebody else runs."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from remoe_adapt.device_profile import DeviceProfile
+from remoe_adapt.errors import ExportError, FamilyError, ServerDownError, ServerError
+from remoe_adapt.export.gguf_file import GgufFile
+from remoe_adapt.family import Family
+from remoe_adapt.family_files import family_folder, read_family_json
+from remoe_adapt.pressure.governor import Governor
+from remoe_adapt.runtime.llama_http import Address
+from remoe_adapt.runtime.llama_process import ServerProcess, ServerSensors
+from remoe_adapt.runtime.llama_proxy import HOLD_S, Proxy
+from remoe_adapt.runtime.llama_server import LlamaActuator
+
+STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
+_SAME_STRENGTH = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """interval_s: None: the profile's sample_hz; proxy: (host, port) to listen on; keep: leave the strength as it is at
+    the end, instead of going back to the base."""
+
+    interval_s: float | None = None
+    pid: int | None = None
+    proxy: tuple[str, int] | None = None
+    hold_s: float = HOLD_S
+    reuse_prompts: bool = False
+    dry_run: bool = False
+    keep: bool = False
+    api_key: str | None = None
+
+
+class Watch:
+    """One server, one family, one profile. `events` runs it.
+
+    Raises FamilyError for the family, ConfigError for an address whose pressure cannot be seen from here.
+    """
+
+    def __init__(self, server: str, family: str, profile: DeviceProfile, options: WatchOptions) -> None:
+        self.options, self.profile = options, profile
+        self.address = Address.parse(server)
+        self.process = ServerProcess(self.address, options.pid)
+        points = FamilyPoints(family)
+        self.actuator = LlamaActuator(
+            self.address, self.process, points.strengths, lambda path: points.strength_of(path, self.process.folder),
+            per_request=options.proxy is not None, reuse_prompts=options.reuse_prompts, dry_run=options.dry_run,
+            api_key=options.api_key,
+        )  # fmt: skip
+        self.governor = Governor(self.actuator, ServerSensors(self.process), profile)
+        self.proxy: Proxy | None = None
+        if options.proxy is not None and not options.dry_run:
+            self.proxy = Proxy(
+                self.address, self.actuator.setting, self._lost, host=options.proxy[0], port=options.proxy[1],
+                hold_s=options.hold_s, reuse_prompts=options.reuse_prompts,
+            )  # fmt: skip
+        self._awake, self._ended = threading.Event(), False
+
+    def stop(self) -> None:
+        """End `events` soon; from any thread or a signal handler."""
+        self._ended = True
+        self._awake.set()
+
+    def once(self) -> dict[str, Any]:
+        """Look for as long as pressure needs to count, set what follows, and go. Raises as `LlamaActuator.sync`."""
+        self.actuator.sync()
+        seconds = self._interval_s()
+        for _ in range(math.ceil(self.profile.controller.rise_s / seconds) + 2):
+            event = self._tick()
+            self._pause(seconds)
+        self.actuator.sync()
+        return {**event, "event": "once", "live": not self.options.dry_run}
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Runs until `stop`; yields what happens, JSON-ready: "start", then "strength", "up", "down" and "wrong" (the
+        server cannot be driven: why), then "end". The first sync raises ServerError where it finds a server that it
+        cannot drive; one that is down may come later."""
+        seconds, down = self._interval_s(), ""
+        try:
+            self.actuator.sync()
+        except ServerDownError as error:
+            down = str(error)
+        port = self.proxy.start() if self.proxy else None
+        try:
+            yield {"event": "start", **self.status(), "proxy_port": port}
+            if down:
+                yield {"event": "down", "reason": down}
+            while not self._ended:
+                event = self._tick()
+                if event["changed"]:
+                    yield event
+                up = not down
+                down = yield from self._sync(down)
+                if down and up:
+                    yield {"event": "wrong" if down.startswith(_WRONG) else "down", "reason": down.removeprefix(_WRONG)}
+                self._pause(seconds)
+        finally:
+            if self.proxy:
+                self.proxy.stop()
+            kept = self._leave()
+        yield {"event": "end", **self.status(), "left_at": kept}
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "server": str(self.address),
+            "pid": self.process.pid,
+            "strength": self.actuator.current(),
+            "profile": self.profile.name,
+            "per_request": self.options.proxy is not None,
+            "dry_run": self.options.dry_run,
+            "met": self.actuator.attached,
+            "posts": self.actuator.posts,
+            "requests": dict(self.proxy.counts) if self.proxy else None,
+        }
+
+    def _interval_s(self) -> float:
+        return self.options.interval_s or 1 / self.profile.controller.sample_hz
+
+    def _tick(self) -> dict[str, Any]:
+        decision = self.governor.tick()
+        return {"event": "strength", **{k: v for k, v in asdict(decision).items() if k != "budgets"}}
+
+    def _sync(self, down: str) -> Generator[dict[str, Any], None, str]:
+        """The new reason why the server cannot be driven, "" when it is; yields that it is back."""
+        before = self.actuator.attached
+        try:
+            ready = self.actuator.sync()
+        except ServerDownError as error:
+            return str(error)
+        except ServerError as error:
+            return _WRONG + str(error)
+        if ready and (down or self.actuator.attached > before):
+            yield {"event": "up", **self.status()}
+        return "" if ready else down
+
+    def _pause(self, seconds: float) -> None:
+        if self._awake.wait(seconds) and not self._ended:
+            self._awake.clear()
+
+    def _lost(self) -> None:
+        self.actuator.lost()
+        self._awake.set()
+
+    def _leave(self) -> float | None:
+        """The strength the server is left at; None when it could not be asked."""
+        if self.options.dry_run or self.options.proxy is not None or self.options.keep:
+            return self.actuator.current()
+        self.actuator.apply(0.0)
+        try:
+            return 0.0 if self.actuator.sync() else None
+        except ServerError:
+            return None
+
+
+_WRONG = "wrong: "
+
+
+class FamilyPoints:
+    """A family's strengths, and which of them a LoRA file is. Deltas are not read.
+
+    Raises FamilyError as `Family.load`.
+    """
+
+    def __init__(self, family: str) -> None:
+        folder = family_folder(family)
+        entries = read_family_json(folder)
+        self.path, self.fingerprint = folder, entries["base"]["fingerprint"]
+        self._names = {entry["adapter"]: float(entry["strength"]) for entry in entries["points"]}
+        if not self._names:
+            raise FamilyError(f"{folder} has no points: add one with `remoe train`.")
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Rising."""
+        return tuple(sorted(self._names.values()))
+
+    def strength_of(self, path: str, folder: Path | None) -> float | None:
+        """Strength of a loaded LoRA by what its file says, where it can be read, else by its name (as s050.gguf); None
+        when it is not of this family. folder: what `path` is relative to."""
+        file = Path(path) if folder is None else folder / path
+        values: dict[str, Any] = {}
+        if file.is_file():
+            try:
+                values = GgufFile(file).values
+            except (ExportError, OSError):
+                values = {}
+        if STRENGTH_KEY in values:
+            if values.get(FINGERPRINT_KEY) != self.fingerprint:
+                return None
+            stated = float(values[STRENGTH_KEY])
+            return next((s for s in self.strengths if abs(s - stated) < _SAME_STRENGTH), None)
+        exported = {Family.adapter_name(strength): strength for strength in self.strengths}
+        return exported.get(file.stem)
