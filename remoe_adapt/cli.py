@@ -13,18 +13,28 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.text import Text
 
-from remoe_adapt import __version__, cli_bench, cli_decode, cli_export, cli_pack, cli_profiles, cli_trace, report
+from remoe_adapt import (
+    __version__,
+    cli_bench,
+    cli_decode,
+    cli_export,
+    cli_pack,
+    cli_profiles,
+    cli_trace,
+    cli_train,
+    cli_watch,
+    report,
+)
 from remoe_adapt import cli_options as opt
-from remoe_adapt.cli_options import Found
-from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.cli_options import Events, Found
+from remoe_adapt.errors import RemoeError
 from remoe_adapt.report import progress
 
 app = typer.Typer(
@@ -52,15 +62,8 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Found]], C
             as_json = kwargs["as_json"]
             # Libraries that print must not break the one JSON object.
             keep_clean = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-            try:
-                with keep_clean:
-                    result, shown = function(*args, **kwargs)
-            except (RemoeError, OSError) as error:
-                print(f"error: {error}", file=sys.stderr)
-                raise typer.Exit(1) from error
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                raise typer.Exit(130) from None
+            with _exit_status(), keep_clean:
+                result, shown = function(*args, **kwargs)
             if int(os.environ.get("RANK", "0")):
                 return  # of several processes of a launcher one speaks
             if as_json:
@@ -75,6 +78,34 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Found]], C
         return run
 
     return register
+
+
+def lines(group: typer.Typer, name: str) -> Callable[[Callable[..., Events]], Callable[..., None]]:
+    """Registers a command that says things while it runs: each (JSON object, text) is a line, printed at once."""
+
+    def register(function: Callable[..., Events]) -> Callable[..., None]:
+        @group.command(name)
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            with _exit_status():
+                for event, text in function(*args, **kwargs):
+                    print(json.dumps(event, default=str) if kwargs["as_json"] else text, flush=True)
+
+        return run
+
+    return register
+
+
+@contextlib.contextmanager
+def _exit_status() -> Iterator[None]:
+    try:
+        yield
+    except (RemoeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -100,91 +131,6 @@ def demo(
             new_tokens=max_new_tokens, max_seconds=max_seconds, force=force, on_start=total, on_tokens=advance,
         )  # fmt: skip
     return result, [report.demo_table(result), *report.demo_samples(result), report.demo_meaning(result)]
-
-
-@command(app, "train")
-def train(
-    model: opt.Model, data: opt.Data, out: opt.FamilyOut, strengths: opt.Strengths = "0.25,0.5,1.0",
-    reuse_weight: opt.ReuseWeight = None, smooth_weight: opt.SmoothWeight = None, lag_weight: opt.LagWeight = None,
-    ws_weight: opt.WsWeight = None, kl_weight: opt.KlWeight = None, distill_share: opt.DistillShare = None,
-    steps: opt.Steps = None, batch: opt.Batch = None,
-    accumulate: opt.Accumulate = None, length: opt.Length = None, lr: opt.Lr = None, mode: opt.Mode = None,
-    recency: opt.Recency = None, recency_gain: opt.FullGain = None, recency_decay: opt.RecencyDecay = None,
-    rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
-    device: opt.Device = None, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
-    """Train a family of router adapters, and the control that shows what training alone would do."""
-    recency = recency or (None if recency_gain is None else "ema")
-    given: dict[str, Any] = dict(locals())
-    from remoe_adapt.evaluate import certify, evaluate
-    from remoe_adapt.record import load_base
-    from remoe_adapt.training.run import TrainOptions, held_out_documents, train_family
-
-    options = TrainOptions(**{f.name: given[f.name] for f in fields(TrainOptions) if given.get(f.name) is not None})
-    family = train_family(
-        model, data, _numbers(strengths), out, options=options, resume=resume, control=control, device=device
-    )
-    base, tokenizer = load_base(model, device=device)
-    result: dict[str, Any] = {"family": str(out), "strengths": list(family.strengths), "control": None}
-    documents = held_out_documents(data, tokenizer, base, options)
-    # Of the processes of a distributed run one measures.
-    if not documents or int(os.environ.get("RANK", "0")):
-        return result, [f"family written to {out}"]
-    with progress("measuring on held-out parts of the data") as (total, advance):
-        total(sum(map(len, documents)) * (1 + len(family.points) + (family.control is not None)))
-        measured = evaluate(base, documents, family=family, on_tokens=advance)
-    measured["data"] = [f"held-out part of {path.name}" for path in data]
-    certify(family, measured)
-    return result | measured, [report.eval_table(measured), f"family written to {out}"]
-
-
-@command(app, "eval")
-def evaluate_command(
-    model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
-    policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
-    recency: opt.Recency = None, recency_gain: opt.RecencyGains = "0.1,0.2,0.3",
-    recency_decay: opt.RecencyDecay = None,
-    tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
-    plot: opt.Plot = None, certified: opt.Certify = False, device: opt.Device = None,
-    dtype: opt.Dtype = "auto", force: opt.Force = False, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
-    """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores."""
-    from remoe_adapt.arms import Prior
-    from remoe_adapt.evaluate import certify, evaluate, evaluate_tasks, read_shared
-    from remoe_adapt.family import Family
-    from remoe_adapt.record import load_base
-
-    if not data and not tasks:
-        raise typer.BadParameter("give --data FILE (repeat for more), or --tasks")
-    if certified and not (family and data):
-        raise typer.BadParameter("--certify needs --family and --data")
-    points = None if family is None else Family.load(family)
-    base, tokenizer = load_base(model, device=device, dtype=dtype)
-    result: dict[str, Any] = {"model": model, "family": family}
-    shown: list[RenderableType] = []
-    if data:
-        documents = read_shared(data, tokenizer, max_tokens)
-        kind = {} if recency_decay is None else {"decay": recency_decay}
-        priors = [] if recency is None else [Prior(recency, gain, **kind) for gain in _numbers(recency_gain)]
-        arms = 1 + len(priors) + (0 if points is None else len(points.points) + (points.control is not None))
-        with progress("scoring", sum(map(len, documents)) * arms) as (_, advance):
-            result |= evaluate(
-                base, documents, family=points, policies=policy, caches=cache, window=window, priors=priors,
-                force=force, on_tokens=advance,
-            )  # fmt: skip
-        result["data"] = [path.name for path in data]
-        shown.append(report.eval_table(result))
-        if plot is not None:
-            report.plot_frontier(result, plot)
-            shown.append(f"plot written to {plot}")
-        if certified and points is not None:
-            certify(points, result)
-            shown.append(f"certificates written to {points.path}")
-    if tasks:
-        scores = evaluate_tasks(base, tokenizer, points, _words(tasks), folder=task_folder, limit=limit, force=force)
-        result["tasks"] = scores
-        shown.append(report.task_table(scores))
-    return result, shown
 
 
 @command(app, "trace")
@@ -241,24 +187,32 @@ def run(
     model: opt.Model, prompt: opt.Prompt, family: opt.FamilyPath = None, profile: opt.Profile = None,
     pressure: opt.Pressure = None, strength: opt.Strength = None, max_new_tokens: opt.NewTokens = 128,
     recency: opt.Recency = None, recency_gain: opt.RecencyGain = None, recency_decay: opt.RecencyDecay = None,
-    expert_cache: opt.ExpertCacheBudget = None,
+    expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, log: opt.Log = None,
+    plot: opt.LogPlot = None, metrics_port: opt.MetricsPort = None,
     temperature: opt.Temperature = 0.0, seed: opt.Seed = 0, device: opt.Device = None, dtype: opt.Dtype = "auto",
     force: opt.Force = False, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Generate text with the dial on: a live status line, then a summary."""
     if pressure is not None and strength is not None:
         raise typer.BadParameter("--pressure and --strength pin the same dial: give one of them")
+    if plot is not None and log is None:
+        raise typer.BadParameter("--plot draws the --log: give both")
     from remoe_adapt.generation import generate_text
+    from remoe_adapt.plots import plot_log
     from remoe_adapt.record import load_tokenizer
     from remoe_adapt.runtime.load import get_remoe_model
+    from remoe_adapt.runtime.prometheus import serve_metrics
 
+    base = _base_for(model, profile, expert_cache, storage, device, dtype)
     dialled = get_remoe_model(
-        _base_for(model, profile, expert_cache, device, dtype), profile=profile, family=family, recency=recency,
-        recency_gain=recency_gain, recency_decay=recency_decay, force=force,
+        base, profile=profile, family=family, recency=recency, recency_gain=recency_gain, recency_decay=recency_decay,
+        force=force,
     )  # fmt: skip
     tokenizer = load_tokenizer(model)
     controller = dialled.controller
+    end_metrics = contextlib.nullcontext if metrics_port is None else serve_metrics(controller, metrics_port)
     try:
+        controller.log_to(log)
         if pressure is not None:
             controller.set_pressure(pressure)
         if strength is not None:
@@ -270,19 +224,27 @@ def run(
             )  # fmt: skip
         result = {"model": model, "prompt": prompt, **made, "status": controller.status()}
     finally:
+        end_metrics()
         controller.close()
-    return result, [report.run_summary(result)]
+    shown: list[Any] = [report.run_summary(result)]
+    if log is not None and plot is not None:
+        plot_log(log, plot)
+        shown.append(f"plot written to {plot}")
+    return result, shown
 
 
-def _base_for(model: str, profile: str | None, budget: str | None, device: str | None, dtype: str) -> Any:
+def _base_for(
+    model: str, profile: str | None, budget: str | None, storage: Path | None, device: str | None, dtype: str
+) -> Any:
     """Behind an expert cache where the profile or --expert-cache says so."""
     from remoe_adapt.record import load_base
     from remoe_adapt.runtime.load import load_base_under, profile_of
 
-    if profile is None and budget is None:
+    if profile is None and budget is None and storage is None:
         return load_base(model, device=device, dtype=dtype)[0]
     size = None if budget is None else _budget(budget)
-    return load_base_under(profile_of(profile), model, size, device=device, dtype=dtype)
+    packed = {} if storage is None else {"storage": storage}
+    return load_base_under(profile_of(profile), model, size, device=device, dtype=dtype, **packed)
 
 
 def _budget(text: str) -> str | float:
@@ -316,6 +278,8 @@ def _live_text(shown: bool, status: Callable[[], str]) -> Iterator[Callable[[str
 
 
 for _group, _name, _function in (
+    (app, "train", cli_train.train),
+    (app, "eval", cli_train.evaluate),
     (profiles_app, "list", cli_profiles.list_all),
     (profiles_app, "show", cli_profiles.show),
     (profiles_app, "check", cli_profiles.check),
@@ -330,17 +294,7 @@ for _group, _name, _function in (
     (bench_app, "decode", cli_decode.decode),
 ):
     command(_group, _name)(_function)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(word) for word in _words(text)]
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error
+lines(app, "watch")(cli_watch.watch)
 
 
 def main() -> None:

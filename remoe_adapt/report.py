@@ -1,10 +1,9 @@
-"""Results as tables, sentences and a plot; callers get renderables. Progress bars go to standard error."""
+"""Results as tables and sentences; callers get renderables. Progress bars go to standard error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,8 +19,6 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-
-from remoe_adapt.errors import MissingDependencyError
 
 Row = Mapping[str, Any]
 
@@ -218,42 +215,6 @@ def gating_table(result: Mapping[str, Any]) -> Table:
     if result["skipped"]:
         table.caption = "; ".join(f"{what}: {why}" for what, why in result["skipped"].items())
     return table
-
-
-def plot_frontier(results: Mapping[str, Any], path: str | Path) -> None:
-    """Writes EOR against perplexity ratio, one line per family, base and control marked; format by suffix.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingDependencyError(f"a plot needs matplotlib ({error}): pip install 'remoe-adapt[plot]'") from error
-    matplotlib.use("agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    axes = figure.subplots()
-    base = results["base"]
-    curve = [base, *results["points"]]
-    axes.plot([row["eor"] for row in curve], [row["ppl_ratio"] for row in curve], marker="o", label="family")
-    for row in curve:
-        axes.annotate(f"{row['strength']:g}", (row["eor"], row["ppl_ratio"]), (4, 4), textcoords="offset points")
-    if results.get("control"):
-        control = results["control"]
-        axes.plot(control["eor"], control["ppl_ratio"], "x", color="black", label="control: next-token loss only")
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_xlabel("expert overlap ratio (EOR)")
-    axes.set_ylabel("perplexity / base perplexity")
-    axes.legend()
-    target = Path(path)
-    scratch = target.with_name(f".tmp-{target.name}")
-    try:
-        figure.savefig(scratch)
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def demo_meaning(result: Mapping[str, Any]) -> str:

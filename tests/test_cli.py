@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -184,6 +185,19 @@ def test_run_behind_an_expert_cache_writes_the_same_text(home: Path) -> None:
     assert "budget" in refused(*args, "--expert-cache", "1.5")
     if not torch.cuda.is_available():
         assert "cuda" in refused(*args, "--expert-cache", "0.5", "--device", "cuda")
+
+
+def test_run_writes_and_draws_its_log(home: Path, tmp_path: Path) -> None:
+    log, plot = tmp_path / "run.jsonl", tmp_path / "run.png"
+    args = ("run", home / "base", "--family", home / "base/family", "--prompt", "Once", "--expert-cache", 0.5)
+    # Long enough for samples of the monitor.
+    found(*args, "--strength", 0.5, "--log", log, "--max-new-tokens", 200)
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events.count("swap") == 1 and events.count("sample") >= 2
+    if importlib.util.find_spec("matplotlib") is not None:
+        found(*args, "--log", log, "--plot", plot, "--max-new-tokens", 2)
+        assert plot.read_bytes().startswith(b"\x89PNG")
+    assert call(*args, "--plot", plot).exit_code == 2
 
 
 def test_run_takes_a_recency_prior(home: Path) -> None:

@@ -1,0 +1,113 @@
+"""Plots, by matplotlib; extra: plot. Written whole or not at all; the format is the file's suffix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from remoe_adapt.errors import ConfigError, DataError, MissingDependencyError
+
+
+def plot_frontier(results: Mapping[str, Any], path: str | Path) -> None:
+    """EOR against perplexity ratio, one line per family, base and control marked.
+
+    Raises MissingDependencyError without matplotlib, ConfigError when the file cannot be written.
+    """
+    figure = _figure(6, 4.5)
+    axes = figure.subplots()
+    base = results["base"]
+    curve = [base, *results["points"]]
+    axes.plot([row["eor"] for row in curve], [row["ppl_ratio"] for row in curve], marker="o", label="family")
+    for row in curve:
+        axes.annotate(f"{row['strength']:g}", (row["eor"], row["ppl_ratio"]), (4, 4), textcoords="offset points")
+    if results.get("control"):
+        control = results["control"]
+        axes.plot(control["eor"], control["ppl_ratio"], "x", color="black", label="control: next-token loss only")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xlabel("expert overlap ratio (EOR)")
+    axes.set_ylabel("perplexity / base perplexity")
+    axes.legend()
+    _write(figure, path)
+
+
+def plot_log(log: str | Path, path: str | Path) -> None:
+    """Pressure and strength, hit rate, cache budget and TPOT over time, from a file of `Controller.log_to`.
+
+    Raises DataError when the log has no samples, MissingDependencyError without matplotlib, ConfigError when the plot
+    cannot be written.
+    """
+    samples = read_samples(log)
+    figure = _figure(8, 7)
+    start_s = samples[0]["time_s"]
+    times_s = [sample["time_s"] - start_s for sample in samples]
+    top, middle, room, bottom = figure.subplots(4, sharex=True)
+    _curve(top, times_s, [sample["pressure"] for sample in samples], "pressure")
+    top.step(times_s, [sample["strength"] for sample in samples], where="post", label="strength")
+    top.set_ylim(-0.05, 1.05)
+    top.legend(loc="upper right")
+    _curve(middle, times_s, hit_rates(samples), "hit rate")
+    middle.set_ylim(0, 1.02)
+    budgets = [sample["budget_bytes"] for sample in samples]
+    _curve(room, times_s, [None if size is None else size / (1 << 20) for size in budgets], "cache budget, MiB")
+    room.set_ylim(bottom=0)
+    _curve(bottom, times_s, [sample["tpot_ms"] for sample in samples], "TPOT, ms")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("seconds")
+    for axes in (middle, room, bottom):
+        axes.legend(loc="upper right")
+    _write(figure, path)
+
+
+def read_samples(log: str | Path) -> list[dict[str, Any]]:
+    """The samples of a file of `Controller.log_to`, in order. Raises DataError when there is none."""
+    samples = []
+    try:
+        with Path(log).open(encoding="utf-8") as lines:
+            for line in lines:
+                found = json.loads(line)
+                if found["event"] == "sample":
+                    samples.append(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{log} is no log of a controller ({error}): make one with --log, or log_to.") from error
+    if not samples:
+        raise DataError(f"{log} has no samples: the monitor was paused, or the run was shorter than one.")
+    return samples
+
+
+def hit_rates(samples: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Of each sample: the share of look-ups since the one before that were hits; None where there were none."""
+    rates: list[float | None] = [None]
+    for before, after in pairwise(samples):
+        grown = [(after[key] or 0) - (before[key] or 0) for key in ("hits", "misses")]
+        rates.append(grown[0] / sum(grown) if sum(grown) > 0 else None)
+    return rates
+
+
+def _curve(axes: Any, times_s: Sequence[float], values: Sequence[float | None], label: str) -> None:
+    axes.plot(times_s, [float("nan") if value is None else value for value in values], label=label)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingDependencyError(f"a plot needs matplotlib ({error}): pip install 'remoe-adapt[plot]'") from error
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _write(figure: Any, path: str | Path) -> None:
+    target = Path(path)
+    scratch = target.with_name(f".tmp-{target.name}")
+    try:
+        figure.savefig(scratch)
+        scratch.replace(target)
+    except (OSError, ValueError) as error:  # no such folder; no such format
+        raise ConfigError(f"plot {target} cannot be written ({error}): give a .png, .svg or .pdf file.") from error
+    finally:
+        scratch.unlink(missing_ok=True)

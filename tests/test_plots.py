@@ -1,0 +1,47 @@
+"""Plots from real figures: written whole or not at all, and clear about what they cannot draw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.plots import hit_rates, plot_frontier, plot_log, read_samples
+
+
+def sample(time_s: float, hits: int | None, misses: int | None) -> dict[str, Any]:
+    return {
+        "event": "sample", "time_s": time_s, "pressure": 0.5, "strength": 0.25, "tpot_ms": None, "hits": hits,
+        "misses": misses, "budget_bytes": None if hits is None else 1 << 20,
+    }  # fmt: skip
+
+
+def test_hit_rates_are_of_the_time_between_two_samples() -> None:
+    samples = [sample(0, 0, 0), sample(1, 3, 1), sample(2, 3, 1), sample(3, 3, 5), sample(4, None, None)]
+    assert hit_rates(samples) == [None, 0.75, None, 0.0, None]
+
+
+def test_a_log_becomes_a_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    log = tmp_path / "log.jsonl"
+    lines = [sample(0, 0, 0), {"event": "swap", "time_s": 0.5}, sample(1, 3, 1), sample(2, None, None)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [found["time_s"] for found in read_samples(log)] == [0, 1, 2]
+    plot_log(log, tmp_path / "log.svg")
+    drawn = (tmp_path / "log.svg").read_text()
+    assert drawn.count("<svg") == 1 and sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "log.svg"]
+    with pytest.raises(ConfigError, match=r"\.png, \.svg or \.pdf"):
+        plot_log(log, tmp_path / "log.what")
+    row = {"strength": 0.0, "eor": 0.2, "ppl_ratio": 1.0}
+    plot_frontier({"base": row, "points": [row], "control": row}, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]\n", '{"event": "swap"}\n'])
+def test_what_is_no_log_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"log\.jsonl"):
+        read_samples(tmp_path / "log.jsonl")
