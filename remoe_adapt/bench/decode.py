@@ -1,24 +1,21 @@
 """`remoe bench decode`: what a token costs when experts come from storage, against the other ways to get them.
 
-Every way to hold the experts is a process of its own. All live at once and take turns, document by document, in an order
-that changes, over the same held-out text: a prompt at once, then one given token per step with the KV cache, batch 1.
-Times are medians over steps. Where memory can be limited, our cache at 25 %, accelerate's disk offload and memory-mapped
-weights decode under the same limit, which is what ours takes: the code of libraries is in memory before, charged to
-nobody who is limited, so the limit is anonymous memory, the kernel's own, and page cache of the weights.
+Every way to hold the experts is a process of its own. All live at once and take turns, document by document, in an
+order that changes, over the same held-out text: a prompt at once, then one given token per step with the KV cache,
+batch 1. Times are medians over steps. Where memory can be limited, our cache at 25 %, accelerate's disk offload and
+memory-mapped weights decode under the same limit, which is what ours takes: the code of libraries is in memory before,
+charged to nobody who is limited, so the limit is anonymous memory, the kernel's own, and page cache of the weights.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,11 +25,11 @@ from remoe_adapt.bench.decode_figures import arm_row, bars, limit_ms, miss_burst
 from remoe_adapt.bench.decode_process import WorkerProcess
 from remoe_adapt.bench.limits import MemoryGroup, memory_group, why_no_groups
 from remoe_adapt.bench.loop_disk import READ_AHEAD_BYTES, evict, loop_disk, why_no_loop
+from remoe_adapt.bench.places import checked_family, chosen_model, terminated_as_interrupted, work_folder
 from remoe_adapt.bench.widen import EXPERT_BYTES, widened
 from remoe_adapt.cache.tiers import READ_THREADS
-from remoe_adapt.demo import example_folder, held_out
-from remoe_adapt.errors import ConfigError, DataError, RemoeError
-from remoe_adapt.family import Family
+from remoe_adapt.demo import held_out
+from remoe_adapt.errors import DataError, RemoeError
 from remoe_adapt.record import load_base
 from remoe_adapt.runtime.pack import pack_experts
 
@@ -99,14 +96,11 @@ def run_decode(
     processes are gone afterwards, whatever happens.
     """
     started_s = time.perf_counter()
-    model = options.model or example_folder()
-    if not options.model and not (example_folder() / "config.json").is_file():
-        raise ConfigError("the shipped model is not beside this package: clone the repository, or give --model")
-    work = options.work or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe" / "bench"
+    model, work = chosen_model(options.model), work_folder(options.work)
     documents = _documents(model, options)
-    family = _family(model, options)
+    family = checked_family(model, options.family)
     bench = _Bench(options, family, documents, on_start, on_tokens)
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         wide = widened(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes)
         try:
             with ExitStack() as undo:
@@ -251,8 +245,9 @@ class _Bench:
         return limit
 
     def _decode(self, arm: _Arm, ids: Sequence[int]) -> list[dict[str, Any]]:
+        seconds = self._options.turn_seconds if arm.worker in _OTHERS else self._options.max_seconds
         answer = self._workers[arm.worker].ask(
-            "decode", arm=arm.settings, ids=list(ids), prompt=PROMPT_TOKENS, max_seconds=self._options.turn_seconds
+            "decode", arm=arm.settings, ids=list(ids), prompt=PROMPT_TOKENS, max_seconds=seconds
         )
         facts = self._facts[arm.worker]
         facts["anon_growth_bytes"] = max(facts["anon_growth_bytes"], answer["anon_growth_bytes"])
@@ -325,17 +320,6 @@ def _documents(model: str | Path, options: DecodeOptions) -> list[list[int]]:
     return chosen
 
 
-def _family(model: str | Path, options: DecodeOptions) -> str | None:
-    """Folder or hub id of the family, checked on the model as it is stored; None where there is none."""
-    place = options.family
-    if place is None:
-        place = Path(model) / "family"
-        if not (place / "family.json").is_file():
-            return None
-    Family.load(place).check(load_base(model, device="cpu")[0])
-    return str(Path(place).resolve()) if Path(place).is_dir() else str(place)
-
-
 def _storage(wide: Path, work: Path, undo: ExitStack, why: str | None) -> tuple[Path, dict[str, Any]]:
     """The folder that everyone reads from, and what it is on."""
     if why is not None:
@@ -347,20 +331,3 @@ def _storage(wide: Path, work: Path, undo: ExitStack, why: str | None) -> tuple[
     shutil.copytree(wide, folder)
     disk.forget()
     return folder, {"kind": "loop device", "read_ahead_bytes": READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """A polite kill cleans up as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
