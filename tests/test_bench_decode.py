@@ -28,7 +28,8 @@ from remoe_adapt.bench.decode_process import WorkerProcess
 from remoe_adapt.bench.decode_worker import serve
 from remoe_adapt.bench.limits import memory_group, why_no_groups
 from remoe_adapt.bench.loop_disk import READ_AHEAD_BYTES, evict, loop_disk, why_no_loop
-from remoe_adapt.bench.widen import save_whole, widen
+from remoe_adapt.bench.widen import check_same, save_whole, widen
+from remoe_adapt.cache.store import experts_modules
 from remoe_adapt.demo import example_folder
 from remoe_adapt.errors import ConfigError, RemoeError
 
@@ -50,14 +51,22 @@ def test_a_widened_model_computes_the_same(tmp_path: Path, kind: str) -> None:
     ids_BT = torch.randint(3, 96, (2, 24))
     with torch.no_grad():
         torch.testing.assert_close(wide(input_ids=ids_BT).logits, source(input_ids=ids_BT).logits, rtol=1e-4, atol=1e-5)
-    experts = [p for name, p in wide.named_parameters() if ".experts." in name and p.dim() == 3]
-    assert sum(param[0].nbytes for param in experts) / wide.config.num_hidden_layers >= 1 << 17
+    check_same(tmp_path / "wide", source)
+    for module in experts_modules(wide).values():
+        assert sum(param[0].nbytes for param in module.parameters()) >= 1 << 17
 
 
-def test_a_model_without_a_size_of_experts_alone_is_refused(tmp_path: Path) -> None:
-    dense = torch.nn.Linear(2, 2)
+def test_a_checkpoint_that_computes_something_else_is_noticed(tmp_path: Path) -> None:
+    source = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "tiny", "qwen2_moe"), dtype=torch.float32)
+    with torch.no_grad():
+        source.lm_head.weight[7] += 1
+    with pytest.raises(ConfigError, match="its logits change by"):
+        check_same(tmp_path / "tiny", source)
+
+
+def test_a_model_without_experts_is_refused() -> None:
     with pytest.raises(ConfigError, match="no experts"):
-        widen(dense)
+        widen(torch.nn.Linear(2, 2))
 
 
 def test_widening_on_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ class _Arm:
 
 def quickly(options: DecodeOptions) -> DecodeOptions:
     """The same in seconds: small experts, few arms and tokens, no limits; its figures say little."""
-    return replace(options, tokens=160, strengths=(1.0,), gains=(0.2,), expert_bytes=1 << 18, limits=False)
+    return replace(options, tokens=110, strengths=(1.0,), gains=(0.2,), expert_bytes=1 << 18, limits=False)
 
 
 def run_decode(

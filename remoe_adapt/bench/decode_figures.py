@@ -66,15 +66,13 @@ def limit_ms(bytes_per_token: float, bytes_per_s: float, resident_tpot_ms: float
 
 
 def bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], limit: float, facts: Mapping[str, Row]) -> list[Row]:
-    """Each bar of the benchmark: `{bar, value, target, at_most, met, arm}`; value and met are None where it has none."""
+    """Each bar: `{bar, value, target, at_most, met, arm}`; value and met are None without arms for it."""
     base = steps["cache25_s0"]
     found = [
         _bar("budget 100 %: TPOT / stock's", 1 / times_faster(steps["cache100_s0"], steps["stock"]), at_most=1.10),
         _bar("budget 25 %: times faster than accelerate's disk offload", _over(steps, "accelerate_disk"), at_least=5.0),
         _bar("budget 25 %: times faster than memory-mapped weights", _over(steps, "mmap_cgroup"), at_least=1.2),
-        _bar(
-            "budget 25 %: times faster than transformers' disk offload", _over(steps, "transformers_disk"), at_least=1.2
-        ),
+        _bar("budget 25 %: times faster than transformers' disk", _over(steps, "transformers_disk"), at_least=1.2),
         _bar("budget 25 %: TPOT / the limit", rows["cache25_s0"]["tpot_ms"] / limit, at_most=1.25),
     ]
     for title, prefix, ratio, times in (

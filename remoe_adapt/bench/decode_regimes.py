@@ -48,6 +48,7 @@ class Regime(ABC):
 
     def use(self, arm: Mapping[str, Any]) -> None:
         """From here on the model is this arm; no slot holds what another arm left."""
+        assert not arm, "only a cache has arms"
 
     def between_steps(self) -> AbstractContextManager[None]:
         """Around each forward."""

@@ -1,7 +1,7 @@
 """A model made wider without computing anything else: experts padded with zeros, so that reads have a realistic size.
 
-A padded unit has weights of zero on both sides: it multiplies nothing and adds nothing. Logits are equal up to the order
-in which sums are rounded, and routing is the trained one.
+A padded unit has weights of zero on both sides: it multiplies nothing and adds nothing. Logits are equal up to the
+order in which sums are rounded, and routing is the trained one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from remoe_adapt.cache.store import experts_modules
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.record import load_base, load_tokenizer
+from remoe_adapt.runtime import pretrained
 from remoe_adapt.runtime.pretrained import auto_class
 
 # A huge page and a little more: devices read into those in fewer requests.
@@ -29,6 +30,8 @@ EXPERT_BYTES = 2 << 20
 _STEP = 32
 _SLACK_BYTES = 64 << 20
 _FORMAT = 1
+# Largest difference of a logit by rounding: (bfloat16 and the like, float32).
+_MOST_GAP = (0.5, 1e-3)
 
 
 def widened(model: str | Path, work: Path, *, dtype: torch.dtype, expert_bytes: int = EXPERT_BYTES) -> Path:
@@ -43,8 +46,12 @@ def widened(model: str | Path, work: Path, *, dtype: torch.dtype, expert_bytes: 
     if (folder / "config.json").is_file():
         return folder
     source, tokenizer = load_base(model, device="cpu", dtype=str(dtype).removeprefix("torch.")), load_tokenizer(model)
-    wide = widen(source[0], expert_bytes)
-    save_whole(wide, folder, tokenizer)
+    save_whole(widen(source[0], expert_bytes), folder, tokenizer)
+    try:
+        check_same(folder, source[0])
+    except ConfigError:
+        shutil.rmtree(folder)
+        raise
     return folder
 
 
@@ -77,6 +84,15 @@ def widen(model: Any, expert_bytes: int = EXPERT_BYTES) -> Any:
     }
     wide.load_state_dict(state, assign=True)
     return wide.eval()
+
+
+def check_same(folder: Path, model: Any) -> None:
+    """Raises ConfigError when the checkpoint does not compute what `model` does, to rounding."""
+    wide, ids_BT = pretrained.load_base(folder), torch.arange(2, 18)[None]
+    with torch.inference_mode():
+        gap = (wide(input_ids=ids_BT).logits.float() - model(input_ids=ids_BT).logits.float()).abs().max()
+    if not gap <= _MOST_GAP[model.dtype == torch.float32]:
+        raise ConfigError(f"{type(model).__name__}: widened, its logits change by {gap:.2g}; give another --model.")
 
 
 def save_whole(model: Any, folder: Path, tokenizer: Any = None) -> None:
@@ -135,7 +151,7 @@ def _key(model: str | Path, dtype: torch.dtype, expert_bytes: int) -> str:
 def _inner_option(model: Any) -> tuple[str, int]:
     """The option of the configuration that is the experts' inner size alone, and its value."""
     shapes = _experts_shapes(model)
-    others = {name: tuple(param.shape) for name, param in model.named_parameters() if name not in shapes}
+    now = {name: tuple(param.shape) for name, param in model.named_parameters()}
     for option, value in model.config.get_text_config().to_dict().items():
         if isinstance(value, bool) or not isinstance(value, int) or "intermediate" not in option:
             continue
@@ -144,7 +160,9 @@ def _inner_option(model: Any) -> tuple[str, int]:
         except (ValueError, RuntimeError):
             continue
         wide = {name: tuple(param.shape) for name, param in trial.named_parameters()}
-        if all(wide[name] != shape for name, shape in shapes.items()) and others.items() <= wide.items():
+        # Experts that all tokens share may grow with the others.
+        grown = [name for name, shape in now.items() if sum(a != b for a, b in zip(shape, wide[name], strict=True))]
+        if all(wide[name] != shape for name, shape in shapes.items()) and all("expert" in name for name in grown):
             return option, value
     raise ConfigError(
         f"{type(model).__name__}: no option of its configuration is the inner size of its experts alone, so it cannot "
@@ -153,7 +171,7 @@ def _inner_option(model: Any) -> tuple[str, int]:
 
 
 def _experts_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of the experts' weights, by full name; biases of the output have no inner size."""
+    """Of the experts' weights, by full name; their biases need not have the inner size."""
     return {
         f"{name}.{param}": tuple(value.shape)
         for name, module in experts_modules(model).items()
