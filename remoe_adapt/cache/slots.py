@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -48,6 +48,21 @@ class LayerCounters:
     prefetched: int = 0
     bytes: int = 0
     stall_s: float = 0.0
+
+
+_COUNTED = tuple(field.name for field in fields(LayerCounters))
+
+
+def each(layers: Sequence[LayerCounters]) -> list[dict[str, Any]]:
+    """Counters of each layer."""
+    return [{name: getattr(counters, name) for name in _COUNTED} for counters in layers]
+
+
+def total(layers: Sequence[LayerCounters]) -> dict[str, Any]:
+    """Sums of the counters, and the hit rate; quick enough to be asked for several times a second."""
+    sums = {name: sum([getattr(counters, name) for counters in layers]) for name in _COUNTED}
+    uses = sums["hits"] + sums["misses"]
+    return {"hit_rate": sums["hits"] / uses if uses else 0.0, **sums}
 
 
 class Lease:

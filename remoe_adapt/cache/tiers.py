@@ -1,8 +1,7 @@
 """The experts held in memory: slots under a budget in bytes, filled from storage, given up by a policy.
 
-Keys are (layer, expert). One policy rules all layers, or each layer has its own share of the budget. A lease holds the
-experts that are computed with now; what is leased is never evicted. Experts may be read ahead of their lease: until it
-comes they have their room, and they are read only while no lease waits for a read.
+One policy rules all layers, or each layer has its own share of the budget. A lease holds the experts that are computed
+with now; what is leased is never evicted. Experts may be read ahead of their lease, while no lease waits for a read.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +19,9 @@ from remoe_adapt.cache.ahead import ReadAheads
 from remoe_adapt.cache.policy import Policy
 from remoe_adapt.cache.residency import Residency
 from remoe_adapt.cache.simulate import make_policy
-from remoe_adapt.cache.slots import ExpertSource, Key, LayerCounters, Lease, Slot, shares_of
+from remoe_adapt.cache.slots import ExpertSource, Key, LayerCounters, Lease, Slot, each, shares_of, total
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.forks import mend_after_fork
 from remoe_adapt.host_memory import return_freed_memory
 
 POLICIES = ("lru", "lfu", "lrfu")
@@ -74,15 +73,26 @@ class ExpertCache:
         self._policies, self._budget_bytes = policies, budget_bytes
         self._held = [0 for _ in layers]
         self._slots: dict[Key, Slot] = {}
-        self._loading: dict[Key, Future[Slot]] = {}
-        self._pins: Counter[Key] = Counter()
-        self._ahead, self._waiting = ReadAheads(), 0
         self._tokens, self._last_layer = [0] * len(self._domains), [-1] * len(self._domains)
         self._counters = [LayerCounters() for _ in layers]
         self._residency = Residency(source.num_experts)
+        self._threads = threads
+        self._nothing_under_way()
+        mend_after_fork(self)
+
+    def _nothing_under_way(self) -> None:
         self._changed = threading.Condition()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="expert-read")
+        self._loading: dict[Key, Future[Slot]] = {}
+        self._pins: Counter[Key] = Counter()
+        self._ahead, self._waiting = ReadAheads(), 0
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-read")
         self._ahead_pool = ThreadPoolExecutor(AHEAD_THREADS, thread_name_prefix="expert-read-ahead")
+
+    def after_fork(self) -> None:
+        """In the child: what the parent's threads were reading or computing with is nobody's."""
+        for key in self._loading:
+            self._policies[self._domain_of[key[0]]].discard(key)
+        self._nothing_under_way()
 
     def __deepcopy__(self, memo: object) -> ExpertCache:
         """A copied model computes on the same slots."""
@@ -184,7 +194,7 @@ class ExpertCache:
             return [expert for expert in experts if (layer, expert) not in policy]
 
     def is_whole(self, layer: int) -> bool:
-        """Whether all experts of this layer are there."""
+        """All experts of this layer are there."""
         return self._held[layer] == self.source.num_experts[layer]
 
     def clear(self) -> None:
@@ -232,25 +242,17 @@ class ExpertCache:
             self.source.give_back()
             return_freed_memory()
 
-    def stats(self) -> dict[str, Any]:
-        """JSON-ready: settings, what is resident, counters summed up and (`layers`) for each layer.
-
-        `below`: the same of the tier below; None without one.
+    def stats(self, *, layers: bool = True) -> dict[str, Any]:
+        """JSON-ready: settings, what is resident, counters summed up and, unless turned off, those of each layer
+        (`layers`). `below`: the same of the tier below; None without one.
         """
+        found: dict[str, Any] = {"policy": self.policy, "scope": self.scope}
         with self._changed:
-            layers = [asdict(counters) for counters in self._counters]
-            room = {"budget_bytes": self._budget_bytes, "resident_bytes": self.resident_bytes}
-        total = {field.name: sum(layer[field.name] for layer in layers) for field in fields(LayerCounters)}
-        uses = total["hits"] + total["misses"]
-        return {
-            "policy": self.policy,
-            "scope": self.scope,
-            **room,
-            "hit_rate": total["hits"] / uses if uses else 0.0,
-            **total,
-            "layers": layers,
-            "below": None if self.below is None else self.below.stats(),
-        }
+            found |= {"budget_bytes": self._budget_bytes, "resident_bytes": self.resident_bytes}
+            found |= total(self._counters)
+            if layers:
+                found["layers"] = each(self._counters)
+        return found | {"below": None if self.below is None else self.below.stats(layers=layers)}
 
     def reset_stats(self) -> None:
         """Counters start again at 0, those of the tiers below too; slots and the policy's memory of uses stay."""
@@ -282,7 +284,7 @@ class ExpertCache:
     def _unpin(self, keys: Iterable[Key]) -> None:
         for key in keys:
             self._pins[key] -= 1
-            if not self._pins[key]:
+            if self._pins[key] <= 0:
                 del self._pins[key]
 
     def _fits(self, domain: int, keys: list[Key]) -> bool:

@@ -13,7 +13,6 @@ import numbers
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -24,6 +23,7 @@ from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError, MergeStateError
 from remoe_adapt.family import Family
+from remoe_adapt.forks import mend_after_fork
 from remoe_adapt.pressure.policy import Decision
 from remoe_adapt.runtime.events import Events, Swap
 from remoe_adapt.runtime.gate import Gate
@@ -34,7 +34,6 @@ from remoe_adapt.runtime.timings import Timings
 from remoe_adapt.tuner.model import RemoeModel
 
 _SAMPLED = ("hits", "misses", "bytes", "stall_s", "budget_bytes", "resident_bytes")
-_OPEN: weakref.WeakSet[Controller] = weakref.WeakSet()
 
 
 class Controller:
@@ -79,7 +78,7 @@ class Controller:
         self._monitor = Monitor(self._base, profile, self)
         tuner.dial = self
         self._install()
-        _OPEN.add(self)
+        mend_after_fork(self)
         self.set_pressure(None)
         if monitored:
             self._monitor.start()
@@ -233,7 +232,6 @@ class Controller:
             for owner in (self._model, self._base):
                 if owner.__dict__.get("controller") is self:
                     del owner.__dict__["controller"]
-        _OPEN.discard(self)
         self._monitor.close()
         self._events.close()
 
@@ -249,6 +247,13 @@ class Controller:
             "models cannot share one dial. Call model.controller.close() first."
         )
 
+    def after_fork(self) -> None:
+        """In the child: locks that threads of the parent held, and those threads, are not there."""
+        self._stage_lock = threading.RLock()
+        self._gate.after_fork()
+        self._monitor.after_fork()
+        self._events.after_fork()
+
     # Target -> staged -> live
 
     def hear(self, decision: Decision) -> None:
@@ -263,7 +268,7 @@ class Controller:
 
     def _sample(self, decision: Decision) -> dict[str, Any]:
         cache = expert_cache_of(self._base)
-        experts = {} if cache is None else cache.stats()
+        experts = {} if cache is None else cache.stats(layers=False)
         return {
             "pressure": self._pressure,
             "strength": self.strength,
@@ -374,19 +379,6 @@ class _Paused(AbstractContextManager[None]):
     def __exit__(self, *error: object) -> None:
         if not self._controller.status()["closed"]:
             self._controller.resume()
-
-
-def _after_fork() -> None:
-    """Locks that threads of the parent held, and those threads, are not in the child."""
-    for controller in list(_OPEN):
-        controller._stage_lock = threading.RLock()
-        controller._gate.after_fork()
-        controller._monitor.after_fork()
-        controller._events.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _unit(what: str, value: object) -> float:

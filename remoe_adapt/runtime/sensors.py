@@ -72,7 +72,7 @@ class CacheUse:
         self._samples: deque[tuple[float, dict[str, float]]] = deque()
 
     def read(self, now_s: float) -> Reading:
-        stats = self._cache.stats()
+        stats = self._cache.stats(layers=False)
         measures = self._sizes("cache", stats, self.allowed_bytes, now_s)
         if stats.get("below"):
             measures |= self._sizes("below", stats["below"], self.below_allowed_bytes, now_s)
