@@ -2,6 +2,9 @@
 
 Types beyond F32 are written by `ggml_quantize_chunk` of the engine itself, with the choice of types that its
 quantising tool makes (routers, norms and biases stay as they are).
+
+llama.cpp never renormalises the weights of chosen experts in qwen2moe and olmoe and always does in qwen3moe: a model
+with another `norm_topk_prob` gets a file that loads and computes something else.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ import ctypes as C
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -20,6 +23,8 @@ from transformers import PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from remoe_adapt.llama_engine import library
+
+gguf = pytest.importorskip("gguf", reason="GGUF files are written by the gguf package (extra: export)")
 
 ARCH = {
     "qwen2moe": gguf.MODEL_ARCH.QWEN2MOE,
@@ -31,7 +36,9 @@ Type = gguf.GGMLQuantizationType
 EXPERTS, TOP_K, LAYERS, VOCAB = 16, 4, 3, 320
 
 
-def small_model(kind: str, *, hidden: int = 64, inner: int = 64, layers: int = LAYERS, seed: int = 0) -> PreTrainedModel:
+def small_model(
+    kind: str, *, hidden: int = 64, inner: int = 64, layers: int = LAYERS, seed: int = 0
+) -> PreTrainedModel:
     """A random model of one of the architectures of ARCH whose routers, norms and biases all matter; fp32."""
     torch.manual_seed(seed)
     heads: dict[str, Any] = {
@@ -118,7 +125,7 @@ def write_gguf(model: PreTrainedModel, kind: str, path: Path, *, weights: str = 
     return path
 
 
-def quantize(value: NDArray[np.float32], kind: Type) -> NDArray[np.uint8]:
+def quantize(value: NDArray[np.float32], kind: Any) -> NDArray[np.uint8]:
     """Rows of fp32 in a ggml type, as bytes; by the engine's quantiser."""
     if kind in (Type.F16, Type.BF16):
         found: NDArray[np.uint8] = gguf.quants.quantize(value, kind).view(np.uint8)
@@ -138,7 +145,7 @@ def quantize(value: NDArray[np.float32], kind: Type) -> NDArray[np.uint8]:
     return out
 
 
-def _add_sizes(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
+def _add_sizes(writer: Any, config: Any, kind: str) -> None:
     writer.add_name(f"small-{kind}")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -175,7 +182,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any, kind: str) -> None:
     writer.add_rope_dimension_count(config.qk_rope_head_dim)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_tokenizer(writer: Any, config: Any) -> None:
     """Every byte is a token, as byte-level BPE writes it; one merge, for the engine refuses none."""
     shown = bytes_to_unicode()
     tokens = [shown[byte] for byte in range(256)] + ["<|bos|>", "<|eos|>", "er"]

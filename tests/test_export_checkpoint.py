@@ -172,7 +172,7 @@ def test_memory_stays_with_the_routers_for_a_base_of_16_shards(tmp_path: Path) -
         assert peak() < 8e6
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_moe", "granitemoe", "ernie4_5_moe"])
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "granitemoe", "ernie4_5_moe", "afmoe"])
 def test_a_stock_lora_is_the_live_model_in_fp32(architecture: str, tmp_path: Path) -> None:
     family = family_of(tmp_path, architecture)
     result = export_lora(tmp_path / "base", family, 0.6, tmp_path / "lora")

@@ -8,11 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_writer import small_model, write_gguf
+from gguf_writer import gguf, small_model, write_gguf
 from killed import killed_at_write
 from tiny_checkpoints import save_tiny, stock
 from tiny_families import tiny_family

@@ -6,6 +6,7 @@ A full delta is a LoRA of rank E: A = delta [E, D], B = identity [E, E], alpha =
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -128,18 +129,21 @@ def _check_reached(skeleton: nn.Module, weight_names: dict[str, str]) -> None:
         if not owner:
             continue
         calls: list[object] = []
+        rows, columns = router.get_parameter(weight_name).shape
+        given = inspect.signature(router.forward).parameters.values()
+        needed = [entry for entry in given if entry.default is entry.empty][1:]  # a selection bias, for instance
         handle = router.get_submodule(owner).register_forward_hook(lambda *_, calls=calls: calls.append(1))
         try:
-            with torch.no_grad():
-                router(torch.empty(1, 1, router.get_parameter(weight_name).shape[1], device="meta"))
+            with torch.no_grad(), torch.device("meta"):
+                router(torch.empty(1, 1, columns), *(torch.empty(rows) for _ in needed))
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
             pass  # what comes after the product needs more than these hidden states
         finally:
             handle.remove()
         if not calls:
             raise UnsupportedRouterError(
-                f"router {name} uses {weight_name} without calling its {owner}: PEFT's LoRA would be silently ignored. "
-                "Use `remoe export merged`."
+                f"router {name} was not seen to call its {owner}, whose weight PEFT's LoRA changes while it is called: "
+                "the LoRA could be silently ignored. Use `remoe export merged`."
             )
 
 
