@@ -38,6 +38,6 @@ if __name__ == "__main__":
     heldout = REPO_ROOT.parent / "shared" / "data" / "heldout"
     given = {name: json.loads(value) for name, _, value in (argument.partition("=") for argument in sys.argv[1:])}
     texts = [heldout / name for name in TEXTS if (heldout / name).is_file()]
-    result = run_decode(DecodeOptions(**{"data": texts, "keep": True, **given}))
+    result = run_decode(DecodeOptions(**{"data": texts, **given}))
     keep(result)
     print(json.dumps(result))

@@ -10,6 +10,7 @@ charged to nobody who is limited, so the limit is anonymous memory, the kernel's
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -298,17 +299,15 @@ class _Bench:
 
 
 def _documents(model: str | Path, options: DecodeOptions) -> list[list[int]]:
-    """Held-out documents of about `tokens` tokens in all, those of the standard library and of the data in turn."""
+    """Held-out documents of about `tokens` tokens in all, in an order that is random but the same in every run."""
     _, tokenizer = load_base(model, device="cpu")
     # The prompts of the shipped text are too short to be timed, but count as tokens there.
     wanted = 2 * options.tokens + 1024
     found = held_out(Path(model), tokenizer, wanted, options.data).documents
     long = [ids for ids in found if len(ids) > PROMPT_TOKENS + _LEAST_STEPS]
-    # The text of the standard library comes first, then that of the data: one of each in turn.
-    half = len(long) // 2 if options.data else 0
-    spread = [ids for pair in zip(long[:half], long[half : 2 * half], strict=True) for ids in pair] + long[2 * half :]
+    random.Random(0).shuffle(long)  # whatever is left out for time, all sources have had their turn
     chosen: list[list[int]] = []
-    for ids in spread:
+    for ids in long:
         left = options.tokens - sum(map(len, chosen))
         if left > PROMPT_TOKENS + _LEAST_STEPS:
             chosen.append(ids[:left])
