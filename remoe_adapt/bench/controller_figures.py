@@ -1,0 +1,151 @@
+"""From the recorded phases of every arm to the figures of `remoe bench controller`: rows, bars, whether it counts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# In a cycle: before, while and after another process holds the memory.
+CALM_BEFORE, SQUEEZE, CALM_AFTER = range(3)
+_VOID_BELOW = 1.3
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of one arm. steps: lists of one length by name, see `controller_worker.COLUMNS`."""
+
+    cycle: int
+    kind: int
+    steps: Mapping[str, Sequence[float]]
+
+    @property
+    def places(self) -> range:
+        """Places of all its steps."""
+        return range(len(self.steps["s"]))
+
+
+Phases = Sequence[Phase]
+
+
+def arm_row(phases: Phases, settle_s: float, *, died: bool) -> Row:
+    """One arm's times in ms, with the median budget in a squeeze, None where it died; KL and counts come from others."""
+    squeezed = [s for phase in phases if phase.kind == SQUEEZE for s in phase.steps["s"]]
+    budgets = [size for phase in phases if phase.kind == SQUEEZE for size in phase.steps["budget_bytes"]]
+    calm = list(settled(phases, settle_s).values())
+    alive = bool(squeezed) and not died
+    return {
+        "squeeze_p95_ms": 1e3 * float(np.percentile(squeezed, 95)) if alive else None,
+        "squeeze_tpot_ms": 1e3 * statistics.median(squeezed) if alive else None,
+        "calm_tpot_ms": 1e3 * statistics.median(calm) if calm else None,
+        "squeeze_budget_bytes": statistics.median(budgets) if alive else None,
+        "squeeze_misses": _mean(phases, SQUEEZE, "misses") if alive else None,
+        "mean_strength": statistics.fmean(strengths(phases)) if phases else None,
+    }
+
+
+def strengths(phases: Phases) -> list[float]:
+    """Of every token in the order of the text."""
+    return [strength for phase in phases for strength in phase.steps["strength"]]
+
+
+def settled(phases: Phases, settle_s: float) -> dict[tuple[int, int, int], float]:
+    """Seconds of the calm steps by (cycle, phase, place): all before a squeeze, and those from `settle_s` after one."""
+    found = {}
+    for phase in phases:
+        after_s = {CALM_BEFORE: 0.0, SQUEEZE: float("inf"), CALM_AFTER: settle_s}[phase.kind]
+        for place, (seconds, at_s) in enumerate(zip(phase.steps["s"], phase.steps["at_s"], strict=True)):
+            if at_s >= after_s:
+                found[phase.cycle, phase.kind, place] = seconds
+    return found
+
+
+def calm_ratio(arm: Phases, baseline: Phases, settle_s: float) -> float:
+    """Median time of the settled calm steps that both have, over the baseline's."""
+    ours, theirs = settled(arm, settle_s), settled(baseline, settle_s)
+    both = ours.keys() & theirs.keys()
+    return statistics.median(ours[key] for key in both) / statistics.median(theirs[key] for key in both)
+
+
+def return_s(phases: Phases) -> float | None:
+    """Longest time from the end of a squeeze until strength was 0 for the rest of the phase; None if it never was."""
+    longest = 0.0
+    for phase in phases:
+        if phase.kind != CALM_AFTER:
+            continue
+        live = [place for place in phase.places if phase.steps["strength"][place] > 0]
+        after = live[-1] + 1 if live else 0
+        if after == len(phase.places):
+            return None
+        longest = max(longest, phase.steps["at_s"][after] if live else 0.0)
+    return longest
+
+
+def rise_s(phases: Phases, share: float = 0.9) -> float | None:
+    """Median time from the beginning of a squeeze until strength reached this part of its highest there."""
+    times = []
+    for phase in phases:
+        if phase.kind == SQUEEZE and (top := max(phase.steps["strength"])) > 0:
+            first = next(place for place in phase.places if phase.steps["strength"][place] >= share * top)
+            times.append(phase.steps["at_s"][first])
+    return statistics.median(times) if times else None
+
+
+def why_void(rows: Mapping[str, Row], strongest: str) -> str | None:
+    """Why this run proves nothing; None when it counts."""
+    weak, strong = rows["fixed_0"]["squeeze_p95_ms"], rows[strongest]["squeeze_p95_ms"]
+    if weak is None or strong is None:
+        return "fixed_0 or the strongest point died in a squeeze"
+    if weak / strong < _VOID_BELOW:
+        return (
+            f"fixed_0 took {weak / strong:.2f} times as long as {strongest} in the squeeze (95 %), at least "
+            f"{_VOID_BELOW} are needed: strength has too little to win here"
+        )
+    return None
+
+
+def bars(
+    rows: Mapping[str, Row], phases: Mapping[str, Phases], overhead: Row, squeezes: Mapping[str, Row], settle_s: float
+) -> list[Row]:
+    """Each bar of the benchmark: `{bar, value, target, met}`; value and met are None where it was not measured."""
+    fixed = [name for name in rows if name.startswith("fixed_") and name != "fixed_budget"]
+    strongest, adaptive = fixed[-1], rows["adaptive"]
+    p95 = adaptive["squeeze_p95_ms"]
+    rival = next((name for name in fixed if p95 is not None and (rows[name]["squeeze_p95_ms"] or 1e9) <= p95), None)
+    # Where every fixed point is slower, the strongest comes nearest.
+    rival = rival or strongest
+    back_s = return_s(phases["adaptive"])
+    ratio = calm_ratio(phases["adaptive"], phases["no_controller"], settle_s)
+    found = [
+        _bar(f"squeeze p95 TPOT, adaptive / {strongest}", _over(p95, rows[strongest]["squeeze_p95_ms"]), 1.10),
+        _bar(f"mean KL, adaptive / {rival}", _over(adaptive["kl"], rows[rival]["kl"]), 0.6, failed=rival == "fixed_0"),
+        _bar("calm: seconds until strength is 0", back_s, settle_s, failed=back_s is None),
+        _bar("calm TPOT, adaptive / no_controller", ratio, 1.02),
+        _bar("monitoring: share of one core", overhead.get("monitor_cpu_share"), 0.005),
+        _bar("monitoring: TPOT with / without", overhead.get("tpot_ratio"), 1.005),
+        _bar("kills in the squeezes, adaptive", (squeezes.get("adaptive") or {}).get("oom_kills"), 0),
+    ]
+    killed = (squeezes.get("fixed_budget") or {}).get("oom_kills")
+    found.append(
+        {"bar": "kills in the squeezes, fixed_budget", "value": killed, "target": 1, "at_most": False}
+        | {"met": None if killed is None else killed >= 1}
+    )
+    return found
+
+
+def _bar(title: str, value: float | None, target: float, *, failed: bool = False) -> Row:
+    met = False if failed else None if value is None else value <= target
+    return {"bar": title, "value": value, "target": target, "at_most": True, "met": met}
+
+
+def _over(value: float | None, baseline: float | None) -> float | None:
+    return value / baseline if value is not None and baseline else None
+
+
+def _mean(phases: Phases, kind: int, column: str) -> float:
+    return statistics.fmean(value for phase in phases if phase.kind == kind for value in phase.steps[column])

@@ -1,0 +1,147 @@
+"""A process that holds one arm of `remoe bench controller` and decodes when it is its turn: JSON lines in and out."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
+
+from remoe_adapt.bench import protocol
+from remoe_adapt.bench.controller_arms import Arm, Kind
+from remoe_adapt.record import Decoder
+
+# Times of one step, in the order of `Worker.decode`'s lists.
+COLUMNS = ("s", "at_s", "strength", "budget_bytes", "misses")
+
+
+class Text:
+    """Documents as one endless row of tokens; `starts` is set on the first one of each."""
+
+    def __init__(self, documents: Sequence[Sequence[int]]) -> None:
+        self._tokens = [(token, place == 0) for ids in documents for place, token in enumerate(ids)]
+        self._next = 0
+
+    def next(self) -> tuple[int, bool]:
+        """The next token, and whether it begins a document."""
+        found = self._tokens[self._next % len(self._tokens)]
+        self._next += 1
+        return found
+
+    def rewind(self) -> None:
+        """Begin with the first one again."""
+        self._next = 0
+
+
+class Worker:
+    """Answers requests by their `op`: `load` first, then `wake`, `decode`, `rest` as turns come."""
+
+    def __init__(self) -> None:
+        self._arm: Arm | None = None
+        self._decoder: Decoder | None = None
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What a request found; errors are for the owner to report."""
+        arguments = {key: value for key, value in request.items() if key != "op"}
+        with torch.inference_mode():
+            found: dict[str, Any] = getattr(self, f"do_{request['op']}")(**arguments)
+        return found
+
+    @property
+    def arm(self) -> Arm:
+        """The loaded one."""
+        assert self._arm is not None, "load first"
+        return self._arm
+
+    def do_load(
+        self, kind: Mapping[str, Any], folder: str, documents: list[list[int]], warm: int, threads: int, options: Any
+    ) -> dict[str, Any]:
+        """Load an arm, fill its cache, decode `warm` tokens, and begin the text again."""
+        torch.set_num_threads(threads)
+        self._arm = Arm(Kind(**kind), Path(folder), options)
+        self._text = Text(documents)
+        for _ in range(warm):
+            self._feed()
+        self._text.rewind()
+        source = self.arm.cache.source
+        total = sum(count * size for count, size in zip(source.num_experts, source.expert_bytes, strict=True))
+        return {"experts_bytes": total, "budget_bytes": self.arm.cache.budget_bytes}
+
+    def do_wake(self) -> dict[str, Any]:
+        """The arm's turn begins."""
+        self.arm.wake()
+        return {}
+
+    def do_rest(self) -> dict[str, Any]:
+        """The arm's turn has ended."""
+        self.arm.rest()
+        return {"swaps": self.arm.swaps}
+
+    def do_fill(self) -> dict[str, Any]:
+        """Read experts until the budget is full."""
+        self.arm.fill()
+        return {}
+
+    def do_decode(self, tokens: int = 0, seconds: float = 0.0) -> dict[str, Any]:
+        """So many tokens, and for so long at least. `steps`: a list for each of COLUMNS: seconds, seconds since this
+        began, strength, the cache's budget, and misses; `monitor_cpu_s` of `seconds`."""
+        arm, steps = self.arm, [[] for _ in COLUMNS]
+        gc.collect()
+        gc.disable()
+        began_s, cpu_s, missed = time.perf_counter(), arm.monitor_cpu_s(), _misses(arm)
+        while len(steps[0]) < tokens or time.perf_counter() - began_s < seconds:
+            begin_s = time.perf_counter()
+            strength = self._feed()
+            took_s = time.perf_counter() - begin_s
+            before, missed = missed, _misses(arm)
+            row = (took_s, begin_s - began_s, strength, arm.cache.budget_bytes, missed - before)
+            for column, value in zip(steps, row, strict=True):
+                column.append(value)
+        gc.enable()
+        return {
+            "steps": dict(zip(COLUMNS, steps, strict=True)),
+            "monitor_cpu_s": arm.monitor_cpu_s() - cpu_s,
+            "seconds": time.perf_counter() - began_s,
+            "resident_bytes": arm.cache.resident_bytes,
+        }
+
+    def do_compare(self, pairs: int, seconds: float) -> dict[str, Any]:
+        """Alternate turns of so many seconds without and with the monitor: `ratios` of their mean times per token."""
+        ratios: list[float] = []
+        cpu_s = monitored_s = 0.0
+        for pair in range(pairs):
+            means = {}
+            for monitored in (False, True) if pair % 2 else (True, False):
+                if monitored:
+                    self.arm.wake()
+                turn = self.do_decode(seconds=seconds)
+                if monitored:
+                    self.arm.rest()
+                    cpu_s, monitored_s = cpu_s + turn["monitor_cpu_s"], monitored_s + turn["seconds"]
+                means[monitored] = statistics.fmean(turn["steps"]["s"])
+            ratios.append(means[True] / means[False])
+        return {"ratios": ratios, "monitor_cpu_share": cpu_s / monitored_s}
+
+    def _feed(self) -> float:
+        """Decode the next token of the text; the strength it was decoded at."""
+        token, starts = self._text.next()
+        if starts or self._decoder is None:
+            self._decoder = Decoder(self.arm.model)
+        with self.arm.step():
+            strength = self.arm.strength
+            self._decoder.feed([token])
+        return strength
+
+
+def _misses(arm: Arm) -> int:
+    total: int = arm.cache.stats()["misses"]
+    return total
+
+
+if __name__ == "__main__":
+    protocol.speak(Worker().answer)
