@@ -73,7 +73,7 @@ class RawReads:
 
     def _read(self, place: int) -> int:
         buffer = self._free.pop()  # as many as threads
-        got = self._reader(self._fd, [memoryview(buffer)], place)
+        got = self._reader(self._fd, [buffer.data], place)
         self._free.append(buffer)
         return got
 

@@ -52,7 +52,8 @@ def ppl_ratio(steps: Steps, base: Steps) -> float:
 def times_faster(arm: Steps, baseline: Steps) -> float:
     """Median time of the baseline over that of the arm, over the steps that both have."""
     both = arm.keys() & baseline.keys()
-    return statistics.median(baseline[key]["s"] for key in both) / statistics.median(arm[key]["s"] for key in both)
+    theirs, ours = (statistics.median(float(steps[key]["s"]) for key in both) for steps in (baseline, arm))
+    return theirs / ours
 
 
 def miss_bursts(steps: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -45,7 +45,10 @@ def widened(model: str | Path, work: Path, *, dtype: torch.dtype, expert_bytes: 
     folder = work / f"{Path(model).name}-{_key(model, dtype, expert_bytes)}"
     if (folder / "config.json").is_file():
         return folder
-    source, tokenizer = load_base(model, device="cpu", dtype=str(dtype).removeprefix("torch.")), load_tokenizer(model)
+    source, tokenizer = (
+        load_base(model, device="cpu", dtype=str(dtype).removeprefix("torch.")),
+        load_tokenizer(str(model)),
+    )
     save_whole(widen(source[0], expert_bytes), folder, tokenizer)
     try:
         check_same(folder, source[0])
