@@ -74,11 +74,11 @@ class Proxy:
         # All connections, and those of them whose request is being answered.
         self._tasks: set[asyncio.Task[None]] = set()
         self._answering: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="remoe-proxy", daemon=True)
 
     def start(self) -> int:
         """Listen; the port (a free one where it was 0). Raises ConfigError when the address cannot be had."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="remoe-proxy", daemon=True)
         self._thread.start()
         try:
             self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()

@@ -167,14 +167,14 @@ class LlamaActuator:
     def _check_caches(self, scales: ScaleMap) -> None:
         if self.dry_run or (self.per_request and not self.reuse_prompts):
             return
+        slots = int(self._get("/props").get("total_slots", 1))
         if self.per_request:
-            slots = int(self._get("/props").get("total_slots", 1))
             if restores_other_scales(self._probe, slots, scales):
                 raise ServerError(
                     f"{self.address} keeps prompts in RAM and restores them at other scales: start it with "
                     "--cache-ram 0, or leave --reuse-prompts out."
                 )
-        elif reuses_prompts(self._probe):
+        elif reuses_prompts(self._probe, slots):
             raise ServerError(
                 f"{self.address} reuses prompts, so that answers would mix strengths: start it with --no-cache-prompt "
                 "(and --cache-ram 0, for nothing would come of that memory), or run `remoe watch --proxy`."
