@@ -23,6 +23,7 @@ from rich.text import Text
 from remoe_adapt import (
     __version__,
     cli_bench,
+    cli_controller,
     cli_decode,
     cli_export,
     cli_pack,
@@ -119,7 +120,7 @@ def _root(version: opt.Version = False) -> None:
 def demo(
     model: opt.ShippedModel = None, family: opt.FamilyPath = None, data: opt.MoreData = None,
     expert_cache: opt.DemoCache = "0.25",
-    tokens: opt.DemoTokens = 1600, max_new_tokens: opt.SampleTokens = 60, max_seconds: opt.MaxSeconds = 120.0,
+    tokens: opt.DemoTokens = 1000, max_new_tokens: opt.SampleTokens = 60, max_seconds: opt.MaxSeconds = 120.0,
     force: opt.Force = False, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Decode a small MoE at every strength, offline: expert reuse, hit rate, perplexity, time per token."""
@@ -292,6 +293,7 @@ for _group, _name, _function in (
     (bench_app, "swap", cli_bench.swap),
     (bench_app, "gating", cli_bench.gating),
     (bench_app, "decode", cli_decode.decode),
+    (bench_app, "controller", cli_controller.controller),
 ):
     command(_group, _name)(_function)
 lines(app, "watch")(cli_watch.watch)

@@ -125,6 +125,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cli_train",
         "cli_bench",
         "cli_decode",
+        "cli_controller",
         "cli_watch",
         "cli_pack",
         "cli",

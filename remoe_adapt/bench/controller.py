@@ -130,7 +130,7 @@ def _setup(options: ControllerOptions, wide: Path, pack: Path, family: str, docu
 def _documents(model: str | Path, options: ControllerOptions) -> list[list[int]]:
     """Held-out text, enough that no phase repeats another one's if there is so much."""
     wanted = _PHASES * options.cycles * options.tokens
-    found = held_out(Path(model), load_tokenizer(model), wanted, options.data).documents
+    found = held_out(Path(model), load_tokenizer(str(model)), wanted, options.data).documents
     if not found:
         raise DataError("nothing to decode: give --data FILE")
     return found

@@ -34,7 +34,7 @@ Phases = Sequence[Phase]
 
 
 def arm_row(phases: Phases, settle_s: float, *, died: bool) -> Row:
-    """One arm's times in ms, with the median budget in a squeeze, None where it died; KL and counts come from others."""
+    """One arm's times in ms, with the median budget in a squeeze, None where it died; KL and counts are added."""
     squeezed = [s for phase in phases if phase.kind == SQUEEZE for s in phase.steps["s"]]
     budgets = [size for phase in phases if phase.kind == SQUEEZE for size in phase.steps["budget_bytes"]]
     calm = list(settled(phases, settle_s).values())

@@ -17,7 +17,7 @@ from remoe_adapt.record import Decoder, load_base
 
 
 class Replay:
-    """The model as it is stored, all of it in RAM, with the dial and without; one token at a time, as it was decoded."""
+    """The model as it is stored, all of it in RAM, with the dial and without; a token at a time, as it was decoded."""
 
     def __init__(
         self, model: str | Path, family: str, gain: float, documents: Sequence[Sequence[int]], dtype: torch.dtype

@@ -90,7 +90,8 @@ class Worker:
     def do_decode(self, tokens: int = 0, seconds: float = 0.0) -> dict[str, Any]:
         """So many tokens, and for so long at least. `steps`: a list for each of COLUMNS: seconds, seconds since this
         began, strength, the cache's budget, and misses; `monitor_cpu_s` of `seconds`."""
-        arm, steps = self.arm, [[] for _ in COLUMNS]
+        arm = self.arm
+        steps: list[list[float]] = [[] for _ in COLUMNS]
         gc.collect()
         gc.disable()
         began_s, cpu_s, missed = time.perf_counter(), arm.monitor_cpu_s(), _misses(arm)

@@ -15,7 +15,7 @@ def serve(requests: TextIO, replies: TextIO, answer: Answer) -> None:
     """Answer each line of `requests` with one of `replies`: `{"ok": ...}` or `{"error": "..."}`."""
     for line in requests:
         try:
-            reply = {"ok": answer(json.loads(line))}
+            reply: dict[str, Any] = {"ok": answer(json.loads(line))}
         except Exception as error:  # for the owner to report
             reply = {"error": f"{type(error).__name__}: {str(error).strip() or repr(error)}"}
         replies.write(json.dumps(reply) + "\n")
