@@ -25,7 +25,7 @@ from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ConfigError, DataError, UncacheableError
 from remoe_adapt.evaluate import Tally, read_shared
 from remoe_adapt.family import Family
-from remoe_adapt.generation import COUNTED, cache_figures, generate_text
+from remoe_adapt.generation import COUNTED, cache_figures, generate_text, room_for_reads
 from remoe_adapt.notices import say_once
 from remoe_adapt.record import Decoder, Recorder, device_of, inference, load_base, load_tokenizer, record_forward
 from remoe_adapt.runtime.cached import load_with_expert_cache
@@ -116,7 +116,7 @@ def run_demo(
     *,
     data: Sequence[str | Path] = (),
     expert_cache: str | float = 0.25,
-    tokens: int = 1600,
+    tokens: int = 1000,
     new_tokens: int = 60,
     max_seconds: float = 120.0,
     force: bool = False,
@@ -145,7 +145,12 @@ def run_demo(
     points = Family.load(family_path)
     loaded, tokenizer = _load(model_path, expert_cache)
     text = held_out(Path(model_path), tokenizer, tokens, data)
-    with arms_of(loaded, points, force=force) as arms, inference(loaded), _fit_for_decode(loaded):
+    with (
+        arms_of(loaded, points, force=force) as arms,
+        inference(loaded),
+        _fit_for_decode(loaded),
+        room_for_reads(expert_cache_of(loaded)),
+    ):
         if on_start is not None:
             on_start(sum(map(len, text.documents)) * len(list(arms)))
         rows, decoded = _decode_arms(loaded, arms, text.documents, max_seconds, on_tokens)
