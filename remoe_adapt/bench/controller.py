@@ -159,6 +159,8 @@ class _Run:
         with ExitStack() as undo:
             arms = [ArmProcess(name, kind, self._setup, undo) for name, kind in kinds(options.strengths).items()]
             for arm in arms:
+                arm.spawn()
+            for arm in arms:
                 arm.start()
             self._phases = {arm.name: [] for arm in arms}
             if self._on_start is not None:

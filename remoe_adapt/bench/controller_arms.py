@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from remoe_adapt.bench.bandwidth import PacedReads
+from remoe_adapt.bench.paced import PacedReads
 from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.device_profile import (
     ControllerProfile,

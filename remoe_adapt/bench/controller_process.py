@@ -48,12 +48,18 @@ class ArmProcess:
         self.facts: dict[str, Any] = {}
         self.limit_bytes: int | None = None
 
-    def start(self) -> None:
-        """Load and rehearse; then its group may take what it takes now, the reserve, and a little more."""
+    def spawn(self) -> None:
+        """Begin both processes, without waiting for them."""
         self.close()
-        setup = self._setup
         self._squeezer = WorkerProcess(f"{self.name}, squeezer", self.group, _SQUEEZER)
         self._worker = WorkerProcess(self.name, self.group, _WORKER)
+
+    def start(self) -> None:
+        """Load and rehearse; then its group may take what it takes now, the reserve, and a little more."""
+        if self._worker is None or self._squeezer is None:
+            self.spawn()
+        setup = self._setup
+        assert self._worker is not None and self._squeezer is not None
         self.facts = self._worker.ask(
             "load",
             kind=asdict(self.kind),
