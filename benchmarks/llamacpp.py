@@ -12,6 +12,7 @@ texts are worse here, its routing is what the engine makes of it.
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import sys
@@ -110,8 +111,8 @@ def read_cap(disk: LoopDisk, mib_per_s: int) -> Iterator[Path | None]:
 
 def prepare(options: Options) -> tuple[Path, list[tuple[float, str]]]:
     """The widened model as GGUF and the LoRAs of its family, in the working folder, made once."""
-    sys.path.insert(0, str(REPO_ROOT / "tests"))
-    from gguf_writer import write_gguf
+    sys.path.insert(0, str(REPO_ROOT / "tests"))  # the converter is the tests' own
+    write_gguf = importlib.import_module("gguf_writer").write_gguf
 
     folder = widened(
         SHIPPED, Path(options.work) / "remoe-llamacpp", dtype=torch.bfloat16, expert_bytes=options.expert_bytes
@@ -148,7 +149,7 @@ def run(options: Options) -> dict[str, Any]:
     with loop_disk(Path(options.work), size + size // 16 + 64 * _MIB) as disk, memory_group("llamacpp") as group:
         model = disk.folder / source.name
         with source.open("rb") as old, model.open("wb") as new:
-            while sent := os.sendfile(new.fileno(), old.fileno(), None, 64 * _MIB):  # type: ignore[arg-type]
+            while sent := os.sendfile(new.fileno(), old.fileno(), None, 64 * _MIB):
                 assert sent
         disk.forget()
         group.limit(int(options.memory_share * size))
@@ -191,7 +192,7 @@ def main() -> None:
     if sys.argv[1:] == ["worker"]:
         protocol.speak(Worker().answer)
         return
-    given = {
+    given: dict[str, Any] = {
         name: value if name == "work" else json.loads(value)
         for name, _, value in (a.partition("=") for a in sys.argv[1:])
     }

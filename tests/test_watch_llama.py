@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ pytest.importorskip("gguf", reason="GGUF files (extra: export)")
 from gguf_writer import write_gguf
 from transformers import AutoModelForCausalLM
 
-from remoe_adapt.errors import ServerError
+from remoe_adapt.bench.limits import memory_group, why_no_groups
+from remoe_adapt.errors import ConfigError, ServerError
 from remoe_adapt.export.gguf_lora import export_gguf_lora
 from remoe_adapt.family import Family
 from remoe_adapt.runtime.llama_http import Address, call
@@ -160,6 +164,56 @@ def test_a_thousand_requests_both_ways(files: Files, reference: Reference) -> No
     assert len(outcome.answers) == 1000 and len(strengths) >= 10
     outcome, dialled = direct(files, reference, 1000, 2)
     assert len(outcome.answers) == 1000 and dialled >= 200
+
+
+SQUEEZE = """name: squeezed
+description: follows within tenths of a second
+memory: {budget: null, reserve: 256MiB}
+expert_cache: {budget: 0.25}
+strength: {curve: [[0.0, 0.0], [1.0, 1.0]]}
+controller: {sample_hz: 20, rise_s: 0.05, fall_s: 0.4, dwell_s: 0.1, deadband: 0.02, max_swaps_per_s: 10}
+"""
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_while_a_cgroup_is_squeezed(files: Files, reference: Reference, tmp_path: Path) -> None:
+    """The command itself, its sensors, and memory that is really taken away from the server and given back."""
+    if why := why_no_groups():
+        pytest.skip(why)
+    profile = tmp_path / "squeezed.yaml"
+    profile.write_text(SQUEEZE)
+    with memory_group("watch") as group, ExitStack() as ending:
+        server = LlamaChild(files.model, files.loras, n_parallel=4, prefix=group.command([]))
+        ending.enter_context(server)
+        command = [sys.executable, "-m", "remoe_adapt", "watch", "--server", server.url, "--proxy", "127.0.0.1:0"]
+        command += ["--family", str(files.family_path), "--profile", str(profile), "--json"]
+        watch = ending.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        ending.callback(watch.terminate)
+        assert watch.stdout is not None
+        port = json.loads(watch.stdout.readline())["proxy_port"]
+        over = threading.Event()
+
+        def squeeze() -> None:
+            for room in itertools.cycle((20, 1024, 30, 1024, 40)):
+                with suppress(ConfigError):
+                    group.limit(group.needed_bytes() + room * (1 << 20))
+                if over.wait(1.0):
+                    return
+
+        squeezing = threading.Thread(target=squeeze)
+        squeezing.start()
+        try:
+            outcome = drive(server, port, 1000, 2)
+        finally:
+            over.set()
+            squeezing.join()
+        watch.terminate()
+        events = [json.loads(line) for line in watch.stdout]
+    strengths = check_stated(outcome, reference)
+    causes = {event["cause"] for event in events if event["event"] == "strength"}
+    assert len(outcome.answers) == 1000 and not outcome.unexcused(), outcome.unexcused()[:3]
+    assert len(strengths) >= 5 and causes - {""}, (strengths, causes)
+    assert events[-1]["event"] == "end" and events[-1]["met"] == 3
 
 
 def test_a_server_that_reuses_prompts_is_refused_with_the_flag(files: Files) -> None:
