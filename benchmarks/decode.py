@@ -1,6 +1,6 @@
 """`remoe bench decode`, kept in results/decode_cpu.csv (arms) and decode_cpu_bars.csv: `python benchmarks/decode.py`.
 
-Options: NAME=VALUE of DecodeOptions, as `tokens=300 read_mib_per_s=300`. Text: the shipped model's, and that of
+Options: NAME=VALUE of DecodeOptions, as `tokens=300 read_mib_per_s=0`. Text: the shipped model's, and that of
 ../shared/data/heldout where it lies beside the clone.
 """
 
@@ -20,7 +20,10 @@ COLUMNS = (
     "tpot_ms", "tpot_p95_ms", "tpot_mean_ms", "hit_rate", "bytes_per_token", "io_bytes_per_token", "stall_share",
     "ppl_ratio", "anon_growth_bytes", "steps", "skipped",
 )  # fmt: skip
-SETTINGS = ("dtype", "direct_io", "prefetch", "pack", "read_mib_per_s", "raw_bandwidth_bytes_per_s", "limit_ms")
+SETTINGS = (
+    "tokens", "quality_tokens", "dtype", "direct_io", "prefetch", "pack", "read_mib_per_s",
+    "raw_bandwidth_bytes_per_s", "limit_ms",
+)  # fmt: skip
 
 
 def keep(result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What another strength costs in a GGUF of 3 GB, kept in results/patch_gguf.csv: `python benchmarks/patch_gguf.py [GB]`."""
+"""What another strength costs in a GGUF of 3 GB, kept in results/patch_gguf.csv: `python benchmarks/patch_gguf.py`."""
 
 from __future__ import annotations
 

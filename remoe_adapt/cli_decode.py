@@ -22,24 +22,24 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads of torch, the same fo
 DirectIo = Annotated[bool, typer.Option(help="Read experts past the page cache.")]
 Prefetch = Annotated[bool, typer.Option(help="Read ahead what the next layer's router will choose.")]
 Pack = Annotated[bool, typer.Option(help="Read experts from a pack, not from the checkpoint.")]
-ReadRate = Annotated[
-    float | None, typer.Option("--read-mib", help="Read experts as from a device of so many MiB/s; only cache arms.")
-]
+ReadRate = Annotated[float, typer.Option("--read-mib", help="Nobody reads faster than so many MiB/s; 0: the disk.")]
+QualityTokens = Annotated[int, typer.Option(help="More tokens, decoded without the clock, for the perplexity ratios.")]
 _MIB = 1 << 20
 
 
 def decode(
     model: opt.ShippedModel = None, family: opt.FamilyPath = None, data: opt.MoreData = None, tokens: Tokens = 520,
-    max_seconds: MaxSeconds = 140.0, work: Work = None, keep: Keep = False, quick: Quick = False,
-    threads: Threads = 1, direct_io: DirectIo = True, prefetch: Prefetch = False, pack: Pack = True,
-    read_mib: ReadRate = None, as_json: opt.Json = False,
+    quality_tokens: QualityTokens = 900, max_seconds: MaxSeconds = 400.0, work: Work = None, keep: Keep = False,
+    quick: Quick = False, threads: Threads = 1, direct_io: DirectIo = True, prefetch: Prefetch = False,
+    pack: Pack = True, read_mib: ReadRate = 300.0, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Decode with experts from storage: time per token against stock, accelerate and memory-mapped weights."""
     from remoe_adapt.bench.decode import DecodeOptions, quickly, run_decode
 
     options = DecodeOptions(
-        model=model, family=family, data=data or (), tokens=tokens, max_seconds=max_seconds, work=work, keep=keep,
-        threads=threads, direct_io=direct_io, prefetch=prefetch, pack=pack, read_mib_per_s=read_mib,
+        model=model, family=family, data=data or (), tokens=tokens, quality_tokens=quality_tokens,
+        max_seconds=max_seconds, work=work, keep=keep, threads=threads, direct_io=direct_io, prefetch=prefetch,
+        pack=pack, read_mib_per_s=read_mib,
     )  # fmt: skip
     with progress("decoding") as (total, advance):
         result = run_decode(quickly(options) if quick else options, on_start=total, on_tokens=advance)
@@ -50,7 +50,7 @@ def decode_table(result: Mapping[str, Any]) -> Table:
     """The arms of `run_decode`."""
     table = Table(
         title=f"{result['tokens']} tokens of {result['documents']} document(s), one at a time, {result['dtype']}, "
-        f"{result['threads']} thread(s)"
+        f"{result['threads']} thread(s); perplexity of {result['quality_tokens']}"
     )
     columns = ("arm", "TPOT, ms", "95 %, ms", "hit rate", "MiB/token", "stalled", "ppl ratio", "anon. memory, MiB")
     for number, column in enumerate(columns):

@@ -21,13 +21,14 @@ from tiny_checkpoints import save_tiny
 from transformers import AutoModelForCausalLM
 
 from remoe_adapt.bench import widen as widening
-from remoe_adapt.bench.bandwidth import PacedReads, RawReads
+from remoe_adapt.bench.bandwidth import RawReads
 from remoe_adapt.bench.decode import DecodeOptions, quickly, run_decode
 from remoe_adapt.bench.decode_figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio, times_faster
 from remoe_adapt.bench.decode_process import WorkerProcess
 from remoe_adapt.bench.decode_worker import serve
 from remoe_adapt.bench.limits import memory_group, why_no_groups
 from remoe_adapt.bench.loop_disk import READ_AHEAD_BYTES, evict, loop_disk, why_no_loop
+from remoe_adapt.bench.read_cap import read_cap, why_no_cap
 from remoe_adapt.bench.widen import check_same, save_whole, widen
 from remoe_adapt.cache.store import experts_modules
 from remoe_adapt.demo import example_folder
@@ -135,13 +136,30 @@ def test_a_loop_disk_is_gone_after_an_error(tmp_path: Path) -> None:
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
 
 
-def test_raw_reads_are_timed_as_bursts_and_paced(tmp_path: Path) -> None:
+def test_raw_reads_are_timed_as_bursts(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(os.urandom(MIB))
-    with RawReads(file, 100_000, 2, PacedReads(16 * MIB)) as raw:
+    with RawReads(file, 100_000, 2) as raw:
         raw.replay([1, 3, 4])
         assert raw.bytes == 8 * 102_400
-        assert raw.bytes_per_s <= 16.1 * MIB
+        assert raw.bytes_per_s > MIB
+
+
+def test_a_cap_holds_every_read_of_its_members_and_nobody_else(disk: Any) -> None:
+    if why := why_no_cap():
+        pytest.skip(why)
+    file = disk.folder / "file"
+    file.write_bytes(os.urandom(32 * MIB))
+    disk.forget()
+    reading = f"import time; t = time.perf_counter(); open({str(file)!r}, 'rb').read(); print(time.perf_counter() - t)"
+    with read_cap(disk.device) as cap:
+        cap.hold(32 * MIB)
+        took_s = float(subprocess.check_output(cap.command([sys.executable, "-c", reading])))
+        assert took_s > 0.7, "32 MiB at 32 MiB/s"
+        disk.forget()
+        cap.hold(0)
+        assert float(subprocess.check_output(cap.command([sys.executable, "-c", reading]))) < took_s / 2
+    assert not cap._folder.exists()
 
 
 def _steps(seconds: float, misses: int, nll: float = 1.0) -> dict[tuple[int, int], dict[str, Any]]:
@@ -155,14 +173,16 @@ def test_figures_and_bars_are_those_of_their_definitions() -> None:
         "cache25_s50": _steps(0.04, 4, 1.04), "cache25_s100": _steps(0.02, 2, 1.10), "mmap_cgroup": _steps(0.055, 0),
     }  # fmt: skip
     facts = {"cache25": {"dense_bytes": MIB, "budget_bytes": MIB, "anon_growth_bytes": 40 * MIB}}
-    rows = {name: arm_row(arm, steps["stock"], {"anon_growth_bytes": 7}) for name, arm in steps.items()}
+    nll = {name: {key: step["nll"] for key, step in arm.items()} for name, arm in steps.items()}
+    rows = {
+        name: arm_row(arm, {"anon_growth_bytes": 7}) | {"ppl_ratio": ppl_ratio(nll[name], nll["stock"])}
+        for name, arm in steps.items()
+    }
     assert rows["cache25_s50"]["hit_rate"] == 0.6 and rows["cache25_s50"]["bytes_per_token"] == 400
-    assert (
-        rows["cache25_s50"]["ppl_ratio"]
-        == pytest.approx(1.0408, abs=1e-4)
-        == ppl_ratio(steps["cache25_s50"], steps["stock"])
-    )
+    assert rows["cache25_s50"]["ppl_ratio"] == pytest.approx(1.0408, abs=1e-4)
     assert times_faster(steps["cache25_s100"], {(0, 0): {"s": 0.2}}) == pytest.approx(10.0)
+    bursts = {(turn, place): {"s": seconds} for turn in range(3) for place, seconds in enumerate((0.0, 0.0, 0.09))}
+    assert times_faster(bursts, {key: {"s": 0.06} for key in bursts}) == pytest.approx(2.0), "of turns, not of steps"
     assert miss_bursts(list(steps["cache25_s0"].values())) == [5] * 5
     limit = limit_ms(500, 500 / 0.03, 10.5)
     assert limit == pytest.approx(40.5)

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 from remoe_adapt.cache.blocks import map_pages
-from remoe_adapt.cache.reading import BLOCK, Reader
-
-
-class PacedReads:
-    """Reads as a slower device gives them: one after the other at `bytes_per_s`, whoever asks; a `Reader`.
-
-    A read that the device behind takes longer for ends when that has it.
-    """
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._lock, self._free_s = threading.Lock(), 0.0
-
-    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        wanted = sum(len(buffer) for buffer in buffers)
-        with self._lock:
-            ends_s = self._free_s = max(self._free_s, time.perf_counter()) + wanted / self._bytes_per_s
-        got = os.preadv(fd, buffers, offset)
-        time.sleep(max(0.0, ends_s - time.perf_counter()))
-        return got
+from remoe_adapt.cache.reading import BLOCK
 
 
 class RawReads:
@@ -41,7 +21,7 @@ class RawReads:
     follows when all have ended. Sums run over all `replay` calls. A context manager.
     """
 
-    def __init__(self, path: Path, read_bytes: int, threads: int, reader: Reader = os.preadv) -> None:
+    def __init__(self, path: Path, read_bytes: int, threads: int) -> None:
         self.read_bytes = -(-read_bytes // BLOCK) * BLOCK
         self.bytes, self.seconds = 0, 0.0
         flag = getattr(os, "O_DIRECT", 0)
@@ -50,7 +30,7 @@ class RawReads:
         except OSError:
             self._fd, self.direct = os.open(path, os.O_RDONLY), False
         self._places = max(1, path.stat().st_size // self.read_bytes)
-        self._reader, self._free = reader, [map_pages(self.read_bytes) for _ in range(threads)]
+        self._free = [map_pages(self.read_bytes) for _ in range(threads)]
         for buffer in self._free:
             buffer[:] = 0  # its pages are taken now
         self._random = random.Random(0)
@@ -73,7 +53,7 @@ class RawReads:
 
     def _read(self, place: int) -> int:
         buffer = self._free.pop()  # as many as threads
-        got = self._reader(self._fd, [buffer.data], place)
+        got = os.preadv(self._fd, [buffer.data], place)
         self._free.append(buffer)
         return got
 

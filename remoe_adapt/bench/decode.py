@@ -2,18 +2,19 @@
 
 Every way to hold the experts is a process of its own. All live at once and take turns, document by document, in an
 order that changes, over the same held-out text: a prompt at once, then one given token per step with the KV cache,
-batch 1. Times are medians over steps. Where memory can be limited, our cache at 25 %, accelerate's disk offload and
-memory-mapped weights decode under the same limit, which is what ours takes: the code of libraries is in memory before,
-charged to nobody who is limited, so the limit is anonymous memory, the kernel's own, and page cache of the weights.
+batch 1. Times are medians over turns. Everyone reads from a disk of known read-ahead, no faster than `read_mib_per_s`,
+and where memory can be limited, our cache at 25 %, accelerate's disk offload and memory-mapped weights decode under the
+same limit, which is what ours takes: the code of libraries is in memory before, charged to nobody who is limited, so
+the limit is anonymous memory, the kernel's own, and page cache of the weights. Afterwards more text is decoded without
+the clock, the cap lifted, so that perplexity ratios are of more tokens than fit into the timed part.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,12 +22,12 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.bench.bandwidth import PacedReads, RawReads
-from remoe_adapt.bench.decode_figures import arm_row, bars, limit_ms, miss_bursts
+from remoe_adapt.bench.decode_figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio
 from remoe_adapt.bench.decode_process import WorkerProcess
 from remoe_adapt.bench.limits import MemoryGroup, memory_group, why_no_groups
 from remoe_adapt.bench.loop_disk import READ_AHEAD_BYTES, evict, loop_disk, why_no_loop
 from remoe_adapt.bench.places import checked_family, chosen_model, terminated_as_interrupted, work_folder
+from remoe_adapt.bench.read_cap import ReadCap, read_cap, why_no_cap
 from remoe_adapt.bench.widen import EXPERT_BYTES, widened
 from remoe_adapt.cache.tiers import READ_THREADS
 from remoe_adapt.demo import held_out
@@ -42,6 +43,7 @@ _REHEARSAL_STEPS = 16
 _MOST_BURSTS = 100
 # What others offer for the same memory, by arm: the regime.
 _OTHERS = {"accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped"}
+_SCORED = ("stock", "cache25", "cache25_prior")
 # Our total memory is measured with caches full; a longer document needs a little more.
 _LIMIT_SLACK_BYTES = 8 << 20
 
@@ -53,7 +55,8 @@ class DecodeOptions:
     model: str | Path | None = None
     family: str | Path | None = None
     data: Sequence[str | Path] = ()
-    tokens: int = 600
+    tokens: int = 520
+    quality_tokens: int = 900
     strengths: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 1.0)
     gains: Sequence[float] = (0.1, 0.15, 0.2, 0.3)
     work: Path | None = None
@@ -66,9 +69,9 @@ class DecodeOptions:
     prefetch: bool = False
     pack: bool = True
     limits: bool = True
-    read_mib_per_s: float | None = None
+    read_mib_per_s: float = 300.0
     turn_seconds: float = 3.0
-    max_seconds: float = 140.0
+    max_seconds: float = 400.0
 
 
 @dataclass
@@ -77,11 +80,14 @@ class _Arm:
     worker: str
     settings: dict[str, Any] = field(default_factory=dict)
     steps: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+    nll: dict[tuple[int, int], float] = field(default_factory=dict)
 
 
 def quickly(options: DecodeOptions) -> DecodeOptions:
     """The same in seconds: small experts, few arms and tokens, no limits; its figures say little."""
-    return replace(options, tokens=110, strengths=(1.0,), gains=(0.2,), expert_bytes=1 << 18, limits=False)
+    return replace(
+        options, tokens=110, quality_tokens=60, strengths=(1.0,), gains=(0.2,), expert_bytes=1 << 18, limits=False
+    )
 
 
 def run_decode(
@@ -98,9 +104,9 @@ def run_decode(
     """
     started_s = time.perf_counter()
     model, work = chosen_model(options.model), work_folder(options.work)
-    documents = _documents(model, options)
+    timed, more = _documents(model, options)
     family = checked_family(model, options.family)
-    bench = _Bench(options, family, documents, on_start, on_tokens)
+    bench = _Bench(options, family, (timed, more), on_start, on_tokens)
     with terminated_as_interrupted():
         wide = widened(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes)
         try:
@@ -132,11 +138,12 @@ class _Bench:
         self,
         options: DecodeOptions,
         family: str | None,
-        documents: list[list[int]],
+        documents: tuple[list[list[int]], list[list[int]]],
         on_start: Callable[[int], object] | None,
         on_tokens: Callable[[int], object] | None,
     ) -> None:
-        self._options, self._family, self._documents = options, family, documents
+        self._options, self._family = options, family
+        self._documents, self._more = documents
         self._on_start, self._on_tokens = on_start, on_tokens
         self._arms = [_Arm("stock", "stock"), _Arm("cache100_s0", "cache100", {"strength": 0.0})]
         strengths = (0.0, *(options.strengths if family else ()))
@@ -151,10 +158,11 @@ class _Bench:
         self._skipped: dict[str, str] = {}
         self._workers: dict[str, WorkerProcess] = {}
         self._facts: dict[str, dict[str, Any]] = {}
+        self._raw: dict[str, Any] = {}
 
     def run(self, wide: Path, work: Path, undo: ExitStack) -> dict[str, Any]:
-        why = self._why_no_limits()
-        folder, storage = _storage(wide, work, undo, why)
+        why = ("left out of this run" if not self._options.limits else None) or why_no_loop() or why_no_groups()
+        folder, storage, cap = _storage(wide, work, undo, why, self._options.read_mib_per_s)
         groups: dict[str, MemoryGroup] = {}
         limited = ("cache25", *_OTHERS)
         if why is None:
@@ -162,29 +170,25 @@ class _Bench:
         else:
             self._skipped |= dict.fromkeys(_OTHERS, why)
         plans = {name: plan for name, plan in self._plans(folder).items() if name not in self._skipped}
-        for name in plans:  # all at once: most of a start is imports
-            self._workers[name] = WorkerProcess(name, groups.get(name))
+        for name in (*plans, "raw"):  # all at once: most of a start is imports
+            self._workers[name] = WorkerProcess(name, groups.get(name), cap=cap)
             undo.callback(self._workers[name].close)
+        raw = self._workers.pop("raw")
         for name, (regime, settings) in plans.items():
             self._load(name, regime, settings, folder)
         limit = self._limit(groups)
-        expert_bytes = self._facts["cache25"]["expert_bytes"]
         largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-        pace = self._options.read_mib_per_s
-        reader = PacedReads(pace * (1 << 20)) if pace else os.preadv
-        with RawReads(largest, expert_bytes, self._options.read_threads, reader) as raw:
-            self._take_turns(raw)
+        reads = {"file": str(largest), "read_bytes": self._facts["cache25"]["expert_bytes"]}
+        if cap is not None:
+            cap.hold(self._options.read_mib_per_s * (1 << 20))
+        self._take_turns(lambda bursts: raw.ask("read", bursts=bursts, threads=self._options.read_threads, **reads))
+        if cap is not None:
+            cap.hold(0)
+        self._decode_more()
         for group in groups.values():
             if group.kills():
                 raise RemoeError(f"{group.folder.name}: the kernel killed a process under the memory limit")
-        return self._result(raw) | {"memory_limit_bytes": limit, "storage": {**storage, "direct_io": raw.direct}}
-
-    def _why_no_limits(self) -> str | None:
-        if not self._options.limits:
-            return "left out of this run"
-        if self._options.read_mib_per_s:
-            return "the kernel's own reads cannot be made as slow as those of a cache"
-        return why_no_loop() or why_no_groups()
+        return self._result() | {"memory_limit_bytes": limit, "storage": {**storage, "direct_io": self._raw["direct"]}}
 
     def _plans(self, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         options = self._options
@@ -196,14 +200,7 @@ class _Bench:
                 pack_experts(str(folder), pack)
             cache["storage"] = str(pack)
             evict(pack)
-        pace = (options.read_mib_per_s or 0.0) * (1 << 20)
-        cached = {
-            "cache": cache,
-            "read_bytes_per_s": pace,
-            "family": self._family,
-            "gain": 0.0,
-            "dial": self._family is not None,
-        }
+        cached = {"cache": cache, "family": self._family, "gain": 0.0, "dial": self._family is not None}
         prior = {"gain": max(options.gains, default=0.0), "dial": True}
         plans: dict[str, tuple[str, dict[str, Any]]] = {
             "stock": ("stock", {"trial_ids": self._documents[0]}),
@@ -255,10 +252,11 @@ class _Bench:
         steps: list[dict[str, Any]] = answer["steps"]
         return steps
 
-    def _take_turns(self, raw: RawReads) -> None:
+    def _take_turns(self, read: Callable[[list[int]], dict[str, Any]]) -> None:
         arms = [arm for arm in self._arms if arm.worker in self._workers]
         if self._on_start is not None:
-            self._on_start(len(arms) * sum(len(ids) for ids in self._documents))
+            timed, more = (sum(map(len, documents)) for documents in (self._documents, self._more))
+            self._on_start(len(arms) * timed + len(self._scored()) * more)
         started_s = time.perf_counter()
         for number, ids in enumerate(self._documents):
             # A document that is begun is decoded by all.
@@ -277,56 +275,89 @@ class _Bench:
                     continue
                 arm.steps |= {(number, place): step for place, step in enumerate(steps)}
                 if arm.name == "cache25_s0":
-                    raw.replay(miss_bursts(steps)[:_MOST_BURSTS])
+                    self._raw = read(miss_bursts(steps)[:_MOST_BURSTS])
                 if self._on_tokens is not None:
                     self._on_tokens(len(ids))
 
-    def _result(self, raw: RawReads) -> dict[str, Any]:
-        steps = {arm.name: arm.steps for arm in self._arms if arm.worker in self._workers and arm.steps}
-        base = steps["stock"]
-        rows = {arm.name: arm_row(arm.steps, base, self._facts[arm.worker]) for arm in self._arms if arm.name in steps}
-        limit = limit_ms(rows["cache25_s0"]["bytes_per_token"], raw.bytes_per_s, rows["cache100_s0"]["tpot_ms"])
+    def _scored(self) -> list[tuple[_Arm, str]]:
+        """Arms that more text is decoded for, each with its process: with all experts in RAM where that is the same."""
+        whole = {"cache25": "cache100"}
+        return [(arm, whole.get(arm.worker, arm.worker)) for arm in self._arms if arm.worker in _SCORED]
+
+    def _decode_more(self) -> None:
+        for number, ids in enumerate(self._more, start=len(self._documents)):
+            for arm, worker in self._scored():
+                steps = self._decode(replace(arm, worker=worker), ids)
+                arm.nll |= {(number, place): step["nll"] for place, step in enumerate(steps)}
+                if self._on_tokens is not None:
+                    self._on_tokens(len(ids))
+
+    def _result(self) -> dict[str, Any]:
+        arms = {arm.name: arm for arm in self._arms if arm.worker in self._workers and arm.steps}
+        steps = {name: arm.steps for name, arm in arms.items()}
+        nll = {name: arm.nll | {key: step["nll"] for key, step in arm.steps.items()} for name, arm in arms.items()}
+        rows = {
+            name: arm_row(steps[name], self._facts[arm.worker]) | {"ppl_ratio": ppl_ratio(nll[name], nll["stock"])}
+            for name, arm in arms.items()
+        }
+        speed = self._raw["bytes_per_s"]
+        limit = limit_ms(rows["cache25_s0"]["bytes_per_token"], speed, rows["cache100_s0"]["tpot_ms"])
         return {
-            "tokens": len(base),
+            "tokens": len(steps["stock"]),
             "documents": self._decoded,
+            "quality_tokens": len(nll["stock"]),
             "arms": {arm.name: rows.get(arm.name) or {"skipped": self._skipped[arm.worker]} for arm in self._arms},
             "bars": bars(steps, rows, limit, self._facts),
-            "raw_bandwidth_bytes_per_s": raw.bytes_per_s,
-            "raw_read_bytes": raw.read_bytes,
+            "raw_bandwidth_bytes_per_s": speed,
+            "raw_read_bytes": self._raw["read_bytes"],
             "limit_ms": limit,
             "workers": self._facts,
         }
 
 
-def _documents(model: str | Path, options: DecodeOptions) -> list[list[int]]:
-    """Held-out documents of about `tokens` tokens in all, in an order that is random but the same in every run."""
+def _documents(model: str | Path, options: DecodeOptions) -> tuple[list[list[int]], list[list[int]]]:
+    """Held-out documents of about `tokens` tokens in all, and others of about `quality_tokens`, in an order that is
+    random but the same in every run."""
     _, tokenizer = load_base(model, device="cpu")
     # The prompts of the shipped text are too short to be timed, but count as tokens there.
-    wanted = 2 * options.tokens + 1024
+    wanted = 2 * (options.tokens + options.quality_tokens) + 1024
     found = held_out(Path(model), tokenizer, wanted, options.data).documents
     long = [ids for ids in found if len(ids) > PROMPT_TOKENS + _LEAST_STEPS]
     random.Random(0).shuffle(long)  # whatever is left out for time, all sources have had their turn
-    chosen: list[list[int]] = []
-    for ids in long:
-        left = options.tokens - sum(map(len, chosen))
-        if left > PROMPT_TOKENS + _LEAST_STEPS:
-            chosen.append(ids[:left])
-    if not chosen:
+    left = iter(long)
+    timed, more = _some(left, options.tokens), _some(left, options.quality_tokens)
+    if not timed:
         raise DataError(
             f"nothing to decode in {options.tokens} tokens: give --data FILE with documents of more than "
             f"{PROMPT_TOKENS + _LEAST_STEPS} tokens, and a higher --tokens"
         )
+    return timed, more
+
+
+def _some(documents: Iterator[list[int]], tokens: int) -> list[list[int]]:
+    chosen: list[list[int]] = []
+    while (left := tokens - sum(map(len, chosen))) > PROMPT_TOKENS + _LEAST_STEPS:
+        ids = next(documents, None)
+        if ids is None:
+            break
+        chosen.append(ids[:left])
     return chosen
 
 
-def _storage(wide: Path, work: Path, undo: ExitStack, why: str | None) -> tuple[Path, dict[str, Any]]:
-    """The folder that everyone reads from, and what it is on."""
+def _storage(
+    wide: Path, work: Path, undo: ExitStack, why: str | None, read_mib_per_s: float
+) -> tuple[Path, dict[str, Any], ReadCap | None]:
+    """The folder that everyone reads from, what it is on, and the group of those whose reads are capped."""
     if why is not None:
-        return wide, {"kind": "the disk of the work folder", "why": why}
+        return wide, {"kind": "the disk of the work folder", "why": why}, None
     size = sum(path.stat().st_size for path in wide.iterdir())
     # The checkpoint, its pack, and what the others make of its experts.
     disk = undo.enter_context(loop_disk(work, (3 + len(_OTHERS)) * size + (128 << 20)))
     folder = disk.folder / wide.name
     shutil.copytree(wide, folder)
     disk.forget()
-    return folder, {"kind": "loop device", "read_ahead_bytes": READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
+    kind = {"kind": "loop device", "read_ahead_bytes": READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
+    why_not = why_no_cap()
+    if not read_mib_per_s or why_not:
+        return folder, kind | {"read_mib_per_s": None, "why": why_not or "left out of this run"}, None
+    return folder, kind | {"read_mib_per_s": read_mib_per_s}, undo.enter_context(read_cap(disk.device))

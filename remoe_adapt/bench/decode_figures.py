@@ -17,13 +17,15 @@ _ANON_SLACK_BYTES = 32 << 20
 _ADAPTERS, _PRIORS = "cache25_s", "cache25_prior"
 
 
-def arm_row(steps: Steps, base: Steps, facts: Mapping[str, Any]) -> Row:
-    """One arm's figures over all its steps; `ppl_ratio` over those that the base arm has too."""
+def arm_row(steps: Steps, facts: Mapping[str, Any]) -> Row:
+    """One arm's figures over all its steps. tpot_ms: median over turns (documents) of the mean time of a step, because
+    a capped device serves reads in bursts of several steps."""
     times_ms = [1e3 * step["s"] for step in steps.values()]
     cached = "hits" in next(iter(steps.values()))
     seconds = sum(step["s"] for step in steps.values())
     row: Row = {
-        "tpot_ms": statistics.median(times_ms),
+        "tpot_ms": statistics.median(1e3 * statistics.fmean(turn.values()) for turn in _turns(steps).values()),
+        "tpot_median_step_ms": statistics.median(times_ms),
         "tpot_p95_ms": float(np.percentile(times_ms, 95)),
         "tpot_mean_ms": statistics.fmean(times_ms),
         "hit_rate": None,
@@ -31,7 +33,6 @@ def arm_row(steps: Steps, base: Steps, facts: Mapping[str, Any]) -> Row:
         "io_bytes_per_token": _mean(steps, "io_bytes"),
         "major_faults_per_token": _mean(steps, "major_faults"),
         "stall_share": None,
-        "ppl_ratio": ppl_ratio(steps, base),
         "anon_growth_bytes": facts["anon_growth_bytes"],
         "steps": len(steps),
     }
@@ -44,16 +45,27 @@ def arm_row(steps: Steps, base: Steps, facts: Mapping[str, Any]) -> Row:
     return row
 
 
-def ppl_ratio(steps: Steps, base: Steps) -> float:
+def ppl_ratio(nll: Mapping[tuple[int, int], float], base: Mapping[tuple[int, int], float]) -> float:
     """exp of the mean difference of negative log-likelihoods over the steps that both have."""
-    return math.exp(statistics.fmean(steps[key]["nll"] - base[key]["nll"] for key in steps.keys() & base.keys()))
+    return math.exp(statistics.fmean(nll[key] - base[key] for key in nll.keys() & base.keys()))
 
 
 def times_faster(arm: Steps, baseline: Steps) -> float:
-    """Median time of the baseline over that of the arm, over the steps that both have."""
-    both = arm.keys() & baseline.keys()
-    theirs, ours = (statistics.median(float(steps[key]["s"]) for key in both) for steps in (baseline, arm))
-    return theirs / ours
+    """Median over turns of the baseline's time over the arm's, each over the steps of the turn that both have."""
+    ratios = []
+    ours, theirs = _turns(arm), _turns(baseline)
+    for turn in ours.keys() & theirs.keys():
+        if both := ours[turn].keys() & theirs[turn].keys():
+            ratios.append(sum(theirs[turn][place] for place in both) / sum(ours[turn][place] for place in both))
+    return statistics.median(ratios)
+
+
+def _turns(steps: Steps) -> dict[int, dict[int, float]]:
+    """Seconds of each step by its place, by document."""
+    turns: dict[int, dict[int, float]] = {}
+    for (document, place), step in steps.items():
+        turns.setdefault(document, {})[place] = float(step["s"])
+    return turns
 
 
 def miss_bursts(steps: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from remoe_adapt.bench.limits import MemoryGroup
+from remoe_adapt.bench.read_cap import ReadCap
 from remoe_adapt.errors import RemoeError
 
 DECODE_WORKER = (sys.executable, "-m", "remoe_adapt.bench.decode_worker")
@@ -20,11 +21,19 @@ DECODE_WORKER = (sys.executable, "-m", "remoe_adapt.bench.decode_worker")
 class WorkerProcess:
     """A command that answers a line of JSON with one, asked one thing at a time. `close` ends it, whatever it does."""
 
-    def __init__(self, name: str, group: MemoryGroup | None = None, command: Sequence[str] = DECODE_WORKER) -> None:
+    def __init__(
+        self,
+        name: str,
+        group: MemoryGroup | None = None,
+        command: Sequence[str] = DECODE_WORKER,
+        cap: ReadCap | None = None,
+    ) -> None:
         self.name, self.group = name, group
+        for each in (group, cap):
+            command = command if each is None else each.command(command)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `close`)
         self._process = subprocess.Popen(
-            command if group is None else group.command(command),
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

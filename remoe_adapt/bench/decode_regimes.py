@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from remoe_adapt.bench.bandwidth import PacedReads
 from remoe_adapt.bench.loop_disk import evict
 from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.cache.reading import BLOCK
@@ -72,9 +70,7 @@ class Cached(Regime):
     """Our expert cache under the dial; an arm is a strength of the family, or a gain of the resident prior."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
-        pace = options["read_bytes_per_s"]
-        reader = PacedReads(pace) if pace else os.preadv
-        base = load_with_expert_cache(folder, options["budget"], reader=reader, **options["cache"])
+        base = load_with_expert_cache(folder, options["budget"], **options["cache"])
         cache = expert_cache_of(base)
         assert cache is not None
         dial: dict[str, Any] = {"family": options["family"], "force": True}  # as checked on the model as it is stored

@@ -16,23 +16,33 @@ import transformers.models.auto.modeling_auto  # noqa: F401  (part of the proces
 from torch import Tensor
 
 from remoe_adapt.bench import protocol
+from remoe_adapt.bench.bandwidth import RawReads
 from remoe_adapt.bench.decode_regimes import REGIMES, Regime
 from remoe_adapt.record import Decoder
 
 
 class Worker:
-    """Answers requests: `load` once, then any number of `decode`."""
+    """Answers requests: `load` once, then any number of `decode`; or any number of `read`, for the raw bandwidth."""
 
     def __init__(self) -> None:
         self._regime: Regime | None = None
         self._before_bytes = 0
+        self._raw: RawReads | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What a request found; errors are for the caller to report."""
         if request["op"] == "load":
             return self._load(request)
+        if request["op"] == "read":
+            return self._read(request)
         assert request["op"] == "decode", request
         return self._decode(request)
+
+    def _read(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if self._raw is None:
+            self._raw = RawReads(Path(request["file"]), request["read_bytes"], request["threads"])
+        self._raw.replay(request["bursts"])
+        return {"bytes_per_s": self._raw.bytes_per_s, "direct": self._raw.direct, "read_bytes": self._raw.read_bytes}
 
     def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(request["threads"])
