@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class PacedReads:
-    """Reads as a slower device gives them: one after the other at `bytes_per_s`, whoever asks; a `cache.reading.Reader`.
+    """Reads as a slower device gives them: one after the other at `bytes_per_s`, whoever asks; a `Reader`.
 
     A read that the device behind takes longer for ends when that has it.
     """

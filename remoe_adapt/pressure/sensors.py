@@ -23,6 +23,7 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 FIRST_SAMPLE = "a rate needs a second sample"
 _SWAP_AGAIN_S = 10.0
 _STALL_KINDS = ("some", "full")
+_MEMINFO = ("MemTotal", "MemAvailable")
 
 
 class Sensor(Protocol):
@@ -42,18 +43,19 @@ class Sensor(Protocol):
 class MachineMemory:
     """memory.available, memory.total (B); swap.used, swap.total (B), swap.in, swap.out (B/s), all of the machine.
 
-    psutil's figures: they know nothing of cgroups, and count file pages that somebody maps as available.
+    psutil's figures: they know nothing of cgroups, and count file pages that somebody maps as available. Where the
+    kernel says the same in two lines, those are read, at a third of the price.
     """
 
     name = "memory"
 
     def __init__(self) -> None:
-        self._rates = Rates()
+        self._file, self._rates = PolledFile(PROC / "meminfo"), Rates()
         self._swapless_until_s: float | None = None
 
     def read(self, now_s: float) -> Reading:
-        memory = psutil.virtual_memory()
-        found = {"memory.available": float(memory.available), "memory.total": float(memory.total)}
+        available, total = self._available_and_total()
+        found = {"memory.available": float(available), "memory.total": float(total)}
         if self._swapless_until_s is None or not now_s < self._swapless_until_s <= now_s + _SWAP_AGAIN_S:
             with warnings.catch_warnings():  # psutil warns where the counters are missing, and says 0
                 warnings.simplefilter("ignore", RuntimeWarning)
@@ -70,8 +72,17 @@ class MachineMemory:
             return Reading(now_s, measures, dict.fromkeys(("swap.in", "swap.out"), FIRST_SAMPLE))
         return Reading(now_s, measures | {name: Measure(rate, "B/s", now_s) for name, rate in rates.items()})
 
+    def _available_and_total(self) -> tuple[int, int]:
+        try:
+            text = self._file.read()
+            total, available = (int(text.partition(f"{name}:")[2].split(None, 1)[0]) << 10 for name in _MEMINFO)
+        except (OSError, ValueError, IndexError):  # another system, or a kernel without MemAvailable
+            memory = psutil.virtual_memory()
+            return memory.available, memory.total
+        return min(available, total), total
+
     def close(self) -> None:
-        """It holds nothing."""
+        self._file.close()
 
 
 class CgroupMemory:
