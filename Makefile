@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Arguments for a first `pip install`, where the default torch is the wrong one. Without an NVIDIA GPU, for instance:
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?=
+# What the tests use beside the package itself; those of a missing extra skip, and say so.
+EXTRAS ?= test,export,plot,metrics,llamacpp
 CHECKED := remoe_adapt triton_kernels $(foreach folder,examples benchmarks,$(if $(wildcard $(folder)/*.py),$(folder)))
 
 .PHONY: demo test check install clean
@@ -32,7 +34,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install -e '.[test]'
+	$(BIN)/python -m pip install -e '.[$(EXTRAS)]'
 	touch $@
 
 clean:

@@ -88,7 +88,8 @@ def gguf_lora(
     rows = {
         f"strength {row['strength']:g}": {k: v for k, v in row.items() if k != "strength"} for row in result["loras"]
     }
-    flags = " ".join(f"--lora {row['file']}" for row in result["loras"])
+    # Scales add up, so none of them may start at 1.
+    flags = " ".join(f"--lora-scaled {row['file']}:0" for row in result["loras"])
     return result, [report.figures_table("GGUF LoRAs", rows), f"llama-server ... {flags}"]
 
 
