@@ -47,10 +47,12 @@ class ArmProcess:
         self._squeezer: WorkerProcess | None = None
         self.facts: dict[str, Any] = {}
         self.limit_bytes: int | None = None
+        self._kills = 0
 
     def spawn(self) -> None:
         """Begin both processes, without waiting for them."""
         self.close()
+        self._kills = self.group.kills()
         self._squeezer = WorkerProcess(f"{self.name}, squeezer", self.group, _SQUEEZER)
         self._worker = WorkerProcess(self.name, self.group, _WORKER)
 
@@ -104,11 +106,10 @@ class ArmProcess:
         return int(self._ask(self._squeezer, "give_back", {})["held_bytes"])
 
     def _ask(self, process: WorkerProcess, op: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        kills = self.group.kills()
         try:
             return process.ask(op, **request)
         except RemoeError as error:
-            if self.group.kills() > kills or process is self._squeezer:
+            if self.group.kills() > self._kills:  # of either process, now or while the other one was asked
                 self.close()
                 raise DiedError(str(error)) from error
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import sys
 import threading
 import time
@@ -60,8 +61,9 @@ class Squeezer:
 
 if __name__ == "__main__":
     squeezer = Squeezer()
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = getattr(squeezer, request.pop("op"))(**request)
-        sys.stdout.write(json.dumps({"ok": answer}) + "\n")
-        sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer = getattr(squeezer, request.pop("op"))(**request)
+            replies.write(json.dumps({"ok": answer}) + "\n")
+            replies.flush()
