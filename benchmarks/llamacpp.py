@@ -2,8 +2,10 @@
 
 `python benchmarks/llamacpp.py` writes results/llamacpp_cpu.csv. The shipped model, its experts widened with zeros (so
 that its routing is the trained one) to more than 1 GB in F16, lies on a loop device of 128 KiB read-ahead with a cap on
-its reads; llama.cpp maps it (no repacking) in a cgroup of less memory, and reads held-out text token by token. Strength
-is set by the family's LoRAs. Options: NAME=VALUE of `Options`, as `tokens=200 read_mib_per_s=300`.
+its reads; llama.cpp maps it (no repacking) in a cgroup of less memory, and reads held-out text token by token. Every
+strength reads the same text; their order turns round with each round, so that none is always the first. Strength is
+set by the family's LoRAs, that of the arm "split" by the first part of a split file alone. Options: NAME=VALUE of
+`Options`, as `tokens=200 read_mib_per_s=300`.
 
 This engine does not renormalise the weights of this architecture's chosen experts, which the shipped model does: its
 texts are worse here, its routing is what the engine makes of it.
@@ -17,8 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from remoe_adapt.bench import protocol
 from remoe_adapt.bench.decode_process import WorkerProcess
 from remoe_adapt.bench.limits import memory_group, why_no_groups
-from remoe_adapt.bench.loop_disk import LoopDisk, loop_disk, why_no_loop
+from remoe_adapt.bench.loop_disk import loop_disk, why_no_loop
+from remoe_adapt.bench.places import terminated_as_interrupted
+from remoe_adapt.bench.read_cap import read_cap, why_no_cap
 from remoe_adapt.bench.results import REPO_ROOT, append_row, environment
 from remoe_adapt.bench.widen import widened
+from remoe_adapt.export.gguf import export_gguf
 from remoe_adapt.export.gguf_lora import export_gguf_lora
+from remoe_adapt.export.gguf_split import split_gguf
 from remoe_adapt.family import Family
 from remoe_adapt.llama_engine import LlamaModel
 from remoe_adapt.runtime.llama_scales import ScaleMap
@@ -41,41 +46,43 @@ RESULTS = Path(__file__).parent / "results" / "llamacpp_cpu.csv"
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
 TEXT = REPO_ROOT.parent / "shared" / "data" / "heldout" / "wikitext2_valid.txt.gz"
 BAR = 0.75
-_BLKIO = Path("/sys/fs/cgroup/blkio")
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """memory_share: of the model's size, the cgroup's limit; warm, tokens: of each strength and round, in front of what
-    is counted, and counted; read_mib_per_s: of the disk, 0 for no cap."""
+    """memory_share: of the model's size, the cgroup's limit; warm, tokens: of each arm and round, in front of what is
+    counted, and counted; read_mib_per_s: of the disk, 0 for no cap."""
 
     work: str = "/tmp"
     expert_bytes: int = 3_500_000
     memory_share: float = 0.6
-    warm: int = 48
-    tokens: int = 112
-    rounds: int = 1
+    warm: int = 32
+    tokens: int = 80
+    rounds: int = 2
     read_mib_per_s: int = 300
 
 
 class Worker:
-    """In the cgroup: holds the model, decodes at a strength."""
+    """In the cgroup: holds the model, its routers at the base and at the strongest point, and decodes."""
 
     def answer(self, request: Any) -> dict[str, Any]:
         if request["op"] == "load":
-            self._model = LlamaModel(request["model"], context_tokens=512, load_mode="mmap", repack=False)
-            loras = {float(s): self._model.load_lora(path) for s, path in request["loras"]}
+            options: dict[str, Any] = {"context_tokens": 512, "load_mode": "mmap", "repack": False}
+            self._base, self._split = (LlamaModel(request[name], **options) for name in ("base", "split"))
+            loras = {float(s): self._base.load_lora(path) for s, path in request["loras"]}
             self._scales = ScaleMap(tuple(sorted(loras.items())))
             return {"pid": os.getpid()}
-        self._model.set_loras({lora: s for lora, s in self._scales.scales(request["strength"]).items() if s})
-        self._model.clear()
+        if request["by"] == "lora":
+            self._base.set_loras({lora: s for lora, s in self._scales.scales(request["strength"]).items() if s})
+        model = self._base if request["by"] == "lora" else self._split
+        model.clear()
         ids, warm = request["ids"], request["warm"]
         for token in ids[:warm]:
-            self._model.decode([token])
+            model.decode([token])
         before, begin_s = counters(), time.perf_counter()
         for token in ids[warm:]:
-            self._model.decode([token])
+            model.decode([token])
         took_s, after = time.perf_counter() - begin_s, counters()
         return {"s": took_s, **{name: after[name] - before[name] for name in after}}
 
@@ -85,28 +92,6 @@ def counters() -> dict[str, int]:
     io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     faults = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[9])
     return {"bytes": int(io["read_bytes"]), "faults": faults}
-
-
-@contextmanager
-def read_cap(disk: LoopDisk, mib_per_s: int) -> Iterator[Path | None]:
-    """A blkio group of cgroup v1 whose members read no faster from the disk; None where there is none, or no cap."""
-    folder = _BLKIO / f"remoe-bench-{os.getpid()}"
-    if not mib_per_s or not os.access(_BLKIO / "blkio.throttle.read_bps_device", os.W_OK):
-        yield None
-        return
-    number = Path(disk.device).stat().st_rdev
-    folder.mkdir()
-    try:
-        rule = f"{os.major(number)}:{os.minor(number)} {mib_per_s * _MIB}"
-        (folder / "blkio.throttle.read_bps_device").write_text(rule)
-        yield folder
-    finally:
-        for _ in range(100):
-            try:
-                folder.rmdir()
-                break
-            except OSError:
-                time.sleep(0.05)
 
 
 def prepare(options: Options) -> tuple[Path, list[tuple[float, str]]]:
@@ -139,52 +124,50 @@ def text_ids(count: int) -> list[int]:
 
 
 def run(options: Options) -> dict[str, Any]:
-    if why := why_no_groups() or why_no_loop():
+    if why := why_no_groups() or why_no_loop() or (why_no_cap() if options.read_mib_per_s else None):
         return {"skipped": why}
     source, loras = prepare(options)
-    size = source.stat().st_size
-    strengths = [0.0, *(strength for strength, _ in loras)]
-    ids = text_ids(options.rounds * (options.warm + options.tokens))
-    sums = {strength: {"s": 0.0, "bytes": 0, "faults": 0} for strength in strengths}
-    with loop_disk(Path(options.work), size + size // 16 + 64 * _MIB) as disk, memory_group("llamacpp") as group:
-        model = disk.folder / source.name
-        with source.open("rb") as old, model.open("wb") as new:
-            while sent := os.sendfile(new.fileno(), old.fileno(), None, 64 * _MIB):
-                assert sent
+    size, family = source.stat().st_size, Family.load(SHIPPED / "family")
+    arms = [("lora", 0.0), *(("lora", strength) for strength, _ in loras), ("split", loras[-1][0])]
+    piece = options.warm + options.tokens
+    ids = text_ids(options.rounds * piece)
+    sums = {arm: {"s": 0.0, "bytes": 0, "faults": 0} for arm in arms}
+    with ExitStack() as ending:
+        disk = ending.enter_context(loop_disk(Path(options.work), size + size // 16 + 64 * _MIB))
+        base = split_gguf(source, family, 0.0, disk.folder / "base" / "m.gguf")["out"]
+        strongest = export_gguf(base, family, loras[-1][0], disk.folder / "strongest" / "m.gguf")["out"]
         disk.forget()
+        group = ending.enter_context(memory_group("llamacpp"))
         group.limit(int(options.memory_share * size))
-        with read_cap(disk, options.read_mib_per_s) as capped:
-            command = [sys.executable, __file__, "worker"]
-            if capped is not None:
-                join = 'echo $$ > "$0" && exec "$@"'
-                command = ["/bin/sh", "-c", join, str(capped / "cgroup.procs"), *command]
-            worker = WorkerProcess("llama.cpp", group, command)
-            try:
-                worker.ask("load", model=str(model), loras=loras)
-                for number in range(options.rounds):
-                    piece = ids[number * (options.warm + options.tokens) :][: options.warm + options.tokens]
-                    for strength in strengths if number % 2 == 0 else reversed(strengths):
-                        found = worker.ask("decode", strength=strength, ids=piece, warm=options.warm)
-                        for name in sums[strength]:
-                            sums[strength][name] += found[name]
-            finally:
-                worker.close()
-        rows = [row(strength, sums, options.rounds * options.tokens) for strength in strengths]
-        return {
-            "rows": rows, "bar": BAR, "met": rows[-1]["ratio"] <= BAR, "model_bytes": size,
-            "limit_bytes": int(options.memory_share * size), "capped": capped is not None, **asdict(options),
-        }  # fmt: skip
-
-
-def row(strength: float, sums: dict[float, dict[str, float]], tokens: int) -> dict[str, float]:
-    """One strength's figures per token; ratio: of MiB read, to the base."""
-    found = sums[strength]
+        cap = ending.enter_context(read_cap(disk.device)) if options.read_mib_per_s else None
+        if cap:
+            cap.hold(options.read_mib_per_s * _MIB)
+        worker = WorkerProcess("llama.cpp", group, [sys.executable, __file__, "worker"], cap)
+        ending.callback(worker.close)
+        worker.ask("load", base=base, split=strongest, loras=loras)
+        for number in range(options.rounds):
+            text = ids[number * piece :][:piece]
+            for by, strength in arms if number % 2 == 0 else reversed(arms):
+                found = worker.ask("decode", by=by, strength=strength, ids=text, warm=options.warm)
+                for name in sums[by, strength]:
+                    sums[by, strength][name] += found[name]
+    rows = [row(arm, sums, options.rounds * options.tokens) for arm in arms]
     return {
-        "strength": strength,
+        "rows": rows, "bar": BAR, "met": max(line["ratio"] for line in rows[-2:]) <= BAR, "model_bytes": size,
+        "limit_bytes": int(options.memory_share * size), **asdict(options),
+    }  # fmt: skip
+
+
+def row(arm: tuple[str, float], sums: dict[tuple[str, float], dict[str, float]], tokens: int) -> dict[str, Any]:
+    """One arm's figures per token; ratio: of MiB read, to the base."""
+    found = sums[arm]
+    return {
+        "strength": arm[1],
+        "by": arm[0],
         "mib_per_token": found["bytes"] / _MIB / tokens,
         "faults_per_token": found["faults"] / tokens,
         "ms_per_token": found["s"] * 1e3 / tokens,
-        "ratio": found["bytes"] / sums[0.0]["bytes"],
+        "ratio": found["bytes"] / sums["lora", 0.0]["bytes"],
     }
 
 
@@ -196,19 +179,20 @@ def main() -> None:
         name: value if name == "work" else json.loads(value)
         for name, _, value in (a.partition("=") for a in sys.argv[1:])
     }
-    result = run(Options(**given))
+    with terminated_as_interrupted():
+        result = run(Options(**given))
     if "skipped" not in result:
         print(
-            f"{'strength':>8} {'MiB/token':>10} {'faults/token':>13} {'ms/token':>9} {'MiB to base':>12}",
+            f"{'strength':>8} {'by':>6} {'MiB/token':>10} {'faults/token':>13} {'ms/token':>9} {'MiB to base':>12}",
             file=sys.stderr,
         )
+        settings = {name: result[name] for name in ("model_bytes", "limit_bytes", "read_mib_per_s", "tokens", "rounds")}
         for line in result["rows"]:
-            values = (line["mib_per_token"], line["faults_per_token"], line["ms_per_token"], line["ratio"])
-            print("{:8g} {:10.1f} {:13.1f} {:9.1f} {:12.3f}".format(line["strength"], *values), file=sys.stderr)
-            settings = {
-                name: result[name]
-                for name in ("model_bytes", "limit_bytes", "capped", "read_mib_per_s", "tokens", "rounds")
-            }
+            print(
+                "{strength:8g} {by:>6} {mib_per_token:10.1f} {faults_per_token:13.1f} {ms_per_token:9.1f} "
+                "{ratio:12.3f}".format(**line),
+                file=sys.stderr,
+            )
             append_row(RESULTS, {**environment(), **line, **settings})
     print(json.dumps(result))
 
