@@ -24,7 +24,7 @@ Squeezes = Annotated[int, typer.Option(min=0, help="Squeezes in the count of kil
 Work = Annotated[Path | None, typer.Option(help="Folder for the widened model; default: ~/.cache/remoe.")]
 Keep = Annotated[bool, typer.Option("--keep", help="Keep the widened model for the next run.")]
 Quick = Annotated[
-    bool, typer.Option("--quick", help="A minute or two instead of many: one squeeze, few tokens, few arms.")
+    bool, typer.Option("--quick", help="Minutes instead of half an hour: one squeeze, few arms.")
 ]
 _MIB = 1 << 20
 
