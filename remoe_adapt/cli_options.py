@@ -124,8 +124,12 @@ LoraStrengths = Annotated[
 LoraRank = Annotated[int | None, typer.Option("--rank", help="Nearest LoRA of this rank; default: exact.")]
 
 # remoe watch
-Server = Annotated[str, typer.Option(help="Address of a running llama-server, as http://127.0.0.1:8080.")]
-WatchFamily = Annotated[str, typer.Option("--family", help="Family that the server's LoRAs are of: folder or hub id.")]
+Server = Annotated[str | None, typer.Option(help="Address of a running llama-server, as http://127.0.0.1:8080.")]
+Live = Annotated[
+    Path | None,
+    typer.Option(metavar="SPLIT.gguf", help="Rewrite the routers of this mapped file instead: a hazard, see above."),
+]
+WatchFamily = Annotated[str, typer.Option("--family", help="Family that is driven: folder or hub id.")]
 ServerPid = Annotated[int | None, typer.Option("--pid", help="The server's process; default: whoever has the port.")]
 Once = Annotated[bool, typer.Option("--once", help="Look, set the strength once, and go.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; set nothing.")]

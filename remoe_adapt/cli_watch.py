@@ -15,27 +15,32 @@ _PROXY_HOLD_S = 30.0
 
 
 def watch(
-    server: opt.Server, family: opt.WatchFamily, profile: opt.Profile = None, proxy: opt.ProxyAt = None,
-    once: opt.Once = False, dry_run: opt.DryRun = False, interval: opt.Interval = None, pid: opt.ServerPid = None,
-    hold: opt.Hold = _PROXY_HOLD_S, reuse_prompts: opt.ReusePrompts = False, keep: opt.Keep = False,
-    api_key: opt.ApiKey = None, as_json: opt.JsonLines = False,
+    family: opt.WatchFamily, server: opt.Server = None, live: opt.Live = None, profile: opt.Profile = None,
+    proxy: opt.ProxyAt = None, once: opt.Once = False, dry_run: opt.DryRun = False, interval: opt.Interval = None,
+    pid: opt.ServerPid = None, hold: opt.Hold = _PROXY_HOLD_S, reuse_prompts: opt.ReusePrompts = False,
+    keep: opt.Keep = False, api_key: opt.ApiKey = None, base: opt.GgufBase = None, as_json: opt.JsonLines = False,
 ) -> Events:  # fmt: skip
     """Turn the dial of a running llama-server by this machine's pressure.
 
     The server needs --no-cache-prompt and, for each file of `remoe export gguf-lora`, --lora-scaled FILE:0. With
     --proxy clients connect here instead, and prompt caches are no matter: every answer states its strength in the
     header x-remoe-strength. Runs until Ctrl-C or SIGTERM.
+
+    With --live no server is asked: the routers in the first part of a split GGUF (`remoe export gguf --split`) are
+    rewritten under whoever has it memory-mapped, which swaps in mid-generation, and put back at the end.
     """
     from remoe_adapt.runtime.load import profile_of
     from remoe_adapt.watch import Watch, WatchOptions
 
     if once and proxy is not None:
         raise ConfigError("--once sets a strength and goes, --proxy has to stay: give one of them.")
+    if once and live is not None:
+        raise ConfigError("--once goes, --live stays to put routers back: use `remoe export gguf --in-place` instead.")
     if reuse_prompts and proxy is None:
         raise ConfigError("--reuse-prompts is for --proxy; without it the server's prompt caches must be off.")
     options = WatchOptions(
         interval_s=interval, pid=pid, proxy=None if proxy is None else _listening(proxy), hold_s=hold,
-        reuse_prompts=reuse_prompts, dry_run=dry_run, keep=keep, api_key=api_key,
+        reuse_prompts=reuse_prompts, dry_run=dry_run, keep=keep, api_key=api_key, live=live, base=base,
     )  # fmt: skip
     watching = Watch(server, family, profile_of(profile), options)
     if once:
@@ -69,6 +74,8 @@ def _until_signalled(stop: Any) -> Iterator[None]:
 
 def _text(event: Mapping[str, Any]) -> str:
     kind = event["event"]
+    if kind == "warning":
+        return f"warning: {event['text']}"
     if kind in ("strength", "once"):
         how = "" if event.get("live", True) else " (dry run)"
         return f"strength {event['strength']:g}{how}: {event['reason']}"
@@ -76,6 +83,9 @@ def _text(event: Mapping[str, Any]) -> str:
         return f"{kind}: {event['reason']}"
     if kind == "end":
         left = event["left_at"]
-        return "end: the server could not be asked" if left is None else f"end: the server is left at strength {left:g}"
+        what = "the file" if event["live_file"] else "the server"
+        return f"end: {what} could not be asked" if left is None else f"end: {what} is left at strength {left:g}"
     where = f", proxy on port {event['proxy_port']}" if event.get("proxy_port") else ""
-    return f"{kind}: {event['server']} (pid {event['pid']}) at strength {event['strength']:g}{where}"
+    return (
+        f"{kind}: {event['live_file'] or event['server']} (pid {event['pid']}) at strength {event['strength']:g}{where}"
+    )

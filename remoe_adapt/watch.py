@@ -1,4 +1,4 @@
-"""`remoe watch`: the controller's policy at the dial of a llama-server that somebody else runs."""
+"""`remoe watch`: the controller's policy at the dial of an engine that somebody else runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import ExportError, FamilyError, ServerDownError, ServerError
+from remoe_adapt.errors import ConfigError, ExportError, FamilyError, ServerDownError, ServerError
 from remoe_adapt.export.gguf_file import GgufFile
+from remoe_adapt.export.gguf_live import LiveRouters
 from remoe_adapt.family import Family
 from remoe_adapt.family_files import family_folder, read_family_json
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.runtime.llama_http import Address
-from remoe_adapt.runtime.llama_process import ServerProcess, ServerSensors
+from remoe_adapt.runtime.llama_process import FollowedProcess, ServerProcess, ServerSensors
 from remoe_adapt.runtime.llama_proxy import HOLD_S, Proxy
 from remoe_adapt.runtime.llama_server import LlamaActuator
+from remoe_adapt.runtime.mapped import MappingProcess
+from remoe_adapt.watch_live import LiveActuator
 
 STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 _SAME_STRENGTH = 1e-5
@@ -27,7 +30,8 @@ _SAME_STRENGTH = 1e-5
 @dataclass(frozen=True, kw_only=True)
 class WatchOptions:
     """interval_s: None: the profile's sample_hz; proxy: (host, port) to listen on; keep: leave the strength as it is at
-    the end, instead of going back to the base."""
+    the end, instead of going back to the base; live: the split GGUF to rewrite instead of asking a server, base: what
+    to compare its routers with."""
 
     interval_s: float | None = None
     pid: int | None = None
@@ -37,32 +41,60 @@ class WatchOptions:
     dry_run: bool = False
     keep: bool = False
     api_key: str | None = None
+    live: Path | None = None
+    base: str | None = None
 
 
 class Watch:
-    """One server, one family, one profile. `events` runs it.
+    """One server (None: `options.live` without one), one family, one profile. `events` runs it.
 
-    Raises FamilyError for the family, ConfigError for an address whose pressure cannot be seen from here.
+    Raises FamilyError for the family, ConfigError for an address whose pressure cannot be seen from here, and for a
+    live file as `LiveRouters`.
     """
 
-    def __init__(self, server: str, family: str, profile: DeviceProfile, options: WatchOptions) -> None:
+    def __init__(self, server: str | None, family: str, profile: DeviceProfile, options: WatchOptions) -> None:
         self.options, self.profile = options, profile
-        self.address = Address.parse(server)
+        self._awake, self._ended = threading.Event(), False
+        self.address = None if server is None else Address.parse(server)
+        self.process: FollowedProcess
+        self.live: LiveActuator | None = None
+        self.proxy: Proxy | None = None
+        if options.live is not None:
+            self.actuator: LlamaActuator | LiveActuator
+            self.actuator = self.live = self._at_a_file(options.live, family)
+        else:
+            self.actuator = self._at_a_server(family)
+        self.governor = Governor(self.actuator, ServerSensors(self.process), profile)
+
+    def _at_a_file(self, path: Path, family: str) -> LiveActuator:
+        options = self.options
+        if options.proxy is not None:
+            raise ConfigError("--live swaps for whoever maps the file, --proxy sets single requests: give one of them.")
+        if self.address is not None:
+            self.process = ServerProcess(self.address, options.pid)
+        else:
+            self.process = MappingProcess(path, options.pid)
+        routers = LiveRouters(path, Family.load(family), base=options.base, read_only=options.dry_run)
+        named = self.address is not None or options.pid is not None
+        return LiveActuator(routers, self.process, required=named, dry_run=options.dry_run)
+
+    def _at_a_server(self, family: str) -> LlamaActuator:
+        options = self.options
+        if self.address is None:
+            raise ConfigError("nothing to drive: give --server URL, or --live FILE of a split GGUF.")
         self.process = ServerProcess(self.address, options.pid)
         points = FamilyPoints(family)
-        self.actuator = LlamaActuator(
+        actuator = LlamaActuator(
             self.address, self.process, points.strengths, lambda path: points.strength_of(path, self.process.folder),
             per_request=options.proxy is not None, reuse_prompts=options.reuse_prompts, dry_run=options.dry_run,
             api_key=options.api_key,
         )  # fmt: skip
-        self.governor = Governor(self.actuator, ServerSensors(self.process), profile)
-        self.proxy: Proxy | None = None
         if options.proxy is not None and not options.dry_run:
             self.proxy = Proxy(
-                self.address, self.actuator.setting, self._lost, host=options.proxy[0], port=options.proxy[1],
-                hold_s=options.hold_s, reuse_prompts=options.reuse_prompts,
+                self.address, actuator.setting, lambda: self._lost(actuator), host=options.proxy[0],
+                port=options.proxy[1], hold_s=options.hold_s, reuse_prompts=options.reuse_prompts,
             )  # fmt: skip
-        self._awake, self._ended = threading.Event(), False
+        return actuator
 
     def stop(self) -> None:
         """End `events` soon; from any thread or a signal handler."""
@@ -80,10 +112,12 @@ class Watch:
         return {**event, "event": "once", "live": not self.options.dry_run}
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Runs until `stop`; yields what happens, JSON-ready: "start", then "strength", "up", "down" and "wrong" (the
-        server cannot be driven: why), then "end". The first sync raises ServerError where it finds a server that it
-        cannot drive; one that is down may come later."""
+        """Runs until `stop`; yields what happens, JSON-ready: "warning" (of a live file), "start", then "strength",
+        "up", "down" and "wrong" (the server cannot be driven: why), then "end". The first sync raises ServerError where
+        it finds a server that it cannot drive; one that is down may come later."""
         seconds, down = self._interval_s(), ""
+        if self.live and not self.options.dry_run:
+            yield {"event": "warning", "text": self.live.hazard()}
         try:
             self.actuator.sync()
         except ServerDownError as error:
@@ -105,13 +139,14 @@ class Watch:
         finally:
             if self.proxy:
                 self.proxy.stop()
-            kept = self._leave()
+            kept = self.actuator.release(self.options.keep)
         yield {"event": "end", **self.status(), "left_at": kept}
 
     def status(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "server": str(self.address),
+            "server": None if self.address is None else str(self.address),
+            "live_file": str(self.live.routers.path) if self.live else None,
             "pid": self.process.pid,
             "strength": self.actuator.current(),
             "profile": self.profile.name,
@@ -119,6 +154,7 @@ class Watch:
             "dry_run": self.options.dry_run,
             "met": self.actuator.attached,
             "posts": self.actuator.posts,
+            "swap_ms": self.live.swap_ms if self.live else None,
             "requests": dict(self.proxy.counts) if self.proxy else None,
         }
 
@@ -146,19 +182,9 @@ class Watch:
         if self._awake.wait(seconds) and not self._ended:
             self._awake.clear()
 
-    def _lost(self) -> None:
-        self.actuator.lost()
+    def _lost(self, actuator: LlamaActuator) -> None:
+        actuator.lost()
         self._awake.set()
-
-    def _leave(self) -> float | None:
-        """The strength the server is left at; None when it could not be asked."""
-        if self.options.dry_run or self.options.proxy is not None or self.options.keep:
-            return self.actuator.current()
-        self.actuator.apply(0.0)
-        try:
-            return 0.0 if self.actuator.sync() else None
-        except ServerError:
-            return None
 
 
 _WRONG = "wrong: "

@@ -19,6 +19,7 @@ import torch
 from remoe_adapt.export.files import clone_or_copy
 from remoe_adapt.export.gguf import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.export.gguf_file import entry_bytes, header_bytes
+from remoe_adapt.export.gguf_live import LiveRouters
 from remoe_adapt.export.gguf_split import split_gguf
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.routers.families import GGUF_ARCH, GGUF_ROUTER_WEIGHT
@@ -33,7 +34,8 @@ def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: in
     """Seconds (median of `repeats`) and bytes of each way, in a temporary folder below `folder`.
 
     in_place_s, undo_s: routers replaced and put back, on the disk; variant_s, variant_bytes, variant_share: another
-    strength of a split model; split_s: taking it apart, once; copy_s: copying the file (the baseline).
+    strength of a split model; live_s: its routers in the page cache, as `remoe watch --live` swaps them; split_s:
+    taking it apart, once; copy_s: copying the file (the baseline).
     """
     with tempfile.TemporaryDirectory(dir=folder) as home:
         source, family = _model(Path(home) / "model.gguf", gigabytes)
@@ -49,6 +51,12 @@ def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: in
         for number in range(repeats):
             target = Path(home) / f"variant{number}" / "m.gguf"
             steps["variant_s"].append(_seconds(export_gguf, first, family, 1.0 - number / 10, target))
+        routers = LiveRouters(first, family)
+        live_s = []
+        for number in range(repeats):
+            routers.write(1.0 - number / 10)
+            live_s.append(routers.swap_s or 0.0)
+        routers.close()
         part = (Path(home) / "variant0" / first.name).stat().st_size
         medians = {name: sorted(values)[len(values) // 2] for name, values in steps.items()}
     return {
@@ -57,6 +65,7 @@ def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: in
         **medians,
         "variant_bytes": part,
         "variant_share": part / size,
+        "live_s": sorted(live_s)[repeats // 2],
         "split_s": split_s,
         "copy_s": copy_s,
     }

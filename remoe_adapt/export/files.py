@@ -61,12 +61,17 @@ def copy_range(source_fd: int, offset: int, size: int, target_fd: int, on_bytes:
 def write_at(path: Path, pieces: Iterable[tuple[int, bytes]]) -> None:
     """Overwrite parts of a file, (offset, bytes) each, and wait until they are on the disk."""
     with path.open("r+b", buffering=0) as file:
-        for offset, data in pieces:
-            view = memoryview(data)
-            while view:
-                written = os.pwrite(file.fileno(), view, offset)
-                offset, view = offset + written, view[written:]
+        write_pieces(file.fileno(), pieces)
         os.fsync(file.fileno())
+
+
+def write_pieces(fd: int, pieces: Iterable[tuple[int, bytes]]) -> None:
+    """Overwrite parts of an open file, (offset, bytes) each, in one call each where the system takes them whole."""
+    for offset, data in pieces:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(fd, view, offset)
+            offset, view = offset + written, view[written:]
 
 
 def read_at(path: Path, offset: int, size: int) -> bytearray:

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from remoe_adapt.export.files import (
     new_file,
     write_at,
 )
-from remoe_adapt.export.gguf_file import shard_name
+from remoe_adapt.export.gguf_file import GgufFile, shard_name
 from remoe_adapt.export.gguf_routers import GgufModel
 from remoe_adapt.export.gguf_undo import Undo
 from remoe_adapt.export.merged import left_out
@@ -75,16 +75,12 @@ def patch_in_place(
     Raises ConfigError when the file is a link or has several names (another program's store would change with it;
     unless `force`), or is being patched by another process, else as `GgufModel` and `GgufModel.check`.
     """
-    with _locked(Path(source)):
+    with locked(Path(source)):
         model = GgufModel(source)
-        for file in model.files:
-            if not force and (file.path.is_symlink() or file.path.stat().st_nlink > 1):
-                raise ConfigError(
-                    f"{file.path} is a link or has several names, and all of them would change: export a copy, or pass "
-                    "--force if they shall."
-                )
+        if not force:
+            refuse_links(model.files)
         pieces = model.live(family, strength, model.check(family, base, force=force))
-        torn = any(model.undos[f.path].state(f) == "torn" for f in model.files if f.path in model.undos)
+        torn = any(model.undos[f.path].state(f) in ("torn", "live") for f in model.files if f.path in model.undos)
         changed = [file for file in model.files if file.path in pieces]
         undos = [Undo.write(file, model.originals(file.path), pieces[file.path], strength) for file in changed]
         for file in changed:
@@ -101,7 +97,7 @@ def undo_in_place(source: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises ConfigError when there is no undo file, else as `GgufModel`.
     """
-    with _locked(Path(source)):
+    with locked(Path(source)):
         model = GgufModel(source)
         if not model.undos:
             raise ConfigError(f"{source} has no undo file beside it: it was not patched in place.")
@@ -141,8 +137,22 @@ def _targets(out: Path, count: int) -> list[Path]:
     return targets
 
 
+def refuse_links(files: Iterable[GgufFile]) -> None:
+    """Raises ConfigError when one of them is a link or has several names, which would all change."""
+    for file in files:
+        if file.path.is_symlink() or file.path.stat().st_nlink > 1:
+            raise ConfigError(
+                f"{file.path} is a link or has several names, and all of them would change: export a copy, or pass "
+                "--force if they shall."
+            )
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[int]:
+    """The file open for reading and writing, and nobody else's to patch meanwhile.
+
+    Raises ConfigError when there is no such file or another process has the lock, ExportError when it is read-only.
+    """
     if not path.is_file():
         raise ConfigError(f"{path} is no file: give a GGUF model (of a split one, its first part).")
     with contextlib.ExitStack() as stack:
@@ -153,4 +163,4 @@ def _locked(path: Path) -> Iterator[None]:
             raise ConfigError(f"{path} is being patched by another process: try again when it has ended.") from error
         except OSError as error:
             raise ExportError(f"{path} cannot be written to ({error.strerror}): export a copy instead.") from error
-        yield
+        yield file.fileno()

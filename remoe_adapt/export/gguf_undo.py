@@ -1,7 +1,8 @@
 """The undo file beside a GGUF that is patched in place: the original routers, on the disk before the first write.
 
 It is the journal too. Whatever is killed when, the originals are whole in it, and the file's routers are one of
-"original", "patched" (as the undo file says) or "torn" (part of each), which the next patch or undo ends.
+"original", "patched" (as the undo file says), "torn" (part of each), which the next patch or undo ends, or "live":
+whatever `LiveRouters` wrote last, whole or in part, for it writes faster than undo files can follow.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from remoe_adapt.export.files import read_at, replace_file, sync, write_at
 from remoe_adapt.export.gguf_file import GgufFile, GgufTensor
 
 _SUFFIX, _FORMAT = ".remoe-undo", "remoe-undo 1"
+_LIVE = "live"
 
 
 @dataclass(frozen=True)
 class Undo:
-    """The original bytes of tensors of one GGUF file by name, the digest of what replaces them, at which strength."""
+    """The original bytes of tensors of one GGUF file by name, the digest of what replaces them, at which strength (nan
+    where that changes)."""
 
     path: Path
     originals: Mapping[str, bytes]
@@ -55,9 +58,12 @@ class Undo:
         return cls(path, originals, target, strength)
 
     @classmethod
-    def write(cls, file: GgufFile, originals: Mapping[str, bytes], new: Mapping[str, bytes], strength: float) -> Undo:
-        """Record what will be replaced and by what; returns when that is on the disk."""
-        undo = cls(undo_path(file.path), dict(originals), digest(new), strength)
+    def write(
+        cls, file: GgufFile, originals: Mapping[str, bytes], new: Mapping[str, bytes] | None, strength: float
+    ) -> Undo:
+        """Record what will be replaced and by what (None: by one thing after another); returns when that is on the
+        disk."""
+        undo = cls(undo_path(file.path), dict(originals), _LIVE if new is None else digest(new), strength)
         facts = {
             "format": _FORMAT,
             "size": str(file.size),
@@ -70,10 +76,12 @@ class Undo:
         return undo
 
     def state(self, file: GgufFile) -> str:
-        """ "original", "patched" or "torn"."""
+        """ "original", "patched", "torn" or "live"."""
         now = {t.name: bytes(read_at(t.path, t.offset, len(self.originals[t.name]))) for t in self._tensors(file)}
         if now == dict(self.originals):
             return "original"
+        if self.target == _LIVE:
+            return "live"
         return "patched" if digest(now) == self.target else "torn"
 
     def restore(self, file: GgufFile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import ipaddress
 import socket
 from pathlib import Path
@@ -14,14 +15,12 @@ from remoe_adapt.pressure.sensors import CGROUPS, PROC, MachineMemory, Sensors, 
 from remoe_adapt.runtime.llama_http import Address
 
 
-class ServerProcess:
-    """Follows the server through restarts. pid: given by hand, it is never looked for.
+class FollowedProcess(abc.ABC):
+    """A process, through its restarts. pid: given by hand, it is never looked for. Raises ConfigError when there is no
+    such process."""
 
-    Raises ConfigError when the address is on another machine: its pressure cannot be seen from here.
-    """
-
-    def __init__(self, address: Address, pid: int | None = None) -> None:
-        self._address, self._fixed = address, pid is not None
+    def __init__(self, pid: int | None = None) -> None:
+        self._fixed = pid is not None
         self.why_unknown = ""
         self._process: psutil.Process | None = None
         if pid is not None:
@@ -29,11 +28,6 @@ class ServerProcess:
                 self._process = psutil.Process(pid)
             except psutil.NoSuchProcess as error:
                 raise ConfigError(f"no process {pid} runs here: give the server's --pid, or leave it out.") from error
-        elif not _is_local(address.host):
-            raise ConfigError(
-                f"{address} is on another machine, whose pressure cannot be seen from here: run `remoe watch` there, "
-                "or give --pid of the server on this one."
-            )
 
     @property
     def pid(self) -> int | None:
@@ -62,11 +56,11 @@ class ServerProcess:
             return False
 
     def find(self) -> bool:
-        """Look who listens on the port; True when that is another process than before."""
+        """Look for it where it does not run; True when one is found that is another than before."""
         if self._fixed or self.alive():
             return False
         before, self._process = self._process, None
-        pid = self._listener()
+        pid = self._look()
         if pid is not None:
             try:
                 self._process = psutil.Process(pid)
@@ -74,7 +68,27 @@ class ServerProcess:
                 self.why_unknown = "the server has just ended"
         return self._process is not None and self._process != before
 
-    def _listener(self) -> int | None:
+    @abc.abstractmethod
+    def _look(self) -> int | None:
+        """Its number now; None, with `why_unknown` set, when that is not known."""
+
+
+class ServerProcess(FollowedProcess):
+    """Whoever listens on a server's port.
+
+    Raises ConfigError when the address is on another machine: its pressure cannot be seen from here.
+    """
+
+    def __init__(self, address: Address, pid: int | None = None) -> None:
+        super().__init__(pid)
+        self._address = address
+        if pid is None and not _is_local(address.host):
+            raise ConfigError(
+                f"{address} is on another machine, whose pressure cannot be seen from here: run `remoe watch` there, "
+                "or give --pid of the server on this one."
+            )
+
+    def _look(self) -> int | None:
         try:
             listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr]
         except psutil.Error as error:
@@ -99,7 +113,7 @@ class ServerSensors(Sensors):
     While there is no such process they say so, and only the machine counts.
     """
 
-    def __init__(self, process: ServerProcess, proc: Path = PROC, cgroups: Path = CGROUPS) -> None:
+    def __init__(self, process: FollowedProcess, proc: Path = PROC, cgroups: Path = CGROUPS) -> None:
         super().__init__([MachineMemory()])
         self._process, self._roots = process, (proc, cgroups)
         self._of: int | None = None

@@ -120,6 +120,17 @@ class LlamaActuator:
         self._pause_s = 0.0
         return True
 
+    def release(self, keep: bool) -> float | None:
+        """The last call: back to the base, unless `keep`, or nothing of the server's was set. The strength it is left
+        at; None when it could not be asked."""
+        if self.dry_run or self.per_request or keep:
+            return self.current()
+        self.apply(0.0)
+        try:
+            return 0.0 if self.sync() else None
+        except ServerError:
+            return None
+
     def loras(self) -> list[LoadedLora]:
         """The server's adapters now. Raises as `sync`."""
         return loaded_loras(self._get("/lora-adapters"))

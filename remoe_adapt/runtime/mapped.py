@@ -1,0 +1,67 @@
+"""Which processes have a file memory-mapped, and how much of it: what Linux says in /proc/PID/maps."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from remoe_adapt.pressure.sensors import PROC
+from remoe_adapt.runtime.llama_process import FollowedProcess
+
+_LOOK_S = 2.0
+
+
+def mapped_spans(pid: int, path: Path, proc: Path = PROC) -> list[tuple[int, int]]:
+    """(begin, end) in bytes of every part of the file that the process maps.
+
+    Raises OSError when the process has ended, or is another user's.
+    """
+    facts, name = path.stat(), str(path.resolve())
+    place = (f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}", str(facts.st_ino))
+    spans = []
+    for line in (proc / str(pid) / "maps").read_text(errors="replace").splitlines():
+        addresses, _, offset, device, inode, *rest = line.split(maxsplit=5)
+        # Some stacked file systems show the device below them, then the name tells.
+        if (device, inode) == place or rest == [name]:
+            begin, end = (int(number, 16) for number in addresses.split("-"))
+            spans.append((int(offset, 16), int(offset, 16) + end - begin))
+    return spans
+
+
+def covers(spans: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) -> bool:
+    """Whether each wanted span lies inside one of `spans`."""
+    return all(any(begin <= first and last <= end for begin, end in spans) for first, last in wanted)
+
+
+def mapped_by(path: Path, proc: Path = PROC) -> list[int]:
+    """Processes that map any of the file, as far as this user may know."""
+    found = []
+    for pid in psutil.pids():
+        try:
+            if mapped_spans(pid, path, proc):
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+class MappingProcess(FollowedProcess):
+    """The one process that maps a file, unless `pid` is given. None is known while there are none, or several."""
+
+    def __init__(self, path: Path, pid: int | None = None) -> None:
+        super().__init__(pid)
+        self._path, self._next_s = path, -1.0
+
+    def _look(self) -> int | None:
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return None
+        self._next_s = now_s + _LOOK_S
+        pids = mapped_by(self._path)
+        several = f"several processes map {self._path} ({', '.join(map(str, pids))}): give --pid of one"
+        self.why_unknown = "" if len(pids) == 1 else several if pids else f"no process maps {self._path}"
+        return pids[0] if len(pids) == 1 else None

@@ -1,0 +1,116 @@
+"""The dial of `remoe watch --live`: routers in a mapped file, instead of scales over HTTP."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from remoe_adapt.errors import ServerDownError, ServerError
+from remoe_adapt.export.gguf_live import LiveRouters
+from remoe_adapt.export.gguf_undo import undo_path
+from remoe_adapt.runtime.llama_process import FollowedProcess
+from remoe_adapt.runtime.llama_scales import STEP_DIGITS
+from remoe_adapt.runtime.mapped import covers, mapped_by, mapped_spans
+
+CHECK_S = 2.0
+
+
+class LiveActuator:
+    """Holds a mapped file at a strength; an `Actuator` of the policy. `apply` and `current` may be called by any
+    thread, `sync` and `release` by one.
+
+    process: who is watched; required: it was named (by address or number), so nothing is written while it does not map
+    the routers. dry_run: nothing is ever written; the routers may be read-only.
+    """
+
+    per_request = False
+
+    def __init__(
+        self,
+        routers: LiveRouters,
+        process: FollowedProcess,
+        *,
+        required: bool,
+        dry_run: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.routers, self.process, self.dry_run = routers, process, dry_run
+        self._required, self._clock = required, clock
+        self._lock = threading.Lock()
+        self._met: int | None = None
+        self._check_s = -1.0
+        self.attached = self.posts = 0
+        self._wanted = routers.strength or 0.0
+
+    def apply(self, strength: float) -> None:
+        """Want this strength, in steps of 0.0001; `sync` brings it about."""
+        with self._lock:
+            self._wanted = round(strength, STEP_DIGITS)
+
+    def current(self) -> float:
+        """The strength wanted last; before the first, what the file was found at (0 where that is not known)."""
+        with self._lock:
+            return self._wanted
+
+    def sync(self) -> bool:
+        """Look whether the process maps the routers (every CHECK_S), and bring the file to the strength wanted.
+
+        Raises ServerDownError while a required process does not run, ServerError when it does not map them all.
+        """
+        self.process.find()
+        pid = self.process.pid
+        if pid is None:
+            self._met = None
+            if self._required:
+                raise ServerDownError(self.process.why_unknown or "the watched process does not run")
+        elif pid != self._met or self._clock() >= self._check_s:
+            self._check(pid)
+        wanted = self.current()
+        if wanted != self.routers.strength and not self.dry_run:
+            self.routers.write(wanted)
+            self.posts += 1
+        return True
+
+    def release(self, keep: bool) -> float | None:
+        """The last call: originals back and the undo file gone, unless `keep`. The strength the file is left at."""
+        if not self.dry_run:
+            self.routers.close(keep)
+            self.apply(self.routers.strength or 0.0)
+        return self.routers.strength
+
+    @property
+    def swap_ms(self) -> float | None:
+        """How long the last swap wrote; None before the first."""
+        return None if self.routers.swap_s is None else 1e3 * self.routers.swap_s
+
+    def hazard(self) -> str:
+        """What a user has to know before the first swap."""
+        path = self.routers.path
+        pids = ", ".join(map(str, mapped_by(path))) or "none now"
+        return (
+            f"--live rewrites the routers of {path} under the processes that map it ({pids}), all of which swap. The "
+            "token under way at a swap may see layers of two strengths; answers, and prompts that a server remembers, "
+            f"go on across swaps. The originals are in {undo_path(path).name} until they are put back at the end; "
+            f"after a kill: remoe export gguf {path} --undo"
+        )
+
+    def _check(self, pid: int) -> None:
+        before, self._met = self._met, None
+        path = self.routers.path
+        try:
+            spans = mapped_spans(pid, path)
+        except PermissionError as error:
+            raise ServerError(
+                f"what process {pid} maps cannot be seen: run `remoe watch` as its user, or root."
+            ) from error
+        except OSError as error:
+            raise ServerDownError(f"process {pid} has ended") from error
+        if not covers(spans, self.routers.spans):
+            how = "only a part of the routers of" if spans else "nothing of"
+            raise ServerError(
+                f"process {pid} maps {how} {path}, so it would not see a swap: start llama-server on this file, "
+                "without --no-mmap or direct I/O, and with its routers on the CPU."
+            )
+        self._met, self._check_s = pid, self._clock() + CHECK_S
+        self.attached += before != pid
