@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ from remoe_adapt.bench.controller_figures import (
 )
 from remoe_adapt.bench.controller_process import ArmProcess
 from remoe_adapt.bench.controller_replay import Replay
+from remoe_adapt.bench.controller_worker import COLUMNS, Worker
 from remoe_adapt.bench.decode_process import WorkerProcess
 from remoe_adapt.bench.limits import memory_group, why_no_groups
 from remoe_adapt.bench.paced import PacedReads
 from remoe_adapt.demo import example_folder
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.runtime.pack import pack_experts
 
 MIB = 1 << 20
 SETTLE_S = 0.5
@@ -181,10 +185,38 @@ def test_options_that_cannot_work_are_refused(shipped: Path) -> None:
         run_controller(ControllerOptions(squeezed=0.9, expert_bytes=1, keep=True, work=Path("/nowhere")))
 
 
+@pytest.mark.parametrize("name", ["fixed_100", "adaptive", "no_controller", "fixed_budget"])
+def test_a_worker_decodes_its_arm(tmp_path: Path, shipped: Path, name: str) -> None:
+    pack = tmp_path / "pack"
+    pack_experts(shipped, pack)
+    options = {"family": str(shipped / "family"), "gain": 0.3, "share": 0.5, "pack": str(pack)}
+    kind, documents = asdict(kinds((1.0,))[name]), [list(range(5, 12)), list(range(50, 53))]
+    worker, threads = Worker(), torch.get_num_threads()
+    facts = worker.answer(
+        {"op": "load", "kind": kind, "folder": str(shipped), "documents": documents, "warm": 3, "threads": threads}
+        | {"options": {**options, "read_threads": 2, "read_bytes_per_s": None}}
+    )
+    assert facts["budget_bytes"] == facts["experts_bytes"] // 2
+    assert worker.arm.cache.resident_bytes > 0.9 * facts["budget_bytes"]
+    worker.answer({"op": "wake"})
+    found = worker.answer({"op": "decode", "tokens": 12, "seconds": 0.5})
+    steps = found["steps"]
+    assert list(steps) == list(COLUMNS) and len({len(column) for column in steps.values()}) == 1
+    assert len(steps["s"]) >= 12 and set(steps["strength"]) == {1.0 if name == "fixed_100" else 0.0}
+    assert sum(steps["misses"]) > 0 and steps["at_s"] == sorted(steps["at_s"])
+    assert (found["monitor_cpu_s"] > 0) == (name != "fixed_budget")
+    assert worker.answer({"op": "rest"})["swaps"] == int(name == "fixed_100")
+    assert worker.arm.monitor_cpu_s() == 0.0
+    gc.unfreeze()  # what a worker's load keeps from being looked at again
+    if worker.arm.controller is not None:
+        worker.arm.controller.close()
+
+
+@pytest.mark.slow
 def test_a_quick_run_from_end_to_end(tmp_path: Path, shipped: Path) -> None:
     if why := why_no_groups():
         pytest.skip(why)
-    options = quickly(ControllerOptions(work=tmp_path, overhead_s=0, squeezes=0))
+    options = quickly(ControllerOptions(work=tmp_path))
     result = run_controller(options)
     arms = result["arms"]
     assert list(arms) == ["fixed_0", "fixed_100", "adaptive", "no_controller", "fixed_budget"]
@@ -196,4 +228,6 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path, shipped: Path) -> None:
     assert arms["fixed_0"]["squeeze_budget_bytes"] < 0.8 * min(calm)  # the mover gave memory back
     assert arms["fixed_0"]["kl"] == 0 and arms["no_controller"]["kl"] == 0 and arms["fixed_100"]["kl"] > 0.01
     assert arms["adaptive"]["swaps"] >= 2 and 0 < arms["adaptive"]["kl"] < arms["fixed_100"]["kl"]
+    assert result["squeezes"]["adaptive"]["oom_kills"] == 0 and result["squeezes"]["fixed_budget"]["oom_kills"] == 1
+    assert 0 < result["monitor_cpu_share"] < 0.05 and 0.5 < result["overhead"]["tpot_ratio"] < 2
     assert not list(tmp_path.iterdir())  # nothing is kept
