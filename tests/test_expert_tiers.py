@@ -306,3 +306,42 @@ def test_a_store_is_such_a_source(tmp_path: Path) -> None:
             "gate_up_proj": [32, 32],
             "down_proj": [32, 16],
         }
+
+
+def leased_soon(cache: ExpertCache, experts: list[int]) -> bool:
+    """Whether a lease of another thread ends by itself."""
+    thread = threading.Thread(target=lambda: cache.lease(0, experts).release(), daemon=True)
+    thread.start()
+    thread.join(10)
+    return not thread.is_alive()
+
+
+def test_a_process_that_can_have_no_more_threads_still_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source()
+    cache = ExpertCache(source, source.total, threads=2)
+    begin = cache._pool.submit
+
+    def submit(*work: Any) -> Any:
+        begin(*work)
+        raise RuntimeError("can't start new thread")  # as the pool does: after the work was queued
+
+    monkeypatch.setattr(cache._pool, "submit", submit)
+    monkeypatch.setattr(cache._ahead_pool, "submit", submit)
+    cache.prefetch(0, [6, 7])
+    with cache.lease(0, range(6)) as lease:
+        assert [float(lease.slots[expert]["w"][0]) for expert in range(6)] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert sorted(source.reads) == [(0, expert) for expert in range(6)], "each is read once"
+    assert leased_soon(cache, [6, 7]) and not cache._pins and not cache._loading
+
+
+def test_an_interrupt_while_reads_are_begun_leaves_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source()
+    cache = ExpertCache(source, source.total)
+
+    def submit(*work: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(cache._pool, "submit", submit)
+        cache.lease(0, [0, 1, 2])
+    assert leased_soon(cache, [0, 1, 2]) and len(cache.resident()) == 3 and not cache._pins

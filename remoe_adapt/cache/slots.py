@@ -11,6 +11,8 @@ from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
 
+POLICIES = ("lru", "lfu", "lrfu")
+SCOPES = ("global", "layer")
 # (layer, expert)
 Key = tuple[int, int]
 # One expert's parameters, by name.
@@ -53,16 +55,15 @@ class LayerCounters:
 _COUNTED = tuple(field.name for field in fields(LayerCounters))
 
 
-def each(layers: Sequence[LayerCounters]) -> list[dict[str, Any]]:
-    """Counters of each layer."""
-    return [{name: getattr(counters, name) for name in _COUNTED} for counters in layers]
-
-
-def total(layers: Sequence[LayerCounters]) -> dict[str, Any]:
-    """Sums of the counters, and the hit rate; quick enough to be asked for several times a second."""
-    sums = {name: sum([getattr(counters, name) for counters in layers]) for name in _COUNTED}
-    uses = sums["hits"] + sums["misses"]
-    return {"hit_rate": sums["hits"] / uses if uses else 0.0, **sums}
+def counted(counters: Sequence[LayerCounters], layers: bool) -> dict[str, Any]:
+    """Sums of the counters, and the hit rate; with `layers` those of each layer too. Quick without: it is asked for
+    several times a second."""
+    found: dict[str, Any] = {name: sum([getattr(layer, name) for layer in counters]) for name in _COUNTED}
+    uses = found["hits"] + found["misses"]
+    found["hit_rate"] = found["hits"] / uses if uses else 0.0
+    if layers:
+        found["layers"] = [{name: getattr(layer, name) for name in _COUNTED} for layer in counters]
+    return found
 
 
 class Lease:
@@ -81,6 +82,15 @@ class Lease:
         """Give the experts back; once is enough."""
         keys, self._keys, self.slots = self._keys, [], {}
         self._unpin(keys)
+
+
+def check_options(policy: str, scope: str, threads: int) -> None:
+    """Raises ConfigError for a policy, a scope or a number of reading threads that there is not."""
+    for what, value, known in (("policy", policy, POLICIES), ("scope", scope, SCOPES)):
+        if value not in known:
+            raise ConfigError(f"expert cache {what} {value!r} is not one of {', '.join(known)}.")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ConfigError(f"threads {threads!r}: give the number of reads at a time, at least 1.")
 
 
 def shares_of(budget_bytes: int, source: ExpertSource, domains: Sequence[Sequence[int]]) -> list[int]:

@@ -10,22 +10,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
 
 from remoe_adapt.cache.ahead import ReadAheads
+from remoe_adapt.cache.arrivals import Arrival, read_all
 from remoe_adapt.cache.policy import Policy
 from remoe_adapt.cache.residency import Residency
 from remoe_adapt.cache.simulate import make_policy
-from remoe_adapt.cache.slots import ExpertSource, Key, LayerCounters, Lease, Slot, each, shares_of, total
+from remoe_adapt.cache.slots import ExpertSource, Key, LayerCounters, Lease, Slot, check_options, counted, shares_of
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.forks import mend_after_fork
 from remoe_adapt.host_memory import return_freed_memory
 
-POLICIES = ("lru", "lfu", "lrfu")
-SCOPES = ("global", "layer")
 READ_THREADS = 4
 # Read-aheads at a time. What a wrong one costs ends with it, so few are begun.
 AHEAD_THREADS = 2
@@ -56,11 +55,7 @@ class ExpertCache:
         below: ExpertCache | None = None,
         released: Callable[[], None] | None = None,
     ) -> None:
-        for what, value, known in (("policy", policy, POLICIES), ("scope", scope, SCOPES)):
-            if value not in known:
-                raise ConfigError(f"expert cache {what} {value!r} is not one of {', '.join(known)}.")
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise ConfigError(f"threads {threads!r}: give the number of reads at a time, at least 1.")
+        check_options(policy, scope, threads)
         self.source, self.policy, self.scope, self.below = source, policy, scope, below
         # Seconds that a lease waits for each expert it misses, lately.
         self.miss_s = 0.0
@@ -82,15 +77,15 @@ class ExpertCache:
 
     def _nothing_under_way(self) -> None:
         self._changed = threading.Condition()
-        self._loading: dict[Key, Future[Slot]] = {}
+        self._loading: dict[Key, Arrival] = {}
         self._pins: Counter[Key] = Counter()
         self._ahead, self._waiting = ReadAheads(), 0
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-read")
         self._ahead_pool = ThreadPoolExecutor(AHEAD_THREADS, thread_name_prefix="expert-read-ahead")
 
     def after_fork(self) -> None:
-        """In the child: what the parent's threads were reading or computing with is nobody's."""
-        for key in self._loading:
+        """In the child: what the parent's threads were reading, computing with or about to change is nobody's."""
+        for key in [key for policy in self._policies for key in policy if key not in self._slots]:
             self._policies[self._domain_of[key[0]]].discard(key)
         self._nothing_under_way()
 
@@ -143,7 +138,7 @@ class ExpertCache:
                 else:
                     self._make_room(policy, size)
                     policy.admit(key, size)
-                    self._loading[key] = Future()
+                    self._loading[key] = Arrival()
             counters = self._counters[layer]
             counters.hits += len(keys) - len(missing)
             counters.misses += len(missing)
@@ -182,10 +177,14 @@ class ExpertCache:
                 except ConfigError:
                     break
                 policy.admit(key, size)
-                self._loading[key] = Future()
+                self._loading[key] = Arrival()
                 self._pins[key] += 1
                 ahead.queue(key)
-                self._ahead_pool.submit(self._read_ahead, key)
+                try:
+                    self._ahead_pool.submit(self._read_ahead, key)
+                except RuntimeError:  # it can have no thread
+                    self._cancel([key])
+                    break
 
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of these experts that are neither there nor being read, in their order."""
@@ -246,12 +245,9 @@ class ExpertCache:
         """JSON-ready: settings, what is resident, counters summed up and, unless turned off, those of each layer
         (`layers`). `below`: the same of the tier below; None without one.
         """
-        found: dict[str, Any] = {"policy": self.policy, "scope": self.scope}
         with self._changed:
-            found |= {"budget_bytes": self._budget_bytes, "resident_bytes": self.resident_bytes}
-            found |= total(self._counters)
-            if layers:
-                found["layers"] = each(self._counters)
+            sizes = {"budget_bytes": self._budget_bytes, "resident_bytes": self.resident_bytes}
+            found = {"policy": self.policy, "scope": self.scope, **sizes} | counted(self._counters, layers)
         return found | {"below": None if self.below is None else self.below.stats(layers=layers)}
 
     def reset_stats(self) -> None:
@@ -334,15 +330,17 @@ class ExpertCache:
 
     # Without it
 
-    def _await(self, layer: int, missing: list[Key], awaited: dict[Key, Future[Slot]]) -> dict[int, Slot]:
+    def _await(self, layer: int, missing: list[Key], awaited: dict[Key, Arrival]) -> dict[int, Slot]:
         started = time.perf_counter()
         try:
-            for key in missing[1:]:
-                self._pool.submit(self._fetch, key, awaited[key])
-            if missing:
-                self._fetch(missing[0], awaited[missing[0]])
+            read_all(self._fetch, [(key, awaited[key]) for key in missing], self._pool)
             for future in awaited.values():
                 future.exception()  # waits
+        except BaseException as error:  # an interrupt: nobody may wait for what nobody reads
+            for key in missing:
+                if awaited[key].claim() or (key == missing[0] and not awaited[key].done()):
+                    self._arrive(key, awaited[key], None, error)
+            raise
         finally:
             with self._changed:
                 stall_s = time.perf_counter() - started
@@ -363,10 +361,11 @@ class ExpertCache:
             future = self._loading[key]
         self._fetch(key, future, ahead=True)
 
-    def _fetch(self, key: Key, future: Future[Slot], *, ahead: bool = False) -> None:
-        slot: Slot | None = None
-        while slot is None:
-            failure: BaseException | None = None
+    def _fetch(self, key: Key, future: Arrival, *, ahead: bool = False) -> None:
+        if not future.claim():
+            return
+        while True:
+            slot, failure = None, None
             try:
                 slot = self.source.read(*key)
             except BaseException as error:  # whoever waits for it gets it
@@ -378,23 +377,24 @@ class ExpertCache:
                     self._unpin((key,))
                     ahead = False
                     self._counters[key[0]].prefetched += slot is not None
-                if again:
-                    continue
-                self._arrive(key, future, slot)
-            if slot is None:
-                future.set_exception(failure)
-                return
-        future.set_result(slot)
+                if not again:
+                    self._arrive(key, future, slot, failure)
+                    return
 
-    def _arrive(self, key: Key, future: Future[Slot], slot: Slot | None) -> None:
-        if self._loading.get(key) is future:
-            del self._loading[key]
-        policy = self._policies[self._domain_of[key[0]]]
+    def _arrive(self, key: Key, future: Arrival, slot: Slot | None, failure: BaseException | None) -> None:
+        with self._changed:
+            if self._loading.get(key) is future:
+                del self._loading[key]
+            policy = self._policies[self._domain_of[key[0]]]
+            if slot is None:
+                policy.discard(key)
+            elif key in policy:  # it is, unless whoever asked was interrupted
+                self._held[key[0]] += key not in self._slots
+                self._slots[key] = slot
+                self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
+                self._residency.set(key, 1.0)
+            self._changed.notify_all()
         if slot is None:
-            policy.discard(key)
-        elif key in policy:  # it is, unless whoever asked was interrupted
-            self._slots[key] = slot
-            self._held[key[0]] += 1
-            self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
-            self._residency.set(key, 1.0)
-        self._changed.notify_all()
+            future.set_exception(failure)
+        else:
+            future.set_result(slot)

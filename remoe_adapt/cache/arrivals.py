@@ -1,0 +1,35 @@
+"""Reads that are under way: one thread makes each, any number wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+
+from remoe_adapt.cache.slots import Key, Slot
+
+
+class Arrival(Future[Slot]):
+    """A slot that one thread reads and others wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open = [True]
+
+    def claim(self) -> bool:
+        """Whether the caller is the one to read it: true once, and taking from a list is atomic."""
+        try:
+            return self._open.pop()
+        except IndexError:
+            return False
+
+
+def read_all(fetch: Callable[[Key, Arrival], None], arrivals: Sequence[tuple[Key, Arrival]], pool: Executor) -> None:
+    """Fetch the first one here and the others in the pool; all of them here when it can have no more threads."""
+    here = arrivals[:1]
+    try:
+        for key, arrival in arrivals[1:]:
+            pool.submit(fetch, key, arrival)
+    except RuntimeError:  # what was submitted may be begun or not: whoever claims it reads
+        here = arrivals
+    for key, arrival in here:
+        fetch(key, arrival)
