@@ -149,7 +149,7 @@ def test_the_thread_samples_until_paused_and_again_after(model: PeftModel) -> No
 
 def test_it_starts_by_itself_and_ends_with_its_model(saved: Path) -> None:
     model: Any = get_remoe_model(saved, "orin-8gb", saved / "family")
-    until(lambda: model.controller.status()["sensors"] is not None)
+    until(lambda model=model: model.controller.status()["sensors"] is not None)
     thread, gone = model.controller._monitor._thread, weakref.ref(model.get_base_model())
     assert thread.daemon and {"memory.available", "cache.budget"} <= set(
         model.controller.status()["sensors"]["measures"]
@@ -159,6 +159,55 @@ def test_it_starts_by_itself_and_ends_with_its_model(saved: Path) -> None:
     assert gone() is None, "the thread keeps no model alive"
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_listeners_and_logs_keep_no_model_alive(saved: Path, tmp_path: Path) -> None:
+    model: Any = get_remoe_model(saved, "orin-8gb", saved / "family")
+    gone, heard = weakref.ref(model.get_base_model()), []
+    model.controller.on_swap(lambda swap, model=model: heard.append(model.controller.strength))
+    model.controller.log_to(tmp_path / "log")
+    model.controller.set_strength(0.5)
+    model.controller._events.flush()
+    threads = [model.controller._monitor._thread, model.controller._events._thread]
+    assert heard == [0.5] and all(thread.is_alive() for thread in threads)
+    del model
+    until(lambda: not gc.collect() and gone() is None)
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_pause_ends_only_what_it_stopped(saved: Path, model: PeftModel) -> None:
+    controller: Any = model.controller
+    with controller.pause():
+        pass
+    assert not controller.status()["monitored"], "it had no thread"
+    controller.resume()
+    with controller.pause():
+        with controller.pause():
+            pass
+        assert not controller.status()["monitored"], "the outer block is not over"
+    assert controller.status()["monitored"]
+    with controller.pause():
+        controller.close()
+    assert not controller.status()["monitored"]
+
+
+def test_a_log_that_cannot_be_written_is_said_and_ends_nothing(
+    model: PeftModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    controller: Any = model.controller
+    for path in (tmp_path, tmp_path / "no" / "log", 5):
+        with pytest.raises(ConfigError, match=f"'{path}' cannot be written"):
+            controller.log_to(path)
+    if not Path("/dev/full").exists():
+        return
+    controller.log_to("/dev/full")
+    for strength in (0.3, 0.6):
+        controller.set_strength(strength)
+    controller._events.flush()
+    assert caplog.text.count("nothing more is written") == 1 and controller.strength == 0.6
+    controller.close()
 
 
 def test_a_sensor_that_breaks_does_not_end_the_thread(model: PeftModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -128,12 +128,14 @@ class Controller:
         self._post(strength, None, f"strength {strength:g} was set by hand", pinned=True)
 
     def pause(self) -> AbstractContextManager[None]:
-        """Sample no more: strength and cache budget stay where they are, until `resume`, or the end of a `with` block.
+        """Sample no more: strength and cache budget stay where they are, until `resume`, or the end of a `with` block
+        that found the monitor running.
 
         Targets set by hand still count.
         """
+        resumes = self._monitor.running
         self._monitor.stop()
-        return _Paused(self)
+        return _Paused(self, resumes)
 
     def resume(self) -> None:
         """Sample again. Raises MergeStateError after `close`."""
@@ -371,13 +373,13 @@ class Controller:
 
 
 class _Paused(AbstractContextManager[None]):
-    """Resumes what was paused."""
+    """Resumes what was paused, and nothing else: not a dial without monitor, nor within an outer block."""
 
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
+    def __init__(self, controller: Controller, resumes: bool) -> None:
+        self._controller, self._resumes = controller, resumes
 
     def __exit__(self, *error: object) -> None:
-        if not self._controller.status()["closed"]:
+        if self._resumes and not self._controller._closed:
             self._controller.resume()
 
 

@@ -1,17 +1,19 @@
 """What happened to a dial: swaps and samples, kept, handed to callbacks, and written as JSON lines.
 
 Callbacks and the file have a thread of their own: the decoding thread, which makes the swaps, only puts them in a
-queue.
+queue. The thread keeps nobody alive: callbacks may hold the model, and the file is its controller's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -37,6 +39,10 @@ class Swap:
     by: str
     reason: str
     swap_ms: float
+
+
+# What to hand on; an event to set when all before was handed on; None: the end.
+_Queue = queue.SimpleQueue[Swap | dict[str, Any] | threading.Event | None]
 
 
 class Events:
@@ -91,8 +97,9 @@ class Events:
         """
         try:
             opened = None if path is None else Path(path).open("a", encoding="utf-8")  # noqa: SIM115 kept open
-        except OSError as error:
-            raise ConfigError(f"log {path!r} cannot be written ({error.strerror}): give another file.") from error
+        except (OSError, ValueError, TypeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"log {str(path)!r} cannot be written ({why}): give another file.") from error
         self.flush()
         before, self._file = self._file, opened
         if before is not None:
@@ -119,8 +126,15 @@ class Events:
         self._callbacks, self._file = [], None
         self._start_afresh()
 
+    def __del__(self) -> None:
+        """Let go of without `close`, as with a model that nobody needs."""
+        self._queue.put(None)
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
     def _start_afresh(self) -> None:
-        self._queue: queue.SimpleQueue[Swap | dict[str, Any] | threading.Event | None] = queue.SimpleQueue()
+        self._queue: _Queue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -129,28 +143,46 @@ class Events:
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._deliver, name="remoe-events", daemon=True)
+                    self._thread = threading.Thread(
+                        target=_deliver, args=(weakref.ref(self), self._queue), name="remoe-events", daemon=True
+                    )
                     self._thread.start()
 
-    def _deliver(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            if isinstance(item, Swap):
-                for callback in list(self._callbacks):
-                    try:
-                        callback(item)
-                    except Exception:
-                        _log.exception("on_swap callback %r failed", callback)
-            file = self._file
-            if file is not None:
-                line = {"event": "swap", **asdict(item)} if isinstance(item, Swap) else item
+    def _hand_on(self, item: Swap | dict[str, Any]) -> None:
+        if isinstance(item, Swap):
+            for callback in list(self._callbacks):
                 try:
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                except (OSError, ValueError) as error:  # full disk; closed meanwhile
-                    _log.warning("log %s: %s; nothing more is written to it", file.name, error)
-                    self._file = None
+                    callback(item)
+                except Exception:
+                    _log.exception("on_swap callback %r failed", callback)
+        file = self._file
+        if file is None:
+            return
+        line = {"event": "swap", **asdict(item)} if isinstance(item, Swap) else item
+        try:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+        except (OSError, ValueError) as error:  # full disk; closed meanwhile
+            _log.warning("log %s: %s; nothing more is written to it", file.name, error)
+            self._file = None
+            with contextlib.suppress(OSError, ValueError):  # what it could not write
+                file.close()
+
+    def _has_ended(self) -> None:
         with self._lock:
             self._thread = None
+
+
+def _deliver(events: weakref.ref[Events], items: _Queue) -> None:
+    while (item := items.get()) is not None:
+        if isinstance(item, threading.Event):
+            item.set()
+            continue
+        log = events()
+        if log is None:
+            return
+        log._hand_on(item)
+        del log
+    log = events()
+    if log is not None:
+        log._has_ended()

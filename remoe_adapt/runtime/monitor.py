@@ -163,6 +163,8 @@ def _run(monitor: weakref.ref[Monitor], stop: threading.Event, period_s: float) 
         try:
             found.tick()
         except Exception as error:  # a monitor that dies silently would leave the dial where it is for ever
+            if stop.is_set():  # the dial was closed meanwhile
+                return
             say_once(f"the monitor could not sample ({type(error).__name__}: {error}); it goes on")
             _log.debug("monitor", exc_info=True)
         del found
