@@ -21,6 +21,7 @@ from remoe_adapt.bench.controller_figures import (
     arm_row,
     bars,
     calm_ratio,
+    middle_mean,
     return_s,
     rise_s,
     settled,
@@ -78,6 +79,11 @@ def test_rows_are_those_of_their_definitions() -> None:
     assert return_s(_arm(10, 40, 1.0)) is None and rise_s(_arm(10, 40, 0.0)) is None
     died = arm_row([_phase(0, 10.0, [0.0] * 10)], SETTLE_S, died=True)
     assert died["squeeze_p95_ms"] is None and died["calm_tpot_ms"] == pytest.approx(10)
+
+
+def test_the_middle_half_is_averaged() -> None:
+    assert middle_mean([1.0, 9.0, 1.2, 0.1, 1.1, 1.3, 0.2, 8.0]) == pytest.approx((1 + 1.1 + 1.2 + 1.3) / 4)
+    assert middle_mean([2.0]) == 2.0
 
 
 def test_calm_is_compared_over_the_steps_that_both_have() -> None:

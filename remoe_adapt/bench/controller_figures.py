@@ -96,6 +96,12 @@ def rise_s(phases: Phases, share: float = 0.9) -> float | None:
     return statistics.median(times) if times else None
 
 
+def middle_mean(values: Sequence[float]) -> float:
+    """Mean of the middle half: the outliers of a busy machine say nothing."""
+    quarter = len(values) // 4
+    return statistics.fmean(sorted(values)[quarter : len(values) - quarter])
+
+
 def why_void(rows: Mapping[str, Row], strongest: str) -> str | None:
     """Why this run proves nothing; None when it counts."""
     weak, strong = rows["fixed_0"]["squeeze_p95_ms"], rows[strongest]["squeeze_p95_ms"]

@@ -98,7 +98,7 @@ def decide(
     if weighed.stall is not None and state.stall_held > worst.pressure:
         worst = Signal("stall", state.stall_held, weighed.stall.words)
     if worst.pressure == 0.0:
-        worst = replace(worst, name="")
+        worst = worst._replace(name="")
     state, why_not = _hold(state, worst, stalled, step_s, profile)
     strength, why = _strength(state, worst, why_not, profile)
     changed = strength != state.strength

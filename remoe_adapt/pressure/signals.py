@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.pressure.reading import Reading
@@ -31,8 +32,7 @@ _STALE_SAMPLES = 5
 MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Signal:
+class Signal(NamedTuple):
     """One sensor's pressure, 0 to 1, and what it is in words."""
 
     name: str
@@ -40,8 +40,7 @@ class Signal:
     words: str
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Memory that something takes: bytes free, bytes that must stay free, and bytes lacking (negative: to spare)."""
 
     free: float
