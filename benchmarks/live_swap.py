@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from llamacpp import Options as ModelOptions
-from llamacpp import prepare, text_ids
+from llamacpp import given_options, prepare, text_ids
 from numpy.typing import NDArray
 
 from remoe_adapt.bench import protocol
@@ -156,11 +156,7 @@ def main() -> None:
     if sys.argv[1:] == ["worker"]:
         protocol.speak(Worker().answer)
         return
-    given: dict[str, Any] = {
-        name: value if name == "work" else json.loads(value)
-        for name, _, value in (a.partition("=") for a in sys.argv[1:])
-    }
-    options = Options(**given)
+    options = Options(**given_options())
     with terminated_as_interrupted():
         rows = run(options)
     for row in rows:

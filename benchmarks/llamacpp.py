@@ -171,16 +171,18 @@ def row(arm: tuple[str, float], sums: dict[tuple[str, float], dict[str, float]],
     }
 
 
+def given_options() -> dict[str, Any]:
+    """NAME=VALUE of the command line."""
+    pairs = (argument.partition("=") for argument in sys.argv[1:])
+    return {name: value if name == "work" else json.loads(value) for name, _, value in pairs}
+
+
 def main() -> None:
     if sys.argv[1:] == ["worker"]:
         protocol.speak(Worker().answer)
         return
-    given: dict[str, Any] = {
-        name: value if name == "work" else json.loads(value)
-        for name, _, value in (a.partition("=") for a in sys.argv[1:])
-    }
     with terminated_as_interrupted():
-        result = run(Options(**given))
+        result = run(Options(**given_options()))
     if "skipped" not in result:
         print(
             f"{'strength':>8} {'by':>6} {'MiB/token':>10} {'faults/token':>13} {'ms/token':>9} {'MiB to base':>12}",
