@@ -254,6 +254,7 @@ def test_profiles_and_doctor(tmp_path: Path) -> None:
     assert found("profiles", "show", "orin-8gb")["expert_cache"]["share"] == 0.25
     assert found("profiles", "check")["ok"] is True
     (tmp_path / "bad.yaml").write_text("name: bad\ncolour: red\n")
+    assert "did you mean 'orin-8gb'" in call("profiles", "check", "orin8gb").stderr
     checked = call("profiles", "check", tmp_path / "bad.yaml")
     assert checked.exit_code == 1 and "bad.yaml:2: colour" in checked.stdout
     assert found("doctor")["ok"] is True

@@ -28,8 +28,10 @@ from remoe_adapt.errors import (
     UncacheableError,
 )
 from remoe_adapt.family import Family, original_weights
+from remoe_adapt.pressure.reading import Measure, Reading
+from remoe_adapt.pressure.signals import weigh
 from remoe_adapt.routers.fingerprint import fingerprint
-from remoe_adapt.runtime.load import get_remoe_model, load_base_under
+from remoe_adapt.runtime.load import get_remoe_model, load_base_under, profile_of
 from remoe_adapt.tuner import RemoeConfig, remoe_layers
 
 
@@ -78,6 +80,19 @@ def test_a_path_a_model_and_every_way_to_name_a_family(saved: Path) -> None:
         assert torch.equal(logits_of(model), expected_logits(0.7, family)), "the default profile: strength is pressure"
         assert model.controller.status()["profile"] == "default"
     assert model.get_base_model() is bases[2], "the object given, not a copy"
+
+
+def test_without_a_profile_a_machine_in_ordinary_use_is_calm() -> None:
+    default = profile_of(None)
+
+    def pressure(available: float, total: float, **more: float) -> float:
+        values = {"memory.available": available * 2**30, "memory.total": total * 2**30, **more}
+        reading = Reading(1.0, {name: Measure(value, "", 1.0) for name, value in values.items()})
+        return max(signal.pressure for signal in weigh(reading, default).memory)
+
+    assert pressure(3.0, 32.0, **{"process.faults": 20_000.0}) == 0.0, "a model that was just loaded"
+    assert pressure(1.2, 4.0) == pressure(0.2, 0.5) == 0.0
+    assert pressure(0.4, 32.0) == 1.0 == default.strength_at(1.0)
 
 
 def test_loading_options_reach_the_loader(saved: Path) -> None:

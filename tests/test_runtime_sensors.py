@@ -71,7 +71,21 @@ def test_counters_and_clocks_that_go_back_start_anew(model: Any, cache: ExpertCa
     assert "cache.read" in use.read(3.5).missing
 
 
-def test_the_largest_budget_seen_is_the_whole_one(cache: ExpertCache) -> None:
+def test_a_budget_set_by_hand_is_the_whole_one_from_then_on(cache: ExpertCache) -> None:
+    use, whole = CacheUse(cache), cache.budget_bytes
+    use.read(1.0)
+    use.resize("cache", whole // 2)
+    try:
+        assert use.read(2.0).value("cache.allowed") == whole
+        for by_hand in (whole // 4, whole // 2, whole):
+            cache.resize(by_hand)
+            found = use.read(3.0)
+            assert found.value("cache.budget") == found.value("cache.allowed") == by_hand
+    finally:
+        cache.resize(whole)
+
+
+def test_the_budget_before_the_governor_s_moves_is_the_whole_one(cache: ExpertCache) -> None:
     use, whole = CacheUse(cache), cache.budget_bytes
     use.read(1.0)
     use.resize("cache", whole // 2)

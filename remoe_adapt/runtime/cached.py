@@ -145,7 +145,10 @@ def _store(
 
 def _bytes(budget: str | int | float, total_bytes: int) -> int:
     if isinstance(budget, str):
-        return parse_size(budget)
+        try:
+            return parse_size(budget)
+        except ConfigError as error:
+            raise ConfigError(f"budget: {error}; or a share of all experts, as 0.25") from error
     if isinstance(budget, float):
         if not 0.0 < budget <= 1.0:
             raise ConfigError(f"budget {budget!r}: a share of all experts is above 0 and at most 1.0.")

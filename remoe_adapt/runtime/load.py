@@ -21,6 +21,7 @@ from remoe_adapt.runtime.recency import DialPrior, RecencyPlan, plan_recency, tr
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 from remoe_adapt.tuner.beside import plain_base
 
+_DEFAULT_RESERVE_BYTES = 1 << 30
 _CACHE_OPTIONS = ("ram_budget", "memory", "storage", "policy", "scope", "prefetch", "direct_io", "threads", "reader")
 
 
@@ -43,8 +44,8 @@ def get_remoe_model(
 
     base: a model, a PeftModel (its base object gets the dial, its adapters stay and keep working), a path or a hub id,
     loaded with `from_pretrained_kwargs`: behind an expert cache where the profile has one and the model can, see
-    `load_base_under`. profile: a name, a path or a DeviceProfile; None: the server's settings with strength equal to
-    pressure. family: a folder, a hub id or a Family; None: what the profile's `families` name for the base's id, else
+    `load_base_under`. profile: a name, a path or a DeviceProfile; None: strength equal to pressure, see `profile_of`.
+    family: a folder, a hub id or a Family; None: what the profile's `families` name for the base's id, else
     training-free operating points (recency prior only), which is logged once. recency: "last", "ema" or "resident", a
     prior on top of what the points have, with `recency_gain` (default 0.2) at every strength and `recency_decay`
     (default 0.7, for ema). expert_cache: the budget of the cache instead of the profile's. device: where a base that is
@@ -165,13 +166,25 @@ def _under_dial(
 
 
 def profile_of(profile: str | os.PathLike[str] | DeviceProfile | None) -> DeviceProfile:
-    """A profile by name or path; None: the server's settings with strength equal to pressure."""
+    """A profile by name or path; None: the server's settings with strength equal to pressure, for any machine.
+
+    So it must not mistake a machine in ordinary use for one in need: 1 GiB stays free, and major faults are no word,
+    since a model that was just loaded has many while its mapped weights are touched for the first time.
+    """
     if isinstance(profile, DeviceProfile):
         return profile
     if profile is not None:
         return load_profile(profile if isinstance(profile, str) else Path(profile))
     linear = StrengthProfile(curve=((0.0, 0.0), (1.0, 1.0)), max=1.0)
-    return replace(load_profile("server"), name="default", description="Strength equals pressure", strength=linear)
+    server = load_profile("server")
+    return replace(
+        server,
+        name="default",
+        description="Strength equals pressure",
+        strength=linear,
+        memory=replace(server.memory, reserve_bytes=_DEFAULT_RESERVE_BYTES),
+        pressure=replace(server.pressure, faults=None),
+    )
 
 
 def _check_free(base: nn.Module) -> None:

@@ -59,7 +59,8 @@ class CacheUse:
     cache.budget, cache.allowed, cache.resident (B), cache.on_gpu (flag); below.budget, .allowed, .resident of the RAM
     tier under a GPU's.
 
-    allowed_bytes: the budget that counts as whole; None: the largest seen. It may be set later, as may
+    allowed_bytes: the budget that counts as whole; None: what it was at first, or what others than `resize` here have
+    set since (a budget set by hand is no loss, and is not grown beyond). It may be set later, as may
     `below_allowed_bytes`.
     """
 
@@ -68,7 +69,9 @@ class CacheUse:
     def __init__(self, cache: ExpertCache, *, allowed_bytes: int | None = None, window_s: float = WINDOW_S) -> None:
         self._cache, self._window_s = cache, window_s
         self.allowed_bytes, self.below_allowed_bytes = allowed_bytes, None
-        self._largest: dict[str, int] = {}
+        # By tier: the whole budget, and the one that is expected.
+        self._whole: dict[str, int] = {}
+        self._expected: dict[str, int] = {}
         self._samples: deque[tuple[float, dict[str, float]]] = deque()
 
     def read(self, now_s: float) -> Reading:
@@ -94,8 +97,9 @@ class CacheUse:
 
     def _sizes(self, tier: str, stats: dict[str, int], allowed: int | None, now_s: float) -> dict[str, Measure]:
         budget = stats["budget_bytes"]
-        self._largest[tier] = max(budget, self._largest.get(tier, 0))
-        found = {"budget": budget, "allowed": allowed or self._largest[tier], "resident": stats["resident_bytes"]}
+        if budget != self._expected.get(tier):
+            self._whole[tier] = self._expected[tier] = budget
+        found = {"budget": budget, "allowed": allowed or self._whole[tier], "resident": stats["resident_bytes"]}
         return {f"{tier}.{name}": Measure(size, "B", now_s) for name, size in found.items()}
 
     def _grown(self, counters: dict[str, float], now_s: float) -> tuple[dict[str, float] | None, float]:
@@ -121,6 +125,7 @@ class CacheUse:
         if cache is None:
             raise ConfigError(f"this expert cache has no tier {tier!r}")
         cache.resize(budget_bytes)
+        self._expected[tier] = budget_bytes
 
 
 def model_sensors(
