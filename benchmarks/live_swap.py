@@ -40,7 +40,7 @@ _SAME, _APART = 1e-5, 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """seconds: of each row; texts: different tokens that are decoded in turn."""
+    """seconds: of each row, longer pauses than that are left out; texts: different tokens that are decoded in turn."""
 
     work: str = "/tmp"
     seconds: float = 15.0
@@ -127,7 +127,7 @@ def run(options: Options, pauses_s: tuple[float, ...] = (0.0, 0.1, 0.5, 2.0)) ->
         for strength in STRENGTHS:
             routers.write(strength)
             worker.ask("learn")
-        for pause_s in pauses_s:
+        for pause_s in (pause_s for pause_s in pauses_s if pause_s < options.seconds):
             swapper = Swapper(routers, pause_s)
             swapper.start()
             try:
