@@ -267,12 +267,21 @@ def test_faults_of_the_disk_give_an_error_or_the_right_logits(folder: Path, tmp_
         load_with_expert_cache(spoiled)
 
 
+def test_the_old_name_of_dtype_counts(folder: Path) -> None:
+    found, expected = (load_with_expert_cache(folder, **{name: "bfloat16"}) for name in ("torch_dtype", "dtype"))
+    assert found.dtype == torch.bfloat16 and torch.equal(logits(found), logits(expected))
+
+
 def test_options_that_cannot_work_are_refused(folder: Path, tmp_path: Path) -> None:
     for budget, words in ((1.5, "a share of all experts"), ("25%", "not a size.* as 0.25"), (7, "cannot hold one")):
         with pytest.raises(ConfigError, match=words):
             load_with_expert_cache(folder, budget)
-    with pytest.raises(ConfigError, match="device_map: an expert cache"):
-        load_with_expert_cache(folder, device_map="auto")
+    for option in ("device_map", "variant", "subfolder"):
+        with pytest.raises(ConfigError, match=f"{option}: an expert cache"):
+            load_with_expert_cache(folder, **{option: "auto"})
+    nowhere: Any = None
+    with pytest.raises(ConfigError, match="device 'None'"):
+        load_with_expert_cache(folder, device=nowhere)
     with pytest.raises(ConfigError, match="no floating type"):
         load_with_expert_cache(folder, dtype="int8")
     with pytest.raises(ConfigError, match="cannot be found"):

@@ -192,7 +192,7 @@ def find_device(device: str | torch.device) -> torch.device:
 
     Raises ConfigError.
     """
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError, TypeError):
         found = torch.device(device)
         if found.type == "cpu":
             return torch.device("cpu")

@@ -25,7 +25,7 @@ from remoe_adapt.errors import ConfigError, MergeStateError
 from remoe_adapt.runtime.checkpoint import HUB_OPTIONS, LOADING, find_checkpoint
 
 _KV_CACHE_PART = 16
-# Options of from_pretrained that place, make or quantise weights themselves.
+# Options of from_pretrained that place, make, quantise or find weights in ways of their own.
 OWN_PLACEMENT = {
     "device_map",
     "quantization_config",
@@ -34,6 +34,9 @@ OWN_PLACEMENT = {
     "tp_plan",
     "gguf_file",
     "config",
+    "variant",
+    "subfolder",
+    "key_mapping",
 }
 
 
@@ -65,7 +68,8 @@ def load_with_expert_cache(
     part and the slots may take together, with a sixteenth left for the KV cache; it lowers the budget. storage: a
     folder that `remoe pack` made of this model, to read experts from; None: the checkpoint. policy, scope, threads: see
     ExpertCache; prefetch: predict each next layer's experts, and read ahead where that pays (see cache/prefetch.py);
-    direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's.
+    direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's (torch_dtype, its
+    old name, counts too).
 
     Raises ConfigError for options that cannot work, UncacheableError for models whose experts cannot be cached
     (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
@@ -73,8 +77,11 @@ def load_with_expert_cache(
     refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs))
     if refused:
         raise ConfigError(
-            f"{', '.join(refused)}: an expert cache places the model itself (device=), unquantised, eager."
+            f"{', '.join(refused)}: an expert cache places the model itself (device=), unquantised, eager, and reads "
+            "the folder's own safetensors files."
         )
+    old_name = from_pretrained_kwargs.pop("torch_dtype", None)
+    dtype = old_name if dtype is None else dtype
     checkpoint = find_checkpoint(path, dtype, from_pretrained_kwargs)
     folder, wanted, loader = checkpoint.folder, checkpoint.dtype, checkpoint.loader
     kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in HUB_OPTIONS}
