@@ -21,7 +21,7 @@ from remoe_adapt.bench.controller_figures import (
     arm_row,
     bars,
     calm_ratio,
-    middle_mean,
+    monitoring,
     return_s,
     rise_s,
     settled,
@@ -81,9 +81,13 @@ def test_rows_are_those_of_their_definitions() -> None:
     assert died["squeeze_p95_ms"] is None and died["calm_tpot_ms"] == pytest.approx(10)
 
 
-def test_the_middle_half_is_averaged() -> None:
-    assert middle_mean([1.0, 9.0, 1.2, 0.1, 1.1, 1.3, 0.2, 8.0]) == pytest.approx((1 + 1.1 + 1.2 + 1.3) / 4)
-    assert middle_mean([2.0]) == 2.0
+def test_what_sampling_costs_is_the_excess_of_the_steps_it_falls_into() -> None:
+    times = [0.011 if place % 20 == 5 else 0.010 for place in range(200)]  # every 0.2 s
+    begins = [sum(times[:place]) for place in range(200)]
+    turn = {"s": times, "at_s": begins, "ran": [place % 20 == 5 for place in range(200)]}
+    found = monitoring([{**turn, "monitor_cpu_s": 0.01, "seconds": 2.0}] * 2, 5.0)
+    assert found["tpot_ratio"] == pytest.approx(1.005) and found["tpot_ratio_error"] == pytest.approx(0, abs=1e-6)
+    assert found["monitor_cpu_share"] == pytest.approx(0.005) and found["samples"] == 20
 
 
 def test_calm_is_compared_over_the_steps_that_both_have() -> None:
@@ -213,6 +217,8 @@ def test_a_worker_decodes_its_arm(tmp_path: Path, shipped: Path, name: str) -> N
     assert (found["monitor_cpu_s"] > 0) == (name != "fixed_budget")
     assert worker.answer({"op": "rest"})["swaps"] == int(name == "fixed_100")
     assert worker.arm.monitor_cpu_s() == 0.0
+    watched = worker.answer({"op": "watch", "seconds": 0.7})
+    assert any(watched["ran"]) == (name != "fixed_budget") and not all(watched["ran"])
     gc.unfreeze()  # what a worker's load keeps from being looked at again
     if worker.arm.controller is not None:
         worker.arm.controller.close()

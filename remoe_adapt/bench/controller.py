@@ -10,7 +10,6 @@ decodes nor samples. Quality is measured afterwards, by decoding each arm's toke
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,8 +19,8 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.bench.controller_arms import PRIOR_GAIN, bench_profile, kinds
-from remoe_adapt.bench.controller_figures import Phase, arm_row, bars, middle_mean, rise_s, strengths, why_void
+from remoe_adapt.bench.controller_arms import PRIOR_GAIN, SAMPLE_HZ, bench_profile, kinds
+from remoe_adapt.bench.controller_figures import Phase, arm_row, bars, monitoring, rise_s, strengths, why_void
 from remoe_adapt.bench.controller_process import ArmProcess, DiedError, Setup
 from remoe_adapt.bench.controller_replay import Replay
 from remoe_adapt.bench.controller_squeezes import count_kills
@@ -36,6 +35,7 @@ from remoe_adapt.record import load_tokenizer
 from remoe_adapt.runtime.pack import pack_experts
 
 _PHASES = 3
+_WATCH_S = 30.0
 _MIB = 1 << 20
 Turn = Callable[[], AbstractContextManager[object]]
 
@@ -43,8 +43,8 @@ Turn = Callable[[], AbstractContextManager[object]]
 @dataclass(frozen=True)
 class ControllerOptions:
     """What to decode and how. tokens: of each phase; squeezed: the part of all experts that a squeeze leaves; take: the
-    squeezer's pace; read: the storage's, None: as fast as it is; squeezes: of the count of kills; overhead_s: of the
-    comparison with and without monitor."""
+    squeezer's pace; read: the storage's, None: as fast as it is; squeezes: in the count of kills; overhead_s: decoding
+    under the monitor, nothing else."""
 
     model: str | Path | None = None
     family: str | Path | None = None
@@ -200,26 +200,17 @@ class _Run:
             self._dead[arm.name] = f"cycle {cycle + 1}: {error}"
 
     def _overhead(self) -> dict[str, Any]:
-        """The adaptive arm with all experts in RAM and nobody who takes memory, with and without its monitor."""
+        """The adaptive arm with all experts in RAM and nobody who takes memory, under its monitor."""
         whole = replace(self._setup, options={**self._setup.options, "share": 1.0})
-        # Short ones: the machine's own speed moves by more than what is looked for, but slowly.
-        pair_s = 1.2
         with ExitStack() as undo:
             arm = ArmProcess("overhead", kinds(())["adaptive"], whole, undo)
             arm.start()
-            ratios, shares = list[float](), list[float]()
-            for _ in range(max(1, round(self._options.overhead_s / 30.0))):
+            turns, left_s = list[dict[str, Any]](), self._options.overhead_s
+            while left_s > 0:
                 with self._turn():
-                    pairs = max(1, round(min(30.0, self._options.overhead_s) / pair_s))
-                    found = arm.ask("compare", pairs=pairs, seconds=pair_s / 2)
-                ratios += found["ratios"]
-                shares.append(found["monitor_cpu_share"])
-        return {
-            "tpot_ratio": middle_mean(ratios),
-            "monitor_cpu_share": statistics.fmean(shares),
-            "pairs": len(ratios),
-            "ratios": ratios,
-        }
+                    turns.append(arm.ask("watch", seconds=min(_WATCH_S, left_s)))
+                left_s -= _WATCH_S
+        return monitoring(turns, SAMPLE_HZ)
 
     def _result(
         self, replay: Replay, kills: Mapping[str, int], overhead: dict[str, Any], squeezes: dict[str, Any]

@@ -96,10 +96,28 @@ def rise_s(phases: Phases, share: float = 0.9) -> float | None:
     return statistics.median(times) if times else None
 
 
-def middle_mean(values: Sequence[float]) -> float:
-    """Mean of the middle half: the outliers of a busy machine say nothing."""
-    quarter = len(values) // 4
-    return statistics.fmean(sorted(values)[quarter : len(values) - quarter])
+def monitoring(turns: Sequence[Mapping[str, Any]], sample_hz: float) -> Row:
+    """What sampling costs, from steps of known begin in some of which the monitor ran (`Worker.do_watch`).
+
+    `tpot_ratio`: time per token over what it would be without, where the steps half a period after each sample tell
+    what a step takes into which a given moment falls. That needs no second run, whose speed differs by more.
+    """
+    at_samples, between, total_s, cpu_s, passed_s = list[float](), list[float](), 0.0, 0.0, 0.0
+    for turn in turns:
+        begins, times = np.asarray(turn["at_s"]), np.asarray(turn["s"])
+        places = np.flatnonzero(turn["ran"])
+        at_samples += times[places].tolist()
+        later = np.searchsorted(begins, begins[places] + 0.5 / sample_hz, side="right") - 1
+        between += times[later[later < len(times) - 1]].tolist()
+        total_s, cpu_s, passed_s = total_s + times.sum(), cpu_s + turn["monitor_cpu_s"], passed_s + turn["seconds"]
+    excess_s = statistics.fmean(at_samples) - statistics.fmean(between)
+    spread_s = (np.var(at_samples) / len(at_samples) + np.var(between) / len(between)) ** 0.5
+    return {
+        "tpot_ratio": float(total_s / (total_s - len(at_samples) * excess_s)),
+        "tpot_ratio_error": float(len(at_samples) * spread_s / total_s),
+        "monitor_cpu_share": cpu_s / passed_s,
+        "samples": len(at_samples),
+    }
 
 
 def why_void(rows: Mapping[str, Row], strongest: str) -> str | None:

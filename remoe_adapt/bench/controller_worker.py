@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -111,22 +110,26 @@ class Worker:
             "resident_bytes": arm.cache.resident_bytes,
         }
 
-    def do_compare(self, pairs: int, seconds: float) -> dict[str, Any]:
-        """Alternate turns of so many seconds without and with the monitor: `ratios` of their mean times per token."""
-        ratios: list[float] = []
-        cpu_s = monitored_s = 0.0
-        for pair in range(pairs):
-            means = {}
-            for monitored in (False, True) if pair % 2 else (True, False):
-                if monitored:
-                    self.arm.wake()
-                turn = self.do_decode(seconds=seconds)
-                if monitored:
-                    self.arm.rest()
-                    cpu_s, monitored_s = cpu_s + turn["monitor_cpu_s"], monitored_s + turn["seconds"]
-                means[monitored] = statistics.fmean(turn["steps"]["s"])
-            ratios.append(means[True] / means[False])
-        return {"ratios": ratios, "monitor_cpu_share": cpu_s / monitored_s}
+    def do_watch(self, seconds: float) -> dict[str, Any]:
+        """Decode so long under the monitor: `s` and `at_s` of every step, `ran`: the monitor's thread ran in it, and
+        its `monitor_cpu_s` of `seconds`."""
+        arm = self.arm
+        rows: list[tuple[float, float, bool]] = []
+        arm.wake()
+        gc.collect()
+        gc.disable()
+        began_s, began_cpu_s = time.perf_counter(), arm.monitor_cpu_s()
+        cpu_s = began_cpu_s
+        while (begin_s := time.perf_counter()) - began_s < seconds:
+            self._feed()
+            took_s = time.perf_counter() - begin_s
+            before_s, cpu_s = cpu_s, arm.monitor_cpu_s()
+            rows.append((took_s, begin_s - began_s, cpu_s > before_s))
+        gc.enable()
+        passed_s = time.perf_counter() - began_s
+        arm.rest()
+        columns = dict(zip(("s", "at_s", "ran"), zip(*rows, strict=True), strict=True))
+        return {**columns, "monitor_cpu_s": cpu_s - began_cpu_s, "seconds": passed_s}
 
     def _feed(self) -> float:
         """Decode the next token of the text; the strength it was decoded at."""
