@@ -345,3 +345,17 @@ def test_an_interrupt_while_reads_are_begun_leaves_nothing_to_wait_for(monkeypat
         patched.setattr(cache._pool, "submit", submit)
         cache.lease(0, [0, 1, 2])
     assert leased_soon(cache, [0, 1, 2]) and len(cache.resident()) == 3 and not cache._pins
+
+
+def test_a_child_of_a_fork_in_the_midst_of_a_change_is_consistent() -> None:
+    source = Source()
+    cache = ExpertCache(source, source.total)
+    cache.lease(0, range(4)).release()
+    policy = cache._policies[0]
+    # As another thread may leave it: dropped by the policy alone, its slot gone but counted, admitted but not begun.
+    policy.discard((0, 1))
+    del cache._slots[0, 2]
+    policy.admit((1, 0), source.expert_bytes[1])
+    cache.after_fork()
+    assert cache.resident() == [(0, 0), (0, 3)] and cache.resident_bytes == 2 * source.expert_bytes[0]
+    assert leased_soon(cache, list(range(EXPERTS))) and cache.is_whole(0) and not cache.is_whole(1)

@@ -87,6 +87,8 @@ class ExpertCache:
         """In the child: what the parent's threads were reading, computing with or about to change is nobody's."""
         for key in [key for policy in self._policies for key in policy if key not in self._slots]:
             self._policies[self._domain_of[key[0]]].discard(key)
+        self._slots = {key: slot for key, slot in self._slots.items() if key in self._policies[self._domain_of[key[0]]]}
+        self._held = [sum(at == layer for at, _ in self._slots) for layer in range(len(self._held))]
         self._nothing_under_way()
 
     def __deepcopy__(self, memo: object) -> ExpertCache:
@@ -184,7 +186,6 @@ class ExpertCache:
                     self._ahead_pool.submit(self._read_ahead, key)
                 except RuntimeError:  # it can have no thread
                     self._cancel([key])
-                    break
 
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of these experts that are neither there nor being read, in their order."""
@@ -299,9 +300,8 @@ class ExpertCache:
 
     def _cancel(self, keys: list[Key]) -> bool:
         """Call off read-aheads that have not begun; whether there were any."""
-        if keys:
-            self._changed.notify_all()
         for key in keys:
+            self._changed.notify_all()
             self._ahead.forget(key)
             self._unpin((key,))
             del self._loading[key]
