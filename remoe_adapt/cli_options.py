@@ -29,7 +29,7 @@ Caches = Annotated[list[float], typer.Option("--cache", help="Cache size as a sh
 ShippedModel = Annotated[str | None, typer.Option(help="Folder or hub id instead of the shipped model.")]
 MoreData = Annotated[list[Path] | None, typer.Option(help="More held-out text to decode; repeat.")]
 DemoTokens = Annotated[int, typer.Option(help="Tokens of held-out text to decode with every strength.")]
-MaxSeconds = Annotated[float, typer.Option(help="Stop decoding after this time, whatever was decoded till then.")]
+MaxSeconds = Annotated[float, typer.Option(min=0, help="Stop decoding after this time, whatever was decoded till then.")]
 SampleTokens = Annotated[int, typer.Option(help="Length of the sample texts; 0 leaves them out.")]
 
 # remoe train; None means the default of training.run.TrainOptions
@@ -79,8 +79,8 @@ Phase = Annotated[str | None, typer.Option(help="prefill or decode, of a trace t
 # Generation
 Prompt = Annotated[str, typer.Option(help="What to continue.")]
 Profile = Annotated[str | None, typer.Option(help="Profile name or YAML file: see `remoe profiles list`.")]
-Pressure = Annotated[float | None, typer.Option(help="Pin the pressure, 0 (plenty) to 1 (thrashing).")]
-Strength = Annotated[float | None, typer.Option(help="Pin the strength itself, 0 to 1.")]
+Pressure = Annotated[float | None, typer.Option(min=0, max=1, help="Pin the pressure, 0 (plenty) to 1 (thrashing).")]
+Strength = Annotated[float | None, typer.Option(min=0, max=1, help="Pin the strength itself, 0 to 1.")]
 ExpertCacheBudget = Annotated[
     str | None, typer.Option("--expert-cache", help="Keep so much of the experts in memory: a share (0.25) or 2GiB.")
 ]
@@ -88,9 +88,9 @@ DemoCache = Annotated[str, typer.Option("--expert-cache", help="So much of the e
 Storage = Annotated[Path | None, typer.Option(help="Read experts from this folder of `remoe pack`.")]
 Log = Annotated[Path | None, typer.Option(help="Append swaps and samples here, one JSON object a line.")]
 LogPlot = Annotated[Path | None, typer.Option("--plot", help="Draw the --log over time here (extra: plot).")]
-MetricsPort = Annotated[int | None, typer.Option(help="Serve Prometheus metrics on this port (extra: metrics).")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="Of generated tokens; 0 is greedy.")]
+MetricsPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port (extra: metrics).")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Of generated tokens; 0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Of generated tokens.")]
 
 # remoe bench
