@@ -229,8 +229,12 @@ def run(
         controller.close()
     shown: list[Any] = [report.run_summary(result)]
     if log is not None and plot is not None:
-        plot_log(log, plot)
-        shown.append(f"plot written to {plot}")
+        try:
+            plot_log(log, plot)
+            shown.append(f"plot written to {plot}")
+        except RemoeError as error:  # what was generated is shown all the same
+            result["ok"] = False
+            shown.append(f"error: {error}")
     return result, shown
 
 

@@ -23,9 +23,7 @@ ReadRate = Annotated[float, typer.Option("--read-mib", help="Experts are read as
 Squeezes = Annotated[int, typer.Option(min=0, help="Squeezes in the count of kills.")]
 Work = Annotated[Path | None, typer.Option(help="Folder for the widened model; default: ~/.cache/remoe.")]
 Keep = Annotated[bool, typer.Option("--keep", help="Keep the widened model for the next run.")]
-Quick = Annotated[
-    bool, typer.Option("--quick", help="Minutes instead of half an hour: one squeeze, few arms.")
-]
+Quick = Annotated[bool, typer.Option("--quick", help="Minutes instead of half an hour: one squeeze, few arms.")]
 _MIB = 1 << 20
 
 

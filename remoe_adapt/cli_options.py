@@ -29,7 +29,7 @@ Caches = Annotated[list[float], typer.Option("--cache", help="Cache size as a sh
 ShippedModel = Annotated[str | None, typer.Option(help="Folder or hub id instead of the shipped model.")]
 MoreData = Annotated[list[Path] | None, typer.Option(help="More held-out text to decode; repeat.")]
 DemoTokens = Annotated[int, typer.Option(help="Tokens of held-out text to decode with every strength.")]
-MaxSeconds = Annotated[float, typer.Option(min=0, help="Stop decoding after this time, whatever was decoded till then.")]
+MaxSeconds = Annotated[float, typer.Option(min=0, help="Stop decoding after this time, whatever is done by then.")]
 SampleTokens = Annotated[int, typer.Option(help="Length of the sample texts; 0 leaves them out.")]
 
 # remoe train; None means the default of training.run.TrainOptions
@@ -88,7 +88,9 @@ DemoCache = Annotated[str, typer.Option("--expert-cache", help="So much of the e
 Storage = Annotated[Path | None, typer.Option(help="Read experts from this folder of `remoe pack`.")]
 Log = Annotated[Path | None, typer.Option(help="Append swaps and samples here, one JSON object a line.")]
 LogPlot = Annotated[Path | None, typer.Option("--plot", help="Draw the --log over time here (extra: plot).")]
-MetricsPort = Annotated[int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port (extra: metrics).")]
+MetricsPort = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics here (extra: metrics).")
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Of generated tokens; 0 is greedy.")]
 Seed = Annotated[int, typer.Option(help="Of generated tokens.")]
