@@ -185,6 +185,12 @@ def test_a_thousand_requests_while_a_cgroup_is_squeezed(files: Files, reference:
     with memory_group("watch") as group, ExitStack() as ending:
         server = LlamaChild(files.model, files.loras, n_parallel=4, prefix=group.command([]))
         ending.enter_context(server)
+        # What the server maps may be charged to whoever read it first: a neighbour makes the group worth squeezing.
+        taken = "x = b'x' * (256 << 20); print(len(x), flush=True); import time; time.sleep(600)"
+        neighbour = group.command([sys.executable, "-c", taken])
+        held = ending.enter_context(subprocess.Popen(neighbour, stdout=subprocess.PIPE))
+        ending.callback(held.kill)
+        assert held.stdout is not None and held.stdout.readline()
         command = [sys.executable, "-m", "remoe_adapt", "watch", "--server", server.url, "--proxy", "127.0.0.1:0"]
         command += ["--family", str(files.family_path), "--profile", str(profile), "--json"]
         watch = ending.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
