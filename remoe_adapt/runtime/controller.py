@@ -154,6 +154,7 @@ class Controller:
         tpot_ms, the cache's counters, and what each sensor says. Raises ConfigError when it cannot be written.
         """
         self._events.write_to(path)
+        self._sample_now()
 
     @property
     def swaps(self) -> list[Swap]:
@@ -221,6 +222,7 @@ class Controller:
         """`close`, or with `keep_live` leave the routers at the present strength, as `merge_and_unload` does."""
         if self._closed:
             return
+        self._sample_now()
         with self._gate.closed_for_good():
             self._staged = self._retired = None
             self._closed = True
@@ -267,6 +269,11 @@ class Controller:
             self._post(decision.strength, decision.pressure, decision.reason, pinned=None)
         if self._events.recording:
             self._events.sample(self._sample(decision))
+
+    def _sample_now(self) -> None:
+        """A log begins and ends with a sample, however short the run."""
+        if self._events.recording and self._monitor.running:
+            self._monitor.tick()
 
     def _sample(self, decision: Decision) -> dict[str, Any]:
         cache = expert_cache_of(self._base)
