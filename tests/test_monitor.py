@@ -356,8 +356,9 @@ def turn():
     while not stop.is_set():
         model.controller.set_strength(0.25)
         model.controller.set_strength(0.5)
-threading.Thread(target=turn, daemon=True).start()
-threading.Thread(target=lambda: [run() for _ in iter(stop.is_set, True)], daemon=True).start()
+busy = [threading.Thread(target=turn), threading.Thread(target=lambda: [run() for _ in iter(stop.is_set, True)])]
+for thread in busy:
+    thread.start()
 for _ in range(5):
     child = os.fork()
     if child == 0:
@@ -368,6 +369,8 @@ for _ in range(5):
         os._exit(0 if ok else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 stop.set()
+for thread in busy:  # torch does not like to be left in the midst of a call
+    thread.join()
 print("done")
 """
     ended = subprocess.run(
