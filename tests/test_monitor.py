@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -20,7 +17,7 @@ import pytest
 from peft import PeftModel
 from tiny_families import tiny_family
 from tiny_models import tiny_model
-from watched_decoding import Watch, each, generate, run_all
+from watched_decoding import Watch, each, generate, run_all, run_alone
 
 from remoe_adapt import load_profile
 from remoe_adapt.device_profile import DeviceProfile
@@ -373,10 +370,7 @@ for thread in busy:  # torch does not like to be left in the midst of a call
     thread.join()
 print("done")
 """
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    ended = run_alone(tmp_path, "-W", "ignore", "-c", script)
     assert ended.returncode == 0 and ended.stdout.endswith("done\n"), ended.stderr[-2000:]
 
 
@@ -387,10 +381,7 @@ model = get_remoe_model({str(saved)!r}, "orin-8gb", {str(saved / "family")!r})
 model.controller.on_swap(print)
 model.controller.set_pressure(1.0)
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    ended = run_alone(tmp_path, "-c", script)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr and "Fatal" not in ended.stderr, ended.stderr
 
 
