@@ -79,6 +79,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cache.packed",
         "cache.packing",
         "cache.slots",
+        "cache.shares",
         "cache.arrivals",
         "cache.residency",
         "cache.ahead",

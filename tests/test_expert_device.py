@@ -147,7 +147,7 @@ def test_the_tier_below_counts_tokens_not_experts() -> None:
         for layer in range(LAYERS):
             cache.lease(layer, [0, 1, 2]).release()
         cache.clear()
-    assert cache.below._tokens == [2]
+    assert cache.below._shares._tokens == [2]
 
 
 def test_a_block_serves_again_once_nothing_uses_it() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 
 from remoe_adapt.cache.slots import Key, Slot
+
+
+class AbandonedError(Exception):
+    """The thread that read was interrupted: whoever still wants the expert asks for it again."""
 
 
 class Arrival(Future[Slot]):
@@ -13,14 +18,12 @@ class Arrival(Future[Slot]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._open = [True]
+        self._readers: dict[str, int] = {}
 
     def claim(self) -> bool:
-        """Whether the caller is the one to read it: true once, and taking from a list is atomic."""
-        try:
-            return self._open.pop()
-        except IndexError:
-            return False
+        """Whether the calling thread is the one to read it: the first that asks, in one atomic step."""
+        here = threading.get_ident()
+        return self._readers.setdefault("first", here) == here
 
 
 def read_all(fetch: Callable[[Key, Arrival], None], arrivals: Sequence[tuple[Key, Arrival]], pool: Executor) -> None:

@@ -7,20 +7,38 @@ of huge pages where the system has them: devices read those in fewer requests, m
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from remoe_adapt.errors import ConfigError
+
 HUGE_PAGE = 2 << 20
+# Of the mappings that a process may have: with so many, others may have been split when one more was refused.
+_NEARLY = 0.95
 
 
 def map_pages(size: int) -> np.ndarray:
-    """`size` bytes of anonymous memory, page aligned, of huge pages as far as whole ones fit into it."""
+    """`size` bytes of anonymous memory, page aligned, of huge pages as far as whole ones fit into it.
+
+    Raises ConfigError when the system has no more, of memory or of mappings.
+    """
+    try:
+        return _map(size)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise _no_room(size) from error
+
+
+def _map(size: int) -> np.ndarray:
     flags, huge = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, size // HUGE_PAGE * HUGE_PAGE
     if not huge or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=np.uint8)
@@ -29,8 +47,27 @@ def map_pages(size: int) -> np.ndarray:
     # Nothing behind, that a last huge page could take; what lies before is never touched.
     memory.resize(start + size)
     with contextlib.suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE, start, huge)
+        # All of it, so that it stays one mapping: what lies before and behind has no room for a huge page.
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8, offset=start)
+
+
+def _no_room(size: int) -> ConfigError:
+    what = f"{size} more bytes for experts cannot be had"
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with Path("/proc/self/maps").open("rb") as maps:
+            used = sum(1 for _ in maps)
+    except (OSError, ValueError):  # no such system, or nothing left to ask with
+        limit = used = 0
+    if limit and used >= _NEARLY * limit:
+        return ConfigError(
+            f"{what}: the process has {used} memory mappings, and vm.max_map_count is {limit}. Raise it (sysctl -w "
+            f"vm.max_map_count={4 * limit}), or give the expert cache a smaller budget (its resize)."
+        )
+    return ConfigError(
+        f"{what}: the system has no more memory for this process. Give the expert cache a smaller budget (its resize)."
+    )
 
 
 class Block:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from remoe_adapt.cache.ahead import ReadAheads
-from remoe_adapt.cache.arrivals import Arrival, read_all
+from remoe_adapt.cache.arrivals import AbandonedError, Arrival, read_all
 from remoe_adapt.cache.policy import Policy
 from remoe_adapt.cache.residency import Residency
-from remoe_adapt.cache.simulate import make_policy
-from remoe_adapt.cache.slots import ExpertSource, Key, LayerCounters, Lease, Slot, check_options, counted, shares_of
+from remoe_adapt.cache.shares import Shares
+from remoe_adapt.cache.slots import ExpertSource, Key, LayerCounters, Lease, Slot, check_options, counted
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.forks import mend_after_fork
 from remoe_adapt.host_memory import return_freed_memory
@@ -60,16 +59,11 @@ class ExpertCache:
         # Seconds that a lease waits for each expert it misses, lately.
         self.miss_s = 0.0
         self._released = released
-        layers = range(len(source.layers))
-        self._domains = [list(layers)] if scope == "global" else [[layer] for layer in layers]
-        self._limits = shares_of(budget_bytes, source, self._domains)
-        policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self._limits]
-        self._domain_of = [0 if scope == "global" else layer for layer in layers]
-        self._policies, self._budget_bytes = policies, budget_bytes
-        self._held = [0 for _ in layers]
+        self._shares = Shares(source, budget_bytes, policy, scope)
+        self._policies, self._pins = self._shares.policies, self._shares.pins
+        self._held = [0 for _ in source.layers]
         self._slots: dict[Key, Slot] = {}
-        self._tokens, self._last_layer = [0] * len(self._domains), [-1] * len(self._domains)
-        self._counters = [LayerCounters() for _ in layers]
+        self._counters = [LayerCounters() for _ in source.layers]
         self._residency = Residency(source.num_experts)
         self._threads = threads
         self._nothing_under_way()
@@ -78,7 +72,7 @@ class ExpertCache:
     def _nothing_under_way(self) -> None:
         self._changed = threading.Condition()
         self._loading: dict[Key, Arrival] = {}
-        self._pins: Counter[Key] = Counter()
+        self._pins.clear()
         self._ahead, self._waiting = ReadAheads(), 0
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-read")
         self._ahead_pool = ThreadPoolExecutor(AHEAD_THREADS, thread_name_prefix="expert-read-ahead")
@@ -86,10 +80,11 @@ class ExpertCache:
     def after_fork(self) -> None:
         """In the child: what the parent's threads were reading, computing with or about to change is nobody's."""
         for key in [key for policy in self._policies for key in policy if key not in self._slots]:
-            self._policies[self._domain_of[key[0]]].discard(key)
-        self._slots = {key: slot for key, slot in self._slots.items() if key in self._policies[self._domain_of[key[0]]]}
+            self._shares.policy_of(key[0]).discard(key)
+        self._slots = {key: slot for key, slot in self._slots.items() if key in self._shares.policy_of(key[0])}
         self._held = [sum(at == layer for at, _ in self._slots) for layer in range(len(self._held))]
         self._nothing_under_way()
+        self._settle()
 
     def __deepcopy__(self, memo: object) -> ExpertCache:
         """A copied model computes on the same slots."""
@@ -98,7 +93,7 @@ class ExpertCache:
     @property
     def budget_bytes(self) -> int:
         """In force: a smaller one counts once `resize` has brought the slots below it."""
-        return self._budget_bytes
+        return self._shares.budget_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -120,33 +115,23 @@ class ExpertCache:
         """
         wanted = list(experts)
         with self._changed:
-            domain, ahead = self._domain_of[layer], self._ahead
-            policy, size = self._policies[domain], self.source.expert_bytes[layer]
+            shares, ahead = self._shares, self._ahead
             if ahead.expected and not continues:
                 self._cancel(ahead.settle(layer, wanted))
             while True:
-                keys = [(layer, expert) for expert in wanted[: max(1, self._limits[domain] // size)]]
-                if self._fits(domain, keys):
+                most = max(1, shares.limit_of(layer) // self.source.expert_bytes[layer])
+                keys = [(layer, expert) for expert in wanted[:most]]
+                if shares.fits(layer, keys):
                     break
-                if not self._cancel([key for key in ahead.queued if self._domain_of[key[0]] == domain]):
+                if not self._cancel(shares.beside(layer, ahead.queued)):
                     self._changed.wait()
-            missing = [key for key in keys if key not in policy or key in ahead.queued]
             self._pins.update(keys)
-            policy.touch(keys, self._tick(layer, continues))
-            for key in missing:
-                if key in ahead.queued:  # has its room, and now the read is this lease's own
-                    ahead.forget(key)
-                    self._unpin((key,))
-                else:
-                    self._make_room(policy, size)
-                    policy.admit(key, size)
-                    self._loading[key] = Arrival()
+            shares.policy_of(layer).touch(keys, shares.tick(layer, continues))
+            missing, awaited, slots = self._begin(layer, keys)
             counters = self._counters[layer]
             counters.hits += len(keys) - len(missing)
             counters.misses += len(missing)
             counters.prefetch_hits += ahead.use(keys)
-            awaited = {key: self._loading[key] for key in keys if key in self._loading} if self._loading else {}
-            slots = {key[1]: self._slots[key] for key in keys if key not in awaited}
             self._waiting += bool(awaited)
         if awaited:
             try:
@@ -164,14 +149,14 @@ class ExpertCache:
         or half of the budget. A read that fails leaves no trace: a lease reads again, and raises.
         """
         with self._changed:
-            domain, size, ahead = self._domain_of[layer], self.source.expert_bytes[layer], self._ahead
-            policy, limit = self._policies[domain], self._limits[domain]
+            shares, size, ahead = self._shares, self.source.expert_bytes[layer], self._ahead
+            policy, limit = shares.policy_of(layer), shares.limit_of(layer)
             keys = [(layer, expert) for expert in experts]
             ahead.expected.update(keys)
             for key in keys:
                 if key in policy:
                     continue
-                reading = sum(self.source.expert_bytes[at] for at, _ in ahead.reading if self._domain_of[at] == domain)
+                reading = sum(self.source.expert_bytes[at] for at, _ in shares.beside(layer, ahead.reading))
                 if policy.capacity != limit or reading + size > limit // _AHEAD_PART:
                     break
                 try:
@@ -190,7 +175,7 @@ class ExpertCache:
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of these experts that are neither there nor being read, in their order."""
         with self._changed:
-            policy = self._policies[self._domain_of[layer]]
+            policy = self._shares.policy_of(layer)
             return [expert for expert in experts if (layer, expert) not in policy]
 
     def is_whole(self, layer: int) -> bool:
@@ -214,42 +199,37 @@ class ExpertCache:
                     self._drop([key])
         if self.below is not None:
             self.below.clear()
-        self.source.give_back()
-        return_freed_memory()
+        self._give_back()
 
-    def resize(self, budget_bytes: int) -> None:
-        """Another budget from now on. What no longer fits goes at once (what is leased, when its lease ends; this waits
-        for that), and its memory goes back to the system.
+    def resize(self, budget_bytes: int, *, wait: bool = True) -> None:
+        """Another budget from now on. What no longer fits goes at once, what is leased when its lease ends, and its
+        memory goes back to the system.
+
+        wait: return when all of it has gone; a thread must not while it has a lease open. Else the last lease in the
+        way brings the budget into force.
 
         Raises ConfigError as the constructor; the budget is unchanged then.
         """
-        limits = shares_of(budget_bytes, self.source, self._domains)
-        before = self.resident_bytes
         with self._changed:
-            self._limits = limits
+            before = self.resident_bytes
+            limits = self._shares.ask(budget_bytes)
             self._cancel(list(self._ahead.queued))
-            for domain, policy in enumerate(self._policies):
-                while self._limits is limits:  # else a later call has taken over
-                    held = self._pinned_bytes(domain, ())
-                    self._drop(policy.resize(max(limits[domain], held), self._pins))
-                    if held <= limits[domain]:
-                        break
-                    self._changed.wait()
-            if self._limits is limits:
-                self._budget_bytes = budget_bytes
-            self._changed.notify_all()
+            self._settle()
+            while wait and not self._shares.settled and self._shares.limits is limits:  # else a later call took over
+                self._changed.wait()
         if self.resident_bytes < before:
-            self.source.give_back()
-            return_freed_memory()
+            self._give_back()
 
     def stats(self, *, layers: bool = True) -> dict[str, Any]:
         """JSON-ready: settings, what is resident, counters summed up and, unless turned off, those of each layer
-        (`layers`). `below`: the same of the tier below; None without one.
+        (`layers`). `asked_bytes`: the budget in force, or the smaller one that leases are in the way of. `below`: the
+        same of the tier below; None without one.
         """
         with self._changed:
-            sizes = {"budget_bytes": self._budget_bytes, "resident_bytes": self.resident_bytes}
-            found = {"policy": self.policy, "scope": self.scope, **sizes} | counted(self._counters, layers)
-        return found | {"below": None if self.below is None else self.below.stats(layers=layers)}
+            sizes = {"budget_bytes": self.budget_bytes, "asked_bytes": self._shares.asked_bytes}
+            found = sizes | {"resident_bytes": self.resident_bytes} | counted(self._counters, layers)
+        below = None if self.below is None else self.below.stats(layers=layers)
+        return {"policy": self.policy, "scope": self.scope, **found, "below": below}
 
     def reset_stats(self) -> None:
         """Counters start again at 0, those of the tiers below too; slots and the policy's memory of uses stay."""
@@ -273,21 +253,36 @@ class ExpertCache:
         if self._released is not None:
             self._released()
         with self._changed:
-            self._unpin(keys)
+            self._shares.unpin(keys)
+            settled = self._settle()
             self._changed.notify_all()
+        if settled:
+            self._give_back()
 
     # Under the lock
 
-    def _unpin(self, keys: Iterable[Key]) -> None:
-        for key in keys:
-            self._pins[key] -= 1
-            if self._pins[key] <= 0:
-                del self._pins[key]
+    def _begin(self, layer: int, keys: list[Key]) -> tuple[list[Key], dict[Key, Arrival], dict[int, Slot]]:
+        """Of these pinned experts: those that the caller is to read, all that are still to come, and the others."""
+        policy, size, ahead = self._shares.policy_of(layer), self.source.expert_bytes[layer], self._ahead
+        missing = [key for key in keys if key not in policy or key in ahead.queued]
+        for key in missing:
+            if key in ahead.queued:  # has its room, and now the read is this lease's own
+                ahead.forget(key)
+                self._shares.unpin((key,))
+            else:
+                self._make_room(policy, size)
+                policy.admit(key, size)
+                self._loading[key] = Arrival()
+        awaited = {key: self._loading[key] for key in keys if key in self._loading} if self._loading else {}
+        return missing, awaited, {key[1]: self._slots[key] for key in keys if key not in awaited}
 
-    def _fits(self, domain: int, keys: list[Key]) -> bool:
-        """Whether these can be leased beside what is leased and read ahead now."""
-        capacity, limit = self._policies[domain].capacity, self._limits[domain]
-        return (not self._pins and capacity == limit) or self._pinned_bytes(domain, keys) <= min(limit, capacity)
+    def _settle(self) -> bool:
+        """Go on to the budget asked for as far as leases allow; whether it has come into force."""
+        if self._shares.settled:
+            return False
+        self._drop(self._shares.settle())
+        self._changed.notify_all()
+        return self._shares.settled
 
     def _make_room(self, policy: Policy[Key], size: int) -> None:
         if self._ahead.expected:
@@ -303,23 +298,10 @@ class ExpertCache:
         for key in keys:
             self._changed.notify_all()
             self._ahead.forget(key)
-            self._unpin((key,))
+            self._shares.unpin((key,))
             del self._loading[key]
-            self._policies[self._domain_of[key[0]]].discard(key)
+            self._shares.policy_of(key[0]).discard(key)
         return bool(keys)
-
-    def _tick(self, layer: int, continues: bool) -> int:
-        """The token that a use by `layer` belongs to, as its policy counts them."""
-        domain = self._domain_of[layer]
-        if not continues:
-            # One policy over all layers: a new token has come when the layers start again.
-            self._tokens[domain] += layer <= self._last_layer[domain]
-            self._last_layer[domain] = layer
-        return self._tokens[domain]
-
-    def _pinned_bytes(self, domain: int, more: Iterable[Key]) -> int:
-        pinned = {key for key in self._pins if self._domain_of[key[0]] == domain}.union(more)
-        return sum(self.source.expert_bytes[layer] for layer, _ in pinned)
 
     def _drop(self, keys: Iterable[Key]) -> None:
         for key in keys:
@@ -330,26 +312,37 @@ class ExpertCache:
 
     # Without it
 
+    def _give_back(self) -> None:
+        self.source.give_back()
+        return_freed_memory()
+
     def _await(self, layer: int, missing: list[Key], awaited: dict[Key, Arrival]) -> dict[int, Slot]:
-        started = time.perf_counter()
+        started, reads, slots = time.perf_counter(), len(missing), dict[int, Slot]()
         try:
-            read_all(self._fetch, [(key, awaited[key]) for key in missing], self._pool)
-            for future in awaited.values():
-                future.exception()  # waits
-        except BaseException as error:  # an interrupt: nobody may wait for what nobody reads
+            while awaited:
+                read_all(self._fetch, [(key, awaited[key]) for key in missing], self._pool)
+                failures = {key: future.exception() for key, future in awaited.items()}  # waits
+                lost = [key for key, failure in failures.items() if isinstance(failure, AbandonedError)]
+                slots |= {key[1]: awaited[key].result() for key in awaited if key not in lost}
+                missing, awaited = [], {}
+                if lost:  # whoever read them was interrupted
+                    with self._changed:
+                        missing, awaited, there = self._begin(layer, lost)
+                    slots |= there
+        except BaseException:  # an interrupt, perhaps: nobody may wait for what nobody reads
             for key in missing:
-                if awaited[key].claim() or (key == missing[0] and not awaited[key].done()):
-                    self._arrive(key, awaited[key], None, error)
+                if awaited[key].claim() and not awaited[key].done():
+                    self._arrive(key, awaited[key], None, AbandonedError())
             raise
         finally:
             with self._changed:
                 stall_s = time.perf_counter() - started
                 self._counters[layer].stall_s += stall_s
-                if missing:
-                    self.miss_s += _MISS_S_RATE * (stall_s / len(missing) - self.miss_s)
+                if reads:
+                    self.miss_s += _MISS_S_RATE * (stall_s / reads - self.miss_s)
                 self._waiting -= 1
                 self._changed.notify_all()
-        return {key[1]: future.result() for key, future in awaited.items()}
+        return slots
 
     def _read_ahead(self, key: Key) -> None:
         with self._changed:
@@ -362,37 +355,44 @@ class ExpertCache:
         self._fetch(key, future, ahead=True)
 
     def _fetch(self, key: Key, future: Arrival, *, ahead: bool = False) -> None:
-        if not future.claim():
+        if future.done() or not future.claim():
             return
-        while True:
-            slot, failure = None, None
+        again = True
+        while again:
+            slot, failure, interrupt = None, None, None
             try:
                 slot = self.source.read(*key)
-            except BaseException as error:  # whoever waits for it gets it
+            except Exception as error:  # whoever waits for it gets it
                 failure = error
+            except BaseException as error:  # this thread's alone
+                failure, interrupt = AbandonedError(), error
             with self._changed:
-                again = slot is None and ahead and self._pins[key] > 1  # somebody waits, and gets a read of its own
+                # Somebody waits for what was read ahead, and gets a read of its own.
+                again = slot is None and interrupt is None and ahead and self._pins[key] > 1
                 if ahead:
                     self._ahead.end(key, came=slot is not None)
-                    self._unpin((key,))
+                    self._shares.unpin((key,))
                     ahead = False
                     self._counters[key[0]].prefetched += slot is not None
                 if not again:
                     self._arrive(key, future, slot, failure)
-                    return
+                self._settle()
+            if interrupt is not None:
+                raise interrupt
 
     def _arrive(self, key: Key, future: Arrival, slot: Slot | None, failure: BaseException | None) -> None:
         with self._changed:
-            if self._loading.get(key) is future:
-                del self._loading[key]
-            policy = self._policies[self._domain_of[key[0]]]
-            if slot is None:
+            current, policy = self._loading.get(key) is future, self._shares.policy_of(key[0])
+            if slot is None and current:
                 policy.discard(key)
-            elif key in policy:  # it is, unless whoever asked was interrupted
+                self._drop([key])
+            elif slot is not None and key in policy:  # it is, unless whoever asked was interrupted
                 self._held[key[0]] += key not in self._slots
                 self._slots[key] = slot
                 self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
                 self._residency.set(key, 1.0)
+            if current:
+                del self._loading[key]
             self._changed.notify_all()
         if slot is None:
             future.set_exception(failure)

@@ -96,9 +96,9 @@ class CacheUse:
         return Reading(now_s, measures, missing)
 
     def _sizes(self, tier: str, stats: dict[str, int], allowed: int | None, now_s: float) -> dict[str, Measure]:
-        budget = stats["budget_bytes"]
-        if budget != self._expected.get(tier):
-            self._whole[tier] = self._expected[tier] = budget
+        budget, asked = stats["budget_bytes"], stats["asked_bytes"]
+        if asked != self._expected.get(tier):
+            self._whole[tier] = self._expected[tier] = asked
         found = {"budget": budget, "allowed": allowed or self._whole[tier], "resident": stats["resident_bytes"]}
         return {f"{tier}.{name}": Measure(size, "B", now_s) for name, size in found.items()}
 
@@ -120,11 +120,11 @@ class CacheUse:
 
     def resize(self, tier: str, budget_bytes: int) -> None:
         """Give a tier ("cache" or "below") another budget; what a `Governor` calls. Raises ConfigError when one expert
-        does not fit, or there is no such tier."""
+        does not fit, or there is no such tier. It never waits: what is leased counts until its lease ends."""
         cache = self._cache if tier == "cache" else getattr(self._cache, "below", None)
         if cache is None:
             raise ConfigError(f"this expert cache has no tier {tier!r}")
-        cache.resize(budget_bytes)
+        cache.resize(budget_bytes, wait=False)
         self._expected[tier] = budget_bytes
 
 

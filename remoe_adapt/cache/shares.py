@@ -1,0 +1,87 @@
+"""Who may take how much of a cache's budget, what of it is leased, and how far a smaller one has come into force."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from remoe_adapt.cache.policy import Policy
+from remoe_adapt.cache.simulate import make_policy
+from remoe_adapt.cache.slots import ExpertSource, Key, shares_of
+
+
+class Shares:
+    """Bookkeeping of an expert cache, under its lock.
+
+    A domain is a group of layers with a policy and a limit in bytes: all of them (scope "global"), or one each. pins:
+    how many leases and reads hold an expert. budget_bytes: in force; asked_bytes: the one asked for last, to which
+    `settle` goes; settled: it is in force.
+
+    Raises ConfigError when a domain could not hold one expert of each of its layers.
+    """
+
+    def __init__(self, source: ExpertSource, budget_bytes: int, policy: str, scope: str) -> None:
+        layers = range(len(source.layers))
+        self._source = source
+        self._domains = [list(layers)] if scope == "global" else [[layer] for layer in layers]
+        self._domain_of = [0 if scope == "global" else layer for layer in layers]
+        self.limits = shares_of(budget_bytes, source, self._domains)
+        self.policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self.limits]
+        self.budget_bytes = self.asked_bytes = budget_bytes
+        self.settled = True
+        self.pins: Counter[Key] = Counter()
+        self._tokens, self._last_layer = [0] * len(self._domains), [-1] * len(self._domains)
+
+    def policy_of(self, layer: int) -> Policy[Key]:
+        return self.policies[self._domain_of[layer]]
+
+    def limit_of(self, layer: int) -> int:
+        return self.limits[self._domain_of[layer]]
+
+    def beside(self, layer: int, keys: Iterable[Key]) -> list[Key]:
+        """Those of the keys that share this layer's limit."""
+        return [key for key in keys if self._domain_of[key[0]] == self._domain_of[layer]]
+
+    def tick(self, layer: int, continues: bool) -> int:
+        """The token that a use by `layer` belongs to, as its policy counts them."""
+        domain = self._domain_of[layer]
+        if not continues:
+            # One policy over all layers: a new token has come when the layers start again.
+            self._tokens[domain] += layer <= self._last_layer[domain]
+            self._last_layer[domain] = layer
+        return self._tokens[domain]
+
+    # Leases
+
+    def unpin(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self.pins[key] -= 1
+            if self.pins[key] <= 0:
+                del self.pins[key]
+
+    def fits(self, layer: int, keys: list[Key]) -> bool:
+        """Whether these experts of it can be leased beside what is leased and read ahead now."""
+        domain = self._domain_of[layer]
+        capacity, limit = self.policies[domain].capacity, self.limits[domain]
+        return (not self.pins and capacity == limit) or self._pinned_bytes(domain, keys) <= min(limit, capacity)
+
+    def _pinned_bytes(self, domain: int, more: Iterable[Key] = ()) -> int:
+        pinned = {key for key in self.pins if self._domain_of[key[0]] == domain}.union(more)
+        return sum(self._source.expert_bytes[layer] for layer, _ in pinned)
+
+    # Another budget
+
+    def ask(self, budget_bytes: int) -> list[int]:
+        """The limits that hold for new leases from now on; raises as the constructor, and changes nothing then."""
+        self.limits = shares_of(budget_bytes, self._source, self._domains)
+        self.asked_bytes, self.settled = budget_bytes, False
+        return self.limits
+
+    def settle(self) -> list[Key]:
+        """Go as far as leases allow; returns what was dropped for that."""
+        dropped = []
+        for domain, (policy, limit) in enumerate(zip(self.policies, self.limits, strict=True)):
+            dropped += policy.resize(max(limit, self._pinned_bytes(domain)), self.pins)
+        if all(policy.capacity == limit for policy, limit in zip(self.policies, self.limits, strict=True)):
+            self.budget_bytes, self.settled = self.asked_bytes, True
+        return dropped
