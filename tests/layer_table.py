@@ -105,6 +105,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "runtime.llama_server",
         "runtime.llama_messages",
         "runtime.llama_proxy",
+        "runtime.options",
         "runtime.pretrained",
         "runtime.checkpoint",
         "runtime.pack",

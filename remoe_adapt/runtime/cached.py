@@ -18,13 +18,24 @@ from remoe_adapt.cache.experts import bind_experts, check_experts, experts_left_
 from remoe_adapt.cache.packed import PackedStore
 from remoe_adapt.cache.prefetch import bind_prefetch
 from remoe_adapt.cache.reading import Reader
+from remoe_adapt.cache.slots import check_options
 from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError, MergeStateError
 from remoe_adapt.runtime.checkpoint import HUB_OPTIONS, LOADING, find_checkpoint
+from remoe_adapt.runtime.options import (
+    CACHE_OPTIONS,
+    check_budget,
+    check_flags,
+    check_memory,
+    check_names,
+    check_path,
+    unknown_option,
+)
 
 _KV_CACHE_PART = 16
+_KNOWN = ("budget", "device", "dtype", *CACHE_OPTIONS)
 # Options of from_pretrained that place, make, quantise or find weights in ways of their own.
 OWN_PLACEMENT = {
     "device_map",
@@ -71,9 +82,22 @@ def load_with_expert_cache(
     direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's (torch_dtype, its
     old name, counts too).
 
-    Raises ConfigError for options that cannot work, UncacheableError for models whose experts cannot be cached
-    (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
+    Raises ConfigError for options that cannot work or nobody knows, UncacheableError for models whose experts cannot be
+    cached (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
     """
+    check_names(from_pretrained_kwargs, _KNOWN)
+    check_path("path", path, "a model folder or a hub id")
+    check_budget("budget", budget)
+    if ram_budget is not None:
+        check_budget("ram_budget", ram_budget)
+    if memory is not None:
+        check_memory(memory)
+    if storage is not None:
+        check_path("storage", storage, "a folder that `remoe pack` made of this model, or None")
+    check_options(policy, scope, threads)
+    check_flags(prefetch=prefetch, direct_io=direct_io)
+    if not callable(reader):
+        raise ConfigError(f"reader {reader!r}: give something that reads as os.preadv does.")
     refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs))
     if refused:
         raise ConfigError(
@@ -91,23 +115,30 @@ def load_with_expert_cache(
         modules = experts_modules(skeleton)
         check_experts(modules)
         store = _store(folder, skeleton, storage, direct_io=direct_io, reader=reader)
-        budget_bytes = _bytes(budget, store.total_bytes)
-        if memory is not None:
-            budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
-        cache = make_cache(
-            store,
-            budget_bytes,
-            device=place,
-            ram_budget_bytes=None if ram_budget is None else _bytes(ram_budget, store.total_bytes),
-            policy=policy,
-            scope=scope,
-            threads=threads,
-        )
-        left_out = [
-            f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
-        ]
-        with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
-            model = loader.from_pretrained(folder, dtype=wanted, experts_implementation="eager", **kwargs)
+        try:
+            budget_bytes = _bytes(budget, store.total_bytes)
+            if memory is not None:
+                budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
+            cache = make_cache(
+                store,
+                budget_bytes,
+                device=place,
+                ram_budget_bytes=None if ram_budget is None else _bytes(ram_budget, store.total_bytes),
+                policy=policy,
+                scope=scope,
+                threads=threads,
+            )
+            left_out = [
+                f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
+            ]
+            with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
+                model = loader.from_pretrained(folder, dtype=wanted, experts_implementation="eager", **kwargs)
+        except BaseException as error:
+            store.close()
+            unknown = unknown_option(error, _KNOWN) if isinstance(error, TypeError) else None
+            if unknown is not None:
+                raise unknown from error
+            raise
     assert isinstance(model, PreTrainedModel)
     _own(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
@@ -152,15 +183,8 @@ def _store(
 
 def _bytes(budget: str | int | float, total_bytes: int) -> int:
     if isinstance(budget, str):
-        try:
-            return parse_size(budget)
-        except ConfigError as error:
-            raise ConfigError(f"budget: {error}; or a share of all experts, as 0.25") from error
-    if isinstance(budget, float):
-        if not 0.0 < budget <= 1.0:
-            raise ConfigError(f"budget {budget!r}: a share of all experts is above 0 and at most 1.0.")
-        return int(budget * total_bytes)
-    return budget
+        return parse_size(budget)
+    return int(budget * total_bytes) if isinstance(budget, float) else budget
 
 
 def _dense_bytes(skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:

@@ -16,13 +16,19 @@ from remoe_adapt.family import Family, original_weights
 from remoe_adapt.notices import say_once
 from remoe_adapt.runtime.cached import OWN_PLACEMENT, load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
+from remoe_adapt.runtime.options import CACHE_OPTIONS, check_budget, check_device, check_flags, check_names, check_path
 from remoe_adapt.runtime.pretrained import load_base
 from remoe_adapt.runtime.recency import DialPrior, RecencyPlan, plan_recency, training_free_family
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 from remoe_adapt.tuner.beside import plain_base
 
 _DEFAULT_RESERVE_BYTES = 1 << 30
-_CACHE_OPTIONS = ("ram_budget", "memory", "storage", "policy", "scope", "prefetch", "direct_io", "threads", "reader")
+# fmt: off
+_OPTIONS = (
+    "profile", "family", "recency", "recency_gain", "recency_decay", "expert_cache", "device", "monitor",
+    "adapter_name", "force", "dtype", *CACHE_OPTIONS,
+)
+# fmt: on
 
 
 def get_remoe_model(
@@ -54,9 +60,18 @@ def get_remoe_model(
 
     Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
     MergeStateError when the model has a dial already, AdapterConflictError when REMOE adapters or the name
-    `adapter_name` are on it, ConfigError when the base cannot be loaded, ProfileError, RouterNotFoundError and
-    UnsupportedRouterError as their makers. The model is unchanged after an error.
+    `adapter_name` are on it, ConfigError for options that cannot work or nobody knows and when the base
+    cannot be loaded, ProfileError, RouterNotFoundError and UnsupportedRouterError as their makers. The model is
+    unchanged after an error.
     """
+    check_names(from_pretrained_kwargs, _OPTIONS)
+    check_flags(monitor=monitor, force=force)
+    if not isinstance(base, nn.Module):
+        check_path("base", base, "a model, a model folder or a hub id")
+    if expert_cache is not None:
+        check_budget("expert_cache", expert_cache)
+    if device is not None:
+        check_device(device)
     chosen = profile_of(profile)
     if isinstance(base, nn.Module):
         given = {"expert_cache": expert_cache, "device": device, **from_pretrained_kwargs}
@@ -96,7 +111,7 @@ def load_base_under(
     Raises ConfigError when it cannot be loaded, ExpertReadError when its experts cannot be read.
     """
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
-    of_cache = {name: kwargs.pop(name) for name in _CACHE_OPTIONS if name in kwargs}
+    of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
     if budget is None and not of_cache:
         whole = settings.share == 1.0 and memory_bytes is None
         placed = sorted(OWN_PLACEMENT.intersection(kwargs))
@@ -174,6 +189,7 @@ def profile_of(profile: str | os.PathLike[str] | DeviceProfile | None) -> Device
     if isinstance(profile, DeviceProfile):
         return profile
     if profile is not None:
+        check_path("profile", profile, "a name, a file or a DeviceProfile")
         return load_profile(profile if isinstance(profile, str) else Path(profile))
     linear = StrengthProfile(curve=((0.0, 0.0), (1.0, 1.0)), max=1.0)
     server = load_profile("server")
@@ -212,6 +228,8 @@ def _family(family: str | os.PathLike[str] | Family | None, profile: DeviceProfi
         family = profile.families.get(base_id)
     if family is None:
         return None
+    if not isinstance(family, Family):
+        check_path("family", family, "a folder, a hub id or a Family")
     loaded = family if isinstance(family, Family) else Family.load(family)
     if not loaded.points:
         raise FamilyError(f"{loaded} has no points yet: add one with add_point, or train it with `remoe train`.")

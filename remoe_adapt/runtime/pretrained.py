@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.runtime.options import CACHE_OPTIONS, unknown_option
 
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
 _HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
@@ -21,7 +22,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
 def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """`from_pretrained` of the auto class that generates text for this base; AutoModel when there is none.
 
-    Raises ConfigError when it cannot be loaded.
+    Raises ConfigError when it cannot be loaded, or an option is none.
     """
     path = os.fspath(base)
     try:
@@ -33,6 +34,11 @@ def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"base {path!r} cannot be loaded ({reason}): give a model folder or a hub id.") from error
+    except TypeError as error:
+        unknown = unknown_option(error, ("device", *CACHE_OPTIONS))
+        if unknown is None:
+            raise
+        raise unknown from error
     assert isinstance(model, nn.Module)
     return model
 
