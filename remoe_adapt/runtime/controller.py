@@ -151,8 +151,10 @@ class Controller:
         """Append swaps and samples to a file, one JSON object a line; None ends that.
 
         `{"event": "swap", ...}` has the fields of a Swap; `{"event": "sample", ...}` time_s, pressure, strength,
-        tpot_ms, the cache's counters, and what each sensor says. Raises ConfigError when it cannot be written.
+        tpot_ms, the cache's counters, and what each sensor says. Raises ConfigError when it cannot be written, and
+        MergeStateError after `close`.
         """
+        self._check_open()
         self._events.write_to(path)
         self._sample_now()
 
