@@ -13,7 +13,7 @@ from remoe_adapt.device_profile import DeviceProfile, PressureProfile, load_prof
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.policy import Decision
-from remoe_adapt.pressure.reading import Reading
+from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.sensors import Sensors
 
 SQUEEZES_S = (20.0, 100.0, 180.0)
@@ -170,3 +170,82 @@ def test_a_recorded_run_replays_to_the_same_decisions(profile: DeviceProfile) ->
     recorded = Recorded()
     again = Governor(recorded, Sensors([recorded]), profile, resize=lambda tier, budget_bytes: None)
     assert [again.tick(place / 5 + 0.2) for place in range(len(lines))][-1].strength == decisions[-1].strength
+
+
+class Watched:
+    """A machine's memory and, as a sensor of its own, what else presses; counts how often each is asked."""
+
+    def __init__(self) -> None:
+        self.available, self.stalled, self.strength = 9000.0 * MIB, 0.0, 0.0
+        self.asked = {"memory": 0, "glance": 0, "psi": 0}
+
+    def sensors(self) -> Sensors:
+        asked = self.asked
+
+        class Memory:
+            name = "memory"
+
+            def read(_, now_s: float) -> Reading:  # noqa: N805
+                asked["memory"] += 1
+                found = {"memory.available": self.available, "memory.total": 24000.0 * MIB}
+                return Reading(now_s, {name: Measure(value, "B", now_s) for name, value in found.items()})
+
+            def free_bytes(_, now_s: float) -> float:  # noqa: N805
+                asked["glance"] += 1
+                return self.available
+
+            def close(self) -> None: ...
+
+        class Stalls:
+            name = "psi"
+
+            def read(_, now_s: float) -> Reading:  # noqa: N805
+                asked["psi"] += 1
+                return Reading(now_s, {"psi.memory.some": Measure(self.stalled, "share", now_s)})
+
+            def close(self) -> None: ...
+
+        return Sensors([Memory(), Stalls()])
+
+    def apply(self, strength: float) -> None:
+        self.strength = strength
+
+    def current(self) -> float:
+        return self.strength
+
+
+def test_where_nothing_presses_most_samples_are_glances(profile: DeviceProfile) -> None:
+    watched = Watched()
+    governor = Governor(watched, watched.sensors(), profile)
+    decisions = [governor.tick(place / 5) for place in range(31)]
+    assert watched.asked == {"memory": 11, "psi": 11, "glance": 20}
+    assert all(decision == decisions[0] for decision in decisions) and decisions[0].at_rest
+    watched.stalled = 1.0
+    times = [place / 5 for place in range(31, 41)]
+    raised = next(now_s for now_s in times if governor.tick(now_s).strength > 0)
+    assert raised <= times[0] + 0.6 + 2 * profile.controller.rise_s
+    before = dict(watched.asked)
+    for place in range(41, 61):
+        governor.tick(place / 5)
+    assert watched.asked["psi"] == before["psi"] + 20 and watched.asked["glance"] == before["glance"], (
+        "pressed: no rest"
+    )
+
+
+def test_memory_that_goes_is_seen_in_the_next_sample(profile: DeviceProfile) -> None:
+    watched = Watched()
+    governor = Governor(watched, watched.sensors(), profile)
+    assert governor.tick(1.0).at_rest
+    watched.available = 590.0 * MIB  # the reserve is 400
+    assert governor.tick(1.2).at_rest and watched.asked["psi"] == 2, "no ease, but nothing is lacking either"
+    watched.available = 200.0 * MIB
+    assert governor.tick(1.4).present == 1.0 and watched.asked["psi"] == 3
+
+
+def test_a_dial_that_a_hand_turned_is_not_taken_for_one_at_rest(profile: DeviceProfile) -> None:
+    watched = Watched()
+    governor = Governor(watched, watched.sensors(), profile)
+    governor.tick(1.0)
+    watched.apply(0.7)
+    assert governor.tick(1.2, turn=False).strength == 0.7
+    assert [governor.tick(place / 5) for place in range(7, 30)][-1].strength == 0.0, "the hand has let go"

@@ -54,7 +54,7 @@ def reading(time_s: float, **changed: float | None) -> Reading:
         if value is None:
             del found[name]
         else:
-            found[name] = (value, found[name][1])
+            found[name] = (value, found.get(name, (0.0, "1/s"))[1])
     return Reading(time_s, {name: Measure(value, unit, time_s) for name, (value, unit) in found.items()})
 
 
@@ -126,6 +126,9 @@ def anything(random: np.random.Generator, time_s: float, calm_part: float = 0.0)
         ({"psi__memory__full": 0.1425, "psi__cgroup__memory__some": None}, "psi memory", 0.5),
         ({"psi__io__full": 0.275}, "psi io", 0.5),
         ({"process__faults": 525.0}, "faults", 0.5),
+        ({"process__faults": 525.0, "process__refaults": 9000.0}, "faults", 0.5),
+        ({"process__faults": 9000.0, "process__refaults": 525.0}, "faults", 0.5),
+        ({"process__faults": 9000.0, "process__refaults": 0.0}, "faults", 0.0),
         ({"swap__in": 16.5 * MIB}, "swap", 0.5),
         ({"cache__stall_share": 0.95, "cache__miss_rate": 0.3}, "stall", 0.5),
         ({"cache__stall_share": 0.95, "cache__miss_rate": 0.025}, "stall", 0.25),
@@ -137,8 +140,28 @@ def test_the_stated_mapping(
 ) -> None:
     _, decision = decide(PolicyState(), reading(1.0, **changed), profile)
     assert decision.signals[signal] == pytest.approx(pressure, abs=1e-9)
-    others = {name: value for name, value in decision.signals.items() if name != signal}
+    # What memory lacks, the cache is about to give back.
+    implied = "cache loss" if decision.budgets else ""
+    others = {name: value for name, value in decision.signals.items() if name not in (signal, implied)}
     assert not any(others.values()), others
+
+
+def test_what_the_cache_gives_back_counts_in_the_sample_that_takes_it(profile: DeviceProfile) -> None:
+    _, decision = decide(PolicyState(), reading(1.0, memory__available=0.9 * GIB), profile)
+    lost = 1 - decision.budgets["cache"] / GIB
+    limits = profile.pressure.cache_loss
+    assert limits is not None and limits[0] < lost < limits[1]
+    assert decision.signals["cache loss"] == pytest.approx((lost - limits[0]) / (limits[1] - limits[0]))
+
+
+@pytest.mark.parametrize("absurd", [1e30, 17.0 * 4 * GIB])
+def test_more_memory_than_there_is_is_no_word(profile: DeviceProfile, absurd: float) -> None:
+    """And does not look as if somebody took it all at once in the next sample."""
+    samples = [reading(place / 5, memory__available=1.6 * GIB) for place in range(12)]
+    samples[6] = reading(6 / 5, memory__available=absurd)
+    _, decisions = follow(samples, profile)
+    assert "more than there can be" in decisions[6].unusable["memory.available"]
+    assert not any(decision.budgets or decision.pressure for decision in decisions)
 
 
 def test_memory_that_cpu_and_gpu_share_counts_once(profile: DeviceProfile) -> None:

@@ -158,11 +158,55 @@ def test_broken_files_are_reasons(tmp_path: Path) -> None:
              "proc/self/stat": "1 (a) R\n", "proc/self/io": "rchar: 1\n"}  # fmt: skip
     proc, cgroups = fake_machine(tmp_path, "0::/\n", files)
     reading = Sensors(os_sensors(proc, cgroups)).read(1.0)
-    for name in ("cgroup", "psi", "process.private", "process.faults", "process.read"):
+    assert "no pressure file" in reading.missing["psi.memory"]
+    for name in ("cgroup", "process.private", "process.faults", "process.read"):
         assert "Error" in reading.missing[name], name
     assert "memory.available" in reading.measures
     (proc / "self/cgroup").write_text("no line of a cgroup file\n")
-    assert "ValueError" in Sensors([CgroupMemory(proc, cgroups)]).read(1.0).missing["cgroup"]
+    assert "no memory controller" in CgroupMemory(proc, cgroups).read(1.0).missing["cgroup"]
+
+
+@pytest.mark.parametrize("garbage", [b"", b"soon\n", b"\xff\xfe\x00", b"1:2\n", b":::\n"])
+@pytest.mark.parametrize("name", ["cgroup", "memory.max", "memory.current", "memory.stat", "memory.pressure"])
+def test_no_sensor_raises_for_garbage_nor_hides_another(tmp_path: Path, name: str, garbage: bytes) -> None:
+    files = below("sys/pod/me", v2_group(3 * GIB, GIB)) | below("sys/pod", v2_group(2 * GIB, GIB))
+    files |= {"sys/pod/me/memory.pressure": psi(0), "proc/pressure/memory": psi(0), "proc/pressure/io": psi(0)}
+    proc, cgroups = fake_machine(tmp_path, "0::/pod/me\n", files)
+    (proc / "self/cgroup" if name == "cgroup" else cgroups / "pod/me" / name).write_bytes(garbage)
+    stalls = PressureStall(proc, cgroups).read(1.0)
+    assert {"psi.memory.some_avg10", "psi.io.some_avg10"} <= set(stalls.measures)
+    found = CgroupMemory(proc, cgroups).read(1.0)
+    if name != "cgroup":
+        assert values(found)["cgroup.headroom"] == GIB, "the parent binds as before"
+    else:
+        assert found.missing["cgroup"]
+
+
+def test_a_group_whose_own_limit_binds_counts_whatever_its_parents_hide(tmp_path: Path) -> None:
+    files = below("sys/pod/me", v2_group(GIB, GIB - 1)) | below("sys/pod", v2_group(2 * GIB, GIB))
+    proc, cgroups = fake_machine(tmp_path, "0::/pod/me\n", files)
+    (cgroups / "pod/memory.stat").unlink()
+    (cgroups / "pod/memory.current").unlink()
+    assert values(CgroupMemory(proc, cgroups).read(1.0))["cgroup.headroom"] == 1
+
+
+def test_swap_and_memory_are_the_kernel_s(tmp_path: Path) -> None:
+    meminfo = "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 600 kB\nSwapTotal: {} kB\nSwapFree: 100 kB\n"
+    files = {"proc/meminfo": meminfo.format(500), "proc/vmstat": "pgfault 9\npswpin 10\npswpout 20\n"}
+    proc, _ = fake_machine(tmp_path, "", files)
+    sensor = MachineMemory(proc)
+    first = sensor.read(1.0)
+    kib = {"memory.available": 600, "memory.total": 1000, "swap.used": 400, "swap.total": 500}
+    assert values(first) == {name: size * 1024.0 for name, size in kib.items()}
+    assert first.missing == dict.fromkeys(("swap.in", "swap.out"), "a rate needs a second sample")
+    write(tmp_path, {"proc/vmstat": "pgfault 9\npswpin 14\npswpout 20\n"})
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert values(sensor.read(3.0)).items() >= {"swap.in": 2.0 * page, "swap.out": 0.0}.items()
+    write(tmp_path, {"proc/meminfo": meminfo.format(0).replace("SwapFree: 100", "SwapFree: 0")})
+    assert "no swap" in sensor.read(4.0).missing["swap.in"]
+    (proc / "meminfo").unlink()
+    sensor.close()
+    assert values(sensor.read(5.0))["memory.total"] == psutil.virtual_memory().total, "psutil stands in"
 
 
 # Rates
@@ -199,6 +243,38 @@ def test_rates_survive_clocks_and_counters_that_go_back(tmp_path: Path) -> None:
     write(tmp_path, {"proc/9/stat": stat.format(faults=1)})
     assert "process.faults" in sensor.read(4.0).missing
     assert values(sensor.read(5.0))["process.faults"] == 0.0
+
+
+def test_pages_read_again_are_counted_while_there_are_faults(tmp_path: Path) -> None:
+    stat, vmstat = (
+        "7 (a) R 1 1 1 0 -1 0 5 0 {} 0 1 1\n",
+        "nr_x 1\nworkingset_refault_anon 5\nworkingset_refault_file {}\n",
+    )
+    proc, _ = fake_machine(tmp_path, "", {"proc/9/stat": stat.format(0), "proc/vmstat": vmstat.format(100)})
+    sensor = ProcessUse(proc, pid=9)
+    assert "process.refaults" not in {**sensor.read(1.0).missing, **sensor.read(2.0).missing}, "nothing faults"
+    write(tmp_path, {"proc/9/stat": stat.format(50)})
+    assert sensor.read(3.0).missing["process.refaults"] == "a rate needs a second sample"
+    write(tmp_path, {"proc/9/stat": stat.format(90), "proc/vmstat": vmstat.format(107)})
+    found = values(sensor.read(4.0))
+    assert found["process.faults"] == 40.0 and found["process.refaults"] == 7.0
+    write(tmp_path, {"proc/9/stat": stat.format(95), "proc/vmstat": "nr_x 1\n"})
+    assert "does not count" in sensor.read(5.0).missing["process.refaults"]
+
+
+def test_a_glance_sees_what_a_sample_sees(tmp_path: Path) -> None:
+    files = below("sys/me", v2_group(GIB, 3 * MIB, inactive=MIB)) | {
+        "proc/meminfo": "MemTotal: 900 kB\nMemAvailable: 800 kB\n"
+    }
+    proc, cgroups = fake_machine(tmp_path, "0::/me\n", files)
+    sensors = Sensors(os_sensors(proc, cgroups))
+    floors = {"memory": 800 * 1024.0, "cgroup": GIB - 2.0 * MIB}
+    assert sensors.is_free(floors, 1.0) and sensors.is_free({}, 1.0)
+    for name in floors:
+        assert not sensors.is_free(floors | {name: floors[name] + 1}, 1.0), name
+    assert not sensors.is_free(floors | {"gpu": 1.0}, 1.0), "who is not there cannot tell"
+    (cgroups / "me/memory.max").write_text("soon\n")
+    assert not sensors.is_free(floors, 1.1), "nor who is broken"
 
 
 # This machine

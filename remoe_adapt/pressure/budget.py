@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.pressure.signals import Place, Weighed
@@ -18,18 +19,19 @@ _SLACK, _SPARE = 0.1, 0.25
 # Stalled or swapping memory takes a whole budget in so many seconds.
 _SQUEEZE_S = 60.0
 _SQUEEZING = ("psi memory", "swap")
+_TIERS = ("cache", "below")
 # Smaller changes are not worth a call, as parts of the allowed budget.
 _LEAST_STEP = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class TierState:
+class TierState(NamedTuple):
     """calm_s: when calm began, None: there is none; moved_s: the last growth; both on the policy's clock.
-    others: bytes that are free or ours to give, as it was read last: what falls of it, others took."""
+    others: bytes free or ours to give, as so many sensors (`seen`) said last: what falls of it, others took."""
 
     calm_s: float | None = None
     moved_s: float = 0.0
-    others: float | None = None
+    others: float = 0.0
+    seen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,34 +67,35 @@ def move(
     floor = min(tier.budget, settings.floor * tier.allowed)
     others = place.free + tier.resident
     # What others took since the last reading, they may take again before the next one.
-    taken = max(0.0, state.others - others) if state.others is not None else 0.0
+    taken = max(0.0, state.others - others) if state.seen == place.seen else 0.0
+    state = state._replace(others=others, seen=place.seen)
     lacking = place.lacking + min(taken, place.reserve)
     squeeze = max((s.pressure for s in weighed.memory if s.name in _SQUEEZING), default=0.0)
     if lacking > 0:
         wanted = max(floor, tier.resident - share * (lacking + _SLACK * place.reserve))
-        return _shrunk(tier, clock_s, others, wanted, f"{_mib(lacking)} MiB of memory are lacking, or will be")
+        return _shrunk(tier, clock_s, state, wanted, f"{_mib(lacking)} MiB of memory are lacking, or will be")
     if squeeze >= 0.5:
         wanted = max(floor, tier.budget - tier.allowed * squeeze * step_s / _SQUEEZE_S)
-        return _shrunk(tier, clock_s, others, wanted, f"memory stalls or swaps (pressure {squeeze:.2f})")
+        return _shrunk(tier, clock_s, state, wanted, f"memory stalls or swaps (pressure {squeeze:.2f})")
     if squeeze > 0:
-        return TierState(None, clock_s, others), None, ""
+        return state._replace(calm_s=None, moved_s=clock_s), None, ""
     calm_s = clock_s if state.calm_s is None else state.calm_s
     waiting = clock_s - calm_s < settings.regrow_s / 2
     moved_s = clock_s if waiting else state.moved_s
     if waiting or tier.budget >= tier.allowed:
-        return TierState(calm_s, moved_s, others), None, ""
+        return state._replace(calm_s=calm_s, moved_s=moved_s), None, ""
     spare = share * (-place.lacking - _SPARE * place.reserve) - (tier.budget - tier.resident)
     grown = tier.allowed * (clock_s - moved_s) / max(settings.regrow_s / 2, 1e-9)
     growth = min(grown, spare, tier.allowed - tier.budget)
     if growth < min(_LEAST_STEP * tier.allowed, tier.allowed - tier.budget):
         # What could not grow for want of room is not saved up.
-        return TierState(calm_s, moved_s if growth == grown else clock_s, others), None, ""
+        return state._replace(calm_s=calm_s, moved_s=moved_s if growth == grown else clock_s), None, ""
     words = f"{clock_s - calm_s:.0f} s of calm: the expert cache grows to {_mib(tier.budget + growth)} MiB"
-    return TierState(calm_s, clock_s, others), int(tier.budget + growth), words
+    return state._replace(calm_s=calm_s, moved_s=clock_s), int(tier.budget + growth), words
 
 
-def _shrunk(tier: Tier, clock_s: float, others: float, wanted: float, why: str) -> tuple[TierState, int | None, str]:
-    state = TierState(None, clock_s, others)
+def _shrunk(tier: Tier, clock_s: float, state: TierState, wanted: float, why: str) -> tuple[TierState, int | None, str]:
+    state = state._replace(calm_s=None, moved_s=clock_s)
     if wanted >= tier.budget:
         return state, None, ""
     return state, int(wanted), f"{why}: the expert cache shrinks to {_mib(wanted)} MiB"
@@ -108,7 +111,7 @@ def budgets(
 ) -> tuple[dict[str, TierState], dict[str, int], list[str]]:
     """`move` for every tier a reading tells of: their states, the budgets to set, and why."""
     after, wanted, why = dict(states), dict[str, int](), list[str]()
-    for name in ("cache", "below"):
+    for name in _TIERS:
         tier = Tier.of(name, weighed)
         if tier is None:
             continue
@@ -117,6 +120,12 @@ def budgets(
             wanted[name] = budget
             why.append(words)
     return after, wanted, why
+
+
+def is_whole(weighed: Weighed) -> bool:
+    """Whether every tier that a reading tells of has the budget of calm."""
+    values = weighed.values
+    return all(values.get(f"{name}.budget", 0.0) >= values.get(f"{name}.allowed", 0.0) for name in _TIERS)
 
 
 def _mib(size_bytes: float) -> str:

@@ -5,11 +5,14 @@ v1 and v2 may both be mounted (a hybrid machine): memory limits in one, pressure
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from remoe_adapt.pressure.files import PolledFile
 
+# How often a process is asked which group it is in: that changes rarely, and the answer is long.
+_FOLLOW_S = 1.0
 # "No limit" of v1 is the largest page-aligned 64-bit number.
 UNLIMITED_BYTES = 1 << 60
 
@@ -46,7 +49,10 @@ def own_groups(membership: str, cgroups: Path) -> dict[str, list[Path]]:
     mounted = roots(cgroups)
     found: dict[str, list[Path]] = {}
     for line in membership.splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, *rest = line.split(":", 2)
+        if len(rest) != 2:
+            continue
+        controllers, path = rest
         version = "v2" if controllers == "" else "v1" if "memory" in controllers.split(",") else ""
         if version not in mounted:
             continue
@@ -62,8 +68,10 @@ class _Level:
 
     def __init__(self, folder: Path, version: str) -> None:
         v1 = version == "v1"
-        self.folder, self._total = folder, "total_" if v1 else ""
-        self._mapped = "total_mapped_file" if v1 else "file_mapped"
+        self.folder = folder
+        names = ("inactive_file", "active_file", "mapped_file" if v1 else "file_mapped")
+        prefix = "total_" if v1 else ""
+        self._counts = [re.compile(rf"^{prefix}{name} (\d+)$", re.MULTILINE) for name in names]
         limits = ("memory.limit_in_bytes",) if v1 else ("memory.max", "memory.high")
         self._limits = [PolledFile(folder / name) for name in limits if (folder / name).is_file()]
         self._usage = PolledFile(folder / ("memory.usage_in_bytes" if v1 else "memory.current"))
@@ -76,10 +84,14 @@ class _Level:
         if limit >= UNLIMITED_BYTES:
             return None
         usage = int(self._usage.read())
-        stat = dict(line.split(" ", 1) for line in self._stat.read().splitlines())
-        inactive, active = (int(stat.get(f"{self._total}{kind}_file", 0)) for kind in ("inactive", "active"))
+        try:
+            stat = self._stat.read()
+        except (OSError, ValueError):  # then nothing counts as reclaimable, which errs on the safe side
+            stat = ""
+        found = (count.search(stat) for count in self._counts)
+        inactive, active, mapped = (0 if count is None else int(count[1]) for count in found)
         # Mapped pages are in use: taking them away is what thrashing means.
-        return Usage(self.folder, limit, usage, inactive + max(0, active - int(stat.get(self._mapped, 0))))
+        return Usage(self.folder, limit, usage, inactive + max(0, active - mapped))
 
     def close(self) -> None:
         for file in (*self._limits, self._usage, self._stat):
@@ -93,13 +105,17 @@ class OwnGroups:
         self._cgroups = cgroups
         self._membership = PolledFile(proc / "cgroup")
         self._seen: str | None = None
+        self._looked_s: float | None = None
         self.folders: dict[str, list[Path]] = {}
         self._levels: list[_Level] = []
 
-    def follow(self) -> bool:
-        """Look where the process is; True when that has changed. Raises OSError without cgroups."""
+    def follow(self, now_s: float) -> bool:
+        """Look where the process is, once a second; True when that has changed. Raises OSError without cgroups."""
+        if self._looked_s is not None and self._looked_s <= now_s < self._looked_s + _FOLLOW_S:
+            return False
         membership = self._membership.read()
         if membership == self._seen:
+            self._looked_s = now_s
             return False
         self.close()
         self._seen, self.folders = membership, own_groups(membership, self._cgroups)
@@ -109,12 +125,31 @@ class OwnGroups:
             for folder in _binding(folders)
             if (folder / ("memory.limit_in_bytes" if version == "v1" else "memory.max")).is_file()
         ]
+        self._looked_s = now_s
         return True
 
-    def tightest(self) -> Usage | None:
-        """The group of least headroom on the path; None when none of them has a limit. Raises OSError."""
-        self.follow()
-        limited = [usage for level in self._levels if (usage := level.read()) is not None]
+    def tightest(self, now_s: float) -> Usage | None:
+        """The group of least headroom on the path, of those that can be read; None when none of them has a limit.
+        Raises OSError and ValueError when none can be read."""
+        self.follow(now_s)
+        try:
+            return self._tightest()
+        except (OSError, ValueError):  # its group may be gone: it has been moved since
+            self.close()
+            self.follow(now_s)
+            return self._tightest()
+
+    def _tightest(self) -> Usage | None:
+        limited, broken = list[Usage](), None
+        for level in self._levels:
+            try:
+                usage = level.read()
+            except (OSError, ValueError) as error:
+                broken = error
+            else:
+                limited += [] if usage is None else [usage]
+        if broken is not None and not limited:
+            raise broken
         return min(limited, key=lambda usage: usage.headroom, default=None)
 
     @property
@@ -125,7 +160,7 @@ class OwnGroups:
     def close(self) -> None:
         for level in self._levels:
             level.close()
-        self._levels, self._seen = [], None
+        self._levels, self._seen, self._looked_s = [], None, None
         self._membership.close()
 
 

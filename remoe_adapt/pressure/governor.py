@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -13,6 +13,10 @@ from remoe_adapt.errors import ConfigError
 from remoe_adapt.pressure.policy import Decision, PolicyState, decide
 from remoe_adapt.pressure.reading import Reading
 from remoe_adapt.pressure.sensors import Sensors
+from remoe_adapt.pressure.signals import ease_floors
+
+# At rest, all sensors are asked after so long.
+_LOOK_S = 0.5
 
 
 class Actuator(Protocol):
@@ -49,17 +53,26 @@ class Governor:
         self._resize, self.share = resize, share
         self.state = PolicyState()
         self.reading: Reading | None = None
+        # At rest: the decision, and bytes free by sensor as long as which it holds.
+        self._rest: tuple[Decision, Mapping[str, float]] | None = None
 
     def tick(self, now_s: float | None = None, *, turn: bool = True) -> Decision:
         """One sample and what follows from it. now_s: its time, None: the sensors' clock. turn: False leaves the dial
         alone (it is pinned), budgets move all the same.
 
-        A budget that the cache refuses is said in the decision's reason.
+        A budget that the cache refuses is said in the decision's reason. While nothing presses anywhere, samples within
+        half a second of the last reading see only whether memory is still at ease, and the decision is the same one:
+        the others cost the model more than they could tell it.
         """
+        if now_s is None:
+            now_s = self.sensors.now()
+        if (rest := self._resting(now_s)) is not None:
+            return rest
         reading = self.sensors.read(now_s)
-        state = replace(self.state, strength=self.actuator.current())
+        state = self.state._replace(strength=self.actuator.current())
         self.state, decision = decide(state, reading, self.profile, share=self.share)
         self.reading = reading
+        self._rest = (decision, ease_floors(reading, self.profile)) if decision.at_rest else None
         if not turn:
             decision = replace(decision, strength=state.strength, changed=False)
         elif decision.changed:
@@ -72,3 +85,11 @@ class Governor:
             except ConfigError as error:
                 decision = replace(decision, reason=f"{decision.reason}; refused: {error}")
         return decision
+
+    def _resting(self, now_s: float) -> Decision | None:
+        """The last decision, where a glance shows that it holds."""
+        if self._rest is None or self.reading is None or not 0 <= now_s - self.reading.time_s < _LOOK_S:
+            return None
+        decision, floors = self._rest
+        holds = floors and self.actuator.current() == decision.strength and self.sensors.is_free(floors, now_s)
+        return decision if holds else None

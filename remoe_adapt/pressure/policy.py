@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.pressure.budget import TierState, budgets
+from remoe_adapt.pressure.budget import TierState, budgets, is_whole
 from remoe_adapt.pressure.reading import Reading
-from remoe_adapt.pressure.signals import Signal, weigh
+from remoe_adapt.pressure.signals import Signal, losses, weigh
 
 # Half of fall_s is so many time constants, after which less than _SAME is left.
 _CONSTANTS = 4.0
@@ -38,8 +38,7 @@ _LONGEST_HOLD = 64
 _CALM = Signal("", 0.0, "no sensor reports pressure")
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyState:
+class PolicyState(NamedTuple):  # a decision changes it several times: tuples cost the least
     """Everything the policy remembers. Times are on its own clock, which a long gap or a clock that goes back cannot
     move far: what was not seen did not happen."""
 
@@ -56,7 +55,7 @@ class PolicyState:
     stall_until_s: float = -math.inf
     stall_released_s: float = -math.inf
     stall_hold: int = 1
-    tiers: Mapping[str, TierState] = field(default_factory=lambda: MappingProxyType({}))
+    tiers: Mapping[str, TierState] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class Decision:
     """strength: to hold from now on; changed: it is another than before; pressure: what counts; present: what the worst
     sensor says now; cause: the sensor that `pressure` came from ("" in calm); reason: in words; budgets: expert-cache
     budgets to set, in bytes, by tier ("cache", "below"); signals: every sensor's pressure; unusable: measures that said
-    nothing, and why."""
+    nothing, and why; at_rest: no pressure anywhere, none remembered, a whole cache: more of that changes nothing."""
 
     strength: float
     changed: bool
@@ -75,6 +74,7 @@ class Decision:
     budgets: Mapping[str, int]
     signals: Mapping[str, float]
     unusable: Mapping[str, str]
+    at_rest: bool
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -91,8 +91,9 @@ def decide(
     weighed = weigh(reading, profile)
     state, step_s = _tick(state, reading, profile)
     tiers, wanted, moves = budgets(state.tiers, weighed, state.clock_s, step_s, profile, share)
-    worst = max(weighed.memory, key=lambda signal: signal.pressure, default=_CALM)
-    state = replace(state, tiers=MappingProxyType(tiers))
+    memory = (*weighed.memory, *losses(weighed, wanted, profile))
+    worst = max(memory, key=lambda signal: signal.pressure, default=_CALM)
+    state = state._replace(tiers=MappingProxyType(tiers))
     stalled = 0.0 if weighed.stall is None else weighed.stall.pressure
     state = _weigh_stalls(state, stalled, worst.pressure, profile)
     if weighed.stall is not None and state.stall_held > worst.pressure:
@@ -102,6 +103,8 @@ def decide(
     state, why_not = _hold(state, worst, stalled, step_s, profile)
     strength, why = _strength(state, worst, why_not, profile)
     changed = strength != state.strength
+    signals = {signal.name: signal.pressure for signal in (*memory, *([weighed.stall] if weighed.stall else []))}
+    resting = not (changed or wanted or state.held or state.stall_held or any(signals.values())) and is_whole(weighed)
     decision = Decision(
         strength,
         changed,
@@ -110,22 +113,23 @@ def decide(
         state.cause,
         "; ".join([why, *moves]),
         wanted,
-        {signal.name: signal.pressure for signal in (*weighed.memory, *([weighed.stall] if weighed.stall else []))},
+        signals,
         weighed.unusable,
+        resting and strength == profile.strength_at(0.0),
     )
     if changed:
-        state = replace(state, strength=strength, swapped_at_s=state.clock_s)
+        state = state._replace(strength=strength, swapped_at_s=state.clock_s)
     return state, decision
 
 
 def _tick(state: PolicyState, reading: Reading, profile: DeviceProfile) -> tuple[PolicyState, float]:
     longest = max(1.0, 2 / profile.controller.sample_hz)
     if not math.isfinite(reading.time_s):
-        return replace(state, samples=state.samples[:-1]), 0.0
+        return state._replace(samples=state.samples[:-1]), 0.0
     step_s = 0.0 if state.time_s is None else min(longest, max(0.0, reading.time_s - state.time_s))
     # Two samples at one time are one: the later counts.
     samples = state.samples if step_s > 0 else state.samples[:-1]
-    return replace(state, time_s=reading.time_s, clock_s=state.clock_s + step_s, samples=samples), step_s
+    return state._replace(time_s=reading.time_s, clock_s=state.clock_s + step_s, samples=samples), step_s
 
 
 def _toward(average: float, value: float, step_s: float, constant_s: float) -> float:
@@ -144,11 +148,11 @@ def _weigh_stalls(state: PolicyState, present: float, memory: float, profile: De
         doubled = min(_LONGEST_HOLD, 2 * state.stall_hold) if again else 1
         hold = state.stall_hold if state.stall_held > 0 else doubled
         until_s = now_s + hold * controller.fall_s
-        return replace(state, stall_held=sustained, stall_hold=hold, stall_until_s=until_s)
+        return state._replace(stall_held=sustained, stall_hold=hold, stall_until_s=until_s)
     if state.stall_held > 0 and sustained >= state.stall_held - _SAME:  # raised strength has not helped
-        return replace(state, stall_until_s=now_s + hold_s)
+        return state._replace(stall_until_s=now_s + hold_s)
     if state.stall_held > 0 and now_s >= state.stall_until_s:
-        return replace(state, stall_held=0.0, stall_released_s=now_s)
+        return state._replace(stall_held=0.0, stall_released_s=now_s)
     return state
 
 
@@ -180,25 +184,25 @@ def _hold(
     controller, now_s, present = profile.controller, state.clock_s, worst.pressure
     average = _toward(state.average, present, step_s, controller.rise_s)
     samples = _kept((*state.samples, (now_s, present, stalled)), max(controller.rise_s, _patience_s(profile)))
-    state = replace(state, average=average, samples=samples)
+    state = state._replace(average=average, samples=samples)
     recovering = present < average - _SAME
     sustained = _sustained(samples, 1, controller.rise_s)
     level = state.held if recovering else min(present, sustained)
     waits = "it is already recovering" if recovering else f"the rest has not lasted {controller.rise_s:g} s"
     waits = waits if present > max(level, state.held) + _SAME else ""
     if level > state.held:
-        return replace(state, held=level, held_at_s=now_s, cause=worst.name), waits
+        return state._replace(held=level, held_at_s=now_s, cause=worst.name), waits
     if present == 0.0 and state.held <= _SAME:  # what is left is nothing, and must not count for ever
-        return replace(state, held=0.0, cause=""), ""
+        return state._replace(held=0.0, cause=""), ""
     if present >= _HOLDS * state.held:
-        return replace(state, held_at_s=now_s), waits
+        return state._replace(held_at_s=now_s), waits
     calm_s = now_s - state.held_at_s
     if calm_s < controller.fall_s / 2:
         return state, f"calmer for {calm_s:.1f} s, held until {controller.fall_s / 2:g} s"
     held = _toward(state.held, present, step_s, controller.fall_s / 2 / _CONSTANTS)
     if present == 0.0 and held <= _SAME:
         held = 0.0
-    return replace(state, held=held, cause=state.cause if held > 0 else ""), ""
+    return state._replace(held=held, cause=state.cause if held > 0 else ""), ""
 
 
 def _strength(state: PolicyState, worst: Signal, why_not: str, profile: DeviceProfile) -> tuple[float, str]:

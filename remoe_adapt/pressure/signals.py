@@ -3,8 +3,9 @@
 | signal | 0 | 1 |
 |---|---|---|
 | headroom | free memory at the reserve, own use within the budget | half a reserve beyond either |
-| cache loss | the expert cache has its budget | `pressure.cache_loss` of it was given back |
-| psi memory, psi io, faults, swap | `from` of the profile's range | its `full` |
+| cache loss | the expert cache keeps its budget | `pressure.cache_loss` of it is given back |
+| psi memory, psi io, swap | `from` of the profile's range | its `full` |
+| faults | the same: major faults, as far as pages are read again that had been dropped | |
 | stall | tokens wait `from` of the time for experts | `full` of it, with at least 1 in 20 look-ups missed |
 
 Headroom is that of the tightest place: the machine, the cgroup, and a GPU of its own. Memory that CPU and GPU share
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.pressure.reading import Reading
+from remoe_adapt.pressure.reading import Measure, Reading
 
 # A reserve larger than this part of the memory there is cannot be kept (a profile of another machine).
 _LARGEST_RESERVE = 0.25
@@ -27,6 +28,11 @@ _LARGEST_RESERVE = 0.25
 _MISSES_THAT_EXPLAIN = 0.05
 # Below this part of its budget a cache is still filling: whatever is asked for is missing.
 _FILLED = 0.8
+# No machine has so much; a part may seem larger than its whole by what moved between the two being read.
+_MOST_BYTES, _SKEW = float(1 << 60), 0.05
+_PART_OF = {"memory.available": "memory.total", "cgroup.headroom": "cgroup.limit", "gpu.free": "gpu.total"}
+# Part of the reserve that is to spare where nothing needs a closer look.
+_EASE = 0.5
 # Readings older than this many samples say nothing.
 _STALE_SAMPLES = 5
 MIB = 1 << 20
@@ -41,11 +47,13 @@ class Signal(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Memory that something takes: bytes free, bytes that must stay free, and bytes lacking (negative: to spare)."""
+    """Memory that something takes: bytes free, bytes that must stay free, and bytes lacking (negative: to spare).
+    seen: how many sensors say what is free."""
 
     free: float
     reserve: float
     lacking: float
+    seen: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +72,32 @@ def weigh(reading: Reading, profile: DeviceProfile) -> Weighed:
     """The pressure of every sensor in a reading."""
     values, unusable = _usable(reading, _STALE_SAMPLES / profile.controller.sample_hz)
     places = _places(values, profile)
-    ranges = profile.pressure
     signals = [_headroom(place, where, values, profile) for where, place in places.items()]
-    for tier in ("cache", "below"):
-        budget, allowed = values.get(f"{tier}.budget"), values.get(f"{tier}.allowed")
-        if budget is not None and allowed:
-            lost = max(0.0, 1.0 - budget / allowed)
-            name = "cache loss" if tier == "cache" else "RAM tier loss"
-            words = f"the expert cache has {_size(budget)} of its {_size(allowed)}"
-            signals.append(Signal(name, ramp(lost, ranges.cache_loss), words))
     signals += _rates(values, profile)
     return Weighed(tuple(signals), _stall(values, profile), places, values, unusable)
+
+
+def ease_floors(reading: Reading, profile: DeviceProfile) -> dict[str, float]:
+    """By sensor, the bytes that have to be free for its memory to be at ease: the reserve and half of it."""
+    values = _usable(reading, math.inf)[0]
+    places = _places(values, profile)
+    floors = {name: (1 + _EASE) * place.reserve for name, place in places.items()}
+    sensors = {"memory.available": ("memory", "host"), "cgroup.headroom": ("cgroup", "host")}
+    sensors |= {"gpu.free": ("gpu", "device")} if "device" in floors else {}
+    return {sensor: floors[where] for measure, (sensor, where) in sensors.items() if measure in values}
+
+
+def losses(weighed: Weighed, budgets: Mapping[str, float], profile: DeviceProfile) -> list[Signal]:
+    """The pressure of what the cache's tiers ("cache", "below") do without; budgets: of those that are about to change,
+    so that strength rises with the loss and not one sample after it."""
+    signals = []
+    for tier, name in (("cache", "cache loss"), ("below", "RAM tier loss")):
+        now, allowed = weighed.values.get(f"{tier}.budget"), weighed.values.get(f"{tier}.allowed")
+        if now is not None and allowed:
+            budget = budgets.get(tier, now)
+            pressure = ramp(max(0.0, 1.0 - budget / allowed), profile.pressure.cache_loss)
+            signals.append(Signal(name, pressure, f"the expert cache keeps {_size(budget)} of its {_size(allowed)}"))
+    return signals
 
 
 def ramp(value: float, limits: tuple[float, float] | None) -> float:
@@ -93,11 +116,18 @@ def _usable(reading: Reading, stale_s: float) -> tuple[dict[str, float], dict[st
             unusable[name] = f"{measure.value} is not finite"
         elif measure.value < 0:
             unusable[name] = f"{measure.value:g} is negative"
+        elif measure.unit == "B" and measure.value > _most(name, reading.measures):
+            unusable[name] = f"{measure.value:g} bytes are more than there can be"
         elif not age_s <= max(1.0, stale_s):
             unusable[name] = f"it is {age_s:.1f} s old"
         else:
             values[name] = float(measure.value)
     return values, unusable
+
+
+def _most(name: str, measures: Mapping[str, Measure]) -> float:
+    whole = measures.get(_PART_OF.get(name, ""))
+    return (1 + _SKEW) * whole.value if whole is not None and 0 < whole.value < _MOST_BYTES else _MOST_BYTES
 
 
 def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Place]:
@@ -112,7 +142,8 @@ def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Pl
     places: dict[str, Place] = {}
     if free:
         # The budget of a profile is that of the memory where the model is.
-        places["host"] = _place(min(free), min(total, default=math.inf), None if has_card else own, profile)
+        whole = min(total, default=math.inf)
+        places["host"] = _place(min(free), whole, None if has_card else own, profile)._replace(seen=len(free))
     if has_card:
         card_free = values["gpu.free"] + values.get("gpu.reusable", 0.0)
         places["device"] = _place(card_free, values.get("gpu.total") or math.inf, gpu_own, profile)
@@ -123,7 +154,7 @@ def _place(free: float, total: float, own: float | None, profile: DeviceProfile)
     reserve = min(float(profile.memory.reserve_bytes), _LARGEST_RESERVE * total)
     budget = profile.memory.budget_bytes
     over = -math.inf if own is None or budget is None else own - budget
-    return Place(free, reserve, max(reserve - free, over))
+    return Place(free, reserve, max(reserve - free, over), 1)
 
 
 def _headroom(place: Place, where: str, values: Mapping[str, float], profile: DeviceProfile) -> Signal:
@@ -148,7 +179,10 @@ def _rates(values: Mapping[str, float], profile: DeviceProfile) -> list[Signal]:
             words = f"tasks stalled on {kind} {some or 0.0:.0%} of the time, all of them {full or 0.0:.0%}"
             signals.append(Signal(f"psi {kind}", ramp(stalled, limits), words))
     if (faults := values.get("process.faults")) is not None:
-        signals.append(Signal("faults", ramp(faults, ranges.faults), f"{faults:.0f} major faults per second"))
+        again = values.get("process.refaults")
+        words = f"{faults:.0f} major faults per second"
+        words += "" if again is None else f", {again:.0f} pages per second read again"
+        signals.append(Signal("faults", ramp(faults if again is None else min(faults, again), ranges.faults), words))
     swapped = [values[name] for name in ("swap.in", "swap.out") if name in values]
     if swapped:
         words = f"{_size(sum(swapped))} per second swapped"

@@ -43,6 +43,11 @@ class GpuMemory:
         found = {f"gpu.{name}": Measure(size, "B", now_s) for name, size in sizes.items()}
         return Reading(now_s, found | {"gpu.unified": Measure(float(self._is_unified()), "flag", now_s)})
 
+    def free_bytes(self, now_s: float) -> float:
+        """What a tensor could take: gpu.free and gpu.reusable."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return float(free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device))
+
     def _is_unified(self) -> bool:
         facts = torch.cuda.get_device_properties(self._device)
         try:
