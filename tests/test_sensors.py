@@ -209,6 +209,14 @@ def test_swap_and_memory_are_the_kernel_s(tmp_path: Path) -> None:
     assert values(sensor.read(5.0))["memory.total"] == psutil.virtual_memory().total, "psutil stands in"
 
 
+def test_the_root_of_all_groups_is_the_machine_and_a_container_s_is_not(tmp_path: Path) -> None:
+    files = {"sys/memory.pressure": psi(0), "proc/pressure/memory": psi(0), "proc/pressure/io": psi(0)}
+    proc, cgroups = fake_machine(tmp_path, "0::/\n", files)
+    assert "psi.cgroup" in PressureStall(proc, cgroups).read(1.0).missing
+    write(tmp_path, {"sys/cgroup.events": "populated 1\n"})
+    assert "psi.cgroup.memory.some_avg10" in PressureStall(proc, cgroups).read(1.0).measures
+
+
 # Rates
 
 

@@ -166,7 +166,10 @@ class PressureStall:
     def _find_own(self) -> None:
         for file in self._own.values():
             file.close()
-        folder = next(iter(self._groups.folders.get("v2", [])), None)
+        groups = self._groups.folders.get("v2", [])
+        # The root of all groups is the machine; a container's own root has events.
+        is_own = len(groups) > 1 or (len(groups) == 1 and (groups[0] / "cgroup.events").is_file())
+        folder = groups[0] if is_own else None
         files = {} if folder is None else {kind: folder / f"{kind}.pressure" for kind in ("memory", "io")}
         self._own = {f"psi.cgroup.{kind}": PolledFile(path) for kind, path in files.items() if path.is_file()}
         self._rates = {prefix: rates for prefix, rates in self._rates.items() if prefix in self._machine}
