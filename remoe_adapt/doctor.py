@@ -23,9 +23,9 @@ from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.dispatch import explain
 from remoe_adapt.pressure.reading import Measure
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
+from remoe_adapt.report import size_text
 from remoe_adapt.runtime.sensors import GpuMemory
 
-GIB = 1 << 30
 # Rates are taken over so long.
 _RATES_S = 0.2
 # First word of a sensor's name -> what holds without it.
@@ -111,14 +111,14 @@ def _memory() -> Iterator[Probe]:
     import psutil
 
     memory = psutil.virtual_memory()
-    yield Probe("memory", True, f"{memory.available / GIB:.1f} GiB available of {memory.total / GIB:.1f} GiB")
+    yield Probe("memory", True, f"{size_text(memory.available)} available of {size_text(memory.total)}")
 
 
 def _cuda() -> Iterator[Probe]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
-            yield Probe(f"cuda:{index}", True, f"{facts.name}, {facts.total_memory / GIB:.1f} GiB")
+            yield Probe(f"cuda:{index}", True, f"{facts.name}, {size_text(facts.total_memory)}")
     elif torch.version.cuda is None:
         yield Probe("cuda", False, f"torch {torch.__version__} has no CUDA", "install a CUDA build of torch for a GPU")
     else:
@@ -182,7 +182,7 @@ def shown(measure: Measure) -> str:
         return f"{value:.1%} of the time"
     if unit == "1/s":
         return f"{value:.1f} per second"
-    return f"{value / GIB:.2f} GiB" + ("" if unit == "B" else " per second")
+    return size_text(value) + ("" if unit == "B" else " per second")
 
 
 def _direct_reads() -> Iterator[Probe]:
@@ -241,5 +241,5 @@ def _example() -> Iterator[Probe]:
         return
     family = (folder / "family" / "family.json").is_file()
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
-    value = f"{folder}, {size / (1 << 20):.1f} MiB, {'with' if family else 'without'} a family"
+    value = f"{folder}, {size_text(size)}, {'with' if family else 'without'} a family"
     yield Probe("example model", family, value, "" if family else "train one: remoe train (see README)")

@@ -78,11 +78,13 @@ def read_samples(log: str | Path) -> list[dict[str, Any]]:
 
 
 def hit_rates(samples: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """Of each sample: the share of look-ups since the one before that were hits; None where there were none."""
+    """Of each sample: the share of look-ups since the one before that were hits; None where there were none, or where
+    counters began again (a log holds several runs)."""
     rates: list[float | None] = [None]
     for before, after in pairwise(samples):
-        grown = [(after[key] or 0) - (before[key] or 0) for key in ("hits", "misses")]
-        rates.append(grown[0] / sum(grown) if sum(grown) > 0 else None)
+        hits, misses = ((after[key] or 0) - (before[key] or 0) for key in ("hits", "misses"))
+        counted = hits >= 0 and misses >= 0 and hits + misses > 0
+        rates.append(hits / (hits + misses) if counted else None)
     return rates
 
 

@@ -1,4 +1,4 @@
-"""Results as tables and sentences; callers get renderables. Progress bars go to standard error."""
+"""Results as tables and sentences (callers get renderables), and as `plots`. Progress bars go to standard error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from remoe_adapt.plots import plot_frontier as plot_frontier
+from remoe_adapt.plots import plot_log as plot_log
+
 Row = Mapping[str, Any]
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes in the largest of B, KiB, MiB and GiB that is not more than they are."""
+    for unit, digits, unit_bytes in (("GiB", 2, 1 << 30), ("MiB", 1, 1 << 20), ("KiB", 1, 1 << 10)):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.{digits}f} {unit}"
+    return f"{size_bytes:.0f} B"
 
 
 def hit_keys(row: Row) -> list[str]:
@@ -136,7 +147,7 @@ def profile_table(profiles: Mapping[str, Row]) -> Table:
             cells = (f"{facts['faults']} fault(s): see `remoe profiles check {name}`", "", "")
         else:
             budget_bytes = facts["memory"]["budget_bytes"]
-            memory = "all there is" if budget_bytes is None else f"{budget_bytes / (1 << 30):g} GiB"
+            memory = "all there is" if budget_bytes is None else size_text(budget_bytes)
             cells = (facts["description"], memory, f"{facts['expert_cache']['share']:.0%}")
         table.add_row(Text(name), *map(Text, (*cells, facts["file"])))
     return table

@@ -115,8 +115,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("export.*",),
     (
-        "report",
         "plots",
+        "report",
         "generation",
         "demo",
         "doctor",

@@ -13,10 +13,12 @@ from fake_cgroups import below, fake_machine, psi, v2_group
 
 from remoe_adapt import doctor
 from remoe_adapt.device_profile import list_profiles
-from remoe_adapt.doctor import GIB, Probe, as_result, examine, shown
+from remoe_adapt.doctor import Probe, as_result, examine, shown
 from remoe_adapt.gating import dispatch
 from remoe_adapt.pressure.reading import Measure
 from remoe_adapt.report import doctor_table
+
+GIB = 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +97,12 @@ def test_a_machine_without_cgroups(tmp_path: Path) -> None:
 
 
 def test_measures_are_shown_with_their_units() -> None:
-    assert [shown(Measure(*pair, 0.0)) for pair in ((1.0, "flag"), (2.5, "1/s"), (2.0**30, "B/s"))] == [
-        "yes",
-        "2.5 per second",
-        "1.00 GiB per second",
-    ]
+    for value, unit, text in (
+        (1.0, "flag", "yes"), (2.5, "1/s", "2.5 per second"), (2.0**30, "B/s", "1.00 GiB per second"),
+        (4.0 * 2**20, "B/s", "4.0 MiB per second"), (1536.0, "B/s", "1.5 KiB per second"), (0.0, "B", "0 B"),
+        (300.0 * 2**20, "B", "300.0 MiB"),
+    ):  # fmt: skip
+        assert shown(Measure(value, unit, 0.0)) == text
 
 
 def test_a_failing_probe_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

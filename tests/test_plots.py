@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from remoe_adapt import report
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.plots import hit_rates, plot_frontier, plot_log, read_samples
 
@@ -22,6 +23,15 @@ def sample(time_s: float, hits: int | None, misses: int | None) -> dict[str, Any
 def test_hit_rates_are_of_the_time_between_two_samples() -> None:
     samples = [sample(0, 0, 0), sample(1, 3, 1), sample(2, 3, 1), sample(3, 3, 5), sample(4, None, None)]
     assert hit_rates(samples) == [None, 0.75, None, 0.0, None]
+
+
+def test_counters_that_began_again_are_no_rate() -> None:
+    appended = [sample(0, 10, 10), sample(1, 20, 10), sample(2, 10, 30), sample(3, 50, 20), sample(4, 51, 23)]
+    assert hit_rates(appended) == [None, 1.0, None, None, 0.25]
+
+
+def test_the_report_has_the_plots() -> None:
+    assert report.plot_log is plot_log and report.plot_frontier is plot_frontier
 
 
 def test_a_log_becomes_a_plot(tmp_path: Path) -> None:
