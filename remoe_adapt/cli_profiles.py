@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report
 from remoe_adapt.cli_options import Found
-from remoe_adapt.device_profile import check_profile, list_profiles, load_profile
+from remoe_adapt.device_profile import check_profile, list_profiles, load_profile, read_profile
 
 
 def list_all(as_json: opt.Json = False) -> Found:
     """Every profile found, shipped and of the user."""
-    rows = {
-        name: {"file": str(path), "faults": len(faults)}
-        if (faults := check_profile(path))
-        else {"file": str(path), "faults": 0, **asdict(load_profile(path))}
-        for name, path in list_profiles().items()
-    }
+    rows: dict[str, dict[str, Any]] = {}
+    for name, path in list_profiles().items():
+        profile, faults = read_profile(path)
+        rows[name] = {"file": str(path), "faults": len(faults)} | ({} if profile is None else asdict(profile))
     return {"profiles": rows}, [report.profile_table(rows)]
 
 
@@ -36,7 +35,7 @@ def check(names: opt.ProfileNames = None, as_json: opt.Json = False) -> Found:
     for name in names or ():
         if name not in known and name == Path(name).stem and not Path(name).exists():
             load_profile(name)  # a name: says which it may have meant
-    paths = [known.get(name, Path(name)) for name in names] if names else list(known.values())
+    paths = [known.get(name, Path(name).expanduser()) for name in names] if names else list(known.values())
     faults = [fault for path in paths for fault in check_profile(path)]
     result = {"ok": not faults, "checked": [str(path) for path in paths], "faults": [asdict(f) for f in faults]}
     return result, [*(Text(str(fault)) for fault in faults), f"{len(paths)} checked, {len(faults)} fault(s)"]

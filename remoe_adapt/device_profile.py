@@ -7,127 +7,36 @@ Keys are strict: a key that is unknown, doubled or missing, or a value that cann
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
-import math
 import os
-import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from reprlib import Repr
-from typing import Any
 
-import yaml
-
+from remoe_adapt import profile_values as of
 from remoe_adapt.errors import ConfigError, ProfileError
+from remoe_adapt.profile_nodes import Problem, Source, did_you_mean, is_map, printable, shown
+from remoe_adapt.profile_values import ContradictionError, key_of, parse_size, read_section
+
+__all__ = [
+    "CACHE_POLICIES", "CACHE_SCOPES", "RECENCY_MODES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile",
+    "MemoryProfile", "PressureProfile", "Problem", "RecencyProfile", "StrengthProfile", "check_profile",
+    "list_profiles", "load_profile", "parse_size", "read_profile", "user_profile_dir",
+]  # fmt: skip
 
 CACHE_POLICIES = ("lru", "lfu", "lrfu")  # belady needs the future, so no device can run it
 CACHE_SCOPES = ("global", "layer")
 RECENCY_MODES = ("none", "last", "ema", "resident")
-_UNIT_BYTES = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
-_UNIT_BYTES |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE)
-# Nested YAML aliases grow exponentially when written out: messages show the outer levels only.
-_SHORT = Repr()
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 4, 2
-_show = _SHORT.repr
-
-
-def parse_size(text: object) -> int:
-    """Bytes in a size with a unit, as "5.5GiB", "512 MiB" or "8GB" (1000**3). Raises ConfigError without a unit."""
-    match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
-        raise ConfigError(f"{_show(text)} is not a size; write a number and its unit, as 5.5GiB or 512MiB")
-    return int(float(match[1]) * _UNIT_BYTES[match[2].upper()])
-
-
-def _budget(value: object) -> int | None:
-    size_bytes = None if value is None else parse_size(value)
-    if size_bytes == 0:
-        raise ConfigError("a budget of 0 bytes holds nothing; write a size above 0, or null for the whole machine")
-    return size_bytes
-
-
-def _number(low: float, high: float, *, open_low: bool = False) -> Callable[[object], float]:
-    """Reader of a finite number in [low, high], or (low, high] with `open_low`."""
-    wanted = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < math.inf else "")
-
-    def read(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{_show(value)} is not a number; write {wanted}")
-        if not low <= value <= high or (open_low and value == low):
-            raise ConfigError(f"{value!r} is out of range; write {wanted}")
-        return float(value)
-
-    return read
-
-
-def _choice(*allowed: str) -> Callable[[object], str]:
-    def read(value: object) -> str:
-        if value not in allowed:
-            raise ConfigError(f"{_show(value)} is not one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")
-        return str(value)
-
-    return read
-
-
-def _switch(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{_show(value)} is not a switch; write true or false")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{_show(value)} is not text; write at least one word, quoted if it looks like a number")
-    return value.strip()
-
-
-def _curve(value: object) -> tuple[tuple[float, float], ...]:
-    """Points (pressure, strength): pressures strictly rising, strengths never falling, all in [0, 1]."""
-    if not isinstance(value, list) or not value or any(not isinstance(p, list) or len(p) != 2 for p in value):
-        raise ConfigError(f"{_show(value)} is not a curve; write pairs, as [[0.0, 0.0], [0.9, 1.0]]")
-    unit = _number(0, 1)
-    points = tuple((unit(pressure), unit(strength)) for pressure, strength in value)
-    for (pressure, strength), (next_pressure, next_strength) in pairwise(points):
-        if next_pressure <= pressure:
-            raise ConfigError(f"pressure {next_pressure!r} follows {pressure!r}; sort the points by rising pressure")
-        if next_strength < strength:
-            raise ConfigError(f"strength falls from {strength!r} to {next_strength!r}; it may only rise with pressure")
-    return points
-
-
-def _ramp(read: Callable[[object], float]) -> Callable[[object], tuple[float, float] | None]:
-    """Reader of null or [from, full]: where a sensor's pressure leaves 0, and where it reaches 1."""
-
-    def read_pair(value: object) -> tuple[float, float] | None:
-        if value is None:
-            return None
-        if not isinstance(value, list) or len(value) != 2:
-            raise ConfigError(f"{_show(value)} is not a range; write [from, full], or null to leave the sensor out")
-        begin, full = read(value[0]), read(value[1])
-        if begin >= full:
-            raise ConfigError(f"from {value[0]!r} is not below full {value[1]!r}; pressure rises between the two")
-        return begin, full
-
-    return read_pair
-
-
-def _families(value: object) -> dict[str, str | None]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{_show(value)} is not a map; write base model ids with a family path, hub id or null")
-    for base, family in value.items():
-        if not isinstance(base, str) or not (family is None or isinstance(family, str)):
-            raise ConfigError(f"{_show({base: family})} must map a model id to a family path, hub id or null")
-    return value
-
-
-def _key(key: str, read: Callable[[object], object] | type, **default: Any) -> Any:
-    """A dataclass field filled from YAML key `key`: by a reader function, or by a dataclass for a section."""
-    return field(metadata={"key": key, "read": read}, **default)
+# No calm or wait that a dial should sit out is longer; a clock of floats still tells milliseconds.
+_DAY_S = 86400.0
+_LONGEST_RISE_S = 600.0
+# The policy keeps four times rise_s of samples, and sorts them at every one.
+_MOST_RISE_SAMPLES = 1000
+# The prior refuses more (`gating.prior.MAX_GAIN`).
+_MOST_GAIN = 16.0
+_RATIO = of.number(0, 1)
+_PART = of.number(0, 1, open_low=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +44,8 @@ class MemoryProfile:
     """budget_bytes: what weights, expert cache and KV cache may take together (None: the machine's or cgroup's limit);
     reserve_bytes: what must stay free for everything else."""
 
-    budget_bytes: int | None = _key("budget", _budget)
-    reserve_bytes: int = _key("reserve", parse_size)
+    budget_bytes: int | None = key_of("budget", of.budget)
+    reserve_bytes: int = key_of("reserve", of.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,21 +55,21 @@ class ExpertCacheProfile:
     takes; regrow_s: calm after which it has its whole budget back, half of it waiting and half growing evenly.
     """
 
-    share: float = _key("budget", _number(0, 1, open_low=True))
-    policy: str = _key("policy", _choice(*CACHE_POLICIES), default="lrfu")
-    scope: str = _key("scope", _choice(*CACHE_SCOPES), default="global")
-    prefetch: bool = _key("prefetch", _switch, default=True)
-    direct_io: bool = _key("direct_io", _switch, default=False)
-    floor: float = _key("floor", _number(0, 1, open_low=True), default=0.1)
-    regrow_s: float = _key("regrow_s", _number(0, math.inf), default=30.0)
+    share: float = key_of("budget", _PART)
+    policy: str = key_of("policy", of.choice(*CACHE_POLICIES), default="lrfu")
+    scope: str = key_of("scope", of.choice(*CACHE_SCOPES), default="global")
+    prefetch: bool = key_of("prefetch", of.switch, default=True)
+    direct_io: bool = key_of("direct_io", of.switch, default=False)
+    floor: float = key_of("floor", _PART, default=0.1)
+    regrow_s: float = key_of("regrow_s", of.number(0, _DAY_S), default=30.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrengthProfile:
     """curve: (pressure, strength) points, linear between them and constant outside; max: ceiling on strength."""
 
-    curve: tuple[tuple[float, float], ...] = _key("curve", _curve)
-    max: float = _key("max", _number(0, 1), default=1.0)
+    curve: tuple[tuple[float, float], ...] = key_of("curve", of.curve)
+    max: float = key_of("max", _RATIO, default=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +78,20 @@ class ControllerProfile:
     which it counts no more, half of it waiting and half falling; dwell_s: least time between a swap and a fall of
     strength; deadband: changes of strength below it are ignored; max_swaps_per_s: limits rises too."""
 
-    sample_hz: float = _key("sample_hz", _number(0, 1000, open_low=True), default=5.0)
-    rise_s: float = _key("rise_s", _number(0, math.inf), default=0.5)
-    fall_s: float = _key("fall_s", _number(0, math.inf), default=10.0)
-    dwell_s: float = _key("dwell_s", _number(0, math.inf), default=2.0)
-    deadband: float = _key("deadband", _number(0, 1), default=0.05)
-    max_swaps_per_s: float = _key("max_swaps_per_s", _number(0, 1000, open_low=True), default=4.0)
+    sample_hz: float = key_of("sample_hz", of.number(0.01, 1000), default=5.0)
+    rise_s: float = key_of("rise_s", of.number(0, _LONGEST_RISE_S), default=0.5)
+    fall_s: float = key_of("fall_s", of.number(0, _DAY_S), default=10.0)
+    dwell_s: float = key_of("dwell_s", of.number(0, _DAY_S), default=2.0)
+    deadband: float = key_of("deadband", _RATIO, default=0.05)
+    max_swaps_per_s: float = key_of("max_swaps_per_s", of.number(0.001, 1000), default=4.0)
+
+    def __post_init__(self) -> None:
+        if self.rise_s * self.sample_hz > _MOST_RISE_SAMPLES:
+            raise ContradictionError(
+                "rise_s",
+                f"{self.rise_s:g} s are {self.rise_s * self.sample_hz:.0f} samples at sample_hz {self.sample_hz:g}; "
+                f"{_MOST_RISE_SAMPLES} are the most, so lower one of the two",
+            )
 
 
 _Ramp = tuple[float, float] | None
@@ -190,12 +107,12 @@ class PressureProfile:
     second; swap: bytes per second in and out; stall: share of the time in which tokens waited for experts.
     """
 
-    cache_loss: _Ramp = _key("cache_loss", _ramp(_number(0, 1)), default=(0.05, 0.4))
-    psi_memory: _Ramp = _key("psi_memory", _ramp(_number(0, 1)), default=(0.07, 0.5))
-    psi_io: _Ramp = _key("psi_io", _ramp(_number(0, 1)), default=None)
-    faults: _Ramp = _key("faults", _ramp(_number(0, math.inf)), default=(50.0, 1000.0))
-    swap: _Ramp = _key("swap", _ramp(parse_size), default=(2.0**20, 2.0**25))
-    stall: _Ramp = _key("stall", _ramp(_number(0, 1)), default=(0.9, 1.0))
+    cache_loss: _Ramp = key_of("cache_loss", of.ramp(_RATIO), default=(0.05, 0.4))
+    psi_memory: _Ramp = key_of("psi_memory", of.ramp(_RATIO), default=(0.07, 0.5))
+    psi_io: _Ramp = key_of("psi_io", of.ramp(_RATIO), default=None)
+    faults: _Ramp = key_of("faults", of.ramp(of.number(0, 1e9)), default=(50.0, 1000.0))
+    swap: _Ramp = key_of("swap", of.ramp(of.size), default=(2.0**20, 2.0**25))
+    stall: _Ramp = key_of("stall", of.ramp(_RATIO), default=(0.9, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,13 +120,14 @@ class RecencyProfile:
     """The recency prior: mode "none", "last" (the previous token's experts), "ema" (used lately) or "resident" (cached
     now), and its gain at strength 1."""
 
-    mode: str = _key("mode", _choice(*RECENCY_MODES), default="none")
-    gain: float = _key("gain", _number(0, math.inf), default=0.0)
+    mode: str = key_of("mode", of.choice(*RECENCY_MODES), default="none")
+    gain: float = key_of("gain", of.number(0, _MOST_GAIN), default=0.0)
 
     def __post_init__(self) -> None:
         if self.mode == "none" and self.gain > 0:
-            raise ConfigError(
-                f"gain {self.gain!r} has no effect in mode 'none'; choose last, ema or resident, or set gain 0.0"
+            raise ContradictionError(
+                "gain",
+                f"gain {self.gain!r} has no effect in mode 'none'; choose last, ema or resident, or set gain 0.0",
             )
 
 
@@ -217,15 +135,15 @@ class RecencyProfile:
 class DeviceProfile:
     """What the runtime needs to know about a device; `families` maps base model ids to family paths or hub ids."""
 
-    name: str = _key("name", _text)
-    description: str = _key("description", _text)
-    memory: MemoryProfile = _key("memory", MemoryProfile)
-    expert_cache: ExpertCacheProfile = _key("expert_cache", ExpertCacheProfile)
-    strength: StrengthProfile = _key("strength", StrengthProfile)
-    controller: ControllerProfile = _key("controller", ControllerProfile, default=ControllerProfile())
-    pressure: PressureProfile = _key("pressure", PressureProfile, default=PressureProfile())
-    recency: RecencyProfile = _key("recency", RecencyProfile, default=RecencyProfile())
-    families: Mapping[str, str | None] = _key("families", _families, default_factory=dict, hash=False)
+    name: str = key_of("name", of.text)
+    description: str = key_of("description", of.text)
+    memory: MemoryProfile = key_of("memory", MemoryProfile)
+    expert_cache: ExpertCacheProfile = key_of("expert_cache", ExpertCacheProfile)
+    strength: StrengthProfile = key_of("strength", StrengthProfile)
+    controller: ControllerProfile = key_of("controller", ControllerProfile, default=ControllerProfile())
+    pressure: PressureProfile = key_of("pressure", PressureProfile, default=PressureProfile())
+    recency: RecencyProfile = key_of("recency", RecencyProfile, default=RecencyProfile())
+    families: Mapping[str, str | None] = key_of("families", of.families, default_factory=dict, hash=False)
 
     @property
     def settle_s(self) -> float:
@@ -250,109 +168,24 @@ class DeviceProfile:
         return min(strength, self.strength.max)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A fault of a profile file; `line` counts from 1, `key` is dotted, as "strength.curve" ("" for the whole file)."""
-
-    path: Path
-    line: int
-    key: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}: " + (f"{self.key}: " if self.key else "") + self.message
-
-
-def _did_you_mean(value: object, allowed: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-class _Reader:
-    """Reads one file; collects problems instead of stopping at the first. Only yaml.SafeLoader builds values."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.problems: list[Problem] = []
-
-    def read(self) -> DeviceProfile | None:
-        try:
-            self.loader = yaml.SafeLoader(self.path.read_text(encoding="utf-8"))
-            root = self.loader.get_single_node()
-        except OSError as error:
-            self._fail(1, "", f"cannot be read ({error.strerror}); give the path of a profile's YAML file")
-            return None
-        except UnicodeDecodeError as error:
-            self._fail(1, "", f"is not UTF-8 text ({error.reason} at byte {error.start}); is this a YAML file?")
-            return None
-        except yaml.YAMLError as error:
-            self._fail(_error_line(error), "", f"is not valid YAML ({_error_text(error)})")
-            return None
-        if root is None:
-            self._fail(1, "", "is empty; copy a shipped profile (`remoe profiles show orin-8gb`) and edit it")
-            return None
-        profile: DeviceProfile | None = self._section(root, DeviceProfile, "")
-        if profile is not None and profile.name != self.path.stem:
-            line = next(k.start_mark.line + 1 for k, _ in root.value if k.value == "name")
-            self._fail(line, "name", f"{profile.name!r} is not the file's name; call the file {profile.name}.yaml")
-        return None if self.problems else profile
-
-    def _fail(self, line: int, key: str, message: str) -> None:
-        self.problems.append(Problem(self.path, line, key, message))
-
-    def _section(self, node: yaml.Node, cls: type[Any], prefix: str) -> Any:
-        """The dataclass `cls` from a YAML mapping, or None after reporting what is wrong with it."""
-        line, faults_before = node.start_mark.line + 1, len(self.problems)
-        known: dict[str, Field[Any]] = {f.metadata["key"]: f for f in fields(cls)}
-        if not isinstance(node, yaml.MappingNode):
-            return self._fail(
-                line, prefix.rstrip("."), f"must hold keys ({', '.join(known)}), one per line or in braces"
-            )
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key, key_line = str(key_node.value), key_node.start_mark.line + 1
-            if key not in known:
-                hint = _did_you_mean(key, tuple(known)) or f"; the keys here are {', '.join(known)}"
-                self._fail(key_line, prefix + key[:40], f"is not a key of a profile{hint}")
-            elif known[key].name in values:
-                self._fail(key_line, prefix + key, "appears twice; keep one")
-            else:
-                values[known[key].name] = self._value(value_node, known[key].metadata["read"], prefix + key)
-        for key, spec in known.items():
-            if spec.name not in values and spec.default is MISSING and spec.default_factory is MISSING:
-                self._fail(line, prefix + key, "is missing; add it")
-        if len(self.problems) > faults_before:
-            return None
-        try:
-            return cls(**values)
-        except ConfigError as error:  # keys that contradict each other
-            return self._fail(line, prefix.rstrip("."), str(error))
-
-    def _value(self, node: yaml.Node, read: Any, key: str) -> Any:
-        if isinstance(read, type):
-            return self._section(node, read, key + ".")
-        try:
-            return read(self.loader.construct_object(node, deep=True))
-        except ConfigError as error:
-            return self._fail(node.start_mark.line + 1, key, str(error))
-        except (yaml.YAMLError, ValueError, TypeError) as error:  # a foreign tag, an impossible date, an unhashable key
-            return self._fail(node.start_mark.line + 1, key, f"is not a plain YAML value ({_error_text(error)})")
-
-
-def _error_line(error: yaml.YAMLError) -> int:
-    mark = getattr(error, "problem_mark", None)
-    return 1 if mark is None else int(mark.line) + 1
-
-
-def _error_text(error: Exception) -> str:
-    return str(getattr(error, "problem", None) or error).splitlines()[0]
+def read_profile(path: str | Path) -> tuple[DeviceProfile | None, list[Problem]]:
+    """The profile of a file and its problems, in file order; None where there is one."""
+    source = Source(Path(path))
+    root = source.root()
+    if root is None:
+        return None, source.problems
+    profile: DeviceProfile | None = read_section(source, root, DeviceProfile)
+    if is_map(root) and not any(problem.key == "name" for problem in source.problems):
+        name, node = next((value.value.strip(), value) for key, value in root.value if key.value == "name")
+        if name != source.path.stem:
+            source.fail(node, "name", f"{shown(name)} is not the file's name; call the file {printable(name)}.yaml")
+    problems = sorted(source.problems, key=lambda problem: problem.line)
+    return (None if problems else profile), problems
 
 
 def check_profile(path: str | Path) -> list[Problem]:
     """All problems of a profile file, in file order; empty when it can be used."""
-    reader = _Reader(Path(path))
-    reader.read()
-    return sorted(reader.problems, key=lambda problem: problem.line)
+    return read_profile(path)[1]
 
 
 def user_profile_dir() -> Path:
@@ -377,12 +210,11 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     elif Path(text).suffix in (".yaml", ".yml") or len(Path(text).parts) > 1:
         path = Path(text).expanduser()
     else:
-        hint = _did_you_mean(text, tuple(known)) or f"; known are {', '.join(known)}"
+        hint = did_you_mean(text, tuple(known)) or f"; known are {', '.join(known)}"
         raise ProfileError(f"no profile named {text!r}{hint} (or give the path of a .yaml file)")
-    reader = _Reader(path)
-    profile = reader.read()
+    profile, problems = read_profile(path)
     if profile is None:
-        first, *others = sorted(reader.problems, key=lambda problem: problem.line)
+        first, *others = problems
         more = f" (and {len(others)} more: `remoe profiles check {path}`)" if others else ""
         raise ProfileError(f"{first}{more}")
     return profile

@@ -15,6 +15,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cache.policy",
         "cache.streams",
         "cache.simulate",
+        "profile_nodes",
+        "profile_values",
         "device_profile",
         "pressure.reading",
         "pressure.files",

@@ -119,7 +119,7 @@ PRESSURE_FAULTS = [
     ("pressure: {faults: [2, 1]}", "pressure.faults", "from 2 is not below full 1"),
     ("pressure: {faults: [1, .nan]}", "pressure.faults", "is not a number"),
     ("pressure: {stall: [0.5, 1.5]}", "pressure.stall", "write a number from 0 up to 1"),
-    ("pressure: {swap: [1, 2]}", "pressure.swap", "write a number and its unit"),
+    ("pressure: {swap: [1, 2MiB]}", "pressure.swap", "write a number and its unit"),
     ("pressure: high", "pressure", "must hold keys"),
 ]
 
@@ -173,11 +173,11 @@ FAULTS = [
     ("[[0.1, 0.0], [0.5, 0.25], [0.9, 1.0]]", "[]", 6, "strength.curve", "write pairs"),
     ("direct_io: true", "direct_io: true, floor: 0", 4, "expert_cache.floor", "above 0 up to 1"),
     ("direct_io: true", "direct_io: true, regrow_s: -1", 4, "expert_cache.regrow_s", "write a number from 0"),
-    ("dwell_s: 2", "dwell_s: 2, max_swaps_per_s: 0", 8, "controller.max_swaps_per_s", "above 0"),
-    ("sample_hz: 5", "sample_hz: 0", 8, "controller.sample_hz", "above 0 up to 1000"),
+    ("dwell_s: 2", "dwell_s: 2, max_swaps_per_s: 0", 8, "controller.max_swaps_per_s", "from 0.001 up to 1000"),
+    ("sample_hz: 5", "sample_hz: 0", 8, "controller.sample_hz", "from 0.01 up to 1000"),
     ("rise_s: 0.5", "rise_s: -1", 8, "controller.rise_s", "write a number from 0"),
-    ("mode: ema", "mode: none", 9, "recency", "has no effect in mode 'none'"),
-    ('"org/base": null', '"org/base": 3', 10, "families", "family path, hub id or null"),
+    ("mode: ema", "mode: none", 9, "recency.gain", "has no effect in mode 'none'"),
+    ('"org/base": null', '"org/base": 3', 10, "families.org/base", "family path, hub id or null"),
     ('{"org/base": null, "org/other": ./family}', "[a]", 10, "families", "is not a map"),
     ("name: mine", "name: yours", 1, "name", "call the file yours.yaml"),
     ("name: mine", "name: 7", 1, "name", "is not text"),
@@ -185,7 +185,7 @@ FAULTS = [
     ("memory: {budget: 5.5GiB, reserve: 1GiB}", "memory: {budget: 1GiB}", 3, "memory.reserve", "is missing"),
     ("description: a test device\n", "", 1, "description", "is missing"),
     ("gain: 0.1", "gain: !!python/object/apply:os.getcwd []", 9, "recency.gain", "not a plain YAML value"),
-    ("families: {", "families: {? [a] : null, ", 10, "families", "not a plain YAML value"),
+    ("families: {", "families: {? [a] : null, ", 10, "families", "a key is one text"),
     ("gain: 0.1}", "gain: 0.1", 10, "", "is not valid YAML"),
     ("max: 0.8", "max: *nowhere", 7, "", "is not valid YAML"),
 ]
@@ -226,7 +226,7 @@ def test_files_that_are_no_profile(tmp_path: Path) -> None:
     for path, words in (
         (binary, "is not UTF-8"),
         (write(tmp_path, "", "empty"), "is empty"),
-        (write(tmp_path, "a\x01b", "control"), "not valid YAML"),
+        (write(tmp_path, "a\x01b", "control"), "holds the character 0x1"),
         (write(tmp_path, "- a\n- b\n", "list"), "must hold keys"),
         (write(tmp_path, "a: 1\n---\nb: 2\n", "two"), "not valid YAML"),
         (tmp_path / "absent.yaml", "No such file"),
