@@ -35,7 +35,7 @@ def check(names: opt.ProfileNames = None, as_json: opt.Json = False) -> Found:
     for name in names or ():
         if name not in known and name == Path(name).stem and not Path(name).exists():
             load_profile(name)  # a name: says which it may have meant
-    paths = [known.get(name, Path(name).expanduser()) for name in names] if names else list(known.values())
+    paths = [known.get(name, Path(name)) for name in names] if names else list(known.values())
     faults = [fault for path in paths for fault in check_profile(path)]
     result = {"ok": not faults, "checked": [str(path) for path in paths], "faults": [asdict(f) for f in faults]}
     return result, [*(Text(str(fault)) for fault in faults), f"{len(paths)} checked, {len(faults)} fault(s)"]

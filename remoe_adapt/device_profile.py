@@ -208,7 +208,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     if text in known and not isinstance(name_or_path, Path):
         path = known[text]
     elif Path(text).suffix in (".yaml", ".yml") or len(Path(text).parts) > 1:
-        path = Path(text).expanduser()
+        path = Path(text)
     else:
         hint = did_you_mean(text, tuple(known)) or f"; known are {', '.join(known)}"
         raise ProfileError(f"no profile named {text!r}{hint} (or give the path of a .yaml file)")

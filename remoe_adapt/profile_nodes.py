@@ -80,7 +80,10 @@ class Source:
     """One file: its nodes, and the faults found in them. Faults are collected, so that all can be told at once."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        try:
+            self.path = path.expanduser()
+        except RuntimeError:  # no such user: there will be no such file either
+            self.path = path
         self.problems: list[Problem] = []
         self._loader = _Loader("")
 

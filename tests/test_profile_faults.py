@@ -271,6 +271,15 @@ def test_families_are_found_beside_the_file_and_in_the_home(tmp_path: Path, monk
     assert dict(relative.families) == expected, "and stays right when the working folder changes"
 
 
+def test_a_profile_in_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "home", GOOD)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert load_profile("~/mine.yaml").name == "mine"
+    assert cli_profiles.check(["~/mine.yaml"])[0]["ok"]
+    with pytest.raises(ProfileError, match="No such file"):
+        load_profile("~no-such-user-here/mine.yaml")
+
+
 def test_a_broken_file_of_the_user_does_not_break_the_list(config_home: Path) -> None:
     folder = config_home / "remoe" / "profiles"
     for name, (old, new) in {
