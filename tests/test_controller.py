@@ -188,6 +188,8 @@ def test_close_restores_everything_and_waits_for_forwards(family: Family) -> Non
         controller.set_strength(0.5)
     with pytest.raises(MergeStateError, match="closed"):
         controller.set_pressure(None)
+    with pytest.raises(MergeStateError, match="closed"):
+        controller.on_swap(print)
     controller.close()
     assert generate(model).shape[1] == IDS.shape[1] + 8
 
@@ -229,3 +231,99 @@ def test_merge_and_unload_keeps_the_strength_and_unload_the_base(family: Family,
         for name, weight in original_weights(plain).items():
             assert torch.equal(weight, expected[name])
         plain.save_pretrained(tmp_path / unload)
+
+
+def bits(model: Any) -> list[Tensor]:
+    return [weight.detach().clone() for weight in original_weights(model).values()]
+
+
+def test_a_swap_cut_short_is_done_again_at_the_next_boundary(
+    model: PeftModel, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bits(model)
+    copy_all = torch._foreach_copy_
+
+    def interrupted(live: list[Tensor], values: list[Tensor]) -> None:
+        copy_all(live[:1], values[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.controller.set_strength(1.0)
+    monkeypatch.undo()
+    assert model.controller.status()["waiting"]
+    watch = Watch(model, family, [0.0, 1.0])
+    generate(model, 2)
+    assert watch.check() == {1.0} and not model.controller.status()["waiting"]
+
+    monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.controller.set_strength(0.0)
+    monkeypatch.undo()
+    model.controller.set_strength(1.0)  # what is said to be live is not
+    generate(model, 2)
+    assert watch.check() == {1.0}
+    model.controller.set_strength(0.0)
+    assert all(torch.equal(a, b) for a, b in zip(live_weights(model), base, strict=True))
+
+
+def live_weights(model: Any) -> list[Tensor]:
+    return [layer.base_weight_ED for layer in remoe_layers(model).values()]
+
+
+def test_what_cannot_be_staged_changes_nothing(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(strength: float) -> None:
+        raise MemoryError("no room")
+
+    controller: Any = model.controller
+    controller.pause()
+    monkeypatch.setattr(controller._routers, "stage", no_room)
+    with pytest.raises(MemoryError):
+        controller.set_strength(0.5)
+    status = controller.status()
+    assert (status["strength"], status["target"], status["pinned"], status["waiting"]) == (0.0, 0.0, False, False)
+    assert status["reason"] == "strength 0.5 could not be staged (MemoryError: no room)"
+    monkeypatch.undo()
+    controller.set_strength(0.5)
+    assert controller.strength == 0.5
+
+
+def test_a_listener_may_close_its_dial_and_another(family: Family, tmp_path: Any) -> None:
+    models: list[Any] = [get_remoe_model(tiny_model("qwen2_moe"), family=family) for _ in "12"]
+    base, heard, closed = bits(models[0]), [], threading.Event()
+
+    def close_both(swap: Any) -> None:
+        heard.append(swap.after)
+        for model in models:
+            model.controller.close()
+        closed.set()
+
+    controllers = [model.controller for model in models]
+    for number, controller in enumerate(controllers):
+        controller.log_to(tmp_path / str(number))
+        controller.set_strength(0.25)
+    controllers[0]._events.flush()
+    controllers[0].on_swap(close_both)
+    models[0].generation_config.eos_token_id = None
+    run_all(
+        lambda: generate(
+            models[0], 40, logits_processor=each(lambda step: step == 2 and controllers[0].set_strength(0.5))
+        ),
+        lambda: generate(models[1], 40),
+    )
+    assert closed.wait(20) and heard == [0.5] and all(controller.status()["closed"] for controller in controllers)
+    assert all(torch.equal(a, b) for a, b in zip(live_weights(models[0]), base, strict=True))
+    lines = [json.loads(line) for line in (tmp_path / "0").read_text().splitlines()]
+    assert [line["after"] for line in lines if line["event"] == "swap"] == [0.25, 0.5]
+    assert lines[-1]["event"] == "sample", "its end is written too"
+
+
+def test_closing_from_two_threads_during_generate(model: PeftModel) -> None:
+    base, controller = bits(model), model.controller
+    controller.set_strength(1.0)
+    begun, layer = threading.Event(), next(iter(remoe_layers(model).values()))
+    layer.register_forward_hook(lambda *_: (begun.set(), None)[1])
+    close = [lambda: (begun.wait(20), controller.close())[1]] * 2
+    run_all(lambda: generate(model, 30), lambda: generate(model, 30), *close)
+    assert all(torch.equal(a, b) for a, b in zip(live_weights(model), base, strict=True))
+    assert controller.status()["closed"] and controller.status()["running"] == 0

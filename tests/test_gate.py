@@ -189,3 +189,31 @@ def test_a_dead_loop_thread_gives_its_swaps_back() -> None:
     dial.posted = True
     dial.gate.swap_if_idle()
     assert dial.swaps == 1
+
+
+def test_a_forward_may_end_in_another_thread_than_it_began() -> None:
+    dial = Dial()
+    forward = dial.gate.forward()
+    run_all(forward.__enter__)
+    assert dial.gate.sessions == 1
+    forward.__exit__(None, None, None)
+    dial.posted = True
+    dial.gate.swap_if_idle()
+    assert dial.gate.sessions == 0 and dial.swaps == 1
+
+
+def test_what_fails_between_boundary_and_forward_leaves_nothing_open(model: PeftModel) -> None:
+    base: Any = model.get_base_model()
+
+    def fail(*_: Any) -> None:
+        raise SystemExit(3)  # as a thread that ends itself
+
+    handle = base.register_forward_pre_hook(fail)
+    with pytest.raises(SystemExit):
+        generate(model, 2)
+    with pytest.raises(SystemExit), model.controller.step():
+        model(input_ids=None)
+    handle.remove()
+    model.controller.set_strength(0.75)
+    status = model.controller.status()
+    assert status["running"] == 0 and status["strength"] == 0.75

@@ -84,6 +84,12 @@ def tick_for(model: PeftModel, begin_s: float, seconds: float) -> float:
     return begin_s
 
 
+def live(model: PeftModel) -> float:
+    """The strength after the next step of a loop: the monitor itself never swaps."""
+    model.controller.step()
+    return float(model.controller.strength)
+
+
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -99,12 +105,12 @@ def test_sensors_turn_the_dial_up_at_once_and_back_in_the_profile_s_time(
     assert controller.strength == 0.0 and controller.status()["reason"].startswith("all sensors are calm")
     machine.free_bytes = 0.2 * GIB
     now_s = tick_for(model, now_s, 3.0)
-    assert controller.strength == profile.strength_at(1.0) == 1.0
+    assert live(model) == profile.strength_at(1.0) == 1.0
     status = controller.status()
     assert status["pressure"] == 1.0 and not status["pinned"] and "headroom" in status["sensors"]["cause"]
     machine.free_bytes = 4 * GIB
     tick_for(model, now_s, profile.settle_s)
-    assert controller.strength == 0.0 and controller.status()["pressure"] == 0.0
+    assert live(model) == 0.0 and controller.status()["pressure"] == 0.0
     assert {swap.by for swap in controller.swaps} == {"sensors"} and controller.swaps[-1].after == 0.0
 
 
@@ -123,7 +129,7 @@ def test_a_hand_pins_the_dial_and_gives_it_back(model: PeftModel) -> None:
     controller.set_pressure(None)
     machine.free_bytes = 4 * GIB
     tick_for(model, now_s, 60.0)
-    assert controller.strength == 0.0
+    assert live(model) == 0.0
 
 
 def test_the_thread_samples_until_paused_and_again_after(model: PeftModel) -> None:
@@ -136,8 +142,8 @@ def test_the_thread_samples_until_paused_and_again_after(model: PeftModel) -> No
         assert not controller.status()["monitored"]
         machine.free_bytes = 0.1 * GIB
         time.sleep(0.5)
-        assert controller.strength == 0.0
-    until(lambda: controller.strength == 1.0)
+        assert live(model) == 0.0
+    until(lambda: live(model) == 1.0)
     controller.close()
     assert not controller.status()["monitored"]
     with pytest.raises(MergeStateError, match="closed"):
@@ -220,7 +226,7 @@ def test_a_sensor_that_breaks_does_not_end_the_thread(model: PeftModel, caplog: 
     assert broken.wait(10)
     controller._monitor._governor.sensors.read = working
     machine.free_bytes = 0.1 * GIB
-    until(lambda: controller.strength == 1.0)
+    until(lambda: live(model) == 1.0)
     assert "MemoryError: no room to measure" in caplog.text
     controller.close()
 
@@ -241,7 +247,7 @@ def test_the_cache_gives_memory_back_and_has_it_again(saved: Path, profile: Devi
     assert "expert cache shrinks" in reasons[0]
     machine.free_bytes = 6 * GIB
     tick_for(model, now_s, 2 * profile.settle_s)
-    assert cache.budget_bytes == whole and model.controller.strength == 0.0
+    assert cache.budget_bytes == whole and live(model) == 0.0
 
 
 def test_two_models_share_what_is_lacking(saved: Path, profile: DeviceProfile) -> None:
@@ -286,6 +292,7 @@ def test_swaps_and_samples_are_written_as_json_lines(model: PeftModel, tmp_path:
     now_s = tick_for(model, 0.0, 1.0)
     machine.free_bytes = 0.1 * GIB
     tick_for(model, now_s, 2.0)
+    assert live(model) == 1.0
     controller.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     samples = [line for line in lines if line["event"] == "sample"]
@@ -390,4 +397,4 @@ def test_a_profile_without_rises_never_moves(saved: Path, profile: DeviceProfile
     model = get_remoe_model(tiny_model("qwen2_moe"), flat, saved / "family", monitor=False)
     under(model).free_bytes = 0.0
     tick_for(model, 0.0, 5.0)
-    assert model.controller.strength == 0.0 and model.controller.status()["pressure"] == 1.0
+    assert live(model) == 0.0 and model.controller.status()["pressure"] == 1.0

@@ -2,17 +2,17 @@
 
 A monitor thread samples the sensors and posts targets; a user's hand pins them. Any thread may post a target; the
 latest wins. Posting stages the weights in the calling thread; the swap itself is made by the gate: between the steps of
-`generate`, at `controller.step()`, or at once when nothing runs.
+`generate` or at `controller.step()`. A hand's target is live at once when nothing runs; the monitor never swaps, as it
+cannot know of a plain forward.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import numbers
+import atexit
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -21,18 +21,23 @@ from peft import PeftModel
 
 from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.errors import MergeStateError
 from remoe_adapt.family import Family
 from remoe_adapt.forks import mend_after_fork
 from remoe_adapt.pressure.policy import Decision
+from remoe_adapt.runtime.boundaries import InstanceHooks, wrap_steps
 from remoe_adapt.runtime.events import Events, Swap
 from remoe_adapt.runtime.gate import Gate
-from remoe_adapt.runtime.monitor import Monitor
+from remoe_adapt.runtime.leaving import EXIT
+from remoe_adapt.runtime.monitor import Monitor, what_sensors_say
 from remoe_adapt.runtime.recency import DialPrior
 from remoe_adapt.runtime.swap import ResidentRouters, Staged
+from remoe_adapt.runtime.target import Target, unit
 from remoe_adapt.runtime.timings import Timings
 from remoe_adapt.tuner.model import RemoeModel
 
+_OPEN: weakref.WeakSet[Controller] = weakref.WeakSet()
+EXIT_FLUSH_S = 0.5
 _SAMPLED = ("hits", "misses", "bytes", "stall_s", "budget_bytes", "resident_bytes")
 
 
@@ -41,12 +46,13 @@ class Controller:
 
     peft_model: a PeftModel of type REMOE whose adapter is zero. From here on its routers are in resident mode and its
     `generate` has step boundaries. monitored: a daemon thread samples the sensors `profile.controller.sample_hz` times
-    a second, sets the strength unless a hand pins it, and moves the budget of an expert cache. A copy or pickle of the
-    model is refused while the controller is open, and so is `save_pretrained`: the weights in memory are those of a
+    a second, asks for a strength unless a hand pins it, and moves the budget of an expert cache. A copy or pickle of
+    the model is refused while the controller is open, and so is `save_pretrained`: the weights in memory are those of a
     strength, not those of the base. A child made by fork has its own dial, without the thread until `resume`.
 
-    Not under the gate's eye: `generate_batch`, and plain forwards of one thread while another one sets a target. Call
-    `step()` between the forwards of a hand-written loop; with several threads, `with controller.step(): model(...)`.
+    Not under the gate's eye: `generate_batch`, and plain forwards of one thread while another one generates or sets a
+    target by hand. Call `step()` between the forwards of a hand-written loop, or what the sensors ask for never comes;
+    with several threads, `with controller.step(): model(...)`.
     """
 
     def __init__(
@@ -65,20 +71,21 @@ class Controller:
         self._routers = ResidentRouters(self._base, family, prior)
         self._gate = Gate(lambda: self._staged is not None, self._swap)
         self._stage_lock = threading.RLock()
-        self._staged: Staged | None = None
+        self._staged: tuple[Staged, Target] | None = None
         self._retired: Staged | None = None
-        self._ticket = 0
-        self._target, self._reason = 0.0, ""
-        self._pressure: float | None = None
-        self._pinned = False
+        self._ticket, self._target = 0, Target(0.0, None, "")
+        self._pinned = self._swapping = False
         self._timings, self._swaps = Timings(), 0
         self._closed = False
-        self._hooked: list[tuple[Any, str, Callable[..., Any]]] = []
+        self._hooks = InstanceHooks()
         self._events = Events()
         self._monitor = Monitor(self._base, profile, self)
         tuner.dial = self
-        self._install()
+        wrap_steps(self._hooks, self._base, self._gate, self._timings)
+        for owner in (self._base, self._model):
+            self._hooks.wrap(owner, "save_pretrained", self._refuse_to_save)
         mend_after_fork(self)
+        _OPEN.add(self)
         self.set_pressure(None)
         if monitored:
             self._monitor.start()
@@ -93,7 +100,7 @@ class Controller:
     @property
     def target(self) -> float:
         """The strength asked for last: live, or waiting for the next step."""
-        return self._target
+        return self._target.strength
 
     @property
     def pinned(self) -> bool:
@@ -103,29 +110,30 @@ class Controller:
     def set_pressure(self, pressure: float | None) -> None:
         """Pin the pressure, from 0 (plenty of memory) to 1 (thrashing); the profile's curve says which strength it is.
 
-        None hands control back to the sensors, at the strength of the pressure that counts by their last word; where
-        they are silent that is pressure 0. Raises ConfigError for anything but None or a number in [0, 1];
-        MergeStateError after `close`.
+        It is live at once where no forward is announced. None hands control back to the sensors, at the strength of
+        the pressure that counts by their last word; where they are silent that is pressure 0. Raises ConfigError for
+        anything but None or a number in [0, 1]; MergeStateError after `close`.
         """
         if pressure is None:
-            counts = self._monitor.pressure
-            strength = self.profile.strength_at(counts)
             said = self._monitor.decision
-            reason = f"profile {self.profile.name}: " + ("no sensor has spoken yet" if said is None else said.reason)
-            self._post(strength, counts, reason, pinned=False)
+            counts = 0.0 if said is None else said.pressure
+            strength = self.profile.strength_at(counts)
+            words = "no sensor has spoken yet" if said is None else what_sensors_say(said)
+            reason = f"{words}; profile {self.profile.name} maps pressure {counts:.2f} to strength {strength:g}"
+            self._post(Target(strength, counts, reason, "sensors"), pinned=False)
             return
-        pressure = _unit("pressure", pressure)
+        pressure = unit("pressure", pressure)
         strength = self.profile.strength_at(pressure)
         reason = f"pressure {pressure:g} was set by hand; profile {self.profile.name} maps it to strength {strength:g}"
-        self._post(strength, pressure, reason, pinned=True)
+        self._post(Target(strength, pressure, reason), pinned=True)
 
     def set_strength(self, strength: float) -> None:
         """Pin the strength itself, from 0 (the base, bit for bit) to 1; the profile's curve and maximum are not asked.
 
         Raises ConfigError for anything but a number in [0, 1]; MergeStateError after `close`.
         """
-        strength = _unit("strength", strength)
-        self._post(strength, None, f"strength {strength:g} was set by hand", pinned=True)
+        strength = unit("strength", strength)
+        self._post(Target(strength, None, f"strength {strength:g} was set by hand"), pinned=True)
 
     def pause(self) -> AbstractContextManager[None]:
         """Sample no more: strength and cache budget stay where they are, until `resume`, or the end of a `with` block
@@ -144,7 +152,8 @@ class Controller:
 
     def on_swap(self, callback: Callable[[Swap], object]) -> Callable[[], None]:
         """Call `callback` with every Swap, in order, in a thread of its own; returns what ends that. An exception in it
-        is logged. Raises ConfigError when it cannot be called."""
+        is logged. Raises ConfigError when it cannot be called, MergeStateError after `close`."""
+        self._check_open()
         return self._events.subscribe(callback)
 
     def log_to(self, path: str | os.PathLike[str] | None) -> None:
@@ -188,14 +197,16 @@ class Controller:
         experts = None if cache is None else cache.stats()
         sensors, monitored = self._monitor.status(), self._monitor.running
         with self._gate.lock:
-            waiting = self._staged is not None
+            waiting, reason = self._staged is not None, self._target.reason
+            if waiting:
+                reason += f"; strength {self.strength:.2f} is live, and the target waits for the next step"
             return {
                 "strength": self.strength,
-                "target": self._target,
-                "pressure": self._pressure,
+                "target": self._target.strength,
+                "pressure": self._target.pressure,
                 "pinned": self._pinned,
                 "monitored": monitored,
-                "reason": self._reason + ("; it waits for the next step" if waiting else ""),
+                "reason": reason,
                 "waiting": waiting,
                 "swaps": self._swaps,
                 **self._timings.status(),
@@ -226,18 +237,19 @@ class Controller:
             return
         self._sample_now()
         with self._gate.closed_for_good():
+            if self._closed:  # by another thread meanwhile
+                return
             self._staged = self._retired = None
             self._closed = True
             self._ticket += 1
             self._routers.release(keep_live=keep_live)
-            self._target, self._pressure, self._reason = self.strength, None, "closed"
+            self._target = Target(self.strength, None, "closed")
             self._tuner.dial = None
-            for owner, name, hook in self._hooked:
-                if owner.__dict__.get(name) is hook:
-                    del owner.__dict__[name]
+            self._hooks.remove()
             for owner in (self._model, self._base):
                 if owner.__dict__.get("controller") is self:
                     del owner.__dict__["controller"]
+        _OPEN.discard(self)
         self._monitor.close()
         self._events.close()
 
@@ -264,11 +276,13 @@ class Controller:
 
     def hear(self, decision: Decision) -> None:
         """What the monitor decided; nothing while a hand pins the dial."""
-        with self._gate.lock:
-            if not self._pinned and not decision.changed:
-                self._pressure, self._reason = decision.pressure, decision.reason
+        target = Target(decision.strength, decision.pressure, decision.reason, "sensors")
         if decision.changed:
-            self._post(decision.strength, decision.pressure, decision.reason, pinned=None)
+            self._post(target, pinned=None)
+        else:
+            with self._gate.lock:
+                if not (self._pinned or self._closed) and self._target.strength == decision.strength:
+                    self._target = target
         if self._events.recording:
             self._events.sample(self._sample(decision))
 
@@ -281,7 +295,7 @@ class Controller:
         cache = expert_cache_of(self._base)
         experts = {} if cache is None else cache.stats(layers=False)
         return {
-            "pressure": self._pressure,
+            "pressure": self._target.pressure,
             "strength": self.strength,
             "tpot_ms": self._timings.tpot_ms,
             "reason": decision.reason,
@@ -289,89 +303,70 @@ class Controller:
             **{key: experts.get(key) for key in _SAMPLED},
         }
 
-    def _post(self, strength: float, pressure: float | None, reason: str, *, pinned: bool | None) -> None:
-        """pinned: whether a hand holds the dial from now on; None: the sensors speak, unless a hand holds it."""
-        with self._gate.lock:
-            if pinned is None and (self._pinned or self._closed):
-                return
-            self._check_open()
-            self._pinned = bool(pinned)
-            self._target, self._pressure, self._reason = strength, pressure, reason
-            self._ticket += 1
-            ticket = self._ticket
-        with self._stage_lock:
-            if ticket == self._ticket:  # else a later target is on its way
-                self._stage(strength, ticket)
-        self._gate.swap_if_idle()
+    def _post(self, target: Target, *, pinned: bool | None) -> None:
+        """pinned: whether a hand holds the dial from now on; None: the monitor speaks, unless a hand holds it, and its
+        target waits for a boundary. What cannot be staged changes nothing."""
+        with EXIT.inside():
+            with self._gate.lock:
+                if pinned is None and (self._pinned or self._closed):
+                    return
+                self._check_open()
+                was_pinned, self._pinned, self._target = self._pinned, bool(pinned), target
+                self._ticket += 1
+                ticket = self._ticket
+            with self._stage_lock:
+                if ticket == self._ticket:  # else a later target is on its way
+                    try:
+                        self._stage(target, ticket)
+                    except BaseException as error:
+                        self._fall_back(ticket, was_pinned, error)
+                        raise
+            if pinned is not None:
+                self._gate.swap_if_idle()
 
-    def _stage(self, strength: float, ticket: int) -> None:
+    def _stage(self, target: Target, ticket: int) -> None:
         with self._gate.lock:
             self._check_open()
-            if strength == self.strength:
+            if target.strength == self.strength and not self._swapping:
                 self._staged = None
                 return
             self._retired = None
         begin = time.perf_counter()
-        staged = self._routers.stage(strength)
+        staged = self._routers.stage(target.strength)
         stage_ms = (time.perf_counter() - begin) * 1e3
         with self._gate.lock:
             self._timings.stage_ms.append(stage_ms)
             if ticket == self._ticket:
-                self._staged = staged
+                self._staged = staged, target
+
+    def _fall_back(self, ticket: int, pinned: bool, error: BaseException) -> None:
+        """To what waits, or is live: else the sensors would never ask again for what could not be staged."""
+        with self._gate.lock:
+            if ticket == self._ticket and not self._closed:
+                reason = f"strength {self._target.strength:g} could not be staged ({type(error).__name__}: {error})"
+                live = Target(self.strength, None, reason, "hand" if pinned else "sensors")
+                self._target = live if self._staged is None else self._staged[1]
+                self._pinned = pinned
 
     def _swap(self, alone: bool) -> None:
         """Called by the gate, under its lock, while no forward is in flight."""
-        staged, self._staged = self._staged, None
-        assert staged is not None
-        before = self.strength
-        begin = time.perf_counter()
+        assert self._staged is not None
+        staged, target = self._staged
+        before, begin = self.strength, time.perf_counter()
+        self._swapping = True  # until done: what a fork or an error cuts short is done again at the next boundary
         self._routers.commit(staged, alone=alone)
+        self._swapping, self._staged = False, None
         self._retired = staged  # freeing it takes as long as the copy: the next staging does it
-        self._timings.swap_ms.append((time.perf_counter() - begin) * 1e3)
+        swap_ms = (time.perf_counter() - begin) * 1e3
+        self._timings.swap_ms.append(swap_ms)
         self._swaps += 1
-        by = "hand" if self._pinned else "sensors"
         self._events.swap(
-            Swap(time.time(), before, staged.strength, self._pressure, by, self._reason, self._timings.swap_ms[-1])
+            Swap(time.time(), before, target.strength, target.pressure, target.by, target.reason, swap_ms)
         )
 
     def _check_open(self) -> None:
         if self._closed:
             raise MergeStateError("this controller is closed: call get_remoe_model again.")
-
-    # Step boundaries on the instance; classes and forwards stay untouched
-
-    def _install(self) -> None:
-        self._hook(self._base, "generate", self._around_generate)
-        self._hook(self._base, "prepare_inputs_for_generation", self._before_forward)
-        self._hook(self._base, "_update_model_kwargs_for_generation", self._after_forward)
-        for owner in (self._base, self._model):
-            self._hook(owner, "save_pretrained", self._refuse_to_save)
-
-    def _hook(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        original = getattr(owner, name, None)
-        if original is None:  # a model without generate
-            return
-        # transformers reads the signature of prepare_inputs_for_generation, which `wraps` keeps.
-        hook = functools.wraps(original)(functools.partial(around, original))
-        owner.__dict__[name] = hook
-        self._hooked.append((owner, name, hook))
-
-    def _around_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._timings.steps_end()
-        with self._gate.generating():
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._timings.steps_end()
-
-    def _before_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._timings.step_begins()
-        self._gate.boundary(opens=True)
-        return original(*args, **kwargs)
-
-    def _after_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._gate.boundary(opens=False)
-        return original(*args, **kwargs)
 
     def _refuse_to_save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
         raise MergeStateError(
@@ -392,9 +387,12 @@ class _Paused(AbstractContextManager[None]):
             self._controller.resume()
 
 
-def _unit(what: str, value: object) -> float:
-    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    if not 0.0 <= number <= 1.0:  # NaN fails too
-        meaning = "0 (plenty) to 1 (thrashing)" if what == "pressure" else "0 (the base) to 1 (the strongest point)"
-        raise ConfigError(f"{what} {value!r} is out of range: give a number from {meaning}.")
-    return number
+@atexit.register
+def _leave_in_order() -> None:
+    """No thread of ours, and none that decodes, is inside torch when the interpreter goes; logs are written."""
+    found = list(_OPEN)
+    for controller in found:
+        controller._monitor.stop()
+    EXIT.leave()
+    for controller in found:
+        controller._events.flush(EXIT_FLUSH_S)

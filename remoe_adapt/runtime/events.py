@@ -115,7 +115,10 @@ class Events:
             done.wait(timeout_s)
 
     def close(self) -> None:
-        """No more callbacks and no file; swaps stay readable."""
+        """No more callbacks and no file; swaps stay readable. From a callback: what is behind it is written first."""
+        if self._thread is threading.current_thread():
+            self._callbacks.clear()
+            self._write_rest()
         self.flush()
         self._callbacks.clear()
         self.write_to(None)
@@ -148,13 +151,25 @@ class Events:
                     )
                     self._thread.start()
 
+    def _write_rest(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._queue.get_nowait()
+                if isinstance(item, threading.Event):
+                    item.set()
+                elif item is not None:
+                    self._write(item)
+
     def _hand_on(self, item: Swap | dict[str, Any]) -> None:
+        self._write(item)
         if isinstance(item, Swap):
             for callback in list(self._callbacks):
                 try:
                     callback(item)
                 except Exception:
                     _log.exception("on_swap callback %r failed", callback)
+
+    def _write(self, item: Swap | dict[str, Any]) -> None:
         file = self._file
         if file is None:
             return

@@ -14,13 +14,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from remoe_adapt.errors import MergeStateError
+from remoe_adapt.runtime.leaving import EXIT
 
 # No forward waits longer than this for another one to end, so no chain of waiting threads can lock up.
 PATIENCE_S = 1.0
 
 
 class Session:
-    """One `generate` call, or one announced forward; `Gate` keeps whether its forward is in flight."""
+    """One `generate` call, or one announced forward; `Gate` keeps whether its forward is in flight.
+
+    stack: the sessions of its thread, innermost last.
+    """
+
+    def __init__(self, stack: list[Session]) -> None:
+        self.stack = stack
+        stack.append(self)
 
 
 class Gate:
@@ -29,7 +37,7 @@ class Gate:
     `alone` is False where forwards of other threads may still be queued on an accelerator. Every entry point may be
     called from any thread. A thread at a step boundary makes the posted swap when no forward is in flight; else it
     waits for one swap at most, so neither swaps nor forwards starve. A thread whose outer forward is in flight (a
-    generate inside a forward) neither waits nor swaps.
+    generate inside a forward) neither waits nor swaps. When the interpreter exits, threads stay at their boundaries.
     """
 
     def __init__(self, waiting: Callable[[], bool], swap: Callable[[bool], None]) -> None:
@@ -37,7 +45,7 @@ class Gate:
         self._waiting, self._swap = waiting, swap
         self._in_flight: set[Session] = set()
         self._slow: set[Session] = set()
-        self._sessions = 0
+        self._sessions: set[Session] = set()
         self._swaps = 0
         self._stack = threading.local()
         self._loop_thread: threading.Thread | None = None
@@ -46,19 +54,20 @@ class Gate:
     @property
     def sessions(self) -> int:
         """How many generate calls and announced forwards are running."""
-        return self._sessions
+        return len(self._sessions)
 
     # Generate
 
     @contextmanager
     def generating(self) -> Iterator[None]:
         """Around a whole generate call. What it runs before its first step (an encoder) counts as a forward."""
-        session = self._enter()
-        try:
-            self.boundary(opens=True)
-            yield
-        finally:
-            self._leave(session)
+        with EXIT.inside():
+            session = self._enter()
+            try:
+                self.boundary(opens=True)
+                yield
+            finally:
+                self._leave(session)
 
     def boundary(self, *, opens: bool) -> None:
         """The forward of this thread's innermost session has ended; `opens`: make or await a swap, begin the next one.
@@ -72,31 +81,33 @@ class Gate:
             return
         with self.lock:
             self._close_forward(stack[-1])
-            if opens:
-                self._swap_or_wait()
-                self._in_flight.add(stack[-1])
+        if opens:
+            self._come_by(stack[-1])
+        else:
+            EXIT.stay_out()
 
     # Hand-written loops
 
     def step(self, *, owns: bool = True) -> None:
         """Between two forwards of a hand-written loop. With `owns`, other threads' targets wait for its next step."""
-        with self.lock:
-            if owns:
-                self._loop_thread = threading.current_thread()
-            self._swap_or_wait()
+        if owns:
+            EXIT.loops()
+            self._loop_thread = threading.current_thread()
+        self._come_by(None)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around one forward of a hand-written loop: no swap of any thread while it is open."""
-        session = self._enter()
-        try:
-            with self.lock:
-                while self._closing and not self._own_forward_in_flight():
-                    self.lock.wait()
-                self._in_flight.add(session)
-            yield
-        finally:
-            self._leave(session)
+        with EXIT.inside():
+            session = self._enter()
+            try:
+                with self.lock:
+                    while self._closing and not self._own_forward_in_flight():
+                        self.lock.wait()
+                    self._in_flight.add(session)
+                yield
+            finally:
+                self._leave(session)
 
     # Swaps
 
@@ -119,7 +130,7 @@ class Gate:
                 raise MergeStateError("the dial cannot be closed inside a forward of its model: close it afterwards.")
             self._closing = True
             try:
-                while self._in_flight:
+                while self._in_flight and not self._closed:  # another thread may have closed it meanwhile
                     self.lock.wait()
                 yield
                 self._closed = True
@@ -133,8 +144,21 @@ class Gate:
         own = self._own_stack()
         self._in_flight &= set(own)
         self._slow &= set(own)
-        self._sessions, self._closing = len(own), False
+        self._sessions &= set(own)
+        self._closing = False
         self._loop_thread = None
+
+    def _come_by(self, session: Session | None) -> None:
+        """Make or await a swap, then begin the forward of `session`, if any."""
+        while True:
+            EXIT.stay_out()
+            with self.lock:
+                self._swap_or_wait()
+                if EXIT.begun:  # while it waited
+                    continue
+                if session is not None:
+                    self._in_flight.add(session)
+                return
 
     # Under the lock
 
@@ -149,7 +173,7 @@ class Gate:
                 break
             self.lock.wait(remaining if remaining > 0 else None)
         if self._swaps == swaps_seen:
-            self._try_swap(alone=self._sessions == len(self._own_stack()))
+            self._try_swap(alone=self._sessions <= set(self._own_stack()))
 
     def _must_wait(self) -> bool:
         return bool(self._in_flight) and not self._slow & self._in_flight and not self._closed and self._waiting()
@@ -164,16 +188,15 @@ class Gate:
             self.lock.notify_all()
 
     def _enter(self) -> Session:
-        session = Session()
-        self._own_stack().append(session)
+        session = Session(self._own_stack())
         with self.lock:
-            self._sessions += 1
+            self._sessions.add(session)
         return session
 
     def _leave(self, session: Session) -> None:
-        self._own_stack().remove(session)
+        session.stack.remove(session)  # of the thread that entered, whichever leaves
         with self.lock:
-            self._sessions -= 1
+            self._sessions.discard(session)
             self._close_forward(session)
             self.swap_if_idle()  # a target that came during the last step
 

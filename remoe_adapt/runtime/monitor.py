@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import weakref
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -86,17 +87,16 @@ class Monitor:
         """The last one."""
         return None if self._decided is None else self._decided[0]
 
-    @property
-    def pressure(self) -> float:
-        """What counts now, by the last decision; 0 before the first."""
-        return 0.0 if self._decided is None else self._decided[0].pressure
-
     def tick(self, now_s: float | None = None) -> Decision:
         """One sample and what follows from it, in the calling thread; see `Governor.tick`."""
         with self._lock:
             dial = self._actuator.dial()
             self._governor.share = 1.0 / max(1, len(_SHARING)) if self in _SHARING else 1.0
-            decision = self._governor.tick(now_s, turn=dial is not None and not dial.pinned)
+            pinned = dial is None or dial.pinned
+            decision = self._governor.tick(now_s, turn=not pinned)
+            if pinned:  # the policy's words are of what it would do
+                held = f"strength is held at {decision.strength:.2f} by hand"
+                decision = replace(decision, reason=f"{held}; {what_sensors_say(decision)}")
             self._decided = (decision, time.monotonic())
         if dial is not None:
             dial.hear(decision)
@@ -153,6 +153,20 @@ class Monitor:
         """In the child, which has no such thread: it does not sample until `start`."""
         self._lock, self._thread, self._stop = threading.Lock(), None, None
         _RUNNING.discard(self)
+
+
+def what_sensors_say(decision: Decision) -> str:
+    """In words, and nothing of what follows for the strength."""
+    present, counts = decision.present, decision.pressure
+    words = "all sensors are calm"
+    if present > 0 or counts > 0:
+        words = f"the sensors report pressure {present:.2f}"
+        words += f", {counts:.2f} counts" if f"{counts:.2f}" != f"{present:.2f}" else ""
+        words += f" ({decision.cause})" if decision.cause else ""
+    budgets = [
+        f"tier {tier!r} of the expert cache to have {b / (1 << 20):.0f} MiB" for tier, b in decision.budgets.items()
+    ]
+    return "; ".join([words, *budgets])
 
 
 def _run(monitor: weakref.ref[Monitor], stop: threading.Event, period_s: float) -> None:

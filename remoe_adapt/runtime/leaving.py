@@ -1,0 +1,90 @@
+"""Leaving the interpreter in order: daemon threads come to rest outside of torch before it goes.
+
+A daemon thread that is inside torch when the interpreter goes aborts the whole process. So work in torch is announced
+by `inside`; once `leave` was called, whoever comes by a boundary sleeps there until the process is gone. Other threads
+are joined by Python before any exit hook runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from remoe_adapt.forks import mend_after_fork
+
+# How long an exit waits for the threads inside, and how long one of them stays: a later exit hook may wait for it.
+WAIT_S, STAY_S = 1.0, 10.0
+_LOOK_S = 0.002
+
+
+class Exit:
+    """The exit of this process: who is inside torch, who sleeps at a boundary. Any thread may call anything."""
+
+    def __init__(self) -> None:
+        self._until_s, self._leaver = 0.0, 0
+        self._lock = threading.Lock()
+        self._depths: dict[int, int] = {}  # by thread
+        self._loops: dict[int, threading.Thread] = {}
+        self._asleep: set[int] = set()
+
+    @property
+    def begun(self) -> bool:
+        """The calling thread has to stay where it is."""
+        return time.monotonic() < self._until_s and threading.get_ident() != self._leaver
+
+    def stay_out(self) -> None:
+        """A boundary: returns at once, unless the exit has begun."""
+        if self.begun:
+            me = threading.get_ident()
+            self._asleep.add(me)
+            time.sleep(max(0.0, self._until_s - time.monotonic()))
+            self._asleep.discard(me)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Around work in torch, with or without boundaries within; may be nested."""
+        self.stay_out()
+        me = threading.get_ident()
+        self._count(me, 1)
+        try:
+            yield
+        finally:
+            self._count(me, -1)  # whichever thread leaves
+            self.stay_out()
+
+    def loops(self) -> None:
+        """The calling thread will come by boundaries, and may be inside torch between any two of them."""
+        thread = threading.current_thread()
+        if thread.daemon and self._loops.get(threading.get_ident()) is not thread:
+            self._loops = {me: other for me, other in self._loops.items() if other.is_alive()}
+            self._loops[threading.get_ident()] = thread
+
+    def leave(self) -> None:
+        """The exit begins, in the calling thread, which goes wherever it likes. Waits WAIT_S at most until all others
+        sleep or are outside."""
+        self._leaver, begin_s = threading.get_ident(), time.monotonic()
+        self._until_s = begin_s + STAY_S
+        while self._inside() - self._asleep and time.monotonic() < begin_s + WAIT_S:
+            time.sleep(_LOOK_S)
+
+    def after_fork(self) -> None:
+        """In the child: nobody else is inside."""
+        me, self._lock = threading.get_ident(), threading.Lock()
+        self._depths = {me: self._depths[me]} if me in self._depths else {}
+        self._loops, self._asleep = {}, set()
+
+    def _count(self, me: int, more: int) -> None:
+        with self._lock:
+            self._depths[me] = self._depths.get(me, 0) + more
+            if self._depths[me] <= 0:
+                del self._depths[me]
+
+    def _inside(self) -> set[int]:
+        loops = {me for me, thread in list(self._loops.items()) if thread.is_alive()}
+        return {*list(self._depths), *loops} - {self._leaver}
+
+
+EXIT = Exit()
+mend_after_fork(EXIT)
