@@ -85,6 +85,18 @@ def test_a_budget_set_by_hand_is_the_whole_one_from_then_on(cache: ExpertCache) 
         cache.resize(whole)
 
 
+def test_a_governor_that_wants_everything_gets_all_but_one_expert(model: Any, cache: ExpertCache) -> None:
+    use, whole = CacheUse(cache), cache.budget_bytes
+    use.read(1.0)
+    try:
+        use.resize("cache", 8)
+        assert cache.budget_bytes == max(cache.source.expert_bytes)
+        assert use.read(2.0).value("cache.allowed") == whole
+        decode(model, 2)
+    finally:
+        cache.resize(whole)
+
+
 def test_the_budget_before_the_governor_s_moves_is_the_whole_one(cache: ExpertCache) -> None:
     use, whole = CacheUse(cache), cache.budget_bytes
     use.read(1.0)

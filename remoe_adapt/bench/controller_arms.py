@@ -48,7 +48,7 @@ def bench_profile(gain: float = PRIOR_GAIN) -> DeviceProfile:
             share=0.8, policy="lrfu", scope="global", prefetch=False, direct_io=True, floor=0.1, regrow_s=2.0
         ),
         strength=StrengthProfile(curve=((0.0, 0.0), (0.5, 0.5), (0.8, 1.0))),
-        controller=ControllerProfile(sample_hz=SAMPLE_HZ, rise_s=0.4, fall_s=2.0, dwell_s=0.5, deadband=0.05),
+        controller=ControllerProfile(sample_hz=SAMPLE_HZ, rise_s=0.2, fall_s=2.0, dwell_s=0.5, deadband=0.05),
         recency=RecencyProfile(mode="ema", gain=gain) if gain else RecencyProfile(),
     )
 

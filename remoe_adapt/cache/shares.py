@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from remoe_adapt.cache.policy import Policy
 from remoe_adapt.cache.simulate import make_policy
-from remoe_adapt.cache.slots import ExpertSource, Key, shares_of
+from remoe_adapt.cache.slots import ExpertSource, Key, domains_of, shares_of
 
 
 class Shares:
@@ -21,10 +21,9 @@ class Shares:
     """
 
     def __init__(self, source: ExpertSource, budget_bytes: int, policy: str, scope: str) -> None:
-        layers = range(len(source.layers))
         self._source = source
-        self._domains = [list(layers)] if scope == "global" else [[layer] for layer in layers]
-        self._domain_of = [0 if scope == "global" else layer for layer in layers]
+        self._domains = domains_of(source, scope)
+        self._domain_of = [0 if scope == "global" else layer for layer in range(len(source.layers))]
         self.limits = shares_of(budget_bytes, source, self._domains)
         self.policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self.limits]
         self.budget_bytes = self.asked_bytes = budget_bytes

@@ -100,11 +100,24 @@ def shares_of(budget_bytes: int, source: ExpertSource, domains: Sequence[Sequenc
     """
     if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
         raise ConfigError(f"expert cache budget {budget_bytes!r}: give a number of bytes.")
-    sizes = source.expert_bytes
-    weights = [sum(source.num_experts[layer] * sizes[layer] for layer in layers) for layers in domains]
-    limits = [budget_bytes * weight // sum(weights) for weight in weights]
-    largest = [max(sizes[layer] for layer in layers) for layers in domains]
-    if any(limit < size for limit, size in zip(limits, largest, strict=True)):
-        needed = max(-(-size * sum(weights) // weight) for size, weight in zip(largest, weights, strict=True))
+    if budget_bytes < (needed := least_budget(source, domains)):
         raise ConfigError(f"expert cache budget {budget_bytes} bytes cannot hold one expert: give at least {needed}.")
-    return limits
+    weights = _weights(source, domains)
+    return [budget_bytes * weight // sum(weights) for weight in weights]
+
+
+def domains_of(source: ExpertSource, scope: str) -> list[list[int]]:
+    """The groups of layers that share a limit."""
+    layers = list(range(len(source.layers)))
+    return [layers] if scope == "global" else [[layer] for layer in layers]
+
+
+def least_budget(source: ExpertSource, domains: Sequence[Sequence[int]]) -> int:
+    """The smallest budget in bytes of which each group's part holds one expert of each of its layers."""
+    weights = _weights(source, domains)
+    largest = [max(source.expert_bytes[layer] for layer in layers) for layers in domains]
+    return max(-(-size * sum(weights) // weight) for size, weight in zip(largest, weights, strict=True))
+
+
+def _weights(source: ExpertSource, domains: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(source.num_experts[layer] * source.expert_bytes[layer] for layer in layers) for layers in domains]

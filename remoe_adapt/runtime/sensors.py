@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from remoe_adapt.cache.experts import expert_cache_of
+from remoe_adapt.cache.slots import domains_of, least_budget
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.pressure.reading import Measure, Reading
@@ -124,11 +125,12 @@ class CacheUse:
         """It holds nothing."""
 
     def resize(self, tier: str, budget_bytes: int) -> None:
-        """Give a tier ("cache" or "below") another budget; what a `Governor` calls. Raises ConfigError when one expert
-        does not fit, or there is no such tier. It never waits: what is leased counts until its lease ends."""
+        """Give a tier ("cache" or "below") another budget, or the least that holds one expert; what a `Governor` calls.
+        It never waits: what is leased counts until its lease ends. Raises ConfigError when there is no such tier."""
         cache = self._cache if tier == "cache" else getattr(self._cache, "below", None)
         if cache is None:
             raise ConfigError(f"this expert cache has no tier {tier!r}")
+        budget_bytes = max(budget_bytes, least_budget(cache.source, domains_of(cache.source, cache.scope)))
         cache.resize(budget_bytes, wait=False)
         self._expected[tier] = budget_bytes
 
