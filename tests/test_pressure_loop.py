@@ -120,6 +120,7 @@ def test_a_pinned_dial_is_not_turned_but_budgets_move(profile: DeviceProfile) ->
         decision = governor.tick(plant.time_s, turn=False)
         assert decision.strength == 0.3 and not decision.changed
     assert plant.strength == 0.3 and len(plant.swaps) == 1 and plant.budgets
+    assert governor.tick(plant.time_s + 0.2).strength == 1.0, "whom the hand has let go, no swap of before holds back"
 
 
 def test_two_models_give_back_their_share(profile: DeviceProfile) -> None:

@@ -74,16 +74,17 @@ class Governor:
         self.reading = reading
         self._rest = (decision, ease_floors(reading, self.profile)) if decision.at_rest else None
         if not turn:
+            self.state = self.state._replace(swapped_at_s=state.swapped_at_s)
             decision = replace(decision, strength=state.strength, changed=False)
         elif decision.changed:
             self.actuator.apply(decision.strength)
         if self._resize is None:
-            return replace(decision, budgets={})
+            return replace(decision, budgets={}, moves=())
         for tier, budget_bytes in decision.budgets.items():
             try:
                 self._resize(tier, budget_bytes)
             except ConfigError as error:
-                decision = replace(decision, reason=f"{decision.reason}; refused: {error}")
+                decision = replace(decision, moves=(*decision.moves, f"refused: {error}"))
         return decision
 
     def _resting(self, now_s: float) -> Decision | None:

@@ -61,24 +61,31 @@ class PolicyState(NamedTuple):  # a decision changes it several times: tuples co
 @dataclass(frozen=True, slots=True)
 class Decision:
     """strength: to hold from now on; changed: it is another than before; pressure: what counts; present: what the worst
-    sensor says now; cause: the sensor that `pressure` came from ("" in calm); reason: in words; budgets: expert-cache
-    budgets to set, in bytes, by tier ("cache", "below"); signals: every sensor's pressure; unusable: measures that said
-    nothing, and why; at_rest: no pressure anywhere, none remembered, a whole cache: more of that changes nothing."""
+    sensor says now; cause: the sensor that `pressure` came from ("" in calm); why, moves: what holds for the strength
+    and what becomes of the cache, in words; budgets: of the cache's tiers ("cache", "below") to set, in bytes; signals:
+    every sensor's pressure; unusable: measures that said nothing, and why; at_rest: no pressure anywhere, none
+    remembered, a whole cache: more of that changes nothing."""
 
     strength: float
     changed: bool
     pressure: float
     present: float
     cause: str
-    reason: str
+    why: str
+    moves: tuple[str, ...]
     budgets: Mapping[str, int]
     signals: Mapping[str, float]
     unusable: Mapping[str, str]
     at_rest: bool
 
+    @property
+    def reason(self) -> str:
+        """All of it in words."""
+        return "; ".join([self.why, *self.moves])
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return asdict(self)
+        return asdict(self) | {"reason": self.reason}
 
 
 def decide(
@@ -111,7 +118,8 @@ def decide(
         state.held,
         worst.pressure,
         state.cause,
-        "; ".join([why, *moves]),
+        why,
+        tuple(moves),
         wanted,
         signals,
         weighed.unusable,

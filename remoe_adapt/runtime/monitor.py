@@ -96,7 +96,7 @@ class Monitor:
             decision = self._governor.tick(now_s, turn=not pinned)
             if pinned:  # the policy's words are of what it would do
                 held = f"strength is held at {decision.strength:.2f} by hand"
-                decision = replace(decision, reason=f"{held}; {what_sensors_say(decision)}")
+                decision = replace(decision, why=f"{held}; {what_sensors_say(decision)}")
             self._decided = (decision, time.monotonic())
         if dial is not None:
             dial.hear(decision)
@@ -156,17 +156,14 @@ class Monitor:
 
 
 def what_sensors_say(decision: Decision) -> str:
-    """In words, and nothing of what follows for the strength."""
+    """In words, and nothing of what follows."""
     present, counts = decision.present, decision.pressure
     words = "all sensors are calm"
     if present > 0 or counts > 0:
         words = f"the sensors report pressure {present:.2f}"
         words += f", {counts:.2f} counts" if f"{counts:.2f}" != f"{present:.2f}" else ""
         words += f" ({decision.cause})" if decision.cause else ""
-    budgets = [
-        f"tier {tier!r} of the expert cache to have {b / (1 << 20):.0f} MiB" for tier, b in decision.budgets.items()
-    ]
-    return "; ".join([words, *budgets])
+    return words
 
 
 def _run(monitor: weakref.ref[Monitor], stop: threading.Event, period_s: float) -> None:
