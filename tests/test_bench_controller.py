@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from remoe_adapt.bench.controller_figures import (
     monitoring,
     return_s,
     rise_s,
-    settled,
     strengths,
     why_void,
 )
@@ -69,15 +68,17 @@ def _adaptive(squeeze_ms: float, calm_ms: float = 10.0) -> list[Phase]:
 
 def test_rows_are_those_of_their_definitions() -> None:
     phases = _adaptive(40.0)
-    row = arm_row(phases, SETTLE_S, died=False)
+    row = arm_row(phases, died=False)
     assert row["squeeze_p95_ms"] == pytest.approx(40) and row["calm_tpot_ms"] == pytest.approx(10)
     assert row["squeeze_budget_bytes"] == 8 and row["squeeze_misses"] == 2
     assert row["mean_strength"] == pytest.approx((7.5 + 2.4) / 30) and len(strengths(phases)) == 30
-    # All ten steps of the first phase, and of the last one those from 0.5 s on.
-    assert sorted(settled(phases, SETTLE_S)) == [(0, 0, n) for n in range(10)] + [(0, 2, n) for n in range(5, 10)]
+    first, later = _phase(0, 10.0, [0.0] * 5), _phase(0, 20.0, [0.0] * 15)
+    steps = {key: [*values, *later.steps[key]] for key, values in first.steps.items()}
+    row = arm_row([replace(first, steps=steps), phases[1]], died=False)
+    assert row["calm_tpot_ms"] == pytest.approx(15), "of two turns, whatever their lengths"
     assert return_s(phases) == pytest.approx(0.3) and rise_s(phases) == pytest.approx(0.3)
     assert return_s(_arm(10, 40, 1.0)) is None and rise_s(_arm(10, 40, 0.0)) is None
-    died = arm_row([_phase(0, 10.0, [0.0] * 10)], SETTLE_S, died=True)
+    died = arm_row([_phase(0, 10.0, [0.0] * 10)], died=True)
     assert died["squeeze_p95_ms"] is None and died["calm_tpot_ms"] == pytest.approx(10)
 
 
@@ -92,8 +93,10 @@ def test_what_sampling_costs_is_the_excess_of_the_steps_it_falls_into() -> None:
 
 def test_calm_is_compared_over_the_steps_that_both_have() -> None:
     slower = _adaptive(40.0, calm_ms=11.0)
-    assert calm_ratio(slower, _arm(10.0, 40.0, 0.0), SETTLE_S) == pytest.approx(1.1)
-    assert calm_ratio(slower[:1], _arm(10.0, 40.0, 0.0), SETTLE_S) == pytest.approx(1.1)
+    assert calm_ratio(slower, _arm(10.0, 40.0, 0.0)) == pytest.approx(1.1)
+    assert calm_ratio(slower[:1], _arm(10.0, 40.0, 0.0)) == pytest.approx(1.1)
+    uneven, slower = ([_phase(0, part * ms, [0.0] * 4) for ms in (10.0, 50.0, 30.0)] for part in (1.0, 1.05))
+    assert calm_ratio(slower, uneven) == pytest.approx(1.05), "each cycle beside its own"
 
 
 def _run(adaptive_ms: float) -> tuple[dict[str, list[Phase]], dict[str, dict[str, Any]]]:
@@ -102,7 +105,7 @@ def _run(adaptive_ms: float) -> tuple[dict[str, list[Phase]], dict[str, dict[str
         "adaptive": _adaptive(adaptive_ms), "no_controller": _arm(10, 60, 0.0), "fixed_budget": [],
     }  # fmt: skip
     kl = {"fixed_0": 0.0, "fixed_50": 0.04, "fixed_100": 0.1, "adaptive": 0.03, "no_controller": 0.0}
-    rows = {name: arm_row(arm, SETTLE_S, died=not arm) | {"kl": kl.get(name)} for name, arm in phases.items()}
+    rows = {name: arm_row(arm, died=not arm) | {"kl": kl.get(name)} for name, arm in phases.items()}
     return phases, rows
 
 

@@ -2,9 +2,11 @@
 
 The widened model decodes held-out text behind the expert cache, one given token per step, in a memory group. A second
 process in that group takes memory until the cache must shrink, holds it, and gives it back. Every arm is a process of
-its own with its own group and its own second process. They take turns, a cycle at a time, in an order that changes: a
-calm phase, a squeeze, a calm phase, of as many tokens each, the same ones for every arm. Who waits for its turn neither
-decodes nor samples. Quality is measured afterwards, by decoding each arm's tokens at its strengths with all in RAM.
+its own with its own group and its own second process. A cycle is a calm phase, a squeeze and a calm phase, of as many
+tokens each, the same ones for every arm. The arms take turns, in an order that changes: of some 50 tokens in the first
+calm phase, so that a machine whose speed changes by the minute is the same one for all; then each its squeeze and what
+follows. Who waits for its turn neither decodes nor samples. Quality is measured afterwards, by decoding each arm's
+tokens at its strengths with all in RAM.
 """
 
 from __future__ import annotations
@@ -14,16 +16,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from remoe_adapt.bench.controller_arms import PRIOR_GAIN, SAMPLE_HZ, bench_profile, kinds
-from remoe_adapt.bench.controller_figures import Phase, arm_row, bars, monitoring, rise_s, strengths, why_void
+from remoe_adapt.bench.controller_figures import (
+    CALM_AFTER,
+    CALM_BEFORE,
+    SQUEEZE,
+    Phase,
+    arm_row,
+    bars,
+    monitoring,
+    rise_s,
+    strengths,
+    why_void,
+)
 from remoe_adapt.bench.controller_process import ArmProcess, DiedError, Setup
 from remoe_adapt.bench.controller_replay import Replay
 from remoe_adapt.bench.controller_squeezes import count_kills
+from remoe_adapt.bench.controller_worker import COLUMNS
 from remoe_adapt.bench.limits import why_no_groups
 from remoe_adapt.bench.loop_disk import evict
 from remoe_adapt.bench.places import checked_family, chosen_model, terminated_as_interrupted, work_folder
@@ -35,6 +50,8 @@ from remoe_adapt.record import load_tokenizer
 from remoe_adapt.runtime.pack import pack_experts
 
 _PHASES = 3
+_TURN_TOKENS = 50
+_NO_STEPS: dict[str, list[float]] = {column: [] for column in COLUMNS}
 _WATCH_S = 30.0
 _MIB = 1 << 20
 Turn = Callable[[], AbstractContextManager[object]]
@@ -168,10 +185,9 @@ class _Run:
             for cycle in range(options.cycles):
                 at = cycle * len(arms) // options.cycles
                 order = [*arms[at:], *arms[:at]]
+                self._calm(order, cycle)
                 for arm in order if cycle % 2 == 0 else reversed(order):
-                    if arm.name not in self._dead:
-                        with self._turn():
-                            self._cycle(arm, cycle)
+                    self._turn_of(arm, cycle, self._squeeze)
             limits = {arm.name: arm.limit_bytes for arm in arms}
             takes = {arm.name: arm.take_bytes for arm in arms}
             kills = {arm.name: arm.group.kills() for arm in arms}
@@ -179,25 +195,49 @@ class _Run:
         squeezes = count_kills(self._setup, options.squeezes) if options.squeezes else {}
         return self._result(replay, kills, overhead, squeezes) | {"limit_bytes": limits, "take_bytes": takes}
 
-    def _cycle(self, arm: ArmProcess, cycle: int) -> None:
-        """Calm, squeeze, calm; an arm that is killed meanwhile has no further turn."""
+    def _calm(self, arms: Sequence[ArmProcess], cycle: int) -> None:
+        """The first calm phase of all arms, in short turns."""
+        for arm in arms:
+            self._phases[arm.name].append(Phase(cycle, CALM_BEFORE, _NO_STEPS))
+        left, turns = self._options.tokens, max(1, round(self._options.tokens / _TURN_TOKENS))
+        for number in range(turns):
+            count = left // (turns - number)
+            left -= count
+            for arm in arms if number % 2 == 0 else reversed(arms):
+                self._turn_of(arm, cycle, partial(self._decode, tokens=count))
+
+    def _squeeze(self, arm: ArmProcess, cycle: int) -> None:
+        """And the calm after it."""
+        for kind in (SQUEEZE, CALM_AFTER):
+            if kind == SQUEEZE:
+                arm.squeeze()
+            else:
+                arm.relax()
+            self._phases[arm.name].append(Phase(cycle, kind, _NO_STEPS))
+            self._decode(arm, cycle, tokens=self._options.tokens)
+
+    def _turn_of(self, arm: ArmProcess, cycle: int, what: Callable[[ArmProcess, int], None]) -> None:
+        """An arm that is killed meanwhile has no further turn."""
+        if arm.name in self._dead:
+            return
         try:
-            arm.ask("wake")
-            for kind in range(_PHASES):
-                if kind == 1:
-                    arm.squeeze()
-                elif kind == 2:
-                    arm.relax()
-                answer = arm.ask("decode", tokens=self._options.tokens)
-                self._phases[arm.name].append(Phase(cycle, kind, answer["steps"]))
-                if arm.name == "adaptive":
-                    for key in self._monitor:
-                        self._monitor[key] += answer[key]
-                if self._on_tokens is not None:
-                    self._on_tokens(self._options.tokens)
-            self._swaps[arm.name] = arm.ask("rest")["swaps"]
+            with self._turn():
+                arm.ask("wake")
+                what(arm, cycle)
+                self._swaps[arm.name] = arm.ask("rest")["swaps"]
         except DiedError as error:
             self._dead[arm.name] = f"cycle {cycle + 1}: {error}"
+
+    def _decode(self, arm: ArmProcess, cycle: int, *, tokens: int) -> None:
+        """So many tokens more of the arm's phase."""
+        answer, phases = arm.ask("decode", tokens=tokens), self._phases[arm.name]
+        steps = {key: [*before, *answer["steps"][key]] for key, before in phases[-1].steps.items()}
+        phases[-1] = replace(phases[-1], steps=steps)
+        if arm.name == "adaptive":
+            for key in self._monitor:
+                self._monitor[key] += answer[key]
+        if self._on_tokens is not None:
+            self._on_tokens(tokens)
 
     def _overhead(self) -> dict[str, Any]:
         """The adaptive arm with all experts in RAM and nobody who takes memory, under its monitor."""
@@ -218,7 +258,7 @@ class _Run:
         profile = bench_profile(self._options.gain)
         rows: dict[str, dict[str, Any]] = {}
         for name, phases in self._phases.items():
-            row = arm_row(phases, profile.settle_s, died=name in self._dead)
+            row = arm_row(phases, died=name in self._dead)
             recorded = strengths(phases)
             kl = None if name in self._dead else replay.kl(recorded) if any(recorded) else 0.0
             rows[name] = {**row, "kl": kl, "swaps": self._swaps.get(name, 0), "oom_kills": kills[name]}

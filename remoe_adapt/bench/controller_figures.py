@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of one arm. steps: lists of one length by name, see `controller_worker.COLUMNS`."""
+    """One phase of one arm. steps: lists of one length by name, see `controller_worker.COLUMNS`; `at_s` of the turn."""
 
     cycle: int
     kind: int
@@ -33,16 +33,19 @@ class Phase:
 Phases = Sequence[Phase]
 
 
-def arm_row(phases: Phases, settle_s: float, *, died: bool) -> Row:
-    """One arm's times in ms, with the median budget in a squeeze, None where it died; KL and counts are added."""
+def arm_row(phases: Phases, *, died: bool) -> Row:
+    """One arm's times in ms, with the median budget in a squeeze, None where it died; KL and counts are added.
+
+    calm_tpot_ms: of the first calm phases, the mean over the turns of a turn's median step.
+    """
     squeezed = [s for phase in phases if phase.kind == SQUEEZE for s in phase.steps["s"]]
     budgets = [size for phase in phases if phase.kind == SQUEEZE for size in phase.steps["budget_bytes"]]
-    calm = list(settled(phases, settle_s).values())
+    calm = [statistics.median(turn) for phase in phases if phase.kind == CALM_BEFORE for turn in _turns(phase)]
     alive = bool(squeezed) and not died
     return {
         "squeeze_p95_ms": 1e3 * float(np.percentile(squeezed, 95)) if alive else None,
         "squeeze_tpot_ms": 1e3 * statistics.median(squeezed) if alive else None,
-        "calm_tpot_ms": 1e3 * statistics.median(calm) if calm else None,
+        "calm_tpot_ms": 1e3 * statistics.fmean(calm) if calm else None,
         "squeeze_budget_bytes": statistics.median(budgets) if alive else None,
         "squeeze_misses": _mean(phases, SQUEEZE, "misses") if alive else None,
         "mean_strength": statistics.fmean(strengths(phases)) if phases else None,
@@ -54,22 +57,12 @@ def strengths(phases: Phases) -> list[float]:
     return [strength for phase in phases for strength in phase.steps["strength"]]
 
 
-def settled(phases: Phases, settle_s: float) -> dict[tuple[int, int, int], float]:
-    """Seconds of the calm steps by (cycle, phase, place): all before a squeeze, and those from `settle_s` after one."""
-    found = {}
-    for phase in phases:
-        after_s = {CALM_BEFORE: 0.0, SQUEEZE: float("inf"), CALM_AFTER: settle_s}[phase.kind]
-        for place, (seconds, at_s) in enumerate(zip(phase.steps["s"], phase.steps["at_s"], strict=True)):
-            if at_s >= after_s:
-                found[phase.cycle, phase.kind, place] = seconds
-    return found
-
-
-def calm_ratio(arm: Phases, baseline: Phases, settle_s: float) -> float:
-    """Median time of the settled calm steps that both have, over the baseline's."""
-    ours, theirs = settled(arm, settle_s), settled(baseline, settle_s)
-    both = ours.keys() & theirs.keys()
-    return statistics.median(ours[key] for key in both) / statistics.median(theirs[key] for key in both)
+def calm_ratio(arm: Phases, baseline: Phases) -> float:
+    """Median over the tokens of the first calm phases, in which the arms take short turns, of an arm's time for a token
+    over the baseline's for the same token."""
+    ours, theirs = ([phase.steps["s"] for phase in phases if phase.kind == CALM_BEFORE] for phases in (arm, baseline))
+    pairs = [pair for times in zip(ours, theirs, strict=False) for pair in zip(*times, strict=False)]
+    return statistics.median(our_s / their_s for our_s, their_s in pairs)
 
 
 def return_s(phases: Phases) -> float | None:
@@ -90,7 +83,7 @@ def rise_s(phases: Phases, share: float = 0.9) -> float | None:
     """Median time from the beginning of a squeeze until strength reached this part of its highest there."""
     times = []
     for phase in phases:
-        if phase.kind == SQUEEZE and (top := max(phase.steps["strength"])) > 0:
+        if phase.kind == SQUEEZE and (top := max(phase.steps["strength"], default=0.0)) > 0:
             first = next(place for place in phase.places if phase.steps["strength"][place] >= share * top)
             times.append(phase.steps["at_s"][first])
     return statistics.median(times) if times else None
@@ -144,7 +137,7 @@ def bars(
     # Where every fixed point is slower, the strongest comes nearest.
     rival = rival or strongest
     back_s = return_s(phases["adaptive"])
-    ratio = calm_ratio(phases["adaptive"], phases["no_controller"], settle_s)
+    ratio = calm_ratio(phases["adaptive"], phases["no_controller"])
     found = [
         _bar(f"squeeze p95 TPOT, adaptive / {strongest}", _over(p95, rows[strongest]["squeeze_p95_ms"]), 1.10),
         _bar(f"mean KL, adaptive / {rival}", _over(adaptive["kl"], rows[rival]["kl"]), 0.6, failed=rival == "fixed_0"),
@@ -169,6 +162,12 @@ def _bar(title: str, value: float | None, target: float, *, failed: bool = False
 
 def _over(value: float | None, baseline: float | None) -> float | None:
     return value / baseline if value is not None and baseline else None
+
+
+def _turns(phase: Phase) -> list[np.ndarray[Any, Any]]:
+    """The times of its steps, by turn: in each of them `at_s` begins anew."""
+    begins = np.flatnonzero(np.diff(phase.steps["at_s"]) < 0) + 1
+    return [turn for turn in np.split(np.asarray(phase.steps["s"]), begins) if len(turn)]
 
 
 def _mean(phases: Phases, kind: int, column: str) -> float:
