@@ -170,6 +170,7 @@ class _Run:
         self._monitor: dict[str, float] = {"monitor_cpu_s": 0.0, "seconds": 0.0}
         self._swaps: dict[str, int] = {}
         self._dead: dict[str, str] = {}
+        self._compared: dict[str, list[float]] = {}
 
     def run(self, replay: Replay) -> dict[str, Any]:
         options = self._options
@@ -188,6 +189,7 @@ class _Run:
                 self._calm(order, cycle)
                 for arm in order if cycle % 2 == 0 else reversed(order):
                     self._turn_of(arm, cycle, self._squeeze)
+            self._compare(next(arm for arm in arms if arm.name == "adaptive"))
             limits = {arm.name: arm.limit_bytes for arm in arms}
             takes = {arm.name: arm.take_bytes for arm in arms}
             kills = {arm.name: arm.group.kills() for arm in arms}
@@ -239,6 +241,16 @@ class _Run:
         if self._on_tokens is not None:
             self._on_tokens(tokens)
 
+    def _compare(self, arm: ArmProcess) -> None:
+        """The dial at rest and no dial, in one process and its memory."""
+        if arm.name not in self._dead:
+            with self._turn():
+                arm.ask("wake")
+                found = arm.ask("compare", tokens=self._options.cycles * self._options.tokens)
+                arm.ask("rest")
+            if found.pop("strengths") == [0.0]:
+                self._compared = found
+
     def _overhead(self) -> dict[str, Any]:
         """The adaptive arm with all experts in RAM and nobody who takes memory, under its monitor."""
         whole = replace(self._setup, options={**self._setup.options, "share": 1.0})
@@ -269,7 +281,7 @@ class _Run:
             "void": void,
             "arms": rows,
             "died": self._dead,
-            "bars": bars(rows, self._phases, overhead, squeezes, profile.settle_s),
+            "bars": bars(rows, self._phases, self._compared, overhead, squeezes, profile.settle_s),
             "monitor_cpu_share": overhead.get("monitor_cpu_share"),
             "monitor_cpu_share_whole_run": self._monitor["monitor_cpu_s"] / max(self._monitor["seconds"], 1e-9),
             "overhead": overhead,

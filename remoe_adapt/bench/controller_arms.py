@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.runtime.monitor import Monitor
+from remoe_adapt.tuner.layer import RemoeLayer
 
 # The dial turns both levers: the family's routers and, up to this gain at strength 1, a recency prior. The prior
 # remembers which experts the last tokens had, not which are resident: a recorded run is replayed without its cache.
@@ -132,6 +133,29 @@ class Arm:
     def step(self) -> AbstractContextManager[None]:
         """Around one forward."""
         return nullcontext() if self.controller is None else self.controller.step()
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The same model in the same memory with its own routers: as without a controller, but for the mover."""
+        assert self.controller is not None and self.controller.strength == 0.0
+        prior = self.controller._prior
+        wrapped = [
+            (module, name, child)
+            for module in self.model.modules()
+            for name, child in module.named_children()
+            if isinstance(child, RemoeLayer)
+        ]
+        for module, name, child in wrapped:
+            setattr(module, name, child.base_layer)
+        if prior is not None:
+            prior.installed.enable(False)
+        try:
+            yield
+        finally:
+            if prior is not None:
+                prior.installed.enable(True)
+            for module, name, child in wrapped:
+                setattr(module, name, child)
 
     def wake(self) -> None:
         """Its turn: the monitor samples, where it has one."""

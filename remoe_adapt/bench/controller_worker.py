@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,30 @@ class Worker:
             "seconds": time.perf_counter() - began_s,
             "resident_bytes": arm.cache.resident_bytes,
         }
+
+    def do_compare(self, tokens: int) -> dict[str, Any]:
+        """So many tokens, each with the dial and without, in turns: lists of `dial_s`, `dial_misses`, `bare_s` and
+        `bare_misses`, in the same memory; `strengths` that the dial had."""
+        arm = self.arm
+        found: dict[str, list[float]] = {key: [] for key in ("dial_s", "dial_misses", "bare_s", "bare_misses")}
+        strengths, decoders = set(), dict[str, Decoder]()
+        gc.collect()
+        gc.disable()
+        for place in range(tokens):
+            token, starts = self._text.next()
+            if starts or not decoders:
+                decoders = {kind: Decoder(arm.model) for kind in ("dial", "bare")}
+            # Twice in one order, twice in the other: who comes second finds caches warm.
+            for kind in ("dial", "bare") if place % 4 < 2 else ("bare", "dial"):
+                strengths.add(arm.strength)
+                with nullcontext() if kind == "dial" else arm.bare():
+                    missed, begin_s = _misses(arm), time.perf_counter()
+                    with arm.step() if kind == "dial" else nullcontext():
+                        decoders[kind].feed([token])
+                    found[f"{kind}_s"].append(time.perf_counter() - begin_s)
+                    found[f"{kind}_misses"].append(_misses(arm) - missed)
+        gc.enable()
+        return {**found, "strengths": sorted(strengths)}
 
     def do_watch(self, seconds: float) -> dict[str, Any]:
         """Decode so long under the monitor: `s` and `at_s` of every step, `ran`: the monitor's thread ran in it, and

@@ -51,13 +51,12 @@ class InstalledPrior:
         covered = [refs[place] for place in self.layers]
         self.prior = RecencyPrior(mode, [(ref.weight_ED.device, ref.spec.num_experts) for ref in covered], decay)
         self._hooks: list[SequenceHooks] = []
+        self._texts = list({id(text): text for place in self.layers if (text := owners[place]) is not None}.values())
         if covered:
             for layer, forward in enumerate(self._forwards):
                 forward.gate = LayerGate(self.prior, layer)
             self._set_routes()
             self.enable(True)
-            texts = {id(text): text for place in self.layers if (text := owners[place]) is not None}
-            self._hooks = [SequenceHooks(text, self.prior, self._settle) for text in texts.values()]
         for reason in sorted(set(self.own_forward.values())):
             names = [name for name, why in self.own_forward.items() if why == reason]
             say_once(
@@ -89,7 +88,10 @@ class InstalledPrior:
             self.follow()
 
     def enable(self, on: bool) -> None:
-        """Let the routers run with the prior, or for a while their own forwards."""
+        """Let the routers run with the prior, or for a while their own forwards: sequences are not followed then."""
+        for hooks in self._hooks:
+            hooks.remove()
+        self._hooks = [SequenceHooks(text, self.prior, self._settle) for text in self._texts] if on else []
         for module, name, before in self._before:
             if before is None:
                 vars(module).pop(name, None)
@@ -104,11 +106,8 @@ class InstalledPrior:
 
     def remove(self) -> None:
         """Every router runs its class's own forward again, for good."""
-        for hooks in self._hooks:
-            hooks.remove()
-        self._hooks = []
         self.enable(False)
-        self._forwards = []
+        self._forwards, self._texts = [], []
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from remoe_adapt.errors import MergeStateError
 from remoe_adapt.runtime.leaving import EXIT
@@ -90,24 +90,16 @@ class Gate:
 
     def step(self, *, owns: bool = True) -> None:
         """Between two forwards of a hand-written loop. With `owns`, other threads' targets wait for its next step."""
-        if owns:
+        if owns and self._loop_thread is not (me := threading.current_thread()):
             EXIT.loops()
-            self._loop_thread = threading.current_thread()
-        self._come_by(None)
+            self._loop_thread = me
+        # The common case is worth a shortcut: what is posted right after it waits for the next step anyway.
+        if self._closing or EXIT.begun or self._waiting():
+            self._come_by(None)
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self) -> AbstractContextManager[None]:
         """Around one forward of a hand-written loop: no swap of any thread while it is open."""
-        with EXIT.inside():
-            session = self._enter()
-            try:
-                with self.lock:
-                    while self._closing and not self._own_forward_in_flight():
-                        self.lock.wait()
-                    self._in_flight.add(session)
-                yield
-            finally:
-                self._leave(session)
+        return _Forward(self)
 
     # Swaps
 
@@ -159,6 +151,20 @@ class Gate:
                 if session is not None:
                     self._in_flight.add(session)
                 return
+
+    def _begin(self) -> Session:
+        """A forward of its own session is in flight from now on."""
+        session = Session(self._own_stack())
+        with self.lock:
+            self._sessions.add(session)
+            try:
+                while self._closing and not self._own_forward_in_flight():
+                    self.lock.wait()
+            except BaseException:
+                self._leave(session)
+                raise
+            self._in_flight.add(session)
+        return session
 
     # Under the lock
 
@@ -214,3 +220,27 @@ class Gate:
 
     def _own_forward_in_flight(self) -> bool:
         return any(session in self._in_flight for session in self._own_stack())
+
+
+class _Forward(AbstractContextManager[None]):
+    """A class, for a generator would cost a decode step twice as much."""
+
+    __slots__ = ("_gate", "_me", "_session")
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        self._me = threading.get_ident()
+        EXIT.enter()
+        try:
+            self._session = self._gate._begin()
+        except BaseException:
+            EXIT.leave_torch(self._me)
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._gate._leave(self._session)
+        finally:
+            EXIT.leave_torch(self._me)

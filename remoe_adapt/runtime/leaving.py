@@ -32,7 +32,8 @@ class Exit:
     @property
     def begun(self) -> bool:
         """The calling thread has to stay where it is."""
-        return time.monotonic() < self._until_s and threading.get_ident() != self._leaver
+        # No clock is asked before there is an exit: this runs at every step.
+        return bool(self._until_s) and time.monotonic() < self._until_s and threading.get_ident() != self._leaver
 
     def stay_out(self) -> None:
         """A boundary: returns at once, unless the exit has begun."""
@@ -42,17 +43,27 @@ class Exit:
             time.sleep(max(0.0, self._until_s - time.monotonic()))
             self._asleep.discard(me)
 
+    def enter(self) -> None:
+        """Work in torch begins, with or without boundaries within; may be nested. `leave_torch` ends it."""
+        if self._until_s:
+            self.stay_out()
+        self._count(threading.get_ident(), 1)
+
+    def leave_torch(self, me: int) -> None:
+        """Of the thread `me`, whichever calls."""
+        self._count(me, -1)
+        if self._until_s:
+            self.stay_out()
+
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Around work in torch, with or without boundaries within; may be nested."""
-        self.stay_out()
+        """Around work in torch: `enter` and `leave_torch`."""
         me = threading.get_ident()
-        self._count(me, 1)
+        self.enter()
         try:
             yield
         finally:
-            self._count(me, -1)  # whichever thread leaves
-            self.stay_out()
+            self.leave_torch(me)
 
     def loops(self) -> None:
         """The calling thread will come by boundaries, and may be inside torch between any two of them."""
