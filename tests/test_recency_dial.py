@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from remoe_adapt.evaluate import evaluate
 from remoe_adapt.family import Family, Recency
 from remoe_adapt.gating.forward import RouterForward
 from remoe_adapt.gating.install import recency_prior
+from remoe_adapt.gating.sequences import _STATE
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.runtime.load import get_remoe_model
 
@@ -170,3 +172,29 @@ def test_a_family_beside_routers_without_the_prior(tmp_path: Path, caplog: pytes
     model.controller.set_strength(1.0)
     assert not torch.equal(chosen(model, LONGER), before)
     assert model.controller.status()["recency"]["routers"] == 0
+
+
+@pytest.mark.parametrize("between", ["nothing", "crop", "copy", "several tokens"])
+def test_a_prior_that_was_at_rest_knows_what_was_used(between: str) -> None:
+    """At gain 0 nobody asks for the recency, so it is moved late; who looks at every token moves it at once."""
+    found = []
+    for looks in (False, True):
+        model = routing_matters()
+        with recency_prior(model, "ema", 0.0) as prior, torch.inference_mode():
+            output = model(PROMPT[:, :2], use_cache=True)
+            cache = output.past_key_values
+            for place in range(2, 8):
+                if between == "crop" and place == 6:
+                    cache.crop(-2)
+                elif between == "copy" and place == 6:
+                    cache = deepcopy(cache)
+                elif between == "several tokens" and place == 6:
+                    model(LONGER[:, :3], past_key_values=cache)
+                model(LONGER[:, place : place + 1], past_key_values=cache)
+                state = getattr(cache, _STATE)
+                if looks:
+                    assert all(recency_BE.any() for recency_BE in state.recency)
+            prior.set_gains(0.5)
+            logits = [model(LONGER[:, place : place + 1], past_key_values=cache).logits for place in range(8, 11)]
+            found.append((torch.cat(logits), torch.stack(state.recency).clone()))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])

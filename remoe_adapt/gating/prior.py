@@ -123,18 +123,26 @@ class Tokens:
         self, prior: RecencyPrior, sequences: int, count: int, flags_T: Tensor | None, state: RecencyState | None
     ) -> None:
         self.prior, self.sequences, self.count, self.flags_T, self.state = prior, sequences, count, flags_T, state
-        settled = prior.resident_steps if prior.mode == "resident" else state.steps if state is not None else []
-        self.steps = settled if flags_T is None else []
         # One token of one sequence: on a CPU its gates leave the recency still, and all move on together at the end.
-        self.gains = prior.gains_read() if count == 1 and self.steps and not torch.compiler.is_compiling() else []
+        single = flags_T is None and count == 1 and not torch.compiler.is_compiling()
+        self.gains = prior.gains_read() if single and (prior.mode == "resident" or state is not None) else []
         self.single = bool(self.gains)
+        # With all gains 0 nobody asks what the recency is: it moves on later, many tokens at a time.
+        self._late = self.single and not any(self.gains) and prior.mode != "resident"
+        settled = prior.resident_steps if prior.mode == "resident" else []
+        if state is not None and prior.mode != "resident":
+            settled = state.late_steps if self._late else state.steps
+        self.steps = settled if flags_T is None else []
         self.pending: dict[int, Tensor] = {}
         self._started: dict[int, Tensor] = {}
         self._chosen: dict[int, Tensor] = {}
         self._ended = False
 
     def step(self, layer: int) -> PriorStep:
-        """The prior for this router's gate."""
+        """The prior for this router's gate, up to date."""
+        if self._late and self.state is not None:
+            self._late = False
+            self.state.catch_up()
         if self.steps:
             return self.steps[layer]
         prior = self.prior
@@ -160,7 +168,7 @@ class Tokens:
     def end(self) -> None:
         """The forward has ended; only gradient checkpointing may ask again."""
         if self.pending and self.state is not None:
-            self.state.move(self.pending)
+            self.state.move(self.pending, late=self._late)
         self._started, self._chosen, self._ended = {}, {}, True
 
     def made_state(self) -> RecencyState | None:

@@ -35,34 +35,61 @@ class RecencyState:
         self.chosen: list[list[Tensor | None]] | None = [[] for _ in recency] if croppable else None
         self.flags: list[Tensor | int] = []
         self._has_gaps = False
+        self._late: list[dict[int, Tensor]] = []  # by layer, token by token
         self._hold(recency)
+
+    @property
+    def recency(self) -> list[Tensor]:
+        """[B, E] of each router."""
+        self.catch_up()
+        return self._recency
+
+    @property
+    def steps(self) -> list[PriorStep]:
+        """The prior of each router for the next token."""
+        self.catch_up()
+        return self.late_steps
 
     def _hold(self, recency: list[Tensor]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             alike = len({(recency_BE.shape, recency_BE.device) for recency_BE in recency}) == 1
             # In one piece where that goes, so that a token moves all of it at once.
             self._whole_LBE = torch.stack(recency) if alike else None
-        self.recency = recency if self._whole_LBE is None else list(self._whole_LBE.unbind())
+        self._recency = recency if self._whole_LBE is None else list(self._whole_LBE.unbind())
         self.placed, self.sequences = self.prior.placed, len(recency[0])
         decay = self.prior.decay
-        self.steps = [PriorStep(part, gain, decay) for part, gain in zip(self.recency, self.prior.gains, strict=True)]
+        # Good for a gain of 0 whenever, for others after `catch_up`.
+        parts = zip(self._recency, self.prior.gains, strict=True)
+        self.late_steps = [PriorStep(part, gain, decay) for part, gain in parts]
 
-    def move(self, chosen: dict[int, Tensor]) -> None:
-        """Take in what the routers chose for one token of one sequence: ids [1, K] by layer."""
+    def move(self, chosen: dict[int, Tensor], *, late: bool = False) -> None:
+        """Take in what the routers chose for one token of one sequence: ids [1, K] by layer. late: when somebody asks,
+        as nobody does while all gains are 0."""
+        if self.chosen is not None:
+            for layer, ids_1K in chosen.items():
+                self.chosen[layer].append(ids_1K)
+        self._late.append(chosen)
+        if not late or len(self._late) > _JOIN:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """What was moved late is moved now."""
+        late, self._late = self._late, []
+        for chosen in late:
+            self._move(chosen)
+
+    def _move(self, chosen: dict[int, Tensor]) -> None:
         decay = self.prior.decay
         widths = {ids_1K.shape[-1] for ids_1K in chosen.values()}
-        if self._whole_LBE is not None and len(chosen) == len(self.recency) and len(widths) == 1:
+        if self._whole_LBE is not None and len(chosen) == len(self._recency) and len(widths) == 1:
             ids_LK = torch.cat([chosen[layer] for layer in range(len(chosen))])
             whole_LE = self._whole_LBE.view(len(chosen), -1)
             share = whole_LE.new_full((1, 1), 1.0 - decay).expand(ids_LK.shape)
             whole_LE.mul_(decay).scatter_add_(1, ids_LK, share)
         else:
             for layer, ids_1K in chosen.items():
-                recency_1E = self.recency[layer]
+                recency_1E = self._recency[layer]
                 recency_1E.mul_(decay).scatter_add_(1, ids_1K, recency_1E.new_full(ids_1K.shape, 1.0 - decay))
-        if self.chosen is not None:
-            for layer, ids_1K in chosen.items():
-                self.chosen[layer].append(ids_1K)
 
     def bind(self, prior: RecencyPrior) -> bool:
         """Go on under another prior object (a copy of the cache has a copied one), if it means the same."""
@@ -96,7 +123,8 @@ class RecencyState:
 
     def keep_if(self, flag: Tensor) -> None:
         """Back to nothing used where this scalar on the device is False."""
-        for part in self.recency if self._whole_LBE is None else [self._whole_LBE]:
+        self.catch_up()
+        for part in self._recency if self._whole_LBE is None else [self._whole_LBE]:
             part.mul_(flag.to(part))
 
     def select(self, rows: Tensor) -> None:
