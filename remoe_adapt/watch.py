@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from remoe_adapt.watch_live import LiveActuator
 
 STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 _SAME_STRENGTH = 1e-5
+# Of a decision, what concerns no server.
+_INSIDE = ("budgets", "moves", "why", "at_rest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ class Watch:
 
     def _tick(self) -> dict[str, Any]:
         decision = self.governor.tick()
-        return {"event": "strength", **{k: v for k, v in asdict(decision).items() if k != "budgets"}}
+        return {"event": "strength", **{k: v for k, v in decision.as_dict().items() if k not in _INSIDE}}
 
     def _sync(self, down: str) -> Generator[dict[str, Any], None, str]:
         """The new reason why the server cannot be driven, "" when it is; yields that it is back."""
