@@ -248,8 +248,7 @@ class _Run:
                 arm.ask("wake")
                 found = arm.ask("compare", tokens=self._options.cycles * self._options.tokens)
                 arm.ask("rest")
-            if found.pop("strengths") == [0.0]:
-                self._compared = found
+            self._compared = found if len(found["dial_s"]) >= _TURN_TOKENS else {}
 
     def _overhead(self) -> dict[str, Any]:
         """The adaptive arm with all experts in RAM and nobody who takes memory, under its monitor."""

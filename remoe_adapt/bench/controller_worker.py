@@ -16,6 +16,7 @@ from remoe_adapt.bench import protocol
 from remoe_adapt.bench.controller_arms import Arm, Kind
 from remoe_adapt.record import Decoder
 
+_LONGEST_REST_S = 30.0
 # Times of one step, in the order of `Worker.decode`'s lists.
 COLUMNS = ("s", "at_s", "strength", "budget_bytes", "misses")
 
@@ -113,19 +114,22 @@ class Worker:
 
     def do_compare(self, tokens: int) -> dict[str, Any]:
         """So many tokens, each with the dial and without, in turns: lists of `dial_s`, `dial_misses`, `bare_s` and
-        `bare_misses`, in the same memory; `strengths` that the dial had."""
-        arm = self.arm
+        `bare_misses`, in the same memory. It waits for the dial to rest, and ends when that is turned."""
+        arm, began_s = self.arm, time.perf_counter()
+        while arm.strength > 0 and time.perf_counter() - began_s < _LONGEST_REST_S:
+            self._feed()
         found: dict[str, list[float]] = {key: [] for key in ("dial_s", "dial_misses", "bare_s", "bare_misses")}
-        strengths, decoders = set(), dict[str, Decoder]()
+        decoders = dict[str, Decoder]()
         gc.collect()
         gc.disable()
         for place in range(tokens):
+            if arm.strength > 0:
+                break
             token, starts = self._text.next()
             if starts or not decoders:
                 decoders = {kind: Decoder(arm.model) for kind in ("dial", "bare")}
             # Twice in one order, twice in the other: who comes second finds caches warm.
             for kind in ("dial", "bare") if place % 4 < 2 else ("bare", "dial"):
-                strengths.add(arm.strength)
                 with nullcontext() if kind == "dial" else arm.bare():
                     missed, begin_s = _misses(arm), time.perf_counter()
                     with arm.step() if kind == "dial" else nullcontext():
@@ -133,7 +137,7 @@ class Worker:
                     found[f"{kind}_s"].append(time.perf_counter() - begin_s)
                     found[f"{kind}_misses"].append(_misses(arm) - missed)
         gc.enable()
-        return {**found, "strengths": sorted(strengths)}
+        return found
 
     def do_watch(self, seconds: float) -> dict[str, Any]:
         """Decode so long under the monitor: `s` and `at_s` of every step, `ran`: the monitor's thread ran in it, and
