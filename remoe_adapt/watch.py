@@ -26,7 +26,7 @@ from remoe_adapt.watch_live import LiveActuator
 STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 _SAME_STRENGTH = 1e-5
 # Of a decision, what concerns no server.
-_INSIDE = ("budgets", "moves", "why", "at_rest")
+_INSIDE = ("budgets", "moves", "why", "at_rest", "floors")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from peft import PeftModel
+from tiny_families import tiny_family
+from tiny_models import tiny_model
+
+from remoe_adapt.family import Family
 from remoe_adapt.notices import say_once
+from remoe_adapt.runtime.load import get_remoe_model
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,3 +54,18 @@ def shared_dir() -> Path:
     if not shared.is_dir():
         pytest.skip("no ../shared beside the repository: its data and traces are not part of a clone")
     return shared
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Of a tiny Qwen2-MoE; read only."""
+    made = tiny_family(tiny_model("qwen2_moe"), tmp_path_factory.mktemp("family") / "family")
+    return Family.load(made.path)
+
+
+@pytest.fixture
+def model(family: Family) -> PeftModel:
+    """Under the default profile's dial; it never ends a text."""
+    model = get_remoe_model(tiny_model("qwen2_moe"), family=family)
+    model.generation_config.eos_token_id = None
+    return model

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny_families import tiny_family
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import DynamicCache
@@ -24,19 +23,6 @@ from remoe_adapt.family import Family, original_weights
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.tuner import remoe_layers
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    made = tiny_family(tiny_model("qwen2_moe"), tmp_path_factory.mktemp("controller") / "family")
-    return Family.load(made.path)
-
-
-@pytest.fixture
-def model(family: Family) -> PeftModel:
-    model = get_remoe_model(tiny_model("qwen2_moe"), family=family)
-    model.generation_config.eos_token_id = None
-    return model
 
 
 def logits_of(model: PeftModel) -> Tensor:

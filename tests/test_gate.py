@@ -8,27 +8,11 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from tiny_families import tiny_family
-from tiny_models import tiny_model
 from watched_decoding import Watch, each, generate, run_all
 
 from remoe_adapt.family import Family
 from remoe_adapt.runtime.gate import Gate
-from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.tuner import remoe_layers
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    made = tiny_family(tiny_model("qwen2_moe"), tmp_path_factory.mktemp("gate") / "family")
-    return Family.load(made.path)
-
-
-@pytest.fixture
-def model(family: Family) -> PeftModel:
-    model = get_remoe_model(tiny_model("qwen2_moe"), family=family)
-    model.generation_config.eos_token_id = None
-    return model
 
 
 def test_ten_thousand_targets_from_another_thread_never_tear_a_forward(model: PeftModel, family: Family) -> None:

@@ -11,19 +11,12 @@ import pytest
 import torch
 from peft import PeftModel
 from test_monitor import GIB, Machine, live, tick_for, under, until
-from tiny_families import tiny_family
 from tiny_models import tiny_model
 from watched_decoding import IDS, Watch, each, generate, run_all
 
 from remoe_adapt.family import Family, original_weights
 from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.tuner import remoe_layers
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    made = tiny_family(tiny_model("qwen2_moe"), tmp_path_factory.mktemp("targets") / "family")
-    return Family.load(made.path)
 
 
 @pytest.fixture

@@ -189,7 +189,8 @@ class _Run:
                 self._calm(order, cycle)
                 for arm in order if cycle % 2 == 0 else reversed(order):
                     self._turn_of(arm, cycle, self._squeeze)
-            self._compare(next(arm for arm in arms if arm.name == "adaptive"))
+            adaptive = next(arm for arm in arms if arm.name == "adaptive")
+            self._turn_of(adaptive, options.cycles - 1, self._compare)
             limits = {arm.name: arm.limit_bytes for arm in arms}
             takes = {arm.name: arm.take_bytes for arm in arms}
             kills = {arm.name: arm.group.kills() for arm in arms}
@@ -210,11 +211,8 @@ class _Run:
 
     def _squeeze(self, arm: ArmProcess, cycle: int) -> None:
         """And the calm after it."""
-        for kind in (SQUEEZE, CALM_AFTER):
-            if kind == SQUEEZE:
-                arm.squeeze()
-            else:
-                arm.relax()
+        for kind, begin in ((SQUEEZE, arm.squeeze), (CALM_AFTER, arm.relax)):
+            begin()
             self._phases[arm.name].append(Phase(cycle, kind, _NO_STEPS))
             self._decode(arm, cycle, tokens=self._options.tokens)
 
@@ -241,14 +239,10 @@ class _Run:
         if self._on_tokens is not None:
             self._on_tokens(tokens)
 
-    def _compare(self, arm: ArmProcess) -> None:
+    def _compare(self, arm: ArmProcess, _cycle: int) -> None:
         """The dial at rest and no dial, in one process and its memory."""
-        if arm.name not in self._dead:
-            with self._turn():
-                arm.ask("wake")
-                found = arm.ask("compare", tokens=self._options.cycles * self._options.tokens)
-                arm.ask("rest")
-            self._compared = found if len(found["dial_s"]) >= _TURN_TOKENS else {}
+        found = arm.ask("compare", tokens=self._options.cycles * self._options.tokens)
+        self._compared = found if len(found["dial_s"]) >= _TURN_TOKENS else {}
 
     def _overhead(self) -> dict[str, Any]:
         """The adaptive arm with all experts in RAM and nobody who takes memory, under its monitor."""

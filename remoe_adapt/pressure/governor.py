@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -13,7 +13,6 @@ from remoe_adapt.errors import ConfigError
 from remoe_adapt.pressure.policy import Decision, PolicyState, decide
 from remoe_adapt.pressure.reading import Reading
 from remoe_adapt.pressure.sensors import Sensors
-from remoe_adapt.pressure.signals import ease_floors
 
 # At rest, all sensors are asked after so long.
 _LOOK_S = 0.5
@@ -53,8 +52,7 @@ class Governor:
         self._resize, self.share = resize, share
         self.state = PolicyState()
         self.reading: Reading | None = None
-        # At rest: the decision, and bytes free by sensor as long as which it holds.
-        self._rest: tuple[Decision, Mapping[str, float]] | None = None
+        self._rest: Decision | None = None  # that of a reading at rest
 
     def tick(self, now_s: float | None = None, *, turn: bool = True) -> Decision:
         """One sample and what follows from it. now_s: its time, None: the sensors' clock. turn: False leaves the dial
@@ -72,7 +70,7 @@ class Governor:
         state = self.state._replace(strength=self.actuator.current())
         self.state, decision = decide(state, reading, self.profile, share=self.share)
         self.reading = reading
-        self._rest = (decision, ease_floors(reading, self.profile)) if decision.at_rest else None
+        self._rest = decision if decision.at_rest and decision.floors else None
         if not turn:
             self.state = self.state._replace(swapped_at_s=state.swapped_at_s)
             decision = replace(decision, strength=state.strength, changed=False)
@@ -89,8 +87,8 @@ class Governor:
 
     def _resting(self, now_s: float) -> Decision | None:
         """The last decision, where a glance shows that it holds."""
-        if self._rest is None or self.reading is None or not 0 <= now_s - self.reading.time_s < _LOOK_S:
+        rest = self._rest
+        if rest is None or self.reading is None or not 0 <= now_s - self.reading.time_s < _LOOK_S:
             return None
-        decision, floors = self._rest
-        holds = floors and self.actuator.current() == decision.strength and self.sensors.is_free(floors, now_s)
-        return decision if holds else None
+        holds = self.actuator.current() == rest.strength and self.sensors.is_free(rest.floors, now_s)
+        return rest if holds else None

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.pressure.budget import TierState, budgets, is_whole
 from remoe_adapt.pressure.reading import Reading
-from remoe_adapt.pressure.signals import Signal, losses, weigh
+from remoe_adapt.pressure.signals import Signal, ease_floors, losses, weigh
 
 # Half of fall_s is so many time constants, after which less than _SAME is left.
 _CONSTANTS = 4.0
@@ -64,7 +64,8 @@ class Decision:
     sensor says now; cause: the sensor that `pressure` came from ("" in calm); why, moves: what holds for the strength
     and what becomes of the cache, in words; budgets: of the cache's tiers ("cache", "below") to set, in bytes; signals:
     every sensor's pressure; unusable: measures that said nothing, and why; at_rest: no pressure anywhere, none
-    remembered, a whole cache: more of that changes nothing."""
+    remembered, a whole cache: more of that changes nothing, as long as each sensor of `floors` sees so many bytes free.
+    """
 
     strength: float
     changed: bool
@@ -77,6 +78,7 @@ class Decision:
     signals: Mapping[str, float]
     unusable: Mapping[str, str]
     at_rest: bool
+    floors: Mapping[str, float]
 
     @property
     def reason(self) -> str:
@@ -112,6 +114,7 @@ def decide(
     changed = strength != state.strength
     signals = {signal.name: signal.pressure for signal in (*memory, *([weighed.stall] if weighed.stall else []))}
     resting = not (changed or wanted or state.held or state.stall_held or any(signals.values())) and is_whole(weighed)
+    resting = resting and strength == profile.strength_at(0.0)
     decision = Decision(
         strength,
         changed,
@@ -123,7 +126,8 @@ def decide(
         wanted,
         signals,
         weighed.unusable,
-        resting and strength == profile.strength_at(0.0),
+        resting,
+        ease_floors(weighed) if resting else {},
     )
     if changed:
         state = state._replace(strength=strength, swapped_at_s=state.clock_s)

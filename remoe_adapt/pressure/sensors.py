@@ -86,8 +86,8 @@ class MachineMemory:
         return found, {"swap.in": pages["pswpin"] * _PAGE_BYTES, "swap.out": pages["pswpout"] * _PAGE_BYTES}
 
     def free_bytes(self, now_s: float) -> float:
-        """memory.available. Raises OSError and ValueError."""
-        return int(self._meminfo.read().partition("MemAvailable:")[2].split(None, 1)[0]) << 10
+        """memory.available. Raises OSError and KeyError."""
+        return int(dict(_MEMINFO.findall(self._meminfo.read()))["MemAvailable"]) << 10
 
     def close(self) -> None:
         self._meminfo.close()

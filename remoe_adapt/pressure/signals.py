@@ -77,14 +77,12 @@ def weigh(reading: Reading, profile: DeviceProfile) -> Weighed:
     return Weighed(tuple(signals), _stall(values, profile), places, values, unusable)
 
 
-def ease_floors(reading: Reading, profile: DeviceProfile) -> dict[str, float]:
+def ease_floors(weighed: Weighed) -> dict[str, float]:
     """By sensor, the bytes that have to be free for its memory to be at ease: the reserve and half of it."""
-    values = _usable(reading, math.inf)[0]
-    places = _places(values, profile)
-    floors = {name: (1 + _EASE) * place.reserve for name, place in places.items()}
+    floors = {where: (1 + _EASE) * place.reserve for where, place in weighed.places.items()}
     sensors = {"memory.available": ("memory", "host"), "cgroup.headroom": ("cgroup", "host")}
     sensors |= {"gpu.free": ("gpu", "device")} if "device" in floors else {}
-    return {sensor: floors[where] for measure, (sensor, where) in sensors.items() if measure in values}
+    return {sensor: floors[where] for measure, (sensor, where) in sensors.items() if measure in weighed.values}
 
 
 def losses(weighed: Weighed, budgets: Mapping[str, float], profile: DeviceProfile) -> list[Signal]:
@@ -142,19 +140,19 @@ def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Pl
     places: dict[str, Place] = {}
     if free:
         # The budget of a profile is that of the memory where the model is.
-        whole = min(total, default=math.inf)
-        places["host"] = _place(min(free), whole, None if has_card else own, profile)._replace(seen=len(free))
+        places["host"] = _place(free, min(total, default=math.inf), None if has_card else own, profile)
     if has_card:
         card_free = values["gpu.free"] + values.get("gpu.reusable", 0.0)
-        places["device"] = _place(card_free, values.get("gpu.total") or math.inf, gpu_own, profile)
+        places["device"] = _place([card_free], values.get("gpu.total") or math.inf, gpu_own, profile)
     return places
 
 
-def _place(free: float, total: float, own: float | None, profile: DeviceProfile) -> Place:
+def _place(seen: list[float], total: float, own: float | None, profile: DeviceProfile) -> Place:
+    free = min(seen)
     reserve = min(float(profile.memory.reserve_bytes), _LARGEST_RESERVE * total)
     budget = profile.memory.budget_bytes
     over = -math.inf if own is None or budget is None else own - budget
-    return Place(free, reserve, max(reserve - free, over), 1)
+    return Place(free, reserve, max(reserve - free, over), len(seen))
 
 
 def _headroom(place: Place, where: str, values: Mapping[str, float], profile: DeviceProfile) -> Signal:
