@@ -126,7 +126,7 @@ def proxied(files: Files, reference: Reference, count: int, kills: int) -> tuple
     server = LlamaChild(files.model, files.loras, n_parallel=4)  # caches as they come
     with server, watching(server, files, proxy=("127.0.0.1", 0)) as (watch, sensors, _):
         assert watch.proxy is not None
-        outcome = drive(server, watch.proxy.port, count, kills, pressure=sensors)
+        outcome = drive(server, watch.proxy.port, count, kills, met=lambda: watch.actuator.attached, pressure=sensors)
         assert watch.actuator.attached == kills + 1
     assert not outcome.unexcused(), outcome.unexcused()[:3]
     return outcome, check_stated(outcome, reference)
@@ -143,7 +143,7 @@ def direct(files: Files, reference: Reference, count: int, kills: int) -> tuple[
             return post(path, body)
 
         actuator._post = noted  # type: ignore[method-assign]
-        outcome = drive(server, server.port, count, kills, pressure=sensors)
+        outcome = drive(server, server.port, count, kills, met=lambda: watch.actuator.attached, pressure=sensors)
         assert actuator.attached == kills + 1
     return outcome, check_in_force(outcome, reference, set_at)
 

@@ -7,6 +7,7 @@ import itertools
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llama_answers import Answer, ask, prompts
@@ -60,11 +61,19 @@ class Outcome:
 
 
 def drive(
-    server: LlamaChild, port: int, count: int, kills: int, *, pressure: PlayedSensors | None = None, seed: int = 0
+    server: LlamaChild,
+    port: int,
+    count: int,
+    kills: int,
+    *,
+    met: Callable[[], int] | None = None,
+    pressure: PlayedSensors | None = None,
+    seed: int = 0,
 ) -> Outcome:
     """`count` answers, CLIENTS at a time, from `port`; the server is killed and started again `kills` times meanwhile.
 
-    A request that failed is sent again until it is answered.
+    A request that failed is sent again until it is answered. met: how many servers were met so far; each is met before
+    it is killed, and before this ends. None: not waited for, as where a proxy holds the requests until then.
     """
     outcome, numbers, lock, over = Outcome(), itertools.count(), threading.Lock(), threading.Event()
     texts = prompts(8)
@@ -95,7 +104,7 @@ def drive(
     for thread in (*threads, mover):
         thread.start()
     try:
-        _kill_and_start(server, outcome, count, kills, threads)
+        _kill_and_start(server, outcome, count, kills, met, threads)
     finally:
         over.set()
         for thread in (*threads, mover):
@@ -104,12 +113,17 @@ def drive(
 
 
 def _kill_and_start(
-    server: LlamaChild, outcome: Outcome, count: int, kills: int, threads: list[threading.Thread]
+    server: LlamaChild,
+    outcome: Outcome,
+    count: int,
+    kills: int,
+    met: Callable[[], int] | None,
+    threads: list[threading.Thread],
 ) -> None:
     """`kills` times, spread evenly over the answers; then waits for the last of them."""
     end = time.monotonic() + LONGEST_S
     for kill in range(1, kills + 1):
-        while len(outcome.answers) < count * kill // (kills + 1):
+        while len(outcome.answers) < count * kill // (kills + 1) or (met and met() < kill):
             assert time.monotonic() < end, outcome.failures[-3:]
             time.sleep(0.01)
         killed = time.monotonic()
@@ -120,3 +134,6 @@ def _kill_and_start(
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
         assert not thread.is_alive(), outcome.failures[-3:]
+    while met and met() <= kills:
+        assert time.monotonic() < end, f"{met()} of {kills + 1} servers were met"
+        time.sleep(0.01)
