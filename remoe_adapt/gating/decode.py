@@ -15,8 +15,6 @@ from torch import Tensor
 from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, best_ids, topk_gating
 from remoe_adapt.routers.spec import RouterSpec
 
-_INF = float("inf")
-
 
 def one_token(
     logits_1E: Tensor, k: int, spec: RouterSpec, prior: PriorStep, gain: float, bias_E: Tensor | None
@@ -42,14 +40,6 @@ def one_token(
         spread_1E = choice_1E
         if spec.group_score is not None:
             choice_1E, spread_1E = _best_groups(choice_1E, spec)
-    if gain == 0.0 and k < spec.num_experts:  # a dial at rest: the choice itself ranks, and only ids are wanted of it
-        values_1K, ids_1K = choice_1E.topk(k + 1)
-        values = values_1K.tolist()[0]
-        if len(set(values)) > k and values[k] > -_INF and values[0] < _INF:  # NaN would come first
-            ids_1K = ids_1K.resize_(1, k)
-            if spec.is_chosen_softmax and spec.scaling == 1.0:
-                return z_1E.take(ids_1K).softmax(-1), ids_1K
-            return _weights(z_1E, scores_1E, ids_1K, spec), ids_1K
     lowest, highest = spread_1E.aminmax()
     span = float(highest) - float(lowest)
     if not span <= MAX_SPAN:  # infinite, or NaN

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,13 @@ Gate = Callable[[Tensor, int, RouterSpec, Tensor | None], tuple[Tensor, Tensor]]
 Route = Callable[
     [Tensor, Tensor, Tensor | None, int, RouterSpec, Tensor | None, bool], tuple[Tensor, Tensor, Tensor] | None
 ]
+
+
+class OwnChoice(Protocol):
+    """Whether the router's class may choose by itself, and who is told what it chose."""
+
+    def is_wanted(self) -> bool: ...
+    def made(self, ids_TK: Tensor) -> None: ...
 
 
 def reference_gate(logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,13 +84,16 @@ class RouterForward:
     `functional_call`, in-place swaps and `deepcopy` of the model reach it. `gate` gets the logits [T, E], k,
     `gate_spec` and the selection bias, and gives fp32 weights and int64 ids [T, K], best first. Where `linear_fp32` is
     not None, a `route` may take the product and the gate at once, with operands cast to fp32 or not; None from it
-    leaves the call to `gate`.
+    leaves the call to `gate`. While `own` wants that, the class's own forward answers, and `own` is told the ids.
     """
 
     def __init__(self, module: nn.Module, spec: RouterSpec, facts: Facts) -> None:
         self.module, self.spec, self.facts = module, spec, facts
         self.gate: Gate = reference_gate
         self.route: Route | None = None
+        self.own: OwnChoice | None = None
+        self._stock: Callable[..., tuple[Tensor, ...]] = type(module).forward
+        self._ids_place = spec.returns.index("ids") if "ids" in spec.returns else None
         # The factor of each expert is applied here; to the gate these are plain scores.
         self.gate_spec = replace(spec, weight_rule="score") if facts.expert_factor else spec
         self._k = spec.top_k
@@ -112,6 +122,11 @@ class RouterForward:
 
         `bias_E` is the selection bias where the block hands it over; it may go by the name it has in the block.
         """
+        if self._ids_place is not None and self.own is not None and self.own.is_wanted():
+            handed = () if bias_E is None else (bias_E,)
+            returned = self._stock(self.module, hidden_states, *handed, **named)
+            self.own.made(returned[self._ids_place])
+            return returned
         if self._is_simple and self.route is None and not named and hidden_states.dim() == 2:
             # The plain case without detours: a decode step on a CPU counts microseconds.
             own, bias_leaf = self._weight_owner._parameters, self._logit_bias_leaf

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,19 +46,20 @@ class RecencyPrior:
         check_prior(mode, 0.0, decay)
         self.mode, self.decay = mode, 0.0 if mode == "last" else decay
         with torch.inference_mode(False):  # ordinary tensors, which may be written in any mode
-            self.gains = _scalars([0.0] * len(routers), [device for device, _ in routers])
+            self._gains_L, self.gains = _scalars([0.0] * len(routers), [device for device, _ in routers])
             self.residency = [torch.zeros((1, experts), device=device) for device, experts in routers]
         self.placed = 0
-        self.resident_steps = self._resident_steps()
+        self.resident_steps, self._gains_seen = self._resident_steps(), self._view()
         self.here = _Here()
         self._trained: deque[Tokens] = deque(maxlen=_TRAINED)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside any forward."""
-        return {name: value for name, value in vars(self).items() if name not in ("here", "_trained")}
+        return {name: value for name, value in vars(self).items() if name not in ("here", "_trained", "_gains_seen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, here=_Here(), _trained=deque(maxlen=_TRAINED))
+        self._gains_seen = self._view()
 
     def set_gains(self, gain: float | Sequence[float]) -> None:
         """One gain for all layers, or one each. Raises ConfigError for a wrong number or value."""
@@ -67,13 +69,20 @@ class RecencyPrior:
     def place(self, devices: Sequence[torch.device]) -> None:
         """Move gains and residency, each to its router's device; states follow when they are next used."""
         with torch.inference_mode(False):
-            self.gains = _scalars([float(gain) for gain in self.gains], devices)
+            self._gains_L, self.gains = _scalars([float(gain) for gain in self.gains], devices)
             self.residency = [mask.to(device) for mask, device in zip(self.residency, devices, strict=True)]
         self.placed += 1
-        self.resident_steps = self._resident_steps()
+        self.resident_steps, self._gains_seen = self._resident_steps(), self._view()
 
     def _resident_steps(self) -> list[PriorStep]:
         return [PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)]
+
+    def _view(self) -> np.ndarray[Any, Any] | None:
+        """The memory of the gains as NumPy reads it, many times faster than a tensor is read."""
+        whole_L = self._gains_L
+        if whole_L is None or not whole_L.is_cpu or whole_L.data_ptr() != self.gains[0].data_ptr():  # a pickle's
+            return None
+        return whole_L.numpy()
 
     def zeros(self, layer: int, sequences: int) -> Tensor:
         """Recency [B, E] of a router before the first token."""
@@ -83,8 +92,7 @@ class RecencyPrior:
 
     def gains_read(self) -> list[float]:
         """The gains as numbers, read at once; empty on an accelerator, which would be waited for."""
-        whole = self.gains[0]._base
-        return whole.tolist() if whole is not None and whole.is_cpu and len(whole) == len(self.gains) else []
+        return [] if self._gains_seen is None else self._gains_seen.tolist()
 
     def new_state(self, sequences: int, past: int = 0, *, croppable: bool = True) -> RecencyState:
         """Nothing used yet, after `past` tokens of which nothing is known."""
@@ -127,12 +135,16 @@ class Tokens:
         single = flags_T is None and count == 1 and not torch.compiler.is_compiling()
         self.gains = prior.gains_read() if single and (prior.mode == "resident" or state is not None) else []
         self.single = bool(self.gains)
-        # With all gains 0 nobody asks what the recency is: it moves on later, many tokens at a time.
-        self._late = self.single and not any(self.gains) and prior.mode != "resident"
-        settled = prior.resident_steps if prior.mode == "resident" else []
-        if state is not None and prior.mode != "resident":
-            settled = state.late_steps if self._late else state.steps
-        self.steps = settled if flags_T is None else []
+        self.rests = self.single and not any(self.gains)
+        # Nobody asks then what the recency is: it moves on later, many tokens at a time.
+        self._late = self.rests and state is not None
+        self.steps: list[PriorStep] = []
+        if state is not None and not self._late:
+            state.advance(count // sequences, flags_T)
+        if state is not None and flags_T is None:
+            self.steps = state.late_steps if self._late else state.steps
+        elif prior.mode == "resident" and flags_T is None:
+            self.steps = prior.resident_steps
         self.pending: dict[int, Tensor] = {}
         self._started: dict[int, Tensor] = {}
         self._chosen: dict[int, Tensor] = {}
@@ -142,7 +154,7 @@ class Tokens:
         """The prior for this router's gate, up to date."""
         if self._late and self.state is not None:
             self._late = False
-            self.state.catch_up()
+            self.state.advance(1, None)
         if self.steps:
             return self.steps[layer]
         prior = self.prior
@@ -167,8 +179,11 @@ class Tokens:
 
     def end(self) -> None:
         """The forward has ended; only gradient checkpointing may ask again."""
-        if self.pending and self.state is not None:
-            self.state.move(self.pending, late=self._late)
+        if self.state is not None:
+            if self._late:
+                self.state.move_late(self.pending)
+            elif self.pending:
+                self.state.move(self.pending)
         self._started, self._chosen, self._ended = {}, {}, True
 
     def made_state(self) -> RecencyState | None:
@@ -183,11 +198,12 @@ class Tokens:
         return state
 
 
-def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> list[Tensor]:
-    """Scalar tensors; views of one where all are on one device."""
+def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> tuple[Tensor | None, list[Tensor]]:
+    """Scalar tensors, views of the first one returned where all are on one device."""
     if len(set(devices)) == 1:
-        return list(torch.tensor(values, device=devices[0]).unbind())
-    return [torch.tensor(value, device=device) for value, device in zip(values, devices, strict=True)]
+        whole_L = torch.tensor(values, device=devices[0])
+        return whole_L, list(whole_L.unbind())
+    return None, [torch.tensor(value, device=device) for value, device in zip(values, devices, strict=True)]
 
 
 def checked_gains(gain: float | Sequence[float], count: int) -> list[float]:

@@ -64,7 +64,6 @@ class SequenceHooks:
             state = _state_of(cache, self._prior, sequences, past)
             if torch.compiler.is_compiling():
                 state.forget()  # a history that grows would compile every step anew
-            state.advance(length, flags_T)
         self._prior.begin(Tokens(self._prior, sequences, sequences * length, flags_T, state))
 
     def _after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -139,6 +138,7 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Ten
         # A cache for compiled steps is never cropped.
         past = length if isinstance(length, int) and not getattr(cache, "is_compileable", False) else None
         state = prior.new_state(sequences, past or 0, croppable=past is not None)
+        state.is_counted = past is not None
         attach(cache, state)
         return state
     if isinstance(length, Tensor):  # a static cache: whether it is empty is known on the device only
@@ -147,12 +147,17 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Ten
         state.reset()
     elif length is not None and length < state.length:
         state.crop(length)
+    elif (
+        length is not None and state.chosen is not None and length > state.length
+    ):  # a forward without the prior, or one that failed
+        state.advance(length - state.length, None)
     return state
 
 
 def _length(cache: Any) -> int | Tensor | None:
     """Tokens in the cache; a tensor where only the device knows, None where nothing counts them."""
-    if getattr(cache, "is_compileable", False):
+    state = getattr(cache, _STATE, None)
+    if (state is None or not state.is_counted) and getattr(cache, "is_compileable", False):
         for layer in getattr(cache, "layers", ()):
             if isinstance(found := getattr(layer, "cumulative_length", None), Tensor):
                 return found if layer.is_initialized else 0

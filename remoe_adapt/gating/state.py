@@ -35,6 +35,8 @@ class RecencyState:
         self.chosen: list[list[Tensor | None]] | None = [[] for _ in recency] if croppable else None
         self.flags: list[Tensor | int] = []
         self._has_gaps = False
+        # Whether the cache tells its length as a number.
+        self.is_counted = False
         self._late: list[dict[int, Tensor]] = []  # by layer, token by token
         self._hold(recency)
 
@@ -62,21 +64,49 @@ class RecencyState:
         parts = zip(self._recency, self.prior.gains, strict=True)
         self.late_steps = [PriorStep(part, gain, decay) for part, gain in parts]
 
-    def move(self, chosen: dict[int, Tensor], *, late: bool = False) -> None:
-        """Take in what the routers chose for one token of one sequence: ids [1, K] by layer. late: when somebody asks,
-        as nobody does while all gains are 0."""
-        if self.chosen is not None:
-            for layer, ids_1K in chosen.items():
-                self.chosen[layer].append(ids_1K)
+    def move(self, chosen: dict[int, Tensor]) -> None:
+        """Take in what the routers chose for one token of one sequence, after `advance`: ids [1, K] by layer."""
+        self._keep(chosen)
+        self._move(chosen)
+
+    def move_late(self, chosen: dict[int, Tensor]) -> None:
+        """`advance` by one token of one sequence, and `move`: as soon as somebody asks."""
         self._late.append(chosen)
-        if not late or len(self._late) > _JOIN:
+        if self.chosen is not None:
+            self.length += 1
+        if len(self._late) > _JOIN:
             self.catch_up()
 
     def catch_up(self) -> None:
-        """What was moved late is moved now."""
+        """What was to move late moves now."""
+        if not self._late:
+            return
         late, self._late = self._late, []
+        if self.chosen is not None:
+            self.length -= len(late)
+            for chosen in late:
+                self.advance(1, None)
+                self._keep(chosen)
+        if len(late) > self._remembered and all(len(chosen) == len(self._recency) for chosen in late):
+            late = late[-self._remembered :]
+            for part in self._parts():
+                part.zero_()
         for chosen in late:
             self._move(chosen)
+
+    @property
+    def _remembered(self) -> int:
+        """Tokens after which nothing is left of one."""
+        decay = self.prior.decay
+        return 1 if decay == 0.0 else math.ceil(math.log(_FORGOTTEN) / math.log(decay))
+
+    def _parts(self) -> list[Tensor]:
+        return self._recency if self._whole_LBE is None else [self._whole_LBE]
+
+    def _keep(self, chosen: dict[int, Tensor]) -> None:
+        if self.chosen is not None:
+            for layer, ids_1K in chosen.items():
+                self.chosen[layer].append(ids_1K)
 
     def _move(self, chosen: dict[int, Tensor]) -> None:
         decay = self.prior.decay
@@ -102,6 +132,7 @@ class RecencyState:
 
     def advance(self, tokens: int, flags_T: Tensor | None) -> None:
         """S more tokens of each sequence are on their way."""
+        self.catch_up()
         if self.chosen is None:
             return
         if len(self.flags) > _JOIN:
@@ -112,23 +143,26 @@ class RecencyState:
 
     def forget(self) -> None:
         """Keep no history from now on."""
+        self.catch_up()
         self.chosen, self.flags = None, []
 
     def reset(self) -> None:
         """Back to length 0, in place."""
-        for recency_BE in self.recency:
-            recency_BE.zero_()
+        self._late = []
+        for part in self._parts():
+            part.zero_()
         self.past, self.length, self.flags, self._has_gaps = 0, 0, [], False
-        self.chosen = None if self.chosen is None else [[] for _ in self.recency]
+        self.chosen = None if self.chosen is None else [[] for _ in self._recency]
 
     def keep_if(self, flag: Tensor) -> None:
         """Back to nothing used where this scalar on the device is False."""
         self.catch_up()
-        for part in self._recency if self._whole_LBE is None else [self._whole_LBE]:
+        for part in self._parts():
             part.mul_(flag.to(part))
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order (a sequence may come more than once)."""
+        self.catch_up()
         same = len(rows) == self.sequences
         if self.chosen is not None and self.flags:
             self._join()
@@ -152,14 +186,14 @@ class RecencyState:
             self.reset()
             self.past = self.length = length
             return
-        kept, decay = length - self.past, self.prior.decay
+        self.catch_up()
+        kept = length - self.past
         self._join()
         flagged = isinstance(self.flags[0], Tensor)
         self.flags = [part[:, :kept] if isinstance(part, Tensor) else kept for part in self.flags]
         self.chosen = [[ids if ids is None else ids[:, :kept]] for (ids,) in self.chosen]
         self.length = length
-        remembered = 1 if decay == 0.0 else math.ceil(math.log(_FORGOTTEN) / math.log(decay))
-        first = 0 if flagged or self._has_gaps else max(0, kept - remembered)
+        first = 0 if flagged or self._has_gaps else max(0, kept - self._remembered)
         for recency_BE, (ids_BSK,) in zip(self.recency, self.chosen, strict=True):
             recency_BE.zero_()
             if ids_BSK is not None:
