@@ -26,9 +26,19 @@ class Session:
     stack: the sessions of its thread, innermost last.
     """
 
+    __slots__ = ("stack",)
+
     def __init__(self, stack: list[Session]) -> None:
         self.stack = stack
         stack.append(self)
+
+
+class _Here(threading.local):
+    """Of a thread. steps: it runs a hand-written loop, and its exit knows."""
+
+    def __init__(self) -> None:
+        self.thread, self.steps = threading.current_thread(), False
+        self.sessions: list[Session] = []
 
 
 class Gate:
@@ -41,15 +51,20 @@ class Gate:
     """
 
     def __init__(self, waiting: Callable[[], bool], swap: Callable[[bool], None]) -> None:
-        self.lock = threading.Condition()  # re-entrant
+        self._new_lock()
         self._waiting, self._swap = waiting, swap
         self._in_flight: set[Session] = set()
         self._slow: set[Session] = set()
         self._sessions: set[Session] = set()
         self._swaps = 0
-        self._stack = threading.local()
+        self._here = _Here()
         self._loop_thread: threading.Thread | None = None
         self._closing = self._closed = False
+
+    def _new_lock(self) -> None:
+        # Not the condition's own `with`, which costs a step several times as much; so does telling nobody.
+        self.lock = threading.RLock()
+        self._moved, self._waiters = threading.Condition(self.lock), 0
 
     @property
     def sessions(self) -> int:
@@ -74,7 +89,7 @@ class Gate:
 
         Outside a session it is a plain `step`.
         """
-        stack = self._own_stack()
+        stack = self._here.sessions
         if not stack:
             if opens:
                 self.step(owns=False)
@@ -90,11 +105,11 @@ class Gate:
 
     def step(self, *, owns: bool = True) -> None:
         """Between two forwards of a hand-written loop. With `owns`, other threads' targets wait for its next step."""
-        if owns and self._loop_thread is not (me := threading.current_thread()):
-            EXIT.loops()
-            self._loop_thread = me
+        if owns and self._loop_thread is not self._here.thread:
+            self._announce()
+            self._loop_thread = self._here.thread
         # The common case is worth a shortcut: what is posted right after it waits for the next step anyway.
-        if self._closing or EXIT.begun or self._waiting():
+        if self._closing or EXIT.until_s or self._waiting():
             self._come_by(None)
 
     def forward(self) -> AbstractContextManager[None]:
@@ -107,7 +122,7 @@ class Gate:
         """Make the posted swap now if nobody runs a session or a stepped loop; else it waits for their next step."""
         with self.lock:
             loop = self._loop_thread
-            foreign_loop = loop is not None and loop is not threading.current_thread() and loop.is_alive()
+            foreign_loop = loop is not None and loop is not self._here.thread and loop.is_alive()
             if not self._sessions and not foreign_loop:
                 self._try_swap(alone=False)
 
@@ -123,17 +138,17 @@ class Gate:
             self._closing = True
             try:
                 while self._in_flight and not self._closed:  # another thread may have closed it meanwhile
-                    self.lock.wait()
+                    self._wait(None)
                 yield
                 self._closed = True
             finally:
                 self._closing = False
-                self.lock.notify_all()
+                self._tell()
 
     def after_fork(self) -> None:
         """In the child: the calling thread alone is left, and the lock may have been another one's."""
-        self.lock = threading.Condition()
-        own = self._own_stack()
+        self._new_lock()
+        own = self._here.sessions
         self._in_flight &= set(own)
         self._slow &= set(own)
         self._sessions &= set(own)
@@ -154,17 +169,19 @@ class Gate:
 
     def _begin(self) -> Session:
         """A forward of its own session is in flight from now on."""
-        session = Session(self._own_stack())
+        self._announce()
+        session = Session(self._here.sessions)
         with self.lock:
             self._sessions.add(session)
-            try:
-                while self._closing and not self._own_forward_in_flight():
-                    self.lock.wait()
-            except BaseException:
-                self._leave(session)
-                raise
+            if self._closing:
+                self._await_opening(session)
             self._in_flight.add(session)
         return session
+
+    def _announce(self) -> None:
+        if not self._here.steps:
+            EXIT.loops()
+            self._here.steps = True
 
     # Under the lock
 
@@ -177,9 +194,17 @@ class Gate:
             if remaining <= 0 and not self._closing:
                 self._slow |= self._in_flight  # do not wait for these again
                 break
-            self.lock.wait(remaining if remaining > 0 else None)
+            self._wait(remaining if remaining > 0 else None)
         if self._swaps == swaps_seen:
-            self._try_swap(alone=self._sessions <= set(self._own_stack()))
+            self._try_swap(alone=self._sessions <= set(self._here.sessions))
+
+    def _await_opening(self, session: Session) -> None:
+        try:
+            while self._closing and not self._own_forward_in_flight():
+                self._wait(None)
+        except BaseException:
+            self._leave(session)
+            raise
 
     def _must_wait(self) -> bool:
         return bool(self._in_flight) and not self._slow & self._in_flight and not self._closed and self._waiting()
@@ -191,10 +216,10 @@ class Gate:
         try:
             self._swap(alone)
         finally:
-            self.lock.notify_all()
+            self._tell()
 
     def _enter(self) -> Session:
-        session = Session(self._own_stack())
+        session = Session(self._here.sessions)
         with self.lock:
             self._sessions.add(session)
         return session
@@ -204,43 +229,44 @@ class Gate:
         with self.lock:
             self._sessions.discard(session)
             self._close_forward(session)
-            self.swap_if_idle()  # a target that came during the last step
+            if self._waiting():  # a target that came during the last step
+                self.swap_if_idle()
 
     def _close_forward(self, session: Session) -> None:
         if session in self._in_flight:
             self._in_flight.discard(session)
             self._slow.discard(session)
-            self.lock.notify_all()
+            self._tell()
 
-    def _own_stack(self) -> list[Session]:
-        if not hasattr(self._stack, "sessions"):
-            self._stack.sessions = []
-        sessions: list[Session] = self._stack.sessions
-        return sessions
+    def _wait(self, timeout_s: float | None) -> None:
+        self._waiters += 1
+        try:
+            self._moved.wait(timeout_s)
+        finally:
+            self._waiters -= 1
+
+    def _tell(self) -> None:
+        if self._waiters:
+            self._moved.notify_all()
 
     def _own_forward_in_flight(self) -> bool:
-        return any(session in self._in_flight for session in self._own_stack())
+        return any(session in self._in_flight for session in self._here.sessions)
 
 
 class _Forward(AbstractContextManager[None]):
     """A class, for a generator would cost a decode step twice as much."""
 
-    __slots__ = ("_gate", "_me", "_session")
+    __slots__ = ("_gate", "_session")
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
 
     def __enter__(self) -> None:
-        self._me = threading.get_ident()
-        EXIT.enter()
-        try:
-            self._session = self._gate._begin()
-        except BaseException:
-            EXIT.leave_torch(self._me)
-            raise
+        if EXIT.until_s:
+            EXIT.stay_out()
+        self._session = self._gate._begin()
 
     def __exit__(self, *error: object) -> None:
-        try:
-            self._gate._leave(self._session)
-        finally:
-            EXIT.leave_torch(self._me)
+        self._gate._leave(self._session)
+        if EXIT.until_s:
+            EXIT.stay_out()

@@ -20,10 +20,13 @@ _LOOK_S = 0.002
 
 
 class Exit:
-    """The exit of this process: who is inside torch, who sleeps at a boundary. Any thread may call anything."""
+    """The exit of this process: who is inside torch, who sleeps at a boundary. Any thread may call anything.
+
+    until_s: how long threads stay at boundaries, by the monotonic clock; 0 before there is an exit.
+    """
 
     def __init__(self) -> None:
-        self._until_s, self._leaver = 0.0, 0
+        self.until_s, self._leaver = 0.0, 0
         self._lock = threading.Lock()
         self._depths: dict[int, int] = {}  # by thread
         self._loops: dict[int, threading.Thread] = {}
@@ -33,37 +36,27 @@ class Exit:
     def begun(self) -> bool:
         """The calling thread has to stay where it is."""
         # No clock is asked before there is an exit: this runs at every step.
-        return bool(self._until_s) and time.monotonic() < self._until_s and threading.get_ident() != self._leaver
+        return bool(self.until_s) and time.monotonic() < self.until_s and threading.get_ident() != self._leaver
 
     def stay_out(self) -> None:
         """A boundary: returns at once, unless the exit has begun."""
         if self.begun:
             me = threading.get_ident()
             self._asleep.add(me)
-            time.sleep(max(0.0, self._until_s - time.monotonic()))
+            time.sleep(max(0.0, self.until_s - time.monotonic()))
             self._asleep.discard(me)
-
-    def enter(self) -> None:
-        """Work in torch begins, with or without boundaries within; may be nested. `leave_torch` ends it."""
-        if self._until_s:
-            self.stay_out()
-        self._count(threading.get_ident(), 1)
-
-    def leave_torch(self, me: int) -> None:
-        """Of the thread `me`, whichever calls."""
-        self._count(me, -1)
-        if self._until_s:
-            self.stay_out()
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Around work in torch: `enter` and `leave_torch`."""
+        """Around work in torch, with or without boundaries within; may be nested."""
         me = threading.get_ident()
-        self.enter()
+        self.stay_out()
+        self._count(me, 1)
         try:
             yield
         finally:
-            self.leave_torch(me)
+            self._count(me, -1)
+            self.stay_out()
 
     def loops(self) -> None:
         """The calling thread will come by boundaries, and may be inside torch between any two of them."""
@@ -76,7 +69,7 @@ class Exit:
         """The exit begins, in the calling thread, which goes wherever it likes. Waits WAIT_S at most until all others
         sleep or are outside."""
         self._leaver, begin_s = threading.get_ident(), time.monotonic()
-        self._until_s = begin_s + STAY_S
+        self.until_s = begin_s + STAY_S
         while self._inside() - self._asleep and time.monotonic() < begin_s + WAIT_S:
             time.sleep(_LOOK_S)
 

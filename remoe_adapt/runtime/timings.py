@@ -10,6 +10,10 @@ from collections import deque
 _KEPT, _KEPT_STEPS = 1000, 64
 
 
+class _Here(threading.local):
+    began_s: float | None = None
+
+
 class Timings:
     """Of one dial, in ms; any thread may call anything."""
 
@@ -17,11 +21,11 @@ class Timings:
         self.swap_ms: deque[float] = deque(maxlen=_KEPT)
         self.stage_ms: deque[float] = deque(maxlen=_KEPT)
         self._step_ms: deque[float] = deque(maxlen=_KEPT_STEPS)
-        self._here = threading.local()
+        self._here = _Here()
 
     def step_begins(self) -> None:
         """A decoding step of this thread begins; the one before it has taken until now."""
-        now_s, began_s = time.perf_counter(), getattr(self._here, "began_s", None)
+        now_s, began_s = time.perf_counter(), self._here.began_s
         if began_s is not None:
             self._step_ms.append((now_s - began_s) * 1e3)
         self._here.began_s = now_s
