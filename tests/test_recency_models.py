@@ -12,6 +12,8 @@ from tiny_models import model_class, moe_folders
 
 from remoe_adapt.errors import UnsupportedRouterError
 from remoe_adapt.gating.install import recency_prior
+from remoe_adapt.gating.prior import DECAY
+from remoe_adapt.gating.sequences import _STATE
 from remoe_adapt.record import record_forward
 from remoe_adapt.routers.discover import discover_routers
 
@@ -46,6 +48,21 @@ def ready(folder: str) -> Any:
     return model
 
 
+def check_kept_at_rest(model: Any) -> None:
+    """The recency of a text that was decoded at gain 0 is that of the experts that were used."""
+    with record_forward(model) as recorder:
+        made = decode(model, LONGER, return_dict_in_generate=True, **FEW)
+        ids_LTK = recorder.take()
+    state = getattr(made.past_key_values, _STATE)
+    assert ids_LTK.shape[:2] == (len(state.recency), state.length)
+    for recency_1E, ids_TK in zip(state.recency, ids_LTK, strict=True):
+        expected_1E = torch.zeros_like(recency_1E)
+        for ids_K in ids_TK:
+            expected_1E *= DECAY
+            expected_1E[0, ids_K.long()] += 1 - DECAY
+        torch.testing.assert_close(recency_1E, expected_1E)
+
+
 @pytest.mark.parametrize("folder", sorted(set(moe_folders()) - set(REFUSED) - set(NOT_DECODED) - OWN_FORWARD))
 def test_every_way_to_decode_is_a_scan(folder: str) -> None:
     model = ready(folder)
@@ -54,6 +71,8 @@ def test_every_way_to_decode_is_a_scan(folder: str) -> None:
     with recency_prior(model, "ema", 0.0) as installed:
         assert installed.layers and not installed.own_forward
         assert torch.equal(decode(model, LONGER, **FEW), plain)
+        if every_router_is_asked:
+            check_kept_at_rest(model)
     with recency_prior(model, "ema", 0.4):
         text = decode(model, LONGER, **FEW)
         if every_router_is_asked:

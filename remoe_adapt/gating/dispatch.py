@@ -88,16 +88,10 @@ class LayerGate:
         tokens.chose(self.layer, ids_TK)
         return weights_TK, ids_TK
 
-    def is_wanted(self) -> bool:
-        """Of the router's own choice: while all gains are 0 a decode step costs what the class takes."""
+    def own(self) -> dict[int, Tensor] | None:
+        """Where to note the router's own choice while all gains are 0: a step costs what the class takes then."""
         tokens = self.prior.here.tokens
-        return tokens is not None and tokens.rests and _forced is None
-
-    def made(self, ids_TK: Tensor) -> None:
-        """The choice for the token under way; those for others are nobody's."""
-        tokens = self.prior.here.tokens
-        if tokens is not None and len(ids_TK) == 1:
-            tokens.pending[self.layer] = ids_TK
+        return tokens.pending if tokens is not None and tokens.rests and _forced is None else None
 
     def route(
         self, hidden_TD: Tensor, weight_ED: Tensor, linear_bias_E: Tensor | None, k: int, spec: RouterSpec,

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,8 @@ Gate = Callable[[Tensor, int, RouterSpec, Tensor | None], tuple[Tensor, Tensor]]
 Route = Callable[
     [Tensor, Tensor, Tensor | None, int, RouterSpec, Tensor | None, bool], tuple[Tensor, Tensor, Tensor] | None
 ]
-
-
-class OwnChoice(Protocol):
-    """Whether the router's class may choose by itself, and who is told what it chose."""
-
-    def is_wanted(self) -> bool: ...
-    def made(self, ids_TK: Tensor) -> None: ...
+# Where to note what the router's class chooses by itself for one token; None: the gate chooses.
+Own = Callable[[], dict[int, Tensor] | None]
 
 
 def reference_gate(logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,16 +79,18 @@ class RouterForward:
     `functional_call`, in-place swaps and `deepcopy` of the model reach it. `gate` gets the logits [T, E], k,
     `gate_spec` and the selection bias, and gives fp32 weights and int64 ids [T, K], best first. Where `linear_fp32` is
     not None, a `route` may take the product and the gate at once, with operands cast to fp32 or not; None from it
-    leaves the call to `gate`. While `own` wants that, the class's own forward answers, and `own` is told the ids.
+    leaves the call to `gate`. Where `own` says so the class's own forward answers, and its ids are noted as those of
+    `layer`.
     """
 
     def __init__(self, module: nn.Module, spec: RouterSpec, facts: Facts) -> None:
         self.module, self.spec, self.facts = module, spec, facts
         self.gate: Gate = reference_gate
         self.route: Route | None = None
-        self.own: OwnChoice | None = None
+        self.own: Own | None = None
+        self.layer = 0
         self._stock: Callable[..., tuple[Tensor, ...]] = type(module).forward
-        self._ids_place = spec.returns.index("ids") if "ids" in spec.returns else None
+        self._ids_place = spec.returns.index("ids") if "ids" in spec.returns else -1
         # The factor of each expert is applied here; to the gate these are plain scores.
         self.gate_spec = replace(spec, weight_rule="score") if facts.expert_factor else spec
         self._k = spec.top_k
@@ -122,10 +119,12 @@ class RouterForward:
 
         `bias_E` is the selection bias where the block hands it over; it may go by the name it has in the block.
         """
-        if self._ids_place is not None and self.own is not None and self.own.is_wanted():
+        if self.own is not None and (noted := self.own()) is not None:
             handed = () if bias_E is None else (bias_E,)
             returned = self._stock(self.module, hidden_states, *handed, **named)
-            self.own.made(returned[self._ids_place])
+            ids_TK = returned[self._ids_place]
+            if ids_TK.shape[0] == 1:  # others are not those of the token under way
+                noted[self.layer] = ids_TK
             return returned
         if self._is_simple and self.route is None and not named and hidden_states.dim() == 2:
             # The plain case without detours: a decode step on a CPU counts microseconds.
@@ -201,6 +200,10 @@ class RouterForward:
         if self._factor is not None:
             logits_TE = logits_TE * self._factor
         return torch.tanh(logits_TE / self._cap) * self._cap if self._cap else logits_TE
+
+    def watch(self, own: Own, layer: int) -> None:
+        """Let the class choose by itself where `own` says so, if its result tells what it chose."""
+        self.own, self.layer = own if self._ids_place >= 0 else None, layer
 
     @property
     def weight_device(self) -> torch.device:

@@ -54,7 +54,8 @@ class InstalledPrior:
         self._texts = list({id(text): text for place in self.layers if (text := owners[place]) is not None}.values())
         if covered:
             for layer, forward in enumerate(self._forwards):
-                forward.gate = forward.own = LayerGate(self.prior, layer)
+                forward.gate = gate = LayerGate(self.prior, layer)
+                forward.watch(gate.own, layer)
             self._set_routes()
             self.enable(True)
         for reason in sorted(set(self.own_forward.values())):

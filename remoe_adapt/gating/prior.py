@@ -45,6 +45,7 @@ class RecencyPrior:
     def __init__(self, mode: str, routers: Sequence[tuple[torch.device, int]], decay: float = DECAY) -> None:
         check_prior(mode, 0.0, decay)
         self.mode, self.decay = mode, 0.0 if mode == "last" else decay
+        self.no_gains = [0.0] * len(routers)
         with torch.inference_mode(False):  # ordinary tensors, which may be written in any mode
             self._gains_L, self.gains = _scalars([0.0] * len(routers), [device for device, _ in routers])
             self.residency = [torch.zeros((1, experts), device=device) for device, experts in routers]
@@ -76,6 +77,10 @@ class RecencyPrior:
 
     def _resident_steps(self) -> list[PriorStep]:
         return [PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)]
+
+    def rests(self) -> bool:
+        """All gains are 0, as far as that is known without waiting."""
+        return self._gains_seen is not None and not any(self._gains_seen.tolist())
 
     def _view(self) -> np.ndarray[Any, Any] | None:
         """The memory of the gains as NumPy reads it, many times faster than a tensor is read."""
@@ -136,13 +141,10 @@ class Tokens:
         self.gains = prior.gains_read() if single and (prior.mode == "resident" or state is not None) else []
         self.single = bool(self.gains)
         self.rests = self.single and not any(self.gains)
-        # Nobody asks then what the recency is: it moves on later, many tokens at a time.
-        self._late = self.rests and state is not None
         self.steps: list[PriorStep] = []
-        if state is not None and not self._late:
+        if state is not None:
             state.advance(count // sequences, flags_T)
-        if state is not None and flags_T is None:
-            self.steps = state.late_steps if self._late else state.steps
+            self.steps = state.steps if flags_T is None else []
         elif prior.mode == "resident" and flags_T is None:
             self.steps = prior.resident_steps
         self.pending: dict[int, Tensor] = {}
@@ -152,9 +154,6 @@ class Tokens:
 
     def step(self, layer: int) -> PriorStep:
         """The prior for this router's gate, up to date."""
-        if self._late and self.state is not None:
-            self._late = False
-            self.state.advance(1, None)
         if self.steps:
             return self.steps[layer]
         prior = self.prior
@@ -179,11 +178,8 @@ class Tokens:
 
     def end(self) -> None:
         """The forward has ended; only gradient checkpointing may ask again."""
-        if self.state is not None:
-            if self._late:
-                self.state.move_late(self.pending)
-            elif self.pending:
-                self.state.move(self.pending)
+        if self.pending and self.state is not None:
+            self.state.move(self.pending)
         self._started, self._chosen, self._ended = {}, {}, True
 
     def made_state(self) -> RecencyState | None:
@@ -196,6 +192,34 @@ class Tokens:
         state.advance(self.count // self.sequences, self.flags_T)
         state.chosen = [[self._chosen[layer]] if layer in self._chosen else [] for layer in range(len(state.recency))]
         return state
+
+
+class RestingTokens(Tokens):
+    """One token of one sequence while all gains are 0: nobody asks what the recency is, and the state takes in later
+    what was chosen, many tokens at a time."""
+
+    flags_T, count, sequences, single, rests = None, 1, 1, True, True
+    state: RecencyState
+
+    def __init__(self, state: RecencyState) -> None:
+        # Not that of Tokens: this runs at every token of a dial at rest.
+        self.prior, self.state, self.pending = state.prior, state, {}
+        self.steps, self.gains = state.late_steps, state.prior.no_gains
+        self._late = True
+
+    def step(self, layer: int) -> PriorStep:
+        """As that of Tokens; the state is up to date from now on."""
+        if self._late:
+            self._late = False
+            self.state.advance(1, None)
+        return self.steps[layer]
+
+    def end(self) -> None:
+        """As that of Tokens."""
+        if self._late:
+            self.state.move_late(self.pending)
+        elif self.pending:
+            self.state.move(self.pending)
 
 
 def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> tuple[Tensor | None, list[Tensor]]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.gating.prior import RecencyPrior, Tokens
+from remoe_adapt.gating.prior import RecencyPrior, RestingTokens, Tokens
 from remoe_adapt.gating.reference import PADDING, RESTART
 from remoe_adapt.gating.state import RecencyState
 from remoe_adapt.notices import say_once
@@ -52,9 +52,12 @@ class SequenceHooks:
             shown = self._argument("inputs_embeds", args, kwargs)
         if not isinstance(shown, Tensor) or shown.dim() < 2:
             return
-        self._settle()
         sequences, length = shown.shape[:2]
         cache = self._argument(self._cache_name, args, kwargs)
+        if sequences == length == 1 and cache is not None and (known := self._known(cache)) is not None:
+            self._prior.begin(RestingTokens(known))
+            return
+        self._settle()
         mask = self._argument("attention_mask", args, kwargs)
         positions = self._argument("position_ids", args, kwargs) if mask is None and cache is None else None
         past = 0 if cache is None else _length(cache)
@@ -66,10 +69,20 @@ class SequenceHooks:
                 state.forget()  # a history that grows would compile every step anew
         self._prior.begin(Tokens(self._prior, sequences, sequences * length, flags_T, state))
 
+    def _known(self, cache: Any) -> RecencyState | None:
+        """The state of this cache where the dial rests and a token simply comes next: the shortest way."""
+        state: RecencyState | None = getattr(cache, _STATE, None)
+        if state is None or not state.is_counted or torch.compiler.is_compiling() or not self._prior.rests():
+            return None
+        return state if state.is_next(self._prior, cache.get_seq_length()) else None
+
     def _after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tokens, made = self._prior.here.tokens, getattr(output, self._cache_name, None)
-        if made is not None and tokens is not None and (state := tokens.made_state()) is not None:
-            attach(made, state)
+        tokens = self._prior.here.tokens
+        if tokens is not None and tokens.state is None and (state := tokens.made_state()) is not None:
+            made = getattr(output, self._cache_name, None)
+            if made is not None:
+                state.is_counted = _is_counted(_length(made), made)
+                attach(made, state)
         self._prior.end()
 
 
@@ -136,7 +149,7 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Ten
         state = None
     if state is None:
         # A cache for compiled steps is never cropped.
-        past = length if isinstance(length, int) and not getattr(cache, "is_compileable", False) else None
+        past = length if _is_counted(length, cache) else None
         state = prior.new_state(sequences, past or 0, croppable=past is not None)
         state.is_counted = past is not None
         attach(cache, state)
@@ -152,6 +165,11 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Ten
     ):  # a forward without the prior, or one that failed
         state.advance(length - state.length, None)
     return state
+
+
+def _is_counted(length: int | Tensor | None, cache: Any) -> TypeGuard[int]:
+    """Whether this cache tells its length as a number, as those for compiled steps do not."""
+    return isinstance(length, int) and not getattr(cache, "is_compileable", False)
 
 
 def _length(cache: Any) -> int | Tensor | None:

@@ -6,7 +6,7 @@ Shapes: L routers, B sequences, S tokens of each, E experts, K chosen.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ class RecencyState:
         # Good for a gain of 0 whenever, for others after `catch_up`.
         parts = zip(self._recency, self.prior.gains, strict=True)
         self.late_steps = [PriorStep(part, gain, decay) for part, gain in parts]
+
+    def is_next(self, prior: RecencyPrior, length: Any) -> bool:
+        """Whether one more token of one sequence simply comes after those known, `length` being in the cache."""
+        return (
+            self.length == length and self.chosen is not None and self.sequences == 1
+            and self.prior is prior and self.placed == prior.placed
+        )  # fmt: skip
 
     def move(self, chosen: dict[int, Tensor]) -> None:
         """Take in what the routers chose for one token of one sequence, after `advance`: ids [1, K] by layer."""
