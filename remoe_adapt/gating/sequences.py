@@ -160,9 +160,7 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Ten
         state.reset()
     elif length is not None and length < state.length:
         state.crop(length)
-    elif (
-        length is not None and state.chosen is not None and length > state.length
-    ):  # a forward without the prior, or one that failed
+    elif length is not None and length > state.length:  # a forward without the prior, or one that failed
         state.advance(length - state.length, None)
     return state
 

@@ -119,14 +119,14 @@ class RecencyState:
         decay = self.prior.decay
         widths = {ids_1K.shape[-1] for ids_1K in chosen.values()}
         if self._whole_LBE is not None and len(chosen) == len(self._recency) and len(widths) == 1:
-            ids_LK = torch.cat([chosen[layer] for layer in range(len(chosen))])
+            ids_LK = torch.cat([chosen[layer] for layer in range(len(chosen))]).long()
             whole_LE = self._whole_LBE.view(len(chosen), -1)
             share = whole_LE.new_full((1, 1), 1.0 - decay).expand(ids_LK.shape)
             whole_LE.mul_(decay).scatter_add_(1, ids_LK, share)
         else:
             for layer, ids_1K in chosen.items():
                 recency_1E = self._recency[layer]
-                recency_1E.mul_(decay).scatter_add_(1, ids_1K, recency_1E.new_full(ids_1K.shape, 1.0 - decay))
+                recency_1E.mul_(decay).scatter_add_(1, ids_1K.long(), recency_1E.new_full(ids_1K.shape, 1.0 - decay))
 
     def bind(self, prior: RecencyPrior) -> bool:
         """Go on under another prior object (a copy of the cache has a copied one), if it means the same."""
