@@ -15,6 +15,7 @@ import math
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,12 @@ def read_shared(paths: Sequence[str | Path], tokenizer: Any, max_tokens: int | N
     return [ids for file in files for ids in tokenize_documents(read_file(file), tokenizer, share)]
 
 
+@cache
 def commit() -> str | None:
-    """Commit of the checkout this package runs from, with "+" when it has changes; None outside a checkout."""
+    """Commit of the checkout this package runs from, with "+" when it has changes; None outside a checkout.
+
+    As it was when first asked: results are files of the checkout themselves.
+    """
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None
