@@ -19,6 +19,7 @@ from torch import Tensor
 
 from remoe_adapt.device_profile import RECENCY_MODES
 from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
+from remoe_adapt.gating.prior import MAX_GAIN
 from remoe_adapt.tuner.checks import check_finite, plain_key
 
 FAMILY_FILE = "family.json"
@@ -51,8 +52,8 @@ class Recency:
             raise FamilyError(f"{where}: recency mode {entry['mode']!r} is not one of {', '.join(RECENCY_MODES)}.")
         if not _is_number(entry["decay"]) or not 0.0 <= entry["decay"] < 1.0:
             raise FamilyError(f"{where}: recency decay {entry['decay']!r} must be at least 0 and below 1.")
-        if not isinstance(gains, list | tuple) or not all(_is_number(gain) and gain >= 0 for gain in gains):
-            raise FamilyError(f"{where}: gain_per_layer must be a list of numbers >= 0, one per layer.")
+        if not isinstance(gains, list | tuple) or not all(_is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
+            raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
         return cls(entry["mode"], float(entry["decay"]), tuple(float(gain) for gain in gains))
 
     def blends_with(self, other: Recency) -> bool:
