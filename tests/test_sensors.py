@@ -316,14 +316,15 @@ def test_own_major_faults_and_reads_are_seen() -> None:
 @linux
 def test_after_a_fork_a_child_sees_itself() -> None:
     sensor = ProcessUse()
-    held = bytearray(os.urandom(64 * MIB))
+    held = mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE)  # of no allocator, which might keep what is freed
+    held.write(os.urandom(64 * MIB))
     parent = sensor.read(1.0).value("process.private")
     with warnings.catch_warnings():  # threads of torch: the child only reads a file
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
         try:
-            del held
+            held.close()
             child = sensor.read(2.0).value("process.private")
             os._exit(0 if (child or 0) < (parent or 0) - 32 * MIB else 1)
         finally:
