@@ -78,9 +78,9 @@ class SequenceHooks:
 
     def _after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tokens = self._prior.here.tokens
-        if tokens is not None and tokens.state is None and (state := tokens.made_state()) is not None:
+        if tokens is not None and tokens.state is None:
             made = getattr(output, self._cache_name, None)
-            if made is not None:
+            if made is not None and (state := tokens.made_state()) is not None:
                 state.is_counted = _is_counted(_length(made), made)
                 attach(made, state)
         self._prior.end()

@@ -77,10 +77,9 @@ class RecencyState:
         self._move(chosen)
 
     def move_late(self, chosen: dict[int, Tensor]) -> None:
-        """`advance` by one token of one sequence, and `move`: as soon as somebody asks."""
+        """`advance` by a token that `is_next`, and `move`: as soon as somebody asks."""
         self._late.append(chosen)
-        if self.chosen is not None:
-            self.length += 1
+        self.length += 1
         if len(self._late) > _JOIN:
             self.catch_up()
 
@@ -89,11 +88,10 @@ class RecencyState:
         if not self._late:
             return
         late, self._late = self._late, []
-        if self.chosen is not None:
-            self.length -= len(late)
-            for chosen in late:
-                self.advance(1, None)
-                self._keep(chosen)
+        self.length -= len(late)
+        for chosen in late:
+            self.advance(1, None)
+            self._keep(chosen)
         if len(late) > self._remembered and all(len(chosen) == len(self._recency) for chosen in late):
             late = late[-self._remembered :]
             for part in self._parts():

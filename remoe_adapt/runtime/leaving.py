@@ -49,13 +49,13 @@ class Exit:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Around work in torch, with or without boundaries within; may be nested."""
-        me = threading.get_ident()
         self.stay_out()
+        me = threading.get_ident()
         self._count(me, 1)
         try:
             yield
         finally:
-            self._count(me, -1)
+            self._count(me, -1)  # whichever thread leaves
             self.stay_out()
 
     def loops(self) -> None:
