@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remoe_adapt.errors import ConfigError, TraceError
+from remoe_adapt.libraries.kv_cache import cache_keyword, returned_cache
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.spec import RouterRef
 from remoe_adapt.trace import Trace
@@ -243,6 +244,7 @@ class Decoder:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._device = device_of(model)
+        self._cache_name = cache_keyword(model)
         self._cache: Any = None
 
     def feed(self, ids: Sequence[int]) -> Tensor:
@@ -252,8 +254,8 @@ class Decoder:
             TraceError: the model keeps no cache between steps.
         """
         ids_BT = torch.tensor([ids], device=self._device)
-        output = self._model(input_ids=ids_BT, past_key_values=self._cache, use_cache=True)
-        self._cache = getattr(output, "past_key_values", None)
+        output = self._model(input_ids=ids_BT, use_cache=True, **{self._cache_name: self._cache})
+        self._cache = returned_cache(output)
         if self._cache is None:
             raise TraceError(f"{type(self._model).__name__} returns no KV cache: its decode cannot be recorded")
         logits_V: Tensor = output.logits[0, -1]

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pressure.policy",
         "pressure.governor",
     ),
+    ("libraries", "libraries.kv_cache"),
     (
         "triton_kernels.*",
         "routers.spec",

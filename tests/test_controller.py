@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kv import kv
 from peft import PeftModel
 from tiny_models import tiny_model
 from torch import Tensor
@@ -97,7 +98,7 @@ def manual_decode(model: PeftModel, schedule: list[float]) -> tuple[list[int], l
         for strength in schedule:
             model.controller.set_strength(strength)
             model.controller.step()
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            out = model(input_ids=ids, **kv(cache), use_cache=True)
             logits.append(out.logits[:, -1])
             ids = out.logits[:, -1:].argmax(-1)
             tokens.append(int(ids))

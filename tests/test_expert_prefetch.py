@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from kv import kv, returned_cache
 from test_expert_tiers import EXPERTS, LAYERS, Source
 from tiny_checkpoints import save_tiny, stock
 
@@ -102,8 +103,8 @@ def always(model: Any) -> Any:
 def decoded(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     past, found = None, []
     for step in range(ids.shape[1]):
-        output = model(input_ids=ids[:, step : step + 1], past_key_values=past, use_cache=True)
-        past = output.past_key_values
+        output = model(input_ids=ids[:, step : step + 1], **kv(past), use_cache=True)
+        past = returned_cache(output)
         found.append(output.logits)
     return torch.cat(found, dim=1)
 

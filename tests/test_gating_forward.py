@@ -33,7 +33,7 @@ NO_ROUTERS = {"doge", "nllb_moe"}
 IN_OLDER = {"jamba", "longcat_flash"}
 IS_OLDER = Version(transformers.__version__) < Version("5.23")
 # Its own forward cannot run with a half-precision weight.
-FP32_ONLY = {"inkling2": "same dtype"}
+FP32_ONLY = {"inkling2": "same dtype", "inkling2_loop": "same dtype"}
 
 
 @dataclass

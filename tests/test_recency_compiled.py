@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kv import kv
 from test_recency_sequences import LONGER, PROMPT, decode, routing_matters
 from transformers import DynamicCache, StaticCache
 
@@ -49,11 +50,11 @@ def test_compiled_steps_share_one_graph(model: Any) -> None:
             installed.set_gains(gain)
             cache = StaticCache(config=model.config, max_cache_len=32)
             ids = text
-            new = model(ids, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+            new = model(ids, **kv(cache)).logits[:, -1:].argmax(dim=-1)
             for _ in range(12):
                 ids = torch.cat([ids, new], dim=1)
                 positions = torch.tensor([[ids.shape[1] - 1]])
-                new = step(new, past_key_values=cache, position_ids=positions).logits.argmax(dim=-1)
+                new = step(new, **kv(cache), position_ids=positions).logits.argmax(dim=-1)
             assert torch.equal(ids, decode(model, text, max_new_tokens=12))
     torch._dynamo.reset()
     assert len(graphs) == 1
@@ -65,11 +66,11 @@ def test_compiled_steps_grow_a_dynamic_cache(model: Any, caplog: pytest.LogCaptu
     step = torch.compile(model, backend=counting(graphs), fullgraph=True)
     with recency_prior(model, "ema", 0.4), torch.no_grad():
         cache = DynamicCache(config=model.config)
-        ids, new = PROMPT, model(PROMPT, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+        ids, new = PROMPT, model(PROMPT, **kv(cache)).logits[:, -1:].argmax(dim=-1)
         for _ in range(12):
             ids = torch.cat([ids, new], dim=1)
             positions = torch.tensor([[ids.shape[1] - 1]])
-            new = step(new, past_key_values=cache, position_ids=positions).logits.argmax(dim=-1)
+            new = step(new, **kv(cache), position_ids=positions).logits.argmax(dim=-1)
         torch._dynamo.reset()
         assert torch.equal(ids, decode(model, max_new_tokens=12))
     assert len(graphs) == 2, "one for the first length, one for any"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kv import kv, returned_cache
 from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
 from tiny_families import tiny_family
 
@@ -182,19 +183,19 @@ def test_a_prior_that_was_at_rest_knows_what_was_used(between: str) -> None:
         model = routing_matters()
         with recency_prior(model, "ema", 0.0) as prior, torch.inference_mode():
             output = model(PROMPT[:, :2], use_cache=True)
-            cache = output.past_key_values
+            cache = returned_cache(output)
             for place in range(2, 8):
                 if between == "crop" and place == 6:
                     cache.crop(-2)
                 elif between == "copy" and place == 6:
                     cache = deepcopy(cache)
                 elif between == "several tokens" and place == 6:
-                    model(LONGER[:, :3], past_key_values=cache)
-                model(LONGER[:, place : place + 1], past_key_values=cache)
+                    model(LONGER[:, :3], **kv(cache))
+                model(LONGER[:, place : place + 1], **kv(cache))
                 state = getattr(cache, _STATE)
                 if looks:
                     assert all(recency_BE.any() for recency_BE in state.recency)
             prior.set_gains(0.5)
-            logits = [model(LONGER[:, place : place + 1], past_key_values=cache).logits for place in range(8, 11)]
+            logits = [model(LONGER[:, place : place + 1], **kv(cache)).logits for place in range(8, 11)]
             found.append((torch.cat(logits), torch.stack(state.recency).clone()))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])

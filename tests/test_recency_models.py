@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kv import returned_cache
 from test_recency_masks import left_padded
 from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
 from tiny_models import model_class, moe_folders
@@ -53,7 +54,7 @@ def check_kept_at_rest(model: Any) -> None:
     with record_forward(model) as recorder:
         made = decode(model, LONGER, return_dict_in_generate=True, **FEW)
         ids_LTK = recorder.take()
-    state = getattr(made.past_key_values, _STATE)
+    state = getattr(returned_cache(made), _STATE)
     assert ids_LTK.shape[:2] == (len(state.recency), state.length)
     for recency_1E, ids_TK in zip(state.recency, ids_LTK, strict=True):
         expected_1E = torch.zeros_like(recency_1E)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kv import kv
 from test_recency_sequences import LONGER, PROMPT, chosen, routing_matters
 from torch import Tensor
 from transformers import DynamicCache
@@ -26,7 +27,7 @@ def cpu_prior(mode: str = "ema") -> RecencyPrior:
 
 def one_by_one(model: Any, cache: Any, ids: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(ids.shape[1])]
+        return [model(ids[:, t : t + 1], **kv(cache)).logits for t in range(ids.shape[1])]
 
 
 def test_at_rest_a_decode_step_is_answered_by_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +97,7 @@ def test_tokens_that_ran_without_the_prior_leave_a_gap() -> None:
         state.crop(5 + PROMPT.shape[1])
         assert_alike(state, before)
         cache.crop(-1 - PROMPT.shape[1])
-        assert torch.equal(chosen(model, LONGER[:, 5:], past_key_values=cache), whole[:, 5:])
+        assert torch.equal(chosen(model, LONGER[:, 5:], **kv(cache)), whole[:, 5:])
 
 
 def test_a_step_that_fails_at_rest_leaves_the_sequence_alone() -> None:
@@ -113,12 +114,12 @@ def test_a_step_that_fails_at_rest_leaves_the_sequence_alone() -> None:
         with pytest.raises(KeyError, match="luck"):
             one_by_one(model, cache, LONGER[:, 4:5])
         handle.remove()
-        assert torch.equal(chosen(model, LONGER[:, 4:], past_key_values=cache), whole[:, 4:])
+        assert torch.equal(chosen(model, LONGER[:, 4:], **kv(cache)), whole[:, 4:])
         assert getattr(cache, _STATE).length == LONGER.shape[1]
         installed.set_gains(0.4)
         expected = chosen(model, LONGER)
         cache.crop(1 - LONGER.shape[1])
-        assert torch.equal(chosen(model, LONGER[:, 1:], past_key_values=cache), expected[:, 1:])
+        assert torch.equal(chosen(model, LONGER[:, 1:], **kv(cache)), expected[:, 1:])
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

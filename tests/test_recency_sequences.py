@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kv import kv, returned_cache
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import DynamicCache
@@ -101,23 +102,23 @@ def test_every_way_to_decode_equals_decoding_without_a_cache(primed: Any, option
 def test_a_sequence_continues_with_its_cache(primed: Any) -> None:
     whole = chosen(primed, LONGER)
     cache = DynamicCache(config=primed.config)
-    parts = [chosen(primed, LONGER[:, begin:end], past_key_values=cache) for begin, end in ((0, 4), (4, 5), (5, 11))]
+    parts = [chosen(primed, LONGER[:, begin:end], **kv(cache)) for begin, end in ((0, 4), (4, 5), (5, 11))]
     assert torch.equal(torch.cat(parts, dim=1), whole)
     # A cache that the model itself made carries the state as well.
     with torch.no_grad():
-        made = primed(LONGER[:, :4]).past_key_values
-    assert torch.equal(chosen(primed, LONGER[:, 4:], past_key_values=made), whole[:, 4:])
+        made = returned_cache(primed(LONGER[:, :4]))
+    assert torch.equal(chosen(primed, LONGER[:, 4:], **kv(made)), whole[:, 4:])
 
 
 def test_copies_of_a_cache_go_their_own_ways(primed: Any) -> None:
     whole = chosen(primed, LONGER)
     cache = DynamicCache(config=primed.config)
-    chosen(primed, LONGER[:, :4], past_key_values=cache)
+    chosen(primed, LONGER[:, :4], **kv(cache))
     copied = copy.deepcopy(cache)
     other = torch.cat([LONGER[:, :4], PROMPT], dim=1)
-    assert torch.equal(chosen(primed, PROMPT, past_key_values=copied), chosen(primed, other)[:, 4:])
+    assert torch.equal(chosen(primed, PROMPT, **kv(copied)), chosen(primed, other)[:, 4:])
     assert isinstance(cache, DynamicCache) and isinstance(copied, DynamicCache)
-    assert torch.equal(chosen(primed, LONGER[:, 4:], past_key_values=cache), whole[:, 4:])
+    assert torch.equal(chosen(primed, LONGER[:, 4:], **kv(cache)), whole[:, 4:])
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -126,12 +127,12 @@ def test_a_cropped_cache_goes_back(primed: Any, padded: bool) -> None:
     mask[0, :2] = 0 if padded else 1
     cache = DynamicCache(config=primed.config)
     for begin, end in ((0, 6), (6, 9), (9, 10), (10, 11)):
-        chosen(primed, LONGER[:, begin:end], past_key_values=cache, attention_mask=mask[:, :end])
+        chosen(primed, LONGER[:, begin:end], **kv(cache), attention_mask=mask[:, :end])
     cache.crop(-4)
     kept = cache.get_seq_length()
     other = torch.cat([LONGER[:, :kept], PROMPT], dim=1)
     whole_mask = torch.cat([mask[:, :kept], torch.ones_like(PROMPT)], dim=1)
-    again = chosen(primed, PROMPT, past_key_values=cache, attention_mask=whole_mask)
+    again = chosen(primed, PROMPT, **kv(cache), attention_mask=whole_mask)
     assert torch.equal(again, chosen(primed, other, attention_mask=whole_mask)[:, kept:])
 
 
@@ -159,11 +160,11 @@ def test_a_long_history_is_cropped_to_the_bit() -> None:
 def test_batch_operations_of_the_cache_reach_the_recency(primed: Any) -> None:
     cache = DynamicCache(config=primed.config)
     batch = torch.cat([LONGER[:, :6], PROMPT])
-    chosen(primed, batch, past_key_values=cache)
+    chosen(primed, batch, **kv(cache))
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0]))
     cache.reorder_cache(torch.tensor([1, 0]))
-    found = chosen(primed, PROMPT.expand(2, -1), past_key_values=cache)
+    found = chosen(primed, PROMPT.expand(2, -1), **kv(cache))
     whole = chosen(primed, torch.cat([batch, PROMPT.expand(2, -1)], dim=1))
     layers, _, k = whole.shape
     rows = whole.reshape(layers, 2, -1, k)[:, :, batch.shape[1] :]
@@ -172,9 +173,9 @@ def test_batch_operations_of_the_cache_reach_the_recency(primed: Any) -> None:
 
 def test_a_reset_cache_starts_anew(primed: Any) -> None:
     cache = DynamicCache(config=primed.config)
-    first = chosen(primed, LONGER, past_key_values=cache)
+    first = chosen(primed, LONGER, **kv(cache))
     cache.reset()
-    assert torch.equal(chosen(primed, LONGER, past_key_values=cache), first)
+    assert torch.equal(chosen(primed, LONGER, **kv(cache)), first)
 
 
 def test_gradient_checkpointing_sees_the_same_choice() -> None:
@@ -227,7 +228,7 @@ def test_bad_values_leave_the_model_alone(model: Any, mode: str, gain: Any, deca
 def test_a_forward_that_fails_leaves_the_sequence_alone(primed: Any) -> None:
     whole = chosen(primed, LONGER)
     cache = DynamicCache(config=primed.config)
-    chosen(primed, LONGER[:, :4], past_key_values=cache)
+    chosen(primed, LONGER[:, :4], **kv(cache))
     kept = copy.deepcopy(cache)
 
     def fail(*_: Any) -> None:
@@ -238,10 +239,10 @@ def test_a_forward_that_fails_leaves_the_sequence_alone(primed: Any) -> None:
             failing = cache if place == "embed_tokens" else copy.deepcopy(kept)
             handle = primed.model.get_submodule(place).register_forward_pre_hook(fail)
             with pytest.raises(KeyError, match="luck"), torch.no_grad():
-                primed(LONGER[:, 4 : 4 + count], past_key_values=failing)
+                primed(LONGER[:, 4 : 4 + count], **kv(failing))
             handle.remove()
         assert torch.equal(chosen(primed, LONGER), whole)
-        assert torch.equal(chosen(primed, LONGER[:, 4:], past_key_values=copy.deepcopy(again)), whole[:, 4:])
+        assert torch.equal(chosen(primed, LONGER[:, 4:], **kv(copy.deepcopy(again))), whole[:, 4:])
 
 
 def test_residency_is_what_a_cache_writes(model: Any) -> None:

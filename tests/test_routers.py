@@ -21,7 +21,8 @@ from remoe_adapt.routers.spec import FAMILIES
 # Scoring family -> "folder:routers in its tiny language model/in the class that wraps all it has (where they differ)".
 _BY_FAMILY = {
     "sigmoid_bias": (
-        "afmoe:3 hy_v3:3 inkling:4 inkling2:4 laguna:3 lfm2_moe:2 minimax_m2:4 minimax_m3_vl:4 muse_spark:4 step3p7:1"
+        "afmoe:3 hy_v3:3 inkling:4 inkling2:4 inkling2_loop:4 laguna:3 lfm2_moe:2 minimax_m2:4 minimax_m3_vl:4 "
+        "muse_spark:4 step3p7:1"
     ),
     "topk_softmax": (
         "aria:4 cohere2_moe:4 gpt_oss:4 granitemoe:4 granitemoe_swa:4 granitemoehybrid:4 granitemoeshared:4 "
@@ -29,11 +30,11 @@ _BY_FAMILY = {
     ),
     "sigmoid_group": (
         "axk1:3 axk2:3 bailing_hybrid:3 beam:1 deepseek_v3:3 deepseek_v32:3 dots1:3 dots3_note:3/6 "
-        "exaone_moe:3 glm4_moe:3 glm4_moe_lite:3 glm4v_moe:3 glm5_next:1 glm_moe_dsa:3 hy_v4:3 kimi_linear:3 "
-        "mimo_v2_flash:3 nemotron_h:1 solar_open:4"
+        "exaone_moe:3 glm4_moe:3 glm4_moe_lite:3 glm4v_moe:3 glm5_next:1 glm_moe_dsa:3 hy_v4:3 hy_v4_vl:3 "
+        "kimi_linear:3 mimo_v2_flash:3 nemotron_h:1 solar_open:4"
     ),
     "softmax": (
-        "dbrx:4 deepseek_ocr2:3 diffusion_gemma:4/8 flex_olmo:4 gemma4:4 hunyuan_v1_moe:4 jamba:2 mellum:4 "
+        "dbrx:4 deepseek_ocr2:3 diffusion_gemma:4/8 flex_olmo:4 gemma4:4 hunyuan_v1_moe:4 jamba:2 lara_mini:4 mellum:4 "
         "minimax:4 mixtral:4 olmoe:4 qwen2_moe:4 qwen3_5_moe:4 qwen3_moe:4 qwen3_next:4 qwen3_omni_moe:4/8 "
         "qwen3_vl_moe:4 qwen4_exp:4 switch_transformers:8 unlimited_ocr:3"
     ),

@@ -23,6 +23,7 @@ from killed import killed_at_write
 pytest.importorskip("xllamacpp", reason="llama.cpp in this process (extra: llamacpp)")
 pytest.importorskip("gguf", reason="GGUF files (extra: export)")
 from gguf_writer import write_gguf
+from kv import kv, returned_cache
 from llama_child import LlamaChild
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from watched_server import PlayedSensors, quick
@@ -94,8 +95,8 @@ def test_a_swap_in_mid_generation_is_that_of_the_live_model(shipped: Shipped) ->
         for ids, strength in zip(pieces, strengths, strict=True):
             for name, value in shipped.family.live(strength, base).items():
                 weights[name].copy_(value)
-            found = shipped.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
-            cache = found.past_key_values
+            found = shipped.model(input_ids=ids[None], **kv(cache), use_cache=True)
+            cache = returned_cache(found)
             expected.append(found.logits[0].numpy())
         unswapped = shipped.model(input_ids=pieces.flatten()[None]).logits[0].numpy()
     routers = LiveRouters(shipped.first, shipped.family)

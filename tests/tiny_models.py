@@ -41,7 +41,7 @@ _BY_SIZE: tuple[tuple[int, str], ...] = (
     (NUM_EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts num_moe_experts"),
     (TOP_K, "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts"),
     (1, "topk_group first_k_dense_replace n_shared_experts num_nextn_predict_layers bos_token_id"),
-    (VOCAB, "vocab_size vocab_size_per_layer_input text_vocab_size"),
+    (VOCAB, "vocab_size vocab_size_per_layer_input text_vocab_size unpadded_vocab_size"),
     (64, "max_position_embeddings"),
     (0, "pad_token_id"),
 )
@@ -84,9 +84,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "glm5_next": {"qk_rope_head_dim": 0},
     "granitemoehybrid": {"mamba_n_heads": 4},
+    "hy_v4_vl": {
+        "HYV4VLConfig.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]},
+        "HYV4VLTextConfig.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]},
+    },
     # With fewer layers its vision tower needs scipy.
     "inkling": {"InklingVisionConfig.num_hidden_layers": 24, "InklingVisionConfig.n_layers": 24},
     "inkling2": {"text_hidden_size": HIDDEN},
+    "inkling2_loop": {"vision_config": {"model_type": "inkling2_vision", "text_hidden_size": HIDDEN}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "longcat_flash": {"head_dim": 4},
     "qwen3_omni_moe": {

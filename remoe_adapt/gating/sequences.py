@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from remoe_adapt.errors import RouterError
 from remoe_adapt.gating.prior import RecencyPrior, RestingTokens, Tokens
 from remoe_adapt.gating.reference import PADDING, RESTART
 from remoe_adapt.gating.state import RecencyState
+from remoe_adapt.libraries.kv_cache import (
+    cache_argument,
+    cache_length,
+    can_follow,
+    handed_cache,
+    is_counted,
+    returned_cache,
+)
 from remoe_adapt.notices import say_once
 
 _STATE = "remoe_recency"
-_CACHES = ("past_key_values", "cache_params")
 
 
 class SequenceHooks:
@@ -29,7 +37,7 @@ class SequenceHooks:
         self._prior, self._settle = prior, settle
         names = list(inspect.signature(text.forward).parameters)
         self._position = {name: index for index, name in enumerate(names)}
-        self._cache_name = next((name for name in _CACHES if name in self._position), _CACHES[0])
+        self._cache_name = cache_argument(text.forward)
         self._handles = (
             text.register_forward_pre_hook(self._before, with_kwargs=True),
             text.register_forward_hook(self._after, with_kwargs=True),
@@ -46,6 +54,12 @@ class SequenceHooks:
         position = self._position.get(name, len(args))
         return args[position] if position < len(args) else None
 
+    def _handed_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self._cache_name
+        if name is not None and (name in kwargs or self._position[name] < len(args)):
+            return self._argument(name, args, kwargs)
+        return handed_cache(kwargs)
+
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         shown = self._argument("input_ids", args, kwargs)
         if shown is None:
@@ -53,13 +67,18 @@ class SequenceHooks:
         if not isinstance(shown, Tensor) or shown.dim() < 2:
             return
         sequences, length = shown.shape[:2]
-        cache = self._argument(self._cache_name, args, kwargs)
+        cache = self._handed_cache(args, kwargs)
         if sequences == length == 1 and cache is not None and (known := self._known(cache)) is not None:
             self._prior.begin(RestingTokens(known))
             return
         self._settle()
         mask = self._argument("attention_mask", args, kwargs)
         positions = self._argument("position_ids", args, kwargs) if mask is None and cache is None else None
+        if cache is not None and self._prior.mode != "resident" and not can_follow(cache):
+            raise RouterError(
+                f"the recency prior {self._prior.mode!r} cannot follow a KV cache of type {type(cache).__name__}: "
+                'decode with one of transformers\' own (DynamicCache), or use the prior "resident", which needs none.'
+            )
         past = 0 if cache is None else _length(cache)
         flags_T = None if length == 1 else _flags(mask, positions, sequences, length, past)
         state = None
@@ -79,9 +98,9 @@ class SequenceHooks:
     def _after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tokens = self._prior.here.tokens
         if tokens is not None and tokens.state is None:
-            made = getattr(output, self._cache_name, None)
-            if made is not None and (state := tokens.made_state()) is not None:
-                state.is_counted = _is_counted(_length(made), made)
+            made = returned_cache(output)
+            if made is not None and can_follow(made) and (state := tokens.made_state()) is not None:
+                state.is_counted = is_counted(_length(made), made)
                 attach(made, state)
         self._prior.end()
 
@@ -149,7 +168,7 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Ten
         state = None
     if state is None:
         # A cache for compiled steps is never cropped.
-        past = length if _is_counted(length, cache) else None
+        past = length if is_counted(length, cache) else None
         state = prior.new_state(sequences, past or 0, croppable=past is not None)
         state.is_counted = past is not None
         attach(cache, state)
@@ -165,23 +184,9 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Ten
     return state
 
 
-def _is_counted(length: int | Tensor | None, cache: Any) -> TypeGuard[int]:
-    """Whether this cache tells its length as a number, as those for compiled steps do not."""
-    return isinstance(length, int) and not getattr(cache, "is_compileable", False)
-
-
 def _length(cache: Any) -> int | Tensor | None:
-    """Tokens in the cache; a tensor where only the device knows, None where nothing counts them."""
     state = getattr(cache, _STATE, None)
-    if (state is None or not state.is_counted) and getattr(cache, "is_compileable", False):
-        for layer in getattr(cache, "layers", ()):
-            if isinstance(found := getattr(layer, "cumulative_length", None), Tensor):
-                return found if layer.is_initialized else 0
-    try:
-        found = cache.get_seq_length()
-    except (AttributeError, ValueError):  # only linear-attention layers
-        return None
-    return found if isinstance(found, Tensor) else int(found)
+    return cache_length(cache, as_number=state is not None and state.is_counted)
 
 
 def attach(cache: Any, state: RecencyState) -> None:

@@ -1,6 +1,6 @@
 """The only table of architecture facts: what a router class does that its attributes do not say.
 
-Keys are router class names of transformers 5.17 - 5.23, read off their forwards. Sizes, K, scaling factors, group
+Keys are router class names of transformers 5.17 - 5.24, read off their forwards. Sizes, K, scaling factors, group
 counts and `norm_topk_prob` are not here: they are read from the live module. A class that is not listed is read by
 `infer.py`.
 """
@@ -102,6 +102,7 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
     (replace(SOFTMAX_RENORMALISED, weights_dtype="fp32"), "MiniMaxTopKRouter MixtralTopKRouter"),
     (replace(SOFTMAX_RENORMALISED, product="weight_dtype"), "HunYuanMoEV1Gate"),
     (replace(SOFTMAX, normalize=False, weights_dtype="hidden"), "JambaTopKRouter"),
+    (replace(SOFTMAX, product="fp32", weights_dtype="hidden"), "LaraMiniTopKRouter"),
     (GEMMA, "Gemma4TextRouter DiffusionGemmaTextRouter"),
     (replace(SOFTMAX, normalize=True, returns=("logits",)), "DbrxRouter"),
     (
@@ -145,8 +146,8 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
         SIGMOID_GROUP,
         "AXK1TopkRouter BailingHybridTopkRouter BeamTopKRouter DeepseekV3TopkRouter DeepseekV32TopkRouter "
         "Dots1TopkRouter Dots3NoteTextTopkRouter ExaoneMoeTopkRouter Glm4MoeTopkRouter Glm4MoeLiteTopkRouter "
-        "Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter KimiLinearTopkRouter "
-        "MiMoV2FlashTopkRouter NemotronHTopkRouter SolarOpenTopkRouter",
+        "Glm4vMoeTextTopkRouter Glm5NextTextTopkRouter GlmMoeDsaTopkRouter HYV4TopkRouter HYV4VLTopkRouter "
+        "KimiLinearTopkRouter MiMoV2FlashTopkRouter NemotronHTopkRouter SolarOpenTopkRouter",
     ),
     (replace(SIGMOID_GROUP, group_fill=0.0), "AXK2TopkRouter"),
     (
@@ -159,7 +160,7 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
         "MuseSparkTopkRouter",
     ),
     (replace(SIGMOID_BIAS, normalize_eps=_TINY), "DeepseekV4TopKRouter"),
-    (replace(SIGMOID_BIAS, normalize_eps=_TINY, product="fp32"), "Inkling2TopKRouter"),
+    (replace(SIGMOID_BIAS, normalize_eps=_TINY, product="fp32"), "Inkling2TopKRouter Inkling2LoopTopKRouter"),
     (replace(SIGMOID_BLOCK_BIAS, product="weight_dtype", weights_dtype="fp32"), "MiniMaxM2TopKRouter"),
     (replace(SIGMOID_BLOCK_BIAS, normalize_eps=_TINY, product="fp32"), "HYV3TopKRouter Dots3NoteVisionTopKRouter"),
     (
@@ -234,6 +235,7 @@ _VARIANTS: dict[str, Callable[..., Facts | Refusal]] = {
     "Cohere2MoeTopKRouter": _cohere2,
     "DeepseekV4TopKRouter": _score_function,
     "Inkling2TopKRouter": _score_function,
+    "Inkling2LoopTopKRouter": _score_function,
     "Lfm2MoeTopKRouter": _lfm2,
 }
 
