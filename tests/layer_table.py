@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pressure.policy",
         "pressure.governor",
     ),
-    ("libraries", "libraries.kv_cache"),
+    ("libraries", "libraries.kv_cache", "libraries.patching"),
     (
         "triton_kernels.*",
         "routers.spec",
@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gating.forward",
         "gating.sequences",
         "routers.discover",
+        "gating.proof",
         "gating.install",
         "routers.fingerprint",
         "routers",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -11,9 +12,13 @@ from remoe_adapt.errors import RouterError
 from remoe_adapt.gating.dispatch import LayerGate, backend
 from remoe_adapt.gating.forward import RouterForward, router_forward
 from remoe_adapt.gating.prior import DECAY, RecencyPrior, check_prior, checked_gains
+from remoe_adapt.gating.proof import why_without_effect
 from remoe_adapt.gating.sequences import SequenceHooks, text_model
+from remoe_adapt.libraries.kv_cache import CONTINUOUS_BATCHING, unknown_cache_argument
+from remoe_adapt.libraries.patching import Override
 from remoe_adapt.notices import say_once
 from remoe_adapt.routers.discover import discover_routers
+from remoe_adapt.routers.spec import RouterRef
 
 # Where accelerate's hooks keep the forward that they wrap.
 _WRAPPED = "_old_forward"
@@ -26,8 +31,10 @@ class InstalledPrior:
     routers of the model, `own_forward` maps the names of the others to the reason.
 
     Raises RouterNotFoundError and UnsupportedRouterError as `discover_routers`, ConfigError for a bad mode or decay,
-    RouterError when the model has a prior already. The model is unchanged then. Routers whose gating the op cannot
-    express keep their own forward, without the prior; that is logged once.
+    RouterError when the model has a prior already, or when a trial of three tokens shows that the prior does not act
+    (`proof.py`). The model is unchanged then. Routers whose gating the op cannot express, and some of several on which
+    the prior does not act, keep their own forward, without the prior; that is logged once. With "ema" and "last",
+    continuous batching is refused (`generate_batch`): it packs requests into one row, over a cache of its own.
     """
 
     def __init__(self, model: nn.Module, mode: str, decay: float = DECAY) -> None:
@@ -37,20 +44,53 @@ class InstalledPrior:
         self.num_routers = len(refs)
         self.own_forward: dict[str, str] = {}
         self.layers: list[int] = []
-        self._forwards: list[RouterForward] = []
         self._before: list[tuple[nn.Module, str, object]] = []
+        self._hooks: list[SequenceHooks] = []
+        self._overrides: list[Override] = []
+        found: dict[int, RouterForward] = {}
         for place, ref in enumerate(refs):
             if isinstance(_forward_of(ref.module), RouterForward):
                 raise RouterError(f"router {ref.name} has a recency prior already: remove that one first.")
-            found = _without_sequences(owners[place], owners) or router_forward(ref)
-            if isinstance(found, RouterForward):
-                self.layers.append(place)
-                self._forwards.append(found)
+            forward = _without_sequences(owners[place], owners, mode) or router_forward(ref)
+            if isinstance(forward, RouterForward):
+                found[place] = forward
             else:
-                self.own_forward[ref.name] = found
+                self.own_forward[ref.name] = forward
+        self._install(refs, owners, found, mode, decay)
+        faults = self._faults(refs, owners)
+        if faults:
+            self.enable(False)
+            if len(faults) == len(found):
+                place, fault = next(iter(faults.items()))
+                raise RouterError(
+                    f"a recency prior does not act on {type(model).__name__}: {refs[place].name}: {fault}. "
+                    "`remoe doctor --contracts` tells whether the installed libraries are the reason."
+                )
+            self.own_forward |= {
+                refs[place].name: f"the prior would not act: {fault}" for place, fault in faults.items()
+            }
+            kept = {place: forward for place, forward in found.items() if place not in faults}
+            self._install(refs, owners, kept, mode, decay)
+        if mode != "resident" and self.layers:
+            self._overrides = refuse_continuous_batching(model, mode)
+        for reason in sorted(set(self.own_forward.values())):
+            names = [name for name, why in self.own_forward.items() if why == reason]
+            say_once(
+                f"{len(names)} of {len(refs)} routers of {type(model).__name__} keep their own forward, without the "
+                f"recency prior (first {names[0]}): {reason}."
+            )
+
+    def _install(
+        self,
+        refs: Sequence[RouterRef],
+        owners: Sequence[nn.Module | None],
+        found: dict[int, RouterForward],
+        mode: str,
+        decay: float,
+    ) -> None:
+        self.layers, self._forwards = list(found), list(found.values())
         covered = [refs[place] for place in self.layers]
         self.prior = RecencyPrior(mode, [(ref.weight_ED.device, ref.spec.num_experts) for ref in covered], decay)
-        self._hooks: list[SequenceHooks] = []
         self._texts = list({id(text): text for place in self.layers if (text := owners[place]) is not None}.values())
         if covered:
             for layer, forward in enumerate(self._forwards):
@@ -58,12 +98,20 @@ class InstalledPrior:
                 forward.watch(gate.own, layer)
             self._set_routes()
             self.enable(True)
-        for reason in sorted(set(self.own_forward.values())):
-            names = [name for name, why in self.own_forward.items() if why == reason]
-            say_once(
-                f"{len(names)} of {len(refs)} routers of {type(model).__name__} keep their own forward, without the "
-                f"recency prior (first {names[0]}): {reason}."
-            )
+
+    def _faults(self, refs: Sequence[RouterRef], owners: Sequence[nn.Module | None]) -> dict[int, str]:
+        """Routers on which the prior does not act though it is installed, by place among all, and why."""
+        covered = [refs[place] for place in self.layers]
+        faults: dict[int, str] = {}
+        try:
+            for text in self._texts:
+                own = [layer for layer, place in enumerate(self.layers) if owners[place] is text]
+                for layer, fault in why_without_effect(text, covered, own, self.prior).items():
+                    faults[self.layers[layer]] = fault
+        except BaseException:  # a Ctrl-C
+            self.enable(False)
+            raise
+        return faults
 
     def set_gains(self, gain: float | Sequence[float]) -> None:
         """One gain for all routers of the model, or one each; those without the prior ignore theirs.
@@ -108,7 +156,9 @@ class InstalledPrior:
     def remove(self) -> None:
         """Every router runs its class's own forward again, for good."""
         self.enable(False)
-        self._forwards, self._texts = [], []
+        for override in self._overrides:
+            override.undo()
+        self._forwards, self._texts, self._overrides = [], [], []
 
 
 @contextmanager
@@ -132,10 +182,35 @@ def _forward_of(module: nn.Module) -> object:
     return own.get(_WRAPPED, own.get("forward"))
 
 
-def _without_sequences(owner: nn.Module | None, owners: Sequence[nn.Module | None]) -> str | None:
+def refuse_continuous_batching(model: nn.Module, mode: str) -> list[Override]:
+    """From now on, until undone, the ways into continuous batching raise RouterError."""
+    return [
+        Override(module, name, _Refused(name, mode))
+        for module in model.modules()
+        for name in CONTINUOUS_BATCHING
+        if callable(getattr(type(module), name, None))
+    ]
+
+
+class _Refused:
+    """Around a method that would run without the prior's memory; picklable, as a copied model takes it along."""
+
+    def __init__(self, name: str, mode: str) -> None:
+        self._name, self._mode = name, mode
+
+    def __call__(self, _original: Callable[..., Any], *_args: Any, **_kwargs: Any) -> Any:
+        raise RouterError(
+            f"{self._name} packs the tokens of all requests into one row over a paged cache, where the recency prior "
+            f'{self._mode!r} cannot follow a sequence: use generate, the prior "resident", or take the prior off.'
+        )
+
+
+def _without_sequences(owner: nn.Module | None, owners: Sequence[nn.Module | None], mode: str) -> str | None:
     """Why nobody knows the sequences of a router's tokens; `owner` is the module around it that is called with them."""
     if owner is None:
         return "no part of the model around it is called with input_ids or inputs_embeds"
+    if mode != "resident" and (name := unknown_cache_argument(owner.forward)) is not None:
+        return f"{type(owner).__name__} takes its KV cache as {name!r}, a name that is not known here"
     inner = {id(module) for module in owner.modules() if module is not owner}
     if any(id(other) in inner for other in owners):
         return "it is beside the text model, so the sequences of its tokens are not known"

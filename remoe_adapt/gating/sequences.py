@@ -74,13 +74,15 @@ class SequenceHooks:
         self._settle()
         mask = self._argument("attention_mask", args, kwargs)
         positions = self._argument("position_ids", args, kwargs) if mask is None and cache is None else None
-        if cache is not None and self._prior.mode != "resident" and not can_follow(cache):
+        followed = cache is None or can_follow(cache)
+        if not followed and self._prior.mode != "resident":
             raise RouterError(
                 f"the recency prior {self._prior.mode!r} cannot follow a KV cache of type {type(cache).__name__}: "
                 'decode with one of transformers\' own (DynamicCache), or use the prior "resident", which needs none.'
             )
-        past = 0 if cache is None else _length(cache)
-        flags_T = None if length == 1 else _flags(mask, positions, sequences, length, past)
+        past = 0 if cache is None or not followed else _length(cache)
+        # The columns of a paged cache's mask are no positions, so it tells no padding.
+        flags_T = None if length == 1 or not followed else _flags(mask, positions, sequences, length, past)
         state = None
         if cache is not None and self._prior.mode != "resident":
             state = _state_of(cache, self._prior, sequences, past)
