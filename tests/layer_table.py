@@ -27,7 +27,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "pressure.policy",
         "pressure.governor",
     ),
-    ("libraries", "libraries.kv_cache", "libraries.patching"),
+    (
+        "libraries.table",
+        "libraries.kv_cache",
+        "libraries.patching",
+        "libraries.of_transformers",
+        "libraries.of_peft",
+        "libraries",
+    ),
     (
         "triton_kernels.*",
         "routers.spec",

@@ -1,0 +1,152 @@
+"""What we rely on in PEFT and in torch's modules, row by row; see `table`."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from remoe_adapt.libraries.table import hold, relied_on
+
+
+def _small() -> Any:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = {"model_type": "custom"}
+            self.gate = nn.Linear(4, 3, bias=False)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.gate(hidden)
+            return logits
+
+    return Small()
+
+
+@relied_on(
+    "peft",
+    "PeftType is a str enum whose members are looked up in _member_map_ and _value2member_map_, and takes one more; "
+    "register_peft_method fills the two mappings.",
+    "tuner/__init__.py doctor.py",
+    names="peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING "
+    "peft.utils.register_peft_method peft.utils.PeftType",
+    interposes="PeftType gains the member REMOE (for the life of the process)",
+)
+def adapter_type() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType, register_peft_method
+
+    hold(issubclass(PeftType, str) and issubclass(PeftType, enum.Enum), "PeftType is no str enum any more.")
+    for name in ("_member_names_", "_member_map_", "_value2member_map_"):
+        hold(hasattr(PeftType, name), f"this Python's enum has no {name}.")
+    if "REMOE" in PeftType.__members__:
+        hold(PeftType("REMOE") is PeftType["REMOE"], "PeftType('REMOE') is another object than PeftType['REMOE'].")
+    wanted = {"name", "config_cls", "model_cls"}
+    hold(wanted <= set(inspect.signature(register_peft_method).parameters), "register_peft_method takes other names.")
+    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
+        hold(PeftType.LORA in mapping, "PEFT's mappings from types to classes are keyed by something else.")
+
+
+@relied_on(
+    "peft",
+    "PeftConfig.from_pretrained is one class method for all types, found on PeftConfigMixin.",
+    "tuner/__init__.py tuner/config.py",
+    names="peft.config.PeftConfig peft.config.PeftConfigMixin",
+    interposes="PeftConfigMixin.from_pretrained also checks the weights of REMOE adapters (for the process)",
+)
+def config_reading() -> None:
+    from peft.config import PeftConfig, PeftConfigMixin
+
+    hold(issubclass(PeftConfig, PeftConfigMixin), "PeftConfig does not derive from PeftConfigMixin any more.")
+    hold("from_pretrained" not in vars(PeftConfig), "PeftConfig reads itself, past PeftConfigMixin.from_pretrained.")
+    found = vars(PeftConfigMixin).get("from_pretrained")
+    hold(isinstance(found, classmethod), "PeftConfigMixin.from_pretrained is no class method.")
+    taken = set(inspect.signature(PeftConfigMixin.from_pretrained).parameters)
+    hold({"pretrained_model_name_or_path", "subfolder"} <= taken, f"PeftConfigMixin.from_pretrained takes {taken}.")
+
+
+@relied_on(
+    "peft",
+    "BaseTuner injects through these methods, and a tuner layer tells its state by these names.",
+    "tuner/model.py tuner/layer.py tuner/targets.py tuner/combine.py tuner/mixed_batch.py tuner/beside.py",
+    names="peft.tuners.tuners_utils.BaseTuner peft.tuners.tuners_utils.BaseTunerLayer "
+    "peft.tuners.tuners_utils.check_target_module_exists peft.tuners.tuners_utils.onload_layer "
+    "peft.tuners.tuners_utils.check_adapters_to_merge peft.utils.AuxiliaryTrainingWrapper "
+    "peft.utils.ModulesToSaveWrapper peft.utils.INCLUDE_LINEAR_LAYERS_SHORTHAND peft.utils.SAFETENSORS_WEIGHTS_NAME "
+    "peft.utils.CONFIG_NAME peft.utils.constants.DUMMY_TARGET_MODULES",
+    interposes="each adapted router module is replaced by a RemoeLayer around it (unload and delete_adapter put it "
+    "back); its __call__ skips torch's hooks while the module itself has none",
+)
+def tuner_layers() -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import (
+        BaseTuner,
+        BaseTunerLayer,
+        check_adapters_to_merge,
+        check_target_module_exists,
+        onload_layer,
+    )
+    from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    for name in ("_prepare_adapter_config", "_prepare_model", "inject_adapter", "_create_and_replace", "set_adapter"):
+        hold(callable(getattr(BaseTuner, name, None)), f"BaseTuner has no {name} any more.")
+    for helper in (check_adapters_to_merge, check_target_module_exists, onload_layer):
+        hold(callable(helper), f"{helper} cannot be called.")
+    hold(issubclass(ModulesToSaveWrapper, AuxiliaryTrainingWrapper), "modules_to_save are wrapped by another class.")
+    hold(isinstance(INCLUDE_LINEAR_LAYERS_SHORTHAND, str), "the name for all linear layers is no string.")
+    hold(isinstance(DUMMY_TARGET_MODULES, str), "the name for no target at all is no string.")
+    model: Any = get_peft_model(_small(), LoraConfig(target_modules=["gate"]))
+    layer = model.base_model.model.gate
+    hold(isinstance(layer, BaseTunerLayer), "an adapted module is no BaseTunerLayer.")
+    hold(layer._disable_adapters is False and layer.merged_adapters == [], "a tuner layer keeps its state otherwise.")
+    hold(layer.active_adapters == ["default"], "a tuner layer names its active adapters otherwise.")
+    hold(set(layer._get_available_adapters()) == {"default"}, "a tuner layer lists its adapters otherwise.")
+    with model.disable_adapter():
+        hold(layer._disable_adapters is True, "disable_adapter does not switch the tuner layers off.")
+    hold(layer._disable_adapters is False, "disable_adapter does not switch the tuner layers on again.")
+
+
+@relied_on(
+    "peft",
+    "A PeftModel saves adapters under `base_model.model.` without the adapter's name, hands unknown attributes to its "
+    "base, and gives the base with get_base_model.",
+    "tuner/checks.py family_files.py export/lora.py runtime/load.py",
+    interposes="save_pretrained of a dialled model and of its base, and their attribute `controller` "
+    "(controller.close takes them off)",
+)
+def saved_names() -> None:
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    base = _small()
+    base.note = "kept"
+    model: Any = get_peft_model(base, LoraConfig(target_modules=["gate"]))
+    keys = set(get_peft_model_state_dict(model))
+    wanted = {"base_model.model.gate.lora_A.weight", "base_model.model.gate.lora_B.weight"}
+    hold(keys == wanted, f"an adapter is saved as {sorted(keys)}, not as {sorted(wanted)}.")
+    hold(model.note == "kept" and model.get_base_model() is base, "a PeftModel does not hand on what its base has.")
+
+
+@relied_on(
+    "torch",
+    "A module's own hooks are in _forward_hooks, _forward_pre_hooks, _backward_hooks and _backward_pre_hooks; "
+    "functional_call runs it on other weights; _foreach_copy_ writes in place.",
+    "tuner/layer.py runtime/swap.py gating/forward.py",
+    interposes="atexit and fork handlers, and mallopt, of the process (runtime/monitor.py, forks.py, host_memory.py)",
+)
+def modules() -> None:
+    module = nn.Linear(2, 2, bias=False)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        hold(not getattr(module, name), f"a module without hooks has something in {name}.")
+    module.register_forward_hook(lambda *_: None)
+    hold(module._forward_hooks, "a forward hook is not in _forward_hooks.")
+    weight = torch.ones(2, 2)
+    found = torch.func.functional_call(module, {"weight": weight}, (torch.ones(1, 2),))
+    hold(torch.equal(found, torch.full((1, 2), 2.0)), "functional_call does not use the weights that it is given.")
+    live = torch.zeros(2, 2)
+    pointer = live.data_ptr()
+    torch._foreach_copy_([live], [weight])
+    hold(torch.equal(live, weight) and live.data_ptr() == pointer, "_foreach_copy_ does not write in place.")
