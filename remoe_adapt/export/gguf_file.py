@@ -29,7 +29,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 UINT16, INT32 = 2, 5
 # Bounds on what a header may claim: the largest of today, of vocabularies of 260,000 tokens, have 20 MB.
-MAX_HEADER_BYTES, MAX_ITEMS, _MAX_DIMENSIONS, _MAX_ALIGNMENT = 128 << 20, 1 << 17, 4, 1 << 20
+MAX_HEADER_BYTES, MAX_ITEMS, _MAX_TEXTS, _MAX_DIMENSIONS, _MAX_ALIGNMENT = 128 << 20, 1 << 17, 1 << 22, 4, 1 << 20
 # Tensor types as ggml numbers them: number -> (values of a block, bytes of a block).
 BLOCKS: dict[int, tuple[int, int]] = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84),
@@ -187,12 +187,15 @@ def shard_paths(path: Path) -> list[Path]:
     number, count, shown = int(match["number"]), int(match["count"]), printable(path)
     if not 1 <= number <= count:
         raise ExportError(f"{shown} is named part {number} of {count}, which cannot be: give the file its name back.")
-    paths = [path.with_name(shard_name(match["stem"], part, count)) for part in range(1, count + 1)]
     if number != 1:
-        raise ExportError(f"{shown} is a later part of a split GGUF: give the first, {printable(paths[0].name)}.")
-    missing = next((part.name for part in paths if not is_file(part)), None)
-    if missing is not None:
-        raise ExportError(f"{shown} is a split GGUF whose part {printable(missing)} is not beside it: fetch it too.")
+        first = printable(shard_name(match["stem"], 1, count))
+        raise ExportError(f"{shown} is a later part of a split GGUF: give the first, {first}.")
+    paths = [path]
+    for later in range(2, count + 1):
+        paths.append(part := path.with_name(shard_name(match["stem"], later, count)))
+        if not is_file(part):
+            name = printable(part.name)
+            raise ExportError(f"{shown} is a split GGUF whose part {name} is not beside it: fetch it too.")
     return paths
 
 
@@ -260,12 +263,7 @@ class _Reader:
             return self.unpack(self._code(kind))
         of, count = self.unpack("I"), self.unpack("Q")
         if of == _STRING:
-            unpack, data = struct.Struct("<Q").unpack_from, self._data
-            for _ in range(count):
-                self._need(8)
-                size: int = unpack(data, self.position)[0]
-                self._need(8 + size)
-                self.position += 8 + size
+            self._pass_texts(count)
         elif of == _ARRAY:
             raise EOFError(f"a list of lists at byte {self.position}, which no engine reads")
         else:
@@ -273,6 +271,18 @@ class _Reader:
             self._need(size)
             self.position += size
         return None
+
+    def _pass_texts(self, count: int) -> None:
+        if count > _MAX_TEXTS:
+            raise EOFError(f"a list of {count} texts at byte {self.position}")
+        unpack, data, position = struct.Struct("<Q").unpack_from, self._data, self.position
+        for _ in range(count):
+            if position + 8 > len(data):
+                self.position = position
+                self._need(8)
+            position += 8 + unpack(data, position)[0]
+        self.position = position
+        self._need(0)
 
     def slice(self, start: int) -> bytes:
         return bytes(memoryview(self._data)[start : self.position])

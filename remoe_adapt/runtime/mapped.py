@@ -18,8 +18,8 @@ from remoe_adapt.untrusted import printable
 _LOOK_S = 2.0
 # begin-end of the addresses, rights, offset in the file, device, inode, name; of anonymous memory, no name.
 _LINE = re.compile(
-    r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (?P<device>[0-9a-f]+:[0-9a-f]+) (?P<inode>[0-9]+)(?: +(?P<name>.+))?",
-    re.A,
+    r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (?P<device>[0-9a-f]+:[0-9a-f]+) (?P<inode>[0-9]+)(?: +(?P<name>.+)| *)",
+    re.ASCII,
 )
 
 
@@ -50,7 +50,7 @@ def covers(spans: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) 
 
 
 def mapped_by(path: Path, proc: Path = PROC) -> list[int]:
-    """Processes that map any of the file, as far as this user may know."""
+    """Processes that map any of the file, as far as this user may know. Raises ConfigError when it is gone."""
     found = []
     for pid in psutil.pids():
         try:
@@ -73,7 +73,11 @@ class MappingProcess(FollowedProcess):
         if now_s < self._next_s:
             return None
         self._next_s = now_s + _LOOK_S
-        pids = mapped_by(self._path)
+        try:
+            pids = mapped_by(self._path)
+        except ConfigError as error:
+            self.why_unknown = str(error)
+            return None
         several = f"several processes map {printable(self._path)} ({', '.join(map(str, pids))}): give --pid of one"
         self.why_unknown = "" if len(pids) == 1 else several if pids else f"no process maps {printable(self._path)}"
         return pids[0] if len(pids) == 1 else None
