@@ -129,32 +129,27 @@ def _all_or_nothing(model: GgufModel) -> Iterator[None]:
 
     Raises ExportError when even that fails.
     """
-    found = [(file, model.originals(file.path), model.undos.get(file.path)) for file in model.files]
-    states = {file.path: undo.state(file) for file, undo in model.undone()}
+    found = [(file, pieces) for file in model.files if (pieces := model.originals(file.path))]
+    patched = [(file, undo) for file, undo in model.undone() if undo.state(file) == "patched"]
     try:
         yield
     except BaseException as error:
         try:
-            for file, originals, undo in found:
-                if originals:
-                    write_at(file.path, model.placed(originals, file.path))
-                    _leave(file, undo, states.get(file.path, ""))
+            for file, originals in found:
+                write_at(file.path, model.placed(originals, file.path))
+                undo = model.undos.get(file.path)
+                if undo is None:
+                    undo_path(file.path).unlink(missing_ok=True)
+                elif Undo.beside(file, {name: len(data) for name, data in originals.items()}) != undo:
+                    Undo.write(file, undo.originals, undo.new, undo.strength)
+            for file, undo in patched:
+                undo.put(file, undo.new or undo.originals)
         except OSError as second:
             raise ExportError(
                 f"{printable(model.path)} could be neither changed ({printable(error)}) nor put back "
                 f"({printable(second)}): run `remoe export gguf {printable(model.path)} --undo` when the disk works."
             ) from error
         raise
-
-
-def _leave(file: GgufFile, undo: Undo | None, state: str) -> None:
-    """The undo file as it was found, and what it had written to the file, which holds its originals now."""
-    if undo is None:
-        undo_path(file.path).unlink(missing_ok=True)
-        return
-    Undo.write(file, undo.originals, undo.new, undo.strength)
-    if state == "patched" and undo.new is not None:
-        undo.put(file, undo.new)
 
 
 def _result(model: GgufModel, family: Family, strength: float, out: str) -> dict[str, Any]:
