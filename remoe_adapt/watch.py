@@ -224,9 +224,7 @@ class FamilyPoints:
         if STRENGTH_KEY in values:
             if values.get(FINGERPRINT_KEY) != self.fingerprint:
                 return None
-            stated = values[STRENGTH_KEY]
-            if not isinstance(stated, float):
-                return None
+            stated = float(values[STRENGTH_KEY])
             return next((s for s in self.strengths if abs(s - stated) < _SAME_STRENGTH), None)
         exported = {Family.adapter_name(strength): strength for strength in self.strengths}
         return exported.get(file.stem)

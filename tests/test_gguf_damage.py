@@ -83,6 +83,7 @@ def test_a_file_cut_inside_its_last_tensor_is_refused_and_missing_padding_is_not
         (RawTensor("output.weight", (1 << 40, 32), b"x" * 34, 8), "inside tensor output.weight"),
         (RawTensor("output.weight", (1, 32), b"x" * 34, 8, 17), "no multiple of 32"),
         (RawTensor("output.weight", (1, 33), b"x" * 64, 8), "no multiple of 32"),
+        (RawTensor("output.weight", (0, 32), b"", 8, 64), "output.weight is empty"),
         (RawTensor("output.weight", (1, 32), b"x" * 34, 99), "ggml type 99, which is not known"),
         (RawTensor("output.weight", (1, 1, 1, 1, 32), b"x" * 34, 8), "5 dimensions"),
         (RawTensor(router(0), (EXPERTS, HIDDEN), b"x" * 128), f"{router(0)} stands in it twice"),

@@ -361,3 +361,32 @@ class TestLive:
             routers.close(keep=False)
         undo_in_place(first)  # the lock is free
         assert files(first.parent) == before
+
+
+def test_names_beside_it_that_look_like_drafts_are_no_hindrance(model: Path, family: Family, tmp_path: Path) -> None:
+    """As a repository may hold them: no process has such a number, and links are not followed."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "mine").write_text("mine")
+    (tmp_path / f".{undo_path(model).name}.{'9' * 40}.tmp").write_text("x")
+    (tmp_path / f".{undo_path(model).name}.999999999.tmp").symlink_to(kept)
+    patch_in_place(model, family, 1.0)
+    undo_in_place(model)
+    assert (kept / "mine").read_text() == "mine"
+
+
+def test_an_interrupt_leaves_nothing_of_an_export(model: Path, family: Family) -> None:
+    split = Path(split_gguf(model, family, 0.0, model.parent / "split" / "m.gguf")["out"])
+    before, out = files(model.parent), model.parent / "new" / "o.gguf"
+
+    def interrupt(count: int) -> None:
+        raise KeyboardInterrupt
+
+    for work in (
+        lambda: export_gguf(model, family, 1.0, out, on_bytes=interrupt),
+        lambda: export_gguf(split, family, 1.0, out, on_bytes=interrupt),
+        lambda: split_gguf(model, family, 1.0, out, on_bytes=interrupt),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert files(model.parent) == before and not out.parent.exists()

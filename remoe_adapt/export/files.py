@@ -163,11 +163,11 @@ def sync(path: Path) -> None:
 def _draft(out: Path) -> Path:
     """A name beside `out`; what killed processes left there under such names is removed."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    pattern = re.compile(re.escape(f".{out.name}.") + r"(\d+)\.tmp")
+    pattern = re.compile(re.escape(f".{out.name}.") + r"([0-9]{1,9})\.tmp")
     for path in out.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match and not _runs(int(match[1])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return out.with_name(f".{out.name}.{os.getpid()}.tmp")
 
 

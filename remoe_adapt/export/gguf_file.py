@@ -148,7 +148,7 @@ class GgufFile:
         if infos and data + max(offset for *_, offset in infos) >= self.size:
             where = f"ends at byte {self.size}, before its last tensor"
             raise ExportError(f"{printable(self.path)} {where}: fetch it again.")
-        order = sorted(range(len(infos)), key=lambda number: (infos[number][3], sizes[number]))
+        order = sorted(range(len(infos)), key=lambda number: infos[number][3])
         spans = [0] * len(infos)
         for number, following in zip(order, [*order[1:], None], strict=bool(order)):
             name, start = printable(infos[number][0]), data + infos[number][3]
@@ -171,6 +171,8 @@ class GgufFile:
                 "it cannot be told whether the file is whole: use a newer remoe-adapt, or a GGUF of another type."
             )
         values, block_bytes = BLOCKS[kind]
+        if 0 in shape:
+            raise self._damaged(f"tensor {printable(name)} is empty")
         if shape and shape[-1] % values:
             raise self._damaged(f"the rows of tensor {printable(name)} are {shape[-1]} long, no multiple of {values}")
         return prod(shape) * block_bytes // values

@@ -191,7 +191,7 @@ class GgufModel:
             self._check_shape(tensor, (experts,))
 
     def _check_shape(self, tensor: GgufTensor, expected: tuple[int, ...]) -> None:
-        if tensor.shape != expected or not tensor.size:
+        if tensor.shape != expected:
             raise ExportError(
                 f"{printable(self.path)}: {tensor.name} is {list(tensor.shape)}, its metadata says {list(expected)}."
             )
