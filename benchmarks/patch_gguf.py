@@ -8,8 +8,12 @@ from pathlib import Path
 
 from remoe_adapt.bench.patching import run_patching
 from remoe_adapt.bench.results import append_row, environment
+from remoe_adapt.errors import RemoeError
 
 if __name__ == "__main__":
-    result = run_patching(float(sys.argv[1]) if len(sys.argv) > 1 else 3.0)
+    try:
+        result = run_patching(float(sys.argv[1]) if len(sys.argv) > 1 else 3.0)
+    except (RemoeError, ValueError) as error:  # ValueError: no number
+        sys.exit(f"error: {error}")
     append_row(Path(__file__).parent / "results" / "patch_gguf.csv", {**environment(), **result})
     print(json.dumps(result))

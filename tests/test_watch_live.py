@@ -165,7 +165,8 @@ def test_files_that_are_not_routers_alone_are_refused(shipped: Shipped, tmp_path
     first, rest = GgufFile(shipped.first), GgufFile(second)
     more, entries = [*first.tensors, rest.tensors[0]], list(first.entries.values())
     gguf_split._write(tmp_path / first.path.name, first, entries, more, {}, ignore_bytes)
-    os.link(second, tmp_path / second.name)
+    entries = list(rest.entries.values())
+    gguf_split._write(tmp_path / second.name, rest, entries, rest.tensors[1:], {}, ignore_bytes)
     with pytest.raises(ConfigError, match=rf"holds more than routers \({rest.tensors[0].name}\)"):
         LiveRouters(tmp_path / first.path.name, shipped.family)
     linked = tmp_path / "linked" / shipped.first.name

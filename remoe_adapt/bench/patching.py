@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.export.faults import disk_faults
 from remoe_adapt.export.files import clone_or_copy
 from remoe_adapt.export.gguf import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.export.gguf_file import entry_bytes, header_bytes
@@ -28,6 +30,7 @@ from remoe_adapt.routers.fingerprint import fingerprint_of_weights
 LAYERS, EXPERTS, HIDDEN, TOKENS = 24, 60, 2048, 151_936
 _UINT32, _STRING, _ARRAY, _ALIGNMENT = 4, 8, 9, 32
 _F32, _Q8_0, _Q8_0_BYTES = 0, 8, 34 / 32
+_MAX_GIGABYTES = 10_000
 
 
 def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: int = 5) -> dict[str, Any]:
@@ -36,8 +39,14 @@ def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: in
     in_place_s, undo_s: routers replaced and put back, on the disk; variant_s, variant_bytes, variant_share: another
     strength of a split model; live_s: its routers in the page cache, as `remoe watch --live` swaps them; split_s:
     taking it apart, once; copy_s: copying the file (the baseline).
+
+    Raises ConfigError for a size that no model of this form has, ExportError when the folder does not take it.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as home:
+    smallest = LAYERS * EXPERTS * HIDDEN * _Q8_0_BYTES / 1e9
+    if not smallest <= gigabytes <= _MAX_GIGABYTES:
+        raise ConfigError(f"{gigabytes:g} GB is no size for it: give {smallest:.4f} to {_MAX_GIGABYTES}.")
+    place = folder or Path(tempfile.gettempdir())
+    with disk_faults(place, "give a folder with more room"), tempfile.TemporaryDirectory(dir=place) as home:
         source, family = _model(Path(home) / "model.gguf", gigabytes)
         size = source.stat().st_size
         steps: dict[str, list[float]] = {"in_place_s": [], "undo_s": [], "variant_s": []}

@@ -7,11 +7,12 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.untrusted import printable
 
 OnBytes = Callable[[int], object]
 _CHUNK_BYTES = 8 << 20
@@ -105,21 +106,36 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_file(out: Path) -> Iterator[Path]:
-    """The path of a file to write that becomes `out` at the end; after an error or a kill there is no such file.
+def new_files(outs: Sequence[Path]) -> Iterator[list[Path]]:
+    """Paths of files to write, in one folder, that become `outs` at the end, the first one last; after an error there
+    is none of them, nor a folder that was made for them; after a kill the first is missing.
 
-    Raises ConfigError when `out` exists.
+    Raises ConfigError when one exists, or two have one name.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already: give another name, or remove it.")
-    draft = _draft(out)
+    if there := [out for out in outs if out.exists()]:
+        raise ConfigError(f"{printable(there[0])} exists already: give another name, or remove it.")
+    if twice := [out for out in outs if outs.count(out) > 1]:
+        raise ConfigError(f"{printable(twice[0])} would be written twice: give each its own name.")
+    folder = outs[0].parent
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    drafts: list[Path] = []
+    done: list[Path] = []
     try:
-        yield draft
-        sync(draft)
-        draft.replace(out)
-        sync(out.parent)
-    finally:
-        draft.unlink(missing_ok=True)
+        drafts += [_draft(out) for out in outs]
+        yield drafts
+        for draft in drafts:
+            sync(draft)
+        for out, draft in reversed(list(zip(outs, drafts, strict=True))):
+            draft.replace(out)
+            done.append(out)
+            sync(folder)
+    except BaseException:
+        for path in done + drafts:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -147,11 +163,11 @@ def sync(path: Path) -> None:
 def _draft(out: Path) -> Path:
     """A name beside `out`; what killed processes left there under such names is removed."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    pattern = re.compile(re.escape(f".{out.name}.") + r"(\d+)\.tmp")
+    pattern = re.compile(re.escape(f".{out.name}.") + r"([0-9]{1,9})\.tmp")
     for path in out.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match and not _runs(int(match[1])):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return out.with_name(f".{out.name}.{os.getpid()}.tmp")
 
 

@@ -12,21 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from remoe_adapt.errors import ConfigError, ExportError
+from remoe_adapt.export.faults import disk_faults, is_file
 from remoe_adapt.export.files import (
     OnBytes,
     clone_or_copy,
     ignore_bytes,
     link_or_copy,
-    new_file,
+    new_files,
     write_at,
 )
 from remoe_adapt.export.gguf_file import GgufFile, shard_name
 from remoe_adapt.export.gguf_routers import GgufModel
-from remoe_adapt.export.gguf_undo import Undo
+from remoe_adapt.export.gguf_undo import Undo, undo_path
 from remoe_adapt.export.merged import left_out
 from remoe_adapt.family import Family
+from remoe_adapt.untrusted import printable
 
 Base = str | os.PathLike[str] | None
+NOTHING_LEFT = "nothing of it was left behind; make room there, or give another place"
+AS_IT_WAS = "it is as it was; make room there, or export a copy to another place"
 
 
 def export_gguf(
@@ -45,16 +49,16 @@ def export_gguf(
     Of a split GGUF only the parts that hold routers are written, under `out`'s name with the part's number; the others
     are hard links. The copy shares the source's blocks where the file system can.
 
-    Raises ConfigError when a file to write exists, else as `GgufModel` and `GgufModel.check`.
+    After an error nothing is left of what was written. Raises ConfigError when a file to write exists, ExportError when
+    one cannot be written, else as `GgufModel`, `GgufModel.check` and `GgufModel.live`.
     """
     model = GgufModel(source)
     pieces = model.live(family, strength, model.check(family, base, force=force))
     targets = _targets(Path(out), len(model.files))
     on_total(sum(file.size for file in model.files))
     how = {}
-    # The first part comes last: without it engines see no model.
-    for file, target in reversed(list(zip(model.files, targets, strict=True))):
-        with new_file(target) as draft:
+    with disk_faults(targets[0], NOTHING_LEFT), new_files(targets) as drafts:
+        for file, target, draft in reversed(list(zip(model.files, targets, drafts, strict=True))):
             if file.path in pieces:
                 how[target.name] = clone_or_copy(file.path.resolve(), draft, on_bytes)
                 write_at(draft, model.placed(pieces[file.path], file.path))
@@ -69,44 +73,83 @@ def patch_in_place(
     """Replace the routers inside `source`; an undo file beside it holds the originals, whatever is patched how often.
 
     It is on the disk before the first change, so after a kill the next call, or `undo_in_place`, puts things right
-    (`recovered` says that there was something to). Strength 0 restores the base and removes the undo file. A process
-    that has the file memory-mapped sees the new routers at once.
+    (`recovered` says that there was something to). From one strength to another the way leads over the originals, so
+    that no more than those and one patch are ever mixed. Strength 0 restores the base and removes the undo file. A
+    process that has the file memory-mapped sees the new routers at once. After an error, or Ctrl-C, file and undo file
+    are as they were.
 
     Raises ConfigError when the file is a link or has several names (another program's store would change with it;
-    unless `force`), or is being patched by another process, else as `GgufModel` and `GgufModel.check`.
+    unless `force`), or is being patched by another process, ExportError when the disk does not take it, else as
+    `GgufModel`, `GgufModel.check` and `GgufModel.live`.
     """
-    with locked(Path(source)):
+    path = Path(source)
+    with disk_faults(path, AS_IT_WAS), locked(path):
         model = GgufModel(source)
         if not force:
             refuse_links(model.files)
         pieces = model.live(family, strength, model.check(family, base, force=force))
-        torn = any(model.undos[f.path].state(f) in ("torn", "live") for f in model.files if f.path in model.undos)
+        torn = any(undo.state(file) in ("torn", "live") for file, undo in model.undone())
         changed = [file for file in model.files if file.path in pieces]
-        undos = [Undo.write(file, model.originals(file.path), pieces[file.path], strength) for file in changed]
-        for file in changed:
-            write_at(file.path, model.placed(pieces[file.path], file.path))
-        if strength == 0.0:
-            for undo in undos:
-                undo.remove()
-    kept = [str(undo.path) for undo in undos] if strength else []
+        kept = []
+        with _all_or_nothing(model):
+            for file, undo in model.undone():
+                undo.put(file, undo.originals)
+                if strength == 0.0:
+                    undo.remove()
+            for file in changed if strength else ():
+                undo = Undo.write(file, model.originals(file.path), pieces[file.path], strength)
+                kept.append(str(undo.path))
+            for file in changed if strength else ():
+                write_at(file.path, model.placed(pieces[file.path], file.path))
     return _result(model, family, strength, str(source)) | {"undo": kept, "recovered": torn}
 
 
 def undo_in_place(source: str | os.PathLike[str]) -> dict[str, Any]:
     """Give `source` its original routers back, also after an interrupted patch, and remove the undo file.
 
-    Raises ConfigError when there is no undo file, else as `GgufModel`.
+    Raises ConfigError when there is no undo file, ExportError when it is not this file's or the disk does not take the
+    originals, else as `GgufModel`.
     """
-    with locked(Path(source)):
+    path = Path(source)
+    with disk_faults(path, AS_IT_WAS), locked(path):
         model = GgufModel(source)
         if not model.undos:
-            raise ConfigError(f"{source} has no undo file beside it: it was not patched in place.")
-        states = {}
-        for file in model.files:
-            if undo := model.undos.get(file.path):
-                states[file.path.name] = undo.state(file)
-                undo.restore(file)
+            raise ConfigError(f"{printable(path)} has no undo file beside it: it was not patched in place.")
+        states = {file.path.name: undo.state(file) for file, undo in model.undone()}
+        with _all_or_nothing(model):
+            for file, undo in model.undone():
+                undo.put(file, undo.originals)
+                undo.remove()
     return {"out": str(source), "strength": 0.0, "was": states}
+
+
+@contextmanager
+def _all_or_nothing(model: GgufModel) -> Iterator[None]:
+    """After an error inside, routers and undo files are as they were found (where a kill had torn them, the originals).
+
+    Raises ExportError when even that fails.
+    """
+    found = [(file, pieces) for file in model.files if (pieces := model.originals(file.path))]
+    patched = [(file, undo) for file, undo in model.undone() if undo.state(file) == "patched"]
+    try:
+        yield
+    except BaseException as error:
+        try:
+            for file, originals in found:
+                write_at(file.path, model.placed(originals, file.path))
+                undo = model.undos.get(file.path)
+                if undo is None:
+                    undo_path(file.path).unlink(missing_ok=True)
+                elif Undo.beside(file, {name: len(data) for name, data in originals.items()}) != undo:
+                    Undo.write(file, undo.originals, undo.new, undo.strength)
+            for file, undo in patched:
+                undo.put(file, undo.new or undo.originals)
+        except OSError as second:
+            raise ExportError(
+                f"{printable(model.path)} could be neither changed ({printable(error)}) nor put back "
+                f"({printable(second)}): run `remoe export gguf {printable(model.path)} --undo` when the disk works."
+            ) from error
+        raise
 
 
 def _result(model: GgufModel, family: Family, strength: float, out: str) -> dict[str, Any]:
@@ -114,7 +157,7 @@ def _result(model: GgufModel, family: Family, strength: float, out: str) -> dict
         "out": out,
         "base": family.base_id,
         "strength": strength,
-        "architecture": model.architecture,
+        "architecture": printable(model.architecture),
         "routers": len(model.weights),
         "router_bytes": sum(len(data) for file in model.files for data in model.originals(file.path).values()),
         **left_out(family, strength),
@@ -128,13 +171,10 @@ def target_stem(out: Path) -> str:
 
 def _targets(out: Path, count: int) -> list[Path]:
     if out.suffix != ".gguf":
-        raise ConfigError(f"{out} must end in .gguf: engines know the format by that.")
+        raise ConfigError(f"{printable(out)} must end in .gguf: engines know the format by that.")
     if count == 1:
         return [out]
-    targets = [out.with_name(shard_name(target_stem(out), number, count)) for number in range(1, count + 1)]
-    if there := [target for target in targets if target.exists()]:
-        raise ConfigError(f"{there[0]} exists already: give another name, or remove it.")
-    return targets
+    return [out.with_name(shard_name(target_stem(out), number, count)) for number in range(1, count + 1)]
 
 
 def refuse_links(files: Iterable[GgufFile]) -> None:
@@ -142,8 +182,8 @@ def refuse_links(files: Iterable[GgufFile]) -> None:
     for file in files:
         if file.path.is_symlink() or file.path.stat().st_nlink > 1:
             raise ConfigError(
-                f"{file.path} is a link or has several names, and all of them would change: export a copy, or pass "
-                "--force if they shall."
+                f"{printable(file.path)} is a link or has several names, and all of them would change: export a copy, "
+                "or pass --force if they shall."
             )
 
 
@@ -153,14 +193,18 @@ def locked(path: Path) -> Iterator[int]:
 
     Raises ConfigError when there is no such file or another process has the lock, ExportError when it is read-only.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path} is no file: give a GGUF model (of a split one, its first part).")
+    if not is_file(path):
+        raise ConfigError(f"{printable(path)} is no file: give a GGUF model (of a split one, its first part).")
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("r+b"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"{path} is being patched by another process: try again when it has ended.") from error
+            raise ConfigError(
+                f"{printable(path)} is being patched by another process: try again when it has ended."
+            ) from error
         except OSError as error:
-            raise ExportError(f"{path} cannot be written to ({error.strerror}): export a copy instead.") from error
+            raise ExportError(
+                f"{printable(path)} cannot be written to ({error.strerror}): export a copy instead."
+            ) from error
         yield file.fileno()

@@ -13,11 +13,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.export.faults import disk_faults
 from remoe_adapt.export.files import write_pieces
 from remoe_adapt.export.gguf import Base, locked, refuse_links
+from remoe_adapt.export.gguf_parts import ROUTERS_KEY
 from remoe_adapt.export.gguf_routers import GgufModel
-from remoe_adapt.export.gguf_undo import Undo
+from remoe_adapt.export.gguf_undo import Undo, digest
 from remoe_adapt.family import Family
+from remoe_adapt.untrusted import printable
+
+_STAYS = "the originals are in the undo file beside it; `remoe export gguf ... --undo` puts them back"
 
 
 class LiveRouters:
@@ -26,17 +31,19 @@ class LiveRouters:
     An undo file with the originals is on the disk before the first change and stays until `close`; after a kill,
     `undo_in_place` or the next one of these puts things right. `spans`: (begin, end) of every router in the file.
     `strength` is None while it is not known, after a kill; `swap_s` is how long the last `write` wrote. read_only: only
-    looked at; `write` and `close` are not for it.
+    looked at; `write` and `close` are not for it. All writes go to the file that was opened, also when another one has
+    taken its name since.
 
-    Raises ConfigError for a file that is not split, whose first part holds more than routers, or that is a link, else
-    as `locked`, `GgufModel` and `GgufModel.check`.
+    Raises ConfigError for a file that is not split by `split_gguf` at strength 0, whose first part holds more than
+    routers, or that is a link, ExportError (also of `write` and `close`) when the disk fails, else as `locked`,
+    `GgufModel` and `GgufModel.check`.
     """
 
     def __init__(
         self, source: str | os.PathLike[str], family: Family, *, base: Base = None, read_only: bool = False
     ) -> None:
         self._family, self._fd = family, -1
-        with ExitStack() as ending:
+        with ExitStack() as ending, disk_faults(Path(source), "give another file"):
             if not read_only:
                 self._fd = ending.enter_context(locked(Path(source)))
             self._look(GgufModel(source), base)
@@ -58,25 +65,30 @@ class LiveRouters:
     def write(self, strength: float) -> None:
         """Replace all routers, layer by layer, one call each; the page cache has them then, the disk later."""
         pieces = self._model.placed(self._model.live(self._family, strength, self._layers)[self.path], self.path)
-        if self._model.undos.get(self.path) is None or not self._ours:
-            self._model.undos[self.path] = Undo.write(self._file, self._originals, None, math.nan)
-        self.strength = None
-        begin_s = time.perf_counter()
-        write_pieces(self._fd, pieces)
+        with disk_faults(self.path, _STAYS):
+            if self._model.undos.get(self.path) is None or not self._ours:
+                self._model.undos[self.path] = Undo.write(self._file, self._originals, None, math.nan)
+            self.strength = None
+            begin_s = time.perf_counter()
+            write_pieces(self._fd, pieces)
         self.swap_s, self.strength = time.perf_counter() - begin_s, strength
 
     def close(self, keep: bool = False) -> None:
         """Put the originals back, or leave the strength as it is, with its undo file; on the disk, either way."""
         undo = self._model.undos.get(self.path)
-        if undo is not None and keep and self.strength:
-            new = self._model.live(self._family, self.strength, self._layers)[self.path]
-            os.fsync(self._fd)
-            Undo.write(self._file, self._originals, new, self.strength)
-        elif undo is not None:
-            undo.restore(self._file)
-            del self._model.undos[self.path]
-            self.strength = 0.0
-        self._ending.close()
+        with self._ending, disk_faults(self.path, _STAYS):
+            if undo is not None and keep and self.strength:
+                new = self._model.live(self._family, self.strength, self._layers)[self.path]
+                os.fsync(self._fd)
+                Undo.write(self._file, self._originals, new, self.strength)
+            elif undo is not None:
+                self.strength = None
+                write_pieces(self._fd, self._model.placed(self._originals, self.path))
+                os.fsync(self._fd)
+                undo.remove()
+                del self._model.undos[self.path]
+                self.strength = 0.0
+        self._fd = -1
 
     @property
     def _ours(self) -> bool:
@@ -93,13 +105,15 @@ class LiveRouters:
         routers = {tensor.name for tensor in model.router_tensors()}
         inside = {tensor.name for tensor in self._file.tensors}
         outside = [t.name for t in model.weights.values() if t.path != self.path]
-        if len(model.files) < 2 or outside or not inside <= routers:
+        named = self._file.values.get(ROUTERS_KEY) == digest(model.originals(self.path))
+        if len(model.files) < 2 or outside or not inside <= routers or not named:
             why = (
                 "is not split" if len(model.files) < 2
                 else f"does not hold {outside[0]}" if outside
-                else f"holds more than routers ({min(inside - routers)})"
+                else f"holds more than routers ({printable(min(inside - routers))})" if inside - routers
+                else "was split at another strength, or by an older version"
             )  # fmt: skip
             raise ConfigError(
-                f"{self.path} {why}: --live rewrites a first part that holds routers alone; make one with "
+                f"{printable(self.path)} {why}: --live rewrites a first part that holds routers alone; make one with "
                 "`remoe export gguf MODEL.gguf FAMILY OUT.gguf --split --strength 0`, and start the engine on it."
             )

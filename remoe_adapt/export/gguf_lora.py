@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.errors import ConfigError, MissingDependencyError, UnsupportedRouterError
-from remoe_adapt.export.files import new_file
-from remoe_adapt.export.gguf import Base
+from remoe_adapt.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedRouterError
+from remoe_adapt.export.faults import disk_faults
+from remoe_adapt.export.files import new_files
+from remoe_adapt.export.gguf import NOTHING_LEFT, Base
 from remoe_adapt.export.gguf_routers import GgufModel
 from remoe_adapt.export.merged import left_out
 from remoe_adapt.family import Family
 from remoe_adapt.routers.families import GGUF_ARCH, GGUF_LORA_IGNORED
+from remoe_adapt.untrusted import printable
 
 
 def export_gguf_lora(
@@ -38,42 +40,49 @@ def export_gguf_lora(
     (s - p) / (q - p), below the first point s / p. rank: None keeps the delta as it is; else the nearest of that rank,
     and `relative_error` is the largest |delta - BA| / |delta| (Frobenius) of a router.
 
-    Raises UnsupportedRouterError for architectures whose routers ignore a LoRA or are not known to use one,
-    MissingDependencyError without the gguf package, ConfigError for a rank below 1, a file that exists or a source
-    that is patched in place, else as `GgufModel` and `GgufModel.check`.
+    After an error nothing is left of what was written. Raises UnsupportedRouterError for architectures whose routers
+    ignore a LoRA or are not known to use one, MissingDependencyError without the gguf package, ConfigError for a rank
+    below 1, strengths that repeat, a file that exists or a source that is patched in place, ExportError when a file
+    cannot be written, else as `GgufModel` and `GgufModel.check`.
     """
     model, folder = GgufModel(source), Path(out)
     check_applied(model.architecture, force=force)
-    if any(model.undos[f.path].state(f) != "original" for f in model.files if f.path in model.undos):
-        raise ConfigError(f"{source} is patched in place, a LoRA would come on top: undo that first (--undo).")
+    if any(undo.state(file) != "original" for file, undo in model.undone()):
+        raise ConfigError(
+            f"{printable(source)} is patched in place, a LoRA would come on top: undo that first (--undo)."
+        )
     if rank is not None and rank < 1:
         raise ConfigError(f"rank {rank} is impossible: use 1 or more, or leave it out for the delta as it is.")
     layers = model.check(family, base, force=force)
     chosen = family.strengths if strengths is None else tuple(strengths)
-    if len(set(chosen)) < len(chosen) or 0.0 in chosen:
+    targets = [folder / f"{Family.adapter_name(strength)}.gguf" for strength in chosen]
+    if len(set(targets)) < len(targets) or not targets or 0.0 in chosen:
         raise ConfigError(f"strengths {list(chosen)} must differ, and 0 needs no LoRA: it is scale 0.")
     rows = []
-    for strength in chosen:
-        target = folder / f"{Family.adapter_name(strength)}.gguf"
-        factors, error = {}, 0.0
-        for name, delta_ED in family.deltas(strength).items():
-            a_RD, b_ER = factor(delta_ED, rank)
-            factors[model.weights[layers[name]].name] = (a_RD, b_ER)
-            norm = delta_ED.double().norm()
-            if norm > 0:
-                error = max(error, float((delta_ED.double() - b_ER.double() @ a_RD.double()).norm() / norm))
-        _write(target, model.architecture, family, strength, factors)
-        rows.append(
-            {
-                "strength": strength,
-                "file": str(target),
-                "bytes": target.stat().st_size,
-                "rank": max(len(a_RD) for a_RD, _ in factors.values()),
-                "relative_error": error,
-                **left_out(family, strength),
-            }
-        )
-    return {"out": str(folder), "base": family.base_id, "architecture": model.architecture, "loras": rows}
+    with disk_faults(folder, NOTHING_LEFT), new_files(targets) as drafts:
+        for strength, target, draft in zip(chosen, targets, drafts, strict=True):
+            factors, error = {}, 0.0
+            for name, delta_ED in family.deltas(strength).items():
+                a_RD, b_ER = factor(delta_ED, rank)
+                if not (torch.isfinite(a_RD).all() and torch.isfinite(b_ER).all()):
+                    raise ExportError(f"the delta of {printable(name)} at strength {strength:g} is too large for fp32.")
+                factors[model.weights[layers[name]].name] = (a_RD, b_ER)
+                norm = delta_ED.double().norm()
+                if norm > 0:
+                    error = max(error, float((delta_ED.double() - b_ER.double() @ a_RD.double()).norm() / norm))
+            _write(draft, model.architecture, family, strength, factors)
+            rows.append(
+                {
+                    "strength": strength,
+                    "file": str(target),
+                    "bytes": draft.stat().st_size,
+                    "rank": max(len(a_RD) for a_RD, _ in factors.values()),
+                    "relative_error": error,
+                    **left_out(family, strength),
+                }
+            )
+    shown = printable(model.architecture)
+    return {"out": str(folder), "base": family.base_id, "architecture": shown, "loras": rows}
 
 
 def check_applied(architecture: str, *, force: bool = False) -> None:
@@ -85,8 +94,8 @@ def check_applied(architecture: str, *, force: bool = False) -> None:
         )
     if architecture not in GGUF_ARCH.values() and not force:
         raise UnsupportedRouterError(
-            f"architecture {architecture!r} is not known to apply a LoRA to its routers (a LoRA that is not applied is "
-            "silently ignored): use `remoe export gguf`, or --force and check that routing changes."
+            f"architecture {printable(architecture)!r} is not known to apply a LoRA to its routers (a LoRA that is not "
+            "applied is silently ignored): use `remoe export gguf`, or --force and check that routing changes."
         )
 
 
@@ -107,8 +116,8 @@ def _write(
         import gguf
     except ImportError as error:
         raise MissingDependencyError("GGUF LoRAs need the gguf package: pip install 'remoe-adapt[export]'") from error
-    with new_file(target) as draft:
-        writer = gguf.GGUFWriter(draft, architecture)
+    writer = gguf.GGUFWriter(target, architecture)
+    try:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         # One alpha for all: where ranks differ none may be scaled by it, and 0 leaves alpha / r out.
@@ -123,4 +132,5 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    finally:
         writer.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from math import prod
 from pathlib import Path
 
 import torch
@@ -13,12 +12,15 @@ from torch import Tensor
 
 from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError, UnsupportedRouterError
 from remoe_adapt.export.base import BaseFiles, read_tensor, tensor_bytes
+from remoe_adapt.export.faults import disk_faults, is_file
 from remoe_adapt.export.files import read_at
 from remoe_adapt.export.gguf_file import GgufFile, GgufTensor, shard_paths
+from remoe_adapt.export.gguf_parts import ARCHITECTURE_KEY, check_parts
 from remoe_adapt.export.gguf_undo import Undo
 from remoe_adapt.family import Family
 from remoe_adapt.routers.families import GGUF_ARCH, GGUF_CORRECTION_BIAS, GGUF_LOGIT_BIAS, GGUF_ROUTER_WEIGHT
 from remoe_adapt.routers.fingerprint import fingerprint_of_weights
+from remoe_adapt.untrusted import printable
 
 # Types that hold a router without quantisation, as ggml numbers them.
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -31,30 +33,42 @@ class GgufModel:
     `weights` and `correction_biases` are the tensors of its routers by layer; those of layers that only predict
     further tokens are left out. Values are the original ones, also while the file is patched in place.
 
-    Raises ConfigError when there is no such file, ExportError for damaged files, adapters and models without routers,
-    UnsupportedRouterError when routers are quantised.
+    Raises ConfigError when there is no such file, ExportError for damaged files (as `GgufFile`), parts of several
+    models, adapters, models without routers and undo files that are not this model's, UnsupportedRouterError when
+    routers are quantised.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ConfigError(f"{self.path} is no file: give a GGUF model (of a split one, its first part).")
+        if not is_file(self.path):
+            raise ConfigError(f"{printable(path)} is no file: give a GGUF model (of a split one, its first part).")
         self.files = [GgufFile(part) for part in shard_paths(self.path)]
-        self.undos = {file.path: undo for file in self.files if (undo := Undo.beside(file))}
+        check_parts(self.files)
         first = self.files[0]
-        self.architecture = str(first.values.get("general.architecture", ""))
-        if first.values.get("general.type", "model") != "model":
-            raise ExportError(f"{self.path} is of the type {first.values['general.type']}, not a model.")
-        hidden = self._number("nextn_predict_layers")
-        self.num_blocks = self._number("block_count") - hidden
-        self.weights = self._by_layer(GGUF_ROUTER_WEIGHT)
-        self.correction_biases = self._by_layer(GGUF_CORRECTION_BIAS)
+        self.architecture = first.text(ARCHITECTURE_KEY, "")
+        if (kind := first.text("general.type", "model")) != "model":
+            raise ExportError(f"{printable(path)} is of the type {printable(kind)}, not a model.")
+        blocks = self._number("block_count")
+        self.num_blocks = blocks - (hidden := self._number("nextn_predict_layers"))
+        if self.num_blocks < 0:
+            raise ExportError(f"{printable(path)} has {blocks} layers, of which {hidden} predict: is the file damaged?")
+        self.weights = self._by_layer(GGUF_ROUTER_WEIGHT, blocks)
+        self.correction_biases = self._by_layer(GGUF_CORRECTION_BIAS, blocks)
         if not self.weights:
             raise ExportError(
-                f"{self.path} has no router ({GGUF_ROUTER_WEIGHT.format(layer='N')}): it is a dense "
-                f"{self.architecture or 'unknown'} model."
+                f"{printable(path)} has no router ({GGUF_ROUTER_WEIGHT.format(layer='N')}): it is a dense "
+                f"{printable(self.architecture or 'unknown')} model."
             )
         self._check_shapes()
+        self.undos: dict[Path, Undo] = {}
+        with disk_faults(self.path, "fetch it again, or end what changes it"):
+            for file in self.files:
+                sizes = {t.name: t.size for t in self.weights.values() if t.path == file.path}
+                if undo := Undo.beside(file, sizes):
+                    self.undos[file.path] = undo
+        for tensor in self.weights.values():
+            if tensor.path in self.undos:
+                self._check_finite(tensor.name, self._read(tensor))
 
     def weights_ED(self) -> dict[int, Tensor]:
         """Original router weights [E, D] by layer, in the file's dtype."""
@@ -68,6 +82,10 @@ class GgufModel:
     def originals(self, path: Path) -> dict[str, bytes]:
         """The original bytes of the router weights that lie in one file."""
         return {t.name: tensor_bytes(self._read(t)) for t in self.weights.values() if t.path == path}
+
+    def undone(self) -> list[tuple[GgufFile, Undo]]:
+        """The files with an undo file beside them, and that."""
+        return [(file, self.undos[file.path]) for file in self.files if file.path in self.undos]
 
     def check(
         self, family: Family, base: str | os.PathLike[str] | None = None, *, force: bool = False
@@ -88,10 +106,11 @@ class GgufModel:
             if tensor is None or tensor.shape != tuple(delta_ED.shape):
                 has = f"{list(tensor.shape)} there" if tensor else f"routers in layers {sorted(self.weights)}"
                 raise FamilyError(
-                    f"family {family.path} changes router {name} by {list(delta_ED.shape)}, {self.path} has {has}."
+                    f"family {printable(family.path)} changes router {printable(name)} by {list(delta_ED.shape)}, "
+                    f"{printable(self.path)} has {has}."
                 )
         if len(set(layers.values())) < len(layers):
-            raise ExportError(f"family {family.path} has several routers in a layer, a GGUF has one.")
+            raise ExportError(f"family {printable(family.path)} has several routers in a layer, a GGUF has one.")
         if not force:
             weights = self.weights_ED()
             found = fingerprint_of_weights(weights.values())
@@ -99,19 +118,30 @@ class GgufModel:
                 self._compare(BaseFiles(base), family, weights)
             elif found != family.fingerprint:
                 raise FingerprintMismatchError(
-                    f"family {family.path} was made for {family.base_id!r} ({family.fingerprint[:19]}...), the routers "
-                    f"in {self.path} are others ({found[:19]}...): give a GGUF of that base; --base BASE where it was "
-                    "converted through F16; --force if you know that they fit."
+                    f"family {printable(family.path)} was made for {printable(family.base_id)!r} "
+                    f"({printable(family.fingerprint[:19])}...), the routers in {printable(self.path)} are others "
+                    f"({found[:19]}...): give a GGUF of that base; --base BASE where it was converted through F16; "
+                    "--force if you know that they fit."
                 )
         return layers
 
     def live(self, family: Family, strength: float, layers: dict[str, int]) -> Pieces:
-        """Bytes of every router at `strength` by file and tensor name: `Family.live` in the file's own dtype."""
+        """Bytes of every router at `strength` by file and tensor name: `Family.live` in the file's own dtype.
+
+        Raises ExportError when a value of it, or of the original, is not finite, else as `Family.live`.
+        """
         weights = self.weights_ED()
         live = family.live(strength, {name: weights[layer] for name, layer in layers.items()})
+        for layer, tensor in self.weights.items():
+            self._check_finite(tensor.name, weights[layer])
         weights |= {layer: live[name] for name, layer in layers.items()}
         pieces: defaultdict[Path, dict[str, bytes]] = defaultdict(dict)
         for layer, tensor in self.weights.items():
+            if not torch.isfinite(weights[layer]).all():
+                raise ExportError(
+                    f"{tensor.name} at strength {strength:g} has values beyond {weights[layer].dtype}: the deltas of "
+                    f"family {printable(family.path)} are too large for this GGUF."
+                )
             pieces[tensor.path][tensor.name] = tensor_bytes(weights[layer])
         return dict(pieces)
 
@@ -125,32 +155,50 @@ class GgufModel:
         if undo and tensor.name in undo.originals:
             data = bytearray(undo.originals[tensor.name])
         else:
-            data = read_at(tensor.path, tensor.offset, prod(tensor.shape) * dtype.itemsize)
+            with disk_faults(tensor.path, "fetch it again"):
+                data = read_at(tensor.path, tensor.offset, tensor.size)
         return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
 
     def _number(self, key: str) -> int:
-        return int(self.files[0].values.get(f"{self.architecture}.{key}", 0))
+        return self.files[0].number(f"{self.architecture}.{key}", 0)
 
-    def _by_layer(self, template: str) -> dict[int, GgufTensor]:
+    def _by_layer(self, template: str, blocks: int) -> dict[int, GgufTensor]:
         name = _pattern(template)
         tensors = [(match, t) for file in self.files for t in file.tensors if (match := name.fullmatch(t.name))]
         found = {int(match[1]): tensor for match, tensor in tensors}
+        if found and max(found) >= blocks:
+            raise ExportError(
+                f"{printable(self.path)} has {found[max(found)].name}, its metadata says {blocks} layers: is the file "
+                "damaged?"
+            )
         return {layer: found[layer] for layer in sorted(found) if layer < self.num_blocks}
 
     def _check_shapes(self) -> None:
-        expected = (self._number("expert_count"), self._number("embedding_length"))
+        experts = self._number("expert_count")
+        expected = (experts, self._number("embedding_length"))
         for tensor in self.weights.values():
             if tensor.type not in DTYPES:
                 raise UnsupportedRouterError(
-                    f"{self.path}: router {tensor.name} is quantised ({_type_name(tensor.type)}), which would round "
-                    "the deltas away: give a GGUF whose routers are F32, BF16 or F16, as llama.cpp's tools leave them."
+                    f"{printable(self.path)}: router {tensor.name} is quantised ({_type_name(tensor.type)}), which "
+                    "would round the deltas away: give a GGUF whose routers are F32, BF16 or F16, as llama.cpp's tools "
+                    "leave them."
                 )
-            if tensor.shape != expected:
-                raise ExportError(
-                    f"{self.path}: {tensor.name} is {list(tensor.shape)}, its metadata says {list(expected)}."
-                )
-            if prod(tensor.shape) * DTYPES[tensor.type].itemsize > tensor.span:
-                raise ExportError(f"{self.path}: {tensor.name} is cut off at byte {tensor.offset + tensor.span}.")
+            self._check_shape(tensor, expected)
+        for tensor in self.correction_biases.values():
+            if tensor.type not in DTYPES:
+                kind = _type_name(tensor.type)
+                raise UnsupportedRouterError(f"{printable(self.path)}: {tensor.name} is quantised ({kind}).")
+            self._check_shape(tensor, (experts,))
+
+    def _check_shape(self, tensor: GgufTensor, expected: tuple[int, ...]) -> None:
+        if tensor.shape != expected:
+            raise ExportError(
+                f"{printable(self.path)}: {tensor.name} is {list(tensor.shape)}, its metadata says {list(expected)}."
+            )
+
+    def _check_finite(self, name: str, weight_ED: Tensor) -> None:
+        if not torch.isfinite(weight_ED).all():
+            raise ExportError(f"{printable(self.path)}: {name} has values that are not finite: fetch it again.")
 
     def _compare(self, base: BaseFiles, family: Family, weights: dict[int, Tensor]) -> None:
         base.check(family)
@@ -158,20 +206,21 @@ class GgufModel:
         expected = GGUF_ARCH.get(text.model_type)
         if expected not in (None, self.architecture):
             raise FingerprintMismatchError(
-                f"{self.path} is a {self.architecture} model, {base.folder} converts to {expected}."
+                f"{printable(self.path)} is a {printable(self.architecture)} model, {base.folder} converts to "
+                f"{expected}."
             )
         layers = {layer_of(router.name): router for router in base.routers}
         blocks = int(text.num_hidden_layers)
         if sorted(layers) != sorted(weights) or blocks != self.num_blocks:
             raise FingerprintMismatchError(
-                f"{self.path} has {self.num_blocks} layers, routers in {sorted(weights)}; {base.folder} has {blocks}, "
-                f"routers in {sorted(layers)}."
+                f"{printable(self.path)} has {self.num_blocks} layers, routers in {sorted(weights)}; {base.folder} has "
+                f"{blocks}, routers in {sorted(layers)}."
             )
         for layer, router in layers.items():
             if not torch.equal(weights[layer], base.weights[router.name].to(weights[layer].dtype)):
                 raise FingerprintMismatchError(
-                    f"{self.weights[layer].name} of {self.path} is not {router.name} of {base.folder} rounded to "
-                    f"{weights[layer].dtype}: it was made from another base, or changed since."
+                    f"{self.weights[layer].name} of {printable(self.path)} is not {router.name} of {base.folder} "
+                    f"rounded to {weights[layer].dtype}: it was made from another base, or changed since."
                 )
             bias = self.correction_biases.get(layer)
             stored = router.correction_bias
@@ -181,21 +230,22 @@ class GgufModel:
                 and not torch.equal(self._read(bias), read_tensor(stored).to(DTYPES[bias.type]).flatten())
             ):
                 raise FingerprintMismatchError(
-                    f"the selection bias of layer {layer} of {self.path} is not that of {base.folder}."
+                    f"the selection bias of layer {layer} of {printable(self.path)} is not that of {base.folder}."
                 )
 
 
 def layer_of(router: str) -> int:
     """The layer that a router's path names. Raises ExportError when it names none."""
-    numbers = [part for part in router.split(".") if part.isdigit()]
+    numbers = [part for part in router.split(".") if re.fullmatch(r"[0-9]{1,6}", part)]
     if not numbers:
-        raise ExportError(f"router {router} names no layer: it cannot be found in a GGUF.")
+        raise ExportError(f"router {printable(router)} names no layer: it cannot be found in a GGUF.")
     return int(numbers[0])
 
 
 def _pattern(template: str) -> re.Pattern[str]:
     before, after = template.split("{layer}")
-    return re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+    # As engines write it: with "07" beside "7" two tensors would be one layer's.
+    return re.compile(re.escape(before) + r"(0|[1-9][0-9]{0,5})" + re.escape(after))
 
 
 def _type_name(number: int) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.export.files import OnBytes, copy_range, ignore_bytes, new_file
-from remoe_adapt.export.gguf import Base, target_stem
+from remoe_adapt.export.faults import disk_faults
+from remoe_adapt.export.files import OnBytes, copy_range, ignore_bytes, new_files, read_at
+from remoe_adapt.export.gguf import NOTHING_LEFT, Base, target_stem
 from remoe_adapt.export.gguf_file import (
     ALIGNMENT_KEY,
     INT32,
@@ -19,14 +21,16 @@ from remoe_adapt.export.gguf_file import (
     entry_bytes,
     header_bytes,
     shard_name,
+    text_entry,
 )
+from remoe_adapt.export.gguf_parts import ARCHITECTURE_KEY, MODEL_KEY, OWN_KEYS, ROUTERS_KEY, SPLIT_KEYS
 from remoe_adapt.export.gguf_routers import GgufModel
+from remoe_adapt.export.gguf_undo import digest
 from remoe_adapt.export.merged import left_out
 from remoe_adapt.family import Family
+from remoe_adapt.untrusted import printable
 
-# What llama.cpp reads of every part; counts of parts and tensors are written anew.
-_EVERYWHERE = ("general.architecture", ALIGNMENT_KEY)
-_SPLIT = ("split.no", "split.count", "split.tensors.count")
+_SAMPLE_BYTES = 4096
 
 
 def split_gguf(
@@ -45,8 +49,11 @@ def split_gguf(
     This copies the model once. Other strengths are then exported from the split model (`export_gguf`), which writes
     the first part alone and links the rest.
 
-    Raises ConfigError when a file to write exists or the source's routers are alone already, else as `GgufModel` and
-    `GgufModel.check`.
+    Every part names the model and its original routers by digests, so that parts of different models are not mixed.
+    After an error nothing is left of what was written.
+
+    Raises ConfigError when a file to write exists or the source's routers are alone already, ExportError when one
+    cannot be written, else as `GgufModel`, `GgufModel.check` and `GgufModel.live`.
     """
     model, target = GgufModel(source), Path(out)
     routers = model.router_tensors()
@@ -55,27 +62,33 @@ def split_gguf(
     if len(model.files) > 1 and all(
         t.name in names for file in model.files if file.path in apart for t in file.tensors
     ):
-        raise ConfigError(f"{model.path} has its routers in a part of their own already: export it without --split.")
+        raise ConfigError(
+            f"{printable(model.path)} has its routers in a part of their own already: export it without --split."
+        )
     live = model.live(family, strength, model.check(family, base, force=force))
     replaced = {name: data for pieces in live.values() for name, data in pieces.items()}
     count, total = len(model.files) + 1, sum(len(file.tensors) for file in model.files)
     paths = [target.with_name(shard_name(target_stem(target), number, count)) for number in range(1, count + 1)]
-    if there := [path for path in paths if path.exists()]:
-        raise ConfigError(f"{there[0]} exists already: give another name, or remove it.")
     on_total(sum(file.size for file in model.files))
     first = model.files[0]
-    for number, file in reversed(list(enumerate(model.files, start=1))):
-        entries = [first.entries[key] for key in _EVERYWHERE if key in first.entries]
-        rest = [tensor for tensor in file.tensors if tensor.name not in names]
-        _write(paths[number], file, [*entries, *_place(number, count, total)], rest, {}, on_bytes)
-    entries = [entry for key, entry in first.entries.items() if key not in _SPLIT]
-    _write(paths[0], first, [*entries, *_place(0, count, total)], routers, replaced, on_bytes)
+    with disk_faults(paths[0], NOTHING_LEFT), new_files(paths) as drafts:
+        own = _names_of(model)
+        for number, file in reversed(list(enumerate(model.files, start=1))):
+            # What llama.cpp reads of every part.
+            entries = [file.entries[ALIGNMENT_KEY]] if ALIGNMENT_KEY in file.entries else []
+            if ARCHITECTURE_KEY in first.entries:
+                entries.insert(0, first.entries[ARCHITECTURE_KEY])
+            rest = [tensor for tensor in file.tensors if tensor.name not in names]
+            _write(drafts[number], file, [*entries, *_place(number, count, total), *own], rest, {}, on_bytes)
+        anew = {*SPLIT_KEYS, *OWN_KEYS}
+        entries = [entry for key, entry in first.entries.items() if key not in anew]
+        _write(drafts[0], first, [*entries, *_place(0, count, total), *own], routers, replaced, on_bytes)
     sizes = [path.stat().st_size for path in paths]
     return {
         "out": str(paths[0]),
         "base": family.base_id,
         "strength": strength,
-        "architecture": model.architecture,
+        "architecture": printable(model.architecture),
         "routers": len(model.weights),
         "first_part_bytes": sizes[0],
         "bytes": sum(sizes),
@@ -86,7 +99,20 @@ def split_gguf(
 
 def _place(number: int, count: int, total: int) -> list[bytes]:
     values = ((UINT16, number), (UINT16, count), (INT32, total))
-    return [entry_bytes(key, kind, value) for key, (kind, value) in zip(_SPLIT, values, strict=True)]
+    return [entry_bytes(key, kind, value) for key, (kind, value) in zip(SPLIT_KEYS, values, strict=True)]
+
+
+def _names_of(model: GgufModel) -> list[bytes]:
+    """Entries that say which model was split, by its metadata, shapes, original routers and the beginning of every
+    other tensor, and which its original routers are."""
+    originals = {name: data for file in model.files for name, data in model.originals(file.path).items()}
+    whole = hashlib.sha256(digest(originals).encode())
+    for file in model.files:
+        whole.update(file.header_digest.encode())
+        for tensor in file.tensors:
+            if tensor.name not in originals:
+                whole.update(read_at(tensor.path, tensor.offset, min(tensor.size, _SAMPLE_BYTES)))
+    return [text_entry(MODEL_KEY, whole.hexdigest()), text_entry(ROUTERS_KEY, digest(originals))]
 
 
 def _write(
@@ -103,8 +129,8 @@ def _write(
         placed.append((tensor, end))
         end += tensor.span + -tensor.span % like.alignment
     header = header_bytes(entries, [(t.name, t.shape, t.type, offset) for t, offset in placed], like.alignment)
-    with new_file(target) as draft, draft.open("xb", buffering=0) as new:
-        new.write(header)
+    with target.open("xb", buffering=0) as new:
+        _append(new, header)
         sources: dict[Path, BinaryIO] = {}
         try:
             for tensor, _ in placed:
@@ -112,9 +138,16 @@ def _write(
                     sources[tensor.path] = tensor.path.open("rb")
                 source = sources[tensor.path].fileno()
                 data = replaced.get(tensor.name, b"")
-                new.write(data)
+                _append(new, data)
                 copy_range(source, tensor.offset + len(data), tensor.span - len(data), new.fileno(), on_bytes)
-                new.write(b"\0" * (-tensor.span % like.alignment))
+                _append(new, b"\0" * (-tensor.span % like.alignment))
         finally:
             for file in sources.values():
                 file.close()
+
+
+def _append(file: BinaryIO, data: bytes) -> None:
+    """All of it: a disk that is nearly full takes a part, and says so at the next call only."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
