@@ -110,22 +110,31 @@ def _usable(reading: Reading, stale_s: float) -> tuple[dict[str, float], dict[st
     unusable = dict(reading.missing)
     for name, measure in reading.measures.items():
         age_s = reading.time_s - measure.time_s
-        if not math.isfinite(measure.value):
-            unusable[name] = f"{measure.value} is not finite"
-        elif measure.value < 0:
-            unusable[name] = f"{measure.value:g} is negative"
-        elif measure.unit == "B" and measure.value > _most(name, reading.measures):
-            unusable[name] = f"{measure.value:g} bytes are more than there can be"
+        value = _as_float(measure.value)
+        if not math.isfinite(value):
+            unusable[name] = f"{value} is not finite"
+        elif value < 0:
+            unusable[name] = f"{value:g} is negative"
+        elif measure.unit == "B" and value > _most(name, reading.measures):
+            unusable[name] = f"{value:g} bytes are more than there can be"
         elif not age_s <= max(1.0, stale_s):
             unusable[name] = f"it is {age_s:.1f} s old"
         else:
-            values[name] = float(measure.value)
+            values[name] = value
     return values, unusable
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of anybody's sensor
+        return math.inf
 
 
 def _most(name: str, measures: Mapping[str, Measure]) -> float:
     whole = measures.get(_PART_OF.get(name, ""))
-    return (1 + _SKEW) * whole.value if whole is not None and 0 < whole.value < _MOST_BYTES else _MOST_BYTES
+    size_bytes = 0.0 if whole is None else _as_float(whole.value)
+    return (1 + _SKEW) * size_bytes if 0 < size_bytes < _MOST_BYTES else _MOST_BYTES
 
 
 def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Place]:
