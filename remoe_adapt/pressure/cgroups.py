@@ -102,7 +102,7 @@ class _Level:
             return UNLIMITED_BYTES
 
     def _cached(self, faults: dict[Path, Exception]) -> list[int]:
-        """Bytes of file cache: inactive, active, mapped; of a file that cannot be read 0, which errs on the safe side."""
+        """Bytes of file cache: inactive, active, mapped; 0 where that cannot be read, which errs on the safe side."""
         try:
             found = [one.search(text := self._stat.read()) for one in self._counts]
             if not any(found):

@@ -88,7 +88,7 @@ class Controller:
         _OPEN.add(self)
         self.set_pressure(None)
         if monitored:
-            self._monitor.start()
+            self._monitor.resume()
 
     # What a user turns
 
@@ -136,19 +136,17 @@ class Controller:
         self._post(Target(strength, None, f"strength {strength:g} was set by hand"), pinned=True)
 
     def pause(self) -> AbstractContextManager[None]:
-        """Sample no more: strength and cache budget stay where they are, until `resume`, or the end of a `with` block
-        that found the monitor running.
+        """Sample no more: strength and cache budget stay where they are, until `resume`, or until the end of a
+        `with` block of it, where it was sampled before and no other pause is open.
 
         Targets set by hand still count.
         """
-        resumes = self._monitor.running
-        self._monitor.stop()
-        return _Paused(self, resumes)
+        return self._monitor.pause()
 
     def resume(self) -> None:
-        """Sample again. Raises MergeStateError after `close`."""
-        self._check_open()
-        self._monitor.start()
+        """Sample again, whatever pauses are open. Raises MergeStateError after `close`."""
+        if self._closed or not self._monitor.resume():
+            self._check_open()
 
     def on_swap(self, callback: Callable[[Swap], object]) -> Callable[[], None]:
         """Call `callback` with every Swap, in order, in a thread of its own; returns what ends that. An exception in it
@@ -374,17 +372,6 @@ class Controller:
             f"are in {self.family.path}; for a checkpoint of this strength call model.merge_and_unload() and save its "
             "result, for the base model.unload()."
         )
-
-
-class _Paused(AbstractContextManager[None]):
-    """Resumes what was paused, and nothing else: not a dial without monitor, nor within an outer block."""
-
-    def __init__(self, controller: Controller, resumes: bool) -> None:
-        self._controller, self._resumes = controller, resumes
-
-    def __exit__(self, *error: object) -> None:
-        if self._resumes and not self._controller._closed:
-            self._controller.resume()
 
 
 @atexit.register

@@ -5,10 +5,12 @@ the model.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import threading
 import time
 import weakref
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,7 +20,7 @@ from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.notices import say_once
 from remoe_adapt.pressure.governor import Governor
-from remoe_adapt.pressure.policy import Decision
+from remoe_adapt.pressure.policy import Decision, PolicyState, decide
 from remoe_adapt.runtime.sensors import CacheUse, model_sensors
 
 _log = logging.getLogger("remoe_adapt")
@@ -57,9 +59,10 @@ class _Actuator:
 
 
 class Monitor:
-    """Ticks a governor `sample_hz` times a second while it runs; any thread may call anything.
+    """Ticks a governor `sample_hz` times a second while it runs; any thread may call anything, in any order.
 
-    model: whose device and expert cache are watched, and whose cache's budget is moved.
+    It runs once `resume` was called, while nobody's pause is open and until `close`. model: whose device and expert
+    cache are watched, and whose cache's budget is moved.
     """
 
     def __init__(self, model: nn.Module, profile: DeviceProfile, dial: Dial) -> None:
@@ -70,17 +73,25 @@ class Monitor:
         self._governor = Governor(self._actuator, sensors, profile, resize=None if use is None else use.resize)
         self._period_s = 1.0 / profile.controller.sample_hz
         self._lock = threading.Lock()
-        self._stop: threading.Event | None = None
-        self._thread: threading.Thread | None = None
+        self._noted: set[str] = set()
+        self._new_switch()
+        self._closed = False
         self._decided: tuple[Decision, float] | None = None
         if use is not None:
             _SHARING.add(self)
 
+    def _new_switch(self) -> None:
+        # Held only for moments, and never while something is waited for: a sample under way may ask for a pause.
+        self._switch = threading.Lock()
+        self._wanted, self._pauses = False, set[Pause]()
+        self._stop: threading.Event | None = None
+        self._threads: list[threading.Thread] = []
+
     @property
     def running(self) -> bool:
         """Its thread samples."""
-        thread = self._thread
-        return thread is not None and thread.is_alive() and self._stop is not None and not self._stop.is_set()
+        stop, threads = self._stop, self._threads
+        return stop is not None and not stop.is_set() and bool(threads) and threads[-1].is_alive()
 
     @property
     def decision(self) -> Decision | None:
@@ -98,13 +109,14 @@ class Monitor:
                 held = f"strength is held at {decision.strength:.2f} by hand"
                 decision = replace(decision, why=f"{held}; {what_sensors_say(decision)}")
             self._decided = (decision, time.monotonic())
+            self._say(decision)
         if dial is not None:
             dial.hear(decision)
         return decision
 
     def status(self) -> dict[str, Any] | None:
-        """JSON-ready, None before the first sample: pressure, present, cause, reason, signals (pressure of every
-        sensor), measures, unusable (why), age_s."""
+        """JSON-ready, None before the first sample: pressure, present, cause, reason, notes (what of the profile
+        cannot hold here), signals (pressure of every sensor), measures, unusable (why), age_s."""
         with self._lock:
             decided, reading = self._decided, self._governor.reading
         if decided is None or reading is None:
@@ -115,44 +127,106 @@ class Monitor:
             "present": decision.present,
             "cause": decision.cause,
             "reason": decision.reason,
+            "notes": list(decision.notes.values()),
             "signals": dict(decision.signals),
             "measures": {name: measure.value for name, measure in reading.measures.items()},
             "unusable": dict(decision.unusable),
             "age_s": time.monotonic() - at_s,
         }
 
-    def start(self) -> None:
-        """Sample from now on; nothing if it does already."""
-        with self._lock:
-            if self.running:
-                return
-            self._stop = threading.Event()
-            # The thread knows the monitor only while it ticks: a model that nobody needs takes its thread along.
-            self._thread = threading.Thread(
-                target=_run, args=(weakref.ref(self), self._stop, self._period_s), name="remoe-monitor", daemon=True
-            )
-            self._thread.start()
-        _RUNNING.add(self)
+    def resume(self) -> bool:
+        """Sample from now on, whatever pauses are open; False after `close`."""
+        self._look()
+        with self._switch:
+            self._pauses.clear()
+            self._wanted = not self._closed
+            self._start_if_wanted()
+            return self._wanted
+
+    def pause(self) -> Pause:
+        """Sample no more, until the pause is closed (and every other one) or `resume`; waits for a sample under way,
+        unless called by it."""
+        pause = Pause(self)
+        with self._switch:
+            self._pauses.add(pause)
+            threads = self._end()
+        _join(threads)
+        return pause
+
+    def end_pause(self, pause: Pause) -> None:
+        """One pause fewer; nothing for one that has ended."""
+        with self._switch:
+            if pause in self._pauses:
+                self._pauses.discard(pause)
+                self._start_if_wanted()
 
     def stop(self) -> None:
         """Sample no more; waits for a sample under way, unless called by it."""
-        thread, stop = self._thread, self._stop
-        if stop is not None:
-            stop.set()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(_STOP_S)
+        with self._switch:
+            self._wanted = False
+            threads = self._end()
+        _join(threads)
 
     def close(self) -> None:
         """For good."""
+        self._closed = True
         self.stop()
         _SHARING.discard(self)
         with self._lock:
             self._governor.sensors.close()
 
     def after_fork(self) -> None:
-        """In the child, which has no such thread: it does not sample until `start`."""
-        self._lock, self._thread, self._stop = threading.Lock(), None, None
+        """In the child, which has no such thread: it does not sample until `resume`."""
+        self._lock = threading.Lock()
+        self._new_switch()
         _RUNNING.discard(self)
+
+    def _start_if_wanted(self) -> None:
+        if not self._wanted or self._closed or self._pauses or self.running:
+            return
+        stop = threading.Event()
+        # The thread knows the monitor only while it ticks: a model that nobody needs takes its thread along.
+        thread = threading.Thread(
+            target=_run, args=(weakref.ref(self), stop, self._period_s), name="remoe-monitor", daemon=True
+        )
+        thread.start()
+        # Only a thread that was started can be joined, and the last sample of one that ends may still be under way.
+        self._threads = [*(one for one in self._threads if one.is_alive()), thread]
+        self._stop = stop
+        _RUNNING.add(self)
+
+    def _end(self) -> list[threading.Thread]:
+        if self._stop is not None:
+            self._stop.set()
+        return self._threads
+
+    def _look(self) -> None:
+        """Say what of the profile cannot hold here before the first sample can."""
+        sensors = self._governor.sensors
+        with self._lock, contextlib.suppress(Exception):  # a sample says what is wrong with a sensor
+            self._say(decide(PolicyState(), sensors.read(sensors.now()), self._governor.profile)[1])
+
+    def _say(self, decision: Decision) -> None:
+        for key, note in decision.notes.items():
+            if key not in self._noted:  # its numbers change from sample to sample
+                self._noted.add(key)
+                say_once(f"{note}.")
+
+
+class Pause(AbstractContextManager[None]):
+    """Of a monitor, until it is left or the monitor is resumed."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    def __exit__(self, *error: object) -> None:
+        self._monitor.end_pause(self)
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(_STOP_S)
 
 
 def what_sensors_say(decision: Decision) -> str:
