@@ -5,7 +5,6 @@ the model.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import threading
 import time
@@ -203,8 +202,11 @@ class Monitor:
     def _look(self) -> None:
         """Say what of the profile cannot hold here before the first sample can."""
         sensors = self._governor.sensors
-        with self._lock, contextlib.suppress(Exception):  # a sample says what is wrong with a sensor
-            self._say(decide(PolicyState(), sensors.read(sensors.now()), self._governor.profile)[1])
+        try:
+            with self._lock:
+                self._say(decide(PolicyState(), sensors.read(sensors.now()), self._governor.profile)[1])
+        except Exception as error:  # as in a sample, which comes all the same
+            _say_failed(error)
 
     def _say(self, decision: Decision) -> None:
         for key, note in decision.notes.items():
@@ -250,9 +252,13 @@ def _run(monitor: weakref.ref[Monitor], stop: threading.Event, period_s: float) 
         except Exception as error:  # a monitor that dies silently would leave the dial where it is for ever
             if stop.is_set():  # the dial was closed meanwhile
                 return
-            say_once(f"the monitor could not sample ({type(error).__name__}: {error}); it goes on")
-            _log.debug("monitor", exc_info=True)
+            _say_failed(error)
         del found
+
+
+def _say_failed(error: Exception) -> None:
+    say_once(f"the monitor could not sample ({type(error).__name__}: {error}); it goes on")
+    _log.debug("monitor", exc_info=True)
 
 
 @atexit.register
