@@ -1,4 +1,4 @@
-"""What others do with a model under a dial: adapters off, merged, saved, released; and swaps that would not reach it."""
+"""What others do with a model under a dial: adapters off, merging, saving, release; swaps that reach nothing."""
 
 from __future__ import annotations
 

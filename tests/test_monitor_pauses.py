@@ -20,7 +20,11 @@ from remoe_adapt import load_profile
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import MergeStateError
 from remoe_adapt.family import Family
-from remoe_adapt.pressure.reading import size_text
+from remoe_adapt.pressure.governor import Governor
+from remoe_adapt.pressure.policy import PolicyState, decide
+from remoe_adapt.pressure.reading import Measure, Reading, size_text
+from remoe_adapt.pressure.sensors import Sensors, os_sensors
+from remoe_adapt.pressure.signals import losses, weigh
 from remoe_adapt.runtime.load import get_remoe_model
 
 GIB = 1 << 30
@@ -164,7 +168,18 @@ def test_a_profile_that_holds_here_is_no_news(saved: Path, caplog: pytest.LogCap
     model.controller.close()
 
 
-def test_a_squeeze_names_the_sizes_it_is_about(saved: Path) -> None:
+def test_a_squeeze_names_the_sizes_it_is_about() -> None:
+    sizes = {"cache.budget": 0.4 * (1 << 20), "cache.allowed": 4.0 * (1 << 20), "cache.resident": 4e5}
+    sizes |= {"memory.available": 0.3 * (1 << 20), "memory.total": 4.0 * GIB}
+    reading = Reading(1.0, {name: Measure(size, "B", 1.0) for name, size in sizes.items()})
+    _, decision = decide(PolicyState(), reading, load_profile("orin-8gb"))
+    weighed = weigh(reading, load_profile("orin-8gb"))
+    said = [signal.words for signal in (*weighed.memory, *losses(weighed, decision.budgets, load_profile("orin-8gb")))]
+    assert "307.2 KiB of memory free, reserve 1.00 GiB" in said
+    assert any(words.endswith("of its 4.0 MiB") and "keeps 0 " not in words for words in said), said
+
+
+def test_what_a_cache_cannot_give_back_is_said_of_a_budget(saved: Path) -> None:
     model: Any = get_remoe_model(
         saved, held(load_profile("orin-8gb"), 1 << 20, 1 << 20), saved / "family", monitor=False, expert_cache=1.0
     )
@@ -172,5 +187,22 @@ def test_a_squeeze_names_the_sizes_it_is_about(saved: Path) -> None:
     assert with_tokens.numel()
     for second in range(4):
         decision = model.controller._monitor.tick(float(second))
-    assert "keeps 0 " not in decision.reason and "its expert cache can give back" in decision.reason
+    assert "cannot be met" in decision.reason and "its expert cache can give back" in decision.reason
     model.controller.close()
+
+
+class Slider:
+    """A dial of another engine."""
+
+    def apply(self, strength: float) -> None:
+        self.strength = strength
+
+    def current(self) -> float:
+        return 0.0
+
+
+def test_whoever_drives_another_engine_hears_it_too(caplog: pytest.LogCaptureFixture) -> None:
+    governor = Governor(Slider(), Sensors(os_sensors()), held(load_profile("orin-8gb"), None, 1 << 45))
+    for second in range(3):
+        governor.tick(float(second))
+    assert caplog.text.count("memory.reserve 32768.00 GiB of profile orin-8gb is more than a quarter") == 1

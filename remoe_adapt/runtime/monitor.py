@@ -19,7 +19,7 @@ from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.notices import say_once
 from remoe_adapt.pressure.governor import Governor
-from remoe_adapt.pressure.policy import Decision, PolicyState, decide
+from remoe_adapt.pressure.policy import Decision
 from remoe_adapt.runtime.sensors import CacheUse, model_sensors
 
 _log = logging.getLogger("remoe_adapt")
@@ -72,7 +72,6 @@ class Monitor:
         self._governor = Governor(self._actuator, sensors, profile, resize=None if use is None else use.resize)
         self._period_s = 1.0 / profile.controller.sample_hz
         self._lock = threading.Lock()
-        self._noted: set[str] = set()
         self._new_switch()
         self._closed = False
         self._decided: tuple[Decision, float] | None = None
@@ -108,7 +107,6 @@ class Monitor:
                 held = f"strength is held at {decision.strength:.2f} by hand"
                 decision = replace(decision, why=f"{held}; {what_sensors_say(decision)}")
             self._decided = (decision, time.monotonic())
-            self._say(decision)
         if dial is not None:
             dial.hear(decision)
         return decision
@@ -200,19 +198,11 @@ class Monitor:
         return self._threads
 
     def _look(self) -> None:
-        """Say what of the profile cannot hold here before the first sample can."""
-        sensors = self._governor.sensors
         try:
             with self._lock:
-                self._say(decide(PolicyState(), sensors.read(sensors.now()), self._governor.profile)[1])
+                self._governor.look()
         except Exception as error:  # as in a sample, which comes all the same
             _say_failed(error)
-
-    def _say(self, decision: Decision) -> None:
-        for key, note in decision.notes.items():
-            if key not in self._noted:  # its numbers change from sample to sample
-                self._noted.add(key)
-                say_once(f"{note}.")
 
 
 class Pause(AbstractContextManager[None]):
