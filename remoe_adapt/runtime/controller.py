@@ -197,12 +197,12 @@ class Controller:
         cache = expert_cache_of(self._base)
         experts = None if cache is None else cache.stats()
         sensors, monitored = self._monitor.status(), self._monitor.running
+        but = "" if self._closed else self._guards.but()
         with self._gate.lock:
             waiting, reason = self._staged is not None, self._target.reason
             if waiting:
                 reason += f"; strength {self.strength:.2f} is live, and the target waits for the next step"
-            if not self._closed:
-                reason += self._guards.but()
+            reason += but
             found = {
                 "strength": self.strength,
                 "target": self._target.strength,

@@ -72,9 +72,9 @@ def get_remoe_model(
     `controller.resume()`. force: accept a family of another base, if names and shapes fit.
 
     Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
-    MergeStateError when the model has a dial already (see `release`), AdapterConflictError when REMOE adapters or the name
-    `adapter_name` are on it, ConfigError for options that cannot work or nobody knows and when the base
-    cannot be loaded, ProfileError, RouterNotFoundError and UnsupportedRouterError as their makers. The model is
+    MergeStateError when the model has a dial already (see `release`), AdapterConflictError when REMOE adapters or the
+    name `adapter_name` are on it, ConfigError for options that cannot work or nobody knows and when the base cannot be
+    loaded, ProfileError, RouterNotFoundError and UnsupportedRouterError as their makers. The model is
     unchanged after an error.
     """
     check_names(from_pretrained_kwargs, _OPTIONS)

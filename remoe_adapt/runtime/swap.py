@@ -56,6 +56,7 @@ class ResidentRouters:
         self._placement: Placement = ()
         self._points: dict[float, tuple[Tensor, ...]] = {}
         self._addresses: list[int] = []
+        self._reach: _Reach | None = None
         self._check_reached()
         held: list[RemoeLayer] = []
         try:
@@ -72,7 +73,7 @@ class ResidentRouters:
                 layer.release()
             raise
         self.strength = 0.0
-        self._addresses = [value.data_ptr() for value in self._live()]
+        self._addresses = [weight.data_ptr() for weight in self.weights]
 
     @property
     def layers(self) -> dict[str, RemoeLayer]:
@@ -82,7 +83,9 @@ class ResidentRouters:
     @property
     def moved(self) -> bool:
         """The live tensors are others than those written last: the model was moved or cast, or they were replaced."""
-        return self._addresses != [value.data_ptr() for value in self._live()]
+        if self.fault() is not None or self._reach is None:
+            return True
+        return self._addresses != self._reach.addresses()
 
     @property
     def weights(self) -> list[Tensor]:
@@ -123,7 +126,7 @@ class ResidentRouters:
                     value.record_stream(torch.cuda.current_stream(value.device))
         if not alone:
             _finish_queued_work(staged.placement)
-        self.strength, self._addresses = staged.strength, [value.data_ptr() for value in live]
+        self.strength, self._addresses = staged.strength, [weight.data_ptr() for weight in live[: len(self._layers)]]
 
     def release(self, *, keep_live: bool = False) -> None:
         """Leave resident mode: with the base weights bit for bit, or with the live ones as the new base."""
@@ -153,14 +156,15 @@ class ResidentRouters:
 
     def fault(self) -> str | None:
         """Which router the dial does not reach, and why."""
-        inside: set[nn.Module] = set()
+        if self._reach is not None and self._reach.holds():
+            return None
+        inside = set(self._model.modules())
         for name, layer in self._layers.items():
-            fault = _unreached(layer)
-            if fault is None and not _is_at(self._model, name, layer):
-                inside = inside or set(self._model.modules())
-                fault = None if layer in inside else "another module is in its place"
+            fault = _unreached(layer) or (None if layer in inside else "another module is in its place")
             if fault is not None:
+                self._reach = None
                 return f"router {name} cannot be turned: {fault}"
+        self._reach = _Reach(self._model, list(self._layers.values()))
         return None
 
     def check_restorable(self) -> None:
@@ -216,11 +220,39 @@ def _unreached(layer: RemoeLayer) -> str | None:
     return None
 
 
-def _is_at(model: nn.Module, name: str, layer: RemoeLayer) -> bool:
-    try:
-        return model.get_submodule(name) is layer
-    except AttributeError:
-        return False
+class _Reach:
+    """The way from a model to the live weights of its routers, as it was found whole: a glance tells that it still is.
+
+    A look at every router costs more than computing a strength.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[RemoeLayer]) -> None:
+        links: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
+        names = {module: name for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
+        for layer in layers:
+            parent = model
+            for part in names[layer].split("."):
+                modules: dict[str, Any] = parent._modules
+                links[id(parent), part] = modules, part, modules[part]
+                parent = modules[part]
+        self._links = list(links.values())
+        self._weights: list[tuple[dict[str, Any], str, Tensor, torch.Size]] = []
+        for layer in layers:
+            owner_name, _, leaf = layer.spec.weight_name.rpartition(".")
+            owner: Any = layer.base_layer.get_submodule(owner_name)
+            held = owner._parameters if leaf in owner._parameters else owner._buffers
+            self._weights.append((held, leaf, held[leaf], held[leaf].shape))
+
+    def holds(self) -> bool:
+        """Every module and weight is where it was, and has values."""
+        return all(modules.get(part) is child for modules, part, child in self._links) and all(
+            held.get(leaf) is weight and not weight.is_meta and weight.shape == shape
+            for held, leaf, weight, shape in self._weights
+        )
+
+    def addresses(self) -> list[int]:
+        """Where the weights are in memory."""
+        return [weight.data_ptr() for _, _, weight, _ in self._weights]
 
 
 def _placement(values: list[Tensor]) -> Placement:
