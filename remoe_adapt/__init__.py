@@ -34,6 +34,7 @@ _EXPORTS = {
     "load_profile": "remoe_adapt.device_profile",
     "load_with_expert_cache": "remoe_adapt.runtime.cached",
     "recency_prior": "remoe_adapt.gating.install",
+    "release": "remoe_adapt.runtime.load",
     "topk_gating": "remoe_adapt.gating.reference",
 }
 

@@ -211,8 +211,10 @@ def run(
     )  # fmt: skip
     tokenizer = load_tokenizer(model)
     controller = dialled.controller
-    end_metrics = contextlib.nullcontext if metrics_port is None else serve_metrics(controller, metrics_port)
+    metrics = None if metrics_port is None else serve_metrics(controller, metrics_port)
     try:
+        if metrics is not None:
+            print(f"metrics: {metrics.url}", file=sys.stderr, flush=True)
         controller.log_to(log)
         if pressure is not None:
             controller.set_pressure(pressure)
@@ -224,8 +226,10 @@ def run(
                 on_text=on_text,
             )  # fmt: skip
         result = {"model": model, "prompt": prompt, **made, "status": controller.status()}
+        result |= {} if metrics is None else {"metrics_url": metrics.url}
     finally:
-        end_metrics()
+        if metrics is not None:
+            metrics.close()
         controller.close()
     shown: list[Any] = [report.run_summary(result)]
     if log is not None and plot is not None:

@@ -176,9 +176,10 @@ def read_profile(path: str | Path) -> tuple[DeviceProfile | None, list[Problem]]
         return None, source.problems
     profile: DeviceProfile | None = read_section(source, root, DeviceProfile)
     if is_map(root) and not any(problem.key == "name" for problem in source.problems):
-        name, node = next((value.value.strip(), value) for key, value in root.value if key.value == "name")
-        if name != source.path.stem:
-            source.fail(node, "name", f"{shown(name)} is not the file's name; call the file {printable(name)}.yaml")
+        for node in [value for key, value in root.value if key.value == "name"]:  # none where it is misspelt
+            name = node.value.strip()
+            if name != source.path.stem:
+                source.fail(node, "name", f"{shown(name)} is not the file's name; call the file {printable(name)}.yaml")
     problems = sorted(source.problems, key=lambda problem: problem.line)
     return (None if problems else profile), problems
 
@@ -191,7 +192,11 @@ def check_profile(path: str | Path) -> list[Problem]:
 def user_profile_dir() -> Path:
     """`$XDG_CONFIG_HOME/remoe/profiles`; below ~/.config where that is unset, or relative (invalid by its rules)."""
     configured = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    return (configured if configured.is_absolute() else Path.home() / ".config") / "remoe" / "profiles"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without one, as many in containers
+        home = Path("/nonexistent")
+    return (configured if configured.is_absolute() else home / ".config") / "remoe" / "profiles"
 
 
 def list_profiles() -> dict[str, Path]:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from remoe_adapt.demo import example_folder
-from remoe_adapt.device_profile import check_profile, list_profiles
+from remoe_adapt.device_profile import list_profiles, read_profile
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.dispatch import explain
-from remoe_adapt.pressure.reading import Measure
+from remoe_adapt.pressure.reading import Measure, size_text
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
-from remoe_adapt.report import size_text
+from remoe_adapt.pressure.signals import unfit
 from remoe_adapt.runtime.sensors import GpuMemory
 
 # Rates are taken over so long.
@@ -224,13 +224,28 @@ def _extras() -> Iterator[Probe]:
 
 def _profiles() -> Iterator[Probe]:
     found = list_profiles()
-    broken = {name: problems[0] for name, path in found.items() if (problems := check_profile(path))}
+    read = {name: read_profile(path) for name, path in found.items()}
+    broken = {name: problems[0] for name, (_, problems) in read.items() if problems}
     if not found:
         yield Probe("profiles", False, "none found", "reinstall remoe-adapt, or give profiles by path")
     elif broken:
         yield Probe("profiles", False, f"{len(broken)} of {len(found)} have faults", str(next(iter(broken.values()))))
     else:
         yield Probe("profiles", True, ", ".join(found))
+    total = _most_memory()
+    for name, (profile, _) in read.items():
+        notes = [] if profile is None else unfit(profile, total)
+        if notes:
+            yield Probe(
+                f"profile {name}", False, "; ".join(notes), "it is of another device: use one that fits, or a copy"
+            )
+
+
+def _most_memory() -> float:
+    """Of the machine, the cgroup or the largest GPU, whichever a model of this process could fill."""
+    reading = Sensors([*os_sensors(), GpuMemory()]).read()
+    host = [value for name in ("memory.total", "cgroup.limit") if (value := reading.value(name)) is not None]
+    return max(min(host, default=0.0), reading.value("gpu.total") or 0.0)
 
 
 def _example() -> Iterator[Probe]:

@@ -7,6 +7,8 @@ written out, size) is refused while it is read, before anything is built of it.
 from __future__ import annotations
 
 import difflib
+import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ _MOST_BYTES, _MOST_NODES, _MOST_LEVELS, _MOST_DIGITS = 1 << 18, 10_000, 20, 64
 # Lines are what editors count: YAML 1.1 would break them at three more characters.
 _ONE_BREAK = {ord("\r"): "\n"} | dict.fromkeys((0x85, 0x2028, 0x2029), " ")
 _TAG = "tag:yaml.org,2002:"
+# YAML 1.1 reads 010 as 8, 1:30 as 90 and 1_0 as 10: nobody who writes a profile means that.
+_DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*)?(\.\d*)?(e[-+]?\d+)?|[-+]?\.(inf|nan)", re.IGNORECASE | re.ASCII)
 # What SafeLoader's constructors raise for a foreign tag, an impossible date, `!!bool maybe`, `!!int ''`.
 _UNBUILT = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _SHORT = Repr()
@@ -39,7 +43,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: " + (f"{self.key}: " if self.key else "") + self.message
+        return f"{printable(str(self.path), 4096)}:{self.line}: " + (f"{self.key}: " if self.key else "") + self.message
 
 
 def shown(value: object) -> str:
@@ -90,6 +94,8 @@ class Source:
     def root(self) -> Any:
         """The file's one document, a node; None, and a problem, where there is none that can be used."""
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode) and not self.path.is_dir():  # a pipe would be waited for
+                return self._fail(1, "", "is not a regular file; give the path of a profile's YAML file")
             with self.path.open("rb") as file:
                 data = file.read(_MOST_BYTES + 1)
         except (OSError, ValueError) as error:  # ValueError: a path with a null byte
@@ -131,6 +137,8 @@ class Source:
         number = node.tag in (f"{_TAG}int", f"{_TAG}float")
         if number and isinstance(node, yaml.ScalarNode) and len(node.value) > _MOST_DIGITS:
             raise ConfigError(f"is a number of {len(node.value)} characters; write one of at most {_MOST_DIGITS}")
+        if number and isinstance(node, yaml.ScalarNode) and node.value and not _DECIMAL.fullmatch(node.value):
+            raise ConfigError(f"{shown(node.value)} is not written in plain decimal digits; write it so, as 10 or 0.5")
         try:
             return self._loader.construct_object(node, deep=True)
         except _UNBUILT as error:

@@ -21,7 +21,7 @@ from remoe_adapt.profile_nodes import Source, did_you_mean, is_list, is_map, sho
 Reader = Callable[[Source, yaml.Node, str], Any]
 _UNIT_BYTES = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNIT_BYTES |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[KMGT]i?)?B)", re.IGNORECASE | re.ASCII)
 # An exbibyte: more than any machine has, and far from where 64-bit counters end.
 _MOST_BYTES = 1 << 60
 

@@ -22,16 +22,9 @@ from rich.text import Text
 
 from remoe_adapt.plots import plot_frontier as plot_frontier
 from remoe_adapt.plots import plot_log as plot_log
+from remoe_adapt.pressure.reading import size_text
 
 Row = Mapping[str, Any]
-
-
-def size_text(size_bytes: float) -> str:
-    """Bytes in the largest of B, KiB, MiB and GiB that is not more than they are."""
-    for unit, digits, unit_bytes in (("GiB", 2, 1 << 30), ("MiB", 1, 1 << 20), ("KiB", 1, 1 << 10)):
-        if size_bytes >= unit_bytes:
-            return f"{size_bytes / unit_bytes:.{digits}f} {unit}"
-    return f"{size_bytes:.0f} B"
 
 
 def hit_keys(row: Row) -> list[str]:

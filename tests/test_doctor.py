@@ -47,6 +47,18 @@ def test_it_says_which_gates_run_and_why(probes: dict[str, Probe], monkeypatch: 
     assert not broken.ok and "'cuda': give one of auto, torch, triton" in broken.remedy
 
 
+def test_a_profile_of_a_larger_device_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "remoe" / "profiles").mkdir(parents=True)
+    text = (list_profiles()["orin-8gb"]).read_text(encoding="utf-8").replace("name: orin-8gb", "name: huge")
+    text = text.replace("{budget: 5.5GiB, reserve: 1GiB}", "{budget: 2000TiB, reserve: 1000TiB}")
+    (tmp_path / "remoe" / "profiles" / "huge.yaml").write_text(text)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    found = {probe.name: probe for probe in examine()}
+    assert found["profiles"].ok and not found["profile huge"].ok and found["profile huge"].remedy
+    assert "memory.reserve 1024000.00 GiB is more than a quarter of the" in found["profile huge"].value
+    assert "memory.budget 2048000.00 GiB is more than the" in found["profile huge"].value
+
+
 def test_profiles_are_counted_and_faults_named(
     probes: dict[str, Probe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

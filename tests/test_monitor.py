@@ -153,7 +153,7 @@ def test_the_thread_samples_until_paused_and_again_after(model: PeftModel) -> No
 def test_it_starts_by_itself_and_ends_with_its_model(saved: Path) -> None:
     model: Any = get_remoe_model(saved, "orin-8gb", saved / "family")
     until(lambda model=model: model.controller.status()["sensors"] is not None)
-    thread, gone = model.controller._monitor._thread, weakref.ref(model.get_base_model())
+    thread, gone = model.controller._monitor._threads[-1], weakref.ref(model.get_base_model())
     assert thread.daemon and {"memory.available", "cache.budget"} <= set(
         model.controller.status()["sensors"]["measures"]
     )
@@ -171,7 +171,7 @@ def test_listeners_and_logs_keep_no_model_alive(saved: Path, tmp_path: Path) -> 
     model.controller.log_to(tmp_path / "log")
     model.controller.set_strength(0.5)
     model.controller._events.flush()
-    threads = [model.controller._monitor._thread, model.controller._events._thread]
+    threads = [model.controller._monitor._threads[-1], model.controller._events._thread]
     assert heard == [0.5] and all(thread.is_alive() for thread in threads)
     del model
     until(lambda: not gc.collect() and gone() is None)

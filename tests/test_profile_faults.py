@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 
 from remoe_adapt import cli_profiles
-from remoe_adapt.device_profile import DeviceProfile, RecencyProfile, check_profile, load_profile, parse_size
+from remoe_adapt.device_profile import (
+    DeviceProfile,
+    RecencyProfile,
+    check_profile,
+    load_profile,
+    parse_size,
+    read_profile,
+)
 from remoe_adapt.errors import ConfigError, ProfileError
 from remoe_adapt.gating.prior import MAX_GAIN, check_prior
 
@@ -98,6 +107,9 @@ ONE_FAULT = [
     ("families:", "families: !!set", 24, "families", "is not a map"),
     ("  reserve: 1GiB\n", "", 3, "memory.reserve", "is missing"),
     ("  reserve: 1GiB", "  resreve: 1GiB", 5, "memory.resreve", "did you mean 'reserve'"),
+    ("name: mine", "nme: mine", 1, "nme", "did you mean 'name'"),
+    ("  policy: lfu", "  null: lfu", 8, "expert_cache.null", "is not a key of a profile"),
+    ("  policy: lfu", "  7: lfu", 8, "expert_cache.7", "is not a key of a profile"),
     ("  mode: ema", "  mode: none", 23, "recency.gain", "has no effect"),
     # Aliases count where they stand; merges are not of a profile.
     ("sample_hz: 5\n  rise_s: 0.5", "sample_hz: &a 700\n  rise_s: *a", 16, "controller.rise_s", "out of range"),
@@ -117,6 +129,13 @@ ONE_FAULT = [
     ("- [0.9, 1.0]", "- [0x" + "f" * 6000 + "]", 12, "strength.curve", "write pairs"),
     ("5.5GiB", "9" * 400 + "GiB", 4, "memory.budget", "more than any machine has"),
     ("5.5GiB", "9223372036854775808B", 4, "memory.budget", "more than any machine has"),
+    ("5.5GiB", "5iB", 4, "memory.budget", "'5iB' is not a size"),
+    ("1GiB", "1 ib", 5, "memory.reserve", "'1 ib' is not a size"),
+    ("rise_s: 0.5", "rise_s: 010", 16, "controller.rise_s", "'010' is not written in plain decimal digits"),
+    ("rise_s: 0.5", "rise_s: 1:30", 16, "controller.rise_s", "plain decimal digits"),
+    ("rise_s: 0.5", "rise_s: 1_0", 16, "controller.rise_s", "plain decimal digits"),
+    ("rise_s: 0.5", "rise_s: 0x10", 16, "controller.rise_s", "plain decimal digits"),
+    ("rise_s: 0.5", "rise_s: 0b11", 16, "controller.rise_s", "plain decimal digits"),
     ("1GiB", "\u0661GiB", 5, "memory.reserve", "is not a size"),
     ("rise_s: 0.5", "rise_s: 1e1", 16, "controller.rise_s", "up to 600, as 10"),
     ("rise_s: 0.5", "rise_s: '0.5'", 16, "controller.rise_s", "up to 600, as 0.5"),
@@ -298,3 +317,48 @@ def test_a_broken_file_of_the_user_does_not_break_the_list(config_home: Path) ->
     assert rows["mine"]["expert_cache"]["policy"] == "lfu" and rows["server"]["faults"] == 0
     checked, told = cli_profiles.check()
     assert not checked["ok"] and len(told) == len(checked["faults"]) + 1
+
+
+def test_what_is_no_regular_file_is_one_fault_and_is_not_waited_for(tmp_path: Path) -> None:
+    pipe, folder, secret = tmp_path / "mine.yaml", tmp_path / "folder.yaml", write(tmp_path / "closed", GOOD)
+    os.mkfifo(pipe)
+    folder.mkdir()
+    secret.chmod(0)
+    for path, words in ((pipe, "not a regular file"), (folder, "directory"), (tmp_path / "no.yaml", "No such file")):
+        assert words in str(check_profile(path)[0])
+    if os.getuid():
+        assert "ermission denied" in str(check_profile(secret)[0])
+    assert "\\x1b[31m" in str(check_profile(tmp_path / "\x1b[31m.yaml")[0]), "no terminal is sent what a name holds"
+
+
+def test_a_user_without_a_home_has_the_shipped_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 987654321)
+    assert load_profile("server").name == "server"
+
+
+def mutated(text: str, random: Random) -> str:
+    """Some bytes of a profile cut, doubled, or replaced by what YAML may mean something else by."""
+    odd = ("1e999", ".nan", "0x10", "010", "1:30", "5iB", "9" * 400, "null", "[", "]", "{", "}", ":", "- ", "&a ", "*a",
+           "!!int ", "!!binary ", "!!set ", "<<: ", "? ", "| ", "'", '"', "%", "\t", "\n", "\0", "\u2028", "nme", "=",
+           "2001-13-45", "---\n", "{a: " * 30)  # fmt: skip
+    for _ in range(random.choice((1, 1, 2, 5))):
+        begin = random.randrange(len(text))
+        end = min(len(text), begin + random.choice((0, 1, 5, 40)))
+        middle = random.choice(("", random.choice(odd), text[begin:end] * 20))
+        text = text[:begin] + middle + text[end:] or " "
+    return text
+
+
+def test_every_mutation_of_a_shipped_profile_is_a_profile_or_its_faults(tmp_path: Path, repo_root: Path) -> None:
+    random, kinds = Random(0), set[bool]()
+    shipped = sorted((repo_root / "profiles").glob("*.yaml"))
+    for _ in range(150):
+        chosen = random.choice(shipped)
+        path = write(tmp_path, mutated(chosen.read_text(encoding="utf-8"), random), chosen.stem)
+        profile, problems = read_profile(path)
+        assert (profile is None) == bool(problems)
+        assert all("\n" not in str(problem) and len(str(problem)) < 900 for problem in problems)
+        kinds.add(profile is None)
+    assert kinds == {True, False}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_families import tiny_family
+from tiny_family import save_base, save_family
 from tiny_models import tiny_model
+from typer.testing import CliRunner
 
 from remoe_adapt import get_remoe_model
+from remoe_adapt.cli import app
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.runtime.prometheus import ControllerCollector, serve_metrics
 
@@ -80,3 +86,26 @@ def test_a_port_in_use_is_one_clear_error(controller: Any, unused_port: int) -> 
         close()
     with pytest.raises(ConfigError, match="choose another port"):
         serve_metrics(controller, 99999)
+
+
+def test_any_free_port_is_told(controller: Any) -> None:
+    first, second = serve_metrics(controller, 0), serve_metrics(controller, 0)
+    try:
+        assert 0 < first.port != second.port > 0 and str(second.port) in second.url
+        with urllib.request.urlopen(second.url, timeout=10) as answer:
+            assert b"remoe_strength" in answer.read()
+        assert scraped(first.port)["remoe_strength"] == 0.5
+    finally:
+        first.close()
+        second()
+    second.close()
+
+
+def test_remoe_run_says_which_port_it_got(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    save_family(base, tmp_path / "family", (1.0,), control=False)
+    options = ["--family", str(tmp_path / "family"), "--prompt", "Once", "--max-new-tokens", "2", "--metrics-port", "0"]
+    ended = CliRunner().invoke(app, ["run", str(tmp_path / "base"), *options, "--json"])
+    assert ended.exit_code == 0, ended.output
+    url = json.loads(ended.stdout)["metrics_url"]
+    assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*/metrics", url) and f"metrics: {url}\n" in ended.stderr

@@ -63,13 +63,16 @@ def test_a_reading_knows_ages_and_keeps_what_is_not_finite() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"time_s": "1", "measures": {}, "missing": {}}', '{"time_s": 1, "measures": [], "missing": {}}',
+    ["[" * 100_000, '{"a":' * 100_000, "\x1b[1m", '{"time_s": ' + "9" * 400 + ', "measures": {}, "missing": {}}',
+     '{"time_s": Infinity, "measures": {}, "missing": {}}', '{"time_s": 1, "time_s": 1, "measures": {}, "missing": {}}',
+     "", "[]", "{}", '{"time_s": "1", "measures": {}, "missing": {}}', '{"time_s": 1, "measures": [], "missing": {}}',
      '{"time_s": 1, "measures": {"a": {"value": 1, "unit": "furlong", "time_s": 1}}, "missing": {}}',
      '{"time_s": 1, "measures": {"a": {"value": true, "unit": "B", "time_s": 1}}, "missing": {}}'],
 )  # fmt: skip
 def test_other_text_is_no_reading(text: str) -> None:
-    with pytest.raises(ConfigError, match="no recorded reading"):
+    with pytest.raises(ConfigError, match="no recorded reading") as raised:
         Reading.from_json(text)
+    assert str(raised.value).isprintable()
 
 
 def test_a_value_wins_over_a_reason() -> None:

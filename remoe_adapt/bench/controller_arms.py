@@ -162,7 +162,7 @@ class Arm:
         if self.controller is not None:
             self.controller.resume()
         elif self._mover is not None:
-            self._mover.start()
+            self._mover.resume()
 
     def rest(self) -> None:
         """Another one's turn."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.pressure.signals import Place, Weighed
+from remoe_adapt.pressure.reading import size_text
+from remoe_adapt.pressure.signals import Place, Weighed, notes_of
 
 # Parts of the reserve: given back beyond what is lacking, and to spare before the cache grows.
 _SLACK, _SPARE = 0.1, 0.25
@@ -73,7 +74,7 @@ def move(
     squeeze = max((s.pressure for s in weighed.memory if s.name in _SQUEEZING), default=0.0)
     if lacking > 0:
         wanted = max(floor, tier.resident - share * (lacking + _SLACK * place.reserve))
-        return _shrunk(tier, clock_s, state, wanted, f"{_mib(lacking)} MiB of memory are lacking, or will be")
+        return _shrunk(tier, clock_s, state, wanted, f"{size_text(lacking)} of memory are lacking, or will be")
     if squeeze >= 0.5:
         wanted = max(floor, tier.budget - tier.allowed * squeeze * step_s / _SQUEEZE_S)
         return _shrunk(tier, clock_s, state, wanted, f"memory stalls or swaps (pressure {squeeze:.2f})")
@@ -90,7 +91,7 @@ def move(
     if growth < min(_LEAST_STEP * tier.allowed, tier.allowed - tier.budget):
         # What could not grow for want of room is not saved up.
         return state._replace(calm_s=calm_s, moved_s=moved_s if growth == grown else clock_s), None, ""
-    words = f"{clock_s - calm_s:.0f} s of calm: the expert cache grows to {_mib(tier.budget + growth)} MiB"
+    words = f"{clock_s - calm_s:.0f} s of calm: the expert cache grows to {size_text(tier.budget + growth)}"
     return state._replace(calm_s=calm_s, moved_s=clock_s), int(tier.budget + growth), words
 
 
@@ -98,7 +99,7 @@ def _shrunk(tier: Tier, clock_s: float, state: TierState, wanted: float, why: st
     state = state._replace(calm_s=None, moved_s=clock_s)
     if wanted >= tier.budget:
         return state, None, ""
-    return state, int(wanted), f"{why}: the expert cache shrinks to {_mib(wanted)} MiB"
+    return state, int(wanted), f"{why}: the expert cache shrinks to {size_text(wanted)}"
 
 
 def budgets(
@@ -122,11 +123,29 @@ def budgets(
     return after, wanted, why
 
 
+def notes(weighed: Weighed, profile: DeviceProfile) -> dict[str, str]:
+    """What of the profile's memory section cannot hold here, in words, by place and key."""
+    found = notes_of(weighed.places, profile)
+    budget_bytes = profile.memory.budget_bytes
+    tiers = [tier for name in _TIERS if (tier := Tier.of(name, weighed)) is not None]
+    for where, place in weighed.places.items():
+        if budget_bytes is None or place.own is None:
+            continue
+        shed = sum(
+            max(0.0, tier.resident - profile.expert_cache.floor * tier.allowed) for tier in tiers if tier.place is place
+        )
+        if place.own - shed > budget_bytes:
+            gives = (
+                f"its expert cache can give back {size_text(shed)} of that at most" if tiers else "nothing gives back"
+            )
+            found[f"{where} budget unmet"] = (
+                f"memory.budget {size_text(budget_bytes)} of profile {profile.name} cannot be met: the model takes "
+                f"{size_text(place.own)} of {place.name}, and {gives}"
+            )
+    return found
+
+
 def is_whole(weighed: Weighed) -> bool:
     """Whether every tier that a reading tells of has the budget of calm."""
     values = weighed.values
     return all(values.get(f"{name}.budget", 0.0) >= values.get(f"{name}.allowed", 0.0) for name in _TIERS)
-
-
-def _mib(size_bytes: float) -> str:
-    return f"{size_bytes / (1 << 20):.0f}"

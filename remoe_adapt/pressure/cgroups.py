@@ -9,10 +9,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from remoe_adapt.pressure.files import PolledFile
+from remoe_adapt.pressure.files import PolledFile, count, garbage
 
 # How often a process is asked which group it is in: that changes rarely, and the answer is long.
 _FOLLOW_S = 1.0
+# Longer ones the kernel refuses, and looking for all their ends would take for ever.
+_LONGEST_PATH = 4096
 # "No limit" of v1 is the largest page-aligned 64-bit number.
 UNLIMITED_BYTES = 1 << 60
 
@@ -54,11 +56,11 @@ def own_groups(membership: str, cgroups: Path) -> dict[str, list[Path]]:
             continue
         controllers, path = rest
         version = "v2" if controllers == "" else "v1" if "memory" in controllers.split(",") else ""
-        if version not in mounted:
+        if version not in mounted or len(path) > _LONGEST_PATH:
             continue
         root, parts = mounted[version], [part for part in path.split("/") if part not in ("", "..")]
         ends = (root.joinpath(*parts[start:]) for start in range(len(parts) + 1))
-        own = next(folder for folder in ends if folder.is_dir())
+        own = next((folder for folder in ends if folder.is_dir()), root)
         found[version] = [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
     return found
 
@@ -71,27 +73,44 @@ class _Level:
         self.folder = folder
         names = ("inactive_file", "active_file", "mapped_file" if v1 else "file_mapped")
         prefix = "total_" if v1 else ""
-        self._counts = [re.compile(rf"^{prefix}{name} (\d+)$", re.MULTILINE) for name in names]
+        self._counts = [re.compile(rf"^{prefix}{name} (\d{{1,19}})$", re.MULTILINE | re.ASCII) for name in names]
         limits = ("memory.limit_in_bytes",) if v1 else ("memory.max", "memory.high")
         self._limits = [PolledFile(folder / name) for name in limits if (folder / name).is_file()]
         self._usage = PolledFile(folder / ("memory.usage_in_bytes" if v1 else "memory.current"))
         self._stat = PolledFile(folder / "memory.stat")
 
-    def read(self) -> Usage | None:
-        """None without a limit."""
-        texts = [file.read().strip() for file in self._limits]
-        limit = min((int(text) for text in texts if text != "max"), default=UNLIMITED_BYTES)
+    def read(self, faults: dict[Path, Exception]) -> Usage | None:
+        """None without a limit. What cannot be read of one file goes to `faults`, and the others count."""
+        limit = min((self._limit(file, faults) for file in self._limits), default=UNLIMITED_BYTES)
         if limit >= UNLIMITED_BYTES:
             return None
-        usage = int(self._usage.read())
         try:
-            stat = self._stat.read()
-        except (OSError, ValueError):  # then nothing counts as reclaimable, which errs on the safe side
-            stat = ""
-        found = (count.search(stat) for count in self._counts)
-        inactive, active, mapped = (0 if count is None else int(count[1]) for count in found)
+            usage = count(self._usage.read().strip(), self._usage.path)
+        except (OSError, ValueError) as error:
+            faults[self._usage.path] = error
+            return None
         # Mapped pages are in use: taking them away is what thrashing means.
-        return Usage(self.folder, limit, usage, inactive + max(0, active - mapped))
+        inactive, active, mapped = self._cached(faults)
+        return Usage(self.folder, limit, usage, min(usage, inactive + max(0, active - mapped)))
+
+    def _limit(self, file: PolledFile, faults: dict[Path, Exception]) -> int:
+        try:
+            text = file.read().strip()
+            return UNLIMITED_BYTES if text == "max" else count(text, file.path)
+        except (OSError, ValueError) as error:
+            faults[file.path] = error
+            return UNLIMITED_BYTES
+
+    def _cached(self, faults: dict[Path, Exception]) -> list[int]:
+        """Bytes of file cache: inactive, active, mapped; 0 where that cannot be read, which errs on the safe side."""
+        try:
+            found = [one.search(text := self._stat.read()) for one in self._counts]
+            if not any(found):
+                raise garbage(self._stat.path, text)
+        except (OSError, ValueError) as error:
+            faults[self._stat.path] = error
+            return [0, 0, 0]
+        return [0 if one is None else int(one[1]) for one in found]
 
     def close(self) -> None:
         for file in (*self._limits, self._usage, self._stat):
@@ -107,6 +126,7 @@ class OwnGroups:
         self._seen: str | None = None
         self._looked_s: float | None = None
         self.folders: dict[str, list[Path]] = {}
+        self.faults: dict[Path, Exception] = {}
         self._levels: list[_Level] = []
 
     def follow(self, now_s: float) -> bool:
@@ -117,39 +137,35 @@ class OwnGroups:
         if membership == self._seen:
             self._looked_s = now_s
             return False
-        self.close()
-        self._seen, self.folders = membership, own_groups(membership, self._cgroups)
-        self._levels = [
+        folders = own_groups(membership, self._cgroups)
+        levels = [
             _Level(folder, version)
-            for version, folders in self.folders.items()
-            for folder in _binding(folders)
+            for version, path in folders.items()
+            for folder in _binding(path)
             if (folder / ("memory.limit_in_bytes" if version == "v1" else "memory.max")).is_file()
         ]
-        self._looked_s = now_s
+        self.close()
+        self._seen, self.folders, self._levels, self._looked_s = membership, folders, levels, now_s
         return True
 
     def tightest(self, now_s: float) -> Usage | None:
         """The group of least headroom on the path, of those that can be read; None when none of them has a limit.
-        Raises OSError and ValueError when none can be read."""
+
+        `faults` says which files could not be read, and why. Raises OSError and ValueError when no group can be read.
+        """
         self.follow(now_s)
-        try:
-            return self._tightest()
-        except (OSError, ValueError):  # its group may be gone: it has been moved since
+        tightest = self._tightest()
+        if tightest is None and self.faults:  # its group may be gone: it has been moved since
             self.close()
             self.follow(now_s)
-            return self._tightest()
+            tightest = self._tightest()
+        if tightest is None and self.faults:
+            raise next(iter(self.faults.values()))
+        return tightest
 
     def _tightest(self) -> Usage | None:
-        limited, broken = list[Usage](), None
-        for level in self._levels:
-            try:
-                usage = level.read()
-            except (OSError, ValueError) as error:
-                broken = error
-            else:
-                limited += [] if usage is None else [usage]
-        if broken is not None and not limited:
-            raise broken
+        self.faults = {}
+        limited = [usage for level in self._levels if (usage := level.read(self.faults)) is not None]
         return min(limited, key=lambda usage: usage.headroom, default=None)
 
     @property
@@ -168,8 +184,10 @@ def _binding(folders: list[Path]) -> list[Path]:
     """The groups whose limit counts for the first one: v1 parents only where use_hierarchy is on (always, lately)."""
     binding = folders[:1]
     for folder in folders[1:]:
-        switch = folder / "memory.use_hierarchy"
-        if switch.is_file() and switch.read_text().strip() == "0":
-            break
+        try:
+            if (folder / "memory.use_hierarchy").read_bytes().strip() == b"0":
+                break
+        except OSError:  # v2, and kernels that have no other way
+            pass
         binding.append(folder)
     return binding

@@ -6,6 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from remoe_adapt.notices import say_once
+from remoe_adapt.untrusted import printable
+
 # The largest of them, memory.stat, has some 2 KiB.
 _READ_BYTES = 1 << 16
 
@@ -24,12 +27,12 @@ class PolledFile:
         """The text. Raises OSError."""
         if self._descriptor >= 0 and self._owner == os.getpid():
             try:
-                return os.pread(self._descriptor, _READ_BYTES, 0).decode()
+                return os.pread(self._descriptor, _READ_BYTES, 0).decode("utf-8", "surrogateescape")
             except OSError:  # its group or process is gone; the path may name another one by now
                 pass
         self.close()
         self._descriptor, self._owner = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)), os.getpid()
-        return os.pread(self._descriptor, _READ_BYTES, 0).decode()
+        return os.pread(self._descriptor, _READ_BYTES, 0).decode("utf-8", "surrogateescape")
 
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -54,6 +57,21 @@ class Rates:
         if min(grown.values(), default=0.0) < 0:
             return None
         return {name: count / (now_s - before[0]) for name, count in grown.items()}
+
+
+def count(text: str, path: Path) -> int:
+    """A count of the kernel's. Raises ValueError, as `garbage`, for anything but decimal digits of less than 64 bits:
+    a negative or endless number would be weighed as if memory were gone."""
+    if len(text) > 20 or not (text.isascii() and text.isdigit()) or int(text) >> 64:
+        raise garbage(path, text)
+    return int(text)
+
+
+def garbage(path: Path, text: str) -> ValueError:
+    """The error of a file that holds what the kernel never writes; it is logged once for each file."""
+    where = printable(path)
+    say_once(f"{where} holds no count where the kernel writes one: what it tells is left out until it does.")
+    return ValueError(f"{where} holds {printable(text[:40])!r}, which is no count")
 
 
 def reason(error: OSError) -> str:

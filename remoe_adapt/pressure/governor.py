@@ -10,6 +10,7 @@ from typing import Protocol
 
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.notices import say_once
 from remoe_adapt.pressure.policy import Decision, PolicyState, decide
 from remoe_adapt.pressure.reading import Reading
 from remoe_adapt.pressure.sensors import Sensors
@@ -53,14 +54,26 @@ class Governor:
         self.state = PolicyState()
         self.reading: Reading | None = None
         self._rest: Decision | None = None  # that of a reading at rest
+        self._noted: set[str] = set()
+
+    def look(self) -> None:
+        """Say what of the profile cannot hold here, before the first sample does; nothing is turned or remembered."""
+        self._say(decide(PolicyState(), self.sensors.read(self.sensors.now()), self.profile)[1])
+
+    def _say(self, decision: Decision) -> None:
+        for key, note in decision.notes.items():
+            if key not in self._noted:  # its numbers change from sample to sample
+                self._noted.add(key)
+                say_once(f"{note}.")
 
     def tick(self, now_s: float | None = None, *, turn: bool = True) -> Decision:
         """One sample and what follows from it. now_s: its time, None: the sensors' clock. turn: False leaves the dial
         alone (it is pinned), budgets move all the same.
 
-        A budget that the cache refuses is said in the decision's reason. While nothing presses anywhere, samples within
-        half a second of the last reading see only whether memory is still at ease, and the decision is the same one:
-        the others cost the model more than they could tell it.
+        A budget that the cache refuses is said in the decision's reason; so is what of the profile's memory section
+        cannot hold on this machine, and once in the log. While nothing presses anywhere, samples within half a second
+        of the last reading see only whether memory is still at ease, and the decision is the same one: the others cost
+        the model more than they could tell it.
         """
         if now_s is None:
             now_s = self.sensors.now()
@@ -70,6 +83,7 @@ class Governor:
         state = self.state._replace(strength=self.actuator.current())
         self.state, decision = decide(state, reading, self.profile, share=self.share)
         self.reading = reading
+        self._say(decision)
         self._rest = decision if decision.at_rest and decision.floors else None
         if not turn:
             self.state = self.state._replace(swapped_at_s=state.swapped_at_s)

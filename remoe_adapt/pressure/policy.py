@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.pressure.budget import TierState, budgets, is_whole
+from remoe_adapt.pressure.budget import TierState, budgets, is_whole, notes
 from remoe_adapt.pressure.reading import Reading
 from remoe_adapt.pressure.signals import Signal, ease_floors, losses, weigh
 
@@ -64,7 +64,8 @@ class Decision:
     sensor says now; cause: the sensor that `pressure` came from ("" in calm); why, moves: what holds for the strength
     and what becomes of the cache, in words; budgets: of the cache's tiers ("cache", "below") to set, in bytes; signals:
     every sensor's pressure; unusable: measures that said nothing, and why; at_rest: no pressure anywhere, none
-    remembered, a whole cache: more of that changes nothing, as long as each sensor of `floors` sees so many bytes free.
+    remembered, a whole cache: more of that changes nothing, as long as each sensor of `floors` sees so many bytes free;
+    notes: what of the profile's memory section cannot hold here, in words, by place and key.
     """
 
     strength: float
@@ -79,11 +80,12 @@ class Decision:
     unusable: Mapping[str, str]
     at_rest: bool
     floors: Mapping[str, float]
+    notes: Mapping[str, str]
 
     @property
     def reason(self) -> str:
         """All of it in words."""
-        return "; ".join([self.why, *self.moves])
+        return "; ".join([self.why, *self.moves, *self.notes.values()])
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -128,6 +130,7 @@ def decide(
         weighed.unusable,
         resting,
         ease_floors(weighed) if resting else {},
+        notes(weighed, profile),
     )
     if changed:
         state = state._replace(strength=strength, swapped_at_s=state.clock_s)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.untrusted import parse_json, printable
 
 UNITS = ("B", "B/s", "1/s", "share", "flag")
 
@@ -61,7 +62,7 @@ class Reading:
     def from_json(cls, text: str) -> Reading:
         """The reading of a `to_json` text. Raises ConfigError for anything else."""
         try:
-            whole = json.loads(text)
+            whole = parse_json(text, "its text")
             measures = {
                 str(name): Measure(_number(found["value"]), _unit(found["unit"]), _number(found["time_s"]))
                 for name, found in whole["measures"].items()
@@ -69,8 +70,10 @@ class Reading:
             missing = {str(name): str(why) for name, why in whole["missing"].items()}
             return cls(_number(whole["time_s"]), measures, missing)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"this is no recorded reading ({reason}): give one line of Reading.to_json.") from error
+            reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"this is no recorded reading ({printable(reason)}): give one line of Reading.to_json."
+            ) from error
 
 
 def merged(time_s: float, readings: Iterable[Reading]) -> Reading:
@@ -81,6 +84,14 @@ def merged(time_s: float, readings: Iterable[Reading]) -> Reading:
         measures.update(reading.measures)
         missing.update(reading.missing)
     return Reading(time_s, measures, {name: why for name, why in missing.items() if name not in measures})
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes in the largest of B, KiB, MiB and GiB that is not more than they are."""
+    for unit, digits, unit_bytes in (("GiB", 2, 1 << 30), ("MiB", 1, 1 << 20), ("KiB", 1, 1 << 10)):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.{digits}f} {unit}"
+    return f"{size_bytes:.0f} B"
 
 
 def _plain(value: float) -> float | None:

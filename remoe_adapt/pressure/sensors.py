@@ -18,16 +18,18 @@ from typing import Protocol
 import psutil
 
 from remoe_adapt.pressure.cgroups import OwnGroups
-from remoe_adapt.pressure.files import PolledFile, Rates, reason
+from remoe_adapt.pressure.files import PolledFile, Rates, count, garbage, reason
 from remoe_adapt.pressure.reading import Measure, Reading, merged
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 FIRST_SAMPLE = "a rate needs a second sample"
-_STALLS = re.compile(r"^(some|full) avg10=(\S+) .*\btotal=(\d+)$", re.MULTILINE)
+# Numbers end at 19 digits: longer ones no kernel counts, and no float holds.
+_STALLS = re.compile(r"^(some|full) avg10=(\d{1,3}(?:\.\d{1,9})?) .*\btotal=(\d{1,19})$", re.MULTILINE | re.ASCII)
 # Of files and, since Linux 5.9, of anonymous memory.
-_REFAULTS = re.compile(r"^workingset_refault(?:_anon|_file)? (\d+)$", re.MULTILINE)
-_MEMINFO = re.compile(r"^(MemTotal|MemAvailable|SwapTotal|SwapFree): +(\d+) kB$", re.MULTILINE)
-_SWAPPED = re.compile(r"^(pswpin|pswpout) (\d+)$", re.MULTILINE)
+_REFAULTS = re.compile(r"^workingset_refault(?:_anon|_file)? (\d{1,19})$", re.MULTILINE | re.ASCII)
+_MEMINFO = re.compile(r"^(MemTotal|MemAvailable|SwapTotal|SwapFree): +(\d{1,19}) kB$", re.MULTILINE | re.ASCII)
+_SWAPPED = re.compile(r"^(pswpin|pswpout) (\d{1,19})$", re.MULTILINE | re.ASCII)
+_READ = re.compile(r"^read_bytes: (\d{1,19})$", re.MULTILINE | re.ASCII)
 
 
 _SWAP_RATES = ("swap.in", "swap.out")
@@ -123,7 +125,9 @@ class CgroupMemory:
             )
             return Reading(now_s, {}, {self.name: why})
         found = ("limit", "usage", "reclaimable", "headroom")
-        return Reading(now_s, {f"cgroup.{name}": Measure(getattr(tightest, name), "B", now_s) for name in found})
+        broken = {f"cgroup.{path.name}": _why(error) for path, error in self._groups.faults.items()}
+        measures = {f"cgroup.{name}": Measure(getattr(tightest, name), "B", now_s) for name in found}
+        return Reading(now_s, measures, broken)
 
     def free_bytes(self, now_s: float) -> float:
         """cgroup.headroom, without end where nothing is limited. Raises OSError."""
@@ -158,9 +162,11 @@ class PressureStall:
         measures: dict[str, Measure] = {}
         for prefix, file in (self._machine | self._own).items():
             try:
-                self._read_one(prefix, file.read(), now_s, measures, missing)
-            except (OSError, ValueError) as error:
+                text = file.read()
+            except OSError as error:
                 missing[prefix] = f"{_why(error)}; Linux says it with CONFIG_PSI (boot with psi=1)"
+            else:
+                self._read_one(prefix, file.path, text, now_s, measures, missing)
         return Reading(now_s, measures, missing)
 
     def _find_own(self) -> None:
@@ -175,14 +181,20 @@ class PressureStall:
         self._rates = {prefix: rates for prefix, rates in self._rates.items() if prefix in self._machine}
 
     def _read_one(
-        self, prefix: str, text: str, now_s: float, measures: dict[str, Measure], missing: dict[str, str]
+        self,
+        prefix: str,
+        path: Path,
+        text: str,
+        now_s: float,
+        measures: dict[str, Measure],
+        missing: dict[str, str],
     ) -> None:
         totals: dict[str, float] = {}
         for kind, average, total_us in _STALLS.findall(text):
-            measures[f"{prefix}.{kind}_avg10"] = Measure(float(average) / 100, "share", now_s)
+            measures[f"{prefix}.{kind}_avg10"] = Measure(min(1.0, float(average) / 100), "share", now_s)
             totals[kind] = float(total_us) * 1e-6
         if not totals:
-            missing[prefix] = f"{text[:40]!r} is no pressure file"
+            missing[prefix] = f"{garbage(path, text)}: it is no pressure file"
         shares = self._rates.setdefault(prefix, Rates()).per_second(now_s, totals)
         for kind in totals:
             if shares is None:
@@ -213,18 +225,19 @@ class ProcessUse:
         measures: dict[str, Measure] = {}
         missing: dict[str, str] = {}
         try:
-            _, resident, shared = self._statm.read().split()[:3]
-            measures["process.private"] = Measure((int(resident) - int(shared)) * _PAGE_BYTES, "B", now_s)
+            _, *pages = self._statm.read().split()[:3]
+            resident, shared = (count(one, self._statm.path) for one in pages)
+            measures["process.private"] = Measure((resident - shared) * _PAGE_BYTES, "B", now_s)
         except (OSError, ValueError) as error:
             missing["process.private"] = _why(error)
         rates: tuple[tuple[str, str, Rates, Callable[[], float]], ...] = (
             ("process.faults", "1/s", self._fault_rates, self._count_faults),
             ("process.read", "B/s", self._read_rates, self._count_read),
         )
-        for name, unit, keeper, count in rates:
+        for name, unit, keeper, counted in rates:
             try:
-                rate = keeper.per_second(now_s, {name: count()})
-            except (OSError, ValueError, IndexError, KeyError) as error:
+                rate = keeper.per_second(now_s, {name: counted()})
+            except (OSError, ValueError, IndexError) as error:
                 missing[name] = _why(error)
                 continue
             if rate is None:
@@ -255,10 +268,13 @@ class ProcessUse:
 
     def _count_faults(self) -> float:
         # proc(5): field 12; the name in field 2 may hold spaces and brackets.
-        return float(self._stat.read().rpartition(")")[2].split()[9])
+        return float(count(self._stat.read().rpartition(")")[2].split()[9], self._stat.path))
 
     def _count_read(self) -> float:
-        return float(dict(line.split(": ", 1) for line in self._io.read().splitlines())["read_bytes"])
+        text = self._io.read()
+        if (found := _READ.search(text)) is None:
+            raise garbage(self._io.path, text)
+        return float(found[1])
 
     def close(self) -> None:
         for file in (self._stat, self._io, self._statm, self._vmstat):

@@ -15,12 +15,12 @@ counts once. A value that is not finite, negative or too old is no word at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.pressure.reading import Measure, Reading
+from remoe_adapt.pressure.reading import Measure, Reading, size_text
 
 # A reserve larger than this part of the memory there is cannot be kept (a profile of another machine).
 _LARGEST_RESERVE = 0.25
@@ -35,7 +35,6 @@ _PART_OF = {"memory.available": "memory.total", "cgroup.headroom": "cgroup.limit
 _EASE = 0.5
 # Readings older than this many samples say nothing.
 _STALE_SAMPLES = 5
-MIB = 1 << 20
 
 
 class Signal(NamedTuple):
@@ -48,12 +47,16 @@ class Signal(NamedTuple):
 
 class Place(NamedTuple):
     """Memory that something takes: bytes free, bytes that must stay free, and bytes lacking (negative: to spare).
-    seen: how many sensors say what is free."""
+    seen: how many sensors say what is free; total: all there is; own: what the model takes, None: not known, or no
+    matter; name: of this memory, in words."""
 
     free: float
     reserve: float
     lacking: float
     seen: int
+    total: float
+    own: float | None
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,9 @@ def losses(weighed: Weighed, budgets: Mapping[str, float], profile: DeviceProfil
         if now is not None and allowed:
             budget = budgets.get(tier, now)
             pressure = ramp(max(0.0, 1.0 - budget / allowed), profile.pressure.cache_loss)
-            signals.append(Signal(name, pressure, f"the expert cache keeps {_size(budget)} of its {_size(allowed)}"))
+            signals.append(
+                Signal(name, pressure, f"the expert cache keeps {size_text(budget)} of its {size_text(allowed)}")
+            )
     return signals
 
 
@@ -110,22 +115,31 @@ def _usable(reading: Reading, stale_s: float) -> tuple[dict[str, float], dict[st
     unusable = dict(reading.missing)
     for name, measure in reading.measures.items():
         age_s = reading.time_s - measure.time_s
-        if not math.isfinite(measure.value):
-            unusable[name] = f"{measure.value} is not finite"
-        elif measure.value < 0:
-            unusable[name] = f"{measure.value:g} is negative"
-        elif measure.unit == "B" and measure.value > _most(name, reading.measures):
-            unusable[name] = f"{measure.value:g} bytes are more than there can be"
+        value = _as_float(measure.value)
+        if not math.isfinite(value):
+            unusable[name] = f"{value} is not finite"
+        elif value < 0:
+            unusable[name] = f"{value:g} is negative"
+        elif measure.unit == "B" and value > _most(name, reading.measures):
+            unusable[name] = f"{value:g} bytes are more than there can be"
         elif not age_s <= max(1.0, stale_s):
             unusable[name] = f"it is {age_s:.1f} s old"
         else:
-            values[name] = float(measure.value)
+            values[name] = value
     return values, unusable
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of anybody's sensor
+        return math.inf
 
 
 def _most(name: str, measures: Mapping[str, Measure]) -> float:
     whole = measures.get(_PART_OF.get(name, ""))
-    return (1 + _SKEW) * whole.value if whole is not None and 0 < whole.value < _MOST_BYTES else _MOST_BYTES
+    size_bytes = 0.0 if whole is None else _as_float(whole.value)
+    return (1 + _SKEW) * size_bytes if 0 < size_bytes < _MOST_BYTES else _MOST_BYTES
 
 
 def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Place]:
@@ -140,29 +154,55 @@ def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Pl
     places: dict[str, Place] = {}
     if free:
         # The budget of a profile is that of the memory where the model is.
-        places["host"] = _place(free, min(total, default=math.inf), None if has_card else own, profile)
+        places["host"] = _place(free, min(total, default=math.inf), None if has_card else own, profile, "memory")
     if has_card:
         card_free = values["gpu.free"] + values.get("gpu.reusable", 0.0)
-        places["device"] = _place([card_free], values.get("gpu.total") or math.inf, gpu_own, profile)
+        places["device"] = _place([card_free], values.get("gpu.total") or math.inf, gpu_own, profile, "GPU memory")
     return places
 
 
-def _place(seen: list[float], total: float, own: float | None, profile: DeviceProfile) -> Place:
+def _place(seen: list[float], total: float, own: float | None, profile: DeviceProfile, name: str) -> Place:
     free = min(seen)
     reserve = min(float(profile.memory.reserve_bytes), _LARGEST_RESERVE * total)
     budget = profile.memory.budget_bytes
     over = -math.inf if own is None or budget is None else own - budget
-    return Place(free, reserve, max(reserve - free, over), len(seen))
+    return Place(free, reserve, max(reserve - free, over), len(seen), total, own, name)
+
+
+def notes_of(places: Mapping[str, Place], profile: DeviceProfile) -> dict[str, str]:
+    """What of the profile's memory section cannot hold in the memory there is, in words, by place and key."""
+    notes: dict[str, str] = {}
+    for where, place in places.items():
+        notes |= {
+            f"{where} {key}": f"{words} of profile {profile.name} {why}"
+            for key, words, why in _beyond(place.total, place.name, place.own is not None, profile)
+        }
+    return notes
+
+
+def unfit(profile: DeviceProfile, total_bytes: float) -> list[str]:
+    """What of the profile's memory section cannot hold on a device of so much memory, in words."""
+    return [f"{words} {why}" for _, words, why in _beyond(total_bytes, "memory", True, profile)]
+
+
+def _beyond(total: float, name: str, has_budget: bool, profile: DeviceProfile) -> Iterator[tuple[str, str, str]]:
+    memory, most = profile.memory, _LARGEST_RESERVE * total
+    if memory.reserve_bytes > most:
+        why = f"is more than a quarter of the {size_text(total)} of {name} here: {size_text(most)} is kept free instead"
+        yield "reserve", f"memory.reserve {size_text(memory.reserve_bytes)}", why
+    if has_budget and memory.budget_bytes is not None and memory.budget_bytes > total:
+        why = f"is more than the {size_text(total)} of {name} here, so that it never binds: only what is free counts"
+        yield "budget", f"memory.budget {size_text(memory.budget_bytes)}", why
 
 
 def _headroom(place: Place, where: str, values: Mapping[str, float], profile: DeviceProfile) -> Signal:
     pressure = min(1.0, max(0.0, place.lacking / max(place.reserve / 2, 1.0)))
-    what = "GPU memory" if where == "device" else "memory"
     if place.lacking > place.reserve - place.free:
-        words = f"the model takes {_size(place.lacking + (profile.memory.budget_bytes or 0))} of {what}, its budget is "
-        return Signal(f"{where} headroom", pressure, words + _size(profile.memory.budget_bytes or 0))
+        words = f"the model takes {size_text(place.own or 0)} of {place.name}, its budget is "
+        return Signal(f"{where} headroom", pressure, words + size_text(profile.memory.budget_bytes or 0))
     in_group = where == "host" and values.get("cgroup.headroom") == place.free
-    words = f"{_size(place.free)} of {what} {'of this cgroup ' if in_group else ''}free, reserve {_size(place.reserve)}"
+    words = f"{size_text(place.free)} of {place.name} {'of this cgroup ' if in_group else ''}free"
+    words += f", reserve {size_text(place.reserve)}"
     return Signal(f"{where} headroom", pressure, words)
 
 
@@ -183,7 +223,7 @@ def _rates(values: Mapping[str, float], profile: DeviceProfile) -> list[Signal]:
         signals.append(Signal("faults", ramp(faults if again is None else min(faults, again), ranges.faults), words))
     swapped = [values[name] for name in ("swap.in", "swap.out") if name in values]
     if swapped:
-        words = f"{_size(sum(swapped))} per second swapped"
+        words = f"{size_text(sum(swapped))} per second swapped"
         signals.append(Signal("swap", ramp(sum(swapped), ranges.swap), words))
     return signals
 
@@ -198,7 +238,3 @@ def _stall(values: Mapping[str, float], profile: DeviceProfile) -> Signal | None
     if values.get("cache.resident", math.inf) < _FILLED * values.get("cache.budget", 0.0):
         return Signal("stall", 0.0, f"{words}, but the cache is still filling")
     return Signal("stall", pressure, words)
-
-
-def _size(size_bytes: float) -> str:
-    return f"{size_bytes / MIB:.0f} MiB" if size_bytes < 10 * 1024 * MIB else f"{size_bytes / MIB / 1024:.1f} GiB"

@@ -24,20 +24,24 @@ from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import MergeStateError
 from remoe_adapt.family import Family
 from remoe_adapt.forks import mend_after_fork
+from remoe_adapt.notices import say_once
 from remoe_adapt.pressure.policy import Decision
 from remoe_adapt.runtime.boundaries import InstanceHooks, wrap_steps
 from remoe_adapt.runtime.events import Events, Swap
 from remoe_adapt.runtime.gate import Gate
+from remoe_adapt.runtime.guards import Guards
 from remoe_adapt.runtime.leaving import EXIT
 from remoe_adapt.runtime.monitor import Monitor, what_sensors_say
 from remoe_adapt.runtime.recency import DialPrior
 from remoe_adapt.runtime.swap import ResidentRouters, Staged
 from remoe_adapt.runtime.target import Target, unit
-from remoe_adapt.runtime.timings import Timings
+from remoe_adapt.runtime.timings import Timings, rounded
 from remoe_adapt.tuner.model import RemoeModel
 
 _OPEN: weakref.WeakSet[Controller] = weakref.WeakSet()
 EXIT_FLUSH_S = 0.5
+# Of a status: what may be given back to `set_strength` and `set_pressure`, and what is compared with the family's.
+_AS_THEY_ARE = ("strength", "target", "pressure", "points")
 _SAMPLED = ("hits", "misses", "bytes", "stall_s", "budget_bytes", "resident_bytes")
 
 
@@ -80,15 +84,14 @@ class Controller:
         self._hooks = InstanceHooks()
         self._events = Events()
         self._monitor = Monitor(self._base, profile, self)
+        self._guards = Guards(self._model, self._routers, prior)
         tuner.dial = self
         wrap_steps(self._hooks, self._base, self._gate, self._timings)
-        for owner in (self._base, self._model):
-            self._hooks.wrap(owner, "save_pretrained", self._refuse_to_save)
         mend_after_fork(self)
         _OPEN.add(self)
         self.set_pressure(None)
         if monitored:
-            self._monitor.start()
+            self._monitor.resume()
 
     # What a user turns
 
@@ -136,19 +139,17 @@ class Controller:
         self._post(Target(strength, None, f"strength {strength:g} was set by hand"), pinned=True)
 
     def pause(self) -> AbstractContextManager[None]:
-        """Sample no more: strength and cache budget stay where they are, until `resume`, or the end of a `with` block
-        that found the monitor running.
+        """Sample no more: strength and cache budget stay where they are, until `resume`, or until the end of a
+        `with` block of it, where it was sampled before and no other pause is open.
 
         Targets set by hand still count.
         """
-        resumes = self._monitor.running
-        self._monitor.stop()
-        return _Paused(self, resumes)
+        return self._monitor.pause()
 
     def resume(self) -> None:
-        """Sample again. Raises MergeStateError after `close`."""
-        self._check_open()
-        self._monitor.start()
+        """Sample again, whatever pauses are open. Raises MergeStateError after `close`."""
+        if self._closed or not self._monitor.resume():
+            self._check_open()
 
     def on_swap(self, callback: Callable[[Swap], object]) -> Callable[[], None]:
         """Call `callback` with every Swap, in order, in a thread of its own; returns what ends that. An exception in it
@@ -196,11 +197,13 @@ class Controller:
         cache = expert_cache_of(self._base)
         experts = None if cache is None else cache.stats()
         sensors, monitored = self._monitor.status(), self._monitor.running
+        but = "" if self._closed else self._guards.but()
         with self._gate.lock:
             waiting, reason = self._staged is not None, self._target.reason
             if waiting:
                 reason += f"; strength {self.strength:.2f} is live, and the target waits for the next step"
-            return {
+            reason += but
+            found = {
                 "strength": self.strength,
                 "target": self._target.strength,
                 "pressure": self._target.pressure,
@@ -222,19 +225,24 @@ class Controller:
                 "points": list(self.family.strengths),
                 "closed": self._closed,
             }
+        return {**found, **rounded({key: found[key] for key in found if key not in _AS_THEY_ARE})}
 
     def close(self) -> None:
         """Restore the base router weights bit for bit and let go of the model; waits for forwards in flight.
 
-        The model stays wrapped (`model.unload()` gives the base model back). Closing twice is fine. Raises
+        The model stays wrapped (`remoe_adapt.release(model)` gives the base model back). Closing twice is fine. Raises
         MergeStateError inside a forward of the same thread.
         """
         self.release(keep_live=False)
 
     def release(self, *, keep_live: bool) -> None:
-        """`close`, or with `keep_live` leave the routers at the present strength, as `merge_and_unload` does."""
+        """`close`, or with `keep_live` leave the routers at the present strength, as `merge_and_unload` does.
+
+        Raises MergeStateError with `keep_live` while a recency prior acts: it is in no weight, and would be lost.
+        """
         if self._closed:
             return
+        self._guards.check_leaving(keep_live)
         self._sample_now()
         with self._gate.closed_for_good():
             if self._closed:  # by another thread meanwhile
@@ -246,6 +254,7 @@ class Controller:
             self._target = Target(self.strength, None, "closed")
             self._tuner.dial = None
             self._hooks.remove()
+            self._guards.remove()
             for owner in (self._model, self._base):
                 if owner.__dict__.get("controller") is self:
                     del owner.__dict__["controller"]
@@ -327,7 +336,7 @@ class Controller:
     def _stage(self, target: Target, ticket: int) -> None:
         with self._gate.lock:
             self._check_open()
-            if target.strength == self.strength and not self._swapping:
+            if target.strength == self.strength and not self._swapping and not self._routers.moved:
                 self._staged = None
                 return
             self._retired = None
@@ -354,7 +363,13 @@ class Controller:
         staged, target = self._staged
         before, begin = self.strength, time.perf_counter()
         self._swapping = True  # until done: what a fork or an error cuts short is done again at the next boundary
-        self._routers.commit(staged, alone=alone)
+        try:
+            self._routers.commit(staged, alone=alone)
+        except MergeStateError as error:  # the model was changed since staging; a later target is refused when staged
+            self._swapping, self._staged = False, None
+            self._target = Target(before, None, f"strength {target.strength:g} is not live: {error}", target.by)
+            say_once(self._target.reason)
+            return
         self._swapping, self._staged = False, None
         self._retired = staged  # freeing it takes as long as the copy: the next staging does it
         swap_ms = (time.perf_counter() - begin) * 1e3
@@ -367,24 +382,6 @@ class Controller:
     def _check_open(self) -> None:
         if self._closed:
             raise MergeStateError("this controller is closed: call get_remoe_model again.")
-
-    def _refuse_to_save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
-        raise MergeStateError(
-            f"the router weights in memory are those of strength {self.strength:g}, so nothing is saved. The adapters "
-            f"are in {self.family.path}; for a checkpoint of this strength call model.merge_and_unload() and save its "
-            "result, for the base model.unload()."
-        )
-
-
-class _Paused(AbstractContextManager[None]):
-    """Resumes what was paused, and nothing else: not a dial without monitor, nor within an outer block."""
-
-    def __init__(self, controller: Controller, resumes: bool) -> None:
-        self._controller, self._resumes = controller, resumes
-
-    def __exit__(self, *error: object) -> None:
-        if self._resumes and not self._controller._closed:
-            self._controller.resume()
 
 
 @atexit.register

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.runtime.timings import rounded
 
 _log = logging.getLogger("remoe_adapt")
 _KEPT = 1000
@@ -175,7 +176,7 @@ class Events:
             return
         line = {"event": "swap", **asdict(item)} if isinstance(item, Swap) else item
         try:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(rounded(line)) + "\n")
             file.flush()
         except (OSError, ValueError) as error:  # full disk; closed meanwhile
             _log.warning("log %s: %s; nothing more is written to it", file.name, error)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
@@ -23,12 +24,24 @@ from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 from remoe_adapt.tuner.beside import plain_base
 
 _DEFAULT_RESERVE_BYTES = 1 << 30
+_DIALLED: WeakKeyDictionary[nn.Module, _Dialled] = WeakKeyDictionary()
 # fmt: off
 _OPTIONS = (
     "profile", "family", "recency", "recency_gain", "recency_decay", "expert_cache", "device", "monitor",
     "adapter_name", "force", "dtype", *CACHE_OPTIONS,
 )
 # fmt: on
+
+
+@dataclass(frozen=True)
+class _Dialled:
+    """What `get_remoe_model` has put on a base. trained: the parameters that wanted gradients before, others: the
+    adapters there were."""
+
+    adapter_name: str
+    config: PeftConfig
+    trained: frozenset[str]
+    others: frozenset[str]
 
 
 def get_remoe_model(
@@ -59,9 +72,9 @@ def get_remoe_model(
     `controller.resume()`. force: accept a family of another base, if names and shapes fit.
 
     Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
-    MergeStateError when the model has a dial already, AdapterConflictError when REMOE adapters or the name
-    `adapter_name` are on it, ConfigError for options that cannot work or nobody knows and when the base
-    cannot be loaded, ProfileError, RouterNotFoundError and UnsupportedRouterError as their makers. The model is
+    MergeStateError when the model has a dial already (see `release`), AdapterConflictError when REMOE adapters or the
+    name `adapter_name` are on it, ConfigError for options that cannot work or nobody knows and when the base cannot be
+    loaded, ProfileError, RouterNotFoundError and UnsupportedRouterError as their makers. The model is
     unchanged after an error.
     """
     check_names(from_pretrained_kwargs, _OPTIONS)
@@ -91,6 +104,38 @@ def get_remoe_model(
     plan = plan_recency(operating, chosen, recency, recency_gain, recency_decay)
     operating.check(model, force=force)
     return _under_dial(model, operating, chosen, plan, adapter_name, force, monitor)
+
+
+def release(model: nn.Module) -> nn.Module:
+    """Take the dial off a model, and return its base: weights bit for bit, forwards and frozen parameters as before
+    `get_remoe_model`, which may be called again with it.
+
+    model: the base or a PeftModel over it. It helps where only the base is at hand, as after `del model` in a notebook.
+    Adapters that were not put on by the dial stay. A base without a dial is returned as it is.
+
+    Raises MergeStateError inside a forward, and when the weights cannot be written back (offloaded since).
+    """
+    base = plain_base(model)
+    controller = base.__dict__.get("controller")
+    if controller is not None:
+        controller.close()
+    put = _DIALLED.pop(base, None)
+    configs = _configs(base)
+    if put is None or configs.get(put.adapter_name, put.config) is not put.config:  # unloaded since
+        return base
+    for name, layer in remoe_layers(base).items():
+        if put.adapter_name in layer.adapters:
+            layer.delete_adapter(put.adapter_name)
+            if not layer.adapters:
+                base.set_submodule(name, layer.base_layer)
+    configs.pop(put.adapter_name, None)
+    if not configs and hasattr(base, "peft_config"):
+        del base.peft_config
+    if configs.keys() == put.others:  # else another tuner has frozen since what it does not train
+        for name, parameter in base.named_parameters():
+            if name in put.trained:
+                parameter.requires_grad_(True)
+    return base
 
 
 def load_base_under(
@@ -164,7 +209,10 @@ def _under_dial(
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") and not encoder_decoder else None,
         allow_other_base=force,
     )
+    trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    others = frozenset(_configs(model))
     wrapped = wrap_or_inject(model, config, adapter_name)
+    _DIALLED[model] = _Dialled(adapter_name, wrapped.peft_config[adapter_name], trained, others)
     wrapped.train(model.training)  # PEFT's wrapper is born in training mode
     prior: DialPrior | None = None
     try:
@@ -173,7 +221,7 @@ def _under_dial(
     except BaseException:
         if prior is not None:
             prior.remove()
-        wrapped.unload()
+        release(model)
         raise
     # Not through setattr of nn.Module: the controller is no part of the model's state.
     wrapped.__dict__["controller"] = model.__dict__["controller"] = controller
@@ -206,13 +254,24 @@ def profile_of(profile: str | os.PathLike[str] | DeviceProfile | None) -> Device
 def _check_free(base: nn.Module) -> None:
     model = plain_base(base)
     if "controller" in model.__dict__:
-        raise MergeStateError("this model has a dial already: call model.controller.close() and model.unload() first.")
+        raise MergeStateError("this model has a dial already: take it off with remoe_adapt.release(model) first.")
     if layers := remoe_layers(model):
         names = sorted(set().union(*(layer.adapters for layer in layers.values())))
         raise AdapterConflictError(
-            f"REMOE adapters ({', '.join(names)}) are on this model, and a family replaces them: take them off first "
-            "(model.unload())."
+            f"REMOE adapters ({', '.join(names)}) are on this model, and a family replaces them: take them off first, "
+            f"with {_way_off(model, names)}."
         )
+
+
+def _way_off(base: nn.Module, names: list[str]) -> str:
+    put = _DIALLED.get(base)
+    is_dial = put is not None and put.adapter_name in names  # one that was closed
+    return "remoe_adapt.release(model)" if is_dial else "unload() of the PeftModel that holds them"
+
+
+def _configs(base: nn.Module) -> dict[str, Any]:
+    configs: dict[str, Any] = getattr(base, "peft_config", None) or {}
+    return configs
 
 
 def _base_id(base: str | os.PathLike[str] | nn.Module) -> str:

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import weakref
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -57,9 +58,10 @@ class _Actuator:
 
 
 class Monitor:
-    """Ticks a governor `sample_hz` times a second while it runs; any thread may call anything.
+    """Ticks a governor `sample_hz` times a second while it runs; any thread may call anything, in any order.
 
-    model: whose device and expert cache are watched, and whose cache's budget is moved.
+    It runs once `resume` was called, while nobody's pause is open and until `close`. model: whose device and expert
+    cache are watched, and whose cache's budget is moved.
     """
 
     def __init__(self, model: nn.Module, profile: DeviceProfile, dial: Dial) -> None:
@@ -70,17 +72,24 @@ class Monitor:
         self._governor = Governor(self._actuator, sensors, profile, resize=None if use is None else use.resize)
         self._period_s = 1.0 / profile.controller.sample_hz
         self._lock = threading.Lock()
-        self._stop: threading.Event | None = None
-        self._thread: threading.Thread | None = None
+        self._new_switch()
+        self._closed = False
         self._decided: tuple[Decision, float] | None = None
         if use is not None:
             _SHARING.add(self)
 
+    def _new_switch(self) -> None:
+        # Held only for moments, and never while something is waited for: a sample under way may ask for a pause.
+        self._switch = threading.Lock()
+        self._wanted, self._pauses = False, set[Pause]()
+        self._stop: threading.Event | None = None
+        self._threads: list[threading.Thread] = []
+
     @property
     def running(self) -> bool:
         """Its thread samples."""
-        thread = self._thread
-        return thread is not None and thread.is_alive() and self._stop is not None and not self._stop.is_set()
+        stop, threads = self._stop, self._threads
+        return stop is not None and not stop.is_set() and bool(threads) and threads[-1].is_alive()
 
     @property
     def decision(self) -> Decision | None:
@@ -103,8 +112,8 @@ class Monitor:
         return decision
 
     def status(self) -> dict[str, Any] | None:
-        """JSON-ready, None before the first sample: pressure, present, cause, reason, signals (pressure of every
-        sensor), measures, unusable (why), age_s."""
+        """JSON-ready, None before the first sample: pressure, present, cause, reason, notes (what of the profile
+        cannot hold here), signals (pressure of every sensor), measures, unusable (why), age_s."""
         with self._lock:
             decided, reading = self._decided, self._governor.reading
         if decided is None or reading is None:
@@ -115,44 +124,101 @@ class Monitor:
             "present": decision.present,
             "cause": decision.cause,
             "reason": decision.reason,
+            "notes": list(decision.notes.values()),
             "signals": dict(decision.signals),
             "measures": {name: measure.value for name, measure in reading.measures.items()},
             "unusable": dict(decision.unusable),
             "age_s": time.monotonic() - at_s,
         }
 
-    def start(self) -> None:
-        """Sample from now on; nothing if it does already."""
-        with self._lock:
-            if self.running:
-                return
-            self._stop = threading.Event()
-            # The thread knows the monitor only while it ticks: a model that nobody needs takes its thread along.
-            self._thread = threading.Thread(
-                target=_run, args=(weakref.ref(self), self._stop, self._period_s), name="remoe-monitor", daemon=True
-            )
-            self._thread.start()
-        _RUNNING.add(self)
+    def resume(self) -> bool:
+        """Sample from now on, whatever pauses are open; False after `close`."""
+        self._look()
+        with self._switch:
+            self._pauses.clear()
+            self._wanted = not self._closed
+            self._start_if_wanted()
+            return self._wanted
+
+    def pause(self) -> Pause:
+        """Sample no more, until the pause is closed (and every other one) or `resume`; waits for a sample under way,
+        unless called by it."""
+        pause = Pause(self)
+        with self._switch:
+            self._pauses.add(pause)
+            threads = self._end()
+        _join(threads)
+        return pause
+
+    def end_pause(self, pause: Pause) -> None:
+        """One pause fewer; nothing for one that has ended."""
+        with self._switch:
+            if pause in self._pauses:
+                self._pauses.discard(pause)
+                self._start_if_wanted()
 
     def stop(self) -> None:
         """Sample no more; waits for a sample under way, unless called by it."""
-        thread, stop = self._thread, self._stop
-        if stop is not None:
-            stop.set()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(_STOP_S)
+        with self._switch:
+            self._wanted = False
+            threads = self._end()
+        _join(threads)
 
     def close(self) -> None:
         """For good."""
+        self._closed = True
         self.stop()
         _SHARING.discard(self)
         with self._lock:
             self._governor.sensors.close()
 
     def after_fork(self) -> None:
-        """In the child, which has no such thread: it does not sample until `start`."""
-        self._lock, self._thread, self._stop = threading.Lock(), None, None
+        """In the child, which has no such thread: it does not sample until `resume`."""
+        self._lock = threading.Lock()
+        self._new_switch()
         _RUNNING.discard(self)
+
+    def _start_if_wanted(self) -> None:
+        if not self._wanted or self._closed or self._pauses or self.running:
+            return
+        stop = threading.Event()
+        # The thread knows the monitor only while it ticks: a model that nobody needs takes its thread along.
+        thread = threading.Thread(
+            target=_run, args=(weakref.ref(self), stop, self._period_s), name="remoe-monitor", daemon=True
+        )
+        thread.start()
+        # Only a thread that was started can be joined, and the last sample of one that ends may still be under way.
+        self._threads = [*(one for one in self._threads if one.is_alive()), thread]
+        self._stop = stop
+        _RUNNING.add(self)
+
+    def _end(self) -> list[threading.Thread]:
+        if self._stop is not None:
+            self._stop.set()
+        return self._threads
+
+    def _look(self) -> None:
+        try:
+            with self._lock:
+                self._governor.look()
+        except Exception as error:  # as in a sample, which comes all the same
+            _say_failed(error)
+
+
+class Pause(AbstractContextManager[None]):
+    """Of a monitor, until it is left or the monitor is resumed."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    def __exit__(self, *error: object) -> None:
+        self._monitor.end_pause(self)
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(_STOP_S)
 
 
 def what_sensors_say(decision: Decision) -> str:
@@ -176,9 +242,13 @@ def _run(monitor: weakref.ref[Monitor], stop: threading.Event, period_s: float) 
         except Exception as error:  # a monitor that dies silently would leave the dial where it is for ever
             if stop.is_set():  # the dial was closed meanwhile
                 return
-            say_once(f"the monitor could not sample ({type(error).__name__}: {error}); it goes on")
-            _log.debug("monitor", exc_info=True)
+            _say_failed(error)
         del found
+
+
+def _say_failed(error: Exception) -> None:
+    say_once(f"the monitor could not sample ({type(error).__name__}: {error}); it goes on")
+    _log.debug("monitor", exc_info=True)
 
 
 @atexit.register

@@ -5,7 +5,8 @@ Nothing is counted here: every scrape asks `controller.status()`, so decoding pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from remoe_adapt.errors import ConfigError, MissingDependencyError
@@ -78,8 +79,26 @@ class ControllerCollector:
         return iter(())
 
 
-def serve_metrics(controller: HasStatus, port: int = 9400, *, address: str = "127.0.0.1") -> Callable[[], None]:
-    """Serve the controller's metrics at http://address:port/metrics from a daemon thread; returns what ends it.
+class MetricsServer:
+    """Serves the metrics of a controller until it is called, or closed; `port` is the one it has."""
+
+    def __init__(self, server: Any, thread: threading.Thread) -> None:
+        self._server, self._thread = server, thread
+        address, self.port = server.server_address[:2]
+        self.url = f"http://{f'[{address}]' if ':' in address else address}:{self.port}/metrics"
+
+    def close(self) -> None:
+        """Serve no more; nothing when it does not."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    __call__ = close
+
+
+def serve_metrics(controller: HasStatus, port: int = 9400, *, address: str = "127.0.0.1") -> MetricsServer:
+    """Serve the controller's metrics at http://address:port/metrics from a daemon thread; calling what it returns ends
+    it. port 0: any that is free, which is its `port` then.
 
     Raises MissingDependencyError without prometheus-client, ConfigError when the port cannot be had.
     """
@@ -87,16 +106,9 @@ def serve_metrics(controller: HasStatus, port: int = 9400, *, address: str = "12
     registry = client.CollectorRegistry(auto_describe=False)
     registry.register(ControllerCollector(controller))
     try:
-        server, thread = client.start_http_server(port, addr=address, registry=registry)
+        return MetricsServer(*client.start_http_server(port, addr=address, registry=registry))
     except (OSError, OverflowError) as error:
         raise ConfigError(f"metrics cannot be served at {address}:{port} ({error}): choose another port.") from error
-
-    def close() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return close
 
 
 def _library(part: str) -> Any:

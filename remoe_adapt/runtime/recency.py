@@ -103,6 +103,7 @@ class DialPrior:
                 f"which its routers cannot have ({reason}). Train one with `remoe train {family.base_id} --data FILE "
                 "--strengths 0.25,0.5,1.0 --out FAMILY` and pass family='FAMILY'."
             )
+        self._on = True
         self._cache = expert_cache_of(model) if plan.mode == "resident" else None
         if self._cache is not None:
             self._show_residency(model, self._cache)
@@ -114,6 +115,17 @@ class DialPrior:
         layers = [layer_of_router(cache.source.layers, routers[place].name) for place in self.installed.layers]
         known = [(layer, mask) for layer, mask in zip(layers, residency, strict=True) if layer is not None]
         cache.show_residency([mask for _, mask in known], [layer for layer, _ in known])
+
+    def switch(self, on: bool) -> None:
+        """Off: the routers run their own forwards, until it is on again. Nothing where it is so already."""
+        if on != self._on:
+            self._on = on
+            self.installed.enable(on)
+
+    @property
+    def acts(self) -> bool:
+        """Some router's gain is live."""
+        return any(float(gain) > 0 for gain in self.live)
 
     @property
     def live(self) -> list[Tensor]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
 from collections import deque
+from typing import Any
 
 _KEPT, _KEPT_STEPS = 1000, 64
+_SHOWN_DIGITS, _LEAST_PLACES = 6, 3
+
+
+def rounded(value: Any) -> Any:
+    """JSON-ready values with their floats to six digits, and to three decimals at least: for people and logs."""
+    if isinstance(value, float) and math.isfinite(value) and value:
+        return round(value, max(_LEAST_PLACES, _SHOWN_DIGITS - 1 - math.floor(math.log10(abs(value)))))
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 class _Here(threading.local):
