@@ -10,6 +10,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "profiles",
         "cache",
         "pressure",
+        "npz",
         "trace",
         "metrics",
         "cache.policy",
