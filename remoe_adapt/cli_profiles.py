@@ -14,7 +14,7 @@ from remoe_adapt.cli_options import Found
 from remoe_adapt.device_profile import check_profile, list_profiles, load_profile, read_profile
 
 
-def list_all(as_json: opt.Json = False) -> Found:
+def list_all(csv: opt.Csv = None, as_json: opt.Json = False) -> Found:
     """Every profile found, shipped and of the user."""
     rows: dict[str, dict[str, Any]] = {}
     for name, path in list_profiles().items():

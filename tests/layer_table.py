@@ -5,7 +5,7 @@ from __future__ import annotations
 # Bottom up. A file imports only files listed above it; `room.*` is a whole folder: any order inside, but no cycles.
 # A package name is its __init__.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "notices", "forks", "untrusted"),
+    ("errors", "notices", "forks", "untrusted", "outputs"),
     (
         "profiles",
         "cache",
@@ -122,6 +122,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export.*",),
     (
         "plots",
+        "rows",
         "report",
         "generation",
         "demo",
@@ -130,6 +131,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "watch_live",
         "watch",
         "cli_options",
+        "cli_rules",
         "cli_export",
         "cli_trace",
         "cli_profiles",

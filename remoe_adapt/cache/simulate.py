@@ -30,11 +30,6 @@ from remoe_adapt.trace import Trace
 
 POLICIES = ("lru", "lfu", "lrfu", "belady")
 BY_LOOKUP = "/lookup"
-DEFINITIONS = (
-    "Hit rate policy@c: share of look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a "
-    "document begins; all look-ups of a token see the cache as the previous token left it (token-atomic). "
-    f"policy@c{BY_LOOKUP}: each look-up sees it as the look-up before left it, as others publish it."
-)
 
 
 def cache_capacity(cache: float, num_experts: int, top_k: int) -> int:
