@@ -301,7 +301,7 @@ def run(
             plot_log(log, plot)
             shown.append(f"plot written to {plot}")
         except RemoeError as error:  # what was generated is shown all the same
-            result["ok"] = False
+            result.update(ok=False, error=str(error))
             shown.append(f"error: {error}")
     return result, shown
 

@@ -25,8 +25,9 @@ def check_file(path: Path, option: str, suffixes: Sequence[str] = (), *, new_fol
         listed = ", ".join(suffixes)
         raise ConfigError(f"{option} {printable(path)}: the name must end in {listed}, which says what is written.")
     try:
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            raise ConfigError(f"{option} {printable(path)} is no regular file: give the name of a file to write.")
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ConfigError(f"{option} {printable(path)} is no regular file: give the name of a file to write.")
         folder = path.absolute().parent
         while new_folders and not folder.exists():
             folder = folder.parent

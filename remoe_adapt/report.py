@@ -197,11 +197,16 @@ def run_summary(result: Row) -> Table:
     status = result["status"]
     figures = {key: result[key] for key in keys} | {key: status[key] for key in ("strength", "swaps", "reason")}
     if status["expert_cache"] is not None:
-        figures |= {key: result[key] for key in ("hit_rate", "bytes_per_token", "stall_share")}
+        read = result["bytes_per_token"]
+        figures |= {
+            "hit_rate": result["hit_rate"],
+            "read per token": None if read is None else size_text(read),
+            "stall_share": result["stall_share"],
+        }
     table = figures_table("summary", figures)
     if status["expert_cache"] is not None:
         table.caption = (
-            "hit_rate, bytes_per_token and stall_share are of the decode steps after the first token; the line above "
+            "hit_rate, read per token and stall_share are of the decode steps after the first token; the line above "
             "counts from the start, the prompt included."
         )
     return table
