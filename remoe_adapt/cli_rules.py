@@ -25,6 +25,7 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 # command -> option -> those it would overrule
 EXCLUDES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "run": {"pressure": ("strength",)},
+    "export gguf": {"undo": ("strength", "base", "force")},
     "bench decode": {"quick": ("tokens", "quality_tokens")},
     "bench controller": {"quick": ("tokens", "cycles", "squeezes", "take_mib")},
 }
@@ -50,7 +51,7 @@ def check_options(
     for name, others in EXCLUDES.get(command, {}).items():
         for other in others:
             if given(name) and given(other):
-                raise ConfigError(f"{spelled(name)} and {spelled(other)} set the same thing: give one of them.")
+                raise ConfigError(f"{spelled(name)} and {spelled(other)} exclude each other: give one of them.")
     if given("recency_decay") and values["recency"] in _WITHOUT_DECAY:
         raise ConfigError(f"--recency-decay is of --recency ema; {values['recency']} has none: leave it out.")
     for name, others in NEEDS.get(command, {}).items():
