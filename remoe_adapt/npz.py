@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,21 @@ from numpy.typing import NDArray
 from remoe_adapt.errors import RemoeError
 from remoe_adapt.untrusted import printable
 
-# A day of decoding: 60,000 tokens of 48 layers and 8 experts take 46 MB.
-MAX_ARRAY_BYTES = 256 << 20
-# Beyond MAX_ARRAY_BYTES an array must have been stored in a file of its own order: a routing trace deflates to a third.
-_MAX_RATIO = 64
 # What numpy writes; its readers of later versions take a header of 4 GiB.
 _NPY_VERSION = (1, 0)
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
-def read_arrays(source: Path, names: Sequence[str], error: type[RemoeError]) -> list[NDArray[Any]]:
-    """The arrays `names` of an npz file, read-only; others in it are not looked at.
+def read_arrays(source: Path, limits: Mapping[str, int], error: type[RemoeError]) -> list[NDArray[Any]]:
+    """The arrays named in `limits`, which says how many bytes each may have, read-only; others are not looked at.
 
-    Raises `error` for an absent array, one of Python objects, one whose header and length disagree, and one that is
-    larger than MAX_ARRAY_BYTES and 64 times the file; what zipfile and numpy raise for damage goes through.
+    Raises `error` for an absent array, one of Python objects, one whose header and length disagree, and one beyond its
+    limit; what zipfile and numpy raise for damage goes through.
     """
-    file_bytes = source.stat().st_size
     with source.open("rb") as file, zipfile.ZipFile(file) as archive:
         members = archive.namelist()
         arrays = []
-        for name in names:
+        for name, limit_bytes in limits.items():
             found = members.count(f"{name}.npy")
             if found != 1:
                 held = ", ".join(printable(member.removesuffix(".npy")) for member in members[:8])
@@ -41,12 +36,12 @@ def read_arrays(source: Path, names: Sequence[str], error: type[RemoeError]) -> 
                     f"holds {name!r} {found} times" if found else f"lacks the array {name!r}; it has {held or 'none'}"
                 )
                 raise error(f"it {what}")
-            arrays.append(_read(archive, archive.getinfo(f"{name}.npy"), name, file_bytes, error))
+            arrays.append(_read(archive, archive.getinfo(f"{name}.npy"), name, limit_bytes, error))
         return arrays
 
 
 def _read(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, file_bytes: int, error: type[RemoeError]
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, limit_bytes: int, error: type[RemoeError]
 ) -> NDArray[Any]:
     if info.compress_type not in _METHODS:
         raise error(f"{name!r} is packed by method {info.compress_type}: numpy writes plain or deflated arrays")
@@ -66,8 +61,8 @@ def _read(
                 f"{name!r} should have {size_bytes} bytes by its shape {printable(shape)} of {printable(dtype)}, the "
                 f"file has {info.file_size - header_bytes}"
             )
-        if size_bytes > max(MAX_ARRAY_BYTES, _MAX_RATIO * file_bytes):
-            raise error(f"{name!r} would take {size_bytes >> 20} MiB out of a file of {file_bytes >> 10} KiB")
+        if size_bytes > limit_bytes:
+            raise error(f"{name!r} would take {size_bytes >> 20} MiB, more than the {limit_bytes >> 20} it may have")
         data = member.read(size_bytes)
         if len(data) != size_bytes or member.read(1):
             raise error(f"{name!r} ends after {len(data)} of {size_bytes} bytes")

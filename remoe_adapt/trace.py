@@ -21,12 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remoe_adapt.errors import TraceError
-from remoe_adapt.npz import MAX_ARRAY_BYTES, read_arrays
+from remoe_adapt.npz import read_arrays
 from remoe_adapt.untrusted import parse_json, printable
 
 # The phone CSV's code of each phase.
 PHASES = {"prefill": 0, "decode": 1}
 _TEXT_KEYS = ("model", "text", "phase")
+# 60,000 tokens of 48 layers and 8 experts take 46 MB. What is larger must come out of a file of its own order: routing
+# deflates to a third, so a file that grows 64-fold was made to hurt.
+MAX_ARRAY_BYTES, _MAX_RATIO = 256 << 20, 64
+# Of a JSON string in UTF-32: half a million document starts.
+_MAX_META_BYTES = 16 << 20
 _MAX_LINE_CHARACTERS = 4096
 # What numpy (which tokenizes headers), json and zipfile (which raises RuntimeError and its kin) say of damaged files.
 _UNREADABLE = (
@@ -150,9 +155,10 @@ def _checked_meta(meta: Any) -> dict[str, Any]:
         raise TraceError(f"meta must be a dict, got {type(meta).__name__}")
     try:
         # A round trip through JSON both proves that `save` will work and keeps later edits of the argument out.
-        copy: dict[str, Any] = json.loads(json.dumps(meta, allow_nan=False))
+        text = json.dumps(meta, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise TraceError(f"meta cannot be written as JSON: {printable(error)}") from error
+    copy: dict[str, Any] = parse_json(text, "meta", TraceError)
     num_experts = copy.get("num_experts")
     if type(num_experts) is not int or not 1 <= num_experts <= np.iinfo(np.int16).max:
         raise TraceError(f"meta must hold num_experts as an int in [1, 32767], got {printable(repr(num_experts))}")
@@ -189,7 +195,8 @@ def _checked_experts(experts: Any, num_experts: int) -> NDArray[np.int16]:
 
 
 def _read_npz(source: Path, phase: str | None) -> tuple[NDArray[Any], Any]:
-    experts, text = read_arrays(source, ("experts", "meta"), TraceError)
+    most = max(MAX_ARRAY_BYTES, _MAX_RATIO * source.stat().st_size)
+    experts, text = read_arrays(source, {"experts": most, "meta": _MAX_META_BYTES}, TraceError)
     if text.shape != () or text.dtype.kind != "U":
         raise TraceError(f"'meta' must be one JSON string, got {text.dtype} of shape {text.shape}")
     meta = parse_json(str(text), "its 'meta'", TraceError)

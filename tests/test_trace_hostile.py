@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from remoe_adapt.errors import TraceError
-from remoe_adapt.npz import MAX_ARRAY_BYTES
-from remoe_adapt.trace import Trace
+from remoe_adapt.trace import MAX_ARRAY_BYTES, Trace
 
 META = {"num_experts": 8}
 EXPERTS = np.arange(8, dtype=np.int16).reshape(1, 1, 8).repeat(50, axis=1)
@@ -77,6 +76,14 @@ def test_a_bomb_is_not_inflated(tmp_path: Path, peak_mib: Callable[[], float]) -
         archive.writestr("meta.npy", npy(np.array(json.dumps(META))))
     tracemalloc.reset_peak()
     refused(path, "would take 2048 MiB")
+    assert peak_mib() < 40
+
+
+def test_a_meta_that_would_become_a_million_lists_is_not_read(tmp_path: Path, peak_mib: Callable[[], float]) -> None:
+    path = write(tmp_path / "t.npz", members(meta=npy(np.array("[" + "[]," * 2_000_000 + "[]]"))))
+    assert path.stat().st_size < 200_000
+    tracemalloc.reset_peak()
+    refused(path, "'meta' would take 22 MiB")
     assert peak_mib() < 40
 
 
@@ -155,6 +162,8 @@ def test_deep_meta_of_a_caller_is_a_trace_error_too() -> None:
         deep = [deep]
     with pytest.raises(TraceError, match="cannot be written as JSON"):
         Trace(EXPERTS, META | {"deep": deep})
+    with pytest.raises(TraceError, match=r"meta .*30 digits"):  # it could be saved and never loaded
+        Trace(EXPERTS, META | {"note": 10**29})
 
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -194,7 +203,7 @@ def test_a_csv_of_another_encoding_and_a_header_without_end_are_one_error(tmp_pa
     path.write_text("# route_trace v1" + " a=b" * 3_000_000)
     refused(path, "more than 4096 characters")
     path.write_text(CSV.replace("n_expert=4", "n_expert=" + "9" * 300) + "0,0,0,0,0,1\n")
-    refused(path, "num_experts")
+    refused(path, "300 digits")
 
 
 def test_bytes_changed_at_random_are_a_trace_or_one_error(tmp_path: Path) -> None:
