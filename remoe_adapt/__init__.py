@@ -1,15 +1,16 @@
 """A dial between quality and expert reuse for mixture-of-experts models.
 
 A router adapter family stores router deltas for several strengths; the runtime turns the strength while the
-model decodes. Public names are imported on first use.
+model decodes. Importing this package registers the adapter type REMOE with PEFT; public names are imported on first
+use.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import PurePath
 from typing import Any
-
-import remoe_adapt.tuner  # noqa: F401 (registers the adapter type with PEFT)
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,21 @@ _EXPORTS = {
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
+
+
+def _is_the_command() -> bool:
+    """Whether this process is the command line, `remoe` or `python -m remoe_adapt`.
+
+    Help and typing errors must not wait for torch, transformers and PEFT: the modules that need REMOE import it there.
+    """
+    program, words = (sys.argv or [""])[0], sys.orig_argv
+    if program == "-m":  # while Python looks for the module, and only then
+        return "-m" in words and words[words.index("-m") + 1 :][:1] == ["remoe_adapt"]
+    return PurePath(program).name in ("remoe", "remoe.exe")
+
+
+if not _is_the_command():
+    importlib.import_module("remoe_adapt.tuner")
 
 
 def __getattr__(name: str) -> Any:

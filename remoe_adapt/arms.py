@@ -13,6 +13,7 @@ from remoe_adapt.errors import AdapterConflictError, ConfigError
 from remoe_adapt.family import Family, FamilyPoint, original_weights
 from remoe_adapt.gating.install import InstalledPrior
 from remoe_adapt.gating.prior import DECAY, check_prior
+from remoe_adapt.notices import say_once
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.tuner.layer import remoe_layers
 
@@ -39,6 +40,29 @@ class Arm:
     prior: Prior | None = None
 
 
+def check_priors(family: Family | None, priors: Sequence[Prior]) -> set[tuple[str, float]]:
+    """The one (mode, decay) of the points and priors of an evaluation; empty without any.
+
+    Raises ConfigError when they differ in mode or decay, when a mode, gain or decay cannot be, and for `resident` on
+    the base, which prefers what an expert cache holds: an evaluation has none, so it would do nothing.
+    """
+    for prior in priors:
+        check_prior(prior.mode, prior.gain, prior.decay)
+        if prior.mode == "resident":
+            raise ConfigError(
+                "recency 'resident' acts on an expert cache, and an evaluation has none: use ema or last."
+            )
+    points = () if family is None else family.points
+    kinds = {(prior.mode, 0.0 if prior.mode == "last" else prior.decay) for prior in priors}
+    kinds |= {(p.recency.mode, p.recency.decay) for p in points if p.recency and p.recency.mode != "none"}
+    if any(mode == "resident" for mode, _ in kinds):
+        say_once("The points' recency prior is `resident`: without an expert cache, as here, it does nothing.")
+    if len(kinds) > 1:
+        listed = ", ".join(f"{mode} (decay {decay:g})" for mode, decay in sorted(kinds))
+        raise ConfigError(f"recency priors of one evaluation must be of one kind, not {listed}.")
+    return kinds
+
+
 class Arms:
     """The base, the control (when the family has one), every stored point of a family, and `priors` on the base.
 
@@ -59,14 +83,7 @@ class Arms:
         self.points: tuple[Arm, ...] = ()
         self.priors: tuple[Arm, ...] = ()
         self._use_family(model, family, force)
-        points = () if family is None else family.points
-        kinds = {(prior.mode, 0.0 if prior.mode == "last" else prior.decay) for prior in priors}
-        kinds |= {(p.recency.mode, p.recency.decay) for p in points if p.recency and p.recency.mode != "none"}
-        if len(kinds) > 1:
-            listed = ", ".join(f"{mode} (decay {decay:g})" for mode, decay in sorted(kinds))
-            raise ConfigError(f"recency priors of one evaluation must be of one kind, not {listed}.")
-        for prior in priors:
-            check_prior(prior.mode, prior.gain, prior.decay)
+        kinds = check_priors(family, priors)
         if kinds:
             self._installed = InstalledPrior(model, *kinds.pop())
             count = self._installed.num_routers

@@ -5,10 +5,10 @@ from __future__ import annotations
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report
 from remoe_adapt.cli_options import Found
-from remoe_adapt.report import counting
+from remoe_adapt.report import counting, quiet_libraries
 
 
-def doctor(as_json: opt.Json = False) -> Found:
+def doctor(csv: opt.Csv = None, as_json: opt.Json = False) -> Found:
     """What is usable here (devices, kernels, sensors, extras) and, where it is not, why."""
     from remoe_adapt.doctor import as_result, examine
 
@@ -16,15 +16,18 @@ def doctor(as_json: opt.Json = False) -> Found:
     return result, [report.doctor_table(result["rows"])]
 
 
-def swap(model: opt.ShippedModel = None, family: opt.FamilyPath = None, as_json: opt.Json = False) -> Found:
+def swap(
+    model: opt.ShippedModel = None, family: opt.FamilyPath = None, csv: opt.Csv = None, as_json: opt.Json = False
+) -> Found:
     """Swapping strength in place, against PEFT's own way; forward time at strength against the base."""
     from remoe_adapt.bench.swap import run_swap
 
+    quiet_libraries()
     result = run_swap(model, family)
     return result, [report.figures_table("swap", result)]
 
 
-def gating(calls: opt.Calls = 400, as_json: opt.Json = False) -> Found:
+def gating(calls: opt.Calls = 400, csv: opt.Csv = None, as_json: opt.Json = False) -> Found:
     """Routers with a recency prior against stock ones on the CPU; the fused kernels against their bars on a GPU."""
     from remoe_adapt.bench.gating import run_gating
 

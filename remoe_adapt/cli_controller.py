@@ -12,14 +12,18 @@ from rich.table import Table
 from remoe_adapt import cli_options as opt
 from remoe_adapt.cli_decode import bars_table
 from remoe_adapt.cli_options import Found
-from remoe_adapt.report import progress
+from remoe_adapt.report import progress, quiet_libraries
 
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of each phase: calm, squeeze, calm.")]
 Cycles = Annotated[int, typer.Option(min=1, help="How often an arm is squeezed.")]
 Gain = Annotated[float, typer.Option("--recency-gain", help="Recency prior (ema) at strength 1; 0: adapters alone.")]
-Squeezed = Annotated[float, typer.Option(help="What a squeeze leaves of the cache, as a share of all experts.")]
-Take = Annotated[float, typer.Option("--take-mib", help="MiB/s at which the other process takes memory.")]
-ReadRate = Annotated[float, typer.Option("--read-mib", help="Experts are read as from a device of so many MiB/s.")]
+Squeezed = Annotated[
+    float, typer.Option(min=0, max=1, help="What a squeeze leaves of the cache, as a share of all experts.")
+]
+Take = Annotated[float, typer.Option("--take-mib", min=1, help="MiB/s at which the other process takes memory.")]
+ReadRate = Annotated[
+    float, typer.Option("--read-mib", min=1, help="Experts are read as from a device of so many MiB/s.")
+]
 Squeezes = Annotated[int, typer.Option(min=0, help="Squeezes in the count of kills.")]
 Work = Annotated[Path | None, typer.Option(help="Folder for the widened model; default: ~/.cache/remoe.")]
 Keep = Annotated[bool, typer.Option("--keep", help="Keep the widened model for the next run.")]
@@ -31,7 +35,7 @@ def controller(
     model: opt.ShippedModel = None, family: opt.FamilyPath = None, data: opt.MoreData = None, tokens: Tokens = 600,
     cycles: Cycles = 3, recency_gain: Gain = 0.3, squeezed: Squeezed = 0.25, take_mib: Take = 100.0,
     read_mib: ReadRate = 300.0, squeezes: Squeezes = 20, work: Work = None, keep: Keep = False, quick: Quick = False,
-    as_json: opt.Json = False,
+    csv: opt.Csv = None, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """The dial while another process takes memory: against every fixed strength, no dial, and a fixed cache."""
     from remoe_adapt.bench.controller import ControllerOptions, quickly, run_controller
@@ -40,6 +44,7 @@ def controller(
         model=model, family=family, data=data or (), tokens=tokens, cycles=cycles, gain=recency_gain, squeezed=squeezed,
         take_mib_per_s=take_mib, read_mib_per_s=read_mib, squeezes=squeezes, work=work, keep=keep,
     )  # fmt: skip
+    quiet_libraries()
     with progress("decoding") as (total, advance):
         result = run_controller(quickly(options) if quick else options, on_start=total, on_tokens=advance)
     verdict = [] if result["void"] is None else [f"[void] {result['void']}"]

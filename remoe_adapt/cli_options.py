@@ -16,6 +16,7 @@ Events = Iterator[tuple[Mapping[str, Any], str]]
 
 # Everywhere
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")]
+Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE.csv", help="Write the table's figures here as well.")]
 Model = Annotated[str, typer.Argument(help="Folder or hub id of the base model.", metavar="MODEL")]
 FamilyPath = Annotated[str | None, typer.Option("--family", help="Family folder or hub id.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, ... Default: a GPU if there is one.")]
@@ -28,9 +29,9 @@ Caches = Annotated[list[float], typer.Option("--cache", help="Cache size as a sh
 # remoe demo, remoe bench
 ShippedModel = Annotated[str | None, typer.Option(help="Folder or hub id instead of the shipped model.")]
 MoreData = Annotated[list[Path] | None, typer.Option(help="More held-out text to decode; repeat.")]
-DemoTokens = Annotated[int, typer.Option(help="Tokens of held-out text to decode with every strength.")]
+DemoTokens = Annotated[int, typer.Option(min=2, help="Tokens of held-out text to decode with every strength.")]
 MaxSeconds = Annotated[float, typer.Option(min=0, help="Stop decoding after this time, whatever is done by then.")]
-SampleTokens = Annotated[int, typer.Option(help="Length of the sample texts; 0 leaves them out.")]
+SampleTokens = Annotated[int, typer.Option(min=0, help="Length of the sample texts; 0 leaves them out.")]
 
 # remoe train; None means the default of training.run.TrainOptions
 FamilyOut = Annotated[Path, typer.Option(help="Folder of the family; an unfinished one is gone on with.")]
@@ -54,26 +55,32 @@ Control = Annotated[bool, typer.Option(help="Train the next-token-loss-only cont
 
 # remoe eval
 EvalData = Annotated[list[Path] | None, typer.Option("--data", help="Text: .txt, .jsonl, .gz, or a folder; repeat.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Tokens in all, shared evenly among the files.")]
-Window = Annotated[int | None, typer.Option(help="Shorter windows than min(max positions, 1024).")]
+MaxTokens = Annotated[int | None, typer.Option(min=2, help="Tokens in all, shared evenly among the files.")]
+Window = Annotated[int | None, typer.Option(min=2, help="Shorter windows than min(max positions, 1024).")]
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (extra: eval).")]
 TaskFolder = Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")]
-Limit = Annotated[int | None, typer.Option(help="Examples per task.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Examples per task.")]
 Plot = Annotated[Path | None, typer.Option(help="Write EOR against perplexity here (extra: plot).")]
 Recency = Annotated[str | None, typer.Option(help="Recency prior: last, ema or resident.")]
-RecencyGains = Annotated[str, typer.Option("--recency-gain", help="Its gains to try on the base, comma-separated.")]
+RecencyGains = Annotated[
+    str | None,
+    typer.Option("--recency-gain", help="Its gains to try on the base, comma-separated; default 0.1,0.2,0.3; of ema."),
+]
+PerLayer = Annotated[bool, typer.Option("--per-layer", help="The figures of each layer too (JSON: per_layer).")]
 RecencyGain = Annotated[float | None, typer.Option(help="Its gain, at every strength; default 0.2.")]
 FullGain = Annotated[float | None, typer.Option("--recency-gain", help="Its gain in the point of strength 1.")]
 RecencyDecay = Annotated[float | None, typer.Option(help="Its decay in mode ema; default 0.7.")]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
 
 # remoe trace, remoe simulate
-TraceOut = Annotated[Path, typer.Option("--out", help="The .npz to write.")]
-Decode = Annotated[int | None, typer.Option(help="Decode this many tokens after each document's start.")]
-PromptTokens = Annotated[int, typer.Option(help="With --decode: how much of a document is the prompt.")]
-RecordTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens to record, shared evenly among the files.")]
+TraceOut = Annotated[Path, typer.Option("--out", metavar="FILE.npz", help="The .npz to write.")]
+Decode = Annotated[int | None, typer.Option(min=1, help="Decode this many tokens after each document's start.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="With --decode: how much of a document is the prompt.")]
+RecordTokens = Annotated[
+    int, typer.Option("--max-tokens", min=2, help="Tokens to record, shared evenly among the files.")
+]
 TraceFile = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace .npz, or the CSV of a phone run.")]
-FirstTokens = Annotated[int | None, typer.Option("--tokens", help="Only the first N tokens.")]
+FirstTokens = Annotated[int | None, typer.Option("--tokens", min=1, help="Only the first N tokens.")]
 Phase = Annotated[str | None, typer.Option(help="prefill or decode, of a trace that has both.")]
 
 # Generation

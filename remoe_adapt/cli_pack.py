@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from remoe_adapt import cli_options as opt
 from remoe_adapt.cli_options import Found
-from remoe_adapt.report import byte_progress
+from remoe_adapt.report import byte_progress, quiet_libraries
 
 
 def pack(
@@ -14,6 +14,7 @@ def pack(
     """Copy a model's experts so that the expert cache gets each in one large direct read."""
     from remoe_adapt.runtime.pack import pack_experts
 
+    quiet_libraries()
     with byte_progress("packing") as (total, advance):
         result = pack_experts(model, out, dtype=dtype, overwrite=overwrite, on_start=total, on_bytes=advance)
     size = result["bytes"] / (1 << 30)

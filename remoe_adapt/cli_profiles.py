@@ -11,11 +11,12 @@ from rich.text import Text
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report
 from remoe_adapt.cli_options import Found
-from remoe_adapt.device_profile import check_profile, list_profiles, load_profile, read_profile
 
 
-def list_all(as_json: opt.Json = False) -> Found:
+def list_all(csv: opt.Csv = None, as_json: opt.Json = False) -> Found:
     """Every profile found, shipped and of the user."""
+    from remoe_adapt.device_profile import list_profiles, read_profile
+
     rows: dict[str, dict[str, Any]] = {}
     for name, path in list_profiles().items():
         profile, faults = read_profile(path)
@@ -25,12 +26,16 @@ def list_all(as_json: opt.Json = False) -> Found:
 
 def show(name: opt.ProfileName, as_json: opt.Json = False) -> Found:
     """One profile, as it is understood."""
+    from remoe_adapt.device_profile import load_profile
+
     result = asdict(load_profile(name))
     return result, [report.figures_table(f"profile {result['name']}", result)]
 
 
 def check(names: opt.ProfileNames = None, as_json: opt.Json = False) -> Found:
     """All faults of profiles, each with file, line and key; exit status 1 when there is one."""
+    from remoe_adapt.device_profile import check_profile, list_profiles, load_profile
+
     known = list_profiles()
     for name in names or ():
         if name not in known and name == Path(name).stem and not Path(name).exists():

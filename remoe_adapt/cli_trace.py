@@ -13,11 +13,12 @@ from remoe_adapt.report import progress
 def trace_gguf(model: str, data: list[Path], out: Path, decode: int | None, max_tokens: int) -> Found:
     """Record which experts every router of a GGUF model chooses over given text, in llama.cpp itself."""
     from remoe_adapt.cache.simulate import summarise
-    from remoe_adapt.evaluate import read_shared
+    from remoe_adapt.evaluate import check_data, read_shared
     from remoe_adapt.record_llama import GgufTokenizer, open_gguf, record_gguf
 
     if decode is not None:
         raise ConfigError("--decode is for models that transformers runs; of a GGUF given text is recorded.")
+    check_data(data, max_tokens)
     engine, window = open_gguf(model)
     with engine:
         documents = read_shared(data, GgufTokenizer(engine), max_tokens)

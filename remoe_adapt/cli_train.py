@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -12,8 +13,10 @@ from rich.console import RenderableType
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report
 from remoe_adapt.cli_options import Found
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.report import progress
+from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.outputs import check_extra, check_file
+from remoe_adapt.report import progress, quiet_libraries
+from remoe_adapt.rows import arm_rows
 
 
 def train(
@@ -34,6 +37,7 @@ def train(
     from remoe_adapt.record import load_base
     from remoe_adapt.training.run import TrainOptions, held_out_documents, train_family
 
+    quiet_libraries()
     options = TrainOptions(**{f.name: given[f.name] for f in fields(TrainOptions) if given.get(f.name) is not None})
     family = train_family(
         model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device
@@ -55,50 +59,89 @@ def train(
 def evaluate(
     model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
     policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
-    recency: opt.Recency = None, recency_gain: opt.RecencyGains = "0.1,0.2,0.3",
-    recency_decay: opt.RecencyDecay = None,
+    recency: opt.Recency = None, recency_gain: opt.RecencyGains = None, recency_decay: opt.RecencyDecay = None,
     tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
-    plot: opt.Plot = None, certified: opt.Certify = False, device: opt.Device = None,
-    dtype: opt.Dtype = "auto", force: opt.Force = False, as_json: opt.Json = False,
+    plot: opt.Plot = None, per_layer: opt.PerLayer = False, certified: opt.Certify = False, device: opt.Device = None,
+    dtype: opt.Dtype = "auto", force: opt.Force = False, csv: opt.Csv = None, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
-    """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores."""
-    from remoe_adapt.arms import Prior
-    from remoe_adapt.evaluate import certify, evaluate_tasks, read_shared
-    from remoe_adapt.evaluate import evaluate as measure
-    from remoe_adapt.family import Family
-    from remoe_adapt.plots import plot_frontier
-    from remoe_adapt.record import load_base
+    """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores.
 
+    KL is the mean over tokens of KL(base || point) of the next-token distributions, in nats. policy@c is the share of
+    expert look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a document begins; all
+    look-ups of a token see the cache as the previous token left it. policy@c/lookup, the figure that others publish:
+    each look-up sees the cache as the look-up before left it.
+    """
     if not data and not tasks:
         raise typer.BadParameter("give --data FILE (repeat for more), or --tasks")
-    if certified and not (family and data):
-        raise typer.BadParameter("--certify needs --family and --data")
+    from remoe_adapt.cache.simulate import check_replay
+    from remoe_adapt.plots import check_plot, plot_frontier
+
+    check_replay(policy, cache)
+    if recency is None and (recency_gain is not None or recency_decay is not None):
+        recency = "ema"
+    gains = [] if recency is None else numbers(recency_gain or "0.1,0.2,0.3")
+    if plot is not None:
+        check_plot(plot, "--plot")
+    if tasks:
+        check_extra("lm_eval", "eval", "task scores need lm-eval")
+
+    from remoe_adapt.arms import Prior, check_priors
+    from remoe_adapt.evaluate import certify, check_data, evaluate_tasks, read_shared, task_manager
+    from remoe_adapt.evaluate import evaluate as measure
+    from remoe_adapt.family import Family
+    from remoe_adapt.record import load_base
+
+    quiet_libraries()
+    kind = {} if recency_decay is None else {"decay": recency_decay}
+    priors = [Prior(str(recency), gain, **kind) for gain in gains]
     points = None if family is None else Family.load(family)
+    check_priors(points, priors)
+    if data:
+        check_data(data, max_tokens)
+    if tasks:
+        task_manager(words(tasks), task_folder)
+    if certified and points is not None:
+        check_file(points.path / "family.json", "--certify: family.json of --family")
     base, tokenizer = load_base(model, device=device, dtype=dtype)
     result: dict[str, Any] = {"model": model, "family": family}
     shown: list[RenderableType] = []
+
+    def afterwards(action: Callable[[], object], done: str) -> None:
+        """What was measured is shown all the same when this fails."""
+        try:
+            action()
+            shown.append(done)
+        except RemoeError as error:
+            result.update(ok=False, error=str(error))
+            shown.append(f"error: {error}")
+
     if data:
         documents = read_shared(data, tokenizer, max_tokens)
-        kind = {} if recency_decay is None else {"decay": recency_decay}
-        priors = [] if recency is None else [Prior(recency, gain, **kind) for gain in numbers(recency_gain)]
         arms = 1 + len(priors) + (0 if points is None else len(points.points) + (points.control is not None))
         with progress("scoring", sum(map(len, documents)) * arms) as (_, advance):
             result |= measure(
                 base, documents, family=points, policies=policy, caches=cache, window=window, priors=priors,
-                force=force, on_tokens=advance,
+                force=force, per_layer=per_layer, on_tokens=advance,
             )  # fmt: skip
         result["data"] = [path.name for path in data]
         shown.append(report.eval_table(result))
+        if per_layer:
+            shown.append(report.layer_table(arm_rows(result)))
         if plot is not None:
-            plot_frontier(result, plot)
-            shown.append(f"plot written to {plot}")
+            afterwards(lambda: plot_frontier(result, plot), f"plot written to {plot}")
         if certified and points is not None:
-            certify(points, result)
-            shown.append(f"certificates written to {points.path}")
+            afterwards(lambda: certify(points, result), f"certificates written to {points.path}")
     if tasks:
-        scores = evaluate_tasks(base, tokenizer, points, words(tasks), folder=task_folder, limit=limit, force=force)
-        result["tasks"] = scores
-        shown.append(report.task_table(scores))
+
+        def score() -> None:
+            scores = evaluate_tasks(base, tokenizer, points, words(tasks), folder=task_folder, limit=limit, force=force)
+            result["tasks"] = scores
+            shown.append(report.task_table(scores))
+
+        if data:
+            afterwards(score, "task scores by lm-eval")
+        else:
+            score()
     return result, shown
 
 

@@ -5,8 +5,8 @@ Also the example's place and its held-out text.
 
 from __future__ import annotations
 
-import json
 import statistics
+import sys
 import sysconfig
 import time
 from collections import Counter
@@ -29,6 +29,7 @@ from remoe_adapt.generation import COUNTED, cache_figures, generate_text, room_f
 from remoe_adapt.notices import say_once
 from remoe_adapt.record import Decoder, Recorder, device_of, inference, load_base, load_tokenizer, record_forward
 from remoe_adapt.runtime.cached import load_with_expert_cache
+from remoe_adapt.untrusted import printable, read_json
 
 CACHES = (0.25,)
 PIECE_TOKENS = 128
@@ -86,18 +87,18 @@ def held_out(model_folder: Path, tokenizer: Any, tokens: int, data: Sequence[str
 def _recipe(path: Path) -> tuple[list[str], list[str]]:
     if not path.is_file():
         return [], []
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        names, prompts = list(facts["heldout_stdlib"]), list(facts["prompts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}): it needs lists heldout_stdlib and prompts") from error
-    if not all(isinstance(text, str) for text in (*names, *prompts)):
-        raise DataError(f"{path}: heldout_stdlib and prompts must hold strings")
-    return names, prompts
+    facts = read_json(path, DataError)
+    lists: list[Any] = [facts.get(key) if isinstance(facts, dict) else None for key in ("heldout_stdlib", "prompts")]
+    for texts in lists:
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{printable(path)} is damaged: heldout_stdlib and prompts must be lists of strings")
+    return lists[0], lists[1]
 
 
 def _module_source(name: str) -> str | None:
     """Source of a standard library module, None where this interpreter has none (frozen, removed)."""
+    if name not in sys.stdlib_module_names:  # a recipe of others may name any path
+        return None
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in (root / f"{name}.py", root / name / "__init__.py"):
         if path.is_file():
@@ -129,7 +130,8 @@ def run_demo(
     Returns `base`, `control` and `points` with the keys of `evaluate` and `tpot_ms` (median over steps; arms take
     turns document by document), `hit_rate`, `bytes_per_token` and `stall_share` (of the time, spent waiting for reads)
     of the expert cache, None where the model cannot have one; `samples` (`{strength, prompt, text}` at the base and at
-    the strongest point), `model`, `family`, `text` (sources), `tokens`, `expert_cache` (its settings) and `seconds`.
+    the strongest point), `model`, `family`, `text` (sources), `tokens`, `tokens_asked` and `stopped_after_s` (None
+    where all of the text was decoded), `expert_cache` (its settings) and `seconds`.
     `on_start` hears the number of steps to come, `on_tokens` of steps done. After `max_seconds` of decoding no further
     document is begun: all arms have then seen the same, shorter text.
 
@@ -153,13 +155,15 @@ def run_demo(
     ):
         if on_start is not None:
             on_start(sum(map(len, text.documents)) * len(list(arms)))
-        rows, decoded = _decode_arms(loaded, arms, text.documents, max_seconds, on_tokens)
+        rows, decoded, stopped = _decode_arms(loaded, arms, text.documents, max_seconds, on_tokens)
         samples = list(_samples(loaded, tokenizer, arms, text.prompts[:2], new_tokens))
     return {
         "model": str(model_path),
         "family": str(family_path),
         "text": text.sources,
         "tokens": decoded,
+        "tokens_asked": sum(len(ids) - 1 for ids in text.documents),
+        "stopped_after_s": max_seconds if stopped else None,
         "expert_cache": _settings(expert_cache_of(loaded)),
         "base": rows[arms.base],
         "control": None if arms.control is None else rows[arms.control],
@@ -230,15 +234,17 @@ def _decode_arms(
     documents: Sequence[Sequence[int]],
     max_seconds: float,
     on_tokens: Callable[[int], object] | None,
-) -> tuple[dict[Arm, dict[str, Any]], int]:
-    """(row of each arm, scored tokens): arms take turns document by document, so that a busy moment hits them all."""
+) -> tuple[dict[Arm, dict[str, Any]], int, bool]:
+    """(row of each arm, scored tokens, whether time ran out). Arms take turns document by document, so that a busy
+    moment hits them all."""
     tallies = {arm: Tally() for arm in arms}
     decoded = {arm: _Decoded() for arm in arms}
     cache = expert_cache_of(model)
+    stopped = False
     deadline_s = time.perf_counter() + max_seconds
     with record_forward(model) as recorder:
         for number, ids in enumerate(documents):
-            if number and time.perf_counter() > deadline_s:
+            if stopped := bool(number) and time.perf_counter() > deadline_s:
                 break
             base_logits_SV: Tensor | None = None
             for arm, tally in tallies.items():
@@ -254,7 +260,7 @@ def _decode_arms(
                 if on_tokens is not None:
                     on_tokens(len(ids))
         rows = {arm: _row(arm, arms, tallies, recorder) | decoded[arm].row() for arm in arms}
-    return rows, tallies[arms.base].tokens
+    return rows, tallies[arms.base].tokens, stopped
 
 
 def _row(arm: Arm, arms: Arms, tallies: Mapping[Arm, Tally], recorder: Recorder) -> dict[str, Any]:

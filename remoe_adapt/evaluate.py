@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.arms import Arm, Arms, Prior, arms_of
-from remoe_adapt.cache.simulate import check_replay, simulate
-from remoe_adapt.errors import DataError, MissingDependencyError
+from remoe_adapt.cache.simulate import check_replay, hit_rates, layer_rows
+from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.family import Family
 from remoe_adapt.host_memory import freed_memory_kept
-from remoe_adapt.metrics import load_entropy
+from remoe_adapt.metrics import eor, load_entropy, switch_rate
+from remoe_adapt.outputs import check_extra
 from remoe_adapt.record import (
     Recorder,
     Window,
@@ -78,7 +79,7 @@ class Tally:
 
     def row(
         self, strength: float | None, base: Tally, control: Tally | None, trace: Trace,
-        policies: Sequence[str] = POLICIES, caches: Sequence[float] = CACHES,
+        policies: Sequence[str] = POLICIES, caches: Sequence[float] = CACHES, per_layer: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
         """The keys of `remoe eval --json`: see `evaluate`."""
         ce = self.nll_nats / self.tokens
@@ -90,8 +91,11 @@ class Tally:
             "ppl_ratio": math.exp(ce - base.nll_nats / base.tokens),
             "ppl_ratio_control": to_control,
             "kl": self.kl_nats / self.tokens,
-            **simulate(trace, policies, caches),
+            "eor": eor(trace),
+            "switch_rate": switch_rate(trace),
+            **hit_rates(trace, policies, caches),
             "load_entropy": load_entropy(trace),
+            **({"per_layer": layer_rows(trace, policies, caches)} if per_layer else {}),
         }
 
 
@@ -124,6 +128,7 @@ def evaluate(
     window: int | None = None,
     priors: Sequence[Prior] = (),
     force: bool = False,
+    per_layer: bool = False,
     on_tokens: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
     """Measures the base, the control, every stored point and `priors` on the base over token documents:
@@ -131,8 +136,9 @@ def evaluate(
 
     Each row holds `strength` (0 for the base, None for the control), `ce` (nats per token), `ppl`, `ppl_ratio` (to the
     base), `ppl_ratio_control` (to the control; None without one), `kl` (mean over scored tokens of
-    KL(P_base || P_point) of the next-token distributions, nats), `eor`, `switch_rate`, `policy@cache` hit rates and
-    `load_entropy`, and with a recency prior `recency` and (mean) `recency_gain`; beside them `tokens` (scored),
+    KL(P_base || P_point) of the next-token distributions, nats), `eor`, `switch_rate`, hit rates `policy@cache` and
+    `policy@cache/lookup` (see `cache.simulate`) and `load_entropy`, with `per_layer` the rows of `layer_rows` under
+    that name, and with a recency prior `recency` and (mean) `recency_gain`; beside them `tokens` (scored),
     `documents` and `window`. The model's weights are the same afterwards, bit for bit. `window` shortens the
     protocol's windows; `on_tokens` hears of tokens done, over all arms.
 
@@ -160,7 +166,7 @@ def evaluate(
         base = tallies[arms.base]
         control = None if arms.control is None else tallies[arms.control]
         rows = {
-            arm: tally.row(arm.strength, base, control, tally.trace(recorder.num_experts), policies, caches)
+            arm: tally.row(arm.strength, base, control, tally.trace(recorder.num_experts), policies, caches, per_layer)
             | arms.recency_of(arm)
             for arm, tally in tallies.items()
         }
@@ -238,6 +244,14 @@ def read_shared(paths: Sequence[str | Path], tokenizer: Any, max_tokens: int | N
     return [ids for file in files for ids in tokenize_documents(read_file(file), tokenizer, share)]
 
 
+def check_data(paths: Sequence[str | Path], max_tokens: int | None = None) -> None:
+    """Before a model is loaded: raises DataError for files that are not there, ConfigError for fewer tokens than
+    `read_shared` can share among them."""
+    files = data_files(paths)
+    if max_tokens is not None and max_tokens < 2 * len(files):
+        raise ConfigError(f"--max-tokens {max_tokens} is too few for {len(files)} data file(s): each needs two tokens.")
+
+
 @cache
 def commit() -> str | None:
     """Commit of the checkout this package runs from, with "+" when it has changes; None outside a checkout.
@@ -267,8 +281,28 @@ def certify(family: Family, result: Mapping[str, Any]) -> None:
     facts |= {"remoe_adapt": importlib.metadata.version("remoe-adapt"), "commit": commit()}
     rows = [*result["points"], *([result["control"]] if result["control"] else [])]
     for row in rows:
-        measured = {key: value for key, value in row.items() if key != "strength"}
+        measured = {key: value for key, value in row.items() if key not in ("strength", "per_layer")}
         family.set_certificate(row["strength"], measured | facts)
+
+
+def task_manager(tasks: Sequence[str], folder: str | Path | None = None) -> Any:
+    """lm-eval's index of tasks, which knows all of `tasks`; `folder` holds task files beside its own.
+
+    Raises:
+        ConfigError: no task is named.
+        DataError: lm-eval does not know a task.
+        MissingDependencyError: lm-eval is not installed.
+    """
+    if not tasks:
+        raise ConfigError("--tasks names none: write them as arc_easy,gsm8k")
+    check_extra("lm_eval", "eval", "task scores need lm-eval")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise DataError(f"lm-eval has no task {', '.join(map(repr, unknown))}: see `lm-eval ls tasks`")
+    return manager
 
 
 def evaluate_tasks(
@@ -285,23 +319,12 @@ def evaluate_tasks(
 
     `folder` holds task files of your own beside those that lm-eval knows; `limit` is examples per task.
 
-    Raises:
-        MissingDependencyError: lm-eval is not installed.
-        DataError: lm-eval does not know a task.
-        FingerprintMismatchError: the family is of another base (unless `force`).
+    Raises as `task_manager`; FingerprintMismatchError when the family is of another base (unless `force`).
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"task scores need lm-eval ({error}): pip install 'remoe-adapt[eval]', or leave --tasks out"
-        ) from error
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise DataError(f"lm-eval has no task {', '.join(map(repr, unknown))}: see `lm-eval ls tasks`")
+    manager = task_manager(tasks, folder)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     rows: dict[Arm, dict[str, Any]] = {}
     with arms_of(model, family, force=force) as arms, inference(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from remoe_adapt.errors import ConfigError, DataError, MissingDependencyError
+from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.outputs import check_extra, check_file
+from remoe_adapt.untrusted import parse_json, printable
+
+_MAX_LINE_BYTES = 1 << 20
+_ALWAYS = ("time_s", "strength")
+# Without a pinned pressure, an expert cache or a step so far there is none.
+_AT_TIMES = ("pressure", "hits", "misses", "budget_bytes", "tpot_ms")
+
+
+def check_plot(path: Path, option: str) -> None:
+    """Raises MissingDependencyError without matplotlib, ConfigError for a place or a format that cannot be written."""
+    formats = _figure(1, 1).canvas.get_supported_filetypes()
+    check_file(path, option, [f".{suffix}" for suffix in sorted(formats)])
 
 
 def plot_frontier(results: Mapping[str, Any], path: str | Path) -> None:
-    """EOR against perplexity ratio, one line per family, base and control marked.
+    """EOR against perplexity ratio: a line through the base and the family's points, one through the base and its
+    recency priors in order of their gains, and the control.
 
     Raises MissingDependencyError without matplotlib, ConfigError when the file cannot be written.
     """
     figure = _figure(6, 4.5)
     axes = figure.subplots()
     base = results["base"]
-    curve = [base, *results["points"]]
-    axes.plot([row["eor"] for row in curve], [row["ppl_ratio"] for row in curve], marker="o", label="family")
-    for row in curve:
-        axes.annotate(f"{row['strength']:g}", (row["eor"], row["ppl_ratio"]), (4, 4), textcoords="offset points")
+    priors = sorted(results.get("priors", ()), key=lambda row: row["recency_gain"])
+    curves = [("family", "strength", results["points"])] if results["points"] or not priors else []
+    if priors:
+        curves.append((f"prior on the base: {priors[0]['recency']}, by gain", "recency_gain", priors))
+    for label, key, rows in curves:
+        curve = [base, *rows]
+        axes.plot([row["eor"] for row in curve], [row["ppl_ratio"] for row in curve], marker="o", label=label)
+        for row in curve:
+            place = row["eor"], row["ppl_ratio"]
+            axes.annotate(f"{row.get(key, 0.0):g}", place, (4, 4), textcoords="offset points")
     if results.get("control"):
         control = results["control"]
         axes.plot(control["eor"], control["ppl_ratio"], "x", color="black", label="control: next-token loss only")
@@ -65,16 +85,33 @@ def read_samples(log: str | Path) -> list[dict[str, Any]]:
     """The samples of a file of `Controller.log_to`, in order. Raises DataError when there is none."""
     samples = []
     try:
-        with Path(log).open(encoding="utf-8") as lines:
-            for line in lines:
-                found = json.loads(line)
+        with Path(log).open("rb") as lines:
+            number = 0
+            while line := lines.readline(_MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > _MAX_LINE_BYTES:
+                    raise DataError(f"line {number} has more than {_MAX_LINE_BYTES} bytes")
+                found = parse_json(line, f"line {number}", DataError)
+                if not isinstance(found, dict) or not isinstance(found.get("event"), str):
+                    raise DataError(f"line {number} is no event")
                 if found["event"] == "sample":
-                    samples.append(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{log} is no log of a controller ({error}): make one with --log, or log_to.") from error
+                    samples.append(_checked(found, number))
+    except (OSError, DataError) as error:
+        raise DataError(
+            f"{printable(log)} is no log of a controller ({error}): make one with --log, or log_to."
+        ) from error
     if not samples:
         raise DataError(f"{log} has no samples: the monitor was paused, or the run was shorter than one.")
     return samples
+
+
+def _checked(sample: dict[str, Any], number: int) -> dict[str, Any]:
+    for key in (*_ALWAYS, *_AT_TIMES):
+        value = sample.get(key)
+        good = isinstance(value, Real) and not isinstance(value, bool)
+        if not good and not (key in _AT_TIMES and value is None and key in sample):
+            raise DataError(f"line {number}: {key} is {printable(repr(value))}, not a number")
+    return sample
 
 
 def hit_rates(samples: Sequence[Mapping[str, Any]]) -> list[float | None]:
@@ -93,10 +130,9 @@ def _curve(axes: Any, times_s: Sequence[float], values: Sequence[float | None], 
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingDependencyError(f"a plot needs matplotlib ({error}): pip install 'remoe-adapt[plot]'") from error
+    check_extra("matplotlib", "plot", "a plot needs matplotlib")
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import remoe_adapt.tuner  # noqa: F401 (an adapter's folder is a model too: transformers asks PEFT for its type)
 from remoe_adapt.errors import ConfigError, TraceError
 from remoe_adapt.libraries.kv_cache import cache_keyword, returned_cache
 from remoe_adapt.routers.discover import discover_routers

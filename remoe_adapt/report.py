@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -20,25 +22,26 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from remoe_adapt.outputs import flatten
 from remoe_adapt.plots import plot_frontier as plot_frontier
 from remoe_adapt.plots import plot_log as plot_log
 from remoe_adapt.pressure.reading import size_text
+from remoe_adapt.rows import arm_rows
+from remoe_adapt.untrusted import printable
 
 Row = Mapping[str, Any]
+
+KL_MEANING = "KL: mean over tokens of KL(base || point) of the next-token distributions, in nats."
+HIT_RATE_MEANING = (
+    "policy@c: share of expert look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a "
+    "document begins; all look-ups of a token see the cache as the previous token left it. policy@c/lookup: each "
+    "look-up sees it as the look-up before left it, the figure that others publish."
+)
 
 
 def hit_keys(row: Row) -> list[str]:
     """The `policy@cache` keys of a row, in order."""
     return [key for key in row if "@" in key]
-
-
-def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, Row]]:
-    """(label, row) of base, control, points and priors on the base, in that order."""
-    rows: list[tuple[str, Row]] = [("base", result["base"])]
-    if result.get("control"):
-        rows.append(("control", result["control"]))
-    rows += [(f"{row['strength']:.2f}", row) for row in result["points"]]
-    return rows + [(f"{row['recency']} {row['recency_gain']:g}", row) for row in result.get("priors", ())]
 
 
 def eval_table(result: Mapping[str, Any]) -> Table:
@@ -60,6 +63,24 @@ def eval_table(result: Mapping[str, Any]) -> Table:
             *(_percent(row[key]) for key in hit_keys(result["base"])),
             f"{row['load_entropy']:.3f}",
         )
+    table.caption = f"{KL_MEANING} {HIT_RATE_MEANING}"
+    return table
+
+
+def layer_table(rows: Sequence[tuple[str, Row]]) -> Table:
+    """The `per_layer` of (label, row) pairs."""
+    keys = [key for key in rows[0][1]["per_layer"][0] if key != "layer"]
+    table = _table("layers", "of", "layer", *(key.replace("_", " ") for key in keys))
+    for label, row in rows:
+        for layer in row["per_layer"]:
+            table.add_row(Text(label), str(layer["layer"]), *(f"{layer[key]:.3f}" for key in keys))
+    return table
+
+
+def simulate_table(title: str, result: Row) -> Table:
+    """What `summarise` says."""
+    table = figures_table(title, {key: value for key, value in result.items() if key != "per_layer"})
+    table.caption = HIT_RATE_MEANING
     return table
 
 
@@ -76,8 +97,13 @@ def task_table(result: Mapping[str, Any]) -> Table:
 
 def demo_table(result: Mapping[str, Any]) -> Table:
     """The rows of the demo: what a newcomer should see first."""
+    stopped = (
+        ""
+        if result["stopped_after_s"] is None
+        else (f" (of {result['tokens_asked']}: stopped after {result['stopped_after_s']:g} s, see --max-seconds)")
+    )
     table = _table(
-        f"{result['tokens']} tokens of held-out text, decoded one at a time, at every strength",
+        f"{result['tokens']} tokens of held-out text{stopped}, decoded one at a time, at every strength",
         "strength", "EOR", "ppl", "ratio to base", "to control", "hit rate", "KiB read/token", "stall", "TPOT, ms",
         "load entropy",
     )  # fmt: skip
@@ -114,7 +140,7 @@ def _hit_rate(row: Row) -> float:
 def figures_table(title: str, result: Row) -> Table:
     """A result's figures, one per line; nested ones are flattened with dots."""
     table = _table(title, "figure", "value")
-    for key, value in _flat(result):
+    for key, value in flatten(result):
         table.add_row(key, _plain(value))
     return table
 
@@ -149,7 +175,7 @@ def profile_table(profiles: Mapping[str, Row]) -> Table:
 def status_line(status: Row) -> str:
     """The controller's state in one line."""
     experts = status["expert_cache"]
-    read = "" if experts is None else f"hit rate {experts['hit_rate']:.1%}, {_read(experts)} | "
+    read = "" if experts is None else f"hit rate with the prompt {experts['hit_rate']:.1%}, {_read(experts)} | "
     return f"strength {status['strength']:.2f} | {status['swaps']} swap(s) | {read}{status['reason']}"
 
 
@@ -164,8 +190,19 @@ def run_summary(result: Row) -> Table:
     status = result["status"]
     figures = {key: result[key] for key in keys} | {key: status[key] for key in ("strength", "swaps", "reason")}
     if status["expert_cache"] is not None:
-        figures |= {key: result[key] for key in ("hit_rate", "bytes_per_token", "stall_share")}
-    return figures_table("summary", figures)
+        read = result["bytes_per_token"]
+        figures |= {
+            "hit_rate": result["hit_rate"],
+            "read per token": None if read is None else size_text(read),
+            "stall_share": result["stall_share"],
+        }
+    table = figures_table("summary", figures)
+    if status["expert_cache"] is not None:
+        table.caption = (
+            "hit_rate, read per token and stall_share are of the decode steps after the first token; the line above "
+            "counts from the start, the prompt included."
+        )
+    return table
 
 
 def demo_samples(result: Mapping[str, Any]) -> list[Text]:
@@ -181,27 +218,61 @@ def demo_samples(result: Mapping[str, Any]) -> list[Text]:
 def progress(title: str, total: int | None = None) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """A bar of tokens on standard error: (set the total, advance)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield (lambda count: bar.update(task, total=count)), (lambda count: bar.advance(task, count))
+    with _bar(title, total, *columns, TimeElapsedColumn(), TimeRemainingColumn()) as both:
+        yield both
 
 
 @contextmanager
 def byte_progress(title: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """A bar of bytes on standard error: (set the total, advance)."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield (lambda count: bar.update(task, total=count)), (lambda count: bar.advance(task, count))
+    with _bar(title, None, *columns, TimeRemainingColumn()) as both:
+        yield both
 
 
 @contextmanager
 def counting(title: str) -> Iterator[Callable[[], None]]:
     """A count on standard error of things whose number is not known."""
-    columns = (TextColumn("{task.completed} {task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda: bar.advance(task)
+    with _bar(title, None, TextColumn("{task.completed} {task.description}"), TimeElapsedColumn()) as (_, advance):
+        yield lambda: advance(1)
+
+
+@contextmanager
+def _bar(
+    title: str, total: int | None, *columns: ProgressColumn
+) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """Shown from the first advance on: work that fails before it leaves its error alone on the screen."""
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(title, total=total)
+
+    def advance(count: int) -> None:
+        if not bar.live.is_started:
+            bar.reset(task)
+            bar.start()
+        bar.advance(task, count)
+
+    try:
+        yield (lambda count: bar.update(task, total=count)), advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def quiet_libraries() -> None:
+    """For a command that loads a model: transformers' own bars and warnings off; bars of downloads stay.
+
+    TRANSFORMERS_VERBOSITY, when it asks for more than errors, says otherwise.
+    """
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    if os.environ.get("TRANSFORMERS_VERBOSITY", "error") != "error":
+        return
+    downloads = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
 
 
 def gating_table(result: Mapping[str, Any]) -> Table:
@@ -245,17 +316,17 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _flat(row: Row, prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in row.items():
-        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return flat
-
-
 def _plain(value: Any) -> Text:
+    return Text("" if value is None else printable(_rounded(value)))
+
+
+def _rounded(value: Any) -> str:
+    """Numbers as a reader wants them, wherever they stand."""
     if isinstance(value, float):
-        return Text(f"{value:.4f}")
-    return Text("" if value is None else str(value))
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(f"({_rounded(item)})" if isinstance(item, list | tuple) else _rounded(item) for item in value)
+    return str(value)
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -268,4 +339,4 @@ def _percent(value: float) -> str:
 
 def _change(value: float, base: float) -> str:
     """A share, and its change relative to the base's."""
-    return _percent(value) if value == base else f"{_percent(value)} ({value / base - 1:+.0%})"
+    return _percent(value) if value == base or not base else f"{_percent(value)} ({value / base - 1:+.0%})"

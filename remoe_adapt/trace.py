@@ -7,22 +7,37 @@ import itertools
 import json
 import math
 import os
+import stat
+import struct
+import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remoe_adapt.errors import TraceError
+from remoe_adapt.npz import read_arrays
+from remoe_adapt.untrusted import parse_json, printable
 
 # The phone CSV's code of each phase.
 PHASES = {"prefill": 0, "decode": 1}
 _TEXT_KEYS = ("model", "text", "phase")
-# What numpy, json and zipfile (which raises RuntimeError and its kin) say of damaged files.
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# 60,000 tokens of 48 layers and 8 experts take 46 MB. What is larger must come out of a file of its own order: routing
+# deflates to a third, so a file that grows 64-fold was made to hurt.
+MAX_ARRAY_BYTES, _MAX_RATIO = 256 << 20, 64
+# Of a JSON string in UTF-32: half a million document starts.
+_MAX_META_BYTES = 16 << 20
+_MAX_LINE_CHARACTERS = 4096
+# What numpy (which tokenizes headers), json and zipfile (which raises RuntimeError and its kin) say of damaged files.
+_UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, SyntaxError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +130,8 @@ class Trace:
         if phase is not None and phase not in PHASES:
             raise TraceError(f"unknown phase {phase!r}: choose one of {', '.join(PHASES)}")
         try:
+            if not stat.S_ISREG(source.stat().st_mode):
+                raise TraceError("it is no regular file")  # a pipe or a device would be waited for, or never end
             with source.open("rb") as file:
                 magic = file.read(32)
             if magic.startswith(b"PK"):
@@ -125,7 +142,12 @@ class Trace:
                 raise TraceError("neither an npz file nor a route_trace CSV")
             return cls(experts, meta)
         except _UNREADABLE as error:
-            raise TraceError(f"cannot read trace {source}: {error}") from error
+            raise TraceError(f"cannot read trace {printable(source)}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    # Our own messages have made what they quote printable, and may be long.
+    return str(error) if isinstance(error, TraceError) else printable(error)
 
 
 def _checked_meta(meta: Any) -> dict[str, Any]:
@@ -133,20 +155,20 @@ def _checked_meta(meta: Any) -> dict[str, Any]:
         raise TraceError(f"meta must be a dict, got {type(meta).__name__}")
     try:
         # A round trip through JSON both proves that `save` will work and keeps later edits of the argument out.
-        copy: dict[str, Any] = json.loads(json.dumps(meta, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise TraceError(f"meta cannot be written as JSON: {error}") from error
+        text = json.dumps(meta, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TraceError(f"meta cannot be written as JSON: {printable(error)}") from error
+    copy: dict[str, Any] = parse_json(text, "meta", TraceError)
     num_experts = copy.get("num_experts")
     if type(num_experts) is not int or not 1 <= num_experts <= np.iinfo(np.int16).max:
-        raise TraceError(f"meta must hold num_experts as an int in [1, 32767], got {num_experts!r}")
+        raise TraceError(f"meta must hold num_experts as an int in [1, 32767], got {printable(repr(num_experts))}")
     for key in _TEXT_KEYS:
         if not isinstance(copy.get(key, ""), str):
-            raise TraceError(f"meta[{key!r}] must be a string, got {copy[key]!r}")
+            raise TraceError(f"meta[{key!r}] must be a string, got {printable(repr(copy[key]))}")
     starts = copy.get("document_starts", [0])
     rising = isinstance(starts, list) and all(type(start) is int for start in starts) and starts[:1] == [0]
     if not rising or any(b <= a for a, b in itertools.pairwise(starts)):
-        shown = repr(starts) if len(repr(starts)) < 80 else repr(starts)[:80] + "..."
-        raise TraceError(f"meta['document_starts'] must be rising ints, the first 0, got {shown}")
+        raise TraceError(f"meta['document_starts'] must be rising ints, the first 0, got {printable(starts)}")
     return copy
 
 
@@ -173,25 +195,31 @@ def _checked_experts(experts: Any, num_experts: int) -> NDArray[np.int16]:
 
 
 def _read_npz(source: Path, phase: str | None) -> tuple[NDArray[Any], Any]:
-    # Opened here: numpy leaves its own file open when the zip is damaged.
-    with source.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        missing = {"experts", "meta"} - set(arrays.files)
-        if missing:
-            raise TraceError(f"it lacks the array {min(missing)!r}; it has {', '.join(arrays.files) or 'none'}")
-        experts, text = arrays["experts"], arrays["meta"]
+    most = max(MAX_ARRAY_BYTES, _MAX_RATIO * source.stat().st_size)
+    experts, text = read_arrays(source, {"experts": most, "meta": _MAX_META_BYTES}, TraceError)
     if text.shape != () or text.dtype.kind != "U":
         raise TraceError(f"'meta' must be one JSON string, got {text.dtype} of shape {text.shape}")
-    meta = json.loads(str(text))
+    meta = parse_json(str(text), "its 'meta'", TraceError)
     if phase is not None and isinstance(meta, dict) and meta.get("phase") != phase:
-        raise TraceError(f"phase {phase!r} was asked for, it holds phase {meta.get('phase')!r}")
+        raise TraceError(f"phase {phase!r} was asked for, it holds phase {printable(repr(meta.get('phase')))}")
     return experts, meta
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(_MAX_LINE_CHARACTERS + 1):
+        if len(line) > _MAX_LINE_CHARACTERS:
+            raise TraceError(f"it has a line of more than {_MAX_LINE_CHARACTERS} characters")
+        yield line
 
 
 def _read_phone_csv(source: Path, phase: str | None) -> tuple[NDArray[np.int16], dict[str, Any]]:
     facts: dict[str, str] = {}
     expert_bytes: dict[int, int] = {}
+    if source.stat().st_size > MAX_ARRAY_BYTES:
+        raise TraceError(f"it has more than {MAX_ARRAY_BYTES >> 20} MiB: record a part, or write it as npz")
     with source.open(encoding="utf-8") as file:
-        for line in file:
+        lines = _lines(file)
+        for line in lines:
             if not line.startswith("#"):
                 break
             pairs = dict(word.split("=", 1) for word in line[1:].split() if "=" in word)
@@ -199,16 +227,20 @@ def _read_phone_csv(source: Path, phase: str | None) -> tuple[NDArray[np.int16],
                 expert_bytes[int(pairs["layer"])] = int(pairs["expert_bytes"])
             else:
                 facts.update(pairs)
+        else:
+            line = ""
         names = line.strip().split(",")
         wanted = ("turn", "phase", "step", "layer", "slot", "expert")
         absent = [name for name in (*wanted, "n_expert") if name not in names and name not in facts]
         if absent:
             raise TraceError(f"its header does not name {absent[0]!r}")
         columns = [names.index(name) for name in wanted]
-        body = file.readlines()
-    if not body:
-        raise TraceError("it ends after its header")
-    rows = np.loadtxt(body, delimiter=",", usecols=columns, dtype=np.int64, ndmin=2)
+        filled = (line for line in lines if line.strip())
+        first = next(filled, None)
+        if first is None:
+            raise TraceError("it ends after its header")
+        body = itertools.chain((first,), filled)
+        rows = np.loadtxt(body, delimiter=",", usecols=columns, dtype=np.int64, ndmin=2, comments=None)
     if phase is not None:
         rows = rows[rows[:, 1] == PHASES[phase]]
     if not len(rows):
@@ -240,7 +272,7 @@ def _read_phone_csv(source: Path, phase: str | None) -> tuple[NDArray[np.int16],
     experts[where] = ids
     meta: dict[str, Any] = {
         "num_experts": int(facts["n_expert"]),
-        "document_starts": np.flatnonzero(np.diff(tokens[:, 0], prepend=tokens[0, 0] - 1)).tolist(),
+        "document_starts": [0, *(np.flatnonzero(tokens[1:, 0] != tokens[:-1, 0]) + 1).tolist()],
     }
     if "model" in facts:
         meta["model"] = Path(facts["model"]).name

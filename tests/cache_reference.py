@@ -39,6 +39,37 @@ def misses(tokens: Sequence[Sequence[int]], policy: str, capacity: int, starts: 
     return total
 
 
+def misses_by_lookup(tokens: Sequence[Sequence[int]], policy: str, capacity: int, starts: Sequence[int] = (0,)) -> int:
+    """Misses of one layer, event by event: a miss is let in at once, and at once the least worth having is dropped.
+
+    LRFU ages by look-ups, so that a whole token ages it by DECAY.
+    """
+    decay = Fraction(float(DECAY) ** (1 / len(tokens[0])))
+    total = 0
+    for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        events = [key for keys in tokens[begin:end] for key in keys]
+        cache: set[int] = set()
+        for now, wanted in enumerate(events):
+            total += wanted not in cache
+            cache.add(wanted)
+            if len(cache) > capacity:
+                cache.remove(min(cache, key=lambda key: worth(policy, key, events, now, decay)))
+    return total
+
+
+def worth(policy: str, key: int, events: Sequence[int], now: int, decay: Fraction) -> tuple[Any, ...]:
+    """What keeping `key` is worth after the look-ups `events[: now + 1]`; of equals the latest used is worth more."""
+    uses = [time for time in range(now + 1) if events[time] == key]
+    if policy == "lru":
+        return (uses[-1],)
+    if policy == "lfu":
+        return len(uses), uses[-1]
+    if policy == "lrfu":
+        return sum((decay ** (now - time) for time in uses), Fraction(0)), uses[-1]
+    ahead = [time for time in range(now + 1, len(events)) if events[time] == key]
+    return -ahead[0] if ahead else -(10**9), uses[-1]
+
+
 def fewest_misses(tokens: Sequence[Sequence[int]], capacity: int) -> int:
     """The least number of misses that any choice of victims can reach, by trying all of them."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 # Bottom up. A file imports only files listed above it; `room.*` is a whole folder: any order inside, but no cycles.
 # A package name is its __init__.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "notices", "forks", "untrusted"),
+    ("errors", "notices", "forks", "untrusted", "outputs"),
     (
         "profiles",
         "cache",
         "pressure",
+        "npz",
         "trace",
         "metrics",
         "cache.policy",
@@ -131,6 +132,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export.*",),
     (
         "plots",
+        "rows",
         "report",
         "generation",
         "demo",
@@ -139,6 +141,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "watch_live",
         "watch",
         "cli_options",
+        "cli_rules",
         "cli_export",
         "cli_trace",
         "cli_profiles",

@@ -56,7 +56,21 @@ def test_more_data_is_decoded_in_pieces(folder: Path, tmp_path: Path) -> None:
     assert [len(ids) for ids in text.documents[-2:]] == [128, 122]
 
 
-@pytest.mark.parametrize("content", ["{", '{"prompts": []}', '{"prompts": [1], "heldout_stdlib": []}'])
+def test_a_recipe_names_modules_of_the_standard_library_and_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("secret = 1")
+    up = "../" * 20 + str(tmp_path / "mine").lstrip("/")
+    for name in (str(tmp_path / "mine"), up, "site-packages/pip/__init__", "no\x00thing"):
+        (tmp_path / "demo.json").write_text(json.dumps({"heldout_stdlib": [name], "prompts": ["Once"]}))
+        assert held_out(tmp_path, byte_tokenizer(), 100).sources == ["1 prompts"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", '{"prompts": []}', '{"prompts": [1], "heldout_stdlib": []}', "[" * 100_000),
+        *('{"prompts": "abc", "heldout_stdlib": []}', '{"prompts": [], "heldout_stdlib": ' + "9" * 5000 + "}"),
+    ],
+)
 def test_damaged_recipe_is_one_clear_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "demo.json").write_text(content)
     with pytest.raises(DataError, match=r"demo\.json"):
@@ -87,6 +101,8 @@ def test_keys_are_those_of_the_design(result: dict[str, Any]) -> None:
     assert [row["strength"] for row in result["points"]] == [0.5, 1.0]
     assert all(set(row) == set(result["base"]) for row in result["points"])
     assert result["expert_cache"]["share"] == pytest.approx(0.25) and result["expert_cache"]["policy"] == "lrfu"
+    assert result["stopped_after_s"] is None and result["tokens_asked"] == result["tokens"]
+    assert "stopped" not in str(report.demo_table(result).title)
     json.dumps(result)
 
 
@@ -123,6 +139,8 @@ def test_out_of_time_all_arms_have_seen_the_same_shorter_text(folder: Path) -> N
     short = run_demo(folder, tokens=90, new_tokens=0, max_seconds=0.0)
     assert short["tokens"] == len(PROMPTS[0]) - 1
     assert short["samples"] == []
+    assert (short["tokens_asked"], short["stopped_after_s"]) == (90 - 3, 0.0)
+    assert "13 tokens" in str(title := report.demo_table(short).title) and "of 87: stopped after 0 s" in str(title)
 
 
 def test_progress_hears_every_step(folder: Path) -> None:

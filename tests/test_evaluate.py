@@ -125,7 +125,9 @@ def test_routing_figures_are_those_of_a_recorded_trace(
     trace = record_prefill(merged_copy(base, family, 0.5), documents)
     assert row["eor"] == eor(trace)
     assert row["load_entropy"] == load_entropy(trace)
-    assert [key for key in row if "@" in key] == ["lru@0.5", "belady@0.5"]
+    assert [key for key in row if "@" in key] == [
+        *("lru@0.5", "lru@0.5/lookup", "belady@0.5", "belady@0.5/lookup"),
+    ]
 
 
 def test_weights_are_back_bit_for_bit_even_after_an_error(

@@ -140,7 +140,7 @@ def test_the_command_packs_in_a_dtype_and_refuses_what_is_there(folder: Path, tm
     assert load_with_expert_cache(folder, storage=out, dtype="bfloat16").dtype == torch.bfloat16
 
     again = run(app, ["pack", str(folder), str(out)])
-    assert again.exit_code == 1 and "give another folder, or --overwrite" in again.output
+    assert again.exit_code == 2 and "give another folder, or --overwrite" in again.output
     assert run(app, ["pack", str(folder), str(out), "--overwrite"]).exit_code == 0
     assert_equal(store_of(folder), PackedStore(out, store_of(folder)))
     assert [path.name for path in out.parent.iterdir()] == ["pack"]

@@ -41,7 +41,9 @@ def test_merged_and_lora(home: Home, family: Path, tmp_path: Path) -> None:
     lora = found("export", "lora", home.base, family, tmp_path / "lora", "--strength", 1)
     assert (lora["rank"], lora["for_dtype"], lora["inexact"]) == (16, "float32", 0)
     assert "PEFT LoRA" in call("export", "lora", home.base, family, tmp_path / "second", "--strength", 1).stdout
-    assert "exists already" in refused("export", "merged", home.base, family, tmp_path / "lora", "--strength", 1)
+    assert "exists already" in refused(
+        "export", "merged", home.base, family, tmp_path / "lora", "--strength", 1, status=2
+    )
 
 
 def test_gguf_in_all_its_ways(home: Home, family: Path, tmp_path: Path) -> None:
@@ -54,7 +56,8 @@ def test_gguf_in_all_its_ways(home: Home, family: Path, tmp_path: Path) -> None:
     assert holds(model, home.live(0.5)) and not patched["recovered"]
     assert found("export", "gguf", model, "--undo")["was"] == {"model.gguf": "patched"}
     assert model.read_bytes() == home.gguf.read_bytes()
-    assert "no undo file" in refused("export", "gguf", model, "--undo")
+    assert "no undo file" in refused("export", "gguf", model, "--undo", status=2)
+    assert "--undo and --strength" in refused("export", "gguf", model, "--undo", "--strength", 1, status=2)
 
 
 def test_gguf_lora(home: Home, family: Path, tmp_path: Path) -> None:
@@ -63,7 +66,9 @@ def test_gguf_lora(home: Home, family: Path, tmp_path: Path) -> None:
     assert all(Path(row["file"]).is_file() and row["relative_error"] > 0 for row in loras)
     text = call("export", "gguf-lora", home.gguf, family, tmp_path / "exact").stdout
     assert "--lora" in text and "s050.gguf" in text and "s100.gguf" in text
-    assert "list of numbers" in refused("export", "gguf-lora", home.gguf, family, tmp_path / "x", "--strength", "a")
+    assert "list of numbers" in refused(
+        "export", "gguf-lora", home.gguf, family, tmp_path / "x", "--strength", "a", status=2
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,5 +100,5 @@ def test_trace_of_a_gguf(home: Home, tmp_path: Path) -> None:
     theirs = record_prefill(home.model, [ids])
     assert (trace.experts == theirs.experts).mean() >= 0.999
     assert "--decode" in refused(
-        "trace", home.gguf, "--data", tmp_path / "a.txt", "--out", tmp_path / "t.npz", "--decode", 4
+        "trace", home.gguf, "--data", tmp_path / "a.txt", "--out", tmp_path / "t.npz", "--decode", 4, status=2
     )

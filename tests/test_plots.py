@@ -45,12 +45,36 @@ def test_a_log_becomes_a_plot(tmp_path: Path) -> None:
     assert drawn.count("<svg") == 1 and sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "log.svg"]
     with pytest.raises(ConfigError, match=r"\.png, \.svg or \.pdf"):
         plot_log(log, tmp_path / "log.what")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        plot_log(log, tmp_path / "no" / "log.svg")
     row = {"strength": 0.0, "eor": 0.2, "ppl_ratio": 1.0}
     plot_frontier({"base": row, "points": [row], "control": row}, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]\n", '{"event": "swap"}\n'])
+def test_priors_are_drawn_as_a_line_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    row = {"strength": 0.0, "eor": 0.2, "ppl_ratio": 1.0}
+    priors = [row | {"recency": "ema", "recency_gain": gain, "eor": gain, "ppl_ratio": 1 + gain} for gain in (0.3, 0.1)]
+    for points, words in (([], ("gain",)), ([row | {"strength": 1.0}], ("gain", "family"))):
+        plot_frontier({"base": row, "points": points, "control": None, "priors": priors}, tmp_path / "f.svg")
+        drawn = (tmp_path / "f.svg").read_text()
+        assert [word for word in ("gain", "family") if word in drawn] == list(words)
+        assert "<!-- 0.1 -->" in drawn and "<!-- 0.3 -->" in drawn
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[1]\n", '{"event": "swap"}\n', "[" * 100_000, '{"event": {}}', "\xff", "x" * (3 << 20)),
+        json.dumps(sample(0, 1, 1) | {"strength": "1"}),
+        json.dumps(sample(0, 1, 1) | {"pressure": [1]}),
+        json.dumps(sample(0, 1, 1) | {"time_s": None}),
+        json.dumps({"event": "sample", "time_s": 0, "strength": 0.0}),
+        json.dumps(sample(0, 1, 1)).replace("0.5", "NaN"),
+        json.dumps(sample(0, 1, 1)).replace("0.5", "9" * 400),
+    ],
+)
 def test_what_is_no_log_is_one_clear_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(DataError, match=r"log\.jsonl"):

@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remoe_adapt.cache.simulate import POLICIES, cache_capacity, count_misses, replay, simulate, summarise
+from remoe_adapt.cache.simulate import (
+    POLICIES,
+    cache_capacity,
+    count_misses,
+    hit_rates,
+    layer_rows,
+    one_lookup_each,
+    replay,
+    simulate,
+    summarise,
+)
 from remoe_adapt.errors import ConfigError, TraceError
 from remoe_adapt.trace import Trace
 
@@ -160,6 +170,53 @@ def test_simulate_keys_and_values(golden: Trace) -> None:
     assert list(simulate(golden)) == ["eor", "switch_rate", "lru@0.25"]
     assert list(simulate(golden, ("lru", "lru"), (0.25, 0.25))) == ["eor", "switch_rate", "lru@0.25"]
     assert list(simulate(golden, ("lru",), ())) == ["eor", "switch_rate"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(8))
+def test_hit_rates_by_lookup_follow_the_plain_event_by_event_replay(policy: str, seed: int) -> None:
+    rng = np.random.default_rng(200 + seed)
+    num_experts = int(rng.integers(3, 12))
+    top_k = int(rng.integers(1, num_experts))
+    tokens = int(rng.integers(2, 40))
+    starts = (0, *sorted(int(s) for s in set(rng.integers(1, tokens, size=seed % 3))))
+    trace = random_trace(seed, 2, tokens, top_k, num_experts, starts)
+    if tokens == len(starts):
+        starts = (0,)
+        trace = Trace(trace.experts, {"num_experts": num_experts})
+    caches = [0.1, 0.5, 0.8]
+    rates = hit_rates(trace, (policy,), caches)
+    for cache in caches:
+        size = cache_capacity(cache, num_experts, top_k)
+        misses = sum(reference.misses_by_lookup(ids.tolist(), policy, size, starts) for ids in trace.experts)
+        assert rates[f"{policy}@{cache}/lookup"] == 1 - misses / trace.experts.size
+        assert rates[f"{policy}@{cache}"] == simulate(trace, (policy,), (cache,))[f"{policy}@{cache}"]
+
+
+def test_one_expert_a_token_makes_both_hit_rates_one() -> None:
+    trace = random_trace(3, 2, 300, 1, 8, (0, 100))
+    for policy in POLICIES:
+        rates = hit_rates(trace, (policy,), (0.25, 0.5))
+        assert rates[f"{policy}@0.25/lookup"] == rates[f"{policy}@0.25"] and 0 < rates[f"{policy}@0.5"] < 1
+
+
+def test_the_golden_trace_by_lookup_is_that_of_policy_objects(golden: Trace) -> None:
+    flat = one_lookup_each(golden)
+    decay = 0.9 ** (1 / golden.top_k)
+    for policy in POLICIES:
+        misses = sum(replay(ids, policy, 8, flat.document_starts, decay=decay) for ids in flat.experts)
+        assert hit_rates(golden, (policy,), (0.5,))[f"{policy}@0.5/lookup"] == 1 - misses / golden.experts.size
+
+
+def test_layers_are_what_the_whole_is_the_mean_of(golden: Trace) -> None:
+    rows = layer_rows(golden, ("lru", "lrfu"), (0.25, 0.5))
+    whole = summarise(golden, ("lru", "lrfu"), (0.25, 0.5))
+    assert [row["layer"] for row in rows] == [0, 1, 2]
+    keys = [key for key in rows[0] if key != "layer"]
+    assert keys == ["eor", "switch_rate", *hit_rates(golden, ("lru", "lrfu"), (0.25, 0.5)), "load_entropy"]
+    for key in keys:
+        assert np.mean([row[key] for row in rows]) == pytest.approx(whole[key])
+    assert rows[1]["lru@0.5"] == 1 - GOLDEN["lru"][8][1] / (240 * 4)
 
 
 def test_capacity() -> None:

@@ -1,7 +1,16 @@
-"""Replays traces through expert caches: hit rates of any policy at any size, exactly as if token by token.
+"""Replays traces through expert caches: hit rates of any policy at any size.
 
-`replay` drives one policy object over one layer and is the definition. `count_misses` gives the same integers for all
-layers and sizes at once: LRU from reuse distances, the others by scores, in `streams`.
+Hit rate, `policy@share`: the share of all look-ups that find their expert in a per-layer cache of
+`max(K, floor(share * E))` experts, emptied where a document begins. Token-atomic: all K look-ups of a token see the
+cache as the previous token left it; then all K experts are let in, and the cache is cut back to its size. That is what
+a layer does, which asks for its K experts at once.
+
+Hit rate by look-up, `policy@share/lookup`, which others publish: the same cache, but each look-up sees it as the
+look-up before it left it (token by token, in slot order), and a miss is let in, and another expert dropped, at once.
+LRFU's decay of 0.9 per token is spread evenly over the token's look-ups.
+
+`replay` drives one policy object over one layer and is the definition of both. `count_misses` gives the same integers
+for all layers and sizes at once: LRU from reuse distances, the others by scores, in `streams`.
 """
 
 from __future__ import annotations
@@ -13,13 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remoe_adapt.cache.policy import LFU, LRFU, LRU, Belady, Policy
+from remoe_adapt.cache.policy import LFU, LRFU, LRFU_DECAY, LRU, Belady, Policy
 from remoe_adapt.cache.streams import count_scored_misses
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.metrics import eor, load_entropy, reuse_distance, switch_rate
+from remoe_adapt.metrics import eor, eor_L, load_entropy, load_entropy_L, reuse_distance, switch_rate, switch_rate_L
 from remoe_adapt.trace import Trace
 
 POLICIES = ("lru", "lfu", "lrfu", "belady")
+BY_LOOKUP = "/lookup"
 
 
 def cache_capacity(cache: float, num_experts: int, top_k: int) -> int:
@@ -41,8 +51,10 @@ def check_replay(policies: Sequence[str], caches: Sequence[float]) -> None:
         cache_capacity(cache, 1, 1)
 
 
-def make_policy(name: str, capacity: int, future: Sequence[Iterable[Any]] = ()) -> Policy[Any]:
-    """A new policy object by name; `future` (the keys of every token to come) is what belady knows.
+def make_policy(
+    name: str, capacity: int, future: Sequence[Iterable[Any]] = (), decay: float = LRFU_DECAY
+) -> Policy[Any]:
+    """A new policy object by name; `future` (the keys of every token to come) is what belady knows, `decay` lrfu's.
 
     Raises:
         ConfigError: the name is unknown, or the capacity is not a positive int.
@@ -53,7 +65,7 @@ def make_policy(name: str, capacity: int, future: Sequence[Iterable[Any]] = ()) 
         case "lfu":
             return LFU(capacity)
         case "lrfu":
-            return LRFU(capacity)
+            return LRFU(capacity, decay)
         case _:
             return Belady(capacity, future)
 
@@ -64,8 +76,11 @@ def replay(
     capacity: int,
     document_starts: Sequence[int] = (0,),
     sizes_E: Sequence[int] | None = None,
+    decay: float = LRFU_DECAY,
 ) -> int:
-    """Misses of one layer under a policy object, emptied at each document start.
+    """Misses of one layer under a policy object, emptied at each document start; token-atomic.
+
+    By look-up it is the replay of `one_lookup_each`.
 
     Args:
         experts_TK: chosen experts, int16 [T, K], distinct within a token.
@@ -73,6 +88,7 @@ def replay(
         capacity: what the cache holds: experts, or the unit of `sizes_E` (bytes).
         document_starts: index of each document's first token, rising, the first 0.
         sizes_E: size of each expert; 1 when not given.
+        decay: of lrfu, per token.
 
     Raises:
         ConfigError: unknown policy, bad capacity, or an expert larger than the capacity.
@@ -81,13 +97,13 @@ def replay(
     misses = 0
     for begin, end in zip(document_starts, [*document_starts[1:], len(tokens)], strict=True):
         document = tokens[begin:end]
-        cache = make_policy(policy, capacity, document)
+        cache = make_policy(policy, capacity, document, decay)
         for keys in document:
             misses += len(cache.step(keys, None if sizes_E is None else [sizes_E[key] for key in keys]))
     return misses
 
 
-def count_misses(trace: Trace, policy: str, capacities: Sequence[int]) -> NDArray[np.int64]:
+def count_misses(trace: Trace, policy: str, capacities: Sequence[int], decay: float = LRFU_DECAY) -> NDArray[np.int64]:
     """Misses per cache size and layer, int64 [len(capacities), L]; `replay` of every layer gives the same integers.
 
     Raises:
@@ -100,7 +116,17 @@ def count_misses(trace: Trace, policy: str, capacities: Sequence[int]) -> NDArra
         distances = reuse_distance(trace)
         misses = [distances.lru_misses_L(capacity) for capacity in capacities]
         return np.array(misses, dtype=np.int64).reshape(len(capacities), trace.num_layers)
-    return count_scored_misses(trace, policy, capacities)
+    return count_scored_misses(trace, policy, capacities, decay)
+
+
+def one_lookup_each(trace: Trace) -> Trace:
+    """The same look-ups as tokens of one expert each, in slot order: its token-atomic replay is that by look-up."""
+    top_k = trace.top_k
+    meta = {
+        "num_experts": trace.num_experts,
+        "document_starts": [start * top_k for start in trace.document_starts],
+    }
+    return Trace(trace.experts.reshape(trace.num_layers, -1, 1), meta)
 
 
 def simulate(trace: Trace, policies: Sequence[str] = ("lru",), caches: Sequence[float] = (0.25,)) -> dict[str, float]:
@@ -112,18 +138,43 @@ def simulate(trace: Trace, policies: Sequence[str] = ("lru",), caches: Sequence[
         ConfigError: unknown policy or bad cache fraction.
         TraceError: no document has a second token.
     """
-    return _figures(trace, policies, caches)[0]
+    rates = {key: _rate(trace, misses_L) for key, (_, misses_L) in _replays(trace, policies, caches).items()}
+    return {"eor": eor(trace), "switch_rate": switch_rate(trace), **rates}
+
+
+def hit_rates(trace: Trace, policies: Sequence[str], caches: Sequence[float]) -> dict[str, float]:
+    """Hit rate of each policy at each cache fraction, beside each the one by look-up: `policy@fraction` and
+    `policy@fraction/lookup`. Raises as `simulate`."""
+    return {key: _rate(trace, misses_L) for key, misses_L in _both(trace, policies, caches).items()}
+
+
+def layer_rows(trace: Trace, policies: Sequence[str], caches: Sequence[float]) -> list[dict[str, float]]:
+    """Of each layer, in order: `layer` (its place), `eor`, `switch_rate`, the keys of `hit_rates`, `load_entropy`.
+
+    Raises as `simulate`.
+    """
+    lookups = trace.num_tokens * trace.top_k
+    columns = {
+        "eor": eor_L(trace),
+        "switch_rate": switch_rate_L(trace),
+        **{key: 1 - misses_L / lookups for key, misses_L in _both(trace, policies, caches).items()},
+        "load_entropy": load_entropy_L(trace),
+    }
+    return [
+        {"layer": layer} | {key: float(values_L[layer]) for key, values_L in columns.items()}
+        for layer in range(trace.num_layers)
+    ]
 
 
 def summarise(trace: Trace, policies: Sequence[str] = ("lru",), caches: Sequence[float] = (0.25,)) -> dict[str, Any]:
-    """What `remoe simulate --json` prints: the trace's shape, the figures of `simulate`, and the integers behind them.
+    """What `remoe simulate --json` prints: the trace's shape, its figures, and the integers behind them.
 
     Keys, in order: `model`, `phase` (null where unknown), `layers`, `tokens`, `documents`, `num_experts`, `top_k`;
-    `eor`, `switch_rate`, `policy@fraction` ...; `load_entropy`, `reuse_distance_median` (distinct experts, see
-    `metrics.ReuseDistance`), `lookups`, `capacity` and `misses` (both by the keys of the figures).
+    `eor`, `switch_rate`, the keys of `hit_rates`; `load_entropy`, `reuse_distance_median` (distinct experts, see
+    `metrics.ReuseDistance`), `lookups`, `capacity` and `misses` (both by `policy@fraction`, token-atomic).
     Raises as `simulate`.
     """
-    figures, capacity, misses = _figures(trace, policies, caches)
+    replays = _replays(trace, policies, caches)
     return {
         "model": trace.meta.get("model"),
         "phase": trace.meta.get("phase"),
@@ -132,32 +183,46 @@ def summarise(trace: Trace, policies: Sequence[str] = ("lru",), caches: Sequence
         "documents": len(trace.document_starts),
         "num_experts": trace.num_experts,
         "top_k": trace.top_k,
-        **figures,
+        "eor": eor(trace),
+        "switch_rate": switch_rate(trace),
+        **hit_rates(trace, policies, caches),
         "load_entropy": load_entropy(trace),
         "reuse_distance_median": reuse_distance(trace).median,
         "lookups": trace.experts.size,
-        "capacity": capacity,
-        "misses": misses,
+        "capacity": {key: capacity for key, (capacity, _) in replays.items()},
+        "misses": {key: int(misses_L.sum()) for key, (_, misses_L) in replays.items()},
     }
 
 
-def _figures(
-    trace: Trace, policies: Sequence[str], caches: Sequence[float]
-) -> tuple[dict[str, float], dict[str, int], dict[str, int]]:
+def _rate(trace: Trace, misses_L: NDArray[np.int64]) -> float:
+    return 1 - int(misses_L.sum()) / trace.experts.size
+
+
+def _both(trace: Trace, policies: Sequence[str], caches: Sequence[float]) -> dict[str, NDArray[np.int64]]:
+    """Misses per layer, token-atomic and by look-up side by side."""
+    by_token, by_lookup = _replays(trace, policies, caches), _replays(trace, policies, caches, by_lookup=True)
+    return {
+        name: misses_L
+        for key in by_token
+        for name, misses_L in ((key, by_token[key][1]), (key + BY_LOOKUP, by_lookup[key][1]))
+    }
+
+
+def _replays(
+    trace: Trace, policies: Sequence[str], caches: Sequence[float], *, by_lookup: bool = False
+) -> dict[str, tuple[int, NDArray[np.int64]]]:
+    """(capacity, misses int64 [L]) by `policy@fraction`."""
     names = [_checked_policy(name) for name in dict.fromkeys(policies)]
     sizes = [(cache_capacity(cache, trace.num_experts, trace.top_k), cache) for cache in caches]
     capacities = {repr(float(cache)): capacity for capacity, cache in sizes}
-    figures = {"eor": eor(trace), "switch_rate": switch_rate(trace)}
-    held: dict[str, int] = {}
-    misses: dict[str, int] = {}
+    replayed = one_lookup_each(trace) if by_lookup else trace
+    decay = LRFU_DECAY ** (replayed.top_k / trace.top_k)
+    found = {}
     for name in names:
-        misses_SL = count_misses(trace, name, list(capacities.values()))
+        misses_SL = count_misses(replayed, name, list(capacities.values()), decay)
         for (fraction, capacity), misses_L in zip(capacities.items(), misses_SL, strict=True):
-            key = f"{name}@{fraction}"
-            held[key] = capacity
-            misses[key] = int(misses_L.sum())
-            figures[key] = 1 - misses[key] / trace.experts.size
-    return figures, held, misses
+            found[f"{name}@{fraction}"] = capacity, misses_L
+    return found
 
 
 def _checked_policy(name: str) -> str:

@@ -26,7 +26,9 @@ _ABSENT = np.iinfo(np.int64).min
 _NEVER_AGAIN = -(1 << 60)
 
 
-def count_scored_misses(trace: Trace, policy: str, capacities: Sequence[int]) -> NDArray[np.int64]:
+def count_scored_misses(
+    trace: Trace, policy: str, capacities: Sequence[int], decay: float = LRFU_DECAY
+) -> NDArray[np.int64]:
     """Misses of "lfu", "lrfu" or "belady" per cache size and layer, int64 [len(capacities), L]."""
     misses_SL = np.zeros((len(capacities), trace.num_layers), dtype=np.int64)
     next_use_LTK = _next_use_LTK(trace) if policy == "belady" else None
@@ -35,7 +37,7 @@ def count_scored_misses(trace: Trace, policy: str, capacities: Sequence[int]) ->
         if next_use_LTK is not None:
             scores = _NextUses(streams, next_use_LTK)
         else:
-            scores = _UseCounts(streams) if policy == "lfu" else _DecayedUses(streams)
+            scores = _UseCounts(streams) if policy == "lfu" else _DecayedUses(streams, decay)
         for size, misses_R in enumerate(_replay_streams(trace, streams, scores, capacities)):
             np.add.at(misses_SL[size], streams.layer_R, misses_R)
     return misses_SL
@@ -96,10 +98,10 @@ class _UseCounts(_Scores):
 class _DecayedUses(_Scores):
     """LRFU, by the arithmetic of `policy.LRFU`, so that both round alike."""
 
-    def __init__(self, streams: _Streams) -> None:
+    def __init__(self, streams: _Streams, decay: float) -> None:
         self.score_F = streams.full(0.0, np.float64)
         self.last_use_F: NDArray[np.int64] = streams.full(0, np.int64)
-        self._clock = DecayClock(LRFU_DECAY)
+        self._clock = DecayClock(decay)
 
     def use(self, step: int, places_NK: NDArray[np.int64]) -> None:
         scale = self._clock.advance(step)

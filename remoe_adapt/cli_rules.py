@@ -1,0 +1,64 @@
+"""Options that belong together: one that would do nothing is refused, or said to do nothing, before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from remoe_adapt.errors import ConfigError
+
+_OF_DATA = ("max_tokens", "policy", "cache", "window", "recency", "recency_gain", "plot", "per_layer", "certified")
+# command -> option -> those of which one must be there for it to act
+NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "eval": {
+        **dict.fromkeys(_OF_DATA, ("data",)),
+        **dict.fromkeys(("task_folder", "limit"), ("tasks",)),
+        "certified": ("family",),
+        "recency_decay": ("recency", "recency_gain"),
+    },
+    "train": {"recency_decay": ("recency", "recency_gain")},
+    "trace": dict.fromkeys(("prompt_tokens", "temperature", "seed"), ("decode",)),
+    "run": {"plot": ("log",)},
+    "watch": {"hold": ("proxy",)},
+}
+# command -> option -> those it would overrule
+EXCLUDES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "run": {"pressure": ("strength",)},
+    "export gguf": {"undo": ("strength", "base", "force")},
+    "bench decode": {"quick": ("tokens", "quality_tokens")},
+    "bench controller": {"quick": ("tokens", "cycles", "squeezes", "take_mib")},
+}
+# command -> option -> as in NEEDS, where leaving the option in does no harm
+HINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "eval": {"force": ("family",)},
+    "run": {"seed": ("temperature",), "force": ("family", "profile")},
+    "trace": {"seed": ("temperature",)},
+}
+_WITHOUT_DECAY = ("last", "resident")
+
+
+def check_options(
+    command: str, values: Mapping[str, Any], given: Callable[[str], bool], spelled: Callable[[str], str]
+) -> list[str]:
+    """What to tell of options that do nothing; raises ConfigError for those that cannot stay.
+
+    values: by parameter name; given: whether somebody wrote it; spelled: how.
+    """
+    for name, value in values.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ConfigError(f"{spelled(name)} nan is no number that can be used.")
+    for name, others in EXCLUDES.get(command, {}).items():
+        for other in others:
+            if given(name) and given(other):
+                raise ConfigError(f"{spelled(name)} and {spelled(other)} exclude each other: give one of them.")
+    if given("recency_decay") and values["recency"] in _WITHOUT_DECAY:
+        raise ConfigError(f"--recency-decay is of --recency ema; {values['recency']} has none: leave it out.")
+    for name, others in NEEDS.get(command, {}).items():
+        if given(name) and not any(map(values.get, others)):
+            raise ConfigError(f"{spelled(name)} does nothing without {' or '.join(map(spelled, others))}.")
+    return [
+        f"{spelled(name)} does nothing without {' or '.join(map(spelled, others))}"
+        for name, others in HINTS.get(command, {}).items()
+        if given(name) and not any(map(values.get, others))
+    ]

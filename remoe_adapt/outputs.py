@@ -1,0 +1,82 @@
+"""What a command will write, and what it needs for that: asked before its work, so that no result is lost to a typo."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from remoe_adapt.errors import ConfigError, MissingDependencyError
+from remoe_adapt.untrusted import printable
+
+
+def check_file(path: Path, option: str, suffixes: Sequence[str] = (), *, new_folders: bool = False) -> None:
+    """Nothing is left behind. suffixes: of its name, any where none is given; new_folders: its writer makes them.
+
+    Raises ConfigError, which names `option` and the remedy, when no regular file can be written at `path`.
+    """
+    if suffixes and path.suffix.lower() not in suffixes:
+        listed = ", ".join(suffixes)
+        raise ConfigError(f"{option} {printable(path)}: the name must end in {listed}, which says what is written.")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ConfigError(f"{option} {printable(path)} is no regular file: give the name of a file to write.")
+        folder = path.absolute().parent
+        while new_folders and not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{option} {printable(path)} cannot be written ({reason}): give a place that can.") from error
+
+
+def check_appendable(path: Path, option: str) -> None:
+    """As `check_file`, for a file that is added to: a device or a pipe will do."""
+    if not path.exists():
+        check_file(path, option)
+    elif path.is_dir() or not os.access(path, os.W_OK):
+        raise ConfigError(f"{option} {printable(path)} cannot be written: give a file that can.")
+
+
+def check_extra(module: str, extra: str, what: str) -> None:
+    """Raises MissingDependencyError, which names the extra to install, when `module` cannot be imported."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(f"{what} ({error}): pip install 'remoe-adapt[{extra}]'") from error
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One line per row under a header of all keys; nested mappings have dotted keys, None is empty. Written whole.
+
+    Raises ConfigError when it cannot be written.
+    """
+    flat = [dict(flatten(row)) for row in rows]
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(flat)
+        scratch.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{printable(path)} cannot be written ({error.strerror}): give a place that can.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def flatten(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of everything in a row that is no mapping, in order."""
+    flat: list[tuple[str, Any]] = []
+    for key, value in row.items():
+        flat += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return flat

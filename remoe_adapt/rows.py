@@ -1,0 +1,57 @@
+"""Results as rows, one per line of a CSV: the keys of the JSON object, and which arm, trace or layer they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, Row]]:
+    """(label, row) of base, control, points and priors on the base, in that order."""
+    rows: list[tuple[str, Row]] = [("base", result["base"])]
+    if result.get("control"):
+        rows.append(("control", result["control"]))
+    rows += [(f"{row['strength']:.2f}", row) for row in result["points"]]
+    return rows + [(f"{row['recency']} {row['recency_gain']:g}", row) for row in result.get("priors", ())]
+
+
+def with_layers(label: Row, row: Row) -> Iterator[Row]:
+    """The row itself, and one for each of its layers where it has them."""
+    yield {**label, **{key: value for key, value in row.items() if key != "per_layer"}}
+    for layer in row.get("per_layer", ()):
+        yield {**label, **layer}
+
+
+def of_arms(result: Mapping[str, Any]) -> Iterator[Row]:
+    """Of `evaluate` (then task scores, if there are any) and of the demo."""
+    for compared in (result, result.get("tasks", {})):
+        if "base" in compared:
+            for label, row in arm_rows(compared):
+                yield from with_layers({"arm": label}, row)
+
+
+def of_trace(result: Mapping[str, Any]) -> Iterator[Row]:
+    """Of `remoe simulate`."""
+    yield from with_layers({}, result)
+
+
+def of_named_arms(result: Mapping[str, Any]) -> Iterator[Row]:
+    """Of the benchmarks that decode."""
+    yield from ({"arm": name, **row} for name, row in result["arms"].items())
+
+
+def of_rows(result: Mapping[str, Any]) -> Iterator[Row]:
+    """Of what has rows already."""
+    yield from result["rows"]
+
+
+def of_profiles(result: Mapping[str, Any]) -> Iterator[Row]:
+    """Of `remoe profiles list`."""
+    yield from ({"profile": name, **row} for name, row in result["profiles"].items())
+
+
+def of_figures(result: Mapping[str, Any]) -> Iterator[Row]:
+    """Of what is one row itself."""
+    yield result
