@@ -22,6 +22,7 @@ from rich.text import Text
 
 from remoe_adapt.plots import plot_frontier as plot_frontier
 from remoe_adapt.plots import plot_log as plot_log
+from remoe_adapt.untrusted import printable
 
 Row = Mapping[str, Any]
 
@@ -262,7 +263,7 @@ def _flat(row: Row, prefix: str = "") -> list[tuple[str, Any]]:
 def _plain(value: Any) -> Text:
     if isinstance(value, float):
         return Text(f"{value:.4f}")
-    return Text("" if value is None else str(value))
+    return Text("" if value is None else printable(value))
 
 
 def _optional(value: float | None, form: str) -> str:

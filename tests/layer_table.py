@@ -63,7 +63,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tuner.combine",
         "tuner.model",
         "tuner",
+        "family_deltas",
         "family_files",
+        "family_card",
         "family",
     ),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -13,6 +14,9 @@ from remoe_adapt.untrusted import printable
 PREFIX = "remoe_"
 KINDS = ("remoe_delta", "remoe_A", "remoe_B")
 _SHOWN = 3
+# Hidden states are up to 16 times larger than normalised ones. Squares of the wide types' norms must stay finite too.
+_LARGEST_LOGIT = {torch.float16: 65504.0 / 16}
+_LARGEST_WIDE_LOGIT = 1e18
 
 
 def plain_key(key: str) -> str:
@@ -61,7 +65,7 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequ
         remedy = ", of neither a router nor modules_to_save: they would overwrite the base" if foreign else ""
         faults.append(f"unexpected {_listing(foreign or unexpected)}{remedy}")
     wrong = [
-        f"{key} is {list(shape)}, the {'router' if is_router_key(key) else 'module'} needs {list(expected[key])}"
+        f"{key} is {list(shape)}, the {'router' if f'.{PREFIX}' in key else 'module'} needs {list(expected[key])}"
         for key, shape in found.items()
         if key in expected and tuple(shape) != tuple(expected[key])
     ]
@@ -76,8 +80,11 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequ
 
 @torch.no_grad()
 def check_router(router: str, weight_ED: Tensor, parts: Mapping[str, Tensor], where: str) -> None:
-    """The deltas of one router, which have the right shapes, are finite and so is the weight [E, D] they give, in its
-    own type. parts: `remoe_delta` [E, D], or `remoe_A` [r, D] and `remoe_B` [E, r]. Raises AdapterCorruptError."""
+    """The deltas of one router, of the right shapes, are finite, and so are its logits and its weight [E, D] in its own
+    type under them. parts: `remoe_delta` [E, D], or `remoe_A` [r, D] and `remoe_B` [E, r].
+
+    Raises AdapterCorruptError.
+    """
     exact = torch.promote_types(weight_ED.dtype, torch.float32)
     for kind, tensor in parts.items():
         check_finite(f"{router}.{kind}", tensor.to(exact), where)
@@ -86,17 +93,20 @@ def check_router(router: str, weight_ED: Tensor, parts: Mapping[str, Tensor], wh
     given = {kind: tensor.to(weight_ED.device, exact) for kind, tensor in parts.items()}
     with torch.autocast(weight_ED.device.type, enabled=False):
         delta_ED = given["remoe_delta"] if "remoe_delta" in given else given["remoe_B"] @ given["remoe_A"]
-    if not stays_finite(weight_ED, (weight_ED.to(exact) + delta_ED).to(weight_ED.dtype)):
+    if not stays_usable(weight_ED, (weight_ED.to(exact) + delta_ED).to(weight_ED.dtype)):
         raise AdapterCorruptError(
-            f"{printable(router)}: the deltas in {printable(where)} make the router's weight infinite or NaN in "
-            f"{weight_ED.dtype}. Train the adapter again, or load the base in a wider type."
+            f"{printable(router)}: the deltas in {printable(where)} are so large that the router's weight or its "
+            f"logits are infinite or NaN in {weight_ED.dtype}. Train it again, or load the base in another type."
         )
 
 
-def stays_finite(before: Tensor, after: Tensor) -> bool:
-    """Whether no entry that was finite is infinite or NaN now."""
-    finite = torch.isfinite(after)
-    return bool(finite.all()) or not bool((~finite & torch.isfinite(before)).any())
+def stays_usable(before_ED: Tensor, after_ED: Tensor) -> bool:
+    """Whether the logits of a router stay finite when its weight changes: a row's norm times that of a normalised
+    hidden state, sqrt(D), bounds them. NaN and infinite entries fail; rows that failed before are not asked."""
+    exact = torch.promote_types(after_ED.dtype, torch.float32)
+    largest = _LARGEST_LOGIT.get(after_ED.dtype, _LARGEST_WIDE_LOGIT) / math.sqrt(after_ED.shape[-1])
+    norms_E, known_E = (torch.linalg.vector_norm(w_ED.to(exact), dim=-1) for w_ED in (after_ED, before_ED))
+    return bool(((norms_E <= largest) | (norms_E <= 2 * known_E) | ~torch.isfinite(known_E)).all())
 
 
 def by_router(keys: Iterable[str]) -> dict[str, list[str]]:
@@ -112,4 +122,4 @@ _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 def _listing(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
-    return ", ".join(map(printable, names[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(printable(plain_key(name)) for name in names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

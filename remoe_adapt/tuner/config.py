@@ -23,7 +23,7 @@ _TEXTS = ("base_fingerprint", "base_model_name_or_path", "revision")
 _SWITCHES = ("init_weights", "allow_other_base", "inference_mode")
 # Names, not expressions: PEFT puts them into expressions of its own.
 _NAME = re.compile(r"[\w.-]+")
-_MAX_NAMES, _MAX_LETTERS, _MAX_LAYER = 1024, 1000, 1 << 20
+_MAX_NAMES, _MAX_LETTERS, _MAX_LAYER, _MAX_RANK = 1024, 1000, 1 << 20, 1 << 20
 
 
 # Optional/Union in field types: argument parsers of the PEFT world read them.
@@ -86,8 +86,8 @@ class RemoeConfig(PeftConfig):
                 setattr(self, name, set(value))
             elif isinstance(value, str):
                 check_pattern(name, value)
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError(f"rank={printable(self.rank)}: use None for full deltas, or a whole number >= 1.")
+        if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= _MAX_RANK):
+            raise ConfigError(f"rank={printable(repr(self.rank))}: use None for full deltas, or a whole number >= 1.")
         for name in _WEIGHTS:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:

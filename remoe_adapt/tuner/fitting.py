@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
-from remoe_adapt.tuner.checks import by_router, check_finite, check_router, check_shapes, check_types, plain_key
+from remoe_adapt.tuner.checks import (
+    by_router,
+    check_finite,
+    check_router,
+    check_shapes,
+    check_types,
+    plain_key,
+    stays_usable,
+)
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.stored import StoredAdapter
@@ -87,6 +95,20 @@ def check_loaded(tensors: Mapping[str, Tensor], model: nn.Module, adapter_name: 
             check_router(name, layer.original_weight_ED, parts, where)
     for key, held_tensor in copies.items():
         check_finite(key, found[key].to(held_tensor.dtype), where)
+
+
+@torch.no_grad()
+def check_sum(layers: Iterable[RemoeLayer], adapter_names: Sequence[str]) -> None:
+    """Adapters that are finite each may not be together. Raises AdapterCorruptError."""
+    for layer in layers:
+        names = [name for name in adapter_names if name in layer.adapters]
+        weight_ED = layer.original_weight_ED
+        if len(names) < 2 or weight_ED.is_meta or stays_usable(weight_ED, layer.effective_weight_ED(names)):
+            continue
+        raise AdapterCorruptError(
+            f"adapters {', '.join(names)} together make a router's logits infinite or NaN: use one at a time, or a sum "
+            "with smaller weights (add_weighted_adapter)."
+        )
 
 
 def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:

@@ -20,7 +20,7 @@ from remoe_adapt.tuner.beside import AdapterConfigs, check_free_name, check_name
 from remoe_adapt.tuner.checks import check_finite, check_shapes
 from remoe_adapt.tuner.combine import add_weighted_adapter
 from remoe_adapt.tuner.config import RemoeConfig
-from remoe_adapt.tuner.fitting import check_given, check_loaded, check_rank, check_stored
+from remoe_adapt.tuner.fitting import check_given, check_loaded, check_rank, check_stored, check_sum
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.loading import current_load
 from remoe_adapt.tuner.mixed_batch import mixed_batch
@@ -190,7 +190,12 @@ class RemoeModel(BaseTuner):
             copies.enable_adapters(enabled)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones (and trainable, unless `inference_mode`); merged ones are unmerged."""
+        """Make these adapters the active ones (and trainable, unless `inference_mode`); merged ones are unmerged.
+
+        Raises AdapterCorruptError for several whose sum makes a router's weight infinite or NaN; nothing is switched.
+        """
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            check_sum(self._layers(), adapter_name)
         for copies in self._copies():
             chosen = copies.check_set_adapter(adapter_name)
             known = [chosen] if chosen is not None and chosen in copies._adapters else []
