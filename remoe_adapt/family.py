@@ -195,7 +195,7 @@ class Family:
         shapes = {_plain(name): list(weight_ED.shape) for name, weight_ED in weights.items()}
         for name, shape in shapes_of(self.points[0].deltas).items() if self.points else ():
             if shapes.get(name) != list(shape):
-                has = f"has {shapes[name]} there" if name in shapes else "has no such router"
+                has = f"has {shapes[name]} there" if name in shapes else "has no such router and no base weight for it"
                 raise FamilyError(
                     f"family {self.path} changes router {printable(name)} by {list(shape)}, this model {has}: "
                     f"it fits {printable(repr(self.base_id))}."

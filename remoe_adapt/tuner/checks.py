@@ -105,8 +105,12 @@ def stays_usable(before_ED: Tensor, after_ED: Tensor) -> bool:
     hidden state, sqrt(D), bounds them. NaN and infinite entries fail; rows that failed before are not asked."""
     exact = torch.promote_types(after_ED.dtype, torch.float32)
     largest = _LARGEST_LOGIT.get(after_ED.dtype, _LARGEST_WIDE_LOGIT) / math.sqrt(after_ED.shape[-1])
-    norms_E, known_E = (torch.linalg.vector_norm(w_ED.to(exact), dim=-1) for w_ED in (after_ED, before_ED))
-    return bool(((norms_E <= largest) | (norms_E <= 2 * known_E) | ~torch.isfinite(known_E)).all())
+    norms_E = torch.linalg.vector_norm(after_ED, dim=-1, dtype=exact)
+    fine_E = norms_E <= largest
+    if bool(fine_E.all()):
+        return True
+    known_E = torch.linalg.vector_norm(before_ED, dim=-1, dtype=exact)
+    return bool((fine_E | (norms_E <= 2 * known_E) | ~torch.isfinite(known_E)).all())
 
 
 def by_router(keys: Iterable[str]) -> dict[str, list[str]]:

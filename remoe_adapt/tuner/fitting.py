@@ -65,6 +65,28 @@ def check_given(
         check_finite(key, plain[key].to(parameter.dtype), where)
 
 
+@torch.no_grad()
+def copy_modules(
+    model: nn.Module, adapter_name: str, given: Mapping[str, Tensor] | None, stored: StoredAdapter | None
+) -> None:
+    """Write the `modules_to_save` of a checked state dict, or else of a checked file, into a model that has the adapter
+    without PEFT's prefix."""
+    targets = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            held = module.state_dict()
+            for source, path in module.adapter_state_dict_load_map(adapter_name).items():
+                targets[f"{name}.{source}"] = held[path]
+    if given is not None:
+        plain = {plain_key(key): value for key, value in given.items()}
+        for key, target in targets.items():
+            target.copy_(plain[key])
+    elif targets and stored is not None:
+        with stored.values() as values:
+            for key, target in targets.items():
+                target.copy_(values[key])
+
+
 def check_loaded(tensors: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> None:
     """The same of a state dict whose keys carry the adapter's name, for a model that has the adapter already: whatever
     route it came by, this is all that is copied into the model. Raises AdapterCorruptError."""

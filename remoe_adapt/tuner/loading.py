@@ -26,6 +26,7 @@ from remoe_adapt.errors import AdapterCorruptError, ConfigError
 from remoe_adapt.notices import say_once
 from remoe_adapt.tuner.card import write_card
 from remoe_adapt.tuner.config import RemoeConfig
+from remoe_adapt.tuner.fitting import copy_modules
 from remoe_adapt.tuner.stored import FAMILY_FILE, StoredAdapter, find_adapter, find_file, warn_of_missing_prior
 from remoe_adapt.tuner.unchanged import Snapshot
 from remoe_adapt.untrusted import printable, read_json
@@ -203,7 +204,11 @@ def _load_adapter_of_transformers(original: Any, model: nn.Module, *args: Any, *
         if isinstance(config, RemoeConfig) and source is not None and load.state_dict is None:
             hub = dict(settings.get("download_kwargs") or {})
             read_weights(config, source, hub.pop("subfolder", None), **hub)
-        return original(model, *args, **kwargs)
+        result = original(model, *args, **kwargs)
+        if load.ours:
+            # Before 5.18, transformers leaves modules_to_save as they are in the base, without a word.
+            copy_modules(model, given.get("adapter_name") or "default", load.state_dict, load.stored)
+        return result
 
 
 def _create_or_update_model_card(original: Any, model: PeftModel, output_dir: str) -> None:
