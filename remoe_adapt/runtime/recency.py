@@ -102,7 +102,8 @@ class DialPrior:
             raise FamilyError(
                 f"no family is given for {family.base_id!r}, and without one the dial has only the recency prior, "
                 f"which its routers cannot have ({reason}). Train one with `remoe train "
-                f"{printable(family.base_id)} --data FILE --strengths 0.25,0.5,1.0 --out FAMILY` and pass family='FAMILY'."
+                f"{printable(family.base_id)} --data FILE --strengths 0.25,0.5,1.0 --out FAMILY` and pass "
+                "family='FAMILY'."
             )
         self._cache = expert_cache_of(model) if plan.mode == "resident" else None
         if self._cache is not None:
