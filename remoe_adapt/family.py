@@ -7,8 +7,8 @@ strength into router weights; swapping, export and evaluation all call it.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.errors import FamilyError, FingerprintMismatchError
+from remoe_adapt.family_card import card_text, own_card
+from remoe_adapt.family_deltas import read_deltas, shapes_of
 from remoe_adapt.family_files import (
     FAMILY_FILE,
     FORMAT,
     Recency,
     family_folder,
-    read_deltas,
+    json_text,
+    placed,
     read_family_json,
-    write_json,
+    write_together,
 )
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.fingerprint import fingerprint as fingerprint_of
+from remoe_adapt.tuner.card import CARD_FILE
+from remoe_adapt.tuner.checks import stays_usable
+from remoe_adapt.untrusted import printable
 
 __all__ = ["Control", "Family", "FamilyPoint", "Recency", "original_weights"]
 
@@ -131,11 +137,14 @@ class Family:
 
         base_weights: the unmodified weights [E, D] of all routers by name (`original_weights`). The result has the same
         names in the same order; routers that the family leaves alone keep their weight. Strength 0 gives the base bit
-        for bit. Results never share memory with the arguments. Raises FamilyError as `deltas`, and for a router that
-        base_weights lacks.
+        for bit. Results never share memory with the arguments. Raises FamilyError as `deltas`, for a router that
+        base_weights lacks or has in another shape, and for weights or logits that are not finite in its dtype.
         """
         is_base = self._neighbours(strength)[:2] == (None, None)  # W + 0 would turn -0.0 into 0.0
-        return _add({} if is_base else self.deltas(strength), base_weights)
+        if is_base:
+            return _add({}, base_weights)
+        self._check_shapes(base_weights)
+        return _add(self.deltas(strength), base_weights)
 
     def recency(self, strength: float) -> Recency | None:
         """Recency prior at `strength`, gains interpolated like the deltas; None for the base, or without any."""
@@ -165,23 +174,31 @@ class Family:
 
     def check(self, model: nn.Module, *, force: bool = False) -> None:
         """Raises FingerprintMismatchError, naming both bases, when `model` is another base (unless `force`), and
-        FamilyError when routers of the family are missing in it or have other shapes (forced or not)."""
+        FamilyError when routers of the family are missing in it, have other shapes or would get weights or
+        logits that are not finite (forced or not)."""
         found = fingerprint_of(model)
         if found != self.fingerprint and not force:
             config = getattr(model, "config", None)
             name = getattr(config, "_name_or_path", "") or type(model).__name__
             raise FingerprintMismatchError(
-                f"family {self.path} was made for {self.base_id!r} ({self.fingerprint[:19]}...), this model is "
-                f"{name!r} ({found[:19]}...): load that base, train a family for this one (`remoe train`), or pass "
-                "force=True if you know that they fit."
+                f"family {self.path} was made for {printable(repr(self.base_id))} "
+                f"({printable(self.fingerprint[:19])}...), this model is {name!r} "
+                f"({found[:19]}...): load that base, train a family for this one (`remoe train`), or pass force=True "
+                "if you know that they fit."
             )
-        shapes = {name: tuple(weight_ED.shape) for name, weight_ED in original_weights(model).items()}
-        for name, delta_ED in self.points[0].deltas.items() if self.points else ():
-            if shapes.get(name) != tuple(delta_ED.shape):
-                has = f"has {list(shapes[name])} there" if name in shapes else "has no such router"
+        weights = original_weights(model)
+        self._check_shapes(weights)
+        for strength in self.strengths:  # between two points, weights and their norms lie between theirs
+            self.live(strength, weights)
+
+    def _check_shapes(self, weights: Mapping[str, Tensor]) -> None:
+        shapes = {_plain(name): list(weight_ED.shape) for name, weight_ED in weights.items()}
+        for name, shape in shapes_of(self.points[0].deltas).items() if self.points else ():
+            if shapes.get(name) != list(shape):
+                has = f"has {shapes[name]} there" if name in shapes else "has no such router and no base weight for it"
                 raise FamilyError(
-                    f"family {self.path} changes router {name} by {list(delta_ED.shape)}, this model {has}: "
-                    f"it fits {self.base_id!r}."
+                    f"family {self.path} changes router {printable(name)} by {list(shape)}, this model {has}: "
+                    f"it fits {printable(repr(self.base_id))}."
                 )
 
     # Writing
@@ -214,45 +231,49 @@ class Family:
         Raises FamilyError for a strength outside (0, 1] or already present, for an adapter that does not match the
         other points' routers; AdapterCorruptError and FingerprintMismatchError as `load`. The family is unchanged then.
         """
-        before = self.points
-        adapter = self._adopt(adapter_folder, self.adapter_name(strength))
-        point = self._point(strength, adapter, asdict(recency) if recency else None, certificate)
-        self._insert(point)
-        self._save_or_restore(before, self.control)
+        adapter, copies = self._adopt(adapter_folder, self.adapter_name(strength))
+        with placed(copies), self._saved_or_restored():
+            point = self._point(strength, adapter, asdict(recency) if recency else None, certificate)
+            self._insert(point)
         return point
 
     def set_control(
         self, adapter_folder: str | os.PathLike[str], certificate: Mapping[str, Any] | None = None
     ) -> Control:
         """Store the control adapter (next-token loss alone). Raises as `add_point`."""
-        before = self.control
-        self.control = self._control(self._adopt(adapter_folder, "control"), certificate)
-        self._save_or_restore(self.points, before)
-        return self.control
+        adapter, copies = self._adopt(adapter_folder, "control")
+        with placed(copies), self._saved_or_restored():
+            self.control = control = self._control(adapter, certificate)
+        return control
 
     def set_certificate(self, strength: float | None, certificate: Mapping[str, Any]) -> None:
         """Store what was measured at a point, or (`None`) of the control. Raises FamilyError when it does not exist."""
-        points, control = self.points, self.control
-        if strength is not None:
-            changed = replace(self.point(strength), certificate=certificate)
-            self.points = tuple(changed if point.strength == strength else point for point in points)
-        elif control is not None:
-            self.control = replace(control, certificate=certificate)
-        else:
-            raise FamilyError(f"{self.path} has no control adapter: store one with set_control first.")
-        self._save_or_restore(points, control)
+        with self._saved_or_restored():
+            if strength is not None:
+                changed = replace(self.point(strength), certificate=certificate)
+                self.points = tuple(changed if point.strength == strength else point for point in self.points)
+            elif self.control is not None:
+                self.control = replace(self.control, certificate=certificate)
+            else:
+                raise FamilyError(f"{self.path} has no control adapter: store one with set_control first.")
 
     def save(self, path: str | os.PathLike[str] | None = None) -> Path:
-        """Write `family.json`, and to another folder the adapters before it. Returns the folder.
+        """Write `family.json` and the card, and to another folder the adapters before them. Returns the folder.
 
-        Raises FamilyError when the other folder holds a family already, or a certificate is not plain finite JSON.
+        Raises FamilyError when the other folder holds a family already, a certificate is not plain finite JSON, or the
+        disk refuses; what was written by then is gone again.
         """
         target = self.path if path is None else Path(path)
+        copies: dict[Path, Path] = {}
         if target.resolve() != self.path.resolve():
             Family.create(target, self.base_id, self.fingerprint)
             names = [point.adapter for point in self.points] + ([self.control.adapter] if self.control else [])
-            for name in names:
-                shutil.copytree(self.path / name, target / name, dirs_exist_ok=True)
+            copies = {self.path / name: target / name for name in names}
+        with placed(copies):
+            self._write(target)
+        return target
+
+    def _write(self, target: Path) -> None:
         entries: dict[str, Any] = {"format": FORMAT, "base": {"id": self.base_id, "fingerprint": self.fingerprint}}
         entries["points"] = [
             {
@@ -267,27 +288,29 @@ class Family:
             measured = self.control.certificate
             entries["control"] = {"adapter": self.control.adapter}
             entries["control"] |= {"certificate": dict(measured)} if measured is not None else {}
-        write_json(target / FAMILY_FILE, entries)
-        return target
+        card = {target / CARD_FILE: card_text(self)} if own_card(target) else {}
+        write_together({**card, target / FAMILY_FILE: json_text(target / FAMILY_FILE, entries)})
 
-    def _save_or_restore(self, points: tuple[FamilyPoint, ...], control: Control | None) -> None:
-        """Save; when that fails, memory is as before too."""
+    @contextmanager
+    def _saved_or_restored(self) -> Iterator[None]:
+        """Save what the block changes; when either fails, memory is as before too."""
+        points, control = self.points, self.control
         try:
-            self.save()
+            yield
+            self._write(self.path)
         except BaseException:
             self.points, self.control = points, control
             raise
 
-    def _adopt(self, adapter_folder: str | os.PathLike[str], name: str) -> str:
-        """Name below `path` of an adapter folder that is there already or is copied there."""
+    def _adopt(self, adapter_folder: str | os.PathLike[str], name: str) -> tuple[str, dict[Path, Path]]:
+        """Name below `path` of an adapter folder that is there already or is to be copied there, and that copy."""
         source = Path(adapter_folder)
         if not source.is_absolute() and len(source.parts) == 1 and (self.path / source).is_dir():
-            return str(source)
+            return str(source), {}
         if source.resolve().parent == self.path.resolve():
-            return source.name
+            return source.name, {}
         read_deltas(source, self.base_id, self.fingerprint)  # refuse it before anything is copied
-        shutil.copytree(source, self.path / name, dirs_exist_ok=True)
-        return name
+        return name, {source: self.path / name}
 
     def _point(
         self,
@@ -309,11 +332,11 @@ class Family:
         if point.strength in self.strengths:
             raise FamilyError(f"{self.path} has a point of strength {point.strength!r} already.")
         for other in self.points[:1]:
-            shapes, known = ({n: tuple(d.shape) for n, d in p.deltas.items()} for p in (point, other))
+            shapes, known = (shapes_of(p.deltas) for p in (point, other))
             if shapes != known:
                 odd = sorted(n for n in shapes.keys() | known.keys() if shapes.get(n) != known.get(n))
-                both = f"{point.adapter} and {other.adapter}"
-                raise FamilyError(f"{self.path}: {both} differ in which routers they change or how, first {odd[0]}.")
+                both, shown = f"{point.adapter} and {other.adapter}", printable(odd[0])
+                raise FamilyError(f"{self.path}: {both} differ in which routers they change or how, first {shown}.")
         for other in (p for p in self.points if p.recency and point.recency):
             assert other.recency and point.recency
             if not other.recency.blends_with(point.recency):
@@ -339,8 +362,9 @@ def _plain(router_name: str) -> str:
 
 def _add(deltas: Mapping[str, Tensor], base_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """cast(fp32(W) + delta) where there is a delta, else a copy of W; fp64 weights stay fp64."""
-    if missing := [name for name in deltas if name not in {_plain(given) for given in base_weights}]:
-        raise FamilyError(f"{len(missing)} routers of the family have no base weight here, first {missing[0]}.")
+    given = {_plain(name): tuple(weight_ED.shape) for name, weight_ED in base_weights.items()}
+    if odd := [name for name, shape in shapes_of(deltas).items() if given.get(name) != shape]:
+        raise FamilyError(f"{len(odd)} routers have no base weight of their shape here, first {printable(odd[0])}.")
     weights = {}
     for name, base_ED in base_weights.items():
         delta_ED, base_ED = deltas.get(_plain(name)), base_ED.detach()
@@ -349,4 +373,9 @@ def _add(deltas: Mapping[str, Tensor], base_weights: Mapping[str, Tensor]) -> di
         else:
             exact = torch.promote_types(base_ED.dtype, torch.float32)
             weights[name] = (base_ED.to(exact) + delta_ED.to(base_ED.device)).to(base_ED.dtype)
+            if not stays_usable(base_ED, weights[name]):
+                raise FamilyError(
+                    f"the family's deltas are so large that weight or logits of router {printable(name)} are infinite "
+                    f"or NaN in {base_ED.dtype}: train it again, or load the base in a wider type."
+                )
     return weights

@@ -1,29 +1,28 @@
-"""The files of a family, read strictly: `family.json` (format 1) and the deltas of one adapter folder."""
+"""The files of a family: `family.json` (format 1), read strictly, and folders and files written all or not at all."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from remoe_adapt.device_profile import RECENCY_MODES
-from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
+from remoe_adapt.errors import FamilyError
 from remoe_adapt.gating.prior import MAX_GAIN
-from remoe_adapt.tuner.checks import check_finite, plain_key
+from remoe_adapt.tuner.stored import FAMILY_FILE as FAMILY_FILE
+from remoe_adapt.untrusted import printable, read_json
 
-FAMILY_FILE = "family.json"
 FORMAT = 1
+_MAX_BYTES, _MAX_NAME = 16 << 20, 64
 # Keys that must be there, and keys that may.
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "the family": ({"format", "base", "points"}, {"control"}),
@@ -46,12 +45,14 @@ class Recency:
     def read(cls, entry: Any, where: str) -> Recency:
         """From its JSON object. Raises FamilyError naming `where` and the fault."""
         if not isinstance(entry, Mapping) or set(entry) != {"mode", "decay", "gain_per_layer"}:
-            raise FamilyError(f"{where}: recency must hold mode, decay and gain_per_layer, not {entry!r}.")
+            raise FamilyError(f"{where}: recency must hold mode, decay and gain_per_layer, not {_shown(entry)}.")
         gains = entry["gain_per_layer"]
         if entry["mode"] not in RECENCY_MODES:
-            raise FamilyError(f"{where}: recency mode {entry['mode']!r} is not one of {', '.join(RECENCY_MODES)}.")
+            raise FamilyError(
+                f"{where}: recency mode {_shown(entry['mode'])} is not one of {', '.join(RECENCY_MODES)}."
+            )
         if not _is_number(entry["decay"]) or not 0.0 <= entry["decay"] < 1.0:
-            raise FamilyError(f"{where}: recency decay {entry['decay']!r} must be at least 0 and below 1.")
+            raise FamilyError(f"{where}: recency decay {_shown(entry['decay'])} must be at least 0 and below 1.")
         if not isinstance(gains, list | tuple) or not all(_is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
             raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
         return cls(entry["mode"], float(entry["decay"]), tuple(float(gain) for gain in gains))
@@ -74,7 +75,7 @@ def family_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
         files = [FAMILY_FILE, "*/adapter_config.json", "*/adapter_model.safetensors"]
         return Path(snapshot_download(text, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
         raise FamilyError(
             f"no folder {text} here, and the hub gave no family of that id ({reason}): check the spelling; offline, "
             "download it where there is a network and give its folder."
@@ -87,20 +88,17 @@ def read_family_json(folder: Path) -> dict[str, Any]:
     Raises FamilyError naming the file and the first fault.
     """
     path = folder / FAMILY_FILE
-    try:
-        entries: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FileNotFoundError as error:
-        raise FamilyError(f"{folder} has no {FAMILY_FILE}: it is no family (a lone adapter loads by PEFT).") from error
-    except (OSError, ValueError) as error:
-        raise FamilyError(f"{path} cannot be read as JSON ({error}): copy or train the family again.") from error
+    if not path.is_file():
+        raise FamilyError(f"{printable(folder)} has no {FAMILY_FILE}: it is no family (a lone adapter loads by PEFT).")
+    entries = read_json(path, FamilyError, max_bytes=_MAX_BYTES)
     version = entries.get("format") if isinstance(entries, dict) else None
     if version != FORMAT or isinstance(version, bool):
-        raise FamilyError(f"{path} has format {version!r}, this version reads {FORMAT}: update remoe-adapt.")
+        raise FamilyError(f"{path} has format {_shown(version)}, this version reads {FORMAT}: update remoe-adapt.")
     _check_keys(path, "the family", entries)
     _check_keys(path, "base", entries["base"])
     for key in ("id", "fingerprint"):
         if not isinstance(entries["base"][key], str) or not entries["base"][key]:
-            raise FamilyError(f"{path}: base {key} {entries['base'][key]!r} must be text.")
+            raise FamilyError(f"{path}: base {key} {_shown(entries['base'][key])} must be text.")
     if not isinstance(entries["points"], list):
         raise FamilyError(f"{path}: points must be a list.")
     strengths = []
@@ -108,83 +106,94 @@ def read_family_json(folder: Path) -> dict[str, Any]:
         _check_keys(path, "a point", point)
         _check_adapter(path, point)
         if not _is_number(point["strength"]) or not 0.0 < point["strength"] <= 1.0:
-            raise FamilyError(f"{path}: strength {point['strength']!r} must be a number above 0 and at most 1.")
+            raise FamilyError(f"{path}: strength {_shown(point['strength'])} must be a number above 0 and at most 1.")
         strengths.append(point["strength"])
     if strengths != sorted(set(strengths)):
-        raise FamilyError(f"{path}: strengths {strengths} must rise from point to point.")
+        raise FamilyError(f"{path}: strengths {printable(strengths)} must rise from point to point.")
     if "control" in entries:
         _check_keys(path, "control", entries["control"])
         _check_adapter(path, entries["control"])
     return dict(entries)
 
 
-def read_deltas(folder: Path, base_id: str, fingerprint: str) -> dict[str, Tensor]:
-    """Deltas [E, D] fp32 on the CPU by router name, of one saved REMOE adapter; low-rank ones are multiplied out.
-
-    Raises FamilyError when the folder is missing, is another kind of adapter or holds more than router deltas,
-    AdapterCorruptError when its tensors are truncated or not finite, FingerprintMismatchError when it records another
-    base's fingerprint.
-    """
+def json_text(path: Path, entries: Mapping[str, Any]) -> str:
+    """The text of a JSON file. Raises FamilyError for what JSON cannot hold."""
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FamilyError(f"{folder} is not a saved adapter ({CONFIG_NAME}: {error}).") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "REMOE":
-        raise FamilyError(f"{folder} holds a PEFT adapter of type {kind!r}: a family is made of REMOE adapters.")
-    made_for = config.get("base_fingerprint")
-    if made_for not in (None, fingerprint):
-        raise FingerprintMismatchError(
-            f"adapter {folder} was made for {config.get('base_model_name_or_path')!r} ({made_for[:19]}...), its family "
-            f"for {base_id!r} ({fingerprint[:19]}...): train it on the family's base."
-        )
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise FamilyError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: copy the family again.")
-    try:
-        tensors = {plain_key(key): tensor.float() for key, tensor in load_file(path).items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterCorruptError(f"{path} is not a complete safetensors file ({error}): copy it again.") from error
-    deltas: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        router, _, kind = key.rpartition(".")
-        if kind == "remoe_delta":
-            deltas[router] = tensor
-        elif kind == "remoe_A" and f"{router}.remoe_B" in tensors:
-            deltas[router] = tensors[f"{router}.remoe_B"] @ tensor
-        elif kind != "remoe_B" or f"{router}.remoe_A" not in tensors:
-            raise FamilyError(f"{path} holds {key}, which is not a router's delta: a family changes routers only.")
-    for name, delta_ED in deltas.items():
-        check_finite(name, delta_ED, str(path))
-        if delta_ED.dim() != 2:
-            raise FamilyError(f"{path}: the delta of {name} has shape {list(delta_ED.shape)}, not [experts, hidden].")
-    if not deltas:
-        raise FamilyError(f"{path} holds no router deltas.")
-    return deltas
-
-
-def write_json(path: Path, entries: Mapping[str, Any]) -> None:
-    """Write in one piece: readers see the old file or the new one. Raises FamilyError for what JSON cannot hold."""
-    try:
-        text = json.dumps(entries, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
+        return json.dumps(entries, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
         raise FamilyError(f"{path}: a certificate holds what JSON cannot ({error}): use finite numbers.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in one piece: readers see the old one or the new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file in one piece: readers see the old one or the new one. Raises FamilyError when the disk refuses."""
+    write_together({path: text})
+
+
+def write_together(texts: Mapping[Path, str]) -> None:
+    """Write files, none before all of them are on the disk; folders are made. Raises FamilyError when it refuses."""
+    drafts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
     try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        for path, draft in drafts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(texts[path], encoding="utf-8")
+        for path, draft in drafts.items():
+            draft.replace(path)
+    except OSError as error:
+        raise _refused(next(iter(texts)).parent, error) from error
     finally:
-        draft.unlink(missing_ok=True)
+        for draft in drafts.values():
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number that JSON may hold")
+@contextmanager
+def placed(copies: Mapping[Path, Path]) -> Iterator[None]:
+    """Folders copied from key to value for the time of the block, and for good when it succeeds; otherwise nothing was
+    there and what was there is again. Raises FamilyError when the disk refuses."""
+    asides = []
+    with ExitStack() as undo:
+        try:
+            for source, target in copies.items():
+                for folder in reversed([target.parent, *target.parent.parents]):
+                    if not folder.exists():
+                        undo.callback(_remove_empty, folder)
+                        folder.mkdir()
+                draft, aside = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+                undo.callback(_take_back, draft, aside, target, target.exists())
+                shutil.copytree(source, draft)
+                if target.exists():
+                    target.rename(aside)
+                    asides.append(aside)
+                draft.rename(target)
+        except OSError as error:
+            raise _refused(next(iter(copies.values())).parent, error) from error
+        yield
+        undo.pop_all()
+    for aside in asides:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_back(draft: Path, aside: Path, target: Path, existed: bool) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    if not existed:
+        shutil.rmtree(target, ignore_errors=True)
+    elif aside.exists():
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _refused(folder: Path, error: OSError) -> FamilyError:
+    reason = error.strerror or printable(error)
+    return FamilyError(f"{printable(folder)} cannot be written: {reason}. The family there is as it was.")
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value))
 
 
 def _is_number(value: object) -> bool:
@@ -194,17 +203,20 @@ def _is_number(value: object) -> bool:
 def _check_keys(path: Path, what: str, entry: Any) -> None:
     required, optional = _KEYS[what]
     if not isinstance(entry, dict):
-        raise FamilyError(f"{path}: {what} must be an object with {', '.join(sorted(required))}, not {entry!r}.")
+        raise FamilyError(f"{path}: {what} must be an object with {', '.join(sorted(required))}, not {_shown(entry)}.")
     if missing := sorted(required - entry.keys()):
         raise FamilyError(f"{path}: {what} lacks {', '.join(missing)}.")
     if unknown := sorted(entry.keys() - required - optional):
-        raise FamilyError(f"{path}: {what} has unknown keys {unknown}; known are {sorted(required | optional)}.")
+        raise FamilyError(
+            f"{path}: {what} has unknown keys {printable(unknown)}; known are {sorted(required | optional)}."
+        )
     if not isinstance(entry.get("certificate", {}), dict):
-        raise FamilyError(f"{path}: the certificate of {what} must be an object, not {entry['certificate']!r}.")
+        raise FamilyError(f"{path}: the certificate of {what} must be an object, not {_shown(entry['certificate'])}.")
 
 
 def _check_adapter(path: Path, entry: dict[str, Any]) -> None:
     """An adapter is named by one folder beside family.json: never a path out of the family."""
     name = entry["adapter"]
-    if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name:
-        raise FamilyError(f"{path}: adapter {name!r} must be the name of a folder beside {FAMILY_FILE}.")
+    plain = isinstance(name, str) and name.isprintable() and len(name) <= _MAX_NAME and name not in ("", ".", "..")
+    if not plain or "/" in name or "\\" in name:
+        raise FamilyError(f"{path}: adapter {_shown(name)} must be the name of a folder beside {FAMILY_FILE}.")

@@ -284,19 +284,7 @@ def test_a_state_dict_given_to_transformers_takes_no_nan(saved: Any, tmp_path: P
     base, adapter, _ = saved
     model = AutoModelForCausalLM.from_pretrained(base)
     tensors = load_file(damaged(adapter, tmp_path, "nan") / WEIGHTS)
-    with pytest.raises(AdapterCorruptError, match="adapter 'default' in the file loaded holds NaN or Inf"):
-        model.load_adapter(None, peft_config=PeftConfig.from_pretrained(adapter), adapter_state_dict=tensors)
-    assert torch.isfinite(logits(model)).all()
-
-
-def test_a_bad_file_that_only_torch_reads_is_taken_back_out(saved: Any, tmp_path: Path) -> None:
-    base, adapter, _ = saved
-    tensors = load_file(damaged(adapter, tmp_path, "nan") / WEIGHTS)
-    (tmp_path / "nan" / WEIGHTS).unlink()
-    torch.save(tensors, tmp_path / "nan" / "adapter_model.bin")
-    model = AutoModelForCausalLM.from_pretrained(base)
     before = logits(model)
-    with pytest.raises(AdapterCorruptError, match="holds NaN or Inf"):
-        PeftModel.from_pretrained(model, tmp_path / "nan")
-    assert not any(isinstance(module, RemoeLayer) for module in model.modules())
-    assert torch.equal(logits(model), before)
+    with pytest.raises(AdapterCorruptError, match=r"3.mlp.gate.remoe_delta in the state dict holds NaN or Inf"):
+        model.load_adapter(None, peft_config=PeftConfig.from_pretrained(adapter), adapter_state_dict=tensors)
+    assert untouched(model) and torch.equal(logits(model), before)

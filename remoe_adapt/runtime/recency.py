@@ -18,6 +18,7 @@ from remoe_adapt.gating.prior import DECAY, check_prior
 from remoe_adapt.notices import say_once
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.untrusted import printable
 
 # At full strength without training; on the shipped model it costs under 1 % perplexity and doubles the overlap.
 TRAINING_FREE_GAIN = 0.3
@@ -75,8 +76,8 @@ def training_free_family(model: nn.Module, base_id: str, *, own_gain: bool = Tru
     point = FamilyPoint(1.0, TRAINING_FREE, {}, Recency("ema", DECAY, (TRAINING_FREE_GAIN,) * count))
     say_once(
         f"no adapter family is known for {base_id!r}: the dial is training-free (recency prior only, ema, gain "
-        f"{TRAINING_FREE_GAIN:g} at strength 1). `remoe train {base_id} --data FILE --strengths 0.25,0.5,1.0 --out "
-        "FAMILY` trains one; pass family='FAMILY'."
+        f"{TRAINING_FREE_GAIN:g} at strength 1). `remoe train {printable(base_id)} --data FILE --strengths "
+        "0.25,0.5,1.0 --out FAMILY` trains one; pass family='FAMILY'."
     )
     return Family(Path(TRAINING_FREE), base_id, fingerprint(model), (point,))
 
@@ -100,8 +101,9 @@ class DialPrior:
             reason = next(iter(self.installed.own_forward.values()))
             raise FamilyError(
                 f"no family is given for {family.base_id!r}, and without one the dial has only the recency prior, "
-                f"which its routers cannot have ({reason}). Train one with `remoe train {family.base_id} --data FILE "
-                "--strengths 0.25,0.5,1.0 --out FAMILY` and pass family='FAMILY'."
+                f"which its routers cannot have ({reason}). Train one with `remoe train "
+                f"{printable(family.base_id)} --data FILE --strengths 0.25,0.5,1.0 --out FAMILY` and pass "
+                "family='FAMILY'."
             )
         self._on = True
         self._cache = expert_cache_of(model) if plan.mode == "resident" else None

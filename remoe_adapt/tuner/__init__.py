@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -14,7 +10,9 @@ from remoe_adapt.routers.fingerprint import fingerprint
 from remoe_adapt.tuner.beside import wrap_or_inject
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
-from remoe_adapt.tuner.model import NoRouterMatchedError, RemoeModel
+from remoe_adapt.tuner.loading import guard_loaders
+from remoe_adapt.tuner.model import RemoeModel
+from remoe_adapt.tuner.targets import NoRouterMatchedError
 
 __all__ = [
     "NoRouterMatchedError",
@@ -31,7 +29,7 @@ __all__ = [
 def register() -> None:
     """Make REMOE a member of PEFT's enum of types and register its classes; calling it again changes nothing.
 
-    From then on `PeftConfig.from_pretrained` checks the weights of REMOE adapters, as RemoeConfig's own does.
+    From then on PEFT's and transformers' loaders are all or nothing for REMOE adapters (see `tuner.loading`).
 
     PEFT accepts only members of that enum and offers no other way in. Raises AdapterConflictError when the name is
     taken by other classes, RuntimeError when this Python's enum does not take the member.
@@ -52,29 +50,11 @@ def register() -> None:
     held = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
     if held == (None, None):
         register_peft_method(name="remoe", config_cls=RemoeConfig, model_cls=RemoeModel)
-        _check_files_of_any_config()
+        guard_loaders()
     elif held != (RemoeConfig, RemoeModel):
         raise AdapterConflictError(
             f"PEFT type REMOE is registered already, by {held[0]}: two versions of this package?"
         )
-
-
-def _check_files_of_any_config() -> None:
-    """transformers' `load_adapter` calls PeftConfig.from_pretrained, which makes a RemoeConfig without a word to its
-    class, and then injects the adapter before it opens the weights: this is the last place to refuse them."""
-    original = PeftConfigMixin.from_pretrained.__func__  # type: ignore[attr-defined]
-
-    @functools.wraps(original)
-    def from_pretrained(
-        cls: type[PeftConfigMixin], pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
-    ) -> Any:
-        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, RemoeConfig) and not issubclass(cls, RemoeConfig):
-            config.read_stored(pretrained_model_name_or_path, subfolder)
-        return config
-
-    checked: Any = classmethod(from_pretrained)  # type: ignore[arg-type]
-    PeftConfigMixin.from_pretrained = checked  # type: ignore[method-assign]
 
 
 register()

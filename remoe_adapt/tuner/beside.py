@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType
+from peft.utils import AuxiliaryTrainingWrapper, PeftType
 from torch import nn
 
 from remoe_adapt.errors import AdapterConflictError
+from remoe_adapt.tuner.checks import KINDS
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer
+
+# Parts of the paths that PEFT and we make.
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+_OWN_PARTS = {"base_model", "model", "base_layer", "original_module", "modules_to_save", *KINDS}
 
 
 class AdapterConfigs(dict[str, PeftConfig]):
     """Configurations by adapter name, shared by all tuners of one base.
 
     A second tuner writes its names in here first: that is where an equal name of another type is caught, whichever
-    comes first. Raises AdapterConflictError.
+    comes first, and a name that is part of the module paths of the base (`parts`). Raises AdapterConflictError.
     """
+
+    parts: frozenset[str] = frozenset()
 
     def __setitem__(self, adapter_name: str, config: PeftConfig) -> None:
         held = self.get(adapter_name)
         if held is not None and held.peft_type != config.peft_type:
             raise _conflict(adapter_name, held.peft_type, config.peft_type)
+        if adapter_name in self.parts:
+            raise _part_of_a_path(adapter_name)
         super().__setitem__(adapter_name, config)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +76,31 @@ def check_free_name(base: nn.Module, adapter_name: str) -> None:
             raise _conflict(adapter_name, f"{type(module).__name__} at {name}", "REMOE")
 
 
+def check_name(base: nn.Module, adapter_name: str) -> None:
+    """Raises AdapterConflictError when this name, or that of another adapter of `base`, is part of a module's path.
+
+    PEFT finds the tensors of an adapter by its name between dots, so it would write the other adapters' files without
+    any tensor of a path that holds the name.
+    """
+    parts = path_parts(base)
+    for name in (adapter_name, *(getattr(base, "peft_config", None) or {})):
+        if name in parts:
+            raise _part_of_a_path(name)
+
+
+def path_parts(base: nn.Module) -> frozenset[str]:
+    """What no adapter of `base` can be called: the parts of the paths of its modules, parameters and buffers."""
+    wrappers = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, _WRAPPERS))
+    named = itertools.chain(base.named_modules(), base.named_parameters(), base.named_buffers())
+    parts = set(_OWN_PARTS)
+    for path, _ in named:
+        inside = next((wrapper for wrapper in wrappers if path.startswith(wrapper)), None)
+        # Beside what they wrap, wrappers hold tensors under the adapters' own names.
+        if inside is None or path.removeprefix(inside).startswith(("base_layer.", "original_module.")):
+            parts.update(path.split("."))
+    return frozenset(parts)
+
+
 def wrap_or_inject(model: nn.Module, config: RemoeConfig, adapter_name: str = "default") -> PeftModel:
     """Add a REMOE adapter to `model`, whatever is on it already, and return the PeftModel that holds it.
 
@@ -94,4 +129,11 @@ def _conflict(adapter_name: str, held: Any, new: Any) -> AdapterConflictError:
     return AdapterConflictError(
         f"adapter name {adapter_name!r} is taken by {held} and cannot be used for {new} on the same base model, "
         "because both would be saved under one label: pass another adapter_name."
+    )
+
+
+def _part_of_a_path(adapter_name: str) -> AdapterConflictError:
+    return AdapterConflictError(
+        f"adapter name {adapter_name!r} is part of the path of a module of this model, and PEFT would save other "
+        "adapters of the model as empty files: choose another name."
     )

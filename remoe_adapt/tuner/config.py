@@ -5,17 +5,25 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Optional, Union
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.tuner.checks import StoredShapes, stored_shapes
+from remoe_adapt.tuner.checks import KINDS, PREFIX
+from remoe_adapt.tuner.patterns import check_pattern
+from remoe_adapt.tuner.stored import StoredAdapter
+from remoe_adapt.untrusted import printable
 
 _WEIGHTS = ("reuse_weight", "kl_weight", "smooth_weight", "lag_weight", "ws_weight")
+_TEXTS = ("base_fingerprint", "base_model_name_or_path", "revision")
+_SWITCHES = ("init_weights", "allow_other_base", "inference_mode")
+# Names, not expressions: PEFT puts them into expressions of its own.
+_NAME = re.compile(r"[\w.-]+")
+_MAX_NAMES, _MAX_LETTERS, _MAX_LAYER, _MAX_RANK = 1024, 1000, 1 << 20, 1 << 20
 
 
 # Optional/Union in field types: argument parsers of the PEFT world read them.
@@ -26,8 +34,9 @@ class RemoeConfig(PeftConfig):
     With `target_modules=None` every router of the model is adapted. Training reads the objective's weights (all >= 0,
     0 = term off) from here, so that the saved adapter says how it was made.
 
-    Raises ConfigError for a rank below 1 or a weight that is negative or not finite, and for `layers_to_transform`
-    beside a regular expression in `target_modules`.
+    Raises ConfigError for a field of the wrong type, a rank below 1, a weight that is negative or not finite, a bad
+    regular expression, `layers_to_transform` beside one in `target_modules`, and for names in `modules_to_save` that
+    could also mean tensors of this adapter.
     """
 
     target_modules: Optional[Union[list[str], str]] = field(  # noqa: UP007, UP045
@@ -70,11 +79,15 @@ class RemoeConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType("REMOE")
+        self._check_types()
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (list, tuple)):
-                setattr(self, name, set(getattr(self, name)))
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError(f"rank={self.rank!r}: use None for full deltas, or a whole number >= 1.")
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+            elif isinstance(value, str):
+                check_pattern(name, value)
+        if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= _MAX_RANK):
+            raise ConfigError(f"rank={printable(repr(self.rank))}: use None for full deltas, or a whole number >= 1.")
         for name in _WEIGHTS:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
@@ -85,33 +98,44 @@ class RemoeConfig(PeftConfig):
             raise ConfigError("layers_to_transform needs target_modules=None or a list of names, not an expression.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern has no effect without layers_to_transform.")
-        # What the file beside this configuration holds; None when it was not read from a folder.
-        self._stored: StoredShapes | None = None
-        # Whether this was read from a folder whose weights are yet to be loaded.
-        self.awaits_weights = False
-        self._filled: set[str] = set()
+        # The file beside this configuration; None when it was not read from a folder.
+        self.stored: StoredAdapter | None = None
+        # What the user had written in fields that a model has filled in.
+        self._filled: dict[str, Any] = {}
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
-    ) -> RemoeConfig:
-        """Read a configuration; the weights beside it are read too, so that a bad file is refused before a model is
-        touched.
-
-        Raises AdapterCorruptError when the weights are truncated, unreadable or not finite.
-        """
-        folder = os.fspath(pretrained_model_name_or_path)
-        config: RemoeConfig = super().from_pretrained(folder, subfolder=subfolder, **kwargs)
-        config.read_stored(folder, subfolder)
-        config.awaits_weights = True
-        return config
-
-    def read_stored(self, folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
-        """Note which tensors the file beside this configuration holds; the model compares them with its routers.
-
-        Raises AdapterCorruptError when they are truncated, unreadable or not finite.
-        """
-        self._stored = stored_shapes(Path(folder, subfolder or ""))
+    def _check_types(self) -> None:
+        """A configuration may come from a file of others: every field is what the code after this takes it for."""
+        for name in _TEXTS:
+            if not isinstance(getattr(self, name), (str, os.PathLike, type(None))):
+                raise ConfigError(f"{name}={printable(repr(getattr(self, name)))}: use text, or leave it out.")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={printable(repr(getattr(self, name)))}: use true or false.")
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            value = getattr(self, name)
+            names = [value] if isinstance(value, str) and name != "modules_to_save" else value
+            if names is None:
+                continue
+            plain = isinstance(names, (list, tuple, set, frozenset)) and len(names) <= _MAX_NAMES
+            if not plain or not all(isinstance(one, str) and 0 < len(one) <= _MAX_LETTERS for one in names):
+                raise ConfigError(
+                    f"{name}={printable(repr(value))}: use a list of at most {_MAX_NAMES} names of modules, each of at "
+                    f"most {_MAX_LETTERS} letters."
+                )
+            odd = [one for one in names if not _NAME.fullmatch(one)]
+            if odd and name in ("modules_to_save", "layers_pattern"):
+                raise ConfigError(f"{name}: {printable(repr(odd[0]))} is no name of a module.")
+        for name in self.modules_to_save or ():
+            if PREFIX in name or any(own.endswith(name) for own in (*KINDS, "base_layer")):
+                raise ConfigError(
+                    f"modules_to_save: {name!r} could mean tensors of the adapter itself ({', '.join(KINDS)}), which "
+                    "would be saved so that nothing can load them: give the module's whole name, or rename it."
+                )
+        layers = self.layers_to_transform
+        indices = [layers] if isinstance(layers, int) else [] if layers is None else layers
+        whole = isinstance(indices, (list, tuple)) and len(indices) <= _MAX_NAMES
+        if not whole or any(type(index) is not int or not 0 <= index < _MAX_LAYER for index in indices):
+            raise ConfigError(f"layers_to_transform={printable(repr(layers))}: use indices of layers, from 0.")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but the permission `allow_other_base`, which is the loader's and not the adapter's."""
@@ -125,15 +149,15 @@ class RemoeConfig(PeftConfig):
         return bool(self._filled)
 
     def fill(self, **values: Any) -> None:
-        """Write what a model decides about fields the user left open."""
+        """Write what a model decides about fields the user left open, or gave by an expression."""
         for name, value in values.items():
+            self._filled.setdefault(name, getattr(self, name))
             setattr(self, name, value)
-            self._filled.add(name)
 
     def unfilled(self) -> RemoeConfig:
         """A copy as the user wrote it, for another model: what an earlier model filled in is open again."""
         config = copy.copy(self)
-        for name in self._filled:
-            setattr(config, name, None)
-        config._filled = set()
+        for name, written in self._filled.items():
+            setattr(config, name, written)
+        config._filled = {}
         return config

@@ -14,19 +14,18 @@ from peft.utils import AuxiliaryTrainingWrapper, PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from remoe_adapt.errors import AdapterCorruptError, RouterNotFoundError
+from remoe_adapt.errors import AdapterCorruptError
 from remoe_adapt.routers.spec import RouterSpec
-from remoe_adapt.tuner.beside import AdapterConfigs, check_free_name, plain_base
-from remoe_adapt.tuner.checks import check_finite, check_shapes, check_tensors
+from remoe_adapt.tuner.beside import AdapterConfigs, check_free_name, check_name, path_parts, plain_base
+from remoe_adapt.tuner.checks import check_finite, check_shapes
 from remoe_adapt.tuner.combine import add_weighted_adapter
 from remoe_adapt.tuner.config import RemoeConfig
+from remoe_adapt.tuner.fitting import check_given, check_loaded, check_rank, check_stored, check_sum
 from remoe_adapt.tuner.layer import RemoeLayer
+from remoe_adapt.tuner.loading import current_load
 from remoe_adapt.tuner.mixed_batch import mixed_batch
-from remoe_adapt.tuner.targets import resolve_targets, settle_base, tensor_shapes
-
-
-class NoRouterMatchedError(RouterNotFoundError, NoMatchingPeftModuleError):
-    """`target_modules`, `exclude_modules` or `layers_to_transform` leave no router; the message lists the routers."""
+from remoe_adapt.tuner.targets import NoRouterMatchedError, resolve_targets, settle_base
+from remoe_adapt.tuner.unchanged import Snapshot
 
 
 class Dial(Protocol):
@@ -64,19 +63,23 @@ class RemoeModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         base = plain_base(model)
+        if load := current_load():
+            load.ours = True
         check_free_name(base, adapter_name)
         configs = AdapterConfigs({adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config)
         shared = getattr(base, "peft_config", None)
         before = None if shared is None else dict(shared)
         try:
             super().__init__(base, configs, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
-        except Exception:
+        except BaseException:
             if shared is not None:
                 shared.clear()
                 shared.update(before)
             raise
         # Kept here too: another tuner's unload deletes the attribute of the base.
         self.peft_config = self.peft_config
+        if isinstance(self.peft_config, AdapterConfigs):
+            self.peft_config.parts = path_parts(base)
 
     # Injection
 
@@ -90,29 +93,42 @@ class RemoeModel(BaseTuner):
         self._specs: dict[str, RouterSpec] = {}
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
+        load = current_load()
         routers = resolve_targets(peft_config, model)
         self._specs = {router.name: router.spec for router in routers}
-        settle_base(peft_config, model)
-        if peft_config._stored is not None:
-            targets = [router for router in routers if check_target_module_exists(peft_config, router.name)]
-            expected = {
-                f"{router.name}.{name}": shape
-                for router in targets
-                for name, shape in tensor_shapes(peft_config.rank, router.weight_ED.shape).items()
-            }
-            check_shapes(peft_config._stored, expected, "the stored adapter")
+        settle_base(
+            peft_config,
+            model,
+            allow_other_base=peft_config.allow_other_base or (load is not None and load.allow_other_base),
+        )
+        targets = {
+            router.name: router.weight_ED for router in routers if check_target_module_exists(peft_config, router.name)
+        }
+        given = None if load is None else load.state_dict
+        if given is not None:
+            check_given(given, peft_config, model, targets)
+        elif peft_config.stored is not None:
+            check_stored(peft_config.stored, peft_config, model, targets)
+        else:
+            check_rank(peft_config.rank, targets)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """BaseTuner.inject_adapter. A configuration object that another model has filled in is taken as it was written,
-        and stays that model's: this one gets a copy unless both agree."""
+        and stays that model's: this one gets a copy unless both agree. An error leaves the model as it was."""
         given = self.peft_config[adapter_name]
+        check_name(model, adapter_name)
+        before = Snapshot(model)
         if isinstance(given, RemoeConfig) and given.is_filled:
             self.peft_config[adapter_name] = given.unfilled()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except NoMatchingPeftModuleError as error:
-            listing = ", ".join(self._specs) or "none"
-            raise NoRouterMatchedError(f"{error} The routers of this model are: {listing}.") from error
+        except BaseException as error:
+            before.restore()
+            self.peft_config.pop(adapter_name, None)
+            if isinstance(error, NoMatchingPeftModuleError) and not isinstance(error, NoRouterMatchedError):
+                listing = ", ".join(self._specs) or "none"
+                raise NoRouterMatchedError(f"{error} The routers of this model are: {listing}.") from error
+            raise
         if self.peft_config[adapter_name].to_dict() == given.to_dict():
             self.peft_config[adapter_name] = given
 
@@ -174,7 +190,12 @@ class RemoeModel(BaseTuner):
             copies.enable_adapters(enabled)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones (and trainable, unless `inference_mode`); merged ones are unmerged."""
+        """Make these adapters the active ones (and trainable, unless `inference_mode`); merged ones are unmerged.
+
+        Raises AdapterCorruptError for several whose sum makes a router's weight infinite or NaN; nothing is switched.
+        """
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            check_sum(self._layers(), adapter_name)
         for copies in self._copies():
             chosen = copies.check_set_adapter(adapter_name)
             known = [chosen] if chosen is not None and chosen in copies._adapters else []
@@ -293,23 +314,7 @@ class RemoeModel(BaseTuner):
         """Every PEFT route to load an adapter passes here: refuse bad tensors before one is copied."""
         assert isinstance(config, RemoeConfig)
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{name}.{parameter_name}": parameter.shape
-            for name, layer in model.named_modules()
-            if isinstance(layer, RemoeLayer)
-            for parameter_name, parameter in layer.named_parameters()
-            if _is_ours(f".{parameter_name}", adapter_name)
-        }
-        # Injected without a PeftModel, a model has no prefix while stored keys may; PEFT strips it after this.
-        prefix = "" if any(key.startswith("base_model.model.") for key in expected) else "base_model.model."
-        found = {key.removeprefix(prefix): value for key, value in tensors.items() if f".{cls.prefix}" in key}
-        try:
-            check_tensors(found, expected, f"the state dict for adapter {adapter_name!r}")
-        except AdapterCorruptError:
-            if config.awaits_weights:
-                _withdraw(model, adapter_name)
-            raise
-        config.awaits_weights = False
+        check_loaded(tensors, model, adapter_name)
         return tensors
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -324,17 +329,3 @@ class RemoeModel(BaseTuner):
 
 def _is_ours(key: str, adapter_name: str) -> bool:
     return f".{RemoeModel.prefix}" in key and key.endswith(f".{adapter_name}")
-
-
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter that was added only to be loaded back out, so that the model is as it was."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, RemoeLayer):
-            layer.delete_adapter(adapter_name)
-            if not layer.adapters:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
-        elif isinstance(layer, AuxiliaryTrainingWrapper):
-            layer.delete_adapter(adapter_name, new_active_adapters=None)
-    configs: dict[str, PeftConfig] = model.peft_config  # type: ignore[assignment]
-    configs.pop(adapter_name, None)

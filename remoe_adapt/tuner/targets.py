@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
+from peft import NoMatchingPeftModuleError
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
@@ -14,14 +16,21 @@ from remoe_adapt.errors import (
     ConfigError,
     FingerprintMismatchError,
     RouterError,
+    RouterNotFoundError,
     UnsupportedRouterError,
 )
 from remoe_adapt.routers.discover import discover_routers, survey_routers
 from remoe_adapt.routers.fingerprint import fingerprint
 from remoe_adapt.routers.spec import RouterRef
 from remoe_adapt.tuner.config import RemoeConfig
+from remoe_adapt.tuner.patterns import matching
+from remoe_adapt.untrusted import printable
 
 _SHOWN_DIGITS = 19
+
+
+class NoRouterMatchedError(RouterNotFoundError, NoMatchingPeftModuleError):
+    """`target_modules`, `exclude_modules` or `layers_to_transform` leave no router; the message lists the routers."""
 
 
 def resolve_targets(config: RemoeConfig, model: nn.Module) -> tuple[RouterRef, ...]:
@@ -37,7 +46,11 @@ def resolve_targets(config: RemoeConfig, model: nn.Module) -> tuple[RouterRef, .
         if foreign:
             raise _foreign(foreign)
         routers = discover_routers(model)
-        config.fill(target_modules=_of_layers(config, routers))
+        chosen = _of_layers(config, routers)
+        if isinstance(config.exclude_modules, str):
+            _fill_targets(config, chosen - matching("exclude_modules", config.exclude_modules, chosen), routers)
+        else:
+            config.fill(target_modules=chosen)
         return routers
     if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         raise ConfigError(
@@ -46,22 +59,44 @@ def resolve_targets(config: RemoeConfig, model: nn.Module) -> tuple[RouterRef, .
     by_name = {router.name: router for router in survey.found}
     refused = dict(survey.refused)
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    matched = [
-        name
-        for name, _ in model.named_modules()
-        if name and not name.startswith(inside) and check_target_module_exists(config, name)
-    ]
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    matched = _matched(config, names)
     if taken := {name: foreign[name] for name in matched if name in foreign}:
         raise _foreign(taken)
     if unusable := [name for name in matched if name in refused]:
         raise UnsupportedRouterError(f"router {unusable[0]} cannot be adapted: {refused[unusable[0]]}.")
     if others := [name for name in matched if name not in by_name]:
         raise ConfigError(
-            f"target_modules={config.target_modules!r} matches {len(others)} module(s) that are not routers, first "
-            f"{others[0]!r}. REMOE adapts routers only: leave target_modules out for all of them, or choose among "
-            f"{', '.join(by_name) or 'none (this model has no usable router)'}."
+            f"target_modules={printable(repr(config.target_modules))} matches {len(others)} module(s) that are not "
+            f"routers, first {others[0]!r}. REMOE adapts routers only: leave target_modules out for all of them, or "
+            f"choose among {', '.join(by_name) or 'none (this model has no usable router)'}."
         )
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+        _fill_targets(config, set(matched), survey.found)
     return survey.found
+
+
+def _matched(config: RemoeConfig, names: list[str]) -> list[str]:
+    """PEFT's rules for which modules are targets, with expressions where they can be stopped."""
+    probe: Any = copy.copy(config)
+    if isinstance(config.exclude_modules, str):
+        probe.exclude_modules = matching("exclude_modules", config.exclude_modules, names)
+    if isinstance(config.target_modules, str):
+        chosen = matching("target_modules", config.target_modules, names)
+        probe.target_modules = set(names)
+        names = [name for name in names if name in chosen]
+    return [name for name in names if check_target_module_exists(probe, name)]
+
+
+def _fill_targets(config: RemoeConfig, names: set[str], routers: tuple[RouterRef, ...]) -> None:
+    """Write the names into a configuration that gave them by expressions: from here on PEFT sees no expression."""
+    if not names:
+        raise NoRouterMatchedError(
+            f"target_modules={printable(repr(config.target_modules))} without exclude_modules="
+            f"{printable(repr(config.exclude_modules))} leaves none of the routers of this model, which are: "
+            f"{', '.join(router.name for router in routers) or 'none'}."
+        )
+    config.fill(target_modules=names, exclude_modules=None)
 
 
 def _of_layers(config: RemoeConfig, routers: tuple[RouterRef, ...]) -> set[str]:
@@ -81,10 +116,10 @@ def _of_layers(config: RemoeConfig, routers: tuple[RouterRef, ...]) -> set[str]:
     return chosen
 
 
-def settle_base(config: RemoeConfig, model: nn.Module) -> None:
+def settle_base(config: RemoeConfig, model: nn.Module, *, allow_other_base: bool) -> None:
     """Record the base's fingerprint in a new configuration; compare it in one that was made earlier.
 
-    Raises FingerprintMismatchError naming both bases, unless `config.allow_other_base`.
+    Raises FingerprintMismatchError naming both bases, unless `allow_other_base`.
     """
     try:
         live = fingerprint(model)
@@ -96,24 +131,17 @@ def settle_base(config: RemoeConfig, model: nn.Module) -> None:
     elif config.base_fingerprint != live:
         made_for = config.base_model_name_or_path or "an unnamed model"
         this = getattr(model, "name_or_path", None) or f"an unnamed {type(model).__name__}"
+        recorded = printable(config.base_fingerprint[:_SHOWN_DIGITS])
         text = (
-            f"this adapter was made for the base {made_for!r} (routers {config.base_fingerprint[:_SHOWN_DIGITS]}), "
+            f"this adapter was made for the base {made_for!r} (routers {recorded}), "
             f"but it meets {this!r} (routers {live[:_SHOWN_DIGITS]})"
         )
-        if not config.allow_other_base:
+        if not allow_other_base:
             raise FingerprintMismatchError(
                 f"{text}. Load the base it was made for; or, if you know that it fits, pass allow_other_base=True to "
-                "PeftModel.from_pretrained or RemoeConfig.from_pretrained."
+                "PeftModel.from_pretrained, load_adapter or RemoeConfig.from_pretrained."
             )
         warnings.warn(f"{text}; loaded because allow_other_base is set.", stacklevel=2)
-
-
-def tensor_shapes(rank: int | None, weight_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of one router's adapter tensors by name, for a weight [E, D]."""
-    rows, columns = weight_shape
-    if rank is None:
-        return {"remoe_delta": (rows, columns)}
-    return {"remoe_A": (rank, columns), "remoe_B": (rows, rank)}
 
 
 def _foreign(taken: dict[str, str]) -> AdapterConflictError:
