@@ -12,7 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, best_ids, topk_gating
+from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, topk_gating
+from remoe_adapt.routers.ranking import best_ids
 from remoe_adapt.routers.spec import RouterSpec
 
 

@@ -1,69 +1,24 @@
-"""The one seam that picks how a gate is computed: fused Triton kernels, plain torch, or a forced backend."""
+"""The one seam that picks how a gate is computed: one token on a CPU, fused kernels, or plain torch."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from remoe_adapt.errors import ConfigError
+from remoe_adapt.gating.backends import BACKENDS, ENVIRONMENT, backend, explain, set_backend
 from remoe_adapt.gating.decode import one_token
 from remoe_adapt.gating.ops import MAX_ROUTE_TOKENS, fused_gating, fused_route
 from remoe_adapt.gating.prior import RecencyPrior
 from remoe_adapt.gating.reference import PriorStep, topk_gating
 from remoe_adapt.routers.spec import RouterSpec
 
-BACKENDS = ("auto", "torch", "triton")
-ENVIRONMENT = "REMOE_GATING"
-_forced: str | None = os.environ.get(ENVIRONMENT)
-
-
-def set_backend(name: str) -> None:
-    """Force "torch" or "triton" for this process, as $REMOE_GATING does from outside; "auto" gives the choice back.
-
-    Raises ConfigError for another name, or for "triton" where it cannot run.
-    """
-    global _forced
-    _check(name)
-    _forced = None if name == "auto" else name
-
-
-def backend(device: torch.device) -> str:
-    """ "triton" or "torch": what gates on this device use."""
-    return explain(device)[0]
-
-
-def explain(device: torch.device) -> tuple[str, str]:
-    """(backend, why) for tensors on this device. Raises ConfigError for a bad $REMOE_GATING."""
-    if _forced is not None:
-        _check(_forced)
-    if device.type != "cuda":
-        return "torch", f"tensors are on {device.type}: Triton needs a GPU"
-    if _forced not in (None, "auto"):
-        return str(_forced), f"forced (set_backend or ${ENVIRONMENT})"
-    return ("triton", "fused kernels") if has_triton() else ("torch", "triton is not installed")
-
-
-@cache
-def has_triton() -> bool:
-    """Whether the package is there; it is imported only when a kernel runs."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def _check(name: str) -> None:
-    if name not in BACKENDS:
-        raise ConfigError(f"gating backend {name!r}: give one of {', '.join(BACKENDS)}.")
-    if name == "triton" and not has_triton():
-        raise ConfigError("gating backend 'triton': triton is not installed (it is for Linux only); use torch.")
+__all__ = ["BACKENDS", "ENVIRONMENT", "LayerGate", "backend", "explain", "gate", "set_backend"]
 
 
 def gate(
     logits_TE: Tensor, k: int, spec: RouterSpec, prior: PriorStep | None = None, bias_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`reference.topk_gating` by the backend for these tensors."""
+    """`reference.topk_gating` by the backend for these tensors (in compiled graphs the operator asks for it)."""
     if torch.compiler.is_compiling() or backend(logits_TE.device) == "triton":
         return fused_gating(logits_TE, k, spec, prior, bias_E)
     return topk_gating(logits_TE, k, spec, prior, bias_E=bias_E)
