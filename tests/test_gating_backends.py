@@ -106,11 +106,11 @@ def test_a_forced_backend_keeps_the_short_ways(how: str, name: str, monkeypatch:
     gate, spec = LayerGate(prior, 0), spec_of("softmax", 8)
     assert spec is not None
     prior.begin(tokens := Tokens(prior, 1, 1, None, prior.new_state(1)))
-    assert gate.own(1) is tokens.pending
+    assert gate.own(torch.zeros(1, 4)) is tokens.pending
     prior.end()
     prior.set_gains(0.3)
     prior.begin(tokens := Tokens(prior, 1, 1, None, prior.new_state(1)))
-    assert gate.own(1) is None
+    assert gate.own(torch.zeros(1, 4)) is None
     ids_TK = gate(torch.randn(1, 8), 2, spec, None)[1]
     assert tokens.pending[0] is ids_TK, "the gate of one token leaves the recency to the end of the forward"
     prior.end()

@@ -218,3 +218,12 @@ def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...], k: int, rows
 def test_nothing_in_nothing_out() -> None:
     weights_TK, ids_TK = topk_gating(torch.zeros(0, 4), 2, spec_of(), prior_of([[0.0] * 4], 0.1, 0.5))
     assert weights_TK.shape == ids_TK.shape == (0, 2) and ids_TK.dtype == torch.int64
+
+
+def test_one_token_under_a_bias_that_is_trained() -> None:
+    spec = spec_of("sigmoid_bias", 8, score="sigmoid")
+    bias_E = torch.randn(8, requires_grad=True)
+    logits_1E, prior = torch.randn(1, 8), prior_of([[0.5] * 4 + [0.0] * 4], 0.3, None)
+    found = one_token(logits_1E, 2, spec, prior, 0.3, bias_E)
+    for own, expected in zip(found, topk_gating(logits_1E, 2, spec, prior, bias_E=bias_E), strict=True):
+        assert torch.equal(own, expected)

@@ -32,26 +32,27 @@ class LayerGate:
 
     def __call__(self, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] and ids [T, K]; tokens that belong to no known sequence are gated without the prior."""
-        tokens = self.prior.tokens(logits_TE.shape[0])
-        if tokens is None or tokens.rests:
-            return gate(logits_TE, k, spec, None, bias_E)
-        if tokens.gains and logits_TE.is_cpu and not torch.compiler.is_dynamo_compiling():
+        tokens = self.prior.here.tokens
+        if tokens is not None and tokens.gains and logits_TE.shape[0] == 1 and not torch.compiler.is_dynamo_compiling():
             found = one_token(logits_TE, k, spec, tokens.steps[self.layer], tokens.gains[self.layer], bias_E)
             tokens.pending[self.layer] = found[1]
             return found
+        tokens = self.prior.tokens(logits_TE.shape[0])
+        if tokens is None or tokens.rests:
+            return gate(logits_TE, k, spec, None, bias_E)
         weights_TK, ids_TK = gate(logits_TE, k, spec, tokens.step(self.layer), bias_E)
         tokens.chose(self.layer, ids_TK)
         return weights_TK, ids_TK
 
-    def own(self, count: int) -> dict[int, Tensor] | None:
-        """Where to note the router's own choice for `count` tokens, which stands while all gains are 0 and for tokens
-        that belong to no known sequence; None where the gate chooses."""
-        tokens = self.prior.tokens(count)
-        if tokens is None:
-            return {}
-        if not tokens.rests:
-            return None
-        return {} if tokens.ended else tokens.pending
+    def own(self, hidden: Tensor) -> dict[int, Tensor] | None:
+        """Where to note the router's own choice for these hidden states [..., D], which stands while all gains are 0
+        and for tokens that belong to no known sequence; None where the gate chooses."""
+        tokens = self.prior.here.tokens
+        if tokens is None or tokens.rests:
+            tokens = self.prior.tokens(hidden.shape[:-1].numel())
+            if tokens is None or (tokens.rests and tokens.ended):
+                return {}
+        return tokens.pending if tokens.rests else None
 
     def route(
         self, hidden_TD: Tensor, weight_ED: Tensor, linear_bias_E: Tensor | None, k: int, spec: RouterSpec,

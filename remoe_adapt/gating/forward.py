@@ -26,8 +26,8 @@ Gate = Callable[[Tensor, int, RouterSpec, Tensor | None], tuple[Tensor, Tensor]]
 Route = Callable[
     [Tensor, Tensor, Tensor | None, int, RouterSpec, Tensor | None, bool], tuple[Tensor, Tensor, Tensor] | None
 ]
-# Where to note what the router's class chooses by itself for so many tokens; None: the gate chooses.
-Own = Callable[[int], dict[int, Tensor] | None]
+# Where to note what the router's class chooses by itself for these hidden states; None: the gate chooses.
+Own = Callable[[Tensor], dict[int, Tensor] | None]
 
 
 def reference_gate(logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ class RouterForward:
 
         `bias_E` is the selection bias where the block hands it over; it may go by the name it has in the block.
         """
-        if self.own is not None and (noted := self.own(hidden_states.shape[:-1].numel())) is not None:
+        if self.own is not None and (noted := self.own(hidden_states)) is not None:
             handed = () if bias_E is None else (bias_E,)
             returned = self._stock(self.module, hidden_states, *handed, **named)
             place = self._ids_place
@@ -231,7 +231,7 @@ class UncastRouterForward(RouterForward):
     def __call__(self, hidden_states: Tensor, bias_E: Tensor | None = None, **named: Tensor) -> tuple[Tensor, ...]:
         """As RouterForward."""
         device_type = hidden_states.device.type
-        rests = self.own is not None and self.own(hidden_states.shape[:-1].numel()) is not None
+        rests = self.own is not None and self.own(hidden_states) is not None
         if rests or not torch.is_autocast_enabled(device_type):
             return super().__call__(hidden_states, bias_E, **named)
         with torch.autocast(device_type, enabled=False):

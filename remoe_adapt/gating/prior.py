@@ -86,6 +86,7 @@ class RecencyPrior:
         """New tensors with these gains, where the residency is."""
         with torch.inference_mode(False):
             self._gains_L, self.gains = _scalars(values, [mask.device for mask in self.residency])
+        self.on_cpu = all(gain.is_cpu for gain in self.gains)
         self.resident_steps = [
             PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)
         ]
@@ -160,8 +161,9 @@ class Tokens:
         if self.rests:
             return
         # One token of one sequence: on a CPU its gates leave the recency still, and all move on together at the end.
-        if flags_T is None and count == 1 and (prior.mode == "resident" or state is not None):
-            self.gains = [] if torch.compiler.is_compiling() else prior.gains_read()
+        known = prior.on_cpu and flags_T is None and count == 1 and (prior.mode == "resident" or state is not None)
+        if known and not torch.compiler.is_compiling():
+            self.gains = prior.gains_read()
         if state is not None:
             state.advance(count // sequences, flags_T)
             self.steps = state.steps if flags_T is None else []

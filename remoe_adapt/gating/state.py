@@ -58,6 +58,7 @@ class RecencyState:
             alike = len({(recency_BE.shape, recency_BE.device) for recency_BE in recency}) == 1
             # In one piece where that goes, so that a token moves all of it at once.
             self._whole_LBE = torch.stack(recency) if alike else None
+        self._share: Tensor | None = None
         self._recency = recency if self._whole_LBE is None else list(self._whole_LBE.unbind())
         self.placed, self.sequences = self.prior.placed, len(recency[0])
         decay = self.prior.decay
@@ -114,13 +115,20 @@ class RecencyState:
 
     def _move(self, chosen: dict[int, Tensor]) -> None:
         """By one token of each sequence: ids [B, K] by layer."""
-        widths = {ids_BK.shape[-1] for ids_BK in chosen.values()}
-        if self._whole_LBE is not None and len(chosen) == len(self._recency) and len(widths) == 1:
-            ids_LBK = torch.stack([chosen[layer] for layer in range(len(chosen))])
-            _use(self._whole_LBE, ids_LBK, self.prior.decay)
-        else:
-            for layer, ids_BK in chosen.items():
-                _use(self._recency[layer], ids_BK, self.prior.decay)
+        whole_LBE, decay = self._whole_LBE, self.prior.decay
+        if whole_LBE is not None and len(chosen) == len(self._recency):
+            if self._share is None:
+                widths = {ids_BK.shape[-1] for ids_BK in chosen.values()}  # a router's K stays
+                share = whole_LBE.new_full((1, 1, 1), 1.0 - decay)
+                self._share = share.expand(*whole_LBE.shape[:2], *widths) if len(widths) == 1 else None
+            if self._share is not None:
+                ids_LBK = torch.cat([chosen[layer] for layer in range(len(chosen))]).view(self._share.shape).long()
+                whole_LBE.mul_(decay).scatter_add_(-1, ids_LBK, self._share)
+                return
+        for layer, ids_BK in chosen.items():
+            recency_BE = self._recency[layer]
+            share_BK = recency_BE.new_full((1, 1), 1.0 - decay).expand(ids_BK.shape)
+            recency_BE.mul_(decay).scatter_add_(-1, ids_BK.long(), share_BK)
 
     def bind(self, prior: RecencyPrior) -> bool:
         """Go on under another prior object (a copy of the cache has a copied one), if it means the same."""
@@ -251,12 +259,6 @@ class RecencyState:
             for ids, count in zip(parts, counts, strict=True)
         ]
         return torch.cat(whole, dim=1)
-
-
-def _use(recency: Tensor, ids: Tensor, decay: float) -> None:
-    """`reference._step`'s update by one token, in place: recency [..., E], ids [..., K]."""
-    share = recency.new_full((1,) * recency.dim(), 1.0 - decay)
-    recency.mul_(decay).scatter_add_(-1, ids.long(), share.expand(ids.shape))
 
 
 def _pass_over(recency_BE: Tensor, ids_BSK: Tensor, decay: float, flags_BS: Tensor | None) -> None:
