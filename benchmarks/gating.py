@@ -16,7 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def keep(row: dict[str, Any]) -> None:
     """Print a row and add it to its device's file."""
-    device = re.sub(r"[^a-z0-9]+", "_", row["device"].lower().removeprefix("nvidia").strip())
+    name = re.sub(r"[\s-]\d+gb.*", "", row["device"].lower().removeprefix("nvidia"))
+    device = re.sub(r"[^a-z0-9]+", "_", name.strip())
     append_row(RESULTS / f"gating_{device}.csv", {**environment(), **row})
     print(json.dumps(row), flush=True)
 

@@ -38,10 +38,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "triton_kernels.*",
+        "routers.ranking",
         "routers.spec",
         "routers.families",
         "routers.infer",
         "gating",
+        "gating.backends",
         "gating.reference",
         "gating.state",
         "gating.prior",

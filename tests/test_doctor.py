@@ -14,7 +14,7 @@ from fake_cgroups import below, fake_machine, psi, v2_group
 from remoe_adapt import doctor
 from remoe_adapt.device_profile import list_profiles
 from remoe_adapt.doctor import Probe, as_result, examine, shown
-from remoe_adapt.gating import dispatch
+from remoe_adapt.gating import backends
 from remoe_adapt.pressure.reading import Measure
 from remoe_adapt.report import doctor_table
 
@@ -42,7 +42,7 @@ def test_devices_agree_with_torch(probes: dict[str, Probe]) -> None:
 
 def test_it_says_which_gates_run_and_why(probes: dict[str, Probe], monkeypatch: pytest.MonkeyPatch) -> None:
     assert probes["gating on cpu"] == Probe("gating on cpu", True, "torch: tensors are on cpu: Triton needs a GPU")
-    monkeypatch.setattr(dispatch, "_forced", "cuda")
+    monkeypatch.setattr(backends, "_forced", "cuda")
     broken = next(probe for probe in examine() if probe.name == "gating on cpu")
     assert not broken.ok and "'cuda': give one of auto, torch, triton" in broken.remedy
 

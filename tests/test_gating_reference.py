@@ -11,7 +11,8 @@ from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.decode import one_token
-from remoe_adapt.gating.reference import PADDING, RESTART, PriorStep, best_ids, topk_gating
+from remoe_adapt.gating.reference import PADDING, RESTART, PriorStep, topk_gating
+from remoe_adapt.routers.ranking import best_ids, ranking_keys
 from remoe_adapt.routers.spec import RouterSpec
 
 INF, NAN = math.inf, math.nan
@@ -43,6 +44,45 @@ def test_ranking(values: list[float], ids: list[int]) -> None:
     assert best_ids(torch.tensor([values]), 2).tolist() == [ids]
     _, found_TK = topk_gating(torch.tensor([values]), 2, spec_of())
     assert found_TK.tolist() == [ids]
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def hard_values(tokens: int, experts: int, dtype: torch.dtype) -> Tensor:
+    """Ties, both zeros, both infinities, NaN of either sign, and neighbours that differ in the last bit."""
+    generator = torch.Generator().manual_seed(tokens * experts)
+    values_TE = torch.randn(tokens, experts, generator=generator).mul(4).round().div(4).to(dtype)
+    specials = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1.0, 2.0**-14, -(2.0**-14)], dtype=dtype)
+    specials = torch.cat([specials, torch.nextafter(specials[6:7], specials[2:3])])
+    drawn_TE = specials[torch.randint(len(specials), values_TE.shape, generator=generator)]
+    return torch.where(torch.rand(values_TE.shape, generator=generator) < 0.5, drawn_TE, values_TE)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_keys_rank_as_the_values_do(dtype: torch.dtype) -> None:
+    for tokens, experts in ((1, 1), (33, 13), (257, 60), (40, 256)):
+        values_TE = hard_values(tokens, experts, dtype)
+        keys_TE = ranking_keys(values_TE)
+        assert not keys_TE.is_floating_point()
+        found_TE = keys_TE.sort(dim=-1, descending=True, stable=True).indices
+        assert torch.equal(found_TE, best_ids(values_TE, experts))
+        # By hand: NaN first, then by value, equals by index.
+        for row, ids in zip(values_TE.tolist(), found_TE.tolist(), strict=True):
+            assert ids == sorted(range(experts), key=lambda e, row=row: (row[e] == row[e], -row[e] or 0.0, e))  # type: ignore[misc]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_definition_is_the_same_on_a_gpu(dtype: torch.dtype) -> None:
+    for experts in (8, 13, 60, 128, 256):
+        for tokens in (1, 7, 33, 257):
+            values_TE = hard_values(tokens, experts, dtype)
+            assert torch.equal(best_ids(values_TE.cuda(), experts).cpu(), best_ids(values_TE, experts))
+            spec = spec_of(experts=experts)
+            _, ids_TK = topk_gating(values_TE.cuda(), 2, spec)
+            assert torch.equal(ids_TK.cpu(), topk_gating(values_TE, 2, spec)[1])
 
 
 def test_weights_by_hand() -> None:
@@ -178,3 +218,12 @@ def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...], k: int, rows
 def test_nothing_in_nothing_out() -> None:
     weights_TK, ids_TK = topk_gating(torch.zeros(0, 4), 2, spec_of(), prior_of([[0.0] * 4], 0.1, 0.5))
     assert weights_TK.shape == ids_TK.shape == (0, 2) and ids_TK.dtype == torch.int64
+
+
+def test_one_token_under_a_bias_that_is_trained() -> None:
+    spec = spec_of("sigmoid_bias", 8, score="sigmoid")
+    bias_E = torch.randn(8, requires_grad=True)
+    logits_1E, prior = torch.randn(1, 8), prior_of([[0.5] * 4 + [0.0] * 4], 0.3, None)
+    found = one_token(logits_1E, 2, spec, prior, 0.3, bias_E)
+    for own, expected in zip(found, topk_gating(logits_1E, 2, spec, prior, bias_E=bias_E), strict=True):
+        assert torch.equal(own, expected)

@@ -129,6 +129,23 @@ def test_one_clash_at_the_last_rank(boundary: int) -> None:
     assert torch.equal(launch(logits_TE, 8, spec, None, None)[1], expected_TK)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_and_nearly_equal_values_in_one_row(dtype: torch.dtype) -> None:
+    """Ties of 16-bit logits need no second pass; with values beside them that differ in their last bits, they do."""
+    spec = spec_of("softmax", 64)
+    assert spec is not None
+    generator = torch.Generator().manual_seed(2)
+    logits_TE = torch.randint(0, 6, (16, 64), generator=generator).to(DEVICE, dtype)
+    recency_TE = torch.rand(16, 64, generator=generator).mul(3).floor()
+    recency_TE[::2] += torch.rand(8, 64, generator=generator).mul(2.0**-18)  # moves no further than the last bits
+    recency_TE[5:9] = 0.0
+    for k in (1, 2, 8):
+        for gain in (0.0, 0.2):
+            prior = PriorStep(recency_TE.to(DEVICE), torch.tensor(gain, device=DEVICE), None)
+            expected_TK = topk_gating(logits_TE, k, spec, prior)[1]
+            assert torch.equal(launch(logits_TE, k, spec, prior, None, 16)[1], expected_TK)
+
+
 @pytest.mark.parametrize("name", ["softmax", "chosen_softmax", "sigmoid_group", "logit_bias_sigmoid"])
 def test_gain_zero_is_no_prior_bit_for_bit(name: str) -> None:
     spec = spec_of(name, 60)

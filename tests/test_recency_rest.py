@@ -16,9 +16,11 @@ from transformers import DynamicCache
 from remoe_adapt.gating.forward import RouterForward
 from remoe_adapt.gating.install import recency_prior
 from remoe_adapt.gating.prior import RecencyPrior, RestingTokens
+from remoe_adapt.gating.reference import PriorStep, topk_gating
 from remoe_adapt.gating.sequences import _STATE
-from remoe_adapt.gating.state import RecencyState
+from remoe_adapt.gating.state import RecencyState, _pass_over
 from remoe_adapt.routers.discover import discover_routers
+from remoe_adapt.routers.spec import RouterSpec
 
 
 def cpu_prior(mode: str = "ema") -> RecencyPrior:
@@ -64,7 +66,7 @@ def test_a_long_rest_is_taken_in_as_if_at_once(mode: str, gaps: bool) -> None:
     for token in range(700):
         layers = (0, 2) if gaps and token % 7 == 3 else (0, 1, 2)
         used = {layer: torch.randperm(8)[None, :2] for layer in layers}
-        late.move_late(used)
+        late.rest(used, 1, None)
         at_once.advance(1, None)
         at_once.move(used)
         if token == 649:
@@ -140,20 +142,67 @@ def test_gains_are_read_whoever_wrote_them() -> None:
     with torch.inference_mode():
         prior.gains[1].copy_(torch.tensor(0.5))
     assert prior.gains_read() == [0.0, 0.5, 0.0]
+    with torch.no_grad():
+        torch._foreach_copy_(prior.gains, [torch.tensor(0.125)] * 3)
+    assert prior.gains_read() == [0.125] * 3
     prior.place([torch.device("cpu")] * 3)
     prior.gains[2].fill_(0.25)
-    assert prior.gains_read() == [0.0, 0.5, 0.25] and not prior.rests()
+    assert prior.gains_read() == [0.125, 0.125, 0.25] and not prior.rests()
+    prior.set_gains(0.0)
+    assert prior.rests()
 
 
-def test_who_asks_in_the_middle_of_a_resting_step_sees_what_came_before() -> None:
+def test_gains_that_nobody_wrote_are_not_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator every reading would wait for all that is queued."""
+    prior = cpu_prior()
+    prior.set_gains([0.0, 0.5, 0.0])
+
+    def fail(_: Any) -> None:
+        raise AssertionError("a gain was read back")
+
+    monkeypatch.setattr(Tensor, "__float__", fail)
+    monkeypatch.setattr(Tensor, "item", fail)
+    assert not prior.rests() and prior.gains_read() == [0.0, 0.5, 0.0]
+    for gain in prior.gains:
+        gain.fill_(0.0)
+    prior.know([0.0] * 3)
+    assert prior.rests()
+    prior.gains[0].fill_(1.0)
+    with pytest.raises(AssertionError, match="read back"):
+        prior.rests()
+
+
+def test_who_asks_between_resting_steps_sees_what_came_before() -> None:
     prior = cpu_prior()
     state = prior.new_state(1)
     ids_1K = torch.tensor([[1, 2]])
-    state.move_late(dict.fromkeys(range(3), ids_1K))
+    state.rest(dict.fromkeys(range(3), ids_1K), 1, None)
     tokens = RestingTokens(state)
-    step = tokens.step(0)
-    assert step.recency_BE[0, [1, 2]].tolist() == pytest.approx([0.3, 0.3]) and state.length == 2
+    assert state.recency[0][0, [1, 2]].tolist() == pytest.approx([0.3, 0.3]) and state.length == 1
     tokens.pending[0] = ids_1K
     tokens.end()
     assert state.length == 2 and state.recency[0][0, 1].item() == pytest.approx(0.51)
     assert state.recency[1][0, 1].item() == pytest.approx(0.3), "this one was not asked"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_many_tokens_at_once_are_those_one_by_one(decay: float) -> None:
+    """With padding, restarts, padding that restarts, and tokens for which a router was not asked."""
+    torch.manual_seed(0)
+    flags_BS = torch.tensor([[1, 1, 0, 0, 2, 0, 1, 0, 3, 0], [0, 2, 0, 1, 0, 0, 3, 1, 1, 1]], dtype=torch.uint8)
+    ids_BSK = torch.stack([torch.stack([torch.randperm(8)[:2] for _ in range(10)]) for _ in range(2)])
+    for flagged in (None, flags_BS):
+        at_once = torch.rand(2, 8)
+        expected = at_once.clone()
+        for s in range(10):
+            logits_BE = torch.zeros(2, 8).scatter_(-1, ids_BSK[:, s], 1.0)
+            flags_B = None if flagged is None else flagged[:, s]
+            spec = RouterSpec(family="softmax", num_experts=8, top_k=2, hidden_size=1, weight_name="", num_rows=8)
+            topk_gating(logits_BE, 2, spec, PriorStep(expected, torch.zeros(()), decay, flags_B))
+        _pass_over(at_once, ids_BSK, decay, flagged)
+        torch.testing.assert_close(at_once, expected)
+    before = torch.rand(2, 8)
+    ids_BSK[1] = -1
+    after = before.clone()
+    _pass_over(after, ids_BSK, decay, None)
+    assert torch.equal(after[1], before[1]) and not torch.equal(after[0], before[0])

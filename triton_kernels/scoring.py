@@ -130,6 +130,24 @@ def span(choice_TE, valid_1E):
 
 
 @triton.jit
+def misplaced(words_TE, keys_TE, found_TK, chosen_TE, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Whether whole keys say other than the words: one chosen before a better one, or a better one left out. [T, 1].
+
+    The minima of different ranks do not wait for one another, as those of a ranking do.
+    """
+    ranks_1K = tl.arange(0, BLOCK_K)[None, :]
+    last_T1 = tl.min(keys_TE, axis=1, keep_dims=True)
+    wrong_T1 = last_T1 != last_T1
+    for rank in tl.static_range(0, K):
+        word_T1 = tl.max(tl.where(ranks_1K == rank, found_TK, tl.zeros_like(found_TK)), axis=1, keep_dims=True)
+        key_T1 = tl.min(tl.where(words_TE == word_T1, keys_TE, NO_EXPERT), axis=1, keep_dims=True)
+        wrong_T1 = wrong_T1 | (key_T1 < last_T1)
+        last_T1 = key_T1
+    left_T1 = tl.min(tl.where(chosen_TE, NO_EXPERT, keys_TE), axis=1, keep_dims=True)
+    return wrong_T1 | (left_T1 < last_T1)
+
+
+@triton.jit
 def best_experts(
     keys_TE, experts_1E, K: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr, CAN_CLASH: tl.constexpr,
     MORE: tl.constexpr,
@@ -138,7 +156,8 @@ def best_experts(
 
     The low bits of a key (LAST, a mask of ones >= every id) give way to the expert's id: such words are unique, so
     one minimum per rank finds both, and `word - floor` in unsigned arithmetic hides what is already chosen. That is
-    exact unless two of the first K + 1 words differ in the id alone; then the rows are done again with whole keys.
+    exact unless two of the first K + 1 words differ in the id alone. Equal keys do so rightly, and 16-bit logits have
+    many; only where whole keys tell another order are the rows done again with them.
     CAN_CLASH: false where such words stem from equal keys (16-bit logits: their low bits are 0). MORE: E > K.
     """
     ranks_1K = tl.arange(0, BLOCK_K)[None, :]
@@ -160,7 +179,10 @@ def best_experts(
         if MORE:
             next_T1 = tl.min(words_TE - (floor_T1 + 1), axis=1, keep_dims=True) + (floor_T1 + 1)
             clash_T1 = clash_T1 | ((floor_T1 ^ next_T1) <= LAST)
-        if tl.max(clash_T1.to(tl.int32)) > 0:
+        wrong = tl.max(clash_T1.to(tl.int32))
+        if wrong > 0:
+            wrong = tl.max(misplaced(words_TE, keys_TE, found_TK, chosen_TE, K, BLOCK_K).to(tl.int32))
+        if wrong > 0:
             rest_TE = keys_TE
             for step in range(K):
                 best_T1 = tl.min(rest_TE, axis=1, keep_dims=True)

@@ -1,19 +1,38 @@
 """The gate of one token on a CPU, where every torch call costs as much as its arithmetic: the fewest calls.
 
 Tensors are one row, [1, E] or [1, K]. A Python number given to a tensor operation is made a tensor at every call, so
-constants are kept as tensors.
+constants are kept as tensors; what leaves no trace is written to memory that each thread keeps.
 """
 
 from __future__ import annotations
 
+import threading
 from ctypes import c_float
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, best_ids, topk_gating
+from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, topk_gating
+from remoe_adapt.routers.ranking import best_ids
 from remoe_adapt.routers.spec import RouterSpec
+
+
+class _Scratch(threading.local):
+    """By number of experts: both ends of a span [2], each of them, and the ranked values [1, E]."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]] = {}
+
+    def of(self, experts: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        with torch.inference_mode(False):
+            ends_2 = torch.empty(2)
+            lowest, highest = ends_2.unbind()
+            row = self.rows[experts] = ends_2, (lowest, highest), torch.empty((1, experts))
+        return row
+
+
+_scratch = _Scratch()
 
 
 def one_token(
@@ -40,14 +59,19 @@ def one_token(
         spread_1E = choice_1E
         if spec.group_score is not None:
             choice_1E, spread_1E = _best_groups(choice_1E, spec)
-    lowest, highest = spread_1E.aminmax()
-    span = float(highest) - float(lowest)
+        if choice_1E.requires_grad:  # of the bias
+            return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
+    experts = spec.num_experts
+    ends_2, ends, ranked_1E = _scratch.rows.get(experts) or _scratch.of(experts)
+    torch.aminmax(spread_1E, out=ends)
+    lowest, highest = ends_2.tolist()
+    span = highest - lowest
     if not span <= MAX_SPAN:  # infinite, or NaN
         return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
     # Rounded to fp32 where tensors are; `add` rounds the product and takes it in at once, as `addcmul` does.
     scale = c_float(span).value * gain
-    ranked_1E = torch.add(choice_1E, prior.recency_BE, alpha=scale)
-    if k < spec.num_experts:  # `_best`, without a call
+    torch.add(choice_1E, prior.recency_BE, alpha=scale, out=ranked_1E)
+    if k < experts:  # `_best`, without a call
         values_1K, ids_1K = ranked_1E.topk(k + 1)
         ids_1K = ids_1K.resize_(1, k) if len(set(values_1K.tolist()[0])) > k else best_ids(ranked_1E, k)
     else:

@@ -1,69 +1,24 @@
-"""The one seam that picks how a gate is computed: fused Triton kernels, plain torch, or a forced backend."""
+"""The one seam that picks how a gate is computed: one token on a CPU, fused kernels, or plain torch."""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from remoe_adapt.errors import ConfigError
+from remoe_adapt.gating.backends import BACKENDS, ENVIRONMENT, backend, explain, set_backend
 from remoe_adapt.gating.decode import one_token
 from remoe_adapt.gating.ops import MAX_ROUTE_TOKENS, fused_gating, fused_route
 from remoe_adapt.gating.prior import RecencyPrior
 from remoe_adapt.gating.reference import PriorStep, topk_gating
 from remoe_adapt.routers.spec import RouterSpec
 
-BACKENDS = ("auto", "torch", "triton")
-ENVIRONMENT = "REMOE_GATING"
-_forced: str | None = os.environ.get(ENVIRONMENT)
-
-
-def set_backend(name: str) -> None:
-    """Force "torch" or "triton" for this process, as $REMOE_GATING does from outside; "auto" gives the choice back.
-
-    Raises ConfigError for another name, or for "triton" where it cannot run.
-    """
-    global _forced
-    _check(name)
-    _forced = None if name == "auto" else name
-
-
-def backend(device: torch.device) -> str:
-    """ "triton" or "torch": what gates on this device use."""
-    return explain(device)[0]
-
-
-def explain(device: torch.device) -> tuple[str, str]:
-    """(backend, why) for tensors on this device. Raises ConfigError for a bad $REMOE_GATING."""
-    if _forced is not None:
-        _check(_forced)
-    if device.type != "cuda":
-        return "torch", f"tensors are on {device.type}: Triton needs a GPU"
-    if _forced not in (None, "auto"):
-        return str(_forced), f"forced (set_backend or ${ENVIRONMENT})"
-    return ("triton", "fused kernels") if has_triton() else ("torch", "triton is not installed")
-
-
-@cache
-def has_triton() -> bool:
-    """Whether the package is there; it is imported only when a kernel runs."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def _check(name: str) -> None:
-    if name not in BACKENDS:
-        raise ConfigError(f"gating backend {name!r}: give one of {', '.join(BACKENDS)}.")
-    if name == "triton" and not has_triton():
-        raise ConfigError("gating backend 'triton': triton is not installed (it is for Linux only); use torch.")
+__all__ = ["BACKENDS", "ENVIRONMENT", "LayerGate", "backend", "explain", "gate", "set_backend"]
 
 
 def gate(
     logits_TE: Tensor, k: int, spec: RouterSpec, prior: PriorStep | None = None, bias_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`reference.topk_gating` by the backend for these tensors."""
+    """`reference.topk_gating` by the backend for these tensors (in compiled graphs the operator asks for it)."""
     if torch.compiler.is_compiling() or backend(logits_TE.device) == "triton":
         return fused_gating(logits_TE, k, spec, prior, bias_E)
     return topk_gating(logits_TE, k, spec, prior, bias_E=bias_E)
@@ -77,21 +32,27 @@ class LayerGate:
 
     def __call__(self, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] and ids [T, K]; tokens that belong to no known sequence are gated without the prior."""
-        tokens = self.prior.tokens(logits_TE.shape[0])
-        if tokens is None:
-            return gate(logits_TE, k, spec, None, bias_E)
-        if tokens.single and _forced is None and logits_TE.is_cpu and not torch.compiler.is_dynamo_compiling():
+        tokens = self.prior.here.tokens
+        if tokens is not None and tokens.gains and logits_TE.shape[0] == 1 and not torch.compiler.is_dynamo_compiling():
             found = one_token(logits_TE, k, spec, tokens.steps[self.layer], tokens.gains[self.layer], bias_E)
             tokens.pending[self.layer] = found[1]
             return found
+        tokens = self.prior.tokens(logits_TE.shape[0])
+        if tokens is None or tokens.rests:
+            return gate(logits_TE, k, spec, None, bias_E)
         weights_TK, ids_TK = gate(logits_TE, k, spec, tokens.step(self.layer), bias_E)
         tokens.chose(self.layer, ids_TK)
         return weights_TK, ids_TK
 
-    def own(self) -> dict[int, Tensor] | None:
-        """Where to note the router's own choice while all gains are 0: a step costs what the class takes then."""
+    def own(self, hidden: Tensor) -> dict[int, Tensor] | None:
+        """Where to note the router's own choice for these hidden states [..., D], which stands while all gains are 0
+        and for tokens that belong to no known sequence; None where the gate chooses."""
         tokens = self.prior.here.tokens
-        return tokens.pending if tokens is not None and tokens.rests and _forced is None else None
+        if tokens is None or tokens.rests:
+            tokens = self.prior.tokens(hidden.shape[:-1].numel())
+            if tokens is None or (tokens.rests and tokens.ended):
+                return {}
+        return tokens.pending if tokens.rests else None
 
     def route(
         self, hidden_TD: Tensor, weight_ED: Tensor, linear_bias_E: Tensor | None, k: int, spec: RouterSpec,

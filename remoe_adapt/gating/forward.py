@@ -26,8 +26,8 @@ Gate = Callable[[Tensor, int, RouterSpec, Tensor | None], tuple[Tensor, Tensor]]
 Route = Callable[
     [Tensor, Tensor, Tensor | None, int, RouterSpec, Tensor | None, bool], tuple[Tensor, Tensor, Tensor] | None
 ]
-# Where to note what the router's class chooses by itself for one token; None: the gate chooses.
-Own = Callable[[], dict[int, Tensor] | None]
+# Where to note what the router's class chooses by itself for these hidden states; None: the gate chooses.
+Own = Callable[[Tensor], dict[int, Tensor] | None]
 
 
 def reference_gate(logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -119,12 +119,11 @@ class RouterForward:
 
         `bias_E` is the selection bias where the block hands it over; it may go by the name it has in the block.
         """
-        if self.own is not None and (noted := self.own()) is not None:
+        if self.own is not None and (noted := self.own(hidden_states)) is not None:
             handed = () if bias_E is None else (bias_E,)
             returned = self._stock(self.module, hidden_states, *handed, **named)
-            ids_TK = returned[self._ids_place]
-            if ids_TK.shape[0] == 1:  # others are not those of the token under way
-                noted[self.layer] = ids_TK
+            place = self._ids_place
+            noted[self.layer] = returned[place] if place >= 0 else self.spec.read(returned).ids_TK
             return returned
         if self._is_simple and self.route is None and not named and hidden_states.dim() == 2:
             # The plain case without detours: a decode step on a CPU counts microseconds.
@@ -202,8 +201,8 @@ class RouterForward:
         return torch.tanh(logits_TE / self._cap) * self._cap if self._cap else logits_TE
 
     def watch(self, own: Own, layer: int) -> None:
-        """Let the class choose by itself where `own` says so, if its result tells what it chose."""
-        self.own, self.layer = own if self._ids_place >= 0 else None, layer
+        """Let the class choose by itself where `own` says so."""
+        self.own, self.layer = own, layer
 
     @property
     def weight_device(self) -> torch.device:
@@ -232,7 +231,8 @@ class UncastRouterForward(RouterForward):
     def __call__(self, hidden_states: Tensor, bias_E: Tensor | None = None, **named: Tensor) -> tuple[Tensor, ...]:
         """As RouterForward."""
         device_type = hidden_states.device.type
-        if not torch.is_autocast_enabled(device_type):
+        rests = self.own is not None and self.own(hidden_states) is not None
+        if rests or not torch.is_autocast_enabled(device_type):
             return super().__call__(hidden_states, bias_E, **named)
         with torch.autocast(device_type, enabled=False):
             return super().__call__(hidden_states, bias_E, **named)

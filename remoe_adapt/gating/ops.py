@@ -1,5 +1,5 @@
-"""Gating as operators of torch (`remoe::...`), so that compilers and graphs see one call: kernels on CUDA devices, the
-definition (`reference.py`) on all others.
+"""Gating as operators of torch (`remoe::...`), so that compilers and graphs see one call: kernels where `backends.py`
+says so, the definition (`reference.py`) elsewhere.
 
 Autograd can be registered for functional operators only, so there are two gates: `topk_gating` returns the recency
 moved on and is differentiable in the logits; `topk_gating_` moves it on in place, for decoding. A rule travels as a
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe_adapt.gating import reference
+from remoe_adapt.gating.backends import backend
 from remoe_adapt.gating.reference import PriorStep
 from remoe_adapt.routers.spec import RouterSpec
 
@@ -95,7 +96,7 @@ def _gate(
     flags: Tensor | None, k: int, rule: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernels, or the definition elsewhere and beyond them; `recency` moves on in place if there is a decay."""
-    if not logits.is_cuda or unsupported(decode(rule), k, logits.dtype) is not None:
+    if backend(logits.device) != "triton" or unsupported(decode(rule), k, logits.dtype) is not None:
         prior = None if recency is None or gain is None else PriorStep(recency, gain, decay, flags)
         weights, ids = reference.topk_gating(logits, k, decode(rule), prior, bias_E=bias)
         return weights, ids.contiguous()
@@ -207,7 +208,7 @@ def _route(
     gain: Tensor | None, decay: float | None, flags: Tensor | None, linear_fp32: bool, k: int, rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     per_token = recency is None or decay is None or len(recency) == len(hidden)
-    kernels = hidden.is_cuda and unsupported(decode(rule), k, hidden.dtype) is None
+    kernels = backend(hidden.device) == "triton" and unsupported(decode(rule), k, hidden.dtype) is None
     if kernels and per_token and (linear_fp32 or hidden.dtype == weight.dtype):
         from remoe_adapt.triton_kernels.route import fits_route, launch_route
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +36,9 @@ class RecencyPrior:
     """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds).
 
     routers: (device, number of experts) of each, in model order. `gains` are L fp32 scalar tensors, written by
-    `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1] that an expert cache writes.
+    `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1] that an expert cache writes. Whoever
+    writes the gains by other ways says so with `know`, or a device is waited for once, and compiled graphs that were
+    chosen for gains of 0 (or others) go on.
 
     Raises ConfigError for an unknown mode or a decay outside [0, 1).
     """
@@ -45,59 +46,72 @@ class RecencyPrior:
     def __init__(self, mode: str, routers: Sequence[tuple[torch.device, int]], decay: float = DECAY) -> None:
         check_prior(mode, 0.0, decay)
         self.mode, self.decay = mode, 0.0 if mode == "last" else decay
-        self.no_gains = [0.0] * len(routers)
         with torch.inference_mode(False):  # ordinary tensors, which may be written in any mode
-            self._gains_L, self.gains = _scalars([0.0] * len(routers), [device for device, _ in routers])
             self.residency = [torch.zeros((1, experts), device=device) for device, experts in routers]
         self.placed = 0
-        self.resident_steps, self._gains_seen = self._resident_steps(), self._view()
+        self._hold([0.0] * len(routers))
         self.here = _Here()
         self._trained: deque[Tokens] = deque(maxlen=_TRAINED)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside any forward."""
-        return {name: value for name, value in vars(self).items() if name not in ("here", "_trained", "_gains_seen")}
+        return {name: value for name, value in vars(self).items() if name not in ("here", "_trained")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, here=_Here(), _trained=deque(maxlen=_TRAINED))
-        self._gains_seen = self._view()
+        self._hold([float(gain) for gain in self.gains])  # views of one tensor, which copies are not
+        self.placed += 1
 
     def set_gains(self, gain: float | Sequence[float]) -> None:
         """One gain for all layers, or one each. Raises ConfigError for a wrong number or value."""
-        for tensor, value in zip(self.gains, checked_gains(gain, len(self.gains)), strict=True):
+        values = checked_gains(gain, len(self.gains))
+        for tensor, value in zip(self.gains, values, strict=True):
             tensor.fill_(value)
+        self.know(values)
+
+    def know(self, values: Sequence[float]) -> None:
+        """`gains` hold these now: they were written by somebody else."""
+        self._values, self._at_rest = list(values), not any(values)
+        self._read_at = self._writes()
 
     def place(self, devices: Sequence[torch.device]) -> None:
         """Move gains and residency, each to its router's device; states follow when they are next used."""
+        values = self.gains_read()
         with torch.inference_mode(False):
-            self._gains_L, self.gains = _scalars([float(gain) for gain in self.gains], devices)
             self.residency = [mask.to(device) for mask, device in zip(self.residency, devices, strict=True)]
+        self._hold(values)
         self.placed += 1
-        self.resident_steps, self._gains_seen = self._resident_steps(), self._view()
 
-    def _resident_steps(self) -> list[PriorStep]:
-        return [PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)]
+    def _hold(self, values: Sequence[float]) -> None:
+        """New tensors with these gains, where the residency is."""
+        with torch.inference_mode(False):
+            self._gains_L, self.gains = _scalars(values, [mask.device for mask in self.residency])
+        self.on_cpu = all(gain.is_cpu for gain in self.gains)
+        self.resident_steps = [
+            PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)
+        ]
+        self.know(values)
 
     def rests(self) -> bool:
-        """All gains are 0, as far as that is known without waiting."""
-        return self._gains_seen is not None and not any(self._gains_seen.tolist())
+        """All gains are 0: every router is that of the base."""
+        if not torch.compiler.is_compiling():  # a graph is chosen by what was known before
+            self.gains_read()
+        return self._at_rest
 
-    def _view(self) -> np.ndarray[Any, Any] | None:
-        """The memory of the gains as NumPy reads it, many times faster than a tensor is read."""
-        whole_L = self._gains_L
-        if whole_L is None or not whole_L.is_cpu or whole_L.data_ptr() != self.gains[0].data_ptr():  # a pickle's
-            return None
-        return whole_L.numpy()
+    def gains_read(self) -> list[float]:
+        """The gains as numbers. Tensors count how often they are written, so nothing is read back in vain."""
+        if self._writes() != self._read_at:
+            self.know([float(gain) for gain in self.gains])
+        return self._values
+
+    def _writes(self) -> int:
+        return sum(gain._version for gain in self.gains) if self._gains_L is None else self._gains_L._version
 
     def zeros(self, layer: int, sequences: int) -> Tensor:
         """Recency [B, E] of a router before the first token."""
         with torch.inference_mode(False):
             mask_1E = self.residency[layer]
             return torch.zeros((sequences, mask_1E.shape[1]), device=mask_1E.device)
-
-    def gains_read(self) -> list[float]:
-        """The gains as numbers, read at once; empty on an accelerator, which would be waited for."""
-        return [] if self._gains_seen is None else self._gains_seen.tolist()
 
     def new_state(self, sequences: int, past: int = 0, *, croppable: bool = True) -> RecencyState:
         """Nothing used yet, after `past` tokens of which nothing is known."""
@@ -130,27 +144,31 @@ class Tokens:
     """The tokens of one forward: `count` = B * S of them, row-major; `flags_T` as in PriorStep.
 
     state: the recency they continue, moved on in place; None: each router starts at zero whenever it is asked.
+    `rests`: all gains are 0, so that routers choose by themselves and `pending` takes what they chose, by layer.
     """
 
     def __init__(
         self, prior: RecencyPrior, sequences: int, count: int, flags_T: Tensor | None, state: RecencyState | None
     ) -> None:
         self.prior, self.sequences, self.count, self.flags_T, self.state = prior, sequences, count, flags_T, state
-        # One token of one sequence: on a CPU its gates leave the recency still, and all move on together at the end.
-        single = flags_T is None and count == 1 and not torch.compiler.is_compiling()
-        self.gains = prior.gains_read() if single and (prior.mode == "resident" or state is not None) else []
-        self.single = bool(self.gains)
-        self.rests = self.single and not any(self.gains)
+        self.rests = prior.rests()
+        self.pending: dict[int, Tensor] = {}
+        self.gains: list[float] = []
         self.steps: list[PriorStep] = []
+        self._started: dict[int, Tensor] = {}
+        self._chosen: dict[int, Tensor] = {}
+        self.ended = False
+        if self.rests:
+            return
+        # One token of one sequence: on a CPU its gates leave the recency still, and all move on together at the end.
+        known = prior.on_cpu and flags_T is None and count == 1 and (prior.mode == "resident" or state is not None)
+        if known and not torch.compiler.is_compiling():
+            self.gains = prior.gains_read()
         if state is not None:
             state.advance(count // sequences, flags_T)
             self.steps = state.steps if flags_T is None else []
         elif prior.mode == "resident" and flags_T is None:
             self.steps = prior.resident_steps
-        self.pending: dict[int, Tensor] = {}
-        self._started: dict[int, Tensor] = {}
-        self._chosen: dict[int, Tensor] = {}
-        self._ended = False
 
     def step(self, layer: int) -> PriorStep:
         """The prior for this router's gate, up to date."""
@@ -164,62 +182,50 @@ class Tokens:
         if self.state is not None:
             return PriorStep(self.state.recency[layer], gain, prior.decay, flags_T)
         started_BE = prior.zeros(layer, self.sequences)
-        if not self._ended:
+        if not self.ended:
             self._started[layer] = started_BE
         return PriorStep(started_BE, gain, prior.decay, flags_T)
 
     def chose(self, layer: int, ids_TK: Tensor) -> None:
         """Remember what a router chose, for a cache that is cropped later."""
         if self.state is None:
-            if not self._ended:
+            if not self.ended:
                 self._chosen[layer] = ids_TK
         elif self.state.chosen is not None:
             self.state.chosen[layer].append(ids_TK)
 
     def end(self) -> None:
         """The forward has ended; only gradient checkpointing may ask again."""
-        if self.pending and self.state is not None:
+        if self.state is not None and self.rests:
+            self.state.rest(self.pending, self.count // self.sequences, self.flags_T)
+        elif self.state is not None and self.pending:
             self.state.move(self.pending)
-        self._started, self._chosen, self._ended = {}, {}, True
+        self.pending, self._started, self._chosen, self.ended = {}, {}, {}, True
 
     def made_state(self) -> RecencyState | None:
         """The state after these tokens where they began without one; None when no router was asked."""
-        if self.state is not None or not self._started:
+        chosen = self.pending if self.rests else self._chosen
+        if self.state is not None or not chosen or self.prior.mode == "resident":
             return None
         state = self.prior.new_state(self.sequences)
+        if self.rests:
+            state.rest(chosen, self.count // self.sequences, self.flags_T)
+            return state
         for layer, started_BE in self._started.items():
             state.recency[layer].copy_(started_BE)
         state.advance(self.count // self.sequences, self.flags_T)
-        state.chosen = [[self._chosen[layer]] if layer in self._chosen else [] for layer in range(len(state.recency))]
+        state.chosen = [[chosen[layer]] if layer in chosen else [] for layer in range(len(state.recency))]
         return state
 
 
 class RestingTokens(Tokens):
-    """One token of one sequence while all gains are 0: nobody asks what the recency is, and the state takes in later
-    what was chosen, many tokens at a time."""
+    """One token of one sequence while all gains are 0, made in less time: a dial at rest makes one at every token."""
 
-    flags_T, count, sequences, single, rests = None, 1, 1, True, True
-    state: RecencyState
+    flags_T, count, sequences, rests, ended = None, 1, 1, True, False
+    gains, steps = [], []
 
     def __init__(self, state: RecencyState) -> None:
-        # Not that of Tokens: this runs at every token of a dial at rest.
         self.prior, self.state, self.pending = state.prior, state, {}
-        self.steps, self.gains = state.late_steps, state.prior.no_gains
-        self._late = True
-
-    def step(self, layer: int) -> PriorStep:
-        """As that of Tokens; the state is up to date from now on."""
-        if self._late:
-            self._late = False
-            self.state.advance(1, None)
-        return self.steps[layer]
-
-    def end(self) -> None:
-        """As that of Tokens."""
-        if self._late:
-            self.state.move_late(self.pending)
-        elif self.pending:
-            self.state.move(self.pending)
 
 
 def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> tuple[Tensor | None, list[Tensor]]:

@@ -1,8 +1,8 @@
 """The definition of gating in plain torch: which experts a token gets and with what weights. Kernels are tested by it.
 
-Shapes: B sequences of S tokens each, T = B * S tokens in that order, E experts, K chosen. Ranking follows
-`torch.sort(descending=True, stable=True)`: among equal values the lowest index first, NaN above everything. So K
-distinct experts come out of any input.
+Shapes: B sequences of S tokens each, T = B * S tokens in that order, E experts, K chosen. Ranking is that of
+`routers/ranking.py`: among equal values the lowest index first, NaN above everything. So K distinct experts come out of
+any input, the same ones on every device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.routers.ranking import best_ids
 from remoe_adapt.routers.spec import RouterSpec
 
 # Flags of a token.
@@ -63,11 +64,6 @@ def topk_gating(
         else:
             ids_TK = _scan(choice_TE.float(), k, prior)
     return spec.expert_weights(logits_TE, ids_TK), ids_TK
-
-
-def best_ids(values_TE: Tensor, k: int) -> Tensor:
-    """Indices [T, k] of the k largest, best first; equal values by index, NaN first of all."""
-    return values_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def check_shapes(logits_TE: Tensor, k: int, prior: PriorStep | None, bias_E: Tensor | None) -> None:

@@ -37,7 +37,8 @@ class RecencyState:
         self._has_gaps = False
         # Whether the cache tells its length as a number.
         self.is_counted = False
-        self._late: list[dict[int, Tensor]] = []  # by layer, token by token
+        # The length that the recency is up to; the tokens since then are in the history.
+        self._taken_in = past
         self._hold(recency)
 
     @property
@@ -50,19 +51,19 @@ class RecencyState:
     def steps(self) -> list[PriorStep]:
         """The prior of each router for the next token."""
         self.catch_up()
-        return self.late_steps
+        return self._steps
 
     def _hold(self, recency: list[Tensor]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             alike = len({(recency_BE.shape, recency_BE.device) for recency_BE in recency}) == 1
             # In one piece where that goes, so that a token moves all of it at once.
             self._whole_LBE = torch.stack(recency) if alike else None
+        self._share: Tensor | None = None
         self._recency = recency if self._whole_LBE is None else list(self._whole_LBE.unbind())
         self.placed, self.sequences = self.prior.placed, len(recency[0])
         decay = self.prior.decay
-        # Good for a gain of 0 whenever, for others after `catch_up`.
         parts = zip(self._recency, self.prior.gains, strict=True)
-        self.late_steps = [PriorStep(part, gain, decay) for part, gain in parts]
+        self._steps = [PriorStep(part, gain, decay) for part, gain in parts]
 
     def is_next(self, prior: RecencyPrior, length: Any) -> bool:
         """Whether one more token of one sequence simply comes after those known, `length` being in the cache."""
@@ -76,28 +77,26 @@ class RecencyState:
         self._keep(chosen)
         self._move(chosen)
 
-    def move_late(self, chosen: dict[int, Tensor]) -> None:
-        """`advance` by a token that `is_next`, and `move`: as soon as somebody asks."""
-        self._late.append(chosen)
-        self.length += 1
-        if len(self._late) > _JOIN:
-            self.catch_up()
+    def rest(self, chosen: dict[int, Tensor], tokens: int, flags_T: Tensor | None) -> None:
+        """S more tokens of each sequence, for which the routers chose without the prior: ids [B * S, K] by layer.
+
+        The recency takes them in as soon as somebody asks for it.
+        """
+        if self.chosen is not None:
+            self._extend(tokens, flags_T)
+            self._keep(chosen)
+        elif tokens == 1 and flags_T is None:
+            self._move(chosen)
+        else:
+            flags_BS = None if flags_T is None else flags_T.reshape(self.sequences, -1)
+            for layer, ids_TK in chosen.items():
+                _pass_over(self._recency[layer], ids_TK.reshape(self.sequences, tokens, -1), self.prior.decay, flags_BS)
 
     def catch_up(self) -> None:
-        """What was to move late moves now."""
-        if not self._late:
-            return
-        late, self._late = self._late, []
-        self.length -= len(late)
-        for chosen in late:
-            self.advance(1, None)
-            self._keep(chosen)
-        if len(late) > self._remembered and all(len(chosen) == len(self._recency) for chosen in late):
-            late = late[-self._remembered :]
-            for part in self._parts():
-                part.zero_()
-        for chosen in late:
-            self._move(chosen)
+        """The recency is up to date."""
+        if self._taken_in < self.length:
+            first, self._taken_in = self._taken_in - self.past, self.length
+            self._replay(first)
 
     @property
     def _remembered(self) -> int:
@@ -110,21 +109,26 @@ class RecencyState:
 
     def _keep(self, chosen: dict[int, Tensor]) -> None:
         if self.chosen is not None:
-            for layer, ids_1K in chosen.items():
-                self.chosen[layer].append(ids_1K)
+            for layer, ids_TK in chosen.items():
+                # Of a prompt's choices, which may be views into whole rankings, only the numbers stay.
+                self.chosen[layer].append(ids_TK if len(ids_TK) == 1 else ids_TK.to(torch.int16))
 
     def _move(self, chosen: dict[int, Tensor]) -> None:
-        decay = self.prior.decay
-        widths = {ids_1K.shape[-1] for ids_1K in chosen.values()}
-        if self._whole_LBE is not None and len(chosen) == len(self._recency) and len(widths) == 1:
-            ids_LK = torch.cat([chosen[layer] for layer in range(len(chosen))]).long()
-            whole_LE = self._whole_LBE.view(len(chosen), -1)
-            share = whole_LE.new_full((1, 1), 1.0 - decay).expand(ids_LK.shape)
-            whole_LE.mul_(decay).scatter_add_(1, ids_LK, share)
-        else:
-            for layer, ids_1K in chosen.items():
-                recency_1E = self._recency[layer]
-                recency_1E.mul_(decay).scatter_add_(1, ids_1K.long(), recency_1E.new_full(ids_1K.shape, 1.0 - decay))
+        """By one token of each sequence: ids [B, K] by layer."""
+        whole_LBE, decay = self._whole_LBE, self.prior.decay
+        if whole_LBE is not None and len(chosen) == len(self._recency):
+            if self._share is None:
+                widths = {ids_BK.shape[-1] for ids_BK in chosen.values()}  # a router's K stays
+                share = whole_LBE.new_full((1, 1, 1), 1.0 - decay)
+                self._share = share.expand(*whole_LBE.shape[:2], *widths) if len(widths) == 1 else None
+            if self._share is not None:
+                ids_LBK = torch.cat([chosen[layer] for layer in range(len(chosen))]).view(self._share.shape).long()
+                whole_LBE.mul_(decay).scatter_add_(-1, ids_LBK, self._share)
+                return
+        for layer, ids_BK in chosen.items():
+            recency_BE = self._recency[layer]
+            share_BK = recency_BE.new_full((1, 1), 1.0 - decay).expand(ids_BK.shape)
+            recency_BE.mul_(decay).scatter_add_(-1, ids_BK.long(), share_BK)
 
     def bind(self, prior: RecencyPrior) -> bool:
         """Go on under another prior object (a copy of the cache has a copied one), if it means the same."""
@@ -136,10 +140,13 @@ class RecencyState:
         return True
 
     def advance(self, tokens: int, flags_T: Tensor | None) -> None:
-        """S more tokens of each sequence are on their way."""
+        """S more tokens of each sequence are on their way, and gates will move the recency on."""
         self.catch_up()
-        if self.chosen is None:
-            return
+        if self.chosen is not None:
+            self._extend(tokens, flags_T)
+            self._taken_in = self.length
+
+    def _extend(self, tokens: int, flags_T: Tensor | None) -> None:
         if len(self.flags) > _JOIN:
             self._join()
         self._mark_gaps()
@@ -153,10 +160,10 @@ class RecencyState:
 
     def reset(self) -> None:
         """Back to length 0, in place."""
-        self._late = []
         for part in self._parts():
             part.zero_()
-        self.past, self.length, self.flags, self._has_gaps = 0, 0, [], False
+        self.past = self.length = self._taken_in = 0
+        self.flags, self._has_gaps = [], False
         self.chosen = None if self.chosen is None else [[] for _ in self._recency]
 
     def keep_if(self, flag: Tensor) -> None:
@@ -167,59 +174,54 @@ class RecencyState:
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order (a sequence may come more than once)."""
-        self.catch_up()
         same = len(rows) == self.sequences
         if self.chosen is not None and self.flags:
             self._join()
             self.chosen = [[ids if ids is None else ids[rows.to(ids.device)]] for (ids,) in self.chosen]
             self.flags = [part if isinstance(part, int) else part[rows.to(part.device)] for part in self.flags]
-        kept = [recency_BE[rows.to(recency_BE.device)] for recency_BE in self.recency]
+        kept = [recency_BE[rows.to(recency_BE.device)] for recency_BE in self._recency]
         if same:
-            for recency_BE, kept_BE in zip(self.recency, kept, strict=True):
+            for recency_BE, kept_BE in zip(self._recency, kept, strict=True):
                 recency_BE.copy_(kept_BE)
         else:
             self._hold(kept)
 
     def repeat(self, times: int) -> None:
         """Every sequence `times` times, copies side by side."""
-        rows = torch.arange(self.sequences, device=self.recency[0].device)
+        rows = torch.arange(self.sequences, device=self._recency[0].device)
         self.select(rows.repeat_interleave(times))
 
     def crop(self, length: int) -> None:
         """Back to the state after the first `length` tokens."""
         if self.chosen is None or length <= self.past:
             self.reset()
-            self.past = self.length = length
+            self.past = self.length = self._taken_in = length
             return
-        self.catch_up()
         kept = length - self.past
         self._join()
-        flagged = isinstance(self.flags[0], Tensor)
         self.flags = [part[:, :kept] if isinstance(part, Tensor) else kept for part in self.flags]
         self.chosen = [[ids if ids is None else ids[:, :kept]] for (ids,) in self.chosen]
-        self.length = length
-        first = 0 if flagged or self._has_gaps else max(0, kept - self._remembered)
-        for recency_BE, (ids_BSK,) in zip(self.recency, self.chosen, strict=True):
-            recency_BE.zero_()
-            if ids_BSK is not None:
-                for s in range(first, kept):
-                    self._replay(recency_BE, ids_BSK[:, s], s)
+        self.length, self._taken_in = length, self.past
+        for part in self._parts():
+            part.zero_()
 
-    def _replay(self, recency_BE: Tensor, ids_BK: Tensor, s: int) -> None:
-        """`reference._step`'s update by token s, with the choice known (-1: the router was not asked)."""
-        decay, flags_BS = self.prior.decay, self.flags[0]
-        ids_BK = ids_BK.long()
-        if isinstance(flags_BS, int) and not self._has_gaps:
-            recency_BE.mul_(decay).scatter_add_(-1, ids_BK, recency_BE.new_full(ids_BK.shape, 1.0 - decay))
+    def _replay(self, first: int) -> None:
+        """Take in the tokens of the history from `first` on, with the choice known."""
+        self._join()
+        assert self.chosen is not None
+        flags_BS, kept = self.flags[0], self.length - self.past
+        if isinstance(flags_BS, int) and not self._has_gaps:  # one by one, as gates do, so that no bit differs
+            begin = max(first, kept - self._remembered)
+            if begin > first:
+                for part in self._parts():
+                    part.zero_()
+            for s in range(begin, kept):
+                self._move({layer: ids[:, s] for layer, (ids,) in enumerate(self.chosen) if ids is not None})
             return
-        still_B1 = ids_BK[:, :1] < 0
-        started_BE = recency_BE.clone()
-        if isinstance(flags_BS, Tensor):
-            flags_B1 = flags_BS[:, s : s + 1].to(recency_BE.device)
-            still_B1 = still_B1 | (flags_B1.bitwise_and(PADDING) != 0)
-            started_BE.masked_fill_(flags_B1.bitwise_and(RESTART) != 0, 0.0)
-        used_BE = torch.zeros_like(recency_BE).scatter_(-1, ids_BK.clamp(min=0), 1.0 - decay)
-        recency_BE.copy_(torch.where(still_B1, started_BE, started_BE * decay + used_BE))
+        later_BS = flags_BS[:, first:] if isinstance(flags_BS, Tensor) else None
+        for recency_BE, (ids_BSK,) in zip(self._recency, self.chosen, strict=True):
+            if ids_BSK is not None:
+                _pass_over(recency_BE, ids_BSK[:, first:], self.prior.decay, later_BS)
 
     # The history
 
@@ -257,3 +259,20 @@ class RecencyState:
             for ids, count in zip(parts, counts, strict=True)
         ]
         return torch.cat(whole, dim=1)
+
+
+def _pass_over(recency_BE: Tensor, ids_BSK: Tensor, decay: float, flags_BS: Tensor | None) -> None:
+    """Those of S tokens at once, but for rounding, with flags as in PriorStep. Ids of -1: the router was not asked."""
+    real_BS = ids_BSK[..., 0] >= 0
+    if flags_BS is not None:
+        flags_BS = flags_BS.to(recency_BE.device)
+        real_BS = real_BS & (flags_BS.bitwise_and(PADDING) == 0)
+    count_BS = real_BS.to(recency_BE.dtype).cumsum(dim=-1)
+    share_BS = (1.0 - decay) * decay ** (count_BS[:, -1:] - count_BS) * real_BS
+    kept_B1 = decay ** count_BS[:, -1:]
+    if flags_BS is not None:
+        restarts_BS = (flags_BS.bitwise_and(RESTART) != 0).to(recency_BE.dtype).cumsum(dim=-1)
+        share_BS = share_BS * (restarts_BS == restarts_BS[:, -1:])
+        kept_B1 = kept_B1 * (restarts_BS[:, -1:] == 0)
+    shares_BSK = share_BS.unsqueeze(-1).expand(ids_BSK.shape)
+    recency_BE.mul_(kept_B1).scatter_add_(-1, ids_BSK.long().clamp(min=0).flatten(1), shares_BSK.flatten(1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remoe_adapt.errors import UnsupportedRouterError
+from remoe_adapt.routers.ranking import best_ids
 
 FAMILIES = (
     "softmax",  # p = softmax(z); top-k of p; weights p, renormalised or not
@@ -141,7 +142,7 @@ class RouterSpec:
             group_TG = groups_TGE.amax(dim=-1)
         else:
             group_TG = groups_TGE.topk(2, dim=-1).values.sum(dim=-1)
-        best_TG = group_TG.sort(dim=-1, descending=True, stable=True).indices[..., : self.topk_group]  # ties: lowest
+        best_TG = best_ids(group_TG, self.topk_group)
         dropped_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(-1, best_TG, False)
         return groups_TGE.masked_fill(dropped_TG.unsqueeze(-1), self.group_fill).flatten(-2)
 

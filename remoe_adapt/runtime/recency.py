@@ -136,10 +136,16 @@ class DialPrior:
 
     def gains(self, strength: float) -> list[Tensor]:
         """New tensors like `live`, with the gains of this strength."""
+        return [torch.full_like(live, value) for live, value in zip(self.live, self._values(strength), strict=True)]
+
+    def committed(self, strength: float) -> None:
+        """`live` was written with the gains of this strength: so much is known without asking a device."""
+        self.installed.prior.know(self._values(strength))
+
+    def _values(self, strength: float) -> list[float]:
         own = self._family.recency(strength)
         common = self.plan.constant + strength * self.plan.per_strength
-        values = [common + (own.gain_per_layer[place] if own else 0.0) for place in self.installed.layers]
-        return [torch.full_like(live, value) for live, value in zip(self.live, values, strict=True)]
+        return [common + (own.gain_per_layer[place] if own else 0.0) for place in self.installed.layers]
 
     def status(self) -> dict[str, float | int | str]:
         """JSON-ready; the gain is the mean over the routers that have the prior."""

@@ -68,6 +68,7 @@ class ResidentRouters:
             if prior is not None and prior.live:
                 with _writing(False):
                     torch._foreach_copy_(prior.live, prior.gains(0.0))
+                prior.committed(0.0)
         except BaseException:
             for layer in held:
                 layer.release()
@@ -120,6 +121,8 @@ class ResidentRouters:
             _finish_queued_work(staged.placement)
         with _writing(live[0].is_inference()):
             torch._foreach_copy_(live, list(staged.values))
+        if self._prior is not None:
+            self._prior.committed(staged.strength)
         if live[0].is_cuda:
             for value in staged.values:  # their memory may be reused only after the copy
                 if value.is_cuda:
