@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kv import kv
 from test_recency_masks import left_padded
 from test_recency_models import HYBRIDS
 from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
@@ -168,17 +169,17 @@ def test_what_was_chosen_at_rest_is_what_a_gain_continues_from(cache: str, padde
     }[cache]()  # fmt: skip
     with recency_prior(model, "ema", 0.0) as installed, torch.no_grad():
         with record_forward(model) as recorder:
-            held = model(ids, attention_mask=mask, past_key_values=held, use_cache=True).past_key_values
+            held = model(ids, attention_mask=mask, **kv(held), use_cache=True).past_key_values
             parts = [recorder.take().unflatten(1, (2, -1))]
             for token in (11, 12):
                 mask = torch.cat([mask, ones], dim=1)
-                model(ones * token, attention_mask=mask, past_key_values=held)
+                model(ones * token, attention_mask=mask, **kv(held))
                 parts.append(recorder.take().unflatten(1, (2, -1)))
         found = torch.stack(getattr(held, _STATE).recency)
         torch.testing.assert_close(found, by_hand(torch.cat(parts, dim=2), mask, found.shape[-1]))
         installed.set_gains(0.9)
         mask = torch.cat([mask, ones], dim=1)
-        now = chosen(model, ones * 13, attention_mask=mask, past_key_values=held)
+        now = chosen(model, ones * 13, attention_mask=mask, **kv(held))
         installed.set_gains(0.0)
         assert not torch.equal(now, chosen(model, torch.cat([ids, ones * 11, ones * 12, ones * 13], 1),
                                            attention_mask=mask).unflatten(1, (2, -1))[:, :, -1])  # fmt: skip
@@ -191,7 +192,7 @@ def test_a_gain_of_zero_between_others_leaves_no_gap() -> None:
         cache, parts = DynamicCache(config=model.config), []
         for gain, (begin, end) in zip((0.4, 0.0, 0.0, 0.4), ((0, 3), (3, 7), (7, 8), (8, 11)), strict=True):
             installed.set_gains(gain)
-            parts.append(chosen(model, LONGER[:, begin:end], past_key_values=cache))
+            parts.append(chosen(model, LONGER[:, begin:end], **kv(cache)))
         found = torch.stack(getattr(cache, _STATE).recency)
         ids_LTK = torch.cat(parts, dim=1)
         torch.testing.assert_close(found, by_hand(ids_LTK.unsqueeze(1), torch.ones_like(LONGER), found.shape[-1]))

@@ -53,11 +53,14 @@ def adapter_type() -> None:
 @relied_on(
     "peft",
     "PeftConfig.from_pretrained is one class method for all types, found on PeftConfigMixin.",
-    "tuner/__init__.py tuner/config.py",
-    names="peft.config.PeftConfig peft.config.PeftConfigMixin",
-    interposes="PeftConfigMixin.from_pretrained also checks the weights of REMOE adapters (for the process)",
+    "tuner/loading.py tuner/config.py tuner/stored.py",
+    names="peft.config.PeftConfig peft.config.PeftConfigMixin peft.utils.WEIGHTS_NAME",
+    interposes="PeftConfigMixin.from_json_file and from_pretrained check what a REMOE adapter's files hold; PeftModel's "
+    "from_pretrained, load_adapter and create_or_update_model_card undo a failed load of one and write its card (for "
+    "the process; other types are handed through)",
 )
 def config_reading() -> None:
+    from peft import PeftModel
     from peft.config import PeftConfig, PeftConfigMixin
 
     hold(issubclass(PeftConfig, PeftConfigMixin), "PeftConfig does not derive from PeftConfigMixin any more.")
@@ -66,6 +69,12 @@ def config_reading() -> None:
     hold(isinstance(found, classmethod), "PeftConfigMixin.from_pretrained is no class method.")
     taken = set(inspect.signature(PeftConfigMixin.from_pretrained).parameters)
     hold({"pretrained_model_name_or_path", "subfolder"} <= taken, f"PeftConfigMixin.from_pretrained takes {taken}.")
+    for owner, names in {
+        PeftConfigMixin: ("from_json_file", "_split_kwargs"),
+        PeftModel: ("from_pretrained", "load_adapter", "create_or_update_model_card", "_split_kwargs"),
+    }.items():
+        for name in names:
+            hold(callable(getattr(owner, name, None)), f"{owner.__name__} has no {name} any more.")
 
 
 @relied_on(

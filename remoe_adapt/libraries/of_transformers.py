@@ -345,12 +345,18 @@ def trainer() -> None:
 
 @relied_on(
     "transformers",
-    "transformers' load_adapter reads the configuration through PeftConfig.from_pretrained before it injects.",
-    "tuner/__init__.py",
+    "transformers' load_adapter is PeftAdapterMixin's, and reads the configuration through PeftConfig.from_pretrained "
+    "before it injects.",
+    "tuner/loading.py",
+    names="transformers.integrations.peft.PeftAdapterMixin",
+    interposes="PeftAdapterMixin.load_adapter undoes a load of a REMOE adapter that fails (for the process)",
 )
 def load_adapter() -> None:
+    from transformers import PreTrainedModel
     from transformers.integrations import peft as integration
 
+    hold(issubclass(PreTrainedModel, integration.PeftAdapterMixin), "a model is no PeftAdapterMixin any more.")
+    hold("load_adapter" not in vars(PreTrainedModel), "PreTrainedModel loads adapters past PeftAdapterMixin.")
     source = inspect.getsource(integration)
     hold("PeftConfig.from_pretrained(" in source, "load_adapter does not read PeftConfig.from_pretrained any more.")
 
