@@ -18,7 +18,7 @@ from remoe_adapt.cache.experts import bind_experts, check_experts, experts_left_
 from remoe_adapt.cache.packed import PackedStore
 from remoe_adapt.cache.prefetch import bind_prefetch
 from remoe_adapt.cache.reading import Reader
-from remoe_adapt.cache.slots import check_options
+from remoe_adapt.cache.slots import budget_in_bytes, check_budget, check_options
 from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS
 from remoe_adapt.device_profile import parse_size
@@ -26,7 +26,6 @@ from remoe_adapt.errors import ConfigError, MergeStateError
 from remoe_adapt.runtime.checkpoint import HUB_OPTIONS, LOADING, find_checkpoint
 from remoe_adapt.runtime.options import (
     CACHE_OPTIONS,
-    check_budget,
     check_flags,
     check_memory,
     check_names,
@@ -116,14 +115,14 @@ def load_with_expert_cache(
         check_experts(modules)
         store = _store(folder, skeleton, storage, direct_io=direct_io, reader=reader)
         try:
-            budget_bytes = _bytes(budget, store.total_bytes)
+            budget_bytes = budget_in_bytes(budget, store.total_bytes)
             if memory is not None:
                 budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
             cache = make_cache(
                 store,
                 budget_bytes,
                 device=place,
-                ram_budget_bytes=None if ram_budget is None else _bytes(ram_budget, store.total_bytes),
+                ram_budget_bytes=None if ram_budget is None else budget_in_bytes(ram_budget, store.total_bytes),
                 policy=policy,
                 scope=scope,
                 threads=threads,
@@ -179,12 +178,6 @@ def _store(
         return PackedStore(storage, source, direct_io=direct_io, reader=reader)
     finally:
         source.close()
-
-
-def _bytes(budget: str | int | float, total_bytes: int) -> int:
-    if isinstance(budget, str):
-        return parse_size(budget)
-    return int(budget * total_bytes) if isinstance(budget, float) else budget
 
 
 def _dense_bytes(skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:
