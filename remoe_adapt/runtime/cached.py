@@ -23,7 +23,7 @@ from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError, MergeStateError
-from remoe_adapt.runtime.checkpoint import HUB_OPTIONS, LOADING, find_checkpoint
+from remoe_adapt.runtime.checkpoint import LOADING, find_checkpoint
 from remoe_adapt.runtime.options import (
     CACHE_OPTIONS,
     check_flags,
@@ -32,6 +32,7 @@ from remoe_adapt.runtime.options import (
     check_path,
     unknown_option,
 )
+from remoe_adapt.runtime.pretrained import HUB_OPTIONS
 
 _KV_CACHE_PART = 16
 _KNOWN = ("budget", "device", "dtype", *CACHE_OPTIONS)
