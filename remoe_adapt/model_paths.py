@@ -35,7 +35,8 @@ def check_place(
 ) -> None:
     """Whether a folder, or a model of the hub or its cache, is there, before anybody takes long to look for it.
 
-    what: what it is to be, the beginning of messages. hub: `cache_dir`, `revision`, `token` and `local_files_only`, as for the hub.
+    what: what it is to be, the beginning of messages. hub: `cache_dir`, `revision`, `token`, `local_files_only`, as
+    from_pretrained takes them.
 
     Raises `error` when it is not, naming what was given, and the reason.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 # Bottom up. A file imports only files listed above it; `room.*` is a whole folder: any order inside, but no cycles.
 # A package name is its __init__.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "notices", "forks", "interrupts", "untrusted", "model_paths"),
+    ("errors", "notices", "forks", "interrupts", "untrusted", "writing", "model_paths"),
     (
         "profiles",
         "cache",

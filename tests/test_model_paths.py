@@ -61,7 +61,7 @@ def test_a_mistyped_path_is_said_at_once(
         with pytest.raises(ConfigError, match="no such folder") as said:
             load(given)
         assert repr(os.fspath(given)) in str(said.value) or "\\" in text
-    assert not asked and os.listdir(tmp_path) == ["here"]
+    assert not asked and [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_what_can_only_be_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,18 +74,14 @@ def test_what_can_only_be_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_id_of_the_hub_is_asked_for_once_and_quickly(asked: list[Any]) -> None:
     for load in (load_base, record.load_base, find_checkpoint, BaseFiles):
-        with pytest.raises(
-            ConfigError, match=r"'somebody/no-such' cannot be found: it is no folder here, and the hub cannot be asked"
-        ):
+        with pytest.raises(ConfigError, match=r"'somebody/no-such' cannot be found: .* the hub cannot be asked"):
             load("somebody/no-such")
     assert 1 <= len(asked) <= 8
 
 
 def test_offline_nobody_is_asked(asked: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ConfigError, match=r"'somebody/no-such' cannot be found: it is no folder here, and not in the hub's cache"
-    ):
+    with pytest.raises(ConfigError, match=r"'somebody/no-such' cannot be found: .* not in the hub's cache"):
         load_base("somebody/no-such")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(FamilyError, match="not in the hub's cache"):

@@ -52,11 +52,11 @@ class Extent:
         return replace(self, shape=(1, *self.shape[1:]), offset=self.offset + index * size, size=size)
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, as from_pretrained chooses them: what the configuration names
-    (`transformers_weights`), else the one file, else those that the index names.
+def chosen_file(folder: Path) -> Path:
+    """The safetensors file of a checkpoint folder, or the index of several, as from_pretrained chooses: what the
+    configuration names (`transformers_weights`), else the one file, else the index.
 
-    Raises ConfigError when there is none, ExpertReadError for an index that is damaged or names what lies elsewhere.
+    Raises ConfigError when there is none, ExpertReadError when it lies elsewhere.
     """
     config = folder / CONFIG
     told = read_json(config, ExpertReadError) if config.is_file() else {}
@@ -75,6 +75,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
                 f"{printable(folder)} has neither {SINGLE} nor {INDEX}: experts are read from safetensors files, so "
                 "load the model with from_pretrained and save_pretrained it to another folder first."
             )
+    return first
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """`chosen_file`, or those that it names; raises as it does, and ExpertReadError for an index that is damaged."""
+    first = chosen_file(folder)
     if not first.name.endswith(".index.json"):
         return [first]
     index = read_json(first, ExpertReadError)
@@ -83,14 +89,19 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise ExpertReadError(
             f"{printable(first)} is not the index of a checkpoint (no weight_map of tensors and files): fetch it again."
         )
-    return [own_file(folder, name) for name in sorted(set(named_files.values()))]
+    names = sorted(set(named_files.values()))
+    if odd := [name for name in names if not name.endswith(".safetensors")]:
+        raise ExpertReadError(
+            f"{printable(first)}: {printable(repr(odd[0]))} is no safetensors file: no other is read."
+        )
+    return [own_file(folder, name) for name in names]
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """A file that an index or a link in this folder names, which lies in it, or in the blobs of the hub's cache that
-    the folder is a snapshot of.
+    """A file that something in this folder names, and that lies in it, or in the blobs of the hub's cache that the
+    folder is a snapshot of.
 
-    Raises ExpertReadError for another place, and for what is no safetensors or JSON file by its name.
+    Raises ExpertReadError for another place, as where a link leads out.
     """
     try:
         home, real = folder.resolve(), (folder / name).resolve()
@@ -103,8 +114,6 @@ def own_file(folder: Path, name: str) -> Path:
             f"{printable(folder)}: {printable(repr(name))} does not lie in this folder: what is named elsewhere is not "
             "read. Copy the files into one folder."
         )
-    if not name.endswith((".safetensors", ".json")):
-        raise ExpertReadError(f"{printable(folder)}: {printable(repr(name))} is no safetensors file: no other is read.")
     return folder / name
 
 

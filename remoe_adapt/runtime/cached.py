@@ -48,6 +48,8 @@ OWN_PLACEMENT = {
     "variant",
     "subfolder",
     "key_mapping",
+    "use_safetensors",
+    "transformers_weights",
 }
 
 

@@ -17,6 +17,7 @@ from remoe_adapt.cache.shards import checkpoint_dtype
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.model_paths import check_place
 from remoe_adapt.runtime.pretrained import HUB_OPTIONS, auto_class, checkpoint_folder, read_config
+from remoe_adapt.untrusted import printable
 
 # Default dtype and classes of experts change for the whole process while a model is made.
 LOADING = threading.Lock()
@@ -44,9 +45,11 @@ class Checkpoint:
         try:
             with torch.device("meta"):
                 model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
-        except ValueError as error:
-            reason = str(error).partition("\n")[0].partition(" Model type should be")[0]
-            raise UncacheableError(f"{self.name!r} cannot be made without its weights ({reason}).") from error
+        except Exception as error:  # config.json may hold anything
+            reason = str(error).partition("\n")[0].partition(" Model type should be")[0] or type(error).__name__
+            raise UncacheableError(
+                f"{printable(self.name)!r} cannot be made without its weights ({printable(reason)})."
+            ) from error
         assert isinstance(model, PreTrainedModel)
         return model
 
