@@ -144,15 +144,17 @@ class let_through:
 class HeldCondition(threading.Condition):
     """A condition in whose lock signals wait, so that it is never left taken, and nothing under it half done."""
 
+    def __init__(self) -> None:
+        self._held_lock = threading.RLock()
+        super().__init__(self._held_lock)
+
     def __enter__(self) -> bool:
         hold()
-        return super().__enter__()
+        return self._held_lock.acquire()
 
     def __exit__(self, *error: Any) -> None:
-        try:
-            super().__exit__(*error)
-        finally:
-            release()
+        self._held_lock.release()
+        release()
 
     def wait(self, timeout: float | None = None) -> bool:
         """As of Condition, but it ends now and then for nothing, and signals that came are handled: it may raise."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from remoe_adapt.cache.device import find_device, make_cache
@@ -22,7 +23,7 @@ from remoe_adapt.cache.slots import budget_in_bytes, check_budget, check_options
 from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS
 from remoe_adapt.device_profile import parse_size
-from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
 from remoe_adapt.runtime.checkpoint import LOADING, find_checkpoint
 from remoe_adapt.runtime.options import (
     CACHE_OPTIONS,
@@ -33,6 +34,7 @@ from remoe_adapt.runtime.options import (
     unknown_option,
 )
 from remoe_adapt.runtime.pretrained import HUB_OPTIONS
+from remoe_adapt.untrusted import printable
 
 _KV_CACHE_PART = 16
 _KNOWN = ("budget", "device", "dtype", *CACHE_OPTIONS)
@@ -140,6 +142,8 @@ def load_with_expert_cache(
             unknown = unknown_option(error, _KNOWN) if isinstance(error, TypeError) else None
             if unknown is not None:
                 raise unknown from error
+            if isinstance(error, OSError | SafetensorError) and not isinstance(error, RemoeError):
+                raise ExpertReadError(f"{folder} cannot be loaded ({printable(error)}): fetch it again.") from error
             raise
     assert isinstance(model, PreTrainedModel)
     _own(model, place)
