@@ -71,7 +71,7 @@ class Filling:
         return awaited, {key[1]: self._slots[key] for key in keys if key not in awaited}
 
     def _wait_for_room(self) -> None:
-        if self._shares.close_lost():
+        if self._shares.close_lost(own=True):
             self._settle()
             self._changed.notify_all()
         else:

@@ -74,11 +74,11 @@ class Shares:
             del self._leases[id(lease)]
             self.unpin(keys)
 
-    def close_lost(self) -> bool:
-        """Close leases that nobody has any more, and the calling thread's own: it is about to wait for room, which
+    def close_lost(self, *, own: bool = False) -> bool:
+        """Close leases that nobody has any more. own: and the calling thread's, which is about to wait for room: that
         would be for itself (an interrupt kept it from closing them). Their slots stay as long as it holds on to them.
         """
-        here = threading.get_ident()
+        here = threading.get_ident() if own else None
         lost = [at for at, (ref, thread, _) in self._leases.items() if thread == here or ref() is None]
         for at in lost:
             self.unpin(self._leases.pop(at)[2])

@@ -90,15 +90,19 @@ class ExpertCache(Filling):
         A signal whose handler raises (Ctrl-C) does so once the read under way in this thread has ended.
         """
         wanted, lease, begun = list(experts), Lease(self._end), dict[Key, Arrival]()
-        with held_back():
-            try:
-                awaited = self._open(lease, layer, wanted, continues, begun)
-                if awaited:
-                    lease.slots |= self._await(layer, awaited, begun)
-                handle_pending()
-            except BaseException:
-                self._abandon(lease, begun)
-                raise
+        try:
+            with held_back():
+                try:
+                    awaited = self._open(lease, layer, wanted, continues, begun)
+                    if awaited:
+                        lease.slots |= self._await(layer, awaited, begun)
+                    handle_pending()
+                except BaseException:
+                    self._abandon(lease, begun)
+                    raise
+        except BaseException:  # of a signal that came at the very end, too
+            lease.release()
+            raise
         return lease
 
     def _open(
@@ -107,6 +111,7 @@ class ExpertCache(Filling):
         """Those that are still to come; `begun` of them are the caller's to read."""
         with self._changed:
             shares, ahead = self._shares, self._ahead
+            shares.close_lost()
             if ahead.expected and not continues:
                 self._cancel(ahead.settle(layer, wanted))
             while True:
@@ -184,6 +189,7 @@ class ExpertCache(Filling):
         Counters and the policy's memory of uses stay.
         """
         with self._changed:
+            self._shares.close_lost()
             self._cancel(list(self._ahead.queued))
             begun = set(self._ahead.begun)
             while begun & self._ahead.begun:
