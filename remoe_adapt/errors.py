@@ -14,6 +14,7 @@ RemoeError(Exception)
  |   `- MergeStateError                   illegal in this merge state (swap while merged)
  |- FamilyError(ValueError)               family.json or its adapter folders
  |- ExportError(ValueError)               a checkpoint or GGUF that cannot take the family's routers
+ |- WriteError(OSError)                    a result that cannot be written; names it and the reason
  |- TraceError(ValueError)                a trace file or array
  |- DataError(ValueError)                 training or evaluation text
  |- ExpertReadError(OSError)              an expert's bytes in a checkpoint; names file, tensor and offset
@@ -81,6 +82,10 @@ class FamilyError(RemoeError, ValueError):
 
 class ExportError(RemoeError, ValueError):
     """A checkpoint or GGUF file is damaged, or cannot carry the routers of the family; the message says why."""
+
+
+class WriteError(RemoeError, OSError):
+    """A result cannot be written: a full or read-only disk, a missing permission; nothing of it is left."""
 
 
 class TraceError(RemoeError, ValueError):

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import remoe_adapt.tuner  # noqa: F401 (an adapter's folder is a model too: transformers asks PEFT for its type)
 from remoe_adapt.errors import ConfigError, TraceError
 from remoe_adapt.libraries.kv_cache import cache_keyword, returned_cache
+from remoe_adapt.model_paths import check_place
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.spec import RouterRef
 from remoe_adapt.trace import Trace
+from remoe_adapt.untrusted import printable
 
 MAX_WINDOW = 1024
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -115,18 +118,20 @@ def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: s
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    check_place(path_or_hub_id, "cannot load the model:")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return model.to(target).eval(), tokenizer
     # AssertionError: what torch raises for a device it was built without.
-    except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"cannot load the model {name} on {target}: {reason}") from error
+        raise ConfigError(f"cannot load the model {name} on {target}: {printable(reason)}") from error
 
 
 def load_tokenizer(path_or_hub_id: str) -> Any:
     """The tokenizer of a model. Raises ConfigError when there is none."""
+    check_place(path_or_hub_id, "no tokenizer:")
     try:
         return AutoTokenizer.from_pretrained(path_or_hub_id)
     except (OSError, ValueError, KeyError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 # Bottom up. A file imports only files listed above it; `room.*` is a whole folder: any order inside, but no cycles.
 # A package name is its __init__.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "notices", "forks", "untrusted", "outputs"),
+    ("errors", "notices", "forks", "interrupts", "untrusted", "outputs", "writing", "model_paths"),
     (
         "profiles",
         "cache",
@@ -105,6 +105,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cache.arrivals",
         "cache.residency",
         "cache.ahead",
+        "cache.filling",
         "cache.tiers",
         "cache.device",
         "cache.experts",

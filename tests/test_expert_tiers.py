@@ -297,6 +297,41 @@ def test_options_that_cannot_work_are_refused(budget: Any, options: dict[str, An
     assert cache.budget_bytes == source.total
 
 
+def test_a_budget_is_resized_to_a_size_bytes_or_a_share() -> None:
+    source = Source()
+    cache = ExpertCache(source, source.total)
+    for budget, in_bytes in (
+        ("0.1KiB", 102),
+        (0.5, source.total // 2),
+        (100, 100),
+        ("1GiB", 1 << 30),
+        (1.0, source.total),
+    ):
+        cache.resize(budget)  # type: ignore[arg-type]
+        assert cache.budget_bytes == cache.stats()["asked_bytes"] == in_bytes
+    wrong: list[Any] = [
+        "5 apples",
+        "much",
+        "",
+        0.0,
+        1.5,
+        -0.1,
+        float("nan"),
+        float("inf"),
+        True,
+        None,
+        [1],
+        0,
+        -5,
+        "1B",
+        0.001,
+    ]
+    for budget in wrong:
+        with pytest.raises(ConfigError, match="expert cache budget"):
+            cache.resize(budget)
+        assert cache.budget_bytes == cache.stats()["asked_bytes"] == source.total
+
+
 def test_a_store_is_such_a_source(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "qwen2_moe")
     store: ExpertSource = ExpertStore(folder, skeleton(folder))

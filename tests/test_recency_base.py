@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kv import kv
+from kv import kv, returned_cache
 from test_recency_masks import left_padded
 from test_recency_models import HYBRIDS
 from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
@@ -169,7 +169,7 @@ def test_what_was_chosen_at_rest_is_what_a_gain_continues_from(cache: str, padde
     }[cache]()  # fmt: skip
     with recency_prior(model, "ema", 0.0) as installed, torch.no_grad():
         with record_forward(model) as recorder:
-            held = model(ids, attention_mask=mask, **kv(held), use_cache=True).past_key_values
+            held = returned_cache(model(ids, attention_mask=mask, **kv(held), use_cache=True))
             parts = [recorder.take().unflatten(1, (2, -1))]
             for token in (11, 12):
                 mask = torch.cat([mask, ones], dim=1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 
 from remoe_adapt.cache.slots import Key, Slot
+from remoe_adapt.interrupts import POLL_S, handle_pending
 
 
 class AbandonedError(Exception):
@@ -24,6 +25,15 @@ class Arrival(Future[Slot]):
         """Whether the calling thread is the one to read it: the first that asks, in one atomic step."""
         here = threading.get_ident()
         return self._readers.setdefault("first", here) == here
+
+
+def outcome(arrival: Arrival) -> BaseException | None:
+    """Why it failed, once it is over; raises what a signal raises that comes meanwhile."""
+    while True:
+        try:
+            return arrival.exception(POLL_S)
+        except TimeoutError:
+            handle_pending()
 
 
 def read_all(fetch: Callable[[Key, Arrival], None], arrivals: Sequence[tuple[Key, Arrival]], pool: Executor) -> None:

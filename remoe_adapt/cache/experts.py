@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from remoe_adapt.cache.slots import Lease, Slot
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ConfigError, UncacheableError
+from remoe_adapt.interrupts import held_back, let_through
 from remoe_adapt.tuner.beside import plain_base
 
 _FORWARD_INPUTS = 3
@@ -67,7 +68,8 @@ class _Call:
 
     def row(self, expert: int, param: str) -> Tensor:
         if expert not in self._slots:
-            self._advance(expert)
+            with held_back():
+                self._advance(expert)
         return self._slots[expert][param]
 
     def _advance(self, expert: int) -> None:
@@ -101,7 +103,7 @@ class _Call:
     def unpack(self, saved: Tensor | _Saved) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        with self._cache.lease(self._layer, [saved.expert], continues=True) as lease:
+        with held_back(), self._cache.lease(self._layer, [saved.expert], continues=True) as lease:
             whole = lease.slots[saved.expert][saved.param]
         return whole.as_strided(saved.size, saved.stride, saved.offset)
 
@@ -134,18 +136,19 @@ class LayerExperts:
             )
         count = self._num_experts
         needed = sorted(expert for expert in set(ids_TK.flatten().tolist()) if 0 <= expert < count)
-        begin = None
-        if self.predictor is not None:
-            self.predictor.settle(self.layer, needed)
-            begin = partial(self.predictor.follow, self.layer, hidden_TD)
-        call = self._here.call = _Call(self.cache, self.layer, needed, begin)
         graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
-        try:
-            with saved_tensors_hooks(call.pack, call.unpack) if graph else nullcontext():
-                return eager(module, hidden_TD, ids_TK, weights_TK)
-        finally:
-            call.close()
-            del self._here.call
+        with held_back():
+            begin = None
+            if self.predictor is not None:
+                self.predictor.settle(self.layer, needed)
+                begin = partial(self.predictor.follow, self.layer, hidden_TD)
+            call = self._here.call = _Call(self.cache, self.layer, needed, begin)
+            try:
+                with saved_tensors_hooks(call.pack, call.unpack) if graph else nullcontext(), let_through():
+                    return eager(module, hidden_TD, ids_TK, weights_TK)
+            finally:
+                call.close()
+                del self._here.call
 
     def row(self, expert: int, param: str) -> Tensor:
         call: _Call = self._here.call
@@ -219,11 +222,12 @@ def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
             cls.__init__ = patched(cls, cls.__init__)  # type: ignore[method-assign]
         yield
     finally:
-        for cls, own in before.items():
-            if own is None:
-                del cls.__init__
-            else:
-                cls.__init__ = own
+        with held_back():
+            for cls, own in before.items():
+                if own is None:
+                    del cls.__init__
+                else:
+                    cls.__init__ = own
 
 
 def bind_experts(

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from remoe_adapt.cache.blocks import Blocks
 from remoe_adapt.cache.reading import BLOCK, ExtentReader, Reader
-from remoe_adapt.cache.shards import Extent, file_extents
+from remoe_adapt.cache.shards import Extent, own_file, tensors_of
 from remoe_adapt.cache.store import ALIGNMENT, ExpertStore
 from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.untrusted import printable, read_json
 
 FORMAT, MANIFEST = 1, "experts.json"
 # Numbers of each parameter of the first and the last expert of every layer that are compared with the checkpoint.
@@ -121,10 +122,10 @@ class PackedStore:
             dtypes = [sorted({param["dtype"] for param in one["params"].values()}) for one in (found, mine)]
             if _without_dtypes(found) == _without_dtypes(mine):
                 raise ConfigError(
-                    f"{what} in {', '.join(dtypes[0])}, the model is to be loaded in {', '.join(dtypes[1])}: choose "
-                    "the pack's type with dtype=, or pack again with --dtype."
+                    f"{what} in {printable(', '.join(dtypes[0]))}, the model is to be loaded in "
+                    f"{', '.join(dtypes[1])}: choose the pack's type with dtype=, or pack again with --dtype."
                 )
-            what += f" ({found['name']}: {found['experts']} experts, {_shapes(found)})"
+            what += f" ({printable(found['name'])}: {found['experts']} experts, {printable(_shapes(found))})"
             raise ConfigError(
                 f"{what}, not of {source.folder} ({mine['name']}: {mine['experts']} experts, {_shapes(mine)}): "
                 "give the pack of this model, or make it with `remoe pack`."
@@ -135,7 +136,7 @@ class PackedStore:
         )
 
     def _find(self, files: Sequence[str]) -> list[list[Extent]]:
-        extents = {name: extent for file in files for name, extent in file_extents(self.folder / file).items()}
+        extents = tensors_of(own_file(self.folder, file) for file in files)
         found = []
         for layer in self._packed:
             names = [f"{layer.name}.{expert}" for expert in range(layer.experts)]
@@ -170,21 +171,28 @@ class PackedStore:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `experts.json` says; raises ConfigError when it is not there or not understood."""
     file = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        number, files, layers = manifest["format"], manifest["files"], manifest["layers"]
-        whole = isinstance(manifest["model"], str) and all(isinstance(layer, dict) for layer in layers)
-        whole = whole and all(isinstance(name, str) and Path(name).name == name for name in files)
-    except FileNotFoundError as error:
+    if not file.is_file():
         raise ConfigError(
-            f"{folder} is no folder of packed experts (no {MANIFEST}): make it with `remoe pack`."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is not whole ({error}): pack again.") from error
-    if number != FORMAT:
-        raise ConfigError(f"{file} is of format {number!r}, this version reads {FORMAT}: pack again.")
+            f"{printable(folder)} is no folder of packed experts (no {MANIFEST}): make it with `remoe pack`."
+        )
+    try:
+        manifest: dict[str, Any] = read_json(file)
+        number, files = manifest["format"], manifest["files"]
+        whole = isinstance(manifest["model"], str) and isinstance(files, list) and len(set(files)) == len(files)
+        whole = whole and all(isinstance(name, str) and Path(name).name == name for name in files)
+        manifest["model"] = printable(manifest["model"])
+        for layer in manifest["layers"]:
+            whole = whole and isinstance(layer["name"], str) and isinstance(layer["experts"], int)
+            for param in layer["params"].values():
+                whole = whole and isinstance(param["shape"], list) and isinstance(param["dtype"], str)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{printable(file)} is not whole ({printable(error)}): pack again.") from error
+    if type(number) is not int or number != FORMAT:
+        raise ConfigError(
+            f"{printable(file)} is of format {printable(repr(number))}, this version reads {FORMAT}: pack again."
+        )
     if not whole:
-        raise ConfigError(f"{file} is not whole: pack again.")
+        raise ConfigError(f"{printable(file)} is not whole: pack again.")
     return manifest
 
 

@@ -18,7 +18,9 @@ import torch
 from remoe_adapt.cache.packed import FORMAT, MANIFEST, PackedLayer, PackedStore, as_json, round_up
 from remoe_adapt.cache.reading import BLOCK
 from remoe_adapt.cache.store import ExpertStore
-from remoe_adapt.errors import ConfigError
+from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.untrusted import read_json
+from remoe_adapt.writing import made_parents, writing
 
 SHARD_BYTES = 4 << 30
 # So much may wait to be written out before we wait for it.
@@ -48,10 +50,12 @@ def write_pack(
     call goes on with it unless model or layout have changed.
 
     Raises ConfigError when `out` cannot be had (there is something already, another process packs into it, the disk
-    is too full: what was written is removed then), ExpertReadError when the checkpoint cannot be read.
+    is too full: what was written is removed then), WriteError for other faults of the disk, and ExpertReadError when
+    the checkpoint cannot be read.
     """
     out = Path(out).resolve()
-    _refuse(out, overwrite)
+    with writing(out):
+        _refuse(out, overwrite)
     layers = [PackedLayer.of(source, layer) for layer in range(len(source.layers))]
     shards = list(_shards(layers, shard_bytes))
     names = [f"experts-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
@@ -61,9 +65,8 @@ def write_pack(
         len(head) + sum(layers[layer].bytes for layer, _ in shard) for head, shard in zip(headers, shards, strict=True)
     ]
     on_start(sum(sizes))
-    out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.partial")
-    with _alone(draft, out):
+    with writing(out), made_parents(out), _alone(draft, out):
         _refuse(out, overwrite)
         try:
             _continue(draft, manifest | {"source": source.state()})
@@ -78,10 +81,12 @@ def write_pack(
                 else:
                     _write_shard(draft / names[number], headers[number], shard, source, layers, on_bytes)
             _write_json(draft / MANIFEST, manifest)
+        except ExpertReadError:
+            raise
         except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            shutil.rmtree(draft, ignore_errors=True)
             raise ConfigError(
                 f"the disk of {out.parent} became full; what was packed has been removed. The pack takes "
                 f"{_size(sum(sizes))}: make room, or give another folder."
@@ -152,12 +157,12 @@ def _alone(draft: Path, out: Path) -> Iterator[None]:
 def _continue(draft: Path, plan: dict[str, Any]) -> None:
     """Keep what there is if it follows this plan, else begin anew."""
     try:
-        same = json.loads((draft / _PLAN).read_text(encoding="utf-8")) == json.loads(json.dumps(plan))
-    except (OSError, ValueError):
+        same = read_json(draft / _PLAN) == json.loads(json.dumps(plan))
+    except ConfigError:
         same = False
     if not same:
         for path in draft.iterdir():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         _write_json(draft / _PLAN, plan)
 
 

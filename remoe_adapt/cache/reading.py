@@ -57,7 +57,11 @@ class ExtentReader:
         # At the latest when nothing needs the reader any more.
         self.close = weakref.finalize(self, _close, self._fds)
         for path in files:
-            self._fds[path] = os.open(path, os.O_RDONLY | (os.O_DIRECT if self.direct_io else 0))
+            try:
+                self._fds[path] = os.open(path, os.O_RDONLY | (os.O_DIRECT if self.direct_io else 0))
+            except OSError as error:
+                self.close()
+                raise ExpertReadError(f"{path} cannot be opened: {error.strerror}.") from error
 
     def fill(self, parts: Iterable[tuple[Extent, Tensor]]) -> None:
         """Read each extent into its contiguous CPU tensor of as many bytes.

@@ -1,4 +1,4 @@
-"""Tensors that say which experts are in their slots, kept up to date while others read them."""
+"""The experts that are in their slots, and tensors that say so, kept up to date while others read them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,45 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from remoe_adapt.cache.slots import Key
+from remoe_adapt.cache.slots import Key, Slot
 from remoe_adapt.errors import ConfigError
 
 
 class Residency:
-    """1 where an expert is in its slot and 0 elsewhere, in [1, E] tensors of others, written in place."""
+    """`slots` by (layer, expert); and, in [1, E] tensors of others, written in place, 1 where there is one, else 0."""
 
     def __init__(self, num_experts: Sequence[int]) -> None:
         self._num_experts = num_experts
+        self.slots: dict[Key, Slot] = {}
+        self._held = [0 for _ in num_experts]
         self._shown: dict[int, list[Tensor]] = {}
 
-    def follow(self, tensors: Sequence[Tensor], layers: Sequence[int] | None, resident: Iterable[Key]) -> None:
+    def put(self, key: Key, slot: Slot) -> None:
+        """The expert has come."""
+        self._held[key[0]] += key not in self.slots
+        self.slots[key] = slot
+        self._show(key, 1.0)
+
+    def drop(self, key: Key) -> bool:
+        """The expert goes; whether it was there."""
+        there = self.slots.pop(key, None) is not None
+        if there:
+            self._held[key[0]] -= 1
+            self._show(key, 0.0)
+        return there
+
+    def keep(self, keys: Iterable[Key]) -> None:
+        """Only those of these that are there, counted anew."""
+        kept = set(keys)
+        for key in [key for key in self.slots if key not in kept]:
+            del self.slots[key]
+        self._held = [sum(at == layer for at, _ in self.slots) for layer in range(len(self._held))]
+
+    def is_whole(self, layer: int) -> bool:
+        """All experts of this layer are there."""
+        return self._held[layer] == self._num_experts[layer]
+
+    def follow(self, tensors: Sequence[Tensor], layers: Sequence[int] | None) -> None:
         """Write these tensors, of these layers, from now on, and no others; None: one for each layer, in order.
 
         Raises ConfigError when numbers or shapes do not fit.
@@ -33,11 +60,10 @@ class Residency:
             for layer, tensor in zip(places, tensors, strict=True):
                 self._shown.setdefault(layer, []).append(tensor)
                 tensor.zero_()
-        for key in resident:
-            self.set(key, 1.0)
+        for key in self.slots:
+            self._show(key, 1.0)
 
-    def set(self, key: Key, value: float) -> None:
-        """The expert has come (1) or gone (0)."""
+    def _show(self, key: Key, value: float) -> None:
         shown = self._shown.get(key[0])
         if shown:
             with torch.no_grad():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 
 from remoe_adapt.cache.policy import Policy
 from remoe_adapt.cache.simulate import make_policy
-from remoe_adapt.cache.slots import ExpertSource, Key, domains_of, shares_of
+from remoe_adapt.cache.slots import ExpertSource, Key, Lease, domains_of, shares_of
 
 
 class Shares:
@@ -29,6 +31,8 @@ class Shares:
         self.budget_bytes = self.asked_bytes = budget_bytes
         self.settled = True
         self.pins: Counter[Key] = Counter()
+        # Of each open lease, by its id: itself, its thread, its experts.
+        self._leases: dict[int, tuple[weakref.ref[Lease], int, list[Key]]] = {}
         self._tokens, self._last_layer = [0] * len(self._domains), [-1] * len(self._domains)
 
     def policy_of(self, layer: int) -> Policy[Key]:
@@ -51,6 +55,39 @@ class Shares:
         return self._tokens[domain]
 
     # Leases
+
+    def open(self, lease: Lease, keys: list[Key]) -> None:
+        """From now on these experts are held by it."""
+        if (dead := self._leases.pop(id(lease), None)) is not None:
+            self.unpin(dead[2])
+        self._leases[id(lease)] = weakref.ref(lease), threading.get_ident(), keys
+        self.pins.update(keys)
+
+    def held_by(self, lease: Lease) -> list[Key]:
+        """Its experts; none when it is closed."""
+        ref, _, keys = self._leases.get(id(lease), (None, 0, []))
+        return keys if ref is not None and ref() is lease else []
+
+    def close(self, lease: Lease) -> None:
+        """Its experts are given back; once is enough."""
+        if keys := self.held_by(lease):
+            del self._leases[id(lease)]
+            self.unpin(keys)
+
+    def close_lost(self, *, own: bool = False) -> bool:
+        """Close leases that nobody has any more. own: and the calling thread's, which is about to wait for room: that
+        would be for itself (an interrupt kept it from closing them). Their slots stay as long as it holds on to them.
+        """
+        here = threading.get_ident() if own else None
+        lost = [at for at, (ref, thread, _) in self._leases.items() if thread == here or ref() is None]
+        for at in lost:
+            self.unpin(self._leases.pop(at)[2])
+        return bool(lost)
+
+    def close_all(self) -> None:
+        """In the child of a fork."""
+        self._leases.clear()
+        self.pins.clear()
 
     def unpin(self, keys: Iterable[Key]) -> None:
         for key in keys:

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.interrupts import held_back
 
 POLICIES = ("lru", "lfu", "lrfu")
 SCOPES = ("global", "layer")
@@ -69,8 +71,9 @@ def counted(counters: Sequence[LayerCounters], layers: bool) -> dict[str, Any]:
 class Lease:
     """Experts that stay while the lease is open: `slots` maps each to its parameters. A context manager."""
 
-    def __init__(self, unpin: Callable[[list[Key]], None], keys: list[Key], slots: dict[int, Slot]) -> None:
-        self._unpin, self._keys, self.slots = unpin, keys, slots
+    def __init__(self, end: Callable[[Lease], None]) -> None:
+        self._end = end
+        self.slots: dict[int, Slot] = {}
 
     def __enter__(self) -> Lease:
         return self
@@ -80,8 +83,9 @@ class Lease:
 
     def release(self) -> None:
         """Give the experts back; once is enough."""
-        keys, self._keys, self.slots = self._keys, [], {}
-        self._unpin(keys)
+        with held_back():
+            self.slots = {}
+            self._end(self)
 
 
 def check_options(policy: str, scope: str, threads: int) -> None:
@@ -91,6 +95,29 @@ def check_options(policy: str, scope: str, threads: int) -> None:
             raise ConfigError(f"expert cache {what} {value!r} is not one of {', '.join(known)}.")
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ConfigError(f"threads {threads!r}: give the number of reads at a time, at least 1.")
+
+
+def check_budget(what: str, value: object) -> None:
+    """Raises ConfigError for anything but a size, a number of bytes or a share of all experts."""
+    if isinstance(value, str):
+        try:
+            parse_size(value)
+        except ConfigError as error:
+            raise ConfigError(f"{what}: {error}; or a share of all experts, as 0.25") from error
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(
+            f"{what} {value!r}: give a size, as '2GiB', a number of bytes, or a share of all experts, as 0.25; other "
+            "settings of the cache are options of their own (policy=, prefetch= ...)."
+        )
+    elif isinstance(value, float) and not 0.0 < value <= 1.0:
+        raise ConfigError(f"{what} {value!r}: a share of all experts is above 0 and at most 1.0.")
+
+
+def budget_in_bytes(value: str | int | float, total_bytes: int) -> int:
+    """Of a size as "2GiB", a number of bytes, or a share (a float) of `total_bytes`; checked by `check_budget`."""
+    if isinstance(value, str):
+        return parse_size(value)
+    return int(value * total_bytes) if isinstance(value, float) else value
 
 
 def shares_of(budget_bytes: int, source: ExpertSource, domains: Sequence[Sequence[int]]) -> list[int]:

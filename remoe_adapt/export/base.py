@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from remoe_adapt.cache.shards import Extent, checkpoint_dtype, open_checkpoint
-from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError
+from remoe_adapt.errors import ExpertReadError, ExportError, FamilyError, FingerprintMismatchError
 from remoe_adapt.export.files import read_at
 from remoe_adapt.family import Family
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.fingerprint import fingerprint_of_weights
 from remoe_adapt.routers.spec import RouterSpec
 from remoe_adapt.runtime.checkpoint import LOADING, Checkpoint
-from remoe_adapt.runtime.pretrained import checkpoint_folder
+from remoe_adapt.runtime.pretrained import checkpoint_folder, read_config
+from remoe_adapt.untrusted import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,7 @@ class BaseFiles:
 
     def __init__(self, base: str | os.PathLike[str]) -> None:
         self.folder = checkpoint_folder(base)
-        try:
-            self.config: Any = AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{os.fspath(base)!r} is no model ({reason}): give its folder or hub id.") from error
+        self.config: Any = read_config(self.folder)
         # Quantised ones too: their routers are not.
         dtype = getattr(self.config, "dtype", None) or checkpoint_dtype(self.folder)
         with LOADING:
@@ -127,8 +123,11 @@ class BaseFiles:
 
 
 def read_tensor(extent: Extent) -> Tensor:
-    """A tensor of a safetensors file, in memory of its own."""
-    data = read_at(extent.path, extent.offset, extent.size)
+    """A tensor of a safetensors file, in memory of its own. Raises ExpertReadError when it cannot be read."""
+    try:
+        data = read_at(extent.path, extent.offset, extent.size)
+    except OSError as error:
+        raise ExpertReadError(f"{extent.path}: tensor {printable(extent.tensor)} cannot be read ({error}).") from error
     return torch.frombuffer(data, dtype=extent.dtype).reshape(extent.shape)
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from remoe_adapt.errors import ConfigError
+from remoe_adapt.errors import ConfigError, RemoeError, WriteError
 from remoe_adapt.untrusted import printable
+from remoe_adapt.writing import made_parents, writing
 
 OnBytes = Callable[[int], object]
 _CHUNK_BYTES = 8 << 20
@@ -86,23 +87,25 @@ def read_at(path: Path, offset: int, size: int) -> bytearray:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` at the end; after an error or a kill nothing of that name exists.
+def new_folder(out: Path, error: type[RemoeError] = WriteError) -> Iterator[Path]:
+    """A folder to fill that becomes `out` at the end; after an error or a kill nothing of that name exists, nor folders
+    that were made for it.
 
-    Raises ConfigError when `out` exists and is not an empty folder.
+    Raises ConfigError when `out` exists and is not an empty folder, `error` when it cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already: give a new folder, or remove it.")
-    draft = _draft(out)
-    draft.mkdir()
-    try:
-        yield draft
-        for path in (*(p for p in draft.rglob("*") if p.is_file()), draft):
-            sync(path)
-        draft.replace(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with writing(out, error), made_parents(out):
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{printable(out)} exists already: give a new folder, or remove it.")
+        draft = _draft(out)
+        try:
+            draft.mkdir()
+            yield draft
+            for path in (*(p for p in draft.rglob("*") if p.is_file()), draft):
+                sync(path)
+            draft.replace(out)
+            sync(out.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager

@@ -47,7 +47,8 @@ def export_lora(
     `inexact` counts the weights (of `weights`) where no delta does, `max_error` is the largest miss.
 
     Raises ConfigError when `out` holds something or the dtype is unknown, UnsupportedRouterError for routers that would
-    silently ignore PEFT's wrapper, FamilyError for the strength, else as `BaseFiles`.
+    silently ignore PEFT's wrapper, FamilyError for the strength, WriteError for a disk that is full or read-only and
+    the like, else as `BaseFiles`.
     """
     files, target = BaseFiles(base), Path(out)
     files.check(family, force=force)

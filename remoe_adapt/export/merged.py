@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.cache.shards import INDEX, SAFETENSORS_DTYPES, Extent
-from remoe_adapt.errors import ConfigError
+from remoe_adapt.cache.shards import SAFETENSORS_DTYPES, Extent, chosen_file, own_file
+from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.export.base import BaseFiles, tensor_bytes
 from remoe_adapt.export.files import (
     OnBytes,
@@ -26,11 +26,12 @@ from remoe_adapt.export.files import (
     write_at,
 )
 from remoe_adapt.family import Family
+from remoe_adapt.untrusted import parse_json, read_json
 
 PROVENANCE = "remoe_export.json"
 # Weights in other formats hold the base's routers and would be found by engines that prefer them.
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".ot"}
-_OTHER_INDEXES = (".bin.index.json",)
+_INDEX_ENDS = (".bin.index.json", ".safetensors.index.json")
 _TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -52,7 +53,8 @@ def export_merged(
 
     `on_bytes` hears of bytes done, `on_total` once how many there are. Returns what was done to each file of weights.
 
-    Raises ConfigError when `out` holds something, FamilyError for the strength, else as `BaseFiles`.
+    Raises ConfigError when `out` holds something, FamilyError for the strength, WriteError for a disk that is full or
+    read-only and the like, else as `BaseFiles`.
     """
     files, target = BaseFiles(base), Path(out)
     files.check(family, force=force)
@@ -68,16 +70,19 @@ def export_merged(
         raise ConfigError(f"{target} is the base itself: give a new folder.")
     on_total(sum(shard.stat().st_size for shard in shards))
     how: dict[str, list[str]] = {"rewritten": [], "linked": [], "cloned": [], "copied": []}
+    index = chosen_file(files.folder)
     with new_folder(target) as draft:
         for shard in shards:
+            name = str(shard.relative_to(files.folder))
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
             if shard in changed:
-                _rewrite(shard.resolve(strict=True), draft / shard.name, files.extents, changed[shard], on_bytes)
-                how["rewritten"].append(shard.name)
+                _rewrite(shard.resolve(strict=True), draft / name, files.extents, changed[shard], on_bytes)
+                how["rewritten"].append(name)
             else:
-                how[link_or_copy(shard, draft / shard.name, on_bytes)].append(shard.name)
-        _copy_small_files(files.folder, draft)
+                how[link_or_copy(shard, draft / name, on_bytes)].append(name)
+        _copy_small_files(files.folder, draft, index)
         grown = sum(live[r.name].numel() * live[r.name].element_size() - r.weight.size for r in files.routers)
-        _count_in_index(draft / INDEX, grown)
+        _count_in_index(draft / index.relative_to(files.folder), grown)
         facts = {"base": family.base_id, "fingerprint": family.fingerprint, "strength": strength}
         (draft / PROVENANCE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return {"out": str(target), **facts, "routers": len(files.routers), **how, **left_out(family, strength)}
@@ -99,7 +104,7 @@ def _rewrite(
         write_at(target, [(extents[name].offset, tensor_bytes(tensor)) for name, tensor in changed.items()])
         return
     data = 8 + int.from_bytes(read_at(shard, 0, 8), "little")
-    header: dict[str, Any] = json.loads(read_at(shard, 8, data - 8))
+    header: dict[str, Any] = parse_json(bytes(read_at(shard, 8, data - 8)), f"the header of {shard}", ExportError)
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     tensors = sorted((entry for entry in header.items() if entry[0] != "__metadata__"), key=_first_byte)
     sources, end = {name: entry["data_offsets"] for name, entry in tensors}, 0
@@ -128,17 +133,20 @@ def _first_byte(entry: tuple[str, dict[str, Any]]) -> int:
 
 
 def _count_in_index(index: Path, grown: int) -> None:
-    if grown and index.is_file():
-        entries = json.loads(index.read_text(encoding="utf-8"))
-        if "total_size" in entries.get("metadata", {}):
-            entries["metadata"]["total_size"] += grown
+    if grown and index.name.endswith(".json"):
+        entries = read_json(index, ExportError)
+        facts = entries.get("metadata")
+        if isinstance(facts, dict) and isinstance(facts.get("total_size"), int):
+            facts["total_size"] += grown
             index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_small_files(folder: Path, draft: Path) -> None:
-    """Configuration, tokenizer, index, code; not weights in other formats."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix not in _OTHER_WEIGHTS and not path.name.endswith(_OTHER_INDEXES):
-            shutil.copyfile(path, draft / path.name)
-        elif path.is_dir() and path.name == _TEMPLATE_FOLDER:
-            shutil.copytree(path, draft / path.name)
+def _copy_small_files(folder: Path, draft: Path, index: Path) -> None:
+    """Configuration, tokenizer, the index that counts, code; not weights in other formats."""
+    found = [*sorted(folder.iterdir()), *sorted((folder / _TEMPLATE_FOLDER).rglob("*"))]
+    for path in found:
+        other = path.suffix in _OTHER_WEIGHTS or (path.name.endswith(_INDEX_ENDS) and path != index)
+        if path.is_file() and not other:
+            name = path.relative_to(folder)
+            (draft / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(own_file(folder, str(name)), draft / name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from remoe_adapt.cache.device import find_device, make_cache
@@ -18,21 +19,22 @@ from remoe_adapt.cache.experts import bind_experts, check_experts, experts_left_
 from remoe_adapt.cache.packed import PackedStore
 from remoe_adapt.cache.prefetch import bind_prefetch
 from remoe_adapt.cache.reading import Reader
-from remoe_adapt.cache.slots import check_options
+from remoe_adapt.cache.slots import budget_in_bytes, check_budget, check_options
 from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS
 from remoe_adapt.device_profile import parse_size
-from remoe_adapt.errors import ConfigError, MergeStateError
-from remoe_adapt.runtime.checkpoint import HUB_OPTIONS, LOADING, find_checkpoint
+from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
+from remoe_adapt.runtime.checkpoint import LOADING, find_checkpoint
 from remoe_adapt.runtime.options import (
     CACHE_OPTIONS,
-    check_budget,
     check_flags,
     check_memory,
     check_names,
     check_path,
     unknown_option,
 )
+from remoe_adapt.runtime.pretrained import HUB_OPTIONS
+from remoe_adapt.untrusted import printable
 
 _KV_CACHE_PART = 16
 _KNOWN = ("budget", "device", "dtype", *CACHE_OPTIONS)
@@ -48,6 +50,8 @@ OWN_PLACEMENT = {
     "variant",
     "subfolder",
     "key_mapping",
+    "use_safetensors",
+    "transformers_weights",
 }
 
 
@@ -116,14 +120,14 @@ def load_with_expert_cache(
         check_experts(modules)
         store = _store(folder, skeleton, storage, direct_io=direct_io, reader=reader)
         try:
-            budget_bytes = _bytes(budget, store.total_bytes)
+            budget_bytes = budget_in_bytes(budget, store.total_bytes)
             if memory is not None:
                 budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
             cache = make_cache(
                 store,
                 budget_bytes,
                 device=place,
-                ram_budget_bytes=None if ram_budget is None else _bytes(ram_budget, store.total_bytes),
+                ram_budget_bytes=None if ram_budget is None else budget_in_bytes(ram_budget, store.total_bytes),
                 policy=policy,
                 scope=scope,
                 threads=threads,
@@ -138,6 +142,8 @@ def load_with_expert_cache(
             unknown = unknown_option(error, _KNOWN) if isinstance(error, TypeError) else None
             if unknown is not None:
                 raise unknown from error
+            if isinstance(error, OSError | SafetensorError) and not isinstance(error, RemoeError):
+                raise ExpertReadError(f"{folder} cannot be loaded ({printable(error)}): fetch it again.") from error
             raise
     assert isinstance(model, PreTrainedModel)
     _own(model, place)
@@ -179,12 +185,6 @@ def _store(
         return PackedStore(storage, source, direct_io=direct_io, reader=reader)
     finally:
         source.close()
-
-
-def _bytes(budget: str | int | float, total_bytes: int) -> int:
-    if isinstance(budget, str):
-        return parse_size(budget)
-    return int(budget * total_bytes) if isinstance(budget, float) else budget
 
 
 def _dense_bytes(skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from remoe_adapt.cache.shards import checkpoint_dtype
 from remoe_adapt.errors import ConfigError, UncacheableError
-from remoe_adapt.runtime.pretrained import auto_class, checkpoint_folder
+from remoe_adapt.model_paths import check_place
+from remoe_adapt.runtime.pretrained import HUB_OPTIONS, auto_class, checkpoint_folder, read_config
+from remoe_adapt.untrusted import printable
 
 # Default dtype and classes of experts change for the whole process while a model is made.
 LOADING = threading.Lock()
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 # What transformers loads quantised weights with to make plain ones of them.
 _DEQUANTISED = {"fp8": "FineGrainedFP8Config(dequantize=True)", "mxfp4": "Mxfp4Config(dequantize=True)"}
 
@@ -44,9 +45,11 @@ class Checkpoint:
         try:
             with torch.device("meta"):
                 model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
-        except ValueError as error:
-            reason = str(error).partition("\n")[0].partition(" Model type should be")[0]
-            raise UncacheableError(f"{self.name!r} cannot be made without its weights ({reason}).") from error
+        except Exception as error:  # config.json may hold anything
+            reason = str(error).partition("\n")[0].partition(" Model type should be")[0] or type(error).__name__
+            raise UncacheableError(
+                f"{printable(self.name)!r} cannot be made without its weights ({printable(reason)})."
+            ) from error
         assert isinstance(model, PreTrainedModel)
         return model
 
@@ -64,12 +67,8 @@ def find_checkpoint(
     name, options = os.fspath(path), options or {}
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     trust = {key: options[key] for key in ("trust_remote_code",) if key in options}
-    try:
-        config = AutoConfig.from_pretrained(name, **hub, **trust)
-    except (OSError, ValueError) as error:
-        what = "is no model" if Path(name).is_dir() else "cannot be found"
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{name!r} {what} ({reason}): give a model folder or a hub id.") from error
+    check_place(path, "model", **hub)
+    config = read_config(name, **hub, **trust)
     _refuse_quantised(name, config)
     folder = checkpoint_folder(name, **hub)
     return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust)

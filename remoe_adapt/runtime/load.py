@@ -11,13 +11,14 @@ from weakref import WeakKeyDictionary
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from remoe_adapt.cache.slots import check_budget
 from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
 from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError, UncacheableError
 from remoe_adapt.family import Family, original_weights
 from remoe_adapt.notices import say_once
 from remoe_adapt.runtime.cached import OWN_PLACEMENT, load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
-from remoe_adapt.runtime.options import CACHE_OPTIONS, check_budget, check_device, check_flags, check_names, check_path
+from remoe_adapt.runtime.options import CACHE_OPTIONS, check_device, check_flags, check_names, check_path
 from remoe_adapt.runtime.pretrained import load_base
 from remoe_adapt.runtime.recency import DialPrior, RecencyPlan, plan_recency, training_free_family
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject

@@ -45,22 +45,6 @@ def unknown_option(error: TypeError, known: Sequence[str]) -> ConfigError | None
     return None if found is None else _unknown(found[1], known)
 
 
-def check_budget(what: str, value: object) -> None:
-    """Raises ConfigError for anything but a size, a number of bytes or a share of all experts."""
-    if isinstance(value, str):
-        try:
-            parse_size(value)
-        except ConfigError as error:
-            raise ConfigError(f"{what}: {error}; or a share of all experts, as 0.25") from error
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(
-            f"{what} {value!r}: give a size, as '2GiB', a number of bytes, or a share of all experts, as 0.25; other "
-            "settings of the cache are options of their own (policy=, prefetch= ...)."
-        )
-    elif isinstance(value, float) and not 0.0 < value <= 1.0:
-        raise ConfigError(f"{what} {value!r}: a share of all experts is above 0 and at most 1.0.")
-
-
 def check_memory(value: object) -> None:
     """Raises ConfigError for anything but a size or a number of bytes."""
     if isinstance(value, str):

@@ -12,7 +12,9 @@ import torch
 from remoe_adapt.cache.experts import check_experts
 from remoe_adapt.cache.packing import write_pack
 from remoe_adapt.cache.store import ExpertStore, experts_modules
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.runtime.checkpoint import LOADING, find_checkpoint
+from remoe_adapt.runtime.pretrained import HUB_OPTIONS
 
 
 def pack_experts(
@@ -30,8 +32,13 @@ def pack_experts(
     dtype: of the copy, which must be that of the model in memory; None: the checkpoint's. overwrite, on_start,
     on_bytes, and what is returned and raised: see cache.packing.write_pack. options: of from_pretrained, for the hub.
 
-    Raises ConfigError and UncacheableError as load_with_expert_cache.
+    Raises ConfigError and UncacheableError as load_with_expert_cache, ConfigError also for other options.
     """
+    if unknown := sorted(options.keys() - {*HUB_OPTIONS, "trust_remote_code"}):
+        raise ConfigError(
+            f"{', '.join(unknown)}: a pack is made of the folder's own safetensors files; give dtype, overwrite, "
+            f"trust_remote_code, {', '.join(HUB_OPTIONS)} alone."
+        )
     checkpoint = find_checkpoint(path, dtype, options)
     with LOADING:
         skeleton = checkpoint.skeleton()

@@ -9,12 +9,16 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from remoe_adapt.errors import ConfigError
+from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.model_paths import check_place
 from remoe_adapt.runtime.options import CACHE_OPTIONS, unknown_option
+from remoe_adapt.untrusted import printable
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
 _HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
 
@@ -25,15 +29,19 @@ def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     Raises ConfigError when it cannot be loaded, or an option is none.
     """
     path = os.fspath(base)
+    hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+    check_place(base, "base", **hub)
     try:
-        config_kwargs = {
-            key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs
-        }
-        config = kwargs.get("config") or AutoConfig.from_pretrained(path, **config_kwargs)
+        config = kwargs.get("config") or read_config(
+            path, **hub, **{key: kwargs[key] for key in ("trust_remote_code", "subfolder") if key in kwargs}
+        )
         model = auto_class(config).from_pretrained(path, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"base {path!r} cannot be loaded ({reason}): give a model folder or a hub id.") from error
+    except RemoeError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"base {printable(path)!r} cannot be loaded ({_reason(error)}): give a model folder or a hub id."
+        ) from error
     except TypeError as error:
         unknown = unknown_option(error, ("device", *CACHE_OPTIONS))
         if unknown is None:
@@ -49,13 +57,31 @@ def checkpoint_folder(base: str | os.PathLike[str], **hub_options: Any) -> Path:
     Raises ConfigError when neither has it.
     """
     path = os.fspath(base)
+    check_place(base, "model", **hub_options)
     if Path(path).is_dir():
         return Path(path)
     try:
         return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES), **hub_options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{path!r} cannot be found ({reason}): give a model folder or a hub id.") from error
+        raise ConfigError(
+            f"{printable(path)!r} cannot be found ({_reason(error)}): give a model folder or a hub id."
+        ) from error
+
+
+def read_config(path: str | os.PathLike[str], **options: Any) -> PretrainedConfig:
+    """The configuration of a model folder or hub id. Raises ConfigError, whatever is wrong with it."""
+    shown = printable(os.fspath(path))
+    try:
+        config = AutoConfig.from_pretrained(os.fspath(path), **options)
+    except Exception as error:  # config.json may hold anything, and each kind of damage raises something else
+        what = "is no model" if Path(path).is_dir() else "cannot be found"
+        raise ConfigError(f"{shown!r} {what} ({_reason(error)}): give a model folder or a hub id.") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def _reason(error: Exception) -> str:
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def auto_class(config: PretrainedConfig) -> Any:
