@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?=
 # What the tests use beside the package itself; those of a missing extra skip, and say so.
-EXTRAS ?= test,export,plot,metrics,llamacpp
+EXTRAS ?= test,export,plot,metrics,llamacpp,serve
 CHECKED := remoe_adapt triton_kernels $(foreach folder,examples benchmarks,$(if $(wildcard $(folder)/*.py),$(folder)))
 
-.PHONY: demo test check install clean
+.PHONY: demo test check lowest newest install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/remoe demo
@@ -22,6 +22,14 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CHECKED)
+
+# What we rely on in transformers and peft, on the lowest versions that pyproject.toml admits, and on the newest releases.
+# `make newest RAISE=1` admits a newer release on which it holds.
+lowest: $(VENV)/.installed-test
+	$(BIN)/python .ci/versions.py lowest
+
+newest: $(VENV)/.installed-test
+	$(BIN)/python .ci/versions.py newest $(if $(RAISE),--raise)
 
 install: $(VENV)/.installed
 

@@ -8,10 +8,13 @@ from remoe_adapt.cli_options import Found
 from remoe_adapt.report import counting, quiet_libraries
 
 
-def doctor(csv: opt.Csv = None, as_json: opt.Json = False) -> Found:
+def doctor(contracts: opt.Contracts = False, csv: opt.Csv = None, as_json: opt.Json = False) -> Found:
     """What is usable here (devices, kernels, sensors, extras) and, where it is not, why."""
-    from remoe_adapt.doctor import as_result, examine
+    from remoe_adapt.doctor import as_result, examine, examine_contracts
 
+    if contracts:
+        result = examine_contracts()
+        return result, [report.contracts_table(result)]
     result = as_result(examine())
     return result, [report.doctor_table(result["rows"])]
 

@@ -17,6 +17,9 @@ Events = Iterator[tuple[Mapping[str, Any], str]]
 # Everywhere
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")]
 Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE.csv", help="Write the table's figures here as well.")]
+Contracts = Annotated[
+    bool, typer.Option("--contracts", help="Check instead what we rely on in the installed transformers, PEFT and torch.")
+]
 Model = Annotated[str, typer.Argument(help="Folder or hub id of the base model.", metavar="MODEL")]
 FamilyPath = Annotated[str | None, typer.Option("--family", help="Family folder or hub id.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, ... Default: a GPU if there is one.")]

@@ -21,6 +21,7 @@ from remoe_adapt.demo import example_folder
 from remoe_adapt.device_profile import list_profiles, read_profile
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.dispatch import explain
+from remoe_adapt.libraries import contracts, versions
 from remoe_adapt.pressure.reading import Measure, size_text
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
 from remoe_adapt.pressure.signals import unfit
@@ -70,6 +71,23 @@ def examine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) 
 def as_result(probes: list[Probe]) -> dict[str, Any]:
     """`{"ok": whether all required probes hold, "rows": [...]}`."""
     return {"ok": all(p.ok for p in probes if p.required), "rows": [asdict(p) for p in probes]}
+
+
+def examine_contracts() -> dict[str, Any]:
+    """`{"ok", "versions", "rows"}`: what we rely on in other libraries, row by row, checked on the installed ones."""
+    rows = [
+        {
+            "name": contract.name,
+            "library": contract.library,
+            "ok": (fault := contract.fault()) is None,
+            "fault": fault or "",
+            "relies_on": contract.relies_on,
+            "used_in": list(contract.used_in),
+            "interposes": contract.interposes,
+        }
+        for contract in contracts()
+    ]
+    return {"ok": all(row["ok"] for row in rows), "versions": versions(), "rows": rows}
 
 
 def _guarded(probe: Callable[[], Iterator[Probe]]) -> list[Probe]:

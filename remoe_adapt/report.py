@@ -156,6 +156,19 @@ def doctor_table(rows: Sequence[Row]) -> Table:
     return table
 
 
+def contracts_table(result: Row) -> Table:
+    """What we rely on in other libraries, and whether it is so in the installed ones."""
+    installed = ", ".join(f"{library} {version}" for library, version in result["versions"].items())
+    table = Table(title=f"what we rely on in {installed}", show_lines=False)
+    for name in ("", "library", "what must be so", "what we put there", "why it is not so"):
+        table.add_column(name, overflow="fold")
+    for row in result["rows"]:
+        mark = Text("ok", "green") if row["ok"] else Text("broken", "red")
+        fault = f"{row['fault']} Look at {', '.join(row['used_in'])}." if row["fault"] else ""
+        table.add_row(mark, row["library"], Text(row["relies_on"]), Text(row["interposes"]), Text(printable(fault)))
+    return table
+
+
 def profile_table(profiles: Mapping[str, Row]) -> Table:
     """Known profiles, what they promise, and where they come from."""
     table = Table(title="device profiles")

@@ -56,8 +56,8 @@ def adapter_type() -> None:
     "tuner/loading.py tuner/config.py tuner/stored.py",
     names="peft.config.PeftConfig peft.config.PeftConfigMixin peft.utils.WEIGHTS_NAME",
     interposes="PeftConfigMixin.from_json_file and from_pretrained check what a REMOE adapter's files hold; "
-    "PeftModel's from_pretrained, load_adapter and create_or_update_model_card undo a failed load of one and write its card (for "
-    "the process; other types are handed through)",
+    "PeftModel's from_pretrained, load_adapter and create_or_update_model_card undo a failed load of one and write its "
+    "card (for the process; other types are handed through)",
 )
 def config_reading() -> None:
     from peft import PeftModel
