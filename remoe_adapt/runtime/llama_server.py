@@ -19,6 +19,8 @@ from remoe_adapt.runtime.llama_process import ServerProcess
 from remoe_adapt.runtime.llama_scales import STEP_DIGITS, LoadedLora, ScaleMap, loaded_loras
 
 CHECK_S = 2.0
+# How long a request waits for a server that is down.
+HOLD_S = 30.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 # A probe may wait for a slot behind somebody's long answer.
 _PROBE_S = 300.0
