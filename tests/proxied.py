@@ -113,7 +113,10 @@ def said(proxy: Proxy, request: bytes) -> bytes:
 
 
 def request(body: bytes, path: str = "/completion", head: str = "") -> bytes:
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
 
 
 def error_of(answer: bytes) -> tuple[int, dict[str, Any]]:

@@ -97,7 +97,10 @@ HEADS = {
     "two lengths": (b"POST /completion HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{} ", 400),
     "no header": (b"GET /health HTTP/1.1\r\nHost x\r\n\r\n", 400),
     "a long header": (b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 100_000 + b"\r\n\r\n", 431),
-    "no chunks": (b"POST /completion HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n", 400),
+    "no chunks": (
+        b"POST /completion HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+        400,
+    ),
     "another target": (b"GET http://x/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 400),
     "compressed": (request(b"{}", head="Content-Encoding: gzip\r\n"), 415),
     "another route": (request(b"{}", "/v1/messages"), 501),
@@ -219,7 +222,9 @@ def test_a_large_body_keeps_nobody_waiting(upstream: Upstream) -> None:
 
 
 def test_headers_of_one_connection_stay_there(proxy: Proxy, upstream: Upstream) -> None:
-    head = "Keep-Alive: 5\r\nTE: trailers\r\nX-Mine: 1\r\nConnection: X-Mine\r\nX-Kept: é\r\nAuthorization: Bearer k\r\n"
+    head = (
+        "Keep-Alive: 5\r\nTE: trailers\r\nX-Mine: 1\r\nConnection: X-Mine\r\nX-Kept: é\r\nAuthorization: Bearer k\r\n"
+    )
     text = b"HTTP/1.1 200 Fine\r\nKeep-Alive: timeout=5\r\nConnection: X-Hop\r\nX-Hop: 1\r\nX-Remoe-Strength: 9\r\n"
     upstream.says = text + b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nContent-Length: 2\r\n\r\n{}"
     try:

@@ -1,4 +1,4 @@
-"""The proxy of `remoe watch --proxy` before servers whose answers are broken, cut, slow, or whole in an unusual form."""
+"""The proxy of `remoe watch --proxy` before servers whose answers are broken, cut, slow, or whole in an odd form."""
 
 from __future__ import annotations
 
@@ -132,10 +132,15 @@ def test_answers_that_are_whole_are_passed_on_whole(
 
 
 def test_what_the_server_refuses_is_passed_on_as_it_is(proxy: Proxy, upstream: Upstream) -> None:
-    upstream.says = b"HTTP/1.1 401 Who\r\nContent-Type: a/b\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\n\x1f\x8b\x08"
+    upstream.says = (
+        b"HTTP/1.1 401 Who\r\nContent-Type: a/b\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\n\x1f\x8b\x08"
+    )
     status, headers, text = posted(proxy, {})
     assert (status, headers["Content-Encoding"], headers["Content-Type"], text) == (401, "gzip", "a/b", b"\x1f\x8b\x08")
-    for says, status in ((b"HTTP/1.1 204 No\r\n\r\n", 204), (b"HTTP/1.1 302 To\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n", 302)):
+    for says, status in (
+        (b"HTTP/1.1 204 No\r\n\r\n", 204),
+        (b"HTTP/1.1 302 To\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n", 302),
+    ):
         upstream.says = says
         assert posted(proxy, {})[::2] == (status, b"")
     wait_until(lambda: proxy.counts == Counter(answered=3))
@@ -236,8 +241,7 @@ def test_the_setting_is_that_of_the_moment_of_sending(upstream: Upstream) -> Non
     upstream.says, before = OK, len(upstream.requests)
     with proxied(upstream, setting=lambda: next(answers)) as proxy:
         status, headers, _ = posted(proxy, {"prompt": "a"})
-    assert (status, headers[HEADER]) == (200, "0.5") 
-        wait_until(lambda: proxy.counts == Counter(answered=1))
+    assert (status, headers[HEADER]) == (200, "0.5") and proxy.counts == Counter(answered=1)
     whole = [json.loads(body) for _, body in upstream.requests[before:] if body.endswith(b"}")]
     assert [one["prompt"] for one in whole] == ["a"]
 

@@ -34,9 +34,9 @@ _KINDS = {501: "not_supported_error", 503: "unavailable_error"}
 class Bounds:
     """What clients may take.
 
-    head_s: seconds until a head has come, also of a next request on the same connection; body_s: seconds without
-    any more of a body, and beyond what it takes at 16 KiB/s; stall_s: seconds in which a client takes nothing of its answer; body_bytes: of one request;
-    held_bytes: of all bodies together; connections: open at once.
+    head_s: seconds until a head has come, also of a next request on the same connection; body_s: seconds without any
+    more of a body, and beyond what it takes at 16 KiB/s; stall_s: seconds in which a client takes nothing of its
+    answer; body_bytes: of one request; held_bytes: of all bodies together; connections: open at once.
     """
 
     head_s: float = 10.0
@@ -68,7 +68,9 @@ def error_answer(status: int, message: str) -> web.Response:
 def _full() -> bytes:
     body = error_answer(503, "too many connections are open: try again later").body
     assert isinstance(body, bytes)
-    head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
+    )
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -123,7 +125,9 @@ def without_lora(body: bytes, reuse_prompts: bool) -> tuple[bytes, dict[int, flo
 
 def with_lora(body: bytes, lora: list[dict[str, float]]) -> tuple[bytes, bytes]:
     """What `without_lora` left, with this `lora`, in two parts."""
-    return b'{"lora": ' + json.dumps(lora).encode() + (b"}" if body == b"{}" else b", "), body[1:] if body != b"{}" else b""
+    return b'{"lora": ' + json.dumps(lora).encode() + (b"}" if body == b"{}" else b", "), body[
+        1:
+    ] if body != b"{}" else b""
 
 
 async def in_pieces(*parts: bytes) -> AsyncIterator[bytes]:

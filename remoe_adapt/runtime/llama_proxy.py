@@ -131,6 +131,12 @@ class Proxy:
             sockets = await self._loop.create_server(server, self.host, self.port)
             listening.set_result(int(sockets.sockets[0].getsockname()[1]))
             await self._ending.wait()
+            # A connection accepted in this turn of the loop is known in two more; asyncio loses it, open, if its server
+            # is closed before.
+            for listener in sockets.sockets:
+                self._loop.remove_reader(listener.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)
             sockets.close()
             server.pre_shutdown()
             # It waits so long twice: for answers, and again for those whose bodies it has given up.
@@ -212,7 +218,9 @@ class Proxy:
                 except (aiohttp.ClientError, OSError) as error:
                     if not sending.just_gone:
                         self._lost()
-                        raise RequestError(f"{self.address} took this request and lost it ({printable(error)})", 502) from error
+                        raise RequestError(
+                            f"{self.address} took this request and lost it ({printable(error)})", 502
+                        ) from error
                     why = "it has just gone"
                 except ValueError as error:
                     raise RequestError(f"this head cannot be passed on ({printable(error)})") from error
@@ -221,7 +229,9 @@ class Proxy:
                         return answer, sending.setting
                     answer.close()
                     self._lost()
-                    raise RequestError(f"{self.address} took this request and lost it (it answers {answer.status})", 502)
+                    raise RequestError(
+                        f"{self.address} took this request and lost it (it answers {answer.status})", 502
+                    )
             if self._loop.time() >= end_s:
                 raise RequestError(f"{self.address} is not ready ({why}): try again later", 503)
             await asyncio.sleep(_LOOK_S)
