@@ -71,12 +71,12 @@ def _body(head: bytes, file: Any) -> bytes:
     if b"transfer-encoding: chunked" not in head:
         length = head.partition(b"content-length:")[2].split(b"\r\n")[0]
         return bytes(file.read(int(length or 0)))
-    body = b""
+    body = bytearray()
     while size := int(file.readline(), 16):
         body += file.read(size)
         file.readline()
     file.readline()
-    return body
+    return bytes(body)
 
 
 @contextmanager

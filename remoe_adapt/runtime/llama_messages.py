@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import AsyncIterator, Callable, Mapping, Set
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from aiohttp import web
@@ -65,17 +66,12 @@ def error_answer(status: int, message: str) -> web.Response:
     return answer
 
 
-def _full() -> bytes:
-    body = error_answer(503, "too many connections are open: try again later").body
+def plain_error(status: int, message: str) -> bytes:
+    """The same for a connection on which there is no request to answer."""
+    body = error_answer(status, message).body
     assert isinstance(body, bytes)
-    head = (
-        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
-    )
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-# What a connection beyond the bounds is told before it has said anything.
-FULL = _full()
+    first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+    return f"{first}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
 
 
 async def read_body(request: web.BaseRequest, bounds: Bounds, hold: Callable[[int], None]) -> bytes:

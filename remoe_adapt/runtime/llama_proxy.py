@@ -24,12 +24,12 @@ from yarl import URL
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.runtime.llama_http import Address
 from remoe_adapt.runtime.llama_messages import (
-    FULL,
     Bounds,
     RequestError,
     error_answer,
     in_pieces,
     passed_on,
+    plain_error,
     read_body,
     with_lora,
     without_lora,
@@ -318,7 +318,7 @@ class _Server(web.Server):
         transport.set_write_buffer_limits(0)
         if len(self.transports) > self.proxy.bounds.connections:
             self.proxy.counts["unavailable"] += 1
-            transport.write(FULL)
+            transport.write(plain_error(503, "too many connections are open: try again later"))
             transport.close()
 
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
@@ -341,6 +341,16 @@ class _Connection(web.RequestHandler):
             lingering_time=_LINGER_S, auto_decompress=False, access_log=None,  # type: ignore[arg-type]
         )  # fmt: skip
         self.proxy = server.proxy
+
+    def data_received(self, data: bytes) -> None:
+        transport = self.transport
+        try:
+            super().data_received(data)
+        except ValueError:  # aiohttp's parser in Python, where there is none in C, at a length of 5,000 digits
+            self.proxy.counts["refused"] += 1
+            if transport is not None:
+                transport.write(plain_error(400, "this is no HTTP/1.1 request"))
+                transport.close()
 
     def handle_error(
         self,
