@@ -23,10 +23,11 @@ _HOP_BY_HOP = {
 }  # fmt: skip
 # A body that comes more slowly on average is given up.
 _SLOWEST_BYTES_PER_S = 16 << 10
-# Python's parser holds the interpreter lock while it reads lists and strings: 40 MB of `[],` hold up every thread for
-# 15 s, and take 1 GB. As many values as this: 0.4 s.
-_MAX_VALUES = 1 << 20
-_BEFORE_VALUES = (b",", b"[", b"{", b"\\")
+# Python's parser holds the interpreter lock while it reads lists and strings, and the collector walks all of the heap
+# for so many new ones: 40 MB of `[],` hold up every thread for 15 s, and take 1 GB. So much weight at most, by the
+# characters that stand before values: lists and objects weigh four times as much.
+_MAX_WEIGHT = 1 << 20
+_WEIGHTS = {b",": 1, b"\\": 1, b"[": 4, b"{": 4}
 _PIECE_BYTES = 256 << 10
 _KINDS = {501: "not_supported_error", 503: "unavailable_error"}
 
@@ -105,8 +106,10 @@ async def read_body(request: web.BaseRequest, bounds: Bounds, hold: Callable[[in
 def without_lora(body: bytes, reuse_prompts: bool) -> tuple[bytes, dict[int, float]]:
     """A JSON object without its `lora`, and the scales that stood there; reuse_prompts: `cache_prompt` stays as it is,
     instead of being off. Raises RequestError."""
-    if sum(body.count(mark) for mark in _BEFORE_VALUES) > _MAX_VALUES:
-        raise RequestError(f"the body has more than {_MAX_VALUES} values: send less in one request", 413)
+    if sum(weight * body.count(mark) for mark, weight in _WEIGHTS.items()) > _MAX_WEIGHT:
+        raise RequestError(
+            f"the body has too many values: at most {_MAX_WEIGHT}, or {_MAX_WEIGHT // 4} lists and objects", 413
+        )
     fields = parse_json(body, "the body", RequestError)
     if not isinstance(fields, dict):
         raise RequestError("the body is no JSON object")
