@@ -263,13 +263,17 @@ def test_a_client_that_asks_whether_to_go_on_is_told_so(proxy: Proxy) -> None:
         assert until_closed(connection).startswith(b"HTTP/1.1 200")
 
 
+def proxy_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "remoe-proxy"}
+
+
 def test_ports_that_cannot_be_had_are_one_error(proxy: Proxy, upstream: Upstream) -> None:
     for host, port in (("127.0.0.1", proxy.port), ("192.0.2.1", 0), ("no such host", 80), ("a" * 70, 80)):
-        before = threading.active_count()
+        before = proxy_threads()
         with pytest.raises(ConfigError, match=r"cannot listen on .*: give another --proxy"), \
                 proxied(upstream, host=host, port=port):  # fmt: skip
             pytest.fail("it listens")
-        assert threading.active_count() == before
+        assert proxy_threads() == before
 
 
 def test_nothing_is_left_after_the_end(upstream: Upstream) -> None:
