@@ -150,6 +150,9 @@ ProxyAt = Annotated[
     str | None, typer.Option("--proxy", metavar="HOST:PORT", help="Listen here and set the strength of each request.")
 ]
 Hold = Annotated[float, typer.Option(min=0.0, help="Seconds a request waits for a server that is down (--proxy).")]
+MaxBody = Annotated[
+    str | None, typer.Option("--max-body", metavar="SIZE", help="Longest request taken (--proxy); default: 64MiB.")
+]
 ReusePrompts = Annotated[
     bool, typer.Option("--reuse-prompts", help="Leave prompt caches to clients (--proxy, server with --cache-ram 0).")
 ]

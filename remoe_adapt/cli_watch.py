@@ -17,8 +17,9 @@ _PROXY_HOLD_S = 30.0
 def watch(
     family: opt.WatchFamily, server: opt.Server = None, live: opt.Live = None, profile: opt.Profile = None,
     proxy: opt.ProxyAt = None, once: opt.Once = False, dry_run: opt.DryRun = False, interval: opt.Interval = None,
-    pid: opt.ServerPid = None, hold: opt.Hold = _PROXY_HOLD_S, reuse_prompts: opt.ReusePrompts = False,
-    keep: opt.Keep = False, api_key: opt.ApiKey = None, base: opt.GgufBase = None, as_json: opt.JsonLines = False,
+    pid: opt.ServerPid = None, hold: opt.Hold = _PROXY_HOLD_S, max_body: opt.MaxBody = None,
+    reuse_prompts: opt.ReusePrompts = False, keep: opt.Keep = False, api_key: opt.ApiKey = None,
+    base: opt.GgufBase = None, as_json: opt.JsonLines = False,
 ) -> Events:  # fmt: skip
     """Turn the dial of a running llama-server by this machine's pressure.
 
@@ -38,9 +39,12 @@ def watch(
         raise ConfigError("--once goes, --live stays to put routers back: use `remoe export gguf --in-place` instead.")
     if reuse_prompts and proxy is None:
         raise ConfigError("--reuse-prompts is for --proxy; without it the server's prompt caches must be off.")
+    if max_body is not None and proxy is None:
+        raise ConfigError("--max-body is for --proxy, which takes the requests: give both or none.")
     options = WatchOptions(
         interval_s=interval, pid=pid, proxy=None if proxy is None else _listening(proxy), hold_s=hold,
-        reuse_prompts=reuse_prompts, dry_run=dry_run, keep=keep, api_key=api_key, live=live, base=base,
+        max_body_bytes=None if max_body is None else _max_body(max_body), reuse_prompts=reuse_prompts,
+        dry_run=dry_run, keep=keep, api_key=api_key, live=live, base=base,
     )  # fmt: skip
     watching = Watch(server, family, profile_of(profile), options)
     if once:
@@ -50,6 +54,18 @@ def watch(
     with _until_signalled(watching.stop):
         for event in watching.events():
             yield event, _text(event)
+
+
+def _max_body(text: str) -> int:
+    from remoe_adapt.device_profile import parse_size
+
+    try:
+        size_bytes = parse_size(text)
+    except ConfigError as error:
+        raise ConfigError(f"--max-body: {error}") from error
+    if not size_bytes:
+        raise ConfigError(f"--max-body {text}: no request would be taken; give a size above 0, as 64MiB.")
+    return size_bytes
 
 
 def _listening(text: str) -> tuple[str, int]:

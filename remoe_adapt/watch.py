@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import ConfigError, ExportError, FamilyError, ServerDownError, ServerError
+from remoe_adapt.errors import (
+    ConfigError,
+    ExportError,
+    FamilyError,
+    MissingDependencyError,
+    ServerDownError,
+    ServerError,
+)
 from remoe_adapt.export.gguf_file import GgufFile
 from remoe_adapt.export.gguf_live import LiveRouters
 from remoe_adapt.family import Family
@@ -18,10 +26,12 @@ from remoe_adapt.family_files import family_folder, read_family_json
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.runtime.llama_http import Address
 from remoe_adapt.runtime.llama_process import FollowedProcess, ServerProcess, ServerSensors
-from remoe_adapt.runtime.llama_proxy import HOLD_S, Proxy
-from remoe_adapt.runtime.llama_server import LlamaActuator
+from remoe_adapt.runtime.llama_server import HOLD_S, LlamaActuator
 from remoe_adapt.runtime.mapped import MappingProcess
 from remoe_adapt.watch_live import LiveActuator
+
+if TYPE_CHECKING:
+    from remoe_adapt.runtime.llama_proxy import Proxy
 
 STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 _SAME_STRENGTH = 1e-5
@@ -31,7 +41,8 @@ _INSIDE = ("budgets", "moves", "why", "at_rest", "floors")
 
 @dataclass(frozen=True, kw_only=True)
 class WatchOptions:
-    """interval_s: None: the profile's sample_hz; proxy: (host, port) to listen on; keep: leave the strength as it is at
+    """interval_s: None: the profile's sample_hz; proxy: (host, port) to listen on; max_body_bytes: of
+    a request there, None: the proxy's own bound; keep: leave the strength as it is at
     the end, instead of going back to the base; live: the split GGUF to rewrite instead of asking a server, base: what
     to compare its routers with."""
 
@@ -39,6 +50,7 @@ class WatchOptions:
     pid: int | None = None
     proxy: tuple[str, int] | None = None
     hold_s: float = HOLD_S
+    max_body_bytes: int | None = None
     reuse_prompts: bool = False
     dry_run: bool = False
     keep: bool = False
@@ -51,7 +63,7 @@ class Watch:
     """One server (None: `options.live` without one), one family, one profile. `events` runs it.
 
     Raises FamilyError for the family, ConfigError for an address whose pressure cannot be seen from here, and for a
-    live file as `LiveRouters`.
+    live file as `LiveRouters`; MissingDependencyError for a proxy without aiohttp.
     """
 
     def __init__(self, server: str | None, family: str, profile: DeviceProfile, options: WatchOptions) -> None:
@@ -92,11 +104,26 @@ class Watch:
             api_key=options.api_key,
         )  # fmt: skip
         if options.proxy is not None and not options.dry_run:
-            self.proxy = Proxy(
-                self.address, actuator.setting, lambda: self._lost(actuator), host=options.proxy[0],
-                port=options.proxy[1], hold_s=options.hold_s, reuse_prompts=options.reuse_prompts,
-            )  # fmt: skip
+            self.proxy = self._proxy(actuator, self.address, *options.proxy)
         return actuator
+
+    def _proxy(self, actuator: LlamaActuator, address: Address, host: str, port: int) -> Proxy:
+        try:
+            from remoe_adapt.runtime.llama_messages import Bounds
+            from remoe_adapt.runtime.llama_proxy import Proxy
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"--proxy needs aiohttp ({error}): pip install 'remoe-adapt[serve]'"
+            ) from error
+        options, bounds = self.options, Bounds()
+        if options.max_body_bytes is not None:
+            bounds = Bounds(
+                body_bytes=options.max_body_bytes, held_bytes=max(bounds.held_bytes, options.max_body_bytes)
+            )
+        return Proxy(
+            address, actuator.setting, lambda: self._lost(actuator), host=host, port=port, hold_s=options.hold_s,
+            reuse_prompts=options.reuse_prompts, bounds=bounds,
+        )  # fmt: skip
 
     def stop(self) -> None:
         """End `events` soon; from any thread or a signal handler."""
@@ -120,28 +147,33 @@ class Watch:
         seconds, down = self._interval_s(), ""
         if self.live and not self.options.dry_run:
             yield {"event": "warning", "text": self.live.hazard()}
-        try:
-            self.actuator.sync()
-        except ServerDownError as error:
-            down = str(error)
-        port = self.proxy.start() if self.proxy else None
-        try:
-            yield {"event": "start", **self.status(), "proxy_port": port}
-            if down:
-                yield {"event": "down", "reason": down}
-            while not self._ended:
-                event = self._tick()
-                if event["changed"]:
-                    yield event
-                up = not down
-                down = yield from self._sync(down)
-                if down and up:
-                    yield {"event": "wrong" if down.startswith(_WRONG) else "down", "reason": down.removeprefix(_WRONG)}
-                self._pause(seconds)
-        finally:
+        with ExitStack() as ending:
+            port = None
             if self.proxy:
-                self.proxy.stop()
-            kept = self.actuator.release(self.options.keep)
+                # Before the server is touched: the port may be taken. Requests wait until the server is met.
+                port = self.proxy.start()
+                ending.callback(self.proxy.stop)
+            try:
+                self.actuator.sync()
+            except ServerDownError as error:
+                down = str(error)
+            try:
+                yield {"event": "start", **self.status(), "proxy_port": port}
+                if down:
+                    yield {"event": "down", "reason": down}
+                while not self._ended:
+                    event = self._tick()
+                    if event["changed"]:
+                        yield event
+                    up = not down
+                    down = yield from self._sync(down)
+                    if down and up:
+                        what = "wrong" if down.startswith(_WRONG) else "down"
+                        yield {"event": what, "reason": down.removeprefix(_WRONG)}
+                    self._pause(seconds)
+            finally:
+                ending.close()
+                kept = self.actuator.release(self.options.keep)
         yield {"event": "end", **self.status(), "left_at": kept}
 
     def status(self) -> dict[str, Any]:
@@ -216,15 +248,13 @@ class FamilyPoints:
         when it is not of this family. folder: what `path` is relative to."""
         file = Path(path) if folder is None else folder / path
         values: dict[str, Any] = {}
-        if file.is_file():
-            try:
+        with suppress(ExportError, OSError, ValueError):  # the path is whatever a server says
+            if file.is_file():
                 values = GgufFile(file).values
-            except (ExportError, OSError):
-                values = {}
         if STRENGTH_KEY in values:
-            if values.get(FINGERPRINT_KEY) != self.fingerprint:
+            stated = values[STRENGTH_KEY]
+            if values.get(FINGERPRINT_KEY) != self.fingerprint or not isinstance(stated, int | float):
                 return None
-            stated = float(values[STRENGTH_KEY])
             return next((s for s in self.strengths if abs(s - stated) < _SAME_STRENGTH), None)
         exported = {Family.adapter_name(strength): strength for strength in self.strengths}
         return exported.get(file.stem)

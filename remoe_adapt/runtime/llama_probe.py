@@ -14,6 +14,7 @@ from typing import Any
 
 from remoe_adapt.errors import ServerError
 from remoe_adapt.runtime.llama_scales import ScaleMap
+from remoe_adapt.untrusted import printable
 
 # POST with a body -> the JSON answer.
 Post = Callable[[str, Any], Any]
@@ -55,6 +56,6 @@ def _reused(post: Post, prompt: str, more: dict[str, Any]) -> int:
     answer = post("/completion", {"prompt": prompt, "n_predict": 1, "temperature": 0, **more})
     try:
         reused = int(answer["tokens_evaluated"]) - int(answer["timings"]["prompt_n"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ServerError(f"/completion answers without timings ({error}): is it a llama-server?") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ServerError(f"/completion answers without timings ({printable(error)}): is it a llama-server?") from error
     return reused if reused > 1 else 0

@@ -136,6 +136,6 @@ def _is_local(host: str) -> bool:
     own = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
     try:
         names = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"{host!r} is no host that is known here ({error}): give the server's address.") from error
     return all(name in own or ipaddress.ip_address(name).is_loopback for name in names)

@@ -1,38 +1,48 @@
 """A proxy in front of a llama-server that sets `lora` in every request: each answer is computed at one stated strength.
 
-The answer says which in the header `x-remoe-strength`. Answers are passed on byte by byte as they come, so streams
+The answer says which in the header `x-remoe-strength`. Answers are passed on piece by piece as they come, so streams
 stream. While the server is down, requests that generate wait for it, then get a 503; one that the server had taken and
-lost gets a 502, or ends early where its answer had begun.
+lost gets a 502, or is cut off where its answer had begun. Requests are read whole before the server sees them, so that
+a slow client never holds one of its threads. Needs aiohttp (extra: serve).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
+
+import aiohttp
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+from yarl import URL
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.runtime.llama_http import Address
 from remoe_adapt.runtime.llama_messages import (
-    HEAD_BYTES,
-    Body,
-    Request,
+    Bounds,
     RequestError,
-    answer_head,
     error_answer,
-    read_answer_head,
-    read_request,
+    in_pieces,
+    passed_on,
+    plain_error,
+    read_body,
+    with_lora,
+    without_lora,
 )
-from remoe_adapt.runtime.llama_server import Setting
+from remoe_adapt.runtime.llama_server import HOLD_S, Setting
+from remoe_adapt.untrusted import printable
 
 HEADER = "x-remoe-strength"
-HOLD_S = 30.0
 _CONNECT_S, _LOOK_S, _DRAIN_S = 5.0, 0.05, 10.0
-_PIECE_BYTES = 64 << 10
+# How long what is left of a refused body is read, so that its client sees the answer instead of a reset.
+_LINGER_S = 2.0
+# Smaller bodies are parsed within a millisecond: no thread for them.
+_SMALL_BYTES = 64 << 10
 
 # Routes whose requests take `lora` (llama.cpp 0.6-dev; a test asks the engine).
 DIALLED = {
@@ -48,12 +58,16 @@ HARMLESS = {
 _READING = {"GET", "HEAD", "OPTIONS"}
 
 
+class _CutOffError(ConnectionError):
+    """The client is gone, or must not take what it has for the whole: its connection ends without another word."""
+
+
 class Proxy:
     """Listens from `start` to `stop`, in a thread of its own.
 
     setting: what requests should say now, None while there is no server; lost: called when the server did not take or
     finish a request. reuse_prompts: leave a client's `cache_prompt` as it is. counts: requests by how they ended
-    ("answered", "refused", "unavailable", "lost", "left": the client went first).
+    ("answered", "refused", "unavailable", "lost", "left": the client went first, or took nothing of its answer).
     """
 
     def __init__(
@@ -66,181 +80,291 @@ class Proxy:
         port: int,
         hold_s: float = HOLD_S,
         reuse_prompts: bool = False,
+        bounds: Bounds | None = None,
     ) -> None:
         self.address, self.host, self.port = address, host, port
         self._setting, self._lost = setting, lost
-        self._hold_s, self._reuse_prompts = hold_s, reuse_prompts
+        self._hold_s, self._reuse_prompts, self.bounds = hold_s, reuse_prompts, bounds or Bounds()
         self.counts: Counter[str] = Counter()
-        # All connections, and those of them whose request is being answered.
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._answering: set[asyncio.Task[None]] = set()
+        self._held, self._drain_s = 0, _DRAIN_S
 
     def start(self) -> int:
         """Listen; the port (a free one where it was 0). Raises ConfigError when the address cannot be had."""
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="remoe-proxy", daemon=True)
+        listening: Future[int] = Future()
+        self._thread = threading.Thread(target=self._run, args=(listening,), name="remoe-proxy", daemon=True)
         self._thread.start()
         try:
-            self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
-        except OSError as error:
-            self._end_loop()
+            self.port = listening.result()
+        except (OSError, OverflowError, UnicodeError) as error:
+            self._thread.join()
             raise ConfigError(
-                f"the proxy cannot listen on {self.host}:{self.port} ({error.strerror or error}): give another --proxy."
+                f"the proxy cannot listen on {self.host}:{self.port} ({getattr(error, 'strerror', None) or error}): "
+                "give another --proxy."
             ) from error
-        self.port = int(self._server.sockets[0].getsockname()[1])
         return self.port
 
     def stop(self, drain_s: float = _DRAIN_S) -> None:
-        """Take no more requests, give those that run so many seconds to end, then cut them off."""
-        asyncio.run_coroutine_threadsafe(self._close(drain_s), self._loop).result()
-        self._end_loop()
-
-    async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(self._serve, self.host, self.port, limit=HEAD_BYTES)
-
-    async def _close(self, drain_s: float) -> None:
-        self._server.close()
-        if self._answering:
-            await asyncio.wait(list(self._answering), timeout=drain_s)
-        ending = list(self._tasks)
-        for task in ending:
-            task.cancel()
-        await asyncio.gather(*ending, return_exceptions=True)
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Take no more requests, give those that run about so many seconds to end, then cut them off."""
+        self._drain_s = drain_s
+        with suppress(RuntimeError):  # the loop of an earlier stop
+            self._loop.call_soon_threadsafe(self._ending.set)
         self._thread.join()
-        self._loop.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    def _run(self, listening: Future[int]) -> None:
         try:
-            request = await read_request(reader, writer)
-            if request is not None:
-                self._answering.add(task)
-                await self._answer(request, reader, writer)
-        except RequestError as error:
-            self.counts["unavailable" if error.status == 503 else "lost" if error.status == 502 else "refused"] += 1
-            more = [("Retry-After", "1")] if error.status == 503 else []
-            writer.write(error_answer(error.status, error.message, more))
-        except (ConnectionError, asyncio.CancelledError):
-            pass  # the client is gone, or the proxy is
-        finally:
-            self._answering.discard(task)
-            self._tasks.discard(task)
-            with contextlib.suppress(Exception):
-                writer.close()
-                await writer.wait_closed()
+            asyncio.run(self._serve(listening))
+        except Exception as error:
+            if listening.done():
+                raise
+            listening.set_exception(error)
 
-    async def _answer(self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One request to its end; given up as soon as the client hangs up, as the server itself does."""
-        work = asyncio.ensure_future(self._forward(request, writer))
-        gone = asyncio.ensure_future(reader.read(1))
+    async def _serve(self, listening: Future[int]) -> None:
+        self._loop, self._ending, self._large = asyncio.get_running_loop(), asyncio.Event(), asyncio.Lock()
+        # A connection for each request: none is ever lost by meeting one that a server has just given up.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        ) as self._session:  # fmt: skip
+            server = _Server(self)
+            sockets = await self._loop.create_server(server, self.host, self.port)
+            listening.set_result(int(sockets.sockets[0].getsockname()[1]))
+            await self._ending.wait()
+            # A connection accepted in this turn of the loop is known in two more; asyncio loses it, open, if its server
+            # is closed before.
+            for listener in sockets.sockets:
+                self._loop.remove_reader(listener.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            sockets.close()
+            server.pre_shutdown()
+            # It waits so long twice: for answers, and again for those whose bodies it has given up.
+            await server.shutdown(max(self._drain_s / 2, 0.01))
+            server.abort()
+            await asyncio.sleep(0)  # for the transports' last calls
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        transport, held = request.transport, 0
+
+        def hold(count: int) -> None:
+            nonlocal held
+            held += count
+            self._held += count
+            if self._held > self.bounds.held_bytes:
+                raise RequestError("the bodies of all requests together are too large to be taken at once", 503)
+
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and gone.done() and gone.result():
-                await work  # a client that sends more than one request at once: the first is answered
-            elif not work.done():
+            try:
+                return await self._forward(request, await read_body(request, self.bounds, hold))
+            except RequestError as error:
+                self.counts["unavailable" if error.status == 503 else "lost" if error.status == 502 else "refused"] += 1
+                answer = error_answer(error.status, str(error))
+                await self._taken(answer.prepare(request))
+                await self._taken(answer.write_eof())
+                return answer
+        except (ConnectionError, asyncio.CancelledError) as error:
+            if not isinstance(error, _CutOffError) and not self._ending.is_set():
                 self.counts["left"] += 1
-                return
-            work.result()
+            if transport is not None:
+                transport.abort()
+            raise
         finally:
-            for waiting in (work, gone):
-                waiting.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            self._held -= held
 
-    async def _forward(self, request: Request, writer: asyncio.StreamWriter) -> None:
-        path = request.path.removeprefix(self.address.prefix)
-        dialled = request.method == "POST" and path in DIALLED
-        if not dialled:
-            _refuse_what_would_go_around(request, path)
-        fields = _fields(request) if dialled else {}
-        up_reader, up_writer = await self._connect(dialled)
-        more: list[tuple[str, str]] = []
-        try:
-            if dialled:
-                # Taken now: what was in force when the request came may be of a server that is gone.
-                setting = self._setting()
-                if setting is None:
-                    raise RequestError(503, f"{self.address} has just gone: try again")
-                request.body = json.dumps(self._dialled(fields, setting)).encode()
-                more = [(HEADER, f"{setting.strength:.4g}")]
-            host = f"{self.address.host}:{self.address.port}"
-            try:
-                up_writer.write(request.as_bytes(host))
-                await up_writer.drain()
-                first, headers = await read_answer_head(up_reader)
-            except (ConnectionError, RequestError) as error:
-                self._lost()
-                raise RequestError(502, f"{self.address} took this request and lost it ({error})") from error
-            writer.write(answer_head(first, headers, more))
-            if await self._relay(up_reader, writer, Body.of(request.method, first, headers)):
-                self.counts["answered"] += 1
-            else:
-                self.counts["lost"] += 1
-                self._lost()
-                writer.transport.abort()  # the client must not take a part of an answer for the whole
-        finally:
-            up_writer.close()
+    async def _forward(self, request: web.BaseRequest, body: bytes) -> web.StreamResponse:
+        path, _, query = request.raw_path.partition("?")
+        if not path.startswith("/") or request.version < aiohttp.HttpVersion10:
+            raise RequestError(f"{printable(path)} is no path of this server")
+        url = URL.build(
+            scheme="http", host=self.address.host, port=self.address.port, path=path, query_string=query, encoded=True
+        )
+        path = path.removeprefix(self.address.prefix)
+        scales: dict[int, float] | None = None
+        if request.method == "POST" and path in DIALLED:
+            body, scales = await self._dialled(request, body)
+        else:
+            _refuse_what_would_go_around(request.method, path)
+        upstream, setting = await self._ask(request, url, body, scales)
+        async with upstream:
+            return await self._relay(request, upstream, setting)
 
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: Body) -> bool:
-        """Pass the answer on as it comes; False when the server did not finish it."""
-        while True:
-            try:
-                piece = await reader.read(_PIECE_BYTES)
-            except ConnectionError:
-                return False
-            if not piece:
-                return body.whole
-            body.seen(piece)
-            writer.write(piece)
-            await writer.drain()
+    async def _dialled(self, request: web.BaseRequest, body: bytes) -> tuple[bytes, dict[int, float]]:
+        if "Content-Encoding" in request.headers:
+            raise RequestError("the body has a Content-Encoding, and `lora` has to be set in it: send it plain", 415)
+        if len(body) <= _SMALL_BYTES:
+            return without_lora(body, self._reuse_prompts)
+        async with self._large:  # one by one: what they take in memory is many times their length
+            return await asyncio.to_thread(without_lora, body, self._reuse_prompts)
 
-    async def _connect(self, dialled: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection to the server; requests that generate wait for one that is ready."""
-        end_s = self._loop.time() + (self._hold_s if dialled else 0.0)
+    async def _ask(
+        self, request: web.BaseRequest, url: URL, body: bytes, scales: dict[int, float] | None
+    ) -> tuple[aiohttp.ClientResponse, Setting | None]:
+        """The head of the server's answer; requests that generate (scales is not None) wait for one that is ready."""
+        headers = passed_on(request.headers, {"content-length", "expect", "host"})
+        end_s = self._loop.time() + (self._hold_s if scales is not None else 0.0)
         why = "its adapters are not known yet"
         while True:
-            if not dialled or self._setting() is not None:
+            sending = _Sending(self._setting, body, scales)
+            if scales is None or self._setting() is not None:
                 try:
-                    opening = asyncio.open_connection(self.address.host, self.address.port, limit=HEAD_BYTES)
-                    return await asyncio.wait_for(opening, _CONNECT_S)
-                except (OSError, TimeoutError) as error:
-                    why = str(error) or type(error).__name__
+                    answer = await self._session.request(
+                        request.method, url, headers=headers, data=sending.pieces() if body else None,
+                        allow_redirects=False,
+                    )  # fmt: skip
+                except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                    why = printable(error)
                     self._lost()
+                except (aiohttp.ClientError, OSError) as error:
+                    if not sending.just_gone:
+                        self._lost()
+                        raise RequestError(
+                            f"{self.address} took this request and lost it ({printable(error)})", 502
+                        ) from error
+                    why = "it has just gone"
+                except ValueError as error:
+                    raise RequestError(f"this head cannot be passed on ({printable(error)})") from error
+                else:
+                    if answer.status >= 200:
+                        return answer, sending.setting
+                    answer.close()
+                    self._lost()
+                    raise RequestError(
+                        f"{self.address} took this request and lost it (it answers {answer.status})", 502
+                    )
             if self._loop.time() >= end_s:
-                raise RequestError(503, f"{self.address} is not ready ({why}): try again later")
+                raise RequestError(f"{self.address} is not ready ({why}): try again later", 503)
             await asyncio.sleep(_LOOK_S)
 
-    def _dialled(self, fields: dict[str, Any], setting: Setting) -> dict[str, Any]:
-        others = {}
+    async def _relay(
+        self, request: web.BaseRequest, upstream: aiohttp.ClientResponse, setting: Setting | None
+    ) -> web.StreamResponse:
+        """Pass the answer on as it comes."""
+        framing = {"content-length"} if "Transfer-Encoding" in upstream.headers else set()
+        headers = passed_on(upstream.headers, {HEADER, *framing})
+        if setting is not None:
+            headers[HEADER] = f"{setting.strength:.4g}"
+        answer = web.StreamResponse(status=upstream.status, reason=upstream.reason or "", headers=headers)
+        await self._taken(answer.prepare(request))
+        while True:
+            try:
+                piece = await upstream.content.readany()
+            except (aiohttp.ClientError, OSError) as error:
+                self.counts["lost"] += 1
+                self._lost()
+                raise _CutOffError from error
+            if not piece:
+                break
+            await self._taken(answer.write(piece))
+        await self._taken(answer.write_eof())
+        self.counts["answered"] += 1
+        return answer
+
+    async def _taken(self, writing: Awaitable[Any]) -> None:
+        """Raises ConnectionError when the client takes nothing for too long."""
         try:
-            for one in fields.get("lora") or []:
-                others[int(one["id"])] = float(one["scale"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise RequestError(400, "'lora' must be an array of objects with 'id' and 'scale' fields") from error
-        caches = {} if self._reuse_prompts else {"cache_prompt": False}
-        return {**fields, **caches, "lora": setting.scales.as_list(setting.strength, others)}
+            async with asyncio.timeout(self.bounds.stall_s):
+                await writing
+        except TimeoutError as error:
+            raise ConnectionError("the client takes nothing of its answer") from error
 
 
-def _fields(request: Request) -> dict[str, Any]:
-    try:
-        fields = json.loads(request.body)
-    except ValueError as error:
-        raise RequestError(400, f"the body is no JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise RequestError(400, "the body is no JSON object")
-    return fields
-
-
-def _refuse_what_would_go_around(request: Request, path: str) -> None:
+def _refuse_what_would_go_around(method: str, path: str) -> None:
     """Raises RequestError for what would be computed at a strength that nobody set."""
-    if path == "/lora-adapters" and request.method not in _READING:
-        raise RequestError(501, "`remoe watch` sets the scales here; other adapters can be named in a request's lora")
-    if request.method == "POST" and path not in HARMLESS:
+    if path == "/lora-adapters" and method not in _READING:
+        raise RequestError("`remoe watch` sets the scales here; other adapters can be named in a request's lora", 501)
+    if method == "POST" and path not in HARMLESS:
         raise RequestError(
-            501,
-            f"{path} does not take `lora`, its strength would not be known: use /v1/chat/completions or /completion",
-        )
+            f"{printable(path)} does not take `lora`, its strength would not be known: use /v1/chat/completions or "
+            "/completion", 501
+        )  # fmt: skip
+
+
+class _Sending:
+    """A body on its way, with the scales of the moment at which the server's connection takes it: what was in force
+    when the request came may be of a server that is gone. scales: None: a body that goes on as it is."""
+
+    def __init__(self, now: Callable[[], Setting | None], body: bytes, scales: dict[int, float] | None) -> None:
+        self._now, self._body, self._scales = now, body, scales
+        self.setting: Setting | None = None
+        self.just_gone = False
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        parts: tuple[bytes, ...] = (self._body,)
+        if self._scales is not None:
+            self.setting = self._now()
+            if self.setting is None:
+                self.just_gone = True
+                raise ConnectionError
+            parts = with_lora(self._body, self.setting.scales.as_list(self.setting.strength, self._scales))
+        async for piece in in_pieces(*parts):
+            yield piece
+
+
+class _Server(web.Server):
+    """aiohttp's server, its connections bounded and at hand."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        super().__init__(proxy._handle, handler_cancellation=True)
+        self.proxy, self.transports = proxy, dict[web.RequestHandler, asyncio.Transport]()
+
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self)
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self.transports[handler] = transport
+        # An answer counts as written when the system has all of it: none waits here for a client that takes nothing.
+        transport.set_write_buffer_limits(0)
+        if len(self.transports) > self.proxy.bounds.connections:
+            self.proxy.counts["unavailable"] += 1
+            transport.write(plain_error(503, "too many connections are open: try again later"))
+            transport.close()
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        self.transports.pop(handler, None)
+        super().connection_lost(handler, exc)
+
+    def abort(self) -> None:
+        """Ends whatever is still open."""
+        for transport in list(self.transports.values()):
+            transport.abort()
+
+
+class _Connection(web.RequestHandler):
+    """Of one client. What is no HTTP gets an answer of our form."""
+
+    def __init__(self, server: _Server) -> None:
+        # The time of keep-alive also bounds the first head. Bodies go on as they are: nothing is unpacked.
+        super().__init__(
+            server, loop=asyncio.get_running_loop(), keepalive_timeout=server.proxy.bounds.head_s,
+            lingering_time=_LINGER_S, auto_decompress=False, access_log=None,  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.proxy = server.proxy
+
+    def data_received(self, data: bytes) -> None:
+        transport = self.transport
+        try:
+            super().data_received(data)
+        except ValueError:  # aiohttp's parser in Python, where there is none in C, at a length of 5,000 digits
+            self.proxy.counts["refused"] += 1
+            if transport is not None:
+                transport.write(plain_error(400, "this is no HTTP/1.1 request"))
+                transport.close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if isinstance(exc, ConnectionError):
+            raise exc
+        if status == 500:
+            self.log_exception("the proxy failed at a request", exc_info=exc)
+            return error_answer(status, "the proxy failed at this request")
+        self.proxy.counts["refused"] += 1
+        if isinstance(exc, LineTooLong):
+            return error_answer(431, "a line of the head is too long")
+        return error_answer(status, f"this is no HTTP/1.1 request ({printable((message or '').partition(chr(10))[0])})")

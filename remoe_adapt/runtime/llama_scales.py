@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from remoe_adapt.errors import ServerError
+from remoe_adapt.untrusted import printable
 
 # The server keeps scales in fp32.
 _SAME = 1e-5
+# Adapters of a server that a message names.
+_SHOWN = 20
 # Strengths are set, and stated, to so many digits.
 STEP_DIGITS = 4
 
@@ -32,8 +35,8 @@ def loaded_loras(answer: Any) -> list[LoadedLora]:
     """The server's adapters. Raises ServerError for an answer of another form."""
     try:
         return [LoadedLora(int(one["id"]), str(one["path"]), float(one["scale"])) for one in answer]
-    except (TypeError, KeyError, ValueError) as error:
-        raise ServerError(f"/lora-adapters answers {str(answer)[:100]!r}: is it a llama-server?") from error
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise ServerError(f"/lora-adapters answers {printable(answer)}: is it a llama-server?") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class ScaleMap:
                 found[strength] = lora.id
         missing = [strength for strength in strengths if strength not in found]
         if missing:
-            has = ", ".join(lora.path for lora in loras) or "none"
+            has = ", ".join(printable(lora.path) for lora in loras[:_SHOWN]) or "none"
             raise ServerError(
                 f"the server lacks the LoRA of strength {', '.join(f'{s:g}' for s in missing)} (it has: {has}): export "
                 "them with `remoe export gguf-lora` and start it with --lora FILE for each."

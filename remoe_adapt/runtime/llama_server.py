@@ -17,11 +17,16 @@ from remoe_adapt.runtime.llama_http import Address, call
 from remoe_adapt.runtime.llama_probe import restores_other_scales, reuses_prompts
 from remoe_adapt.runtime.llama_process import ServerProcess
 from remoe_adapt.runtime.llama_scales import STEP_DIGITS, LoadedLora, ScaleMap, loaded_loras
+from remoe_adapt.untrusted import printable
 
 CHECK_S = 2.0
+# How long a request waits for a server that is down.
+HOLD_S = 30.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 # A probe may wait for a slot behind somebody's long answer.
 _PROBE_S = 300.0
+# Probes try each of them.
+_MOST_SLOTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +166,9 @@ class LlamaActuator:
             self.posts += 1
             loras = self.loras()
             if not scales.matches(loras, target):
+                scales_now = printable([lora.scale for lora in loras])
                 raise ServerError(
-                    f"{self.address} was set to strength {target:g} and has scales {[lora.scale for lora in loras]}: "
+                    f"{self.address} was set to strength {target:g} and has scales {scales_now}: "
                     "does something else set them too?"
                 )
         with self._lock:
@@ -178,7 +184,7 @@ class LlamaActuator:
     def _check_caches(self, scales: ScaleMap) -> None:
         if self.dry_run or (self.per_request and not self.reuse_prompts):
             return
-        slots = int(self._get("/props").get("total_slots", 1))
+        slots = self._slots()
         if self.per_request:
             if restores_other_scales(self._probe, slots, scales):
                 raise ServerError(
@@ -190,6 +196,15 @@ class LlamaActuator:
                 f"{self.address} reuses prompts, so that answers would mix strengths: start it with --no-cache-prompt "
                 "(and --cache-ram 0, for nothing would come of that memory), or run `remoe watch --proxy`."
             )
+
+    def _slots(self) -> int:
+        props = self._get("/props")
+        count = props.get("total_slots", 1) if isinstance(props, dict) else None
+        if type(count) is not int or not 1 <= count <= _MOST_SLOTS:
+            raise ServerError(
+                f"{self.address}/props tells no number of slots ({printable(count)}): is it a llama-server?"
+            )
+        return count
 
     def _get(self, path: str) -> Any:
         return call(self.address, path, api_key=self._api_key)
