@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?=
 # What the tests use beside the package itself; those of a missing extra skip, and say so.
 EXTRAS ?= test,export,plot,metrics,llamacpp,serve
-CHECKED := remoe_adapt triton_kernels $(foreach folder,examples benchmarks,$(if $(wildcard $(folder)/*.py),$(folder)))
+CHECKED := remoe_adapt triton_kernels $(foreach folder,examples benchmarks .ci,$(if $(wildcard $(folder)/*.py),$(folder)))
 
 .PHONY: demo test check lowest newest install clean
 

@@ -18,7 +18,8 @@ Events = Iterator[tuple[Mapping[str, Any], str]]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")]
 Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE.csv", help="Write the table's figures here as well.")]
 Contracts = Annotated[
-    bool, typer.Option("--contracts", help="Check instead what we rely on in the installed transformers, PEFT and torch.")
+    bool,
+    typer.Option("--contracts", help="Check what we rely on in the installed transformers, PEFT and torch."),
 ]
 Model = Annotated[str, typer.Argument(help="Folder or hub id of the base model.", metavar="MODEL")]
 FamilyPath = Annotated[str | None, typer.Option("--family", help="Family folder or hub id.")]

@@ -19,6 +19,7 @@ from test_expert_contention import HANGS_S, in_thread, until
 from test_expert_tiers import EXPERTS, LAYERS, Source
 from tiny_checkpoints import save_tiny, stock
 from torch import Tensor, nn
+from kv import kv
 from transformers import DynamicCache
 
 from remoe_adapt.cache.device import DeviceSource
@@ -97,7 +98,7 @@ def decode(model: nn.Module) -> Tensor:
     past, found = DynamicCache(), []
     with torch.no_grad():
         for at in range(IDS.shape[1]):
-            found.append(model(input_ids=IDS[:, at : at + 1], past_key_values=past, use_cache=True).logits)
+            found.append(model(input_ids=IDS[:, at : at + 1], **kv(past), use_cache=True).logits)
     return torch.cat(found)
 
 
