@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from kv import kv
 from test_expert_contention import HANGS_S, in_thread, until
 from test_expert_tiers import EXPERTS, LAYERS, Source
 from tiny_checkpoints import save_tiny, stock
 from torch import Tensor, nn
-from kv import kv
 from transformers import DynamicCache
 
 from remoe_adapt.cache.device import DeviceSource
