@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.routers.discover import discover_routers
+from remoe_adapt.training.attached import computed_elsewhere
 from remoe_adapt.training.objective import LossWeights, next_token_losses, router_terms
 from remoe_adapt.training.trainer import RemoeTrainer
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
@@ -104,7 +105,8 @@ def objective(model: PeftModel, weights: LossWeights, *, detach: bool) -> Tensor
         layer.register_forward_hook(lambda layer, args, out: seen.append((layer, args[0], out))) for layer in layers
     ]
     model.train()
-    logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
+    with computed_elsewhere():
+        logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
     for handle in handles:
         handle.remove()
     counts = (rows["labels"][:, 1:] != -100).sum(1)

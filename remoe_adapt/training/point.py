@@ -70,7 +70,6 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
         learning_rate=options.lr,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(options.steps * options.warmup)),
-        adam_epsilon=1e-12,  # a router's gradients are small: the default would swallow them
         logging_steps=5,
         logging_first_step=True,
         save_steps=max(10, options.steps // 5),

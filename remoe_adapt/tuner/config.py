@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -13,9 +14,11 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.notices import say_once
 from remoe_adapt.tuner.checks import StoredShapes, stored_shapes
 
 _WEIGHTS = ("reuse_weight", "kl_weight", "smooth_weight", "lag_weight", "ws_weight")
+_OBJECTIVE = (*_WEIGHTS, "distill_share")
 
 
 # Optional/Union in field types: argument parsers of the PEFT world read them.
@@ -90,6 +93,34 @@ class RemoeConfig(PeftConfig):
         # Whether this was read from a folder whose weights are yet to be loaded.
         self.awaits_weights = False
         self._filled: set[str] = set()
+        # The weights that acted in the training of this process; None: it trained nothing.
+        self._acted: frozenset[str] | None = None
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The objective's weights above 0, by name."""
+        return {name: getattr(self, name) for name in _OBJECTIVE if getattr(self, name)}
+
+    def note_training(self, acted: Iterable[str]) -> None:
+        """The adapter took a step of training, in which these of its `loss_weights` acted."""
+        self._acted = frozenset(acted) | (self._acted or frozenset())
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's; weights that did not act in a training of this process are saved as 0, and that is said once."""
+        idle = [] if self._acted is None else [name for name in self.loss_weights if name not in self._acted]
+        if not idle:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        say_once(
+            f"{', '.join(f'{name}={getattr(self, name):g}' for name in idle)} of RemoeConfig did not act in the "
+            "training of this adapter, so the saved configuration says 0: train with RemoeTrainer (or "
+            "RemoeTrainerMixin before your trainer's class)"
+        )
+        written = copy.copy(self)
+        for name in idle:
+            setattr(written, name, 0.0)
+        written._acted = None
+        written.save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -136,4 +167,5 @@ class RemoeConfig(PeftConfig):
         for name in self._filled:
             setattr(config, name, None)
         config._filled = set()
+        config._acted = None
         return config

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from remoe_adapt.errors import AdapterCorruptError, RouterNotFoundError
 from remoe_adapt.routers.spec import RouterSpec
+from remoe_adapt.training.attached import attach_objective, detach_objective
 from remoe_adapt.tuner.beside import AdapterConfigs, check_free_name, plain_base
 from remoe_adapt.tuner.checks import check_finite, check_shapes, check_tensors
 from remoe_adapt.tuner.combine import add_weighted_adapter
 from remoe_adapt.tuner.config import RemoeConfig
-from remoe_adapt.tuner.layer import RemoeLayer
+from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 from remoe_adapt.tuner.mixed_batch import mixed_batch
 from remoe_adapt.tuner.targets import resolve_targets, settle_base, tensor_shapes
 
@@ -115,6 +116,7 @@ class RemoeModel(BaseTuner):
             raise NoRouterMatchedError(f"{error} The routers of this model are: {listing}.") from error
         if self.peft_config[adapter_name].to_dict() == given.to_dict():
             self.peft_config[adapter_name] = given
+        attach_objective(self.model, self.peft_config)
 
     def _create_and_replace(
         self,
@@ -242,6 +244,7 @@ class RemoeModel(BaseTuner):
         """Take our names off the base model; other tuners' stay."""
         shared = getattr(self.model, "peft_config", None)
         self.peft_config = AdapterConfigs({name: self.peft_config[name] for name in own})
+        detach_objective(self.model)
         if shared is None:
             return
         for name in own & shared.keys():
@@ -338,3 +341,5 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             layer.delete_adapter(adapter_name, new_active_adapters=None)
     configs: dict[str, PeftConfig] = model.peft_config  # type: ignore[assignment]
     configs.pop(adapter_name, None)
+    if not remoe_layers(model):
+        detach_objective(model)
