@@ -76,6 +76,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "training.data",
         "training.trainer",
         "training.options",
+        "training.place",
         "training.point",
         "training.run",
         "cache.shards",

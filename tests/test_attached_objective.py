@@ -1,4 +1,4 @@
-"""The objective of RemoeConfig in any training loop: gradients, value, accumulation, and what a saved adapter claims."""
+"""RemoeConfig's objective in any training loop: gradients, value, accumulation, and what a saved adapter claims."""
 
 from __future__ import annotations
 

@@ -320,6 +320,11 @@ def test_lora_beside(tmp_path: Path) -> None:
         trainer_for(lora, tmp_path, router_relative_lr=True).train()
 
 
+def test_arguments_without_effect_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="label_smoothing_factor and compute_loss_func have no effect"):
+        trainer_for(adapted(), tmp_path, label_smoothing_factor=0.1)
+
+
 def test_what_cannot_train_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no active REMOE adapter"):
         trainer_for(get_peft_model(tiny_model("qwen2_moe"), LoraConfig(target_modules=["q_proj"])), tmp_path)

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.training.attached import computed_elsewhere
+from remoe_adapt.training.callback import ObjectiveCallback
 from remoe_adapt.training.documents import document_numbers
 from remoe_adapt.training.objective import (
     IGNORED_LABEL,
@@ -91,6 +92,7 @@ class RemoeTrainerMixin(_Mixin):
         if training is not None and training.n_gpu > 1:
             training._n_gpu = 1  # DataParallel would train copies of the routers, which our hooks never see
         super().__init__(*args, **kwargs)
+        self.remove_callback(ObjectiveCallback)  # what it tells, this trainer does itself
         if self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None:
             raise ConfigError(
                 "label_smoothing_factor and compute_loss_func have no effect on the objective of RemoeTrainer: leave "
