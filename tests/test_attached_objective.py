@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from tiny_models import VOCAB, tiny_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -157,7 +157,7 @@ def test_every_way_to_hold_the_adapter_gets_the_terms() -> None:
     inside = adapted()
     same(grown(inside.get_base_model()), expected, rtol=1e-9, atol=1e-12)
     injected = base()
-    injected.add_adapter(RemoeConfig(init_weights=False, **WEIGHTS), "default")
+    inject_adapter_in_model(RemoeConfig(init_weights=False, **WEIGHTS), injected)  # transformers' add_adapter
     copied = {n: p for n, p in whole.get_base_model().named_parameters() if "remoe_" in n}
     for name, parameter in injected.named_parameters():
         if "remoe_" in name:
