@@ -26,6 +26,7 @@ _EXPORTS = {
     "RemoeLayer": "remoe_adapt.tuner",
     "RemoeModel": "remoe_adapt.tuner",
     "RemoeTrainer": "remoe_adapt.training.trainer",
+    "RemoeTrainerMixin": "remoe_adapt.training.trainer",
     "RouterRef": "remoe_adapt.routers.discover",
     "RouterSpec": "remoe_adapt.routers.spec",
     "Trace": "remoe_adapt.trace",

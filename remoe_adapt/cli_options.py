@@ -55,6 +55,7 @@ Mode = Annotated[str | None, typer.Option(help="end-to-end, or local (memory of 
 Rank = Annotated[int | None, typer.Option(help="Low-rank deltas of this rank; default: full.")]
 DataSeed = Annotated[int | None, typer.Option("--seed", help="Of the order of the data.")]
 Resume = Annotated[bool, typer.Option(help="Go on with an unfinished family in --out.")]
+CheckpointMinutes = Annotated[float | None, typer.Option(min=0, help="A kill loses no more than this; default 5.")]
 Control = Annotated[bool, typer.Option(help="Train the next-token-loss-only control too.")]
 
 # remoe eval

@@ -27,33 +27,47 @@ def train(
     accumulate: opt.Accumulate = None, length: opt.Length = None, lr: opt.Lr = None, mode: opt.Mode = None,
     recency: opt.Recency = None, recency_gain: opt.FullGain = None, recency_decay: opt.RecencyDecay = None,
     rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
+    checkpoint_minutes: opt.CheckpointMinutes = None,
     device: opt.Device = None, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Train a family of router adapters, and the control that shows what training alone would do."""
     recency = recency or (None if recency_gain is None else "ema")
     given: dict[str, Any] = dict(locals())
-    from remoe_adapt.evaluate import certify
+    if mode == "local" and distill_share:
+        raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
+    from remoe_adapt.evaluate import LEAST_CERTIFIED_TOKENS, certify
     from remoe_adapt.evaluate import evaluate as measure
     from remoe_adapt.record import load_base
+    from remoe_adapt.training.point import CHECKPOINT_MINUTES
     from remoe_adapt.training.run import TrainOptions, held_out_documents, train_family
 
     quiet_libraries()
     options = TrainOptions(**{f.name: given[f.name] for f in fields(TrainOptions) if given.get(f.name) is not None})
     family = train_family(
-        model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device
-    )
+        model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device,
+        checkpoint_minutes=CHECKPOINT_MINUTES if checkpoint_minutes is None else checkpoint_minutes,
+    )  # fmt: skip
     base, tokenizer = load_base(model, device=device)
     result: dict[str, Any] = {"family": str(out), "strengths": list(family.strengths), "control": None}
     documents = held_out_documents(data, tokenizer, base, options)
     # Of the processes of a distributed run one measures.
     if not documents or int(os.environ.get("RANK", "0")):
-        return result, [f"family written to {out}"]
+        unmeasured = [] if documents else ["no certificate: the data leave no text to hold out"]
+        return result, [f"family written to {out}", *unmeasured]
     with progress("measuring on held-out parts of the data") as (total, advance):
         total(sum(map(len, documents)) * (1 + len(family.points) + (family.control is not None)))
         measured = measure(base, documents, family=family, on_tokens=advance)
     measured["data"] = [f"held-out part of {path.name}" for path in data]
-    certify(family, measured)
-    return result | measured, [report.eval_table(measured), f"family written to {out}"]
+    shown: list[RenderableType] = [report.eval_table(measured), f"family written to {out}"]
+    measured["certified"] = measured["tokens"] >= LEAST_CERTIFIED_TOKENS
+    if not measured["certified"]:
+        shown.append(
+            f"no certificate: {measured['tokens']} held-out tokens, {LEAST_CERTIFIED_TOKENS} are needed; measure it on "
+            "more text with `remoe eval --certify`"
+        )
+    else:
+        certify(family, measured)
+    return result | measured, shown
 
 
 def evaluate(

@@ -227,27 +227,22 @@ def test_bench_gating_prints_every_family(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_train_makes_a_certified_family_and_goes_on_where_it_was(home: Path, tmp_path: Path) -> None:
-    out = tmp_path / "family"
-    args = (
-        "train",
-        home / "base",
-        "--data",
-        home / "b.jsonl",
-        "--out",
-        out,
-        "--steps",
-        2,
-        "--batch",
-        2,
-        "--length",
-        32,
-    )
-    result = found(*args, "--strengths", "0.5")
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(30)))
+    sizes = ("--steps", 2, "--batch", 2, "--length", 32, "--strengths")
+
+    def trained(data: Path, out: Path, strengths: str) -> dict[str, Any]:
+        return found("train", home / "base", "--data", data, "--out", out, *sizes, strengths)
+
+    result = trained(tmp_path / "more.jsonl", tmp_path / "family", "0.5")
     assert result["strengths"] == [0.5] and math.isfinite(result["points"][0]["ppl_ratio_control"])
-    family = Family.load(out)
+    family = Family.load(tmp_path / "family")
+    assert result["certified"] and result["tokens"] >= 1000
     assert family.control is not None and family.points[0].certificate is not None
-    again = found(*args, "--strengths", "0.5,1.0")
+    again = trained(tmp_path / "more.jsonl", tmp_path / "family", "0.5,1.0")
     assert again["strengths"] == [0.5, 1.0]
+    few = trained(home / "b.jsonl", tmp_path / "few", "0.5")
+    assert few["tokens"] < 1000 and not few["certified"]
+    assert Family.load(tmp_path / "few").points[0].certificate is None, "so few tokens certify nothing"
 
 
 def test_profiles_and_doctor(tmp_path: Path) -> None:

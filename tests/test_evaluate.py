@@ -221,7 +221,14 @@ def test_certificates_are_written_and_read_back(
     base: PreTrainedModel, documents: list[list[int]], tmp_path: Path
 ) -> None:
     family = save_family(base, tmp_path / "family")
-    result = {**evaluate(base, documents, family=family), "data": ["some.txt"]}
+    few = evaluate(base, documents[:1], family=family)
+    with pytest.raises(
+        DataError, match=f"{few['tokens']} scored tokens are too few for a certificate, which needs 1000"
+    ):
+        certify(family, few)
+    assert Family.load(tmp_path / "family").points[0].certificate is None
+    many = documents * (1 + 1000 // sum(len(ids) - 1 for ids in documents))
+    result = {**evaluate(base, many, family=family), "data": ["some.txt"]}
     certify(family, result)
     again = Family.load(tmp_path / "family")
     for point, row in zip(again.points, result["points"], strict=True):

@@ -119,15 +119,17 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("mode", ["end-to-end", "local"])
+@pytest.mark.parametrize(("mode", "minutes", "kept"), [("end-to-end", 5, 10), ("local", 5, 10), ("end-to-end", 0, 11)])
 def test_a_killed_run_goes_on_to_the_same_adapter(
-    folder: Path, tmp_path: Path, mode: Any, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, mode: Any, minutes: float, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = TrainOptions(steps=14, batch=2, accumulate=2, length=32, mode=mode, lr=0.2)
 
     def train(out: Path) -> Family:
         data, base = [folder / "data"], folder / "base"
-        return train_family(base, data, [0.5, 1.0], out, options=options, progress=False, control=False)
+        return train_family(
+            base, data, [0.5, 1.0], out, options=options, progress=False, control=False, checkpoint_minutes=minutes
+        )
 
     whole = train(tmp_path / "whole")
     on_step_end = PointLog.on_step_end
@@ -143,14 +145,14 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
     monkeypatch.undo()
     assert Family.load(tmp_path / "killed").strengths == (0.5,)
     checkpoints = tmp_path / "killed" / WORK_FOLDER / "s100" / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-10"]
+    assert [path.name for path in checkpoints.iterdir()] == [f"checkpoint-{kept}"]
     (checkpoints / "checkpoint-12").mkdir()  # a second kill, in the middle of saving
     resumed_at: list[int] = []
     monkeypatch.setattr(
         PointLog, "on_step_begin", lambda self, args, state, control, **kwargs: resumed_at.append(state.global_step)
     )
     resumed = train(tmp_path / "killed")
-    assert resumed_at[0] == 10, "it went on from the checkpoint"
+    assert resumed_at[0] == kept, "it went on from the checkpoint"
     for strength in (0.5, 1.0):
         assert equal(resumed.deltas(strength), whole.deltas(strength))
     logs = [(tmp_path / name / "training_log.jsonl").read_text() for name in ("whole", "killed")]
@@ -247,6 +249,9 @@ def test_held_out_documents_are_never_trained_on(folder: Path) -> None:
     model = base_model(folder)
     needed = SHORT.steps * SHORT.batch * 48
     assert held_out_documents(data, TOKENIZER, model, SHORT) == token_rows(data, TOKENIZER, needed)[1]
+    # of the data, not of what the steps consume: a twentieth of the documents, whole
+    few, apart = token_rows([folder / "data" / "words.jsonl"], TOKENIZER, 10, seed=3)
+    assert sum(map(len, few)) == 10 and len(apart) == 6 and sum(map(len, apart)) > 400
 
 
 @pytest.mark.parametrize(
@@ -260,6 +265,7 @@ def test_held_out_documents_are_never_trained_on(folder: Path) -> None:
         ({"mode": "both"}, "mode='both'"),
         ({"reuse_weight": -1.0}, "reuse_weight=-1.0"),
         ({"rank": 0}, "rank=0"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_bad_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
@@ -289,6 +295,54 @@ def test_bad_input_is_refused_before_anything_is_written(folder: Path, tmp_path:
     assert not out.exists()
     out.mkdir()
     (out / RUN_FILE).write_text("{")
-    with pytest.raises(ConfigError, match=f"{RUN_FILE} cannot be read"):
+    with pytest.raises(ConfigError, match=f"{RUN_FILE} is not valid JSON"):
         train_family(folder / "base", data, [1.0], out, options=SHORT)
     assert train_run.LOG_FILE not in [path.name for path in out.iterdir()]
+
+
+def test_what_cannot_be_trained_is_said_before_the_work(folder: Path, tmp_path: Path) -> None:
+    data, out = [folder / "data"], tmp_path / "out"
+    absent = tmp_path / "no such model"  # read only after what is checked first
+    with pytest.raises(ConfigError, match=r"rank=100000: router \S+\.0\.mlp\.gate has 8 x 32 weights.* 8 at most"):
+        train_family(folder / "base", data, [1.0], out, options=TrainOptions(rank=100_000))
+    for device in ("banana", "meta", *(() if torch.cuda.is_available() else ("cuda", "cuda:7"))):
+        with pytest.raises(ConfigError, match=f"cannot train on device {device}: "):
+            train_family(absent, data, [1.0], out, device=device)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"file/deep cannot be made: .*file is a file"):
+        train_family(absent, data, [1.0], tmp_path / "file" / "deep")
+    with pytest.raises(DataError, match="does not exist"):
+        train_family(absent, [tmp_path / "absent.txt"], [1.0], out)
+    assert not out.exists()
+
+
+def test_a_folder_without_rights_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != closed)  # root may write anywhere
+    with pytest.raises(ConfigError, match=r"closed/out cannot be written: no right to write in .*closed"):
+        train_family(tmp_path / "absent", [folder / "data"], [1.0], closed / "out")
+
+
+def test_a_full_disk_is_one_error_and_the_run_goes_on(folder: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="this system limits no files")
+    data, out = [folder / "data"], tmp_path / "out"
+    options = TrainOptions(steps=12, batch=2, length=32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"out cannot be written .*make room"):
+            train_family(folder / "base", data, [1.0], out, options=options, progress=False, control=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = train_family(folder / "base", data, [1.0], out, options=options, progress=False, control=False)
+    assert again.strengths == (1.0,)
+
+
+def test_too_little_space_is_said_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(ConfigError, match=r"2 adapters and a checkpoint take .* MiB, .* has 0\.0 MiB free"):
+        train_family(folder / "base", [folder / "data"], [1.0], tmp_path / "out")

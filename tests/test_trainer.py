@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.routers.discover import discover_routers
+from remoe_adapt.training.attached import computed_elsewhere
 from remoe_adapt.training.objective import LossWeights, next_token_losses, router_terms
 from remoe_adapt.training.trainer import RemoeTrainer
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
@@ -104,7 +105,8 @@ def objective(model: PeftModel, weights: LossWeights, *, detach: bool) -> Tensor
         layer.register_forward_hook(lambda layer, args, out: seen.append((layer, args[0], out))) for layer in layers
     ]
     model.train()
-    logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
+    with computed_elsewhere():
+        logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
     for handle in handles:
         handle.remove()
     counts = (rows["labels"][:, 1:] != -100).sum(1)
@@ -316,6 +318,11 @@ def test_lora_beside(tmp_path: Path) -> None:
     assert any(not torch.equal(p, before[name]) for name, p in base.named_parameters() if name in before)
     with pytest.raises(ConfigError, match=r"other parameters are trainable too, first .*lora_"):
         trainer_for(lora, tmp_path, router_relative_lr=True).train()
+
+
+def test_arguments_without_effect_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="label_smoothing_factor and compute_loss_func have no effect"):
+        trainer_for(adapted(), tmp_path, label_smoothing_factor=0.1)
 
 
 def test_what_cannot_train_is_refused(tmp_path: Path) -> None:

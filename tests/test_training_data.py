@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from tiny_family import byte_tokenizer
 
 from remoe_adapt.errors import DataError
+from remoe_adapt.training import data
 from remoe_adapt.training.data import PackedRows, data_files, read_documents, tokenize_documents
 
 
@@ -51,7 +54,9 @@ def test_line_separators_inside_records_do_not_end_them(tmp_path: Path) -> None:
     text = "a\u2028b\u2029c\x85d\re\x0cf"
     file = tmp_path / "a.jsonl"
     file.write_bytes(lines({"text": text}, {"text": "next"}).replace("\\r", "\r").encode())
-    with pytest.raises(DataError, match="line 1: not JSON"):  # a raw carriage return is no legal JSON: still one line
+    with pytest.raises(
+        DataError, match="line 1 is not valid JSON"
+    ):  # a raw carriage return is no legal JSON: still one line
         list(read_documents([file]))
     file.write_bytes(lines({"text": text}, {"text": "next"}).replace("\n", "\r\n").encode())
     assert list(read_documents([file])) == [text, "next"]
@@ -68,10 +73,10 @@ def test_a_byte_order_mark_and_half_characters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "ok"}\n\n{"text": \n', r"a\.jsonl, line 3: not JSON"),
+        ('{"text": "ok"}\n\n{"text": \n', r"a\.jsonl, line 3 is not valid JSON"),
         ('{"text": "ok"}\n["list"]\n', r"line 2: no text in this record \(found list\)"),
         ('{"text": 5, "question": "q"}\n', r"line 1: no text in this record \(found 'text', 'question'\)"),
-        ('{"text": ' + "9" * 5000 + "}\n", r"line 1: not JSON"),
+        ('{"text": ' + "9" * 5000 + "}\n", r"line 1 is not valid JSON"),
     ],
 )
 def test_bad_records_are_named_with_their_line(tmp_path: Path, content: str, message: str) -> None:
@@ -163,3 +168,110 @@ def test_a_document_longer_than_rows_loses_nothing_but_the_last_part() -> None:
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(DataError, match="3 tokens do not fill one row of 8"):
         PackedRows([[1, 2]], length=8, eos_id=0)
+
+
+def test_a_gzip_bomb_is_refused_early(tmp_path: Path) -> None:
+    for name in ("zeros.txt.gz", "zeros.jsonl.gz"):
+        with gzip.open(tmp_path / name, "wb", compresslevel=9) as file:
+            for _ in range(64):
+                file.write(bytes(1 << 20))
+        tracemalloc.start()
+        with pytest.raises(DataError, match=rf"{name} expands to more than 100 times its size"):
+            list(read_documents([tmp_path / name]))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 200 << 20
+    text = "".join(f"{number} is a line of text\n" for number in range(200_000))
+    with gzip.open(tmp_path / "text.txt.gz", "wt") as file:
+        file.write(text)
+    assert list(read_documents([tmp_path / "text.txt.gz"])) == [text]
+
+
+def test_a_record_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_RECORD_CHARS", 1 << 20)
+    monkeypatch.setattr(data, "_FILE_CHARS", 1 << 20)
+    (tmp_path / "a.jsonl").write_text(lines({"text": "first"}, {"text": "x" * (1 << 20)}))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 has more than 1 Mi characters"):
+        list(read_documents([tmp_path / "a.jsonl"]))
+    (tmp_path / "a.txt").write_text("x" * (1 << 20) + "y")
+    with pytest.raises(DataError, match=r"a\.txt has more than 1 Mi characters"):
+        list(read_documents([tmp_path / "a.txt"]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is nested too deeply"),
+        ('{"text": "a", "id": ' + "9" * 400 + "}", "line 2 is not valid JSON: an integer of 400 digits"),
+        ('{"text": "a", "text": "b"}', "line 2 is not valid JSON: the key 'text' stands twice"),
+        ('{"\\u001b[31mred": 1}', r"line 2: no text in this record \(found '\\x1b\[31mred'\)"),
+    ],
+)
+def test_hostile_records_are_one_error_with_their_line(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(lines({"text": "fine"}) + line + "\n")
+    with pytest.raises(DataError, match=message):
+        list(read_documents([tmp_path]))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_endless_links_hang_nobody(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "round.txt").symlink_to("round.txt")
+    (folder / "up").symlink_to(folder, target_is_directory=True)
+    with pytest.raises(DataError, match=r"pipe\.txt is a pipe"):
+        list(read_documents([folder / "pipe.txt"]))
+    with pytest.raises(DataError, match=r"round\.txt does not exist"):
+        list(read_documents([folder / "round.txt"]))
+    with pytest.raises(DataError, match="holds no data file"):
+        list(read_documents([folder]))
+    (folder / "real.txt").write_text("text")
+    assert list(read_documents([folder])) == ["text"]
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+
+
+def test_chat_records_go_through_the_tokenizers_template(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    file = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    file.write_text(lines({"messages": turns}, {"messages": parts}, {"text": "plain", "messages": turns}))
+    assert list(read_documents([file], tokenizer)) == [
+        "<user>Two and two?\n<assistant>Four.\n", "<user>ab\n", "plain",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "must be a list of at least one message"),
+        ("hello", "must be a list of at least one message, not hello"),
+        (["hello"], "message 1 must be an object with a 'role'"),
+        ([{"role": "user", "content": "a"}, {"content": "b"}], "message 2 must be an object with a 'role'"),
+        ([{"role": 1, "content": "b"}], "message 1 must be an object with a 'role'"),
+        ([{"role": "user", "content": 5}], "content of message 1 must be text"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "content of message 1 must be text"),
+        ([{"role": "user"}], "content of message 1 must be text"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "template refuses .*take turns"),
+    ],
+)
+def test_bad_messages_are_named_with_their_line(tmp_path: Path, messages: object, message: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages|length == 2 and messages[0].role == messages[1].role %}"
+        "{{ raise_exception('take turns') }}{% endif %}" + TEMPLATE
+    )
+    (tmp_path / "chat.jsonl").write_text(lines({"text": "fine"}, {"messages": messages}))
+    with pytest.raises(DataError, match=rf"chat\.jsonl, line 2: .*{message}"):
+        list(read_documents([tmp_path], tokenizer))
+
+
+def test_chat_records_without_a_template_name_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(lines({"messages": [{"role": "user", "content": "a"}]}))
+    for tokenizer in (None, byte_tokenizer()):
+        with pytest.raises(DataError, match="this one has none: use the tokenizer of the model's chat version"):
+            list(read_documents([tmp_path], tokenizer))

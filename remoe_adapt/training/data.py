@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import json
+import io
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ from torch.utils.data import Dataset
 
 from remoe_adapt.errors import DataError
 from remoe_adapt.training.objective import IGNORED_LABEL
+from remoe_adapt.untrusted import parse_json, printable
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+# A gzip file may expand to this much, or to this many times its size: text packs 3 to 10 times, gzip at most 1030.
+_FREE_BYTES, _MOST_EXPANSION = 16 << 20, 100
+_RECORD_CHARS, _FILE_CHARS = 64 << 20, 1 << 30
 _RECORDS = (("text",), ("question", "answer"), ("prompt", "canonical_solution"))
 
 
@@ -37,7 +41,9 @@ def data_files(paths: Sequence[str | Path]) -> list[Path]:
                 raise DataError(f"{path} holds no data file: expected {', '.join(SUFFIXES)}")
             files += inside
         elif not path.exists():
-            raise DataError(f"{path} does not exist: give a file or folder of {', '.join(SUFFIXES)}")
+            raise DataError(f"{printable(path)} does not exist: give a file or folder of {', '.join(SUFFIXES)}")
+        elif not path.is_file():
+            raise DataError(f"{printable(path)} is a pipe, socket or device: copy its text into a file")
         elif not path.name.endswith(SUFFIXES):
             raise DataError(f"{path} is not a data file: its name must end in one of {', '.join(SUFFIXES)}")
         else:
@@ -45,48 +51,147 @@ def data_files(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def read_documents(paths: Sequence[str | Path]) -> Iterator[str]:
-    """Documents of all files in order. A .txt file is one document; a line of .jsonl is one record.
+def read_documents(paths: Sequence[str | Path], tokenizer: Any = None) -> Iterator[str]:
+    """Documents of all files in order. A .txt file is one document; a line of .jsonl is one record: `text`,
+    `question` + `answer`, `prompt` + `canonical_solution`, or chat `messages`, which the tokenizer's chat template
+    writes out.
 
     Raises:
-        DataError: see `data_files`; also a file that is not UTF-8 or not gzip, or a record without text, with its line.
+        DataError: see `data_files`; also a file that is not UTF-8, not gzip or expands as no text does, or a record
+            without text, with its line.
     """
     for path in data_files(paths):
-        yield from read_file(path)
+        yield from read_file(path, tokenizer)
 
 
-def read_file(path: Path) -> Iterator[str]:
+def read_file(path: Path, tokenizer: Any = None) -> Iterator[str]:
     """Documents of one file; blank ones are left out. Raises DataError as `read_documents`."""
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
     try:
-        # newline="\n": records may hold U+2028 and lone carriage returns; -sig: Windows tools write a byte order mark
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            if path.name.removesuffix(".gz").endswith(".txt"):
-                documents: Iterable[str] = (file.read(),)
-            else:
-                documents = (_record_text(line, path, number) for number, line in enumerate(file, 1) if line.strip())
-            yield from (text for text in documents if text.strip())
+        with path.open("rb") as stored:
+            packed = path.name.endswith(".gz")
+            raw: Any = io.BufferedReader(_Unpacked(stored, path)) if packed else stored
+            # newline="\n": records may hold U+2028 and lone carriage returns; -sig: Windows writes a byte order mark
+            with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n") as file:
+                if path.name.removesuffix(".gz").endswith(".txt"):
+                    documents: Iterable[str] = (_whole_file(file, path),)
+                else:
+                    documents = _records(file, path, tokenizer)
+                yield from (text for text in documents if text.strip())
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise DataError(f"cannot read {printable(path)}: {error}") from error
 
 
-def _record_text(line: str, path: Path, number: int) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+class _Unpacked(io.RawIOBase):
+    """A gzip file's contents, as long as they may be text: an expansion that no text has is refused early on."""
+
+    def __init__(self, stored: Any, path: Path) -> None:
+        self._stored, self._path, self._given = stored, path, 0
+        self._file = gzip.GzipFile(fileobj=stored)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._given += len(data)
+        if self._given > max(_FREE_BYTES, _MOST_EXPANSION * self._stored.tell()):
+            raise DataError(
+                f"{printable(self._path)} expands to more than {_MOST_EXPANSION} times its size, which no text does: "
+                "unpack it and look"
+            )
+        return len(data)
+
+
+def _whole_file(file: Any, path: Path) -> str:
+    # Piece by piece: a single read of so much would make room for all of it at once.
+    parts: list[str] = []
+    length = 0
+    while part := file.read(1 << 20):
+        parts.append(part)
+        length += len(part)
+        if length > _FILE_CHARS:
+            raise DataError(
+                f"{printable(path)} has more than {_FILE_CHARS >> 20} Mi characters, and a text file is one document: "
+                "split it"
+            )
+    return "".join(parts)
+
+
+def _records(file: Any, path: Path, tokenizer: Any) -> Iterator[str]:
+    number = 0
+    while line := file.readline(_RECORD_CHARS + 1):
+        number += 1
+        if len(line) > _RECORD_CHARS:
+            raise DataError(
+                f"{printable(path)}, line {number} has more than {_RECORD_CHARS >> 20} Mi characters: a record is one "
+                "document, split it"
+            )
+        if line.strip():
+            yield _record_text(line, f"{path}, line {number}", tokenizer)
+
+
+def _record_text(line: str, where: str, tokenizer: Any) -> str:
+    record = parse_json(line, where, DataError)
     if isinstance(record, dict):
+        if not isinstance(record.get("text"), str) and "messages" in record:
+            return _whole(chat_text(record, tokenizer, printable(where)))
         for keys in _RECORDS:
             parts = [record.get(key) for key in keys]
             if all(isinstance(part, str) for part in parts):
                 # HumanEval's solution continues its prompt; an answer starts on a new line
-                text = ("" if keys[-1] == "canonical_solution" else "\n").join(map(str, parts))
-                return text.encode("utf-8", "replace").decode()  # escapes of half a character, which no tokenizer takes
+                return _whole(("" if keys[-1] == "canonical_solution" else "\n").join(map(str, parts)))
     found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
     raise DataError(
-        f"{path}, line {number}: no text in this record (found {found}); give 'text', or 'question' + 'answer', "
-        "or 'prompt' + 'canonical_solution'"
+        f"{printable(where)}: no text in this record (found {printable(found)}); give 'text', or 'question' + "
+        "'answer', or 'prompt' + 'canonical_solution', or chat 'messages'"
     )
+
+
+def _whole(text: str) -> str:
+    """Without halves of characters, which JSON's escapes can hold and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def chat_text(record: Mapping[str, Any], tokenizer: Any, where: str) -> str:
+    """A record's `messages` (and `tools`, if any) as the tokenizer's chat template writes them.
+
+    A message has a `role` and a `content`: text, or a list of `{"type": "text", "text": ...}`; other keys are the
+    template's.
+
+    Raises:
+        DataError: no template, messages of another form, or ones that the template refuses.
+    """
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: 'messages' must be a list of at least one message, not {printable(messages)}")
+    plain = []
+    for index, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or not role:
+            raise DataError(f"{where}: message {index} must be an object with a 'role' and a 'content'")
+        content = message.get("content")
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise DataError(
+                f"{where}: the content of message {index} must be text, or a list of parts of type 'text', not "
+                f"{printable(content)}"
+            )
+        plain.append({**message, "content": content})
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{where}: chat 'messages' are written out by the tokenizer's chat template, and this one has none: use "
+            "the tokenizer of the model's chat version, or records of 'text'"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(plain, tools=record.get("tools"), tokenize=False)
+    except Exception as error:  # a template is a program of others
+        raise DataError(f"{where}: the chat template refuses these messages ({printable(error)})") from error
+    return text
 
 
 def tokenize_documents(

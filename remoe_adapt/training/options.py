@@ -14,6 +14,7 @@ from remoe_adapt.family_files import Recency
 from remoe_adapt.gating.prior import DECAY, check_prior
 from remoe_adapt.training.trainer import MODES, Mode
 from remoe_adapt.tuner.config import RemoeConfig
+from remoe_adapt.untrusted import printable, read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,8 @@ class TrainOptions:
             raise ConfigError(f"length={self.length}: a row needs at least 2 tokens")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr={self.lr}: use a number > 0")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
+            raise ConfigError(f"seed={self.seed}: use a whole number from 0 to {(1 << 32) - 1}")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup={self.warmup}: a share of the steps between 0 and 1")
         check_prior(self.recency or "ema", self.recency_gain, self.recency_decay)
@@ -82,7 +85,8 @@ class TrainOptions:
             lag_weight=strength * self.lag_weight,
             ws_weight=strength * self.ws_weight,
             kl_weight=self.kl_weight if strength else 0.0,
-            distill_share=self.distill_share if strength else 0.0,
+            # Local mode runs no next-token loss backward, so there is no target to share.
+            distill_share=self.distill_share if strength and self.mode == "end-to-end" else 0.0,
         )
 
 
@@ -99,13 +103,17 @@ def check_strengths(strengths: Sequence[float]) -> list[float]:
 def check_same_run(record: Path, run: dict[str, Any]) -> None:
     """Raises ConfigError when `record` says that another run, or nothing readable, made what is beside it."""
     try:
-        earlier: Any = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{record} cannot be read ({error}): choose another --out, or train anew") from error
+        earlier: Any = read_json(record)
+    except ConfigError as error:
+        raise ConfigError(f"{error} It is the record of a run: choose another --out, or delete that folder") from error
     if not isinstance(earlier, dict):
         raise ConfigError(f"{record} is not a record of a run: choose another --out, or train anew")
     earlier = json.loads(json.dumps(asdict(TrainOptions()))) | earlier  # options that are younger than the record
-    changed = [f"{key} was {earlier.get(key)!r}, now {run[key]!r}" for key in run if earlier.get(key) != run[key]]
+    changed = [
+        f"{key} was {printable(repr(earlier.get(key)))}, now {value!r}"
+        for key, value in run.items()
+        if earlier.get(key) != value
+    ]
     if changed:
         raise ConfigError(
             f"{record.parent} holds a run with other options ({', '.join(changed)}): choose another --out"

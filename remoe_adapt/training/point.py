@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from remoe_adapt.errors import DataError
 from remoe_adapt.family_files import write_whole
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.trainer import RemoeTrainer
 from remoe_adapt.tuner.beside import wrap_or_inject
+from remoe_adapt.untrusted import parse_json
 
 ADAPTER = "adapter"
+CHECKPOINT_MINUTES = 5.0
 _STATE = "trainer_state.json"
 
 
 def train_point(
-    model: PreTrainedModel, rows: PackedRows, options: TrainOptions, strength: float, folder: Path, log: PointLog
+    model: PreTrainedModel,
+    rows: PackedRows,
+    options: TrainOptions,
+    strength: float,
+    folder: Path,
+    log: PointLog,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
 ) -> dict[str, float]:
     """Train one adapter (strength 0: the control) and save it as `folder/adapter`; returns the last log.
 
@@ -44,7 +55,7 @@ def train_point(
                 model=peft_model,
                 args=_arguments(options, folder / "checkpoints", model.device.type),
                 train_dataset=rows,
-                callbacks=[log],
+                callbacks=[log, _SaveByTime(checkpoint_minutes)],
                 mode=options.mode if strength else "end-to-end",
                 locality_warmup_steps=round(options.steps * options.warmup),
                 router_relative_lr=True,
@@ -70,7 +81,6 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
         learning_rate=options.lr,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(options.steps * options.warmup)),
-        adam_epsilon=1e-12,  # a router's gradients are small: the default would swallow them
         logging_steps=5,
         logging_first_step=True,
         save_steps=max(10, options.steps // 5),
@@ -122,6 +132,26 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             model.to(homes.pop())  # Trainer moves a model to the process's own device
 
 
+class _SaveByTime(TrainerCallback):
+    """Asks for a checkpoint when the last one is older than so many minutes; of several processes the first decides."""
+
+    def __init__(self, minutes: float) -> None:
+        self._seconds, self._last = 60.0 * minutes, time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        due = [time.monotonic() - self._last >= self._seconds]
+        if broadcast_object_list(due)[0]:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._last = time.monotonic()
+
+
 class PointLog(TrainerCallback):
     """A progress bar with loss, EOR and KL, and every logged line kept in a file (by the main process)."""
 
@@ -137,8 +167,12 @@ class PointLog(TrainerCallback):
             return
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
-            row = json.loads(line) if line.endswith("\n") else None  # None: the kill came while it was written
-            if row and (row["point"] != self._name or row["step"] <= state.global_step):
+            try:
+                row = parse_json(line, str(self._path), DataError)
+                again = row["point"] == self._name and row["step"] > state.global_step
+            except (DataError, TypeError, KeyError):  # the kill came while it was written
+                continue
+            if not again and line.endswith("\n"):
                 kept.append(line)
         write_whole(self._path, "".join(kept))
 

@@ -27,7 +27,8 @@ from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.fingerprint import fingerprint
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
-from remoe_adapt.training.point import ADAPTER, PointLog, train_point
+from remoe_adapt.training.place import check_device, check_fits, check_writable, disk_faults_named
+from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, train_point
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 
@@ -36,6 +37,8 @@ LOG_FILE = "training_log.jsonl"
 RUN_FILE = "training.json"
 _DEFAULT_LENGTH = 512
 _HELD_OUT_EVERY = 20
+# Enough to know a perplexity ratio to a quarter of a percent (see `LEAST_CERTIFIED_TOKENS`).
+HELD_OUT_TOKENS = 16_384
 _PIECE_CHARS = 2048
 
 
@@ -46,7 +49,8 @@ def token_rows(
 
     Every 20th document of a file is held out; of a file of few documents the last twentieth of each. What is left is
     cut into pieces of about `piece_chars` characters and drawn from all over the file: a few whole documents would
-    teach the routers those documents.
+    teach the routers those documents. `tokens` bounds what is trained on; of what is held out there are as many as the
+    data give, up to `HELD_OUT_TOKENS` in all.
 
     Raises DataError when there is no text.
     """
@@ -55,7 +59,7 @@ def token_rows(
     held_out: list[list[int]] = []
     share = math.ceil(tokens / len(files))
     for file in files:
-        documents = list(read_file(file))
+        documents = list(read_file(file, tokenizer))
         random.Random(seed).shuffle(documents)
         if len(documents) >= _HELD_OUT_EVERY:
             kept = [text for index, text in enumerate(documents) if index % _HELD_OUT_EVERY]
@@ -65,7 +69,8 @@ def token_rows(
             kept = [text[:cut] for text, cut in zip(documents, cuts, strict=True)]
             apart = [text[cut:] for text, cut in zip(documents, cuts, strict=True)]
         train += tokenize_documents(_drawn(kept, piece_chars, seed), tokenizer, share)
-        held_out += tokenize_documents(_drawn(apart, piece_chars, seed), tokenizer, math.ceil(share / _HELD_OUT_EVERY))
+        most = math.ceil(HELD_OUT_TOKENS / len(files))
+        held_out += tokenize_documents(_drawn(apart, piece_chars, seed), tokenizer, most)
     if not train:
         raise DataError(f"no text in {', '.join(map(str, files))}")
     return train, [row for row in held_out if len(row) > 1]
@@ -91,25 +96,31 @@ def train_family(
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
     on_point: Callable[[str, dict[str, float]], None] | None = None,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
 ) -> Family:
     """Train a point for each strength, then the control, one after the other from the same base on the same rows.
 
     Beside the family lie `training.json`, what the run was, and `training_log.jsonl`. A stopped run goes on where it
     was when called again with the same options: finished points are kept, the point under way restarts from its last
     checkpoint; other strengths add points. `base` (a path, hub id or loaded model) is left as it was.
+    A checkpoint is kept every `checkpoint_minutes` (and at every fifth of a point): that much is lost at most.
     `on_point(name, last_log)` is called after each. Under `accelerate launch` every process calls this: rows are shared
     out, the main process writes.
 
     Raises:
-        ConfigError: bad strengths or options, a base or tokenizer that cannot be loaded, or `out` holds a run with
-            other options, base or data.
+        ConfigError: bad strengths or options, a rank above a router's, a device that is not there, a base or tokenizer
+            that cannot be loaded, `out` holds a run with other options, base or data, cannot be written or has no
+            space left. All but the last are found before any work.
         DataError: no usable text.
         FamilyError: `out` holds a family that was not made by such a run, or `resume` is off and it exists.
     """
     options = options or TrainOptions()
-    wanted = check_strengths(strengths)
+    wanted, out = check_strengths(strengths), Path(out)
+    data_files(data)
+    check_writable(out)
     processes = PartialState()
     model, base_id = _load(base, device, dtype)
+    check_fits(model, options, len(wanted) + control, out)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base_id)
     length = _row_tokens(model, options)
     train, _ = token_rows(data, tokenizer, _needed_tokens(model, options) * processes.num_processes, options.seed)
@@ -117,9 +128,10 @@ def train_family(
     if model.device.type == "cpu":
         torch.set_flush_denormal(True)  # second moments of small gradients slow a CPU down tenfold
 
-    out, base_fingerprint = Path(out), fingerprint(model)
+    base_fingerprint = fingerprint(model)
     run = {**asdict(options), "length": length, "base": base_fingerprint, "data": _digest(train)}
-    _claim(out, json.loads(json.dumps(run)), resume)
+    with disk_faults_named(out):
+        _claim(out, json.loads(json.dumps(run)), resume)
     exists = (out / FAMILY_FILE).exists()
     family = Family.load(out) if exists else Family.create(out, base_id, base_fingerprint)
     # Last: a family without points is no family yet.
@@ -130,15 +142,16 @@ def train_family(
         folder = out / WORK_FOLDER / name
         shown = progress and processes.is_main_process
         bar = tqdm(total=options.steps, desc=f"{name} ({position + 1}/{len(todo)})", disable=not shown, unit="step")
-        with bar, freed_memory_kept(model.device.type):
-            last = train_point(model, rows, options, strength, folder, PointLog(bar, out / LOG_FILE, name, strength))
-        if PartialState().is_main_process:
-            if strength:
-                recency = options.recency_of(strength, len(discover_routers(model)))
-                family.add_point(strength, folder / ADAPTER, recency)
-            else:
-                family.set_control(folder / ADAPTER)
-            shutil.rmtree(folder)
+        log = PointLog(bar, out / LOG_FILE, name, strength)
+        with bar, freed_memory_kept(model.device.type), disk_faults_named(out):
+            last = train_point(model, rows, options, strength, folder, log, checkpoint_minutes)
+            if PartialState().is_main_process:
+                if strength:
+                    recency = options.recency_of(strength, len(discover_routers(model)))
+                    family.add_point(strength, folder / ADAPTER, recency)
+                else:
+                    family.set_control(folder / ADAPTER)
+                shutil.rmtree(folder)
         PartialState().wait_for_everyone()
         if on_point is not None:
             on_point(name, last)
@@ -203,15 +216,14 @@ def _load(
     if isinstance(base, nn.Module):
         return base, str(getattr(base.config, "name_or_path", "") or "unnamed")
     processes = PartialState()
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if processes.num_processes > 1:
         device = str(processes.device)  # one of its own
+    device = check_device(device)
     # Half precision is slow on most CPUs, and small bases train there.
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
         return model.to(device), str(base)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load the model {base} on {device}: {reason}") from error

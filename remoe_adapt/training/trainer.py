@@ -5,25 +5,34 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.training.attached import computed_elsewhere
+from remoe_adapt.training.callback import ObjectiveCallback
+from remoe_adapt.training.documents import document_numbers
 from remoe_adapt.training.objective import (
     IGNORED_LABEL,
     LossWeights,
     RouterTerms,
     distillation_losses,
     next_token_losses,
-    router_terms,
     warm_up,
 )
-from remoe_adapt.training.rates import relative_rates
-from remoe_adapt.tuner.config import RemoeConfig
+from remoe_adapt.training.rates import WORKING_RATE, relative_rates, router_rates
+from remoe_adapt.training.terms import (
+    RouterCall,
+    active_configs,
+    row_shares,
+    terms_of_call,
+    weights_of,
+    without_jitter,
+)
 from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 
 # A mixin may stand before any Trainer class, so it inherits from none.
@@ -34,17 +43,16 @@ else:
 
 Mode = Literal["end-to-end", "local"]
 MODES: tuple[Mode, ...] = ("end-to-end", "local")
-# The wrapped router, what it was called with, what it returned.
-RouterCall = tuple[RemoeLayer, tuple[Any, ...], dict[str, Any], Any]
 
 
 class RemoeTrainerMixin(_Mixin):
-    """Put before a Trainer class: `class MyTrainer(RemoeTrainerMixin, Trainer)`.
+    """Put before a Trainer class that trains on next tokens: `class MyTrainer(RemoeTrainerMixin, SFTTrainer)`.
 
     The model holds wrapped routers with an active REMOE adapter, beside other adapters or not; the weights of the terms
-    are read from its RemoeConfig. Inputs need `labels` and may carry `document_ids` [B, T] (see `PackedRows`); without
-    them a row is one document. `attention_mask` says what is padding. The model's own load-balancing loss stays out: it
-    fights reuse.
+    are read from its RemoeConfig. Inputs need `labels`; which document a token belongs to and what is padding is read
+    from what packed batches carry (see `document_numbers`), and a row that says nothing is one document. The model's
+    own load-balancing loss stays out: it fights reuse. Trainers with another loss (DPO) go without this class: there
+    the terms come with the model (training/attached.py).
 
     mode "end-to-end": L_CE + trust + locality, backward through the model.
     mode "local": trust + locality of each router on its detached input, backward inside the router's own hook. No
@@ -63,13 +71,17 @@ class RemoeTrainerMixin(_Mixin):
         *args: Any,
         mode: Mode = "end-to-end",
         locality_warmup_steps: int = 0,
-        router_relative_lr: bool = False,
+        router_relative_lr: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """`locality_warmup_steps` is T_warm. With `router_relative_lr`, `args.learning_rate` is in units of a router's
-        own scale (see `relative_rates`), so that one step moves logits by a share of their spread in any model.
+        own scale (see `router_rates`), so that one step moves logits by a share of their spread in any model; without
+        it, it is what Trainer means. None: a learning rate that is still the default of its arguments' class is taken
+        as not chosen, and routers learn at the relative rate 0.3 (other parameters at that default); a chosen one is
+        Trainer's.
 
-        Raises ConfigError for an unknown mode, a model without an active REMOE adapter, or local mode without a term.
+        Raises ConfigError for an unknown mode, a model without an active REMOE adapter, local mode without a term, and
+        for arguments that would be without effect (label smoothing, a loss function).
         """
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: choose 'end-to-end' or 'local'")
@@ -80,10 +92,17 @@ class RemoeTrainerMixin(_Mixin):
         if training is not None and training.n_gpu > 1:
             training._n_gpu = 1  # DataParallel would train copies of the routers, which our hooks never see
         super().__init__(*args, **kwargs)
+        self.remove_callback(ObjectiveCallback)  # what it tells, this trainer does itself
+        if self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None:
+            raise ConfigError(
+                "label_smoothing_factor and compute_loss_func have no effect on the objective of RemoeTrainer: leave "
+                "them out (distill_share in RemoeConfig softens the targets), or use transformers' Trainer"
+            )
         # The loss is divided by the label tokens of the whole step; two names, one per generation of Trainer.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.router_layers = {n: r for n, r in remoe_layers(self.model).items() if r.adapters & {*r.active_adapters}}
-        self.loss_weights = _loss_weights(self.model, self.router_layers)
+        self._configs = active_configs(self.model, self.router_layers.values())
+        self.loss_weights = weights_of(self._configs)
         if mode == "local" and replace(self.loss_weights, distill_share=0.0) == LossWeights():
             raise ConfigError(
                 "mode='local' learns from the locality and trust terms alone, and all their weights are 0: "
@@ -117,7 +136,7 @@ class RemoeTrainerMixin(_Mixin):
         Raises ConfigError when no gradient can reach the routers.
         """
         inputs, labels_BT, documents_BT = _split_inputs(inputs)
-        share_B, items = _row_shares(labels_BT, num_items_in_batch if model.training else None)
+        share_B, items = row_shares(labels_BT, num_items_in_batch if model.training else None)
         calls: list[RouterCall] = []
         share = self.loss_weights.distill_share
         if share:
@@ -142,18 +161,24 @@ class RemoeTrainerMixin(_Mixin):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One micro-batch: Trainer's own step end to end; layer-local gradients otherwise."""
-        if self.mode == "end-to-end":
-            return super().training_step(model, inputs, num_items_in_batch)
+        whole = self.mode == "end-to-end"
+        step = super().training_step if whole else self._local_step
+        loss: Tensor = step(model, inputs, num_items_in_batch)
+        for config in self._configs.values():
+            config.note_training({*config.loss_weights} - (set() if whole else {"distill_share"}))
+        return loss
+
+    def _local_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
         model.train()
         inputs, labels_BT, documents_BT = _split_inputs(self._prepare_inputs(inputs))
-        share_B, items = _row_shares(labels_BT, num_items_in_batch)
+        share_B, items = row_shares(labels_BT, num_items_in_batch)
         terms: list[RouterTerms] = []
         loss = torch.zeros((), device=share_B.device)
 
         def learn(layer: RemoeLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal loss
             detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-            with torch.enable_grad(), _without_jitter(layer):
+            with torch.enable_grad(), without_jitter(layer):
                 again = layer.forward(*detached, **kwargs)
                 term = self._terms((layer, detached, kwargs, output), again, documents_BT)
                 mine = (term.loss * share_B).sum() / len(self.router_layers) * self._loss_factor
@@ -176,23 +201,37 @@ class RemoeTrainerMixin(_Mixin):
         return ce * self._loss_factor + loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """AdamW with the rates of `relative_rates`, without weight decay, when they are relative; else Trainer's own.
+        """AdamW with the rates of `router_rates`, without weight decay, when they are relative; else Trainer's own.
 
-        Raises ConfigError when no delta is trainable, or as `relative_rates`.
+        Raises ConfigError when no delta is trainable, for another `optim` than AdamW, or as `relative_rates`.
         """
         if not any(p.requires_grad for layer in self.router_layers.values() for p in layer.parameters()):
             raise ConfigError(
                 "no router delta requires gradient: load the adapter with is_trainable=True, or set_adapter it"
             )
-        if not self.router_relative_lr or self.optimizer is not None:
+        unset = self.args.learning_rate == _default(self.args, "learning_rate")
+        relative = unset if self.router_relative_lr is None else self.router_relative_lr
+        if not relative or self.optimizer is not None:
             return super().create_optimizer(*args, **kwargs)
-        lr = self.args.learning_rate
-        groups = [
-            {"params": [parameter], "lr": lr * rate, "weight_decay": 0.0}
-            for parameter, rate in relative_rates(self.model, self.router_layers.values())
-        ]
+        if not str(getattr(self.args.optim, "value", self.args.optim)).startswith("adamw_torch"):
+            raise ConfigError(
+                f"optim={self.args.optim!r}: rates relative to a router are AdamW's; leave it at its default, or "
+                "choose a learning_rate with router_relative_lr=False"
+            )
+        if self.router_relative_lr is None:
+            lr, rates = WORKING_RATE, router_rates(self.router_layers.values())
+        else:
+            lr, rates = self.args.learning_rate, relative_rates(self.model, self.router_layers.values())
+        groups = [{"params": [p], "lr": lr * rate, "weight_decay": 0.0} for p, rate in rates]
+        ours, decayed = {id(p) for p, _ in rates}, {*self.get_decay_parameter_names(self.model)}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in ours:
+                decay = self.args.weight_decay if name in decayed else 0.0
+                groups.append({"params": [parameter], "lr": self.args.learning_rate, "weight_decay": decay})
         betas = (self.args.adam_beta1, self.args.adam_beta2)
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+        # A router's gradients are small: Trainer's default would swallow them.
+        chosen = self.args.adam_epsilon != _default(self.args, "adam_epsilon")
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon if chosen else 1e-12)
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -226,37 +265,16 @@ class RemoeTrainerMixin(_Mixin):
 
         handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in self.router_layers.values()]
         try:
-            yield
+            with computed_elsewhere():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _terms(self, call: RouterCall, result: Any, documents_BT: Tensor) -> RouterTerms:
-        """Terms of one call: the distribution from `result`, the chosen experts from what the model went on with."""
-        layer, args, kwargs, output = call
-        logits_TE, ids_TK = layer.spec.read(result).logits_TE, layer.spec.read(output).ids_TK
-        rows, home = documents_BT.shape, documents_BT.device
-        if len(logits_TE) != documents_BT.numel():
-            name = next(name for name, router in self.router_layers.items() if router is layer)
-            raise ConfigError(
-                f"router {name} saw {len(logits_TE)} tokens of a batch of {rows[0]} x {rows[1]}: it does not route "
-                "the text itself, so leave it out with exclude_modules"
-            )
-        if torch.is_grad_enabled() and not logits_TE.requires_grad:
-            raise ConfigError(
-                "no gradient reaches the routers: re-entrant gradient checkpointing loses it, so pass "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        log_probs_BTE = _log_probabilities(layer, logits_TE).view(*rows, -1)
-        with torch.no_grad(), _without_jitter(layer):
-            reference = layer.spec.read(layer.base_layer(*args, **kwargs))
-            reference_BTE = _log_probabilities(layer, reference.logits_TE).view(*rows, -1)
+        name = next(name for name, layer in self.router_layers.items() if layer is call[0])
         alpha = warm_up(self.state.global_step + 1, self.locality_warmup_steps)
-        documents_BT = documents_BT.to(logits_TE.device)  # a model may be spread over devices
-        terms = router_terms(
-            log_probs_BTE, ids_TK.view(*rows, -1), reference_BTE, documents_BT, self.loss_weights, alpha
-        )
-        return RouterTerms(terms.loss.to(home), terms.kl.to(home), terms.eor.to(home))
+        return terms_of_call(call, result, name, documents_BT, self.loss_weights, alpha)
 
     def _note(self, ce: Tensor, terms: list[RouterTerms], share_B: Tensor) -> None:
         """Add to the sums of ce, kl, eor and shares; on the device, so that a step waits for nothing."""
@@ -270,16 +288,9 @@ class RemoeTrainer(RemoeTrainerMixin, Trainer):
     """transformers' Trainer for REMOE adapters; see RemoeTrainerMixin."""
 
 
-@contextmanager
-def _without_jitter(layer: RemoeLayer) -> Iterator[None]:
-    """The router in eval mode: no noise on its input, and none written a second time into what it shares."""
-    modes = [(module, module.training) for module in layer.base_layer.modules()]
-    layer.base_layer.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _default(args: TrainingArguments, name: str) -> Any:
+    """What this option is when nobody chooses it."""
+    return next(field.default for field in fields(args) if field.name == name)
 
 
 def _labels(inputs: dict[str, Any]) -> Tensor:
@@ -305,49 +316,6 @@ def _base_routing(layers: Iterable[RemoeLayer]) -> Iterator[None]:
 def _split_inputs(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Model inputs without labels (the model adds no loss of its own), labels [B, T], document numbers [B, T]."""
     labels_BT = _labels(inputs)
-    documents_BT = inputs.get("document_ids")
-    if documents_BT is None:
-        documents_BT = torch.zeros_like(labels_BT)
-    if inputs.get("attention_mask") is not None:
-        documents_BT = documents_BT.masked_fill(inputs["attention_mask"] == 0, -1)
+    documents_BT = document_numbers(inputs)
     left = {name: value for name, value in inputs.items() if name not in ("labels", "document_ids")}
     return {"use_cache": False, **left}, labels_BT, documents_BT
-
-
-def _row_shares(labels_BT: Tensor, num_items: Tensor | int | None) -> tuple[Tensor, Tensor | int]:
-    """Each row's share [B] of the optimizer step's label tokens, and their number."""
-    count_B = (labels_BT[:, 1:] != IGNORED_LABEL).sum(dim=1)
-    items = count_B.sum().clamp_min(1) if num_items is None else num_items
-    return count_B / items, items
-
-
-def _log_probabilities(layer: RemoeLayer, logits_TE: Tensor) -> Tensor:
-    if layer.spec.score == "softmax":
-        return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).log_softmax(dim=-1)
-    return layer.spec.probabilities(logits_TE).clamp_min(torch.finfo(torch.float32).tiny).log()
-
-
-def _loss_weights(model: nn.Module, layers: dict[str, RemoeLayer]) -> LossWeights:
-    """The weights recorded in the configuration of the active adapter, wherever in the model that is kept."""
-    active = {name for layer in layers.values() for name in layer.active_adapters if name in layer.adapters}
-    holders = [getattr(module, "peft_config", None) for module in model.modules()]
-    configs = {n: c for h in holders if isinstance(h, dict) for n, c in h.items() if n in active}
-    found = {
-        LossWeights(
-            reuse=config.reuse_weight,
-            smooth=config.smooth_weight,
-            lag=config.lag_weight,
-            window=config.ws_weight,
-            kl=config.kl_weight,
-            distill_share=config.distill_share,
-        )
-        for config in configs.values()
-        if isinstance(config, RemoeConfig)
-    }
-    if len(found) == 1:
-        return found.pop()
-    if found:
-        raise ConfigError(f"adapters {sorted(active)} are active with different loss weights: set_adapter one of them")
-    raise ConfigError(
-        "no active REMOE adapter in this model: call get_peft_model(base, RemoeConfig(reuse_weight=...)) first"
-    )

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -13,12 +14,14 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.notices import say_once
 from remoe_adapt.tuner.checks import KINDS, PREFIX
 from remoe_adapt.tuner.patterns import check_pattern
 from remoe_adapt.tuner.stored import StoredAdapter
 from remoe_adapt.untrusted import printable
 
 _WEIGHTS = ("reuse_weight", "kl_weight", "smooth_weight", "lag_weight", "ws_weight")
+_OBJECTIVE = (*_WEIGHTS, "distill_share")
 _TEXTS = ("base_fingerprint", "base_model_name_or_path", "revision")
 _SWITCHES = ("init_weights", "allow_other_base", "inference_mode")
 # Names, not expressions: PEFT puts them into expressions of its own.
@@ -102,6 +105,34 @@ class RemoeConfig(PeftConfig):
         self.stored: StoredAdapter | None = None
         # What the user had written in fields that a model has filled in.
         self._filled: dict[str, Any] = {}
+        # The weights that acted in the training of this process; None: it trained nothing.
+        self._acted: frozenset[str] | None = None
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The objective's weights above 0, by name."""
+        return {name: getattr(self, name) for name in _OBJECTIVE if getattr(self, name)}
+
+    def note_training(self, acted: Iterable[str]) -> None:
+        """The adapter took a step of training, in which these of its `loss_weights` acted."""
+        self._acted = frozenset(acted) | (self._acted or frozenset())
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's; weights that did not act in a training of this process are saved as 0, and that is said once."""
+        idle = [] if self._acted is None else [name for name in self.loss_weights if name not in self._acted]
+        if not idle:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        say_once(
+            f"{', '.join(f'{name}={getattr(self, name):g}' for name in idle)} of RemoeConfig did not act in the "
+            "training of this adapter, so the saved configuration says 0: train with RemoeTrainer (or "
+            "RemoeTrainerMixin before your trainer's class)"
+        )
+        written = copy.copy(self)
+        for name in idle:
+            setattr(written, name, 0.0)
+        written._acted = None
+        written.save_pretrained(save_directory, **kwargs)
 
     def _check_types(self) -> None:
         """A configuration may come from a file of others: every field is what the code after this takes it for."""
@@ -160,4 +191,5 @@ class RemoeConfig(PeftConfig):
         for name, written in self._filled.items():
             setattr(config, name, written)
         config._filled = {}
+        config._acted = None
         return config

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from remoe_adapt.errors import AdapterCorruptError
 from remoe_adapt.routers.spec import RouterSpec
+from remoe_adapt.training.attached import attach_objective, detach_objective
 from remoe_adapt.tuner.beside import AdapterConfigs, check_free_name, check_name, path_parts, plain_base
 from remoe_adapt.tuner.checks import check_finite, check_shapes
 from remoe_adapt.tuner.combine import add_weighted_adapter
@@ -131,6 +132,7 @@ class RemoeModel(BaseTuner):
             raise
         if self.peft_config[adapter_name].to_dict() == given.to_dict():
             self.peft_config[adapter_name] = given
+        attach_objective(self.model, self.peft_config)
 
     def _create_and_replace(
         self,
@@ -263,6 +265,7 @@ class RemoeModel(BaseTuner):
         """Take our names off the base model; other tuners' stay."""
         shared = getattr(self.model, "peft_config", None)
         self.peft_config = AdapterConfigs({name: self.peft_config[name] for name in own})
+        detach_objective(self.model)
         if shared is None:
             return
         for name in own & shared.keys():
