@@ -15,7 +15,7 @@ from remoe_adapt.gating.prior import DECAY, RecencyPrior, check_prior, checked_g
 from remoe_adapt.gating.proof import why_without_effect
 from remoe_adapt.gating.sequences import SequenceHooks, text_model
 from remoe_adapt.libraries.kv_cache import CONTINUOUS_BATCHING, unknown_cache_argument
-from remoe_adapt.libraries.patching import Override
+from remoe_adapt.libraries.patching import Overrides
 from remoe_adapt.notices import say_once
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.spec import RouterRef
@@ -46,7 +46,7 @@ class InstalledPrior:
         self.layers: list[int] = []
         self._before: list[tuple[nn.Module, str, object]] = []
         self._hooks: list[SequenceHooks] = []
-        self._overrides: list[Override] = []
+        self._overrides = Overrides()
         found: dict[int, RouterForward] = {}
         for place, ref in enumerate(refs):
             if isinstance(_forward_of(ref.module), RouterForward):
@@ -72,7 +72,7 @@ class InstalledPrior:
             kept = {place: forward for place, forward in found.items() if place not in faults}
             self._install(refs, owners, kept, mode, decay)
         if mode != "resident" and self.layers:
-            self._overrides = refuse_continuous_batching(model, mode)
+            refuse_continuous_batching(self._overrides, model, mode)
         for reason in sorted(set(self.own_forward.values())):
             names = [name for name, why in self.own_forward.items() if why == reason]
             say_once(
@@ -156,9 +156,8 @@ class InstalledPrior:
     def remove(self) -> None:
         """Every router runs its class's own forward again, for good."""
         self.enable(False)
-        for override in self._overrides:
-            override.undo()
-        self._forwards, self._texts, self._overrides = [], [], []
+        self._overrides.remove()
+        self._forwards, self._texts = [], []
 
 
 @contextmanager
@@ -182,14 +181,12 @@ def _forward_of(module: nn.Module) -> object:
     return own.get(_WRAPPED, own.get("forward"))
 
 
-def refuse_continuous_batching(model: nn.Module, mode: str) -> list[Override]:
-    """From now on, until undone, the ways into continuous batching raise RouterError."""
-    return [
-        Override(module, name, _Refused(name, mode))
-        for module in model.modules()
-        for name in CONTINUOUS_BATCHING
-        if callable(getattr(type(module), name, None))
-    ]
+def refuse_continuous_batching(overrides: Overrides, model: nn.Module, mode: str) -> None:
+    """Until the overrides are removed, the ways into continuous batching raise RouterError."""
+    for module in model.modules():
+        for name in CONTINUOUS_BATCHING:
+            if callable(getattr(type(module), name, None)):
+                overrides.wrap(module, name, _Refused(name, mode))
 
 
 class _Refused:

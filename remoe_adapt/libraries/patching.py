@@ -28,3 +28,20 @@ class Override:
             del vars(self._owner)[self._name]
         else:
             vars(self._owner)[self._name] = self._before
+
+
+class Overrides:
+    """Several of them, with one way back."""
+
+    def __init__(self) -> None:
+        self._placed: list[Override] = []
+
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """An Override; nothing where the owner has no such method, as a model without generate."""
+        if getattr(owner, name, None) is not None:
+            self._placed.append(Override(owner, name, around))
+
+    def remove(self) -> None:
+        """Undo all of them, the last one first."""
+        while self._placed:
+            self._placed.pop().undo()

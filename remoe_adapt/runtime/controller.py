@@ -24,9 +24,10 @@ from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import MergeStateError
 from remoe_adapt.family import Family
 from remoe_adapt.forks import mend_after_fork
+from remoe_adapt.libraries.patching import Overrides
 from remoe_adapt.notices import say_once
 from remoe_adapt.pressure.policy import Decision
-from remoe_adapt.runtime.boundaries import InstanceHooks, wrap_steps
+from remoe_adapt.runtime.boundaries import wrap_steps
 from remoe_adapt.runtime.events import Events, Swap
 from remoe_adapt.runtime.gate import Gate
 from remoe_adapt.runtime.guards import Guards
@@ -81,7 +82,7 @@ class Controller:
         self._pinned = self._swapping = False
         self._timings, self._swaps = Timings(), 0
         self._closed = False
-        self._hooks = InstanceHooks()
+        self._hooks = Overrides()
         self._events = Events()
         self._monitor = Monitor(self._base, profile, self)
         self._guards = Guards(self._model, self._routers, prior)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from remoe_adapt.errors import MergeStateError
-from remoe_adapt.runtime.boundaries import InstanceHooks
+from remoe_adapt.libraries.patching import Overrides
 from remoe_adapt.runtime.recency import DialPrior
 from remoe_adapt.runtime.swap import ResidentRouters
 from remoe_adapt.tuner.layer import RemoeLayer
@@ -33,7 +33,7 @@ class Guards:
     def __init__(self, model: PeftModel, routers: ResidentRouters, prior: DialPrior | None) -> None:
         base: Any = model.get_base_model()
         self._routers, self._prior, self._layers = routers, prior, routers.layers
-        self._hooks = InstanceHooks()
+        self._hooks = Overrides()
         self._handles = [base.register_load_state_dict_pre_hook(partial(_keep_live, self._layers))]
         layer: Any
         for layer in self._layers.values():
