@@ -100,7 +100,7 @@ def evaluate(
         check_extra("lm_eval", "eval", "task scores need lm-eval")
 
     from remoe_adapt.arms import Prior, check_priors
-    from remoe_adapt.evaluate import certify, check_data, evaluate_tasks, read_shared, task_manager
+    from remoe_adapt.evaluate import certify, check_certifiable, check_data, evaluate_tasks, read_shared, task_manager
     from remoe_adapt.evaluate import evaluate as measure
     from remoe_adapt.family import Family
     from remoe_adapt.record import load_base
@@ -131,6 +131,8 @@ def evaluate(
 
     if data:
         documents = read_shared(data, tokenizer, max_tokens)
+        if certified and points is not None:
+            check_certifiable(sum(len(ids) - 1 for ids in documents))  # the first of a document has nothing to score it
         arms = 1 + len(priors) + (0 if points is None else len(points.points) + (points.control is not None))
         with progress("scoring", sum(map(len, documents)) * arms) as (_, advance):
             result |= measure(

@@ -272,6 +272,15 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def check_certifiable(scored_tokens: int) -> None:
+    """Raises DataError when a certificate needs more scored tokens than these."""
+    if scored_tokens < LEAST_CERTIFIED_TOKENS:
+        raise DataError(
+            f"{scored_tokens} scored tokens are too few for a certificate, which needs {LEAST_CERTIFIED_TOKENS} to "
+            "know a perplexity ratio to about 1 %: give more text"
+        )
+
+
 def certify(family: Family, result: Mapping[str, Any]) -> None:
     """Writes what `evaluate` measured into the family: one certificate per point and one of the control.
 
@@ -281,11 +290,7 @@ def certify(family: Family, result: Mapping[str, Any]) -> None:
         DataError: fewer tokens were scored than a certificate needs.
         FamilyError: the family has no such point.
     """
-    if result["tokens"] < LEAST_CERTIFIED_TOKENS:
-        raise DataError(
-            f"{result['tokens']} scored tokens are too few for a certificate, which needs {LEAST_CERTIFIED_TOKENS} to "
-            "know a perplexity ratio to about 1 %: give more text"
-        )
+    check_certifiable(result["tokens"])
     facts = {key: result[key] for key in ("data", "tokens", "window") if key in result}
     facts |= {"remoe_adapt": importlib.metadata.version("remoe-adapt"), "commit": commit()}
     rows = [*result["points"], *([result["control"]] if result["control"] else [])]

@@ -98,11 +98,14 @@ def test_eval_is_the_protocol_of_evaluate(home: Path) -> None:
 
 def test_eval_shows_a_table_and_writes_certificates(home: Path, tmp_path: Path) -> None:
     save_family(save_base(tmp_path / "base"), tmp_path / "family")
-    result = call("eval", tmp_path / "base", "--family", tmp_path / "family", "--data", home / "a.txt", "--certify")
+    (tmp_path / "long.txt").write_text((home / "a.txt").read_text() * 2)
+    command = ("eval", tmp_path / "base", "--family", tmp_path / "family", "--certify")
+    assert "too few for a certificate" in refused(*command, "--data", home / "a.txt", status=1)
+    result = call(*command, "--data", tmp_path / "long.txt")
     assert result.exit_code == 0, result.stderr
     assert "control" in result.stdout and "load entropy" in result.stdout
     certificate = Family.load(tmp_path / "family").points[0].certificate
-    assert certificate is not None and certificate["data"] == ["a.txt"]
+    assert certificate is not None and certificate["data"] == ["long.txt"]
 
 
 def test_eval_plots_the_frontier_or_names_the_extra(home: Path, tmp_path: Path) -> None:
