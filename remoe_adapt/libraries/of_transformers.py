@@ -345,6 +345,27 @@ def trainer() -> None:
 
 @relied_on(
     "transformers",
+    "Every Trainer calls the callbacks of transformers.trainer.DEFAULT_CALLBACKS; a causal LM names its decoder "
+    "`base_model`, whose output is the last hidden state, and gives its loss as `loss`.",
+    "training/callback.py training/attached.py",
+    interposes="forward hooks on a base and its decoder while a REMOE adapter with loss weights is on it (unload takes "
+    "them off); ObjectiveCallback among Trainer's default callbacks (for the process, once such an adapter was made)",
+)
+def any_training_loop() -> None:
+    from transformers import trainer
+
+    hold(isinstance(getattr(trainer, "DEFAULT_CALLBACKS", None), list), "Trainer has no list DEFAULT_CALLBACKS now.")
+    source = inspect.getsource(trainer.Trainer.__init__)
+    hold("DEFAULT_CALLBACKS" in source, "Trainer does not call DEFAULT_CALLBACKS any more.")
+    model = _model()
+    hold(model.base_model is model.model, "a causal LM's base_model is not its decoder.")
+    hold("last_hidden_state" in model.model(_ids()), "a decoder's output has no last_hidden_state.")
+    output = model(_ids(), labels=_ids())
+    hold(output.get("loss") is not None and output["loss"].dim() == 0, "a causal LM with labels gives no scalar loss.")
+
+
+@relied_on(
+    "transformers",
     "transformers' load_adapter is PeftAdapterMixin's, and reads the configuration through PeftConfig.from_pretrained "
     "before it injects.",
     "tuner/loading.py",
