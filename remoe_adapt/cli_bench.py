@@ -13,6 +13,7 @@ def doctor(contracts: opt.Contracts = False, csv: opt.Csv = None, as_json: opt.J
     from remoe_adapt.doctor import as_result, examine, examine_contracts
 
     if contracts:
+        quiet_libraries()  # they are tried with what makes them talk
         result = examine_contracts()
         return result, [report.contracts_table(result)]
     result = as_result(examine())

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report
 from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.report import byte_progress
 
 
 def merged(
@@ -23,7 +19,7 @@ def merged(
     from remoe_adapt.export.merged import export_merged
     from remoe_adapt.family import Family
 
-    with _bytes("writing") as (total, advance):
+    with byte_progress("writing") as (total, advance):
         result = export_merged(
             base, Family.load(family), strength, out, force=force, on_total=total, on_bytes=advance
         )  # fmt: skip
@@ -69,7 +65,7 @@ def gguf(
         result = patch_in_place(model, points, strength, base=base, force=force)
     else:
         export = split_gguf if split else export_gguf
-        with _bytes("writing") as (total, advance):
+        with byte_progress("writing") as (total, advance):
             result = export(model, points, strength, out, base=base, force=force, on_total=total, on_bytes=advance)
     return result, [report.figures_table("GGUF", result)]
 
@@ -98,12 +94,3 @@ def _numbers(text: str | None) -> list[float] | None:
         return None if text is None else [float(word) for word in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error
-
-
-@contextmanager
-def _bytes(title: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """A bar of bytes on standard error: (set the total, advance)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield (lambda count: bar.update(task, total=count)), (lambda count: bar.advance(task, count))

@@ -105,7 +105,7 @@ MetricsPort = Annotated[
 ]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Of generated tokens; 0 is greedy.")]
-Seed = Annotated[int, typer.Option(help="Of generated tokens.")]
+Seed = Annotated[int, typer.Option(min=-(1 << 63), max=(1 << 64) - 1, help="Of generated tokens.")]
 
 # remoe bench
 Calls = Annotated[int, typer.Option(min=1, help="Timed calls for each row on the CPU.")]
@@ -123,11 +123,13 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 ExportBase = Annotated[str, typer.Argument(help="Folder or hub id of the base model.", metavar="BASE")]
 ExportFamily = Annotated[str, typer.Argument(help="Family folder or hub id.", metavar="FAMILY")]
 ExportFolder = Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT")]
-AtStrength = Annotated[float, typer.Option("--strength", help="0 is the base, 1 the strongest point.")]
+AtStrength = Annotated[float, typer.Option("--strength", min=0, max=1, help="0 is the base, 1 the strongest point.")]
 GgufModel = Annotated[Path, typer.Argument(help="A GGUF model; of a split one, its first part.", metavar="MODEL.gguf")]
 OptionalFamily = Annotated[str | None, typer.Argument(help="Family folder or hub id.", metavar="FAMILY")]
 OptionalGguf = Annotated[Path | None, typer.Argument(help="The GGUF to write.", metavar="OUT.gguf")]
-OptionalStrength = Annotated[float | None, typer.Option("--strength", help="0 is the base, 1 the strongest point.")]
+OptionalStrength = Annotated[
+    float | None, typer.Option("--strength", min=0, max=1, help="0 is the base, 1 the strongest point.")
+]
 GgufBase = Annotated[str | None, typer.Option("--base", help="Compare with this base value by value as well.")]
 InPlace = Annotated[bool, typer.Option("--in-place", help="Change MODEL.gguf itself; originals go to an undo file.")]
 UndoInPlace = Annotated[bool, typer.Option("--undo", help="Give MODEL.gguf its original routers back.")]

@@ -93,14 +93,22 @@ def evaluate(
     check_replay(policy, cache)
     if recency is None and (recency_gain is not None or recency_decay is not None):
         recency = "ema"
-    gains = [] if recency is None else numbers(recency_gain or "0.1,0.2,0.3")
+    gains = [] if recency is None else numbers("0.1,0.2,0.3" if recency_gain is None else recency_gain)
     if plot is not None:
         check_plot(plot, "--plot")
     if tasks:
         check_extra("lm_eval", "eval", "task scores need lm-eval")
 
     from remoe_adapt.arms import Prior, check_priors
-    from remoe_adapt.evaluate import certify, check_certifiable, check_data, evaluate_tasks, read_shared, task_manager
+    from remoe_adapt.evaluate import (
+        LEAST_CERTIFIED_TOKENS,
+        certify,
+        check_certifiable,
+        check_data,
+        evaluate_tasks,
+        read_shared,
+        task_manager,
+    )
     from remoe_adapt.evaluate import evaluate as measure
     from remoe_adapt.family import Family
     from remoe_adapt.record import load_base
@@ -114,6 +122,11 @@ def evaluate(
         check_data(data, max_tokens)
     if tasks:
         task_manager(words(tasks), task_folder)
+    if certified and max_tokens is not None and max_tokens <= LEAST_CERTIFIED_TOKENS:
+        raise ConfigError(
+            f"--max-tokens {max_tokens} is too few to --certify, which needs {LEAST_CERTIFIED_TOKENS} scored tokens: "
+            "give more, or measure without --certify."
+        )
     if certified and points is not None:
         check_file(points.path / "family.json", "--certify: family.json of --family")
     base, tokenizer = load_base(model, device=device, dtype=dtype)
@@ -167,6 +180,6 @@ def words(text: str) -> list[str]:
 
 def numbers(text: str) -> list[float]:
     try:
-        return [float(word) for word in words(text)]
+        return [float(word) for word in words(text) or [text]]
     except ValueError as error:
         raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error

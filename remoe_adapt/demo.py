@@ -63,9 +63,13 @@ def held_out(model_folder: Path, tokenizer: Any, tokens: int, data: Sequence[str
         DataError: nothing to decode, or a damaged `demo.json`.
     """
     names, prompts = _recipe(model_folder / "demo.json")
-    documents = [ids for prompt in prompts if len(ids := _encode(tokenizer, prompt)) > 1]
+    documents: list[list[int]] = []
+    left = tokens
+    for prompt in prompts:
+        if len(ids := _encode(tokenizer, prompt)[:left]) > 1:
+            documents.append(ids)
+            left -= len(ids)
     sources = [f"{len(documents)} prompts"] if documents else []
-    left = tokens - sum(map(len, documents))
     for name in names:
         source = _module_source(name)
         if left < 2 or source is None:

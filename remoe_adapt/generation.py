@@ -16,9 +16,9 @@ from transformers import TextStreamer
 
 from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.cache.tiers import ExpertCache
-from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.metrics import eor
-from remoe_adapt.record import device_of, inference, make_trace, record_forward
+from remoe_adapt.record import check_seed, device_of, inference, make_trace, max_positions, record_forward
 
 
 @contextmanager
@@ -102,16 +102,23 @@ def generate_text(
     pieces of text as they come.
 
     Raises:
-        ConfigError: no new tokens, or a negative temperature.
-        DataError: the prompt has no token.
+        ConfigError: no new tokens, or a temperature or a seed out of range; a prompt without a token, or too long for
+            the model's positions.
     """
     if new_tokens < 1 or not temperature >= 0:
         raise ConfigError(f"cannot generate {new_tokens} tokens at temperature {temperature}: use >= 1 and >= 0")
+    check_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(device_of(model))
     inputs.pop("token_type_ids", None)
     prompt_tokens = inputs["input_ids"].shape[1]
     if not prompt_tokens:
-        raise DataError("the prompt has no token: give --prompt some text")
+        raise ConfigError("the prompt has no token: give --prompt some text")
+    limit = max_positions(model)
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise ConfigError(
+            f"{prompt_tokens} tokens of the prompt and {new_tokens} new ones are more than the {limit} positions of "
+            "this model: ask for fewer, or give a shorter prompt"
+        )
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
     cache = expert_cache_of(model)
     stream = _Stream(tokenizer, on_text, cache)

@@ -108,14 +108,29 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def usable_device(device: str | int | torch.device | None) -> str:
+    """The device to run on; None: a GPU if there is one. Raises ConfigError when it is not here."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        found = torch.device(name)
+        if found.type != "meta":
+            torch.empty(1, device=found)
+            return str(found)
+        reason = "it holds no values"
+    # AssertionError: what torch raises for a device it was built without.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ConfigError(f"cannot run on device {printable(str(name))}: {reason}. Use cpu, or a GPU that is here (cuda:0)")
+
+
 def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """(model, tokenizer) by their transformers auto classes; `dtype` "auto" means as stored.
 
     Raises:
-        ConfigError: nothing loadable is there, or `device` or `dtype` is unknown; with the reason in one line.
+        ConfigError: nothing loadable is there, `device` cannot compute here, or `dtype` is unknown; in one line.
     """
     name = str(path_or_hub_id)
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = usable_device(device)
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     check_place(path_or_hub_id, "cannot load the model:")
@@ -123,8 +138,7 @@ def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: s
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return model.to(target).eval(), tokenizer
-    # AssertionError: what torch raises for a device it was built without.
-    except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"cannot load the model {name} on {target}: {printable(reason)}") from error
 
@@ -141,6 +155,12 @@ def load_tokenizer(path_or_hub_id: str) -> Any:
         ) from error
 
 
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for what torch's generators do not take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
+        raise ConfigError(f"seed {seed!r} is out of range: use a whole number from 0 to {(1 << 64) - 1}")
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's input goes: the device of its first parameter."""
     return next(model.parameters()).device
@@ -154,14 +174,17 @@ def max_positions(model: nn.Module) -> int | None:
 
 
 def window_tokens(model: nn.Module, limit: int | None = None) -> int:
-    """Window length of the evaluation protocol: min(max positions, 1024), or `limit` where that is smaller.
+    """Window length of the evaluation protocol: min(max positions, 1024), or `limit`, which must not be larger.
 
     Raises:
-        ConfigError: the limit leaves fewer than 2 tokens.
+        ConfigError: the limit leaves fewer than 2 tokens, or is above the protocol's.
     """
-    length = min(max_positions(model) or MAX_WINDOW, MAX_WINDOW, MAX_WINDOW if limit is None else limit)
+    longest = min(max_positions(model) or MAX_WINDOW, MAX_WINDOW)
+    length = longest if limit is None else limit
     if length < 2:
         raise ConfigError(f"a window of {length} token(s) scores nothing: use at least 2")
+    if length > longest:
+        raise ConfigError(f"a window of {length} tokens is longer than this model's, {longest}: use at most that")
     return length
 
 
@@ -298,13 +321,15 @@ def record_decode(
     positions. An end-of-text token does not stop: every prompt gives `new_tokens` steps, one document each.
 
     Raises:
-        ConfigError: no new tokens, more than the model has positions for, or a negative temperature.
+        ConfigError: no new tokens, more than the model has positions for, or a temperature or a seed
+            out of range.
     """
     limit = max_positions(model)
     if new_tokens < 1 or (limit is not None and new_tokens >= limit):
         raise ConfigError(f"cannot decode {new_tokens} tokens: use 1 to {(limit or MAX_WINDOW) - 1}")
     if not temperature >= 0:
         raise ConfigError(f"temperature {temperature!r} is out of range: use 0 (greedy) or more")
+    check_seed(seed)
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     documents = []
     with record_forward(model) as recorder, inference(model):

@@ -191,6 +191,8 @@ def test_options_that_cannot_work_are_refused(shipped: Path) -> None:
         with pytest.raises(ConfigError, match="limits memory"):
             run_controller(ControllerOptions())
         pytest.skip(why)
+    with pytest.raises(ConfigError, match="recency gain 99"):
+        run_controller(ControllerOptions(gain=99))
     with pytest.raises(ConfigError, match="begin with 0"):
         run_controller(ControllerOptions(strengths=(0.5, 1.0)))
     with pytest.raises(ConfigError, match=r"squeezed 0\.9"):

@@ -290,7 +290,7 @@ def test_bad_caches_are_refused_before_anything_is_scored(home: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch without a GPU")
 def test_a_gpu_that_is_not_there_is_one_line(home: Path) -> None:
-    assert "on cuda" in refused("eval", home / "base", "--data", home / "a.txt", "--device", "cuda", status=2)
+    assert "on device cuda" in refused("eval", home / "base", "--data", home / "a.txt", "--device", "cuda", status=2)
 
 
 def test_tasks_need_their_extra(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

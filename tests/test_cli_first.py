@@ -219,6 +219,14 @@ def _options(*path: str) -> set[str]:
         (["simulate", "t.npz", "--cache", "2"], "in (0, 1]"), (["profiles", "show", "orin-9gb"], "no profile named"),
         (["run", "base", "--prompt", "x", "--recency-gain", "nan"], "nan"), (["demo", "--expert-cache", "1.5"], "1.5"),
         (["eval", "base", "--data", "a.txt", "--dtype", "int3"], "int3"),
+        (["eval", "base", "--data", "a.txt", "--recency", "ema", "--recency-gain", ""], "'' is not a list"),
+        (["eval", "base", "--data", "a.txt", "--recency", "ema", "--recency-gain", ","], "',' is not a list"),
+        (["eval", "base", "--data", "a.txt", "--window", "999"], "longer than this model's"),
+        (["eval", "base", "--data", "a.txt", "--device", "meta"], "device meta"),
+        (["eval", "base", "--family", "base/family", "--data", "a.txt", "--certify", "--max-tokens", "900"], "1000"),
+        (["run", "base", "--prompt", "x", "--device", "meta"], "device meta"),
+        (["run", "base", "--prompt", ""], "no token"),
+        (["run", "base", "--prompt", "x", "--max-new-tokens", "9999"], "positions"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_work_are_bad_usage(
@@ -231,6 +239,44 @@ def test_values_that_cannot_work_are_bad_usage(
 @pytest.mark.parametrize("value", ["--tokens=0", "--tokens=-1", "--tokens=x"])
 def test_numbers_out_of_range_are_bad_usage(home: Path, value: str) -> None:
     assert call("simulate", home / "t.npz", value).exit_code == 2
+
+
+def test_seeds_and_strengths_out_of_range_are_bad_usage(home: Path, tmp_path: Path) -> None:
+    places = home / "base", home / "base" / "family", tmp_path / "out"
+    for args in (
+        ("run", home / "base", "--prompt", "x", "--temperature", 1, "--seed", "9" * 30),
+        ("trace", home / "base", "--data", home / "a.txt", "--out", tmp_path / "t.npz", "--seed", "9" * 30),
+        ("export", "merged", *places, "--strength", 2), ("export", "lora", *places, "--strength", -0.1),
+    ):  # fmt: skip
+        result = call(*args)
+        assert result.exit_code == 2 and args[-2] in result.stderr, args
+    assert not list(tmp_path.iterdir())
+
+
+def test_checking_contracts_shows_nothing_of_the_libraries_that_are_tried(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging as of_transformers
+
+    before = of_transformers.get_verbosity()
+    logger = of_transformers.get_logger("transformers")
+    of_transformers.set_verbosity_warning()
+    logger.addHandler(caplog.handler)
+    try:
+        assert call("doctor", "--contracts").exit_code == 0
+    finally:
+        logger.removeHandler(caplog.handler)
+        of_transformers.set_verbosity(before)
+    assert not caplog.records
+
+
+def test_an_export_that_cannot_be_shows_its_error_and_no_bar(home: Path, tmp_path: Path) -> None:
+    assert "absent" in refused(
+        "export", "merged", home / "absent/x/y", home / "base/family", tmp_path / "o", "--strength", 1, status=2
+    )
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").touch()
+    assert "exists already" in refused(
+        "export", "merged", home / "base", home / "base/family", tmp_path / "there", "--strength", 1, status=2
+    )
 
 
 def test_what_is_not_there_or_damaged_is_a_failure(home: Path, tmp_path: Path) -> None:

@@ -49,6 +49,11 @@ def test_text_is_prompts_and_the_interpreters_own_source(folder: Path) -> None:
     assert Path(heapq.__file__).read_text().startswith(str(tokenizer.decode(text.documents[2])))
 
 
+@pytest.mark.parametrize("tokens", [2, 7, 20])
+def test_fewer_tokens_than_the_prompts_have_are_no_more_than_that(folder: Path, tokens: int) -> None:
+    assert sum(map(len, held_out(folder, byte_tokenizer(), tokens).documents)) == tokens
+
+
 def test_more_data_is_decoded_in_pieces(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("x" * 300)
     text = held_out(folder, byte_tokenizer(), 250, [tmp_path / "more.txt"])
@@ -204,8 +209,18 @@ def test_sampling_leaves_the_callers_random_state_alone(folder: Path) -> None:
 @pytest.mark.parametrize(("prompt", "new_tokens", "temperature"), [("a", 0, 0.0), ("a", 5, -0.5), ("", 5, 0.0)])
 def test_impossible_generations_are_refused(folder: Path, prompt: str, new_tokens: int, temperature: float) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with pytest.raises((ConfigError, DataError)):
+    with pytest.raises(ConfigError):
         generate_text(model, byte_tokenizer(), prompt, new_tokens=new_tokens, temperature=temperature)
+
+
+def test_more_tokens_than_the_model_has_positions_for_are_refused(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    limit = model.config.max_position_embeddings
+    for prompt, new_tokens in (("ab", limit - 1), ("a" * limit, 1)):
+        with pytest.raises(ConfigError, match=rf"more than the {limit} positions"):
+            generate_text(model, byte_tokenizer(), prompt, new_tokens=new_tokens)
+    with pytest.raises(ConfigError, match="seed"):
+        generate_text(model, byte_tokenizer(), "ab", new_tokens=1, seed=1 << 64)
 
 
 def test_shipped_model_and_family(repo_root: Path) -> None:

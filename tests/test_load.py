@@ -15,6 +15,7 @@ from torch import Tensor
 from watched_decoding import IDS
 
 from remoe_adapt import load_profile
+from remoe_adapt.bench import swap as swap_bench
 from remoe_adapt.bench.results import append_row, environment
 from remoe_adapt.bench.swap import run_swap
 from remoe_adapt.errors import (
@@ -267,6 +268,12 @@ def test_a_family_of_some_routers_leaves_the_others_alone(tmp_path: Path) -> Non
     assert list(remoe_layers(model)) == ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"]
     model.controller.set_strength(1.0)
     assert torch.equal(logits_of(model), logits_of(adapted))
+
+
+def test_the_swap_benchmark_looks_for_its_model_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap_bench, "_time_swaps", lambda *_: pytest.fail("timed before the model was looked for"))
+    with pytest.raises(ConfigError, match="no/such/model"):
+        run_swap("no/such/model", num_routers=1, num_experts=4, hidden_size=8)
 
 
 def test_the_swap_benchmark_measures_what_it_says(saved: Path, tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from remoe_adapt.runtime.checkpoint import find_checkpoint
 from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.runtime.pack import pack_experts
 from remoe_adapt.runtime.pretrained import checkpoint_folder, load_base
+from remoe_adapt.training.run import train_family
+
+TEXT = Path(__file__).with_name("data") / "readings-squeeze.jsonl"
 
 PATHS = ["./no/such", "no/such/folder", "/no/such", "~/models/no-such", "../no", "no\\such", "a/", "."]
 
@@ -50,6 +53,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         BaseFiles,
         lambda text: get_remoe_model(text, expert_cache=0.5),
         lambda text: pack_experts(text, "out"),
+        lambda text: train_family(text, [TEXT], [1.0], "out"),
     ],
 )
 def test_a_mistyped_path_is_said_at_once(

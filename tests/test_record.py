@@ -18,6 +18,7 @@ from remoe_adapt.record import (
     Decoder,
     Window,
     inference,
+    load_base,
     max_positions,
     record_decode,
     record_forward,
@@ -25,6 +26,7 @@ from remoe_adapt.record import (
     window_tokens,
     windows,
 )
+from remoe_adapt.runtime.load import get_remoe_model
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,8 @@ def test_window_is_limited_by_positions_and_option(model: PreTrainedModel) -> No
     assert window_tokens(model, 16) == 16
     with pytest.raises(ConfigError, match="window of 1 token"):
         window_tokens(model, 1)
+    with pytest.raises(ConfigError, match="100 tokens is longer than this model's, 64"):
+        window_tokens(model, 100)
 
 
 # Prefill
@@ -207,3 +211,17 @@ def test_long_prompts_keep_their_end(model: PreTrainedModel) -> None:
 def test_impossible_decodes_are_refused(model: PreTrainedModel, new_tokens: int, temperature: float) -> None:
     with pytest.raises(ConfigError):
         record_decode(model, [tokens(6)], new_tokens, temperature=temperature)
+
+
+@pytest.mark.parametrize("seed", [1 << 64, -(1 << 63) - 1, 10**30])
+def test_a_seed_that_no_generator_takes_is_one_clear_error(model: PreTrainedModel, seed: int) -> None:
+    with pytest.raises(ConfigError, match=f"seed {seed} is out of range"):
+        record_decode(model, [tokens(6)], 2, temperature=1.0, seed=seed)
+
+
+@pytest.mark.parametrize("device", ["meta", "banana", "", "cpu:x"])
+def test_a_device_that_cannot_compute_is_said_before_anything_is_loaded(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot run on device {device}: "):
+        load_base("no/such/model", device=device)
+    with pytest.raises(ConfigError, match=f"cannot run on device {device}: "):
+        get_remoe_model("no/such/model", device=device)

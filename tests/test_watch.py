@@ -126,6 +126,12 @@ def test_a_server_elsewhere_or_nowhere() -> None:
         assert ServerSensors(process).read(2.0).value("process.private")
 
 
+@pytest.mark.parametrize("pid", [-4, 1 << 40, 10**30])
+def test_a_number_that_no_process_has_is_said(pid: int) -> None:
+    with pytest.raises(ConfigError, match=f"no process {pid} runs here"):
+        ServerProcess(Address("127.0.0.1", 80), pid)
+
+
 def test_the_command_waits_for_its_server_and_ends_at_sigterm(shipped: Path) -> None:
     pytest.importorskip("aiohttp", reason="the proxy (extra: serve)")
     with socket.socket() as free:

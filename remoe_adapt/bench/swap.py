@@ -106,8 +106,9 @@ def run_swap(
     try:
         sizes = {"routers": num_routers, "experts": num_experts, "hidden": hidden_size}
         sizes_and_type = {**sizes, "dtype": str(dtype).removeprefix("torch."), "threads": 1}
+        forward = _forward_figures(model, family, forwards)  # first: a model that is not there is said at once
         swapping = _swap_figures(RouterStack(num_routers, num_experts, hidden_size, dtype), swaps, peft_swaps)
-        return {**sizes_and_type, **swapping, **_forward_figures(model, family, forwards)}
+        return {**sizes_and_type, **swapping, **forward}
     finally:
         torch.set_num_threads(threads_before)
 

@@ -26,7 +26,7 @@ class FollowedProcess(abc.ABC):
         if pid is not None:
             try:
                 self._process = psutil.Process(pid)
-            except psutil.NoSuchProcess as error:
+            except (psutil.NoSuchProcess, ValueError, OverflowError) as error:  # of numbers that no process has
                 raise ConfigError(f"no process {pid} runs here: give the server's --pid, or leave it out.") from error
 
     @property

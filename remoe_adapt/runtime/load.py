@@ -16,6 +16,7 @@ from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_prof
 from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError, UncacheableError
 from remoe_adapt.family import Family, original_weights
 from remoe_adapt.notices import say_once
+from remoe_adapt.record import usable_device
 from remoe_adapt.runtime.cached import OWN_PLACEMENT, load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.options import CACHE_OPTIONS, check_device, check_flags, check_names, check_path
@@ -156,6 +157,8 @@ def load_base_under(
 
     Raises ConfigError when it cannot be loaded, ExpertReadError when its experts cannot be read.
     """
+    if device is not None:
+        usable_device(device)
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
     of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
     if budget is None and not of_cache:
@@ -187,7 +190,7 @@ def load_base_under(
 def _placed(model: nn.Module, device: str | None) -> nn.Module:
     try:
         return model if device is None else model.to(device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device it was built without
+    except RuntimeError as error:  # no room on it
         raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 

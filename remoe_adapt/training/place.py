@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -19,20 +18,6 @@ from remoe_adapt.untrusted import printable
 
 # A checkpoint is the adapter with Adam's two moments, and the last one goes when the next is there.
 _ADAPTERS_IN_CHECKPOINTS = 6
-
-
-def check_device(device: str | None) -> str:
-    """The device to train on; None: a GPU if there is one. Raises ConfigError when it is not here."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(name).type != "meta":
-            torch.empty(1, device=name)
-            return name
-        reason = "it holds no values"
-    # AssertionError: what torch raises for a device it was built without.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise ConfigError(f"cannot train on device {printable(name)}: {reason}. Use cpu, or a GPU that is here (cuda:0)")
 
 
 def check_writable(out: Path) -> None:

@@ -22,12 +22,13 @@ from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
 from remoe_adapt.family_files import FAMILY_FILE, write_whole
 from remoe_adapt.host_memory import freed_memory_kept
-from remoe_adapt.record import load_tokenizer, max_positions
+from remoe_adapt.model_paths import check_place
+from remoe_adapt.record import load_tokenizer, max_positions, usable_device
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.fingerprint import fingerprint
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
-from remoe_adapt.training.place import check_device, check_fits, check_writable, disk_faults_named
+from remoe_adapt.training.place import check_fits, check_writable, disk_faults_named
 from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, train_point
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
@@ -218,7 +219,8 @@ def _load(
     processes = PartialState()
     if processes.num_processes > 1:
         device = str(processes.device)  # one of its own
-    device = check_device(device)
+    device = usable_device(device)
+    check_place(base, "cannot load the model:")
     # Half precision is slow on most CPUs, and small bases train there.
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
