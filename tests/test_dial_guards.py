@@ -226,6 +226,14 @@ def test_a_notebook_that_lost_its_model_gets_its_base_back(wide: Family) -> None
     assert "release" in remoe_adapt.__all__
 
 
+def test_a_generate_of_the_user_s_own_is_there_again_after_release(wide: Family) -> None:
+    base = make()
+    own = base.generate = lambda *args, **kwargs: "mine"
+    model = get_remoe_model(base, family=wide, monitor=False)
+    assert model.base_model.model.generate() == "mine"
+    assert release(base).generate is own
+
+
 def test_releasing_takes_no_adapter_of_anybody_else(wide: Family) -> None:
     torch.manual_seed(3)
     styled: Any = get_peft_model(make(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "style")

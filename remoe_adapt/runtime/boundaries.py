@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
+from remoe_adapt.libraries.patching import Override
 from remoe_adapt.runtime.gate import Gate
 from remoe_adapt.runtime.timings import Timings
 
@@ -14,23 +14,17 @@ class InstanceHooks:
     """Methods of single objects with something around them, until `remove`."""
 
     def __init__(self) -> None:
-        self._placed: list[tuple[Any, str, Callable[..., Any]]] = []
+        self._placed: list[Override] = []
 
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """`owner.name(...)` is `around(original, ...)` from now on; nothing where the owner has no such method."""
-        original = getattr(owner, name, None)
-        if original is None:  # a model without generate
-            return
-        # transformers reads the signature of prepare_inputs_for_generation, which `wraps` keeps.
-        hook = functools.wraps(original)(functools.partial(around, original))
-        owner.__dict__[name] = hook
-        self._placed.append((owner, name, hook))
+        if getattr(owner, name, None) is not None:  # a model without generate
+            self._placed.append(Override(owner, name, around))
 
     def remove(self) -> None:
         """All of them, but for those that somebody else has replaced."""
-        for owner, name, hook in self._placed:
-            if owner.__dict__.get(name) is hook:
-                del owner.__dict__[name]
+        for override in reversed(self._placed):
+            override.undo()
         self._placed.clear()
 
 
