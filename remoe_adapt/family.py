@@ -27,6 +27,7 @@ from remoe_adapt.family_files import (
     json_text,
     placed,
     read_family_json,
+    usable_path,
     write_together,
 )
 from remoe_adapt.routers.discover import discover_routers
@@ -159,7 +160,7 @@ class Family:
 
     def _neighbours(self, strength: float) -> tuple[FamilyPoint | None, FamilyPoint | None, float]:
         """(point at or below, point above, share of the way): None below for the base, None above when exact."""
-        if not 0.0 <= strength <= 1.0:  # NaN fails too
+        if not isinstance(strength, int | float) or not 0.0 <= strength <= 1.0:  # NaN fails too
             raise FamilyError(f"strength {strength!r} is out of range: 0 is the base router, 1 the strongest point.")
         if not self.points:
             raise FamilyError(f"{self.path} has no points yet: add one with `remoe train`.")
@@ -209,7 +210,7 @@ class Family:
 
         Raises FamilyError when `path` holds a family already (load it, to add points) or is a file.
         """
-        folder = Path(path)
+        folder = usable_path(path)
         if (folder / FAMILY_FILE).exists() or (folder.exists() and not folder.is_dir()):
             raise FamilyError(f"{folder} exists already: load that family to add points to it, or choose another path.")
         return cls(folder, base_id, fingerprint)
@@ -231,6 +232,8 @@ class Family:
         Raises FamilyError for a strength outside (0, 1] or already present, for an adapter that does not match the
         other points' routers; AdapterCorruptError and FingerprintMismatchError as `load`. The family is unchanged then.
         """
+        if not isinstance(strength, int | float):
+            raise FamilyError(f"{self.path}: strength {strength!r} must be a number above 0 (the base) and at most 1.")
         adapter, copies = self._adopt(adapter_folder, self.adapter_name(strength))
         with placed(copies), self._saved_or_restored():
             point = self._point(strength, adapter, asdict(recency) if recency else None, certificate)
@@ -263,7 +266,7 @@ class Family:
         Raises FamilyError when the other folder holds a family already, a certificate is not plain finite JSON, or the
         disk refuses; what was written by then is gone again.
         """
-        target = self.path if path is None else Path(path)
+        target = self.path if path is None else usable_path(path)
         copies: dict[Path, Path] = {}
         if target.resolve() != self.path.resolve():
             Family.create(target, self.base_id, self.fingerprint)

@@ -63,10 +63,22 @@ class Recency:
         return mine == theirs
 
 
+def usable_path(path: str | os.PathLike[str]) -> Path:
+    """A path that may be there or not. Raises FamilyError for one that no disk can have."""
+    try:
+        found = Path(path)
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, TypeError) as error:
+        raise FamilyError(f"{printable(repr(path))} can be no folder of a family ({printable(error)}).") from error
+    return found
+
+
 def family_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     """An existing folder as it is; "owner/name" from the hub or its cache. Raises FamilyError when neither has it."""
+    path = usable_path(path_or_hub_id).expanduser()
     text = os.fspath(path_or_hub_id)
-    path = Path(text).expanduser()
     if path.is_dir():
         return path
     if not isinstance(path_or_hub_id, str) or text.startswith((".", "/", "~")) or text.count("/") != 1:

@@ -98,6 +98,17 @@ def test_every_way_to_switch_adapters_off_takes_the_prior_too(model: Any) -> Non
         assert torch.equal(logits_of(model), strong)
 
 
+def test_the_dial_s_adapter_is_not_deleted_from_under_it(model: Any) -> None:
+    model.add_weighted_adapter(["dial"], [1.0], "other")
+    before = logits_of(model)
+    for owner in (model, model.base_model):
+        with pytest.raises(MergeStateError, match="deleting adapter 'dial'"):
+            owner.delete_adapter("dial")
+    assert torch.equal(logits_of(model), before)
+    model.delete_adapter("other")
+    assert torch.equal(logits_of(model), before)
+
+
 def test_a_dial_that_is_closed_while_adapters_are_disabled_leaves_the_base(model: Any) -> None:
     with model.disable_adapter():
         model.controller.close()
@@ -213,6 +224,14 @@ def test_a_notebook_that_lost_its_model_gets_its_base_back(wide: Family) -> None
         assert not any("remoe" in type(module).__module__ for module in base.modules())
         assert not any("forward" in vars(module) for module in base.modules())
     assert "release" in remoe_adapt.__all__
+
+
+def test_a_generate_of_the_user_s_own_is_there_again_after_release(wide: Family) -> None:
+    base = make()
+    own = base.generate = lambda *args, **kwargs: "mine"
+    model = get_remoe_model(base, family=wide, monitor=False)
+    assert model.base_model.model.generate() == "mine"
+    assert release(base).generate is own
 
 
 def test_releasing_takes_no_adapter_of_anybody_else(wide: Family) -> None:

@@ -302,6 +302,24 @@ def test_a_read_only_folder_is_one_error(copied: Path, tmp_path: Path) -> None:
         Family.load(copied).save(blocked / "below")
 
 
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, 3, None])
+def test_a_path_that_can_be_none_is_one_error(path: Any, copied: Path) -> None:
+    works: list[Callable[[], object]] = [lambda: Family.load(path), lambda: Family.create(path, "base", "sha256:0")]
+    if path is not None:
+        works.append(lambda: Family.load(copied).save(path))
+    for work in works:
+        with pytest.raises(FamilyError, match="no folder of a family"):
+            work()
+
+
+@pytest.mark.parametrize("strength", ["0.3", None])
+def test_a_strength_that_is_no_number_is_one_error(strength: Any, copied: Path) -> None:
+    family = Family.load(copied)
+    for work in (lambda: family.add_point(strength, copied / "s050"), lambda: family.deltas(strength)):
+        with pytest.raises(FamilyError, match="strength"):
+            work()
+
+
 # Cards
 
 

@@ -17,9 +17,10 @@ from killed import peak_memory
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_tiny, skeleton, stock
 from tiny_families import tiny_family
+from tiny_family import byte_tokenizer
 from torch import Tensor
 
-from remoe_adapt import Family
+from remoe_adapt import Family, get_remoe_model
 from remoe_adapt.cache.packed import MANIFEST, PackedStore
 from remoe_adapt.cache.shards import INDEX, SINGLE, file_extents, open_checkpoint
 from remoe_adapt.cache.store import ExpertStore
@@ -27,8 +28,10 @@ from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, WriteEr
 from remoe_adapt.export.base import BaseFiles
 from remoe_adapt.export.lora import export_lora
 from remoe_adapt.export.merged import export_merged
+from remoe_adapt.record import load_base
 from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.runtime.pack import pack_experts
+from remoe_adapt.training.run import train_family
 
 IDS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -171,6 +174,38 @@ def test_configurations_of_anybody_are_one_clear_error(saved: Path, tmp_path: Pa
     ):
         (folder / "config.json").write_text(content)
         assert "\x1b" not in refused_by_loading(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "many"},
+        {"hidden_size": 48},
+        {"num_attention_heads": 0},
+        {"hidden_act": "\x1b[31m"},
+        {"model_type": ["qwen2_moe"]},
+        {"rope_parameters": 5},
+    ],
+)
+def test_a_model_whose_configuration_is_damaged_is_one_error_on_every_way_in(
+    change: dict[str, Any], saved: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved / "one", folder)
+    byte_tokenizer().save_pretrained(folder)
+    whole = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(whole | change))
+    ways: list[Callable[[], object]] = [
+        lambda: get_remoe_model(folder, monitor=False),
+        lambda: load_base(folder),
+        lambda: train_family(folder, [folder / "text.txt"], (1.0,), tmp_path / "family", progress=False, device="cpu"),
+    ]
+    (folder / "text.txt").write_text("word " * 500)
+    for way in ways:
+        with pytest.raises(RemoeError) as caught:
+            way()
+        assert "\x1b" not in str(caught.value)
+    assert not (tmp_path / "family").exists()
 
 
 def refused_by_loading(folder: Path, tmp_path: Path) -> str:

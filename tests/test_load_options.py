@@ -100,6 +100,12 @@ def test_a_base_that_is_none(folder: Path) -> None:
     assert "controller" not in base.__dict__
 
 
+@pytest.mark.parametrize("name", [3, None, True])
+def test_the_name_of_the_dial_s_adapter_is_text(name: Any) -> None:
+    with pytest.raises(ConfigError, match="adapter_name"):
+        get_remoe_model(tiny_model("qwen2_moe"), adapter_name=name)
+
+
 def test_options_of_from_pretrained_and_of_the_configuration_still_count(folder: Path) -> None:
     options: dict[str, Any] = {"use_cache": False, "attn_implementation": "eager", "local_files_only": True}
     for model in (load_with_expert_cache(folder, **options), load_base(folder, **options)):

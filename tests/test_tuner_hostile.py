@@ -130,6 +130,17 @@ def test_state_dicts_given_by_the_caller_are_refused_too(attack: str, home: Path
     assert same_state(state_of(model), before)
 
 
+def test_a_delta_that_stands_there_twice_by_the_adapter_s_name_is_refused(home: Path, tmp_path: Path) -> None:
+    adapter = changed(home / "adapter", tmp_path / "bad", lambda held: held | {f"{DELTA}.default": held[DELTA] * 2})
+    model = by_peft(base_at(home / "base"), home / "adapter").eval()
+    before = state_of(model)
+    with pytest.raises(AdapterCorruptError, match="twice"):
+        model.load_adapter(adapter, "default")
+    with pytest.raises(AdapterCorruptError, match="twice"):
+        set_peft_model_state_dict(model, load_file(adapter / WEIGHTS))
+    assert same_state(state_of(model), before)
+
+
 def test_fp64_deltas_are_fine(home: Path, tmp_path: Path) -> None:
     exact = changed(home / "adapter", tmp_path / "exact", as_type(torch.float64))
     expected = logits(by_peft(base_at(home / "base"), home / "adapter").eval())
@@ -263,6 +274,10 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"inference_mode": "yes"}, "inference_mode="),
     ({"reuse_weight": "much"}, "reuse_weight="),
     ({"self": 1}, "no field"),
+    ({"target_modules": "dummy-target-modules"}, "target_modules=.*no effect"),
+    ({"task_type": "EVIL"}, "task type"),
+    ({"task_type": ["CAUSAL_LM"]}, "task type"),
+    ({"peft_type": ["REMOE"]}, "no configuration"),
 ]
 
 
@@ -284,6 +299,9 @@ def test_fields_of_a_configuration_are_checked(fields: dict[str, Any], words: st
         '{"peft_type": "REMOE", "rank": ' + "9" * 400 + "}",
         '{"peft_type": "REMOE", "rank": 1, "rank": 2}',
         '{"peft_type": "REMOE", "reuse_weight": NaN}',
+        "null",
+        "[]",
+        "3",
     ],
 )
 def test_a_configuration_that_is_no_plain_json_is_one_error(text: str, home: Path, tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def get_remoe_model(
     """
     check_names(from_pretrained_kwargs, _OPTIONS)
     check_flags(monitor=monitor, force=force)
+    if not isinstance(adapter_name, str):
+        raise ConfigError(f"adapter_name {adapter_name!r}: give a name, as text.")
     if not isinstance(base, nn.Module):
         check_path("base", base, "a model, a model folder or a hub id")
     if expert_cache is not None:

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
@@ -38,15 +38,16 @@ def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         model = auto_class(config).from_pretrained(path, **kwargs)
     except RemoeError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            f"base {printable(path)!r} cannot be loaded ({_reason(error)}): give a model folder or a hub id."
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the files may hold anything, and each kind of damage raises something else
+        unknown = unknown_option(error, ("device", *CACHE_OPTIONS)) if isinstance(error, TypeError) else None
+        raise (
+            unknown
+            or ConfigError(
+                f"base {printable(path)!r} cannot be loaded ({_reason(error)}): give a model folder or a hub id."
+            )
         ) from error
-    except TypeError as error:
-        unknown = unknown_option(error, ("device", *CACHE_OPTIONS))
-        if unknown is None:
-            raise
-        raise unknown from error
     assert isinstance(model, nn.Module)
     return model
 

@@ -30,6 +30,7 @@ from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file,
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
 from remoe_adapt.training.place import check_fits, check_writable, disk_faults_named
 from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, train_point
+from remoe_adapt.untrusted import printable
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 
@@ -226,6 +227,6 @@ def _load(
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
         return model.to(device), str(base)
-    except (OSError, ValueError, RuntimeError, KeyError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # the files may hold anything, and each kind of damage raises something else
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
         raise ConfigError(f"cannot load the model {base} on {device}: {reason}") from error

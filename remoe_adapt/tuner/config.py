@@ -80,7 +80,10 @@ class RemoeConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError) as error:  # of a task_type that PEFT does not know
+            raise ConfigError(printable(error)) from error
         self.peft_type = PeftType("REMOE")
         self._check_types()
         for name in ("target_modules", "exclude_modules"):

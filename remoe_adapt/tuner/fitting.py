@@ -87,6 +87,15 @@ def copy_modules(
                 target.copy_(values[key])
 
 
+def check_distinct(given: Mapping[str, Tensor], mapped: Mapping[str, Tensor], adapter_name: str) -> None:
+    """No two tensors of a state dict went to one place in the model. Raises AdapterCorruptError."""
+    if len(mapped) != len(given):
+        raise AdapterCorruptError(
+            f"the state dict for adapter {adapter_name!r} holds a tensor twice, with and without the adapter's name: "
+            "one of them is not meant. Save the adapter again."
+        )
+
+
 def check_loaded(tensors: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> None:
     """The same of a state dict whose keys carry the adapter's name, for a model that has the adapter already: whatever
     route it came by, this is all that is copied into the model. Raises AdapterCorruptError."""

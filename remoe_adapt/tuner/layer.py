@@ -253,6 +253,16 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
             self._refuse_while_resident(f"switching to adapter {names}")
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
+    def check_deletable(self, adapter_name: str) -> None:
+        """Raises MergeStateError when this adapter is what a dial has put on the router."""
+        if self._has(adapter_name) and adapter_name in self.active_adapters:
+            self._refuse_while_resident(f"deleting adapter {adapter_name!r}")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """BaseTunerLayer.delete_adapter. Raises MergeStateError as `check_deletable`."""
+        self.check_deletable(adapter_name)
+        super().delete_adapter(adapter_name)
+
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -141,9 +141,11 @@ def _from_json_file(original: Any, cls: type[PeftConfigMixin], path_json_file: A
     """
     try:
         values = original(cls, path_json_file, **kwargs)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, TypeError) as error:  # TypeError: PEFT takes it for an object
         raise ConfigError(f"{printable(path_json_file)} is no JSON that can be read: {printable(error)}.") from error
-    if not isinstance(values, dict) or values.get("peft_type") != "REMOE":
+    if not isinstance(values, dict) or not isinstance(values.get("peft_type", ""), str):
+        raise ConfigError(f"{printable(path_json_file)} is no configuration: it must be an object with a peft_type.")
+    if values.get("peft_type") != "REMOE":
         return values
     values = read_json(Path(path_json_file), ConfigError, max_bytes=_MAX_CONFIG_BYTES)
     if reserved := {"cls", "self"} & values.keys():

@@ -14,14 +14,14 @@ from peft.utils import AuxiliaryTrainingWrapper, PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from remoe_adapt.errors import AdapterCorruptError
+from remoe_adapt.errors import AdapterCorruptError, ConfigError
 from remoe_adapt.routers.spec import RouterSpec
 from remoe_adapt.training.attached import attach_objective, detach_objective
 from remoe_adapt.tuner.beside import AdapterConfigs, check_free_name, check_name, path_parts, plain_base
 from remoe_adapt.tuner.checks import check_finite, check_shapes
 from remoe_adapt.tuner.combine import add_weighted_adapter
 from remoe_adapt.tuner.config import RemoeConfig
-from remoe_adapt.tuner.fitting import check_given, check_loaded, check_rank, check_stored, check_sum
+from remoe_adapt.tuner.fitting import check_distinct, check_given, check_loaded, check_rank, check_stored, check_sum
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.loading import current_load
 from remoe_adapt.tuner.mixed_batch import mixed_batch
@@ -92,9 +92,15 @@ class RemoeModel(BaseTuner):
         """All checks, before the first module is replaced."""
         assert isinstance(peft_config, RemoeConfig)
         self._specs: dict[str, RouterSpec] = {}
-        if peft_config.target_modules == DUMMY_TARGET_MODULES:
-            return
         load = current_load()
+        given = None if load is None else load.state_dict
+        if peft_config.target_modules == DUMMY_TARGET_MODULES:
+            if given is not None or peft_config.stored is not None:
+                raise ConfigError(
+                    f"target_modules={DUMMY_TARGET_MODULES!r} adapts nothing, so what is stored would have no effect: "
+                    "name the routers, or leave it out for all of them."
+                )
+            return
         routers = resolve_targets(peft_config, model)
         self._specs = {router.name: router.spec for router in routers}
         settle_base(
@@ -105,7 +111,6 @@ class RemoeModel(BaseTuner):
         targets = {
             router.name: router.weight_ED for router in routers if check_target_module_exists(peft_config, router.name)
         }
-        given = None if load is None else load.state_dict
         if given is not None:
             check_given(given, peft_config, model, targets)
         elif peft_config.stored is not None:
@@ -210,6 +215,12 @@ class RemoeModel(BaseTuner):
                 layer.unmerge()
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """BaseTuner.delete_adapter. Raises MergeStateError for the adapter of a dial; nothing is deleted then."""
+        for layer in self._layers():
+            layer.check_deletable(adapter_name)
+        super().delete_adapter(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the active (or named) adapters into the router weights, in place, originals kept.
@@ -317,6 +328,7 @@ class RemoeModel(BaseTuner):
         """Every PEFT route to load an adapter passes here: refuse bad tensors before one is copied."""
         assert isinstance(config, RemoeConfig)
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_distinct(state_dict, tensors, adapter_name)
         check_loaded(tensors, model, adapter_name)
         return tensors
 
