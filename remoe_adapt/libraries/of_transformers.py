@@ -400,3 +400,15 @@ def accelerate_hooks() -> None:
     del vars(module)["_old_forward"]
     vars(module)["_old_forward"] = type(module).forward.__get__(module)
     remove_hook_from_module(module)
+
+
+@relied_on(
+    "accelerate",
+    "broadcast_object_list gives the list of one process to all others, and leaves it as it is where there is one.",
+    "training/point.py",
+    names="accelerate.utils.broadcast_object_list",
+)
+def broadcasts() -> None:
+    from accelerate.utils import broadcast_object_list
+
+    hold(broadcast_object_list(["kept"]) == ["kept"], "broadcast_object_list of one process changes its list.")
