@@ -336,7 +336,8 @@ def test_what_was_measured_is_shown_when_a_later_step_fails(
         raise ConfigError("no space left")
 
     monkeypatch.setattr(evaluate, "certify", full)
-    args = ("eval", home / "base", "--data", home / "a.txt", "--family", home / "base" / "family", "--certify")
+    (tmp_path / "long.txt").write_text((home / "a.txt").read_text() * 2)
+    args = ("eval", home / "base", "--data", tmp_path / "long.txt", "--family", home / "base" / "family", "--certify")
     result = call(*args, "--json")
     assert result.exit_code == 1
     found = json.loads(result.stdout)

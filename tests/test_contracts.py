@@ -14,7 +14,7 @@ from remoe_adapt.libraries import Contract, contracts, versions
 
 INSTALLED = ", ".join(f"{name} {version}" for name, version in versions().items())
 # Names that the documentation of these libraries offers to everybody, so that no row must vouch for them.
-PUBLIC = {"transformers", "peft", "accelerate", "transformers.utils", "transformers.utils.logging", "accelerate.utils"}
+PUBLIC = {"transformers", "peft", "accelerate", "transformers.utils", "transformers.utils.logging"}
 
 
 @pytest.mark.parametrize("contract", contracts(), ids=lambda contract: contract.name)

@@ -35,7 +35,7 @@ from raw_gguf import (
     weights,
 )
 
-from remoe_adapt.errors import ConfigError, ExportError, RemoeError, UnsupportedRouterError
+from remoe_adapt.errors import ConfigError, ExportError, FamilyError, RemoeError, UnsupportedRouterError
 from remoe_adapt.export.gguf import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.export.gguf_file import BLOCKS, GgufFile
 from remoe_adapt.export.gguf_routers import GgufModel
@@ -219,7 +219,7 @@ def test_routers_that_are_not_finite_are_refused_before_anything_is_written(tmp_
     for tensor, weight in zip(halves.tensors[1:3], weights(), strict=True):
         tensor.data, tensor.kind = weight.half().numpy().tobytes(), 1
     huge = raw_family(tmp_path / "huge", scale=1e5)
-    with pytest.raises(ExportError, match=r"beyond torch\.float16"):
+    with pytest.raises(FamilyError, match=r"infinite or NaN in torch\.float16"):
         patch_in_place(halves.write(path), huge, 1.0, force=True)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == halves.written()
 

@@ -143,7 +143,7 @@ def violations(module: str, source: str, modules: set[str], is_package: bool = F
     tree = ast.parse(source)
     faults = [*import_faults(module, tree, modules, is_package), *call_faults(module, tree)]
     # The contracts need one real model to be checked on.
-    if module not in ("routers.families", "libraries.of_transformers"):
+    if module not in ("routers.families", "libraries.tiny"):
         named = ((line, ARCHITECTURES.search(text)) for line, text in code_words(tree))
         faults += [(line, f"{m[0]!r}: architecture names live in routers/families.py only") for line, m in named if m]
     if module in {"cache", "pressure"} and any(not isinstance(n, ast.Expr) for n in ast.parse(source).body):

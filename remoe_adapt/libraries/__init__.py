@@ -1,6 +1,6 @@
 """What we rely on inside transformers, PEFT, accelerate and torch: seen in one table, asked in one place.
 
-`contracts()` are the rows (`of_transformers`, `of_peft`): what must be so, who relies on it, what we put into objects
+`contracts()` are the rows (`of_*`): what must be so, who relies on it, what we put into objects
 of others there, and a check that runs on the installed versions. `remoe doctor --contracts`, `make newest` and
 `tests/test_contracts.py` run them. `kv_cache` knows the names of the KV cache, `patching` changes a method of one
 object with a way back.
@@ -15,7 +15,7 @@ __all__ = ["Contract", "contracts", "versions"]
 
 def contracts() -> tuple[Contract, ...]:
     """All rows of the table, in its order."""
-    from remoe_adapt.libraries import of_peft, of_transformers  # noqa: F401 (they fill the table)
+    from remoe_adapt.libraries import of_generation, of_models, of_peft, of_training  # noqa: F401 (they fill the table)
     from remoe_adapt.libraries.table import CONTRACTS
 
     return tuple(CONTRACTS)

@@ -1,6 +1,6 @@
 """The table of what we rely on in other libraries. Each row checks itself on the installed versions.
 
-A row is written as a function under `@relied_on(...)` in `of_transformers` or `of_peft`: the decorator holds the
+A row is written as a function under `@relied_on(...)` in an `of_*` file: the decorator holds the
 sentence, the names and who uses it; the body holds the check, which raises BrokenAssumption with the sentence that a
 maintainer needs. So the table cannot say one thing and the check another.
 """
