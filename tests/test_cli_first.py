@@ -336,7 +336,7 @@ def test_what_was_measured_is_shown_when_a_later_step_fails(
         raise ConfigError("no space left")
 
     monkeypatch.setattr(evaluate, "certify", full)
-    (tmp_path / "long.txt").write_text((home / "a.txt").read_text() * 2)
+    (tmp_path / "long.txt").write_text(TEXT * 30)
     args = ("eval", home / "base", "--data", tmp_path / "long.txt", "--family", home / "base" / "family", "--certify")
     result = call(*args, "--json")
     assert result.exit_code == 1
