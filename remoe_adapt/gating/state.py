@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # What a token leaves behind is forgotten below this.
 _FORGOTTEN = 1e-12
+# An expert that is never used decays to the smallest number there is, which rounding then keeps for ever, and a CPU takes
+# a hundred times as long for numbers of that kind. What is cleared is too small to change the sum of any choice value.
+_NOTHING, _CLEARED_EVERY = 1e-25, 16
 # Forwards whose choices are kept one by one before they are joined.
 _JOIN = 256
 
@@ -59,6 +62,7 @@ class RecencyState:
             # In one piece where that goes, so that a token moves all of it at once.
             self._whole_LBE = torch.stack(recency) if alike else None
         self._share: Tensor | None = None
+        self._moved = 0
         self._recency = recency if self._whole_LBE is None else list(self._whole_LBE.unbind())
         self.placed, self.sequences = self.prior.placed, len(recency[0])
         decay = self.prior.decay
@@ -124,6 +128,9 @@ class RecencyState:
             if self._share is not None:
                 ids_LBK = torch.cat([chosen[layer] for layer in range(len(chosen))]).view(self._share.shape).long()
                 whole_LBE.mul_(decay).scatter_add_(-1, ids_LBK, self._share)
+                self._moved += 1
+                if self._moved % _CLEARED_EVERY == 0:
+                    torch.threshold_(whole_LBE, _NOTHING, 0.0)
                 return
         for layer, ids_BK in chosen.items():
             recency_BE = self._recency[layer]
