@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # What a token leaves behind is forgotten below this.
 _FORGOTTEN = 1e-12
-# An expert that is never used decays to the smallest number there is, which rounding then keeps for ever, and a CPU takes
-# a hundred times as long for numbers of that kind. What is cleared is too small to change the sum of any choice value.
+# An expert that is never used decays to the smallest number there is, which rounding then keeps for ever, and a CPU
+# takes a hundred times as long for such numbers. What is cleared is too small to change the sum of any choice value.
 _NOTHING, _CLEARED_EVERY = 1e-25, 16
 # Forwards whose choices are kept one by one before they are joined.
 _JOIN = 256
