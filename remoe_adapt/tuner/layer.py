@@ -131,9 +131,10 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
 
         Two calls of `nn.Module.__call__` cost a decode step on a CPU as much as four tensor operations.
         """
-        if self.resident and not self._disable_adapters and not kwargs and "forward" not in self.__dict__:
-            router: Any = self._modules["base_layer"]
-            if not (_is_heard(self) or _is_heard(router)):
+        own = self.__dict__
+        if own["resident"] and not kwargs and "forward" not in own and not own.get("_disable_adapters"):
+            router: Any = own["_modules"]["base_layer"]
+            if not (_is_heard(own) or _is_heard(router.__dict__)):
                 return router.forward(*args)
         return super().__call__(*args, **kwargs)
 
@@ -348,9 +349,10 @@ def remoe_layers(model: nn.Module) -> dict[str, RemoeLayer]:
     return {name.removeprefix("base_model.model.").removeprefix("_orig_mod."): layer for name, layer in layers.items()}
 
 
-def _is_heard(module: nn.Module) -> bool:
+def _is_heard(own: dict[str, Any]) -> bool:
+    """Whether a module has hooks, by its attributes: a class with `__getattr__`, as Module is, is slow to ask."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
 
 
