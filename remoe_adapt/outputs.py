@@ -8,7 +8,8 @@ import importlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,22 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises ConfigError when it cannot be written.
     """
     flat = [dict(flatten(row)) for row in rows]
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with scratch.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
             writer.writeheader()
             writer.writerows(flat)
-        scratch.replace(path)
     except OSError as error:
         raise ConfigError(f"{printable(path)} cannot be written ({error.strerror}): give a place that can.") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its name at the end; after an error `path` is as it was."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        scratch.replace(path)
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)

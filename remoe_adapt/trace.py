@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from remoe_adapt.errors import TraceError
 from remoe_adapt.npz import read_arrays
+from remoe_adapt.outputs import replacing
 from remoe_adapt.untrusted import parse_json, printable
 
 # The phone CSV's code of each phase.
@@ -105,17 +105,12 @@ class Trace:
         """Writes a compressed npz (`experts` int16, `meta` JSON string), making its folder; an older file stays whole
         until the end."""
         target = Path(path)
-        scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with scratch.open("wb") as file:
+            with replacing(target) as scratch, scratch.open("wb") as file:
                 np.savez_compressed(file, experts=self.experts, meta=np.array(json.dumps(self.meta)))
-            scratch.replace(target)
         except OSError as error:
             raise TraceError(f"cannot write trace {target}: {error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], phase: str | None = None) -> Trace:
