@@ -1,4 +1,4 @@
-"""`remoe bench gating` row by row, kept in results/gating_<device>.csv: `python benchmarks/gating.py`."""
+"""`remoe bench gating` row by row, kept in results/gating_<device>.csv: `python benchmarks/gating.py [--gpu-only]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from remoe_adapt.bench.gating import run_gating
+from remoe_adapt.bench.gating import gpu_rows, run_gating
 from remoe_adapt.bench.results import append_row, environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,5 +23,9 @@ def keep(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--gpu-only"]:
+        for row in gpu_rows():
+            keep(row)
+        sys.exit()
     for what, why in run_gating(on_row=keep)["skipped"].items():
         print(f"no rows for {what}: {why}", file=sys.stderr)
