@@ -84,10 +84,7 @@ def record_forward(model: nn.Module) -> Iterator[Recorder]:
     """
     recorder = Recorder(discover_routers(model))
     # The outermost module: an adapter's wrapper returns what the experts really receive.
-    handles = [
-        model.get_submodule(ref.name).register_forward_hook(recorder.hook(layer))
-        for layer, ref in enumerate(recorder.routers)
-    ]
+    handles = [ref.outermost.register_forward_hook(recorder.hook(layer)) for layer, ref in enumerate(recorder.routers)]
     try:
         yield recorder
     finally:

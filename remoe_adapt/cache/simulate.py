@@ -100,7 +100,7 @@ def count_misses(trace: Trace, policy: str, capacities: Sequence[int], decay: fl
     else:
         starts = trace.document_starts
         misses = [
-            [replay(experts_TK, policy, capacity, starts, decay=decay) for experts_TK in trace.experts]
+            np.array([replay(experts_TK, policy, capacity, starts, decay=decay) for experts_TK in trace.experts])
             for capacity in capacities
         ]
     return np.array(misses, dtype=np.int64).reshape(len(capacities), trace.num_layers)
