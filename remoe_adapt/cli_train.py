@@ -37,7 +37,7 @@ def train(
         raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
     from remoe_adapt.evaluate import LEAST_CERTIFIED_TOKENS, certify
     from remoe_adapt.evaluate import evaluate as measure
-    from remoe_adapt.record import load_base
+    from remoe_adapt.record import load_with_tokenizer
     from remoe_adapt.training.point import CHECKPOINT_MINUTES
     from remoe_adapt.training.run import TrainOptions, held_out_documents, train_family
 
@@ -47,7 +47,7 @@ def train(
         model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device,
         checkpoint_minutes=CHECKPOINT_MINUTES if checkpoint_minutes is None else checkpoint_minutes,
     )  # fmt: skip
-    base, tokenizer = load_base(model, device=device)
+    base, tokenizer = load_with_tokenizer(model, device=device)
     result: dict[str, Any] = {"family": str(out), "strengths": list(family.strengths), "control": None}
     documents = held_out_documents(data, tokenizer, base, options)
     # Of the processes of a distributed run one measures.
@@ -111,7 +111,7 @@ def evaluate(
     )
     from remoe_adapt.evaluate import evaluate as measure
     from remoe_adapt.family import Family
-    from remoe_adapt.record import load_base
+    from remoe_adapt.record import load_with_tokenizer
 
     quiet_libraries()
     kind = {} if recency_decay is None else {"decay": recency_decay}
@@ -129,7 +129,7 @@ def evaluate(
         )
     if certified and points is not None:
         check_file(points.path / "family.json", "--certify: family.json of --family")
-    base, tokenizer = load_base(model, device=device, dtype=dtype)
+    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype)
     result: dict[str, Any] = {"model": model, "family": family}
     shown: list[RenderableType] = []
 

@@ -27,7 +27,15 @@ from remoe_adapt.evaluate import Tally, read_shared
 from remoe_adapt.family import Family
 from remoe_adapt.generation import COUNTED, cache_figures, generate_text, room_for_reads
 from remoe_adapt.notices import say_once
-from remoe_adapt.record import Decoder, Recorder, device_of, inference, load_base, load_tokenizer, record_forward
+from remoe_adapt.record import (
+    Decoder,
+    Recorder,
+    device_of,
+    inference,
+    load_tokenizer,
+    load_with_tokenizer,
+    record_forward,
+)
 from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.untrusted import printable, read_json
 
@@ -196,7 +204,7 @@ def _load(path: str | Path, budget: str | float) -> tuple[Any, Any]:
         model = load_with_expert_cache(path, budget, direct_io=True)
     except UncacheableError as error:
         say_once(f"{error} It is decoded without an expert cache.")
-        return load_base(path)
+        return load_with_tokenizer(path)
     return model.eval(), load_tokenizer(str(path))
 
 

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remoe_adapt import profile_values as of
+from remoe_adapt.cache.policy import ONLINE
 from remoe_adapt.errors import ConfigError, ProfileError
 from remoe_adapt.profile_nodes import Problem, Source, did_you_mean, is_map, printable, shown
 from remoe_adapt.profile_values import ContradictionError, key_of, parse_size, read_section
 
 __all__ = [
-    "CACHE_POLICIES", "CACHE_SCOPES", "RECENCY_MODES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile",
-    "MemoryProfile", "PressureProfile", "Problem", "RecencyProfile", "StrengthProfile", "check_profile",
-    "list_profiles", "load_profile", "parse_size", "read_profile", "user_profile_dir",
+    "CACHE_SCOPES", "RECENCY_MODES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile", "MemoryProfile",
+    "PressureProfile", "Problem", "RecencyProfile", "StrengthProfile", "check_profile", "list_profiles",
+    "load_profile", "parse_size", "read_profile", "user_profile_dir",
 ]  # fmt: skip
 
-CACHE_POLICIES = ("lru", "lfu", "lrfu")  # belady needs the future, so no device can run it
 CACHE_SCOPES = ("global", "layer")
 RECENCY_MODES = ("none", "last", "ema", "resident")
 # No calm or wait that a dial should sit out is longer; a clock of floats still tells milliseconds.
@@ -56,8 +56,8 @@ class ExpertCacheProfile:
     """
 
     share: float = key_of("budget", _PART)
-    policy: str = key_of("policy", of.choice(*CACHE_POLICIES), default="lrfu")
-    scope: str = key_of("scope", of.choice(*CACHE_SCOPES), default="global")
+    policy: str = key_of("policy", of.choice(ONLINE), default="lrfu")
+    scope: str = key_of("scope", of.choice(CACHE_SCOPES), default="global")
     prefetch: bool = key_of("prefetch", of.switch, default=True)
     direct_io: bool = key_of("direct_io", of.switch, default=False)
     floor: float = key_of("floor", _PART, default=0.1)
@@ -120,7 +120,7 @@ class RecencyProfile:
     """The recency prior: mode "none", "last" (the previous token's experts), "ema" (used lately) or "resident" (cached
     now), and its gain at strength 1."""
 
-    mode: str = key_of("mode", of.choice(*RECENCY_MODES), default="none")
+    mode: str = key_of("mode", of.choice(RECENCY_MODES), default="none")
     gain: float = key_of("gain", of.number(0, _MOST_GAIN), default=0.0)
 
     def __post_init__(self) -> None:

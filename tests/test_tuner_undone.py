@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from remoe_adapt import RemoeConfig
 from remoe_adapt.errors import AdapterConflictError, AdapterCorruptError, ConfigError
 from remoe_adapt.family import Family, Recency
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.tuner import RemoeLayer, remoe_layers, wrap_or_inject
 
 HEAD = f"{PREFIX}lm_head.weight"

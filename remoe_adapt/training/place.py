@@ -14,7 +14,7 @@ from torch import nn
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.training.options import TrainOptions
-from remoe_adapt.untrusted import printable
+from remoe_adapt.untrusted import first_line, printable
 
 # A checkpoint is the adapter with Adam's two moments, and the last one goes when the next is there.
 _ADAPTERS_IN_CHECKPOINTS = 6
@@ -59,11 +59,11 @@ def disk_faults_named(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = first_line(error)
         of_torch = "PytorchStreamWriter" in text or "iostream" in text or "unexpected pos" in text
         if isinstance(error, RemoeError) or (isinstance(error, RuntimeError) and not of_torch):
             raise
         raise ConfigError(
-            f"{printable(out)} cannot be written ({printable(text)}): make room or choose another --out; called again "
+            f"{printable(out)} cannot be written ({text}): make room or choose another --out; called again "
             "with the same options, a run goes on from its last checkpoint"
         ) from error

@@ -16,21 +16,20 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
 from remoe_adapt.family_files import FAMILY_FILE, write_whole
 from remoe_adapt.host_memory import freed_memory_kept
 from remoe_adapt.model_paths import check_place
-from remoe_adapt.record import load_tokenizer, max_positions, usable_device
-from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.record import load_tokenizer, max_positions, on_device, usable_device
+from remoe_adapt.routers.discover import discover_routers, fingerprint
+from remoe_adapt.runtime.pretrained import load_base
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
 from remoe_adapt.training.place import check_fits, check_writable, disk_faults_named
 from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, train_point
-from remoe_adapt.untrusted import printable
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 
@@ -224,9 +223,5 @@ def _load(
     check_place(base, "cannot load the model:")
     # Half precision is slow on most CPUs, and small bases train there.
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
-        return model.to(device), str(base)
-    except Exception as error:  # the files may hold anything, and each kind of damage raises something else
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise ConfigError(f"cannot load the model {base} on {device}: {reason}") from error
+    model: Any = on_device(load_base(base, dtype=dtype), device)
+    return model, str(base)
