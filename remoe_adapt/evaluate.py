@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.arms import Arm, Arms, Prior, arms_of
+from remoe_adapt.arms import Arm, Arms, arms_of
 from remoe_adapt.cache.simulate import check_replay, hit_rates, layer_rows
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.family import Family
 from remoe_adapt.host_memory import freed_memory_kept
 from remoe_adapt.metrics import eor, load_entropy, switch_rate
 from remoe_adapt.outputs import check_extra
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.record import (
     Recorder,
     Window,
@@ -129,7 +130,7 @@ def evaluate(
     policies: Sequence[str] = POLICIES,
     caches: Sequence[float] = CACHES,
     window: int | None = None,
-    priors: Sequence[Prior] = (),
+    priors: Sequence[Recency] = (),
     force: bool = False,
     per_layer: bool = False,
     on_tokens: Callable[[int], object] | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,23 @@ from remoe_adapt.family_deltas import read_deltas, shapes_of
 from remoe_adapt.family_files import (
     FAMILY_FILE,
     FORMAT,
-    Recency,
     family_folder,
     json_text,
     placed,
     read_family_json,
+    read_recency,
+    recency_entry,
     usable_path,
     write_together,
 )
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.fingerprint import fingerprint as fingerprint_of
 from remoe_adapt.tuner.card import CARD_FILE
 from remoe_adapt.tuner.checks import stays_usable
 from remoe_adapt.untrusted import printable
 
-__all__ = ["Control", "Family", "FamilyPoint", "Recency", "original_weights"]
+__all__ = ["Control", "Family", "FamilyPoint", "original_weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +156,9 @@ class Family:
         known = ends[1] or ends[0]
         if known is None:
             return None
-        low, high = (end.gain_per_layer if end else (0.0,) * len(known.gain_per_layer) for end in ends)
+        low, high = (end.gains() if end else (0.0,) * len(known.gains()) for end in ends)
         gains = tuple(a + share * (b - a) if share < 1.0 else b for a, b in zip(low, high, strict=True))
-        return replace(known, gain_per_layer=gains)
+        return replace(known, gain=gains)
 
     def _neighbours(self, strength: float) -> tuple[FamilyPoint | None, FamilyPoint | None, float]:
         """(point at or below, point above, share of the way): None below for the base, None above when exact."""
@@ -236,7 +238,7 @@ class Family:
             raise FamilyError(f"{self.path}: strength {strength!r} must be a number above 0 (the base) and at most 1.")
         adapter, copies = self._adopt(adapter_folder, self.adapter_name(strength))
         with placed(copies), self._saved_or_restored():
-            point = self._point(strength, adapter, asdict(recency) if recency else None, certificate)
+            point = self._point(strength, adapter, recency_entry(recency) if recency else None, certificate)
             self._insert(point)
         return point
 
@@ -282,7 +284,7 @@ class Family:
             {
                 "strength": point.strength,
                 "adapter": point.adapter,
-                **({"recency": asdict(point.recency)} if point.recency else {}),
+                **({"recency": recency_entry(point.recency)} if point.recency else {}),
                 **({"certificate": dict(point.certificate)} if point.certificate is not None else {}),
             }
             for point in self.points
@@ -322,7 +324,7 @@ class Family:
         recency: Mapping[str, Any] | None = None,
         certificate: Mapping[str, Any] | None = None,
     ) -> FamilyPoint:
-        prior = Recency.read(recency, str(self.path)) if recency else None
+        prior = read_recency(recency, str(self.path)) if recency else None
         deltas = read_deltas(self.path / adapter, self.base_id, self.fingerprint)
         return FamilyPoint(float(strength), adapter, deltas, prior, certificate)
 
@@ -342,7 +344,7 @@ class Family:
                 raise FamilyError(f"{self.path}: {both} differ in which routers they change or how, first {shown}.")
         for other in (p for p in self.points if p.recency and point.recency):
             assert other.recency and point.recency
-            if not other.recency.blends_with(point.recency):
+            if not other.recency.is_like(point.recency):
                 raise FamilyError(f"{self.path}: {point.adapter} and {other.adapter} differ in recency mode or layers.")
         self.points = tuple(sorted((*self.points, point), key=lambda p: p.strength))
 

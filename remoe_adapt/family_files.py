@@ -8,16 +8,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from remoe_adapt.device_profile import RECENCY_MODES
 from remoe_adapt.errors import FamilyError
-from remoe_adapt.gating.prior import MAX_GAIN
+from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, mode_words
 from remoe_adapt.tuner.stored import FAMILY_FILE as FAMILY_FILE
 from remoe_adapt.untrusted import printable, read_json
 
@@ -32,35 +30,26 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Recency:
-    """The recency prior of an operating point: mode ("last", "ema", "resident" or "none"), decay in [0, 1), gain per
-    router in model order."""
+def read_recency(entry: Any, where: str) -> Recency | None:
+    """The recency prior of an operating point from its JSON object, None for the mode "none".
 
-    mode: str
-    decay: float
-    gain_per_layer: tuple[float, ...]
+    Raises FamilyError naming `where` and the fault.
+    """
+    if not isinstance(entry, Mapping) or set(entry) != {"mode", "decay", "gain_per_layer"}:
+        raise FamilyError(f"{where}: recency must hold mode, decay and gain_per_layer, not {_shown(entry)}.")
+    mode, decay, gains = (entry[key] for key in ("mode", "decay", "gain_per_layer"))
+    if mode not in mode_words():
+        raise FamilyError(f"{where}: recency mode {_shown(mode)} is not one of {', '.join(mode_words())}.")
+    if not _is_number(decay) or not 0.0 <= decay < 1.0:
+        raise FamilyError(f"{where}: recency decay {_shown(decay)} must be at least 0 and below 1.")
+    if not isinstance(gains, list | tuple) or not all(_is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
+        raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
+    return None if mode == NO_PRIOR else Recency(mode, tuple(float(gain) for gain in gains), float(decay))
 
-    @classmethod
-    def read(cls, entry: Any, where: str) -> Recency:
-        """From its JSON object. Raises FamilyError naming `where` and the fault."""
-        if not isinstance(entry, Mapping) or set(entry) != {"mode", "decay", "gain_per_layer"}:
-            raise FamilyError(f"{where}: recency must hold mode, decay and gain_per_layer, not {_shown(entry)}.")
-        gains = entry["gain_per_layer"]
-        if entry["mode"] not in RECENCY_MODES:
-            raise FamilyError(
-                f"{where}: recency mode {_shown(entry['mode'])} is not one of {', '.join(RECENCY_MODES)}."
-            )
-        if not _is_number(entry["decay"]) or not 0.0 <= entry["decay"] < 1.0:
-            raise FamilyError(f"{where}: recency decay {_shown(entry['decay'])} must be at least 0 and below 1.")
-        if not isinstance(gains, list | tuple) or not all(_is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
-            raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
-        return cls(entry["mode"], float(entry["decay"]), tuple(float(gain) for gain in gains))
 
-    def blends_with(self, other: Recency) -> bool:
-        """Whether gains may be interpolated between the two."""
-        mine, theirs = ((r.mode, r.decay, len(r.gain_per_layer)) for r in (self, other))
-        return mine == theirs
+def recency_entry(recency: Recency) -> dict[str, Any]:
+    """The JSON object that `read_recency` reads."""
+    return {"mode": recency.mode, "decay": recency.decay, "gain_per_layer": recency.gain}
 
 
 def usable_path(path: str | os.PathLike[str]) -> Path:

@@ -206,7 +206,8 @@ def key_of(key: str, read: Reader | type, **default: Any) -> Any:
 def read_section(source: Source, node: yaml.Node, cls: type[Any], prefix: str = "", at: yaml.Node | None = None) -> Any:
     """The dataclass `cls`, whose fields are made by `key_of`, from a mapping; None where anything is wrong with it.
 
-    at: the section's key, where what is missing is reported.
+    at: the section's key, where what is missing is reported. A class with a method `understood` has its words
+    translated: what that returns is read instead.
     """
     known: dict[str, Field[Any]] = {f.metadata["key"]: f for f in fields(cls)}
     if not is_map(node):
@@ -234,6 +235,7 @@ def read_section(source: Source, node: yaml.Node, cls: type[Any], prefix: str = 
     if len(source.problems) > faults_before:
         return None
     try:
-        return cls(**values)
+        section = cls(**values)
     except ContradictionError as error:
         return source.fail(key_nodes.get(error.key, at or node), prefix + error.key, str(error))
+    return section.understood() if hasattr(section, "understood") else section

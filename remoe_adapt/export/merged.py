@@ -91,7 +91,7 @@ def export_merged(
 def left_out(family: Family, strength: float) -> dict[str, Any]:
     """What an engine without this package cannot have of this point, for results: the recency prior's largest gain."""
     recency = family.recency(strength)
-    gain = max(recency.gain_per_layer, default=0.0) if recency and recency.mode != "none" else 0.0
+    gain = max(recency.gains(), default=0.0) if recency else 0.0
     return {"without_recency_prior_of_gain": gain} if gain else {}
 
 
