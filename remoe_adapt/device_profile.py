@@ -31,10 +31,12 @@ __all__ = [
 
 CACHE_POLICIES = ("lru", "lfu", "lrfu")  # belady needs the future, so no device can run it
 CACHE_SCOPES = ("global", "layer")
-# No calm or wait that a dial should sit out is longer; a clock of floats still tells milliseconds.
+# The longest wait that a profile may ask for. A dial that waits longer would never move, and a clock in floats still
+# tells milliseconds at this length.
 _DAY_S = 86400.0
 _LONGEST_RISE_S = 600.0
-# The policy keeps four times rise_s of samples, and sorts them at every one.
+# The policy keeps the samples of four times rise_s and sorts them at each new one, so a long rise at a high rate would
+# take the machine's time from the model.
 _MOST_RISE_SAMPLES = 1000
 _RATIO = of.number(0, 1)
 _PART = of.number(0, 1, open_low=True)
@@ -175,6 +177,7 @@ class DeviceProfile:
         if not 0.0 <= pressure <= 1.0:  # NaN fails too
             raise ConfigError(f"pressure {pressure!r} is out of range; pressure runs from 0 (plenty) to 1 (thrashing)")
         curve = self.strength.curve
+        # The number of points at or below this pressure, which is also the place of the next one.
         after = bisect_right(curve, pressure, key=lambda point: point[0])
         if after == 0 or after == len(curve):
             strength = curve[max(after - 1, 0)][1]
@@ -212,12 +215,14 @@ def user_profile_dir() -> Path:
         home = Path.home()
     except RuntimeError:  # a user without one, as many in containers
         home = Path("/nonexistent")
+    # The XDG rules say that a relative XDG_CONFIG_HOME is to be ignored.
     return (configured if configured.is_absolute() else home / ".config") / "remoe" / "profiles"
 
 
 def list_profiles() -> dict[str, Path]:
     """Name -> file of every profile found, sorted by name; files are not opened, a user's file hides a shipped one."""
     shipped = Path(str(importlib.resources.files("remoe_adapt.profiles")))
+    # Later entries win, so a user's file hides a shipped one of the same name.
     found = {path.stem: path for folder in (shipped, user_profile_dir()) for path in folder.glob("*.yaml")}
     return dict(sorted(found.items()))
 
@@ -226,6 +231,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     """The profile of a known name, or of a YAML file. Raises ProfileError naming file, line, key and the remedy."""
     known = list_profiles()
     text = str(name_or_path)
+    # A Path is a path, also where its name is that of a profile.
     if text in known and not isinstance(name_or_path, Path):
         path = known[text]
     elif Path(text).suffix in (".yaml", ".yml") or len(Path(text).parts) > 1:

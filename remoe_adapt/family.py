@@ -129,6 +129,7 @@ class Family:
         """
         lower, upper, share = self._neighbours(strength)
         if upper is None:
+            # At strength 0 the names are those of the first point, with deltas of 0.
             names = self.points[0].deltas
             return {n: d.clone() for n, d in lower.deltas.items()} if lower else {n: names[n] * 0.0 for n in names}
         if lower is None:
@@ -146,6 +147,7 @@ class Family:
         is_base = self._neighbours(strength)[:2] == (None, None)  # W + 0 would turn -0.0 into 0.0
         if is_base:
             return _add({}, base_weights)
+        # Before anything is multiplied out: low-rank deltas of another model could need any amount of memory.
         self._check_shapes(base_weights)
         return _add(self.deltas(strength), base_weights)
 
@@ -157,6 +159,7 @@ class Family:
         if known is None:
             return None
         low, high = (end.gains() if end else (0.0,) * len(known.gains()) for end in ends)
+        # At the end itself b, since a + 1.0 * (b - a) may differ from it in the last bit.
         gains = tuple(a + share * (b - a) if share < 1.0 else b for a, b in zip(low, high, strict=True))
         return replace(known, gain=gains)
 
@@ -236,6 +239,8 @@ class Family:
         """
         if not isinstance(strength, int | float):
             raise FamilyError(f"{self.path}: strength {strength!r} must be a number above 0 (the base) and at most 1.")
+        # The order matters: copy, read what was copied, then write family.json; a failure at any step undoes the steps
+        # before.
         adapter, copies = self._adopt(adapter_folder, self.adapter_name(strength))
         with placed(copies), self._saved_or_restored():
             point = self._point(strength, adapter, recency_entry(recency) if recency else None, certificate)
@@ -272,6 +277,7 @@ class Family:
         copies: dict[Path, Path] = {}
         if target.resolve() != self.path.resolve():
             Family.create(target, self.base_id, self.fingerprint)
+            # The files of the adapters are copied as they are: deltas in memory may have been widened to fp32.
             names = [point.adapter for point in self.points] + ([self.control.adapter] if self.control else [])
             copies = {self.path / name: target / name for name in names}
         with placed(copies):
@@ -294,6 +300,7 @@ class Family:
             entries["control"] = {"adapter": self.control.adapter}
             entries["control"] |= {"certificate": dict(measured)} if measured is not None else {}
         card = {target / CARD_FILE: card_text(self)} if own_card(target) else {}
+        # family.json comes last, as it is what makes the folder a family.
         write_together({**card, target / FAMILY_FILE: json_text(target / FAMILY_FILE, entries)})
 
     @contextmanager
@@ -356,6 +363,7 @@ def original_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     weights = {}
     for router in discover_routers(model):
+        # While an adapter is merged or a dial is on, the live weight is not the base's; the wrapper keeps that one.
         kept = getattr(model.get_submodule(router.name), "original_weight_ED", None)
         weights[_plain(router.name)] = kept if isinstance(kept, Tensor) else router.weight_ED
     return weights
@@ -376,8 +384,10 @@ def _add(deltas: Mapping[str, Tensor], base_weights: Mapping[str, Tensor]) -> di
         if delta_ED is None:
             weights[name] = base_ED.clone()
         else:
+            # The sum is rounded once, to the dtype of the weight; a sum in bf16 would lose small deltas.
             exact = torch.promote_types(base_ED.dtype, torch.float32)
             weights[name] = (base_ED.to(exact) + delta_ED.to(base_ED.device)).to(base_ED.dtype)
+            # A delta that overflows fp16 would make every logit NaN, and a model answers nonsense without an error.
             if not stays_usable(base_ED, weights[name]):
                 raise FamilyError(
                     f"the family's deltas are so large that weight or logits of router {printable(name)} are infinite "

@@ -21,7 +21,7 @@ from remoe_adapt.untrusted import printable, read_json
 
 FORMAT = 1
 _MAX_BYTES, _MAX_NAME = 16 << 20, 64
-# Keys that must be there, and keys that may.
+# What an object of family.json is called in errors -> (keys that it must have, keys that it may have).
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "the family": ({"format", "base", "points"}, {"control"}),
     "base": ({"id", "fingerprint"}, set()),
@@ -73,6 +73,7 @@ def family_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     if not isinstance(path_or_hub_id, str) or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise FamilyError(f"no family folder {text}: give the folder that holds family.json, or a hub id owner/name.")
     try:
+        # Only what a family needs: a hub repository may hold a whole model as well.
         files = [FAMILY_FILE, "*/adapter_config.json", "*/adapter_model.safetensors"]
         return Path(snapshot_download(text, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -93,6 +94,7 @@ def read_family_json(folder: Path) -> dict[str, Any]:
         raise FamilyError(f"{printable(folder)} has no {FAMILY_FILE}: it is no family (a lone adapter loads by PEFT).")
     entries = read_json(path, FamilyError, max_bytes=_MAX_BYTES)
     version = entries.get("format") if isinstance(entries, dict) else None
+    # True == 1 in Python, and "format": true is no version.
     if version != FORMAT or isinstance(version, bool):
         raise FamilyError(f"{path} has format {_shown(version)}, this version reads {FORMAT}: update remoe-adapt.")
     _check_keys(path, "the family", entries)
@@ -109,6 +111,7 @@ def read_family_json(folder: Path) -> dict[str, Any]:
         if not _is_number(point["strength"]) or not 0.0 < point["strength"] <= 1.0:
             raise FamilyError(f"{path}: strength {_shown(point['strength'])} must be a number above 0 and at most 1.")
         strengths.append(point["strength"])
+    # Interpolation looks for neighbours, so points are in order and none is there twice.
     if strengths != sorted(set(strengths)):
         raise FamilyError(f"{path}: strengths {printable(strengths)} must rise from point to point.")
     if "control" in entries:
@@ -132,6 +135,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_together(texts: Mapping[Path, str]) -> None:
     """Write files, none before all of them are on the disk; folders are made. Raises FamilyError when it refuses."""
+    # The process number keeps two writers apart; a leading dot hides a draft that a kill left.
     drafts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
     try:
         for path, draft in drafts.items():
@@ -160,6 +164,7 @@ def placed(copies: Mapping[Path, Path]) -> Iterator[None]:
                         undo.callback(_remove_empty, folder)
                         folder.mkdir()
                 draft, aside = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+                # Registered before the copy begins, so that half a copy is removed as well.
                 undo.callback(_take_back, draft, aside, target, target.exists())
                 shutil.copytree(source, draft)
                 if target.exists():
@@ -169,6 +174,7 @@ def placed(copies: Mapping[Path, Path]) -> Iterator[None]:
         except OSError as error:
             raise _refused(next(iter(copies.values())).parent, error) from error
         yield
+        # From here on the folders stay: what was written by the block refers to them.
         undo.pop_all()
     for aside in asides:
         shutil.rmtree(aside, ignore_errors=True)
