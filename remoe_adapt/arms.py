@@ -14,7 +14,7 @@ from remoe_adapt.family import Family, FamilyPoint, original_weights
 from remoe_adapt.gating.install import InstalledPrior
 from remoe_adapt.notices import say_once
 from remoe_adapt.recency_settings import MODES, Recency
-from remoe_adapt.routers.discover import discover_routers
+from remoe_adapt.routers.discover import survey_routers
 from remoe_adapt.tuner.layer import remoe_layers
 
 
@@ -65,7 +65,7 @@ class Arms:
         """Raises FingerprintMismatchError for another base (unless `force`), AdapterConflictError when the model's
         routers run adapters already, ConfigError when priors and points differ in mode or decay."""
         self._installed: InstalledPrior | None = None
-        self._weights = [ref.weight_ED.detach() for ref in discover_routers(model)]
+        self._weights = [weight_ED.detach() for weight_ED in survey_routers(model).weights.values()]
         self._found = tuple(weight_ED.clone() for weight_ED in self._weights)
         self.base = Arm(0.0, self._found)
         self.control: Arm | None = None

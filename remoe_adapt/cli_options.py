@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from remoe_adapt.cache.policy import POLICIES
 from remoe_adapt.recency_settings import DEFAULT_MODE, MODES
 
 # What a command returns: its JSON object, and what is shown instead of it.
@@ -29,7 +30,7 @@ Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, ... D
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Force = Annotated[bool, typer.Option("--force", help="Use a family made for another base.")]
 Data = Annotated[list[Path], typer.Option(help="Text: .txt, .jsonl, .gz of these, or a folder; repeat.")]
-Policies = Annotated[list[str], typer.Option("--policy", help="lru, lfu, lrfu or belady; repeat.")]
+Policies = Annotated[list[str], typer.Option("--policy", help=f"{', '.join(POLICIES)}; repeat.")]
 Caches = Annotated[list[float], typer.Option("--cache", help="Cache size as a share of the experts; repeat.")]
 
 # remoe demo, remoe bench

@@ -18,18 +18,18 @@ from typing import Any
 import yaml
 
 from remoe_adapt import profile_values as of
+from remoe_adapt.cache.policy import ONLINE
 from remoe_adapt.errors import ConfigError, ProfileError
 from remoe_adapt.profile_nodes import Problem, Source, did_you_mean, is_map, printable, shown
 from remoe_adapt.profile_values import ContradictionError, key_of, parse_size, read_section
 from remoe_adapt.recency_settings import MAX_GAIN, MODES, NO_PRIOR, Recency, mode_words
 
 __all__ = [
-    "CACHE_POLICIES", "CACHE_SCOPES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile", "MemoryProfile",
-    "PressureProfile", "Problem", "Recency", "StrengthProfile", "check_profile", "list_profiles", "load_profile",
-    "parse_size", "read_profile", "user_profile_dir",
+    "CACHE_SCOPES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile", "MemoryProfile", "PressureProfile",
+    "Problem", "Recency", "StrengthProfile", "check_profile", "list_profiles", "load_profile", "parse_size",
+    "read_profile", "user_profile_dir",
 ]  # fmt: skip
 
-CACHE_POLICIES = ("lru", "lfu", "lrfu")  # belady needs the future, so no device can run it
 CACHE_SCOPES = ("global", "layer")
 # The longest wait that a profile may ask for. A dial that waits longer would never move, and a clock in floats still
 # tells milliseconds at this length.
@@ -59,8 +59,8 @@ class ExpertCacheProfile:
     """
 
     share: float = key_of("budget", _PART)
-    policy: str = key_of("policy", of.choice(*CACHE_POLICIES), default="lrfu")
-    scope: str = key_of("scope", of.choice(*CACHE_SCOPES), default="global")
+    policy: str = key_of("policy", of.choice(ONLINE), default="lrfu")
+    scope: str = key_of("scope", of.choice(CACHE_SCOPES), default="global")
     prefetch: bool = key_of("prefetch", of.switch, default=True)
     direct_io: bool = key_of("direct_io", of.switch, default=False)
     floor: float = key_of("floor", _PART, default=0.1)
@@ -119,7 +119,7 @@ class PressureProfile:
 
 
 def _mode(source: Source, node: yaml.Node, key: str) -> Any:
-    return of.choice(*mode_words())(source, node, key)  # asked at each reading, as a mode may have been added
+    return of.choice(mode_words())(source, node, key)  # asked at each reading, as a mode may have been added
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,8 @@ from remoe_adapt.family_files import (
     write_together,
 )
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.routers.fingerprint import fingerprint as fingerprint_of
+from remoe_adapt.routers.discover import Routers, survey_routers
+from remoe_adapt.routers.spec import plain_name
 from remoe_adapt.tuner.card import CARD_FILE
 from remoe_adapt.tuner.checks import stays_usable
 from remoe_adapt.untrusted import printable
@@ -178,11 +178,15 @@ class Family:
 
     # Fitting a model
 
-    def check(self, model: nn.Module, *, force: bool = False) -> None:
+    def check(self, model: nn.Module, *, force: bool = False, routers: Routers | None = None) -> None:
         """Raises FingerprintMismatchError, naming both bases, when `model` is another base (unless `force`), and
         FamilyError when routers of the family are missing in it, have other shapes or would get weights or
-        logits that are not finite (forced or not)."""
-        found = fingerprint_of(model)
+        logits that are not finite (forced or not).
+
+        routers: those of `model`, where they are known already.
+        """
+        routers = routers or survey_routers(model)
+        found = routers.fingerprint
         if found != self.fingerprint and not force:
             config = getattr(model, "config", None)
             name = getattr(config, "_name_or_path", "") or type(model).__name__
@@ -192,13 +196,13 @@ class Family:
                 f"({found[:19]}...): load that base, train a family for this one (`remoe train`), or pass force=True "
                 "if you know that they fit."
             )
-        weights = original_weights(model)
+        weights = routers.original_weights
         self._check_shapes(weights)
         for strength in self.strengths:  # between two points, weights and their norms lie between theirs
             self.live(strength, weights)
 
     def _check_shapes(self, weights: Mapping[str, Tensor]) -> None:
-        shapes = {_plain(name): list(weight_ED.shape) for name, weight_ED in weights.items()}
+        shapes = {plain_name(name): list(weight_ED.shape) for name, weight_ED in weights.items()}
         for name, shape in shapes_of(self.points[0].deltas).items() if self.points else ():
             if shapes.get(name) != list(shape):
                 has = f"has {shapes[name]} there" if name in shapes else "has no such router and no base weight for it"
@@ -361,26 +365,17 @@ def original_weights(model: nn.Module) -> dict[str, Tensor]:
 
     The tensors are the model's own. Raises RouterNotFoundError or UnsupportedRouterError as `discover_routers`.
     """
-    weights = {}
-    for router in discover_routers(model):
-        # While an adapter is merged or a dial is on, the live weight is not the base's; the wrapper keeps that one.
-        kept = getattr(model.get_submodule(router.name), "original_weight_ED", None)
-        weights[_plain(router.name)] = kept if isinstance(kept, Tensor) else router.weight_ED
-    return weights
-
-
-def _plain(router_name: str) -> str:
-    return router_name.removeprefix("_orig_mod.").removeprefix("base_model.model.").removeprefix("_orig_mod.")
+    return survey_routers(model).original_weights
 
 
 def _add(deltas: Mapping[str, Tensor], base_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """cast(fp32(W) + delta) where there is a delta, else a copy of W; fp64 weights stay fp64."""
-    given = {_plain(name): tuple(weight_ED.shape) for name, weight_ED in base_weights.items()}
+    given = {plain_name(name): tuple(weight_ED.shape) for name, weight_ED in base_weights.items()}
     if odd := [name for name, shape in shapes_of(deltas).items() if given.get(name) != shape]:
         raise FamilyError(f"{len(odd)} routers have no base weight of their shape here, first {printable(odd[0])}.")
     weights = {}
     for name, base_ED in base_weights.items():
-        delta_ED, base_ED = deltas.get(_plain(name)), base_ED.detach()
+        delta_ED, base_ED = deltas.get(plain_name(name)), base_ED.detach()
         if delta_ED is None:
             weights[name] = base_ED.clone()
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,12 @@ def _as_number(value: object) -> str:
     return f", as {int(meant) if meant.is_integer() and abs(meant) < 1e15 else meant!r}" if math.isfinite(meant) else ""
 
 
-def choice(*allowed: str) -> Reader:
-    """Reader of one of some words."""
+def choice(allowed: Iterable[str]) -> Reader:
+    """Reader of one of some words; allowed: they, as they are when a value is read."""
 
     def parse(value: object) -> str:
-        if value not in allowed:
-            raise ConfigError(f"{shown(value)} is not one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
+        if value not in (words := tuple(allowed)):
+            raise ConfigError(f"{shown(value)} is not one of {', '.join(words)}{did_you_mean(value, words)}")
         return str(value)
 
     return scalar(parse)

@@ -90,10 +90,7 @@ def record_forward(model: nn.Module) -> Iterator[Recorder]:
     recorder = Recorder(discover_routers(model))
     # The hook is on the outermost module, an adapter's wrapper for instance, because that returns what the experts
     # receive; the wrapped router alone would show the base's choice.
-    handles = [
-        model.get_submodule(ref.name).register_forward_hook(recorder.hook(layer))
-        for layer, ref in enumerate(recorder.routers)
-    ]
+    handles = [ref.outermost.register_forward_hook(recorder.hook(layer)) for layer, ref in enumerate(recorder.routers)]
     try:
         yield recorder
     finally:

@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "triton_kernels.*",
         "routers.ranking",
         "routers.spec",
+        "routers.fingerprint",
         "routers.families",
         "routers.infer",
         "gating",
@@ -60,7 +61,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "routers.discover",
         "gating.proof",
         "gating.install",
-        "routers.fingerprint",
         "routers",
     ),
     (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from remoe_adapt.cache.policy import ONLINE
 from remoe_adapt.device_profile import (
-    CACHE_POLICIES,
     DeviceProfile,
     PressureProfile,
     check_profile,
@@ -61,7 +61,7 @@ def test_shipped_profiles_are_the_seven_and_all_load() -> None:
         assert profile.name == name and profile.description
         assert profile.strength_at(0.0) == 0.0, "plenty of memory must mean the base model"
         assert profile.strength_at(1.0) > 0.0
-        assert profile.expert_cache.policy in CACHE_POLICIES
+        assert profile.expert_cache.policy in ONLINE
 
 
 def test_orin_example_of_the_design_is_read_exactly() -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
 from remoe_adapt.family import Family, original_weights
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

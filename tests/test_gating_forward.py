@@ -61,7 +61,7 @@ class Architecture:
 def architecture(request: pytest.FixtureRequest) -> Architecture:
     made = Architecture(request.param, tiny_model(request.param))
     handles = []
-    for ref in survey_routers(made.model).found:
+    for ref in survey_routers(made.model).refs:
         if ref.correction_bias_E is not None:  # zero at initialisation, which would hide a bias that is left out
             ref.correction_bias_E.data.normal_(0, 0.05)
 

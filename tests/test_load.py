@@ -31,7 +31,7 @@ from remoe_adapt.errors import (
 from remoe_adapt.family import Family, original_weights
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.signals import weigh
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.runtime.load import get_remoe_model, load_base_under, profile_of
 from remoe_adapt.tuner import RemoeConfig, remoe_layers
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from remoe_adapt.errors import FamilyError, MergeStateError, RouterNotFoundError
 from remoe_adapt.family import Family, original_weights
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.runtime.swap import ResidentRouters
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.training import run as train_run
 from remoe_adapt.training.options import TrainOptions

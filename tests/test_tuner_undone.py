@@ -35,7 +35,7 @@ from remoe_adapt import RemoeConfig
 from remoe_adapt.errors import AdapterConflictError, AdapterCorruptError, ConfigError
 from remoe_adapt.family import Family
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.tuner import RemoeLayer, remoe_layers, wrap_or_inject
 
 HEAD = f"{PREFIX}lm_head.weight"

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from remoe_adapt.family import Family
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.tuner import RemoeConfig
 
 BASE_ID = "tests/tiny-base"

@@ -24,8 +24,7 @@ from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.record import Decoder
-from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import discover_routers, fingerprint
 from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.runtime.pretrained import auto_class, load_base

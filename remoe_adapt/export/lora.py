@@ -25,6 +25,7 @@ from remoe_adapt.export.base import BaseFiles, StoredRouter
 from remoe_adapt.export.files import new_folder
 from remoe_adapt.export.merged import left_out
 from remoe_adapt.family import Family
+from remoe_adapt.tuner.checks import plain_key
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Weight + rounded difference may round to a neighbour of the live weight. Then the floats so many places above or
@@ -82,7 +83,7 @@ def export_lora(
     config.inference_mode = True
     tensors: dict[str, Tensor] = {}
     for key in _keys(files.skeleton, config):
-        module, _, kind = key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
+        module, _, kind = plain_key(key.removesuffix(".weight")).rpartition(".")
         name = next(n for n, parameter in parameters.items() if parameter.rpartition(".")[0] == module)
         tensors[key] = deltas[name] if kind == "lora_A" else torch.eye(rank)
     with new_folder(target) as draft:

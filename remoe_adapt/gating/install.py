@@ -17,7 +17,7 @@ from remoe_adapt.gating.sequences import SequenceHooks, text_model
 from remoe_adapt.libraries.kv_cache import CONTINUOUS_BATCHING, unknown_cache_argument
 from remoe_adapt.libraries.patching import Overrides
 from remoe_adapt.notices import say_once
-from remoe_adapt.routers.discover import discover_routers
+from remoe_adapt.routers.discover import Routers, survey_routers
 from remoe_adapt.routers.spec import RouterRef
 
 # Where accelerate's hooks keep the forward that they wrap.
@@ -37,9 +37,10 @@ class InstalledPrior:
     continuous batching is refused (`generate_batch`): it packs requests into one row, over a cache of its own.
     """
 
-    def __init__(self, model: nn.Module, mode: str, decay: float = DECAY) -> None:
+    def __init__(self, model: nn.Module, mode: str, decay: float = DECAY, routers: Routers | None = None) -> None:
+        """routers: those of `model`, where they are known already."""
         check_prior(mode, 0.0, decay)
-        refs = discover_routers(model)
+        refs = (routers or survey_routers(model)).usable()
         owners = [text_model(model, ref.name) for ref in refs]
         self.num_routers = len(refs)
         self.own_forward: dict[str, str] = {}

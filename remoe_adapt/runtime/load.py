@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from weakref import WeakKeyDictionary
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from remoe_adapt.cache.experts import expert_cache_of
+from remoe_adapt.cache.prefetch import bind_prefetch
 from remoe_adapt.cache.slots import check_budget
 from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
 from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError, UncacheableError
-from remoe_adapt.family import Family, original_weights
+from remoe_adapt.family import Family
 from remoe_adapt.notices import say_once
 from remoe_adapt.record import usable_device
+from remoe_adapt.routers.discover import Routers, survey_routers
 from remoe_adapt.runtime.cached import OWN_PLACEMENT, load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.options import CACHE_OPTIONS, check_device, check_flags, check_names, check_path
@@ -101,12 +105,13 @@ def get_remoe_model(
         plan_recency(known, chosen, asked)  # refuse before anything is loaded
     if isinstance(base, nn.Module):
         model = plain_base(base)
+        routers = survey_routers(model)
     else:
-        model = load_base_under(chosen, base, expert_cache, device=device, **from_pretrained_kwargs)
-    operating = known or training_free_family(model, _base_id(base), own_gain=asked == AskedRecency())
+        model, routers = _load_surveyed(chosen, base, expert_cache, device=device, **from_pretrained_kwargs)
+    operating = known or training_free_family(routers, _base_id(base), own_gain=asked == AskedRecency())
     plan = plan_recency(operating, chosen, asked)
-    operating.check(model, force=force)
-    return _under_dial(model, operating, chosen, plan, adapter_name, force, monitor)
+    operating.check(model, force=force, routers=routers)
+    return _under_dial(model, routers, operating, chosen, plan, adapter_name, force, monitor)
 
 
 def release(model: nn.Module) -> nn.Module:
@@ -158,6 +163,17 @@ def load_base_under(
 
     Raises ConfigError when it cannot be loaded, ExpertReadError when its experts cannot be read.
     """
+    return _load_surveyed(profile, base, budget, device=device, **kwargs)[0]
+
+
+def _load_surveyed(
+    profile: DeviceProfile,
+    base: str | os.PathLike[str],
+    budget: str | int | float | None,
+    *,
+    device: str | None,
+    **kwargs: Any,
+) -> tuple[nn.Module, Routers]:
     if device is not None:
         usable_device(device)
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
@@ -168,7 +184,7 @@ def load_base_under(
         if placed and not whole:
             say_once(f"loaded with {', '.join(placed)}: profile {profile.name} builds no expert cache then.")
         if placed or whole:
-            return _placed(load_base(base, **kwargs), device)
+            return _whole(base, device, kwargs)
     options: dict[str, Any] = {
         "memory": memory_bytes if budget is None else None,
         "policy": settings.policy,
@@ -179,24 +195,35 @@ def load_base_under(
         **kwargs,
     }
     share = settings.share if budget is None else budget
+    # Bound below, with the routers that the caller gets as well: loading would look for them again.
+    prefetch = options.pop("prefetch")
+    check_flags(prefetch=prefetch)
     try:
-        return load_with_expert_cache(base, share, device="cpu" if device is None else device, **options)
+        model = load_with_expert_cache(base, share, device="cpu" if device is None else device, **options)
     except UncacheableError as error:
         if budget is not None or of_cache:
             raise
         say_once(f"{error} It is loaded whole.")
-        return _placed(load_base(base, **kwargs), device)
+        return _whole(base, device, kwargs)
+    routers = survey_routers(model)
+    cache = expert_cache_of(model)
+    if prefetch and cache is not None:
+        bind_prefetch(model, cache, routers)
+    return model, routers
 
 
-def _placed(model: nn.Module, device: str | None) -> nn.Module:
+def _whole(base: str | os.PathLike[str], device: str | None, kwargs: Mapping[str, Any]) -> tuple[nn.Module, Routers]:
+    model = load_base(base, **kwargs)
     try:
-        return model if device is None else model.to(device)
+        model = model if device is None else model.to(device)
     except RuntimeError as error:  # no room on it
         raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return model, survey_routers(model)
 
 
 def _under_dial(
     model: nn.Module,
+    routers: Routers,
     family: Family,
     profile: DeviceProfile,
     plan: RecencyPlan | None,
@@ -210,18 +237,18 @@ def _under_dial(
         # The adapter only puts the wrappers in place: zero for ever, so as small as it can be.
         rank=1,
         inference_mode=True,
-        target_modules=names if 0 < len(names) < len(original_weights(model)) else None,
+        target_modules=names if 0 < len(names) < len(routers.refs) else None,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") and not encoder_decoder else None,
         allow_other_base=force,
     )
     trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     others = frozenset(_configs(model))
-    wrapped = wrap_or_inject(model, config, adapter_name)
+    wrapped = wrap_or_inject(model, config, adapter_name, routers)
     _DIALLED[model] = _Dialled(adapter_name, wrapped.peft_config[adapter_name], trained, others)
     wrapped.train(model.training)  # PEFT's wrapper is born in training mode
     prior: DialPrior | None = None
     try:
-        prior = DialPrior(model, family, plan) if plan is not None else None
+        prior = DialPrior(model, family, plan, routers) if plan is not None else None
         controller = Controller(wrapped, family, profile, prior, monitored=monitor)
     except BaseException:
         if prior is not None:

@@ -17,8 +17,7 @@ from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.gating.install import InstalledPrior
 from remoe_adapt.notices import say_once
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import Routers, survey_routers
 from remoe_adapt.untrusted import printable
 
 # At full strength without training; on the shipped model it costs under 1 % perplexity and doubles the overlap.
@@ -78,29 +77,34 @@ def plan_recency(family: Family, profile: DeviceProfile, asked: AskedRecency) ->
     return None if of_profile is None else RecencyPlan(replace(of_profile, gain=0.0), of_profile)
 
 
-def training_free_family(model: nn.Module, base_id: str, *, own_gain: bool = True) -> Family:
+def training_free_family(routers: Routers, base_id: str, *, own_gain: bool = True) -> Family:
     """A family in memory whose one point, strength 1, has no deltas but the recency prior, which is logged once.
 
+    routers: those of the base.
     Without `own_gain` its gains are left to the caller's, which hold at every strength.
     """
-    count = len(discover_routers(model))
+    count = len(routers.usable())
     if not own_gain:
-        return Family(Path(TRAINING_FREE), base_id, fingerprint(model), (FamilyPoint(1.0, TRAINING_FREE, {}),))
+        return Family(Path(TRAINING_FREE), base_id, routers.fingerprint, (FamilyPoint(1.0, TRAINING_FREE, {}),))
     point = FamilyPoint(1.0, TRAINING_FREE, {}, Recency.of("ema", (TRAINING_FREE_GAIN,) * count))
     say_once(
         f"no adapter family is known for {base_id!r}: the dial is training-free (recency prior only, ema, gain "
         f"{TRAINING_FREE_GAIN:g} at strength 1). `remoe train {printable(base_id)} --data FILE --strengths "
         "0.25,0.5,1.0 --out FAMILY` trains one; pass family='FAMILY'."
     )
-    return Family(Path(TRAINING_FREE), base_id, fingerprint(model), (point,))
+    return Family(Path(TRAINING_FREE), base_id, routers.fingerprint, (point,))
 
 
 class DialPrior:
     """The prior on a model, with its gains at any strength of a family."""
 
-    def __init__(self, model: nn.Module, family: Family, plan: RecencyPlan) -> None:
-        """Raises as InstalledPrior, and ConfigError when a point has gains for another number of routers."""
-        count = len(discover_routers(model))
+    def __init__(self, model: nn.Module, family: Family, plan: RecencyPlan, routers: Routers | None = None) -> None:
+        """routers: those of `model`, where they are known already.
+
+        Raises as InstalledPrior, and ConfigError when a point has gains for another number of routers.
+        """
+        routers = routers or survey_routers(model)
+        count = len(routers.usable())
         for point in family.points:
             if point.recency is not None and len(point.recency.gains()) != count:
                 raise ConfigError(
@@ -108,7 +112,7 @@ class DialPrior:
                     f"model has {count} routers."
                 )
         self.plan, self._family = plan, family
-        self.installed = InstalledPrior(model, plan.always.mode, plan.always.decay)
+        self.installed = InstalledPrior(model, plan.always.mode, plan.always.decay, routers)
         if not self.installed.layers and not family.points[0].deltas:
             self.installed.remove()
             reason = next(iter(self.installed.own_forward.values()))
@@ -122,13 +126,13 @@ class DialPrior:
         needs_cache = plan.always.kind.needs_expert_cache
         self._cache = expert_cache_of(model) if needs_cache else None
         if self._cache is not None:
-            self._show_residency(model, self._cache)
+            self._show_residency(routers, self._cache)
         elif needs_cache:
             say_once(f"the {plan.always.mode} prior has no effect until an expert cache writes what it holds.")
 
-    def _show_residency(self, model: nn.Module, cache: ExpertCache) -> None:
-        routers, residency = discover_routers(model), self.installed.prior.residency
-        layers = [layer_of_router(cache.source.layers, routers[place].name) for place in self.installed.layers]
+    def _show_residency(self, routers: Routers, cache: ExpertCache) -> None:
+        residency = self.installed.prior.residency
+        layers = [layer_of_router(cache.source.layers, routers.refs[place].name) for place in self.installed.layers]
         known = [(layer, mask) for layer, mask in zip(layers, residency, strict=True) if layer is not None]
         cache.show_residency([mask for _, mask in known], [layer for layer, _ in known])
 

@@ -24,8 +24,7 @@ from remoe_adapt.family_files import FAMILY_FILE, write_whole
 from remoe_adapt.host_memory import freed_memory_kept
 from remoe_adapt.model_paths import check_place
 from remoe_adapt.record import load_tokenizer, max_positions, usable_device
-from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import discover_routers, fingerprint
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
 from remoe_adapt.training.place import check_fits, check_writable, disk_faults_named

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from remoe_adapt.errors import AdapterConflictError, AdapterCorruptError, MergeStateError
-from remoe_adapt.routers.spec import RouterSpec
+from remoe_adapt.routers.spec import RouterSpec, plain_name
 from remoe_adapt.tuner.checks import check_finite
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.mixed_batch import mixed_forward
@@ -346,7 +346,7 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
 def remoe_layers(model: nn.Module) -> dict[str, RemoeLayer]:
     """The wrapped routers of `model` in model order, by their name inside the base model (no PEFT prefix)."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
-    return {name.removeprefix("base_model.model.").removeprefix("_orig_mod."): layer for name, layer in layers.items()}
+    return {plain_name(name): layer for name, layer in layers.items()}
 
 
 def _is_heard(own: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
+from remoe_adapt.routers.discover import survey_routers
 from remoe_adapt.routers.spec import RouterSpec
 from remoe_adapt.training.attached import attach_objective, detach_objective
 from remoe_adapt.tuner.beside import AdapterConfigs, check_free_name, check_name, path_parts, plain_base
@@ -25,7 +26,7 @@ from remoe_adapt.tuner.fitting import check_distinct, check_given, check_loaded,
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.loading import current_load
 from remoe_adapt.tuner.mixed_batch import mixed_batch
-from remoe_adapt.tuner.targets import NoRouterMatchedError, resolve_targets, settle_base
+from remoe_adapt.tuner.targets import NoRouterMatchedError, check_base, resolve_targets
 from remoe_adapt.tuner.unchanged import Snapshot
 
 
@@ -101,15 +102,19 @@ class RemoeModel(BaseTuner):
                     "name the routers, or leave it out for all of them."
                 )
             return
-        routers = resolve_targets(peft_config, model)
+        survey = peft_config.surveyed or survey_routers(model)
+        routers = resolve_targets(peft_config, model, survey)
         self._specs = {router.name: router.spec for router in routers}
-        settle_base(
+        check_base(
             peft_config,
             model,
+            survey,
             allow_other_base=peft_config.allow_other_base or (load is not None and load.allow_other_base),
         )
         targets = {
-            router.name: router.weight_ED for router in routers if check_target_module_exists(peft_config, router.name)
+            router.name: router.original_weight_ED
+            for router in routers
+            if check_target_module_exists(peft_config, router.name)
         }
         if given is not None:
             check_given(given, peft_config, model, targets)
