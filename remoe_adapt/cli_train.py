@@ -15,6 +15,7 @@ from remoe_adapt import report
 from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.outputs import check_extra, check_file
+from remoe_adapt.recency_settings import DEFAULT_MODE, Recency
 from remoe_adapt.report import progress, quiet_libraries
 from remoe_adapt.rows import arm_rows
 
@@ -31,7 +32,7 @@ def train(
     device: opt.Device = None, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Train a family of router adapters, and the control that shows what training alone would do."""
-    recency = recency or (None if recency_gain is None else "ema")
+    recency = recency or (None if recency_gain is None else DEFAULT_MODE)
     given: dict[str, Any] = dict(locals())
     if mode == "local" and distill_share:
         raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
@@ -92,14 +93,14 @@ def evaluate(
 
     check_replay(policy, cache)
     if recency is None and (recency_gain is not None or recency_decay is not None):
-        recency = "ema"
+        recency = DEFAULT_MODE
     gains = [] if recency is None else numbers("0.1,0.2,0.3" if recency_gain is None else recency_gain)
     if plot is not None:
         check_plot(plot, "--plot")
     if tasks:
         check_extra("lm_eval", "eval", "task scores need lm-eval")
 
-    from remoe_adapt.arms import Prior, check_priors
+    from remoe_adapt.arms import check_priors
     from remoe_adapt.evaluate import (
         LEAST_CERTIFIED_TOKENS,
         certify,
@@ -114,8 +115,7 @@ def evaluate(
     from remoe_adapt.record import load_with_tokenizer
 
     quiet_libraries()
-    kind = {} if recency_decay is None else {"decay": recency_decay}
-    priors = [Prior(str(recency), gain, **kind) for gain in gains]
+    priors = [Recency.of(recency, gain, recency_decay) for gain in gains]
     points = None if family is None else Family.load(family)
     check_priors(points, priors)
     if data:

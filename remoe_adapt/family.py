@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,23 @@ from remoe_adapt.family_deltas import read_deltas, shapes_of
 from remoe_adapt.family_files import (
     FAMILY_FILE,
     FORMAT,
-    Recency,
     family_folder,
     json_text,
     placed,
     read_family_json,
+    read_recency,
+    recency_entry,
     usable_path,
     write_together,
 )
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import Routers, survey_routers
 from remoe_adapt.routers.spec import plain_name
 from remoe_adapt.tuner.card import CARD_FILE
 from remoe_adapt.tuner.checks import stays_usable
 from remoe_adapt.untrusted import printable
 
-__all__ = ["Control", "Family", "FamilyPoint", "Recency", "original_weights"]
+__all__ = ["Control", "Family", "FamilyPoint", "original_weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +129,7 @@ class Family:
         """
         lower, upper, share = self._neighbours(strength)
         if upper is None:
+            # At strength 0 the names are those of the first point, with deltas of 0.
             names = self.points[0].deltas
             return {n: d.clone() for n, d in lower.deltas.items()} if lower else {n: names[n] * 0.0 for n in names}
         if lower is None:
@@ -144,6 +147,7 @@ class Family:
         is_base = self._neighbours(strength)[:2] == (None, None)  # W + 0 would turn -0.0 into 0.0
         if is_base:
             return _add({}, base_weights)
+        # Before anything is multiplied out: low-rank deltas of another model could need any amount of memory.
         self._check_shapes(base_weights)
         return _add(self.deltas(strength), base_weights)
 
@@ -154,9 +158,10 @@ class Family:
         known = ends[1] or ends[0]
         if known is None:
             return None
-        low, high = (end.gain_per_layer if end else (0.0,) * len(known.gain_per_layer) for end in ends)
+        low, high = (end.gains() if end else (0.0,) * len(known.gains()) for end in ends)
+        # At the end itself b, since a + 1.0 * (b - a) may differ from it in the last bit.
         gains = tuple(a + share * (b - a) if share < 1.0 else b for a, b in zip(low, high, strict=True))
-        return replace(known, gain_per_layer=gains)
+        return replace(known, gain=gains)
 
     def _neighbours(self, strength: float) -> tuple[FamilyPoint | None, FamilyPoint | None, float]:
         """(point at or below, point above, share of the way): None below for the base, None above when exact."""
@@ -238,9 +243,11 @@ class Family:
         """
         if not isinstance(strength, int | float):
             raise FamilyError(f"{self.path}: strength {strength!r} must be a number above 0 (the base) and at most 1.")
+        # The order matters: copy, read what was copied, then write family.json; a failure at any step undoes the steps
+        # before.
         adapter, copies = self._adopt(adapter_folder, self.adapter_name(strength))
         with placed(copies), self._saved_or_restored():
-            point = self._point(strength, adapter, asdict(recency) if recency else None, certificate)
+            point = self._point(strength, adapter, recency_entry(recency) if recency else None, certificate)
             self._insert(point)
         return point
 
@@ -274,6 +281,7 @@ class Family:
         copies: dict[Path, Path] = {}
         if target.resolve() != self.path.resolve():
             Family.create(target, self.base_id, self.fingerprint)
+            # The files of the adapters are copied as they are: deltas in memory may have been widened to fp32.
             names = [point.adapter for point in self.points] + ([self.control.adapter] if self.control else [])
             copies = {self.path / name: target / name for name in names}
         with placed(copies):
@@ -286,7 +294,7 @@ class Family:
             {
                 "strength": point.strength,
                 "adapter": point.adapter,
-                **({"recency": asdict(point.recency)} if point.recency else {}),
+                **({"recency": recency_entry(point.recency)} if point.recency else {}),
                 **({"certificate": dict(point.certificate)} if point.certificate is not None else {}),
             }
             for point in self.points
@@ -296,6 +304,7 @@ class Family:
             entries["control"] = {"adapter": self.control.adapter}
             entries["control"] |= {"certificate": dict(measured)} if measured is not None else {}
         card = {target / CARD_FILE: card_text(self)} if own_card(target) else {}
+        # family.json comes last, as it is what makes the folder a family.
         write_together({**card, target / FAMILY_FILE: json_text(target / FAMILY_FILE, entries)})
 
     @contextmanager
@@ -326,7 +335,7 @@ class Family:
         recency: Mapping[str, Any] | None = None,
         certificate: Mapping[str, Any] | None = None,
     ) -> FamilyPoint:
-        prior = Recency.read(recency, str(self.path)) if recency else None
+        prior = read_recency(recency, str(self.path)) if recency else None
         deltas = read_deltas(self.path / adapter, self.base_id, self.fingerprint)
         return FamilyPoint(float(strength), adapter, deltas, prior, certificate)
 
@@ -346,7 +355,7 @@ class Family:
                 raise FamilyError(f"{self.path}: {both} differ in which routers they change or how, first {shown}.")
         for other in (p for p in self.points if p.recency and point.recency):
             assert other.recency and point.recency
-            if not other.recency.blends_with(point.recency):
+            if not other.recency.is_like(point.recency):
                 raise FamilyError(f"{self.path}: {point.adapter} and {other.adapter} differ in recency mode or layers.")
         self.points = tuple(sorted((*self.points, point), key=lambda p: p.strength))
 
@@ -370,8 +379,10 @@ def _add(deltas: Mapping[str, Tensor], base_weights: Mapping[str, Tensor]) -> di
         if delta_ED is None:
             weights[name] = base_ED.clone()
         else:
+            # The sum is rounded once, to the dtype of the weight; a sum in bf16 would lose small deltas.
             exact = torch.promote_types(base_ED.dtype, torch.float32)
             weights[name] = (base_ED.to(exact) + delta_ED.to(base_ED.device)).to(base_ED.dtype)
+            # A delta that overflows fp16 would make every logit NaN, and a model answers nonsense without an error.
             if not stays_usable(base_ED, weights[name]):
                 raise FamilyError(
                     f"the family's deltas are so large that weight or logits of router {printable(name)} are infinite "

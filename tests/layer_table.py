@@ -16,6 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cache.policy",
         "cache.streams",
         "cache.simulate",
+        "recency_settings",
         "profile_nodes",
         "profile_values",
         "device_profile",

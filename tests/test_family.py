@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
-from remoe_adapt.family import Family, Recency, original_weights
+from remoe_adapt.family import Family, original_weights
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.tuner import remoe_layers
 
@@ -147,14 +148,14 @@ def test_strengths_out_of_range_are_refused(family_dir: Path, base: PreTrainedMo
 def test_gains_are_interpolated_like_deltas(base: PreTrainedModel, tmp_path: Path) -> None:
     family = Family.create(tmp_path / "f", BASE_ID, fingerprint(base))
     folder = save_adapter(base, tmp_path / "elsewhere", seed=0)
-    family.add_point(0.5, folder, Recency("ema", 0.7, (0.1, 0.2)))
-    family.add_point(1.0, folder, Recency("ema", 0.7, (0.3, 0.2)))
+    family.add_point(0.5, folder, Recency("ema", (0.1, 0.2), 0.7))
+    family.add_point(1.0, folder, Recency("ema", (0.3, 0.2), 0.7))
     family = Family.load(family.path)
-    gains = {s: getattr(family.recency(s), "gain_per_layer", None) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    gains = {s: getattr(family.recency(s), "gain", None) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}
     assert gains[0.0] is None and gains[0.5] == (0.1, 0.2) and gains[1.0] == (0.3, 0.2)
     assert gains[0.25] == pytest.approx((0.05, 0.1)) and gains[0.75] == pytest.approx((0.2, 0.2))
     with pytest.raises(FamilyError, match="recency mode"):
-        family.add_point(0.75, folder, Recency("ema", 0.9, (0.1, 0.2)))
+        family.add_point(0.75, folder, Recency("ema", (0.1, 0.2), 0.9))
     assert family.strengths == Family.load(family.path).strengths == (0.5, 1.0)
 
 

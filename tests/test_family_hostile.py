@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
-from remoe_adapt.family import Family, Recency, original_weights
+from remoe_adapt.family import Family, original_weights
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import fingerprint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -286,8 +287,8 @@ def test_a_refused_point_does_not_replace_the_one_that_is_there(
     with pytest.raises(FamilyError, match="already"):
         family.add_point(0.5, save_adapter(base, tmp_path / "other", seed=8))
     with pytest.raises(FamilyError, match="mode or layers"):
-        family.add_point(0.75, tmp_path / "other", Recency("ema", 0.5, (0.1,)))
-        family.add_point(0.8, tmp_path / "other", Recency("last", 0.5, (0.1,)))
+        family.add_point(0.75, tmp_path / "other", Recency("ema", (0.1,), 0.5))
+        family.add_point(0.8, tmp_path / "other", Recency("last", (0.1,), 0.5))
     family = Family.load(copied)
     assert family.strengths == (0.25, 0.5, 0.75, 1.0)
     assert {name: data for name, data in files(copied).items() if name in before and "/" in name} == {

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from remoe_adapt import RemoeConfig
 from remoe_adapt.errors import AdapterConflictError, AdapterCorruptError, ConfigError
-from remoe_adapt.family import Family, Recency
+from remoe_adapt.family import Family
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.tuner import RemoeLayer, remoe_layers, wrap_or_inject
 
@@ -230,7 +231,7 @@ def test_a_point_of_a_family_with_a_prior_says_what_it_lacks(
     family = Family.create(tmp_path / "family", "tests/base", fingerprint(base))
     plain = saved_adapter(home / "base", tmp_path / "plain")
     family.add_point(0.5, plain)
-    family.add_point(1.0, plain, Recency("ema", 0.7, (0.3,) * LAYERS))
+    family.add_point(1.0, plain, Recency("ema", (0.3,) * LAYERS, 0.7))
 
     def said(load: Callable[[], Any]) -> list[str]:
         caplog.clear()

@@ -20,10 +20,10 @@ from remoe_adapt.device_profile import (
     DeviceProfile,
     ExpertCacheProfile,
     MemoryProfile,
-    RecencyProfile,
     StrengthProfile,
 )
 from remoe_adapt.pressure.policy import Decision
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.load import get_remoe_model
@@ -50,7 +50,7 @@ def bench_profile(gain: float = PRIOR_GAIN) -> DeviceProfile:
         ),
         strength=StrengthProfile(curve=((0.0, 0.0), (0.5, 0.5), (0.8, 1.0))),
         controller=ControllerProfile(sample_hz=SAMPLE_HZ, rise_s=0.2, fall_s=2.0, dwell_s=0.5, deadband=0.05),
-        recency=RecencyProfile(mode="ema", gain=gain) if gain else RecencyProfile(),
+        recency=Recency.of("ema", gain) if gain else None,
     )
 
 

@@ -89,7 +89,7 @@ class Guards:
 
     def _no_weight(self, prior: DialPrior) -> str:
         """Why no checkpoint holds what runs now, and what does."""
-        mode, gain, family = prior.plan.mode, prior.status()["gain"], self._routers.family
+        mode, gain, family = prior.plan.always.mode, prior.status()["gain"], self._routers.family
         words = (
             f"the recency prior ({mode}, mean gain {gain:.3g}) that acts at strength {self._routers.strength:g} is no "
             "weight, and a checkpoint would run without it"

@@ -25,7 +25,7 @@ from remoe_adapt.runtime.cached import OWN_PLACEMENT, load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.options import CACHE_OPTIONS, check_device, check_flags, check_names, check_path
 from remoe_adapt.runtime.pretrained import load_base
-from remoe_adapt.runtime.recency import DialPrior, RecencyPlan, plan_recency, training_free_family
+from remoe_adapt.runtime.recency import AskedRecency, DialPrior, RecencyPlan, plan_recency, training_free_family
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 from remoe_adapt.tuner.beside import plain_base
 
@@ -100,17 +100,16 @@ def get_remoe_model(
         if options:
             raise ConfigError(f"{', '.join(options)}: options of loading, but base is a model already.")
         _check_free(base)
-    known = _family(family, chosen, _base_id(base))
+    known, asked = _family(family, chosen, _base_id(base)), AskedRecency(recency, recency_gain, recency_decay)
     if known is not None:
-        plan_recency(known, chosen, recency, recency_gain, recency_decay)  # refuse before anything is loaded
+        plan_recency(known, chosen, asked)  # refuse before anything is loaded
     if isinstance(base, nn.Module):
         model = plain_base(base)
         routers = survey_routers(model)
     else:
         model, routers = _load_surveyed(chosen, base, expert_cache, device=device, **from_pretrained_kwargs)
-    asked = recency is not None or recency_gain is not None or recency_decay is not None
-    operating = known or training_free_family(routers, _base_id(base), own_gain=not asked)
-    plan = plan_recency(operating, chosen, recency, recency_gain, recency_decay)
+    operating = known or training_free_family(routers, _base_id(base), own_gain=asked == AskedRecency())
+    plan = plan_recency(operating, chosen, asked)
     operating.check(model, force=force, routers=routers)
     return _under_dial(model, routers, operating, chosen, plan, adapter_name, force, monitor)
 

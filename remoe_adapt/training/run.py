@@ -38,7 +38,7 @@ LOG_FILE = "training_log.jsonl"
 RUN_FILE = "training.json"
 _DEFAULT_LENGTH = 512
 _HELD_OUT_EVERY = 20
-# Enough to know a perplexity ratio to a quarter of a percent (see `LEAST_CERTIFIED_TOKENS`).
+# The tokens that are held out. They tell a perplexity ratio to a quarter of a percent (see `LEAST_CERTIFIED_TOKENS`).
 HELD_OUT_TOKENS = 16_384
 _PIECE_CHARS = 2048
 
@@ -62,6 +62,7 @@ def token_rows(
     for file in files:
         documents = list(read_file(file, tokenizer))
         random.Random(seed).shuffle(documents)
+        # Whole documents are held out where there are enough: parts of one document are too alike to tell of new text.
         if len(documents) >= _HELD_OUT_EVERY:
             kept = [text for index, text in enumerate(documents) if index % _HELD_OUT_EVERY]
             apart = documents[::_HELD_OUT_EVERY]
@@ -117,6 +118,7 @@ def train_family(
     """
     options = options or TrainOptions()
     wanted, out = check_strengths(strengths), Path(out)
+    # The cheap checks come first: a model may take minutes to load.
     data_files(data)
     check_writable(out)
     processes = PartialState()
@@ -135,7 +137,7 @@ def train_family(
         _claim(out, json.loads(json.dumps(run)), resume)
     exists = (out / FAMILY_FILE).exists()
     family = Family.load(out) if exists else Family.create(out, base_id, base_fingerprint)
-    # Last: a family without points is no family yet.
+    # The control comes last, because a family.json with a control and no points is refused when it is loaded.
     todo = [(Family.adapter_name(s), s) for s in wanted if s not in family.strengths]
     if control and family.control is None:
         todo.append(("control", 0.0))
@@ -145,6 +147,8 @@ def train_family(
         bar = tqdm(total=options.steps, desc=f"{name} ({position + 1}/{len(todo)})", disable=not shown, unit="step")
         log = PointLog(bar, out / LOG_FILE, name, strength)
         with bar, freed_memory_kept(model.device.type), disk_faults_named(out):
+            # Each point starts from the base, not from the point before, so that one may be added or trained again
+            # alone.
             last = train_point(model, rows, options, strength, folder, log, checkpoint_minutes)
             if PartialState().is_main_process:
                 if strength:
@@ -152,6 +156,7 @@ def train_family(
                     family.add_point(strength, folder / ADAPTER, recency)
                 else:
                     family.set_control(folder / ADAPTER)
+                # Only now: until the family holds the adapter, this folder is the one copy.
                 shutil.rmtree(folder)
         PartialState().wait_for_everyone()
         if on_point is not None:
@@ -205,6 +210,7 @@ def _claim(out: Path, run: dict[str, Any], resume: bool) -> None:
     processes.wait_for_everyone()  # all have looked before one writes
     if processes.is_main_process and not goes_on:
         shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+        # Lines of another run would be read as this one's.
         (out / LOG_FILE).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         write_whole(record, json.dumps(run, indent=2) + "\n")
@@ -218,7 +224,7 @@ def _load(
         return base, str(getattr(base.config, "name_or_path", "") or "unnamed")
     processes = PartialState()
     if processes.num_processes > 1:
-        device = str(processes.device)  # one of its own
+        device = str(processes.device)  # each process has a device of its own
     device = usable_device(device)
     check_place(base, "cannot load the model:")
     # Half precision is slow on most CPUs, and small bases train there.
