@@ -366,7 +366,7 @@ def test_a_status_and_a_log_are_rounded(wide: Family, tmp_path: Path) -> None:
     for _ in range(3):
         model.controller.step()
         logits_of(model)
-    model.controller._monitor.tick()
+    model.controller.tick()
     status = model.controller.status()
     assert status["strength"] == 1 / 3, "what can be given back is exact"
     model.controller.close()

@@ -84,9 +84,9 @@ class Controller:
         self._closed = False
         self._hooks = Overrides()
         self._events = Events()
-        self._monitor = Monitor(self._base, profile, self)
+        self._monitor = Monitor(self._base, profile, self.tick)
         self._guards = Guards(self._model, self._routers, prior)
-        tuner.dial = self
+        tuner.before_unload = self.release
         wrap_steps(self._hooks, self._base, self._gate, self._timings)
         mend_after_fork(self)
         _OPEN.add(self)
@@ -234,9 +234,9 @@ class Controller:
         The model stays wrapped (`remoe_adapt.release(model)` gives the base model back). Closing twice is fine. Raises
         MergeStateError inside a forward of the same thread.
         """
-        self.release(keep_live=False)
+        self.release(False)
 
-    def release(self, *, keep_live: bool) -> None:
+    def release(self, keep_live: bool) -> None:
         """`close`, or with `keep_live` leave the routers at the present strength, as `merge_and_unload` does.
 
         Raises MergeStateError with `keep_live` while a recency prior acts: it is in no weight, and would be lost.
@@ -253,7 +253,7 @@ class Controller:
             self._ticket += 1
             self._routers.release(keep_live=keep_live)
             self._target = Target(self.strength, None, "closed")
-            self._tuner.dial = None
+            self._tuner.before_unload = None
             self._hooks.remove()
             self._guards.remove()
             for owner in (self._model, self._base):
@@ -284,8 +284,9 @@ class Controller:
 
     # Target -> staged -> live
 
-    def hear(self, decision: Decision) -> None:
-        """What the monitor decided; nothing while a hand pins the dial."""
+    def tick(self, now_s: float | None = None) -> Decision:
+        """One sample of the sensors (at `now_s`, None: now), and the target that follows unless it is pinned."""
+        decision = self._monitor.sample(now_s, self.target, pinned=self.pinned)
         target = Target(decision.strength, decision.pressure, decision.reason, "sensors")
         if decision.changed:
             self._post(target, pinned=None)
@@ -295,11 +296,12 @@ class Controller:
                     self._target = target
         if self._events.recording:
             self._events.sample(self._sample(decision))
+        return decision
 
     def _sample_now(self) -> None:
         """A log begins and ends with a sample, however short the run."""
         if self._events.recording and self._monitor.running:
-            self._monitor.tick()
+            self.tick()
 
     def _sample(self, decision: Decision) -> dict[str, Any]:
         cache = expert_cache_of(self._base)
