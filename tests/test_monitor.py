@@ -21,7 +21,7 @@ from watched_decoding import Watch, each, generate, run_all, run_alone
 
 from remoe_adapt import load_profile
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.errors import ConfigError, DialError
 from remoe_adapt.family import Family
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.runtime.events import Swap
@@ -146,7 +146,7 @@ def test_the_thread_samples_until_paused_and_again_after(model: PeftModel) -> No
     until(lambda: live(model) == 1.0)
     controller.close()
     assert not controller.status()["monitored"]
-    with pytest.raises(MergeStateError, match="closed"):
+    with pytest.raises(DialError, match="closed"):
         controller.resume()
 
 

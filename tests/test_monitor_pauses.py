@@ -18,7 +18,7 @@ from watched_decoding import run_all
 
 from remoe_adapt import load_profile
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import MergeStateError
+from remoe_adapt.errors import DialError
 from remoe_adapt.family import Family
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.policy import PolicyState, decide
@@ -83,7 +83,7 @@ def test_any_order_of_pause_resume_and_close_in_any_thread_is_safe(family: Famil
         def turn_until_closed(number: int, turn: Any = turn) -> None:
             try:
                 turn(number)
-            except MergeStateError as error:  # another thread has closed it
+            except DialError as error:  # another thread has closed it
                 assert "closed" in str(error)
 
         run_all(*[lambda number=number: turn_until_closed(number) for number in range(4)])
@@ -94,7 +94,7 @@ def test_any_order_of_pause_resume_and_close_in_any_thread_is_safe(family: Famil
                 assert not controller.status()["monitored"]
             assert controller.status()["monitored"]
             controller.close()
-        with pytest.raises(MergeStateError, match="closed"):
+        with pytest.raises(DialError, match="closed"):
             controller.resume()
         assert not controller.status()["monitored"]
     assert monitors() == before, "no thread is left"
