@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 _SAME_STRENGTH = 1e-5
 # Of a decision, what concerns no server.
-_INSIDE = ("budgets", "moves", "why", "at_rest", "floors")
+_INSIDE = ("budgets", "moves", "why", "calm", "floors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Watch:
             self.actuator = self.live = self._at_a_file(options.live, family)
         else:
             self.actuator = self._at_a_server(family)
-        self.governor = Governor(self.actuator, ServerSensors(self.process), profile)
+        self.governor = Governor(ServerSensors(self.process), profile)
 
     def _at_a_file(self, path: Path, family: str) -> LiveActuator:
         options = self.options
@@ -196,7 +196,9 @@ class Watch:
         return self.options.interval_s or 1 / self.profile.controller.sample_hz
 
     def _tick(self) -> dict[str, Any]:
-        decision = self.governor.tick()
+        decision = self.governor.tick(None, self.actuator.current())
+        if decision.changed:
+            self.actuator.apply(decision.strength)
         return {"event": "strength", **{k: v for k, v in decision.as_dict().items() if k not in _INSIDE}}
 
     def _sync(self, down: str) -> Generator[dict[str, Any], None, str]:

@@ -17,7 +17,7 @@ CHECK_S = 2.0
 
 
 class LiveActuator:
-    """Holds a mapped file at a strength; an `Actuator` of the policy. `apply` and `current` may be called by any
+    """Holds a mapped file at a strength. `apply` and `current` may be called by any
     thread, `sync` and `release` by one.
 
     process: who is watched; required: it was named (by address or number), so nothing is written while it does not map

@@ -59,7 +59,7 @@ def test_status_within_a_forward_while_the_monitor_shrinks_the_cache(tmp_path: P
 
     def hook(*_: object) -> None:
         if not ticks:
-            ticks.append(in_thread(controller._monitor.tick))
+            ticks.append(in_thread(controller.tick))
             until(lambda: len(cache.resident()) < before)
             said.extend([controller.status(), controller.status()])
 

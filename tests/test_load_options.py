@@ -13,7 +13,7 @@ from tiny_families import tiny_family
 from tiny_models import tiny_model
 
 from remoe_adapt import get_remoe_model, load_with_expert_cache
-from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.errors import ConfigError, DialError
 from remoe_adapt.runtime.options import CACHE_OPTIONS
 from remoe_adapt.runtime.pretrained import load_base
 
@@ -119,8 +119,8 @@ def test_a_closed_dial_logs_to_no_file(tmp_path: Path) -> None:
     model: PeftModel = get_remoe_model(base, family=tiny_family(base, tmp_path / "family"), monitor=False)
     controller: Any = model.controller
     controller.close()
-    with pytest.raises(MergeStateError, match="this controller is closed: call get_remoe_model again") as other:
+    with pytest.raises(DialError, match="this controller is closed: call get_remoe_model again") as other:
         controller.set_strength(0.5)
-    with pytest.raises(MergeStateError) as refused:
+    with pytest.raises(DialError) as refused:
         controller.log_to(tmp_path / "log.jsonl")
     assert str(refused.value) == str(other.value) and not (tmp_path / "log.jsonl").exists()

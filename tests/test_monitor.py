@@ -21,7 +21,7 @@ from watched_decoding import Watch, each, generate, run_all, run_alone
 
 from remoe_adapt import load_profile
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.errors import ConfigError, DialError
 from remoe_adapt.family import Family
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.runtime.events import Swap
@@ -79,7 +79,7 @@ def under(model: PeftModel) -> Machine:
 def tick_for(model: PeftModel, begin_s: float, seconds: float) -> float:
     end_s = begin_s + seconds
     while begin_s < end_s:
-        model.controller._monitor.tick(begin_s)
+        model.controller.tick(begin_s)
         begin_s += 0.2
     return begin_s
 
@@ -146,7 +146,7 @@ def test_the_thread_samples_until_paused_and_again_after(model: PeftModel) -> No
     until(lambda: live(model) == 1.0)
     controller.close()
     assert not controller.status()["monitored"]
-    with pytest.raises(MergeStateError, match="closed"):
+    with pytest.raises(DialError, match="closed"):
         controller.resume()
 
 
@@ -240,7 +240,7 @@ def test_the_cache_gives_memory_back_and_has_it_again(saved: Path, profile: Devi
     now_s = tick_for(model, 0.0, 2.0)
     assert cache.budget_bytes == whole
     machine.free_bytes = 0.5 * GIB
-    reasons = [model.controller._monitor.tick(now_s).reason]
+    reasons = [model.controller.tick(now_s).reason]
     now_s = tick_for(model, now_s + 0.2, 2.0)
     assert cache.budget_bytes < used and cache.resident_bytes <= cache.budget_bytes
     assert cache.budget_bytes >= profile.expert_cache.floor * whole - 1
@@ -254,10 +254,10 @@ def test_two_models_share_what_is_lacking(saved: Path, profile: DeviceProfile) -
     gc.collect()  # what other tests left shares too
     models: list[Any] = [get_remoe_model(saved, profile, saved / "family", monitor=False) for _ in "12"]
     for model in models:
-        model.controller._monitor.tick(0.0)
+        model.controller.tick(0.0)
     assert [model.controller._monitor._governor.share for model in models] == [0.5, 0.5]
     models[0].controller.close()
-    models[1].controller._monitor.tick(1.0)
+    models[1].controller.tick(1.0)
     assert models[1].controller._monitor._governor.share == 1.0
 
 

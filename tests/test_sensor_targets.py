@@ -112,7 +112,7 @@ def test_while_a_hand_holds_the_dial_words_say_so(model: PeftModel, tmp_path: Pa
     machine, now_s = posted(model)
     controller.set_strength(0.4)
     controller.log_to(tmp_path / "log")
-    controller._monitor.tick(now_s)
+    controller.tick(now_s)
     machine.free_bytes = 4 * GIB
     now_s = tick_for(model, now_s + 0.2, 1.0)
     said = controller.status()["sensors"]["reason"]

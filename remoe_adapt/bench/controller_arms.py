@@ -22,7 +22,6 @@ from remoe_adapt.device_profile import (
     MemoryProfile,
     StrengthProfile,
 )
-from remoe_adapt.pressure.policy import Decision
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
@@ -70,15 +69,6 @@ def kinds(strengths: tuple[float, ...]) -> dict[str, Kind]:
     return {**fixed, "adaptive": Kind(), "no_controller": Kind(dial=False), "fixed_budget": Kind(False, None, False)}
 
 
-class NoDial:
-    """What a monitor without a controller speaks to: it moves the budget, and nobody turns anything."""
-
-    target, pinned = 0.0, True
-
-    def hear(self, decision: Decision) -> None:
-        """Nothing."""
-
-
 class Arm:
     """One loaded model of a kind; `rest` and `wake` are the waiting for its turn: no thread of it samples."""
 
@@ -100,13 +90,13 @@ class Arm:
         cache = expert_cache_of(model)
         assert cache is not None
         self.cache, self.controller = cache, None
-        self._dial, self._mover = NoDial(), None
+        self._mover: Monitor | None = None
         if kind.dial:
             self.controller = dialled(model, options["family"], profile)
             if kind.strength is not None:
                 self.controller.set_strength(kind.strength)
         elif kind.mover:
-            self._mover = Monitor(model, profile, self._dial)
+            self._mover = Monitor(model, profile)
         self.fill()
         gc.collect()
         gc.freeze()

@@ -38,7 +38,7 @@ class Setting:
 
 
 class LlamaActuator:
-    """Holds one server at a strength; an `Actuator` of the policy. Every method may be called by any thread, `sync` by
+    """Holds one server at a strength. Every method may be called by any thread, `sync` by
     one.
 
     strengths: the family's points, rising; recognise: path of a loaded adapter -> its strength, None: not of

@@ -16,7 +16,7 @@ from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.cache.prefetch import bind_prefetch
 from remoe_adapt.cache.slots import check_budget
 from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
-from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError, UncacheableError
+from remoe_adapt.errors import AdapterConflictError, ConfigError, DialError, FamilyError, UncacheableError
 from remoe_adapt.family import Family
 from remoe_adapt.notices import say_once
 from remoe_adapt.record import on_device, usable_device
@@ -78,7 +78,7 @@ def get_remoe_model(
     `controller.resume()`. force: accept a family of another base, if names and shapes fit.
 
     Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
-    MergeStateError when the model has a dial already (see `release`), AdapterConflictError when REMOE adapters or the
+    DialError when the model has a dial already (see `release`), AdapterConflictError when REMOE adapters or the
     name `adapter_name` are on it, ConfigError for options that cannot work or nobody knows and when the base cannot be
     loaded, ProfileError, RouterNotFoundError and UnsupportedRouterError as their makers. The model is
     unchanged after an error.
@@ -121,7 +121,7 @@ def release(model: nn.Module) -> nn.Module:
     model: the base or a PeftModel over it. It helps where only the base is at hand, as after `del model` in a notebook.
     Adapters that were not put on by the dial stay. A base without a dial is returned as it is.
 
-    Raises MergeStateError inside a forward, and when the weights cannot be written back (offloaded since).
+    Raises DialError inside a forward, and when the weights cannot be written back (offloaded since).
     """
     base = plain_base(model)
     controller = base.__dict__.get("controller")
@@ -282,7 +282,7 @@ def profile_of(profile: str | os.PathLike[str] | DeviceProfile | None) -> Device
 def _check_free(base: nn.Module) -> None:
     model = plain_base(base)
     if "controller" in model.__dict__:
-        raise MergeStateError("this model has a dial already: take it off with remoe_adapt.release(model) first.")
+        raise DialError("this model has a dial already: take it off with remoe_adapt.release(model) first.")
     if layers := remoe_layers(model):
         names = sorted(set().union(*(layer.adapters for layer in layers.values())))
         raise AdapterConflictError(

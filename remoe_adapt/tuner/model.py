@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 from peft import NoMatchingPeftModuleError
 from peft.config import PeftConfig
@@ -30,13 +30,6 @@ from remoe_adapt.tuner.targets import NoRouterMatchedError, check_base, resolve_
 from remoe_adapt.tuner.unchanged import Snapshot
 
 
-class Dial(Protocol):
-    """What holds the routers in resident mode (runtime/controller.py)."""
-
-    def release(self, *, keep_live: bool) -> None:
-        """Let go of the routers, with the original weights or the live ones."""
-
-
 class RemoeModel(BaseTuner):
     """Adds router deltas to `model` in place.
 
@@ -51,8 +44,9 @@ class RemoeModel(BaseTuner):
 
     prefix: str = "remoe_"
     tuner_layer_cls = RemoeLayer
-    # Who writes the live weights in resident mode; it is told before the routers are unwrapped.
-    dial: Dial | None = None
+    # A dial lets go of the routers by this before they are unwrapped, with live weights (True) or the original ones,
+    # else the base would be left at a strength.
+    before_unload: Callable[[bool], None] | None = None
     # PEFT's per-architecture defaults; routers are discovered instead.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares the type)
 
@@ -257,8 +251,8 @@ class RemoeModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if self.dial is not None:
-            self.dial.release(keep_live=merge)
+        if self.before_unload is not None:
+            self.before_unload(merge)
         elif merge:
             self._check_merge_allowed()  # type: ignore[no-untyped-call]
             self._merge(self._layers(), safe_merge, adapter_names)
