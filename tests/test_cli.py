@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_support import call, found, refused
 from tiny_family import save_base, save_family
-from typer.testing import CliRunner, Result
 
 from remoe_adapt import Family, Trace, __version__
 from remoe_adapt.bench import gating_cpu
 from remoe_adapt.cache.simulate import hit_rates, simulate
-from remoe_adapt.cli import app
 from remoe_adapt.evaluate import evaluate, read_shared
 from remoe_adapt.record import load_with_tokenizer
 from remoe_adapt.routers.families import FAMILY_EXAMPLES
@@ -39,28 +38,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = np.random.default_rng(0).permuted(np.tile(np.arange(16, dtype=np.int16), (3, 200, 1)), axis=2)[..., :4]
     Trace(ids, {"num_experts": 16, "document_starts": [0, 90]}).save(home / "t.npz")
     return home
-
-
-def call(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-
-
-def found(*args: object) -> dict[str, Any]:
-    """What a command prints with --json: nothing but one object."""
-    result = call(*args, "--json")
-    assert result.exit_code == 0, result.stderr
-    value = json.loads(result.stdout)
-    assert isinstance(value, dict)
-    return value
-
-
-def refused(*args: object, status: int = 1) -> str:
-    """The one line on stderr of a command that fails."""
-    result = call(*args)
-    assert (result.exit_code, result.stdout) == (status, "")
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "Traceback" not in result.stderr
-    return last
 
 
 def test_help_lists_every_command_of_this_version() -> None:

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from expert_support import EXPERTS, LAYERS, Source
 from kv import kv
-from test_expert_contention import HANGS_S, in_thread, until
-from test_expert_tiers import EXPERTS, LAYERS, Source
 from tiny_checkpoints import save_tiny, stock
 from torch import Tensor, nn
 from transformers import DynamicCache
+from waiting import HANGS_S, in_thread, until
 
 from remoe_adapt.cache.device import DeviceSource
 from remoe_adapt.cache.tiers import ExpertCache

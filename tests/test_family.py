@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_families import BASE_ID, save_adapter, tiny_family
+from tiny_families import BASE_ID, edit, save_adapter, tiny_family
 from tiny_models import HIDDEN, LAYERS, NUM_EXPERTS, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,21 +30,6 @@ def base() -> PreTrainedModel:
     model.to(torch.bfloat16)
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-@pytest.fixture(scope="module")
-def family_dir(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_family(base, tmp_path_factory.mktemp("made") / "family").path
-
-
-@pytest.fixture
-def copied(family_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(family_dir, tmp_path / "family"))
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    entries = json.loads((folder / "family.json").read_text())
-    (folder / "family.json").write_text(json.dumps(entries | changes))
 
 
 def test_what_is_written_is_the_format_of_the_design_and_is_read_back(base: PreTrainedModel, family_dir: Path) -> None:
@@ -235,7 +220,7 @@ BAD_FILES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "words"), BAD_FILES)
 def test_bad_family_files_are_refused_with_the_fault(copied: Path, changes: dict[str, Any], words: str) -> None:
-    edit(copied, **changes)
+    edit(copied / "family.json", **changes)
     with pytest.raises(FamilyError, match=words):
         Family.load(copied)
 

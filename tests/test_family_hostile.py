@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import BASE_ID, save_adapter, tiny_family
+from tiny_families import BASE_ID, edit, save_adapter
 from tiny_models import HIDDEN, LAYERS, NUM_EXPERTS, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -33,20 +33,6 @@ ESCAPE = "\x1b[31mred\x07"
 @pytest.fixture(scope="module")
 def base() -> PreTrainedModel:
     return tiny_model("qwen2_moe")
-
-
-@pytest.fixture(scope="module")
-def family_dir(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_family(base, tmp_path_factory.mktemp("made") / "family").path
-
-
-@pytest.fixture
-def copied(family_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(family_dir, tmp_path / "family"))
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def rewrite(adapter: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:

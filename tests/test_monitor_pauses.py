@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 from peft import PeftModel
-from tiny_families import tiny_family
 from tiny_models import tiny_model
 from watched_decoding import run_all
 
@@ -122,15 +121,6 @@ def test_a_pause_holds_while_another_one_is_open(model: PeftModel) -> None:
 
 def held(profile: DeviceProfile, budget: int | None, reserve: int) -> DeviceProfile:
     return replace(profile, memory=replace(profile.memory, budget_bytes=budget, reserve_bytes=reserve))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("monitor") / "base"
-    base: Any = tiny_model("qwen2_moe")
-    base.save_pretrained(folder)
-    tiny_family(base, folder / "family")
-    return folder
 
 
 @pytest.mark.parametrize(

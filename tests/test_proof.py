@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kv import kv
-from test_recency_models import routing_matters
+from recency_support import routing_matters
 from torch import Tensor
 from transformers import DynamicCache
 

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kv import kv, returned_cache
-from test_recency_masks import left_padded
-from test_recency_models import HYBRIDS
-from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
+from recency_support import HYBRIDS, LONGER, PROMPT, chosen, decode, left_padded, routing_matters
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kv import kv, returned_cache
-from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
+from recency_support import LONGER, PROMPT, chosen, decode, routing_matters
 from tiny_families import tiny_family
 
 from remoe_adapt import load_profile

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from monitor_support import GIB, Machine, live, tick_for, under
 from peft import PeftModel
-from test_monitor import GIB, Machine, live, tick_for, under, until
 from tiny_models import tiny_model
+from waiting import until
 from watched_decoding import IDS, Watch, each, generate, run_all
 
 from remoe_adapt.family import Family, original_weights

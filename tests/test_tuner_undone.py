@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import (
+    HEAD,
     INTO_A_BASE,
     PREFIX,
     ROUTER,
@@ -23,7 +24,7 @@ from adapter_files import (
     logits,
     same_state,
     saved_adapter,
-    saved_base,
+    saved_home,
     state_of,
 )
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -38,16 +39,10 @@ from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.tuner import RemoeLayer, remoe_layers, wrap_or_inject
 
-HEAD = f"{PREFIX}lm_head.weight"
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    saved_base(folder / "base")
-    saved_adapter(folder / "base", folder / "adapter")
-    saved_adapter(folder / "base", folder / "copied", modules_to_save=["lm_head"])
-    return folder
+    return saved_home(tmp_path_factory.mktemp("home"))
 
 
 def test_modules_to_save_come_back_by_every_route(home: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ pytest.importorskip("xllamacpp", reason="llama.cpp in this process (extra: llama
 pytest.importorskip("gguf", reason="GGUF files (extra: export)")
 from gguf_writer import write_gguf
 from transformers import AutoModelForCausalLM
+from waiting import until
 
 from remoe_adapt.bench.limits import memory_group, why_no_groups
 from remoe_adapt.errors import ConfigError, ServerError
@@ -70,19 +71,12 @@ def watching(server: LlamaChild, files: Files, **options: Any) -> Iterator[tuple
     started = threading.Thread(target=lambda: [events.append((time.monotonic(), e)) for e in watch.events()])
     started.start()
     try:
-        wait_until(lambda: bool(events) or not started.is_alive())
+        until(lambda: bool(events) or not started.is_alive())
         yield watch, sensors, events
     finally:
         watch.stop()
         started.join(30)
     assert not started.is_alive()
-
-
-def wait_until(true: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def scales_of(server: LlamaChild) -> list[dict[str, Any]]:
@@ -283,7 +277,7 @@ def test_routes_streams_and_refusals_of_the_proxy(files: Files) -> None:
         assert watch.proxy is not None
         port, address = watch.proxy.port, Address.parse(server.url)
         sensors.pressure = 0.61
-        wait_until(lambda: watch.actuator.current() == 0.61)
+        until(lambda: watch.actuator.current() == 0.61)
         # Between 0.3 and 0.7, the second and the third.
         wanted = {number: pytest.approx(scale, abs=1e-6) for number, scale in enumerate((0.0, 0.225, 0.775, 0.0))}
         body = {"prompt": "a b", "input": "a b", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
@@ -315,5 +309,5 @@ def test_routes_streams_and_refusals_of_the_proxy(files: Files) -> None:
         status, headers, text = post(port, "/completion", body)
         assert status == 503 and headers["retry-after"] and "not ready" in json.loads(text)["error"]["message"]
         server.start()
-        wait_until(lambda: post(port, "/completion", body)[0] == 200)
+        until(lambda: post(port, "/completion", body)[0] == 200)
         assert ask(port, prompts(1)[0]).strength is not None
