@@ -116,6 +116,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cache.filling",
         "cache.tiers",
         "cache.device",
+        "cache.arithmetic",
         "cache.experts",
         "cache.prefetch",
         "runtime",
