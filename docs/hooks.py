@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import remoe_adapt
@@ -72,10 +70,14 @@ def _cli() -> str:
         options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
         words = [p.metavar or p.name.upper() for p in arguments]
         usage = " ".join([name, *(w if p.required else f"[{w}]" for p, w in zip(arguments, words, strict=True))])
-        rows = [(f"`{w}`", p.help or "", "required" if p.required else "") for p, w in zip(arguments, words, strict=True)]
+        rows = [
+            (f"`{w}`", p.help or "", "required" if p.required else "") for p, w in zip(arguments, words, strict=True)
+        ]
         rows += [(", ".join(f"`{o}`" for o in p.opts), p.help or "", _default(p)) for p in options]
         help_text = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "").strip()
-        parts.append(f"## {name}\n\n`{usage} [options]`\n\n{help_text}\n\n{table(('option', 'what', 'default'), iter(rows))}")
+        parts.append(
+            f"## {name}\n\n`{usage} [options]`\n\n{help_text}\n\n{table(('option', 'what', 'default'), iter(rows))}"
+        )
     return "\n\n".join(parts)
 
 
@@ -98,7 +100,9 @@ def _profile() -> str:
 def _sections(kind: Any, prefix: str) -> Iterator[str]:
     """A heading, the docstring and the keys of each section, the whole file first."""
     hints = get_type_hints(kind)
-    nested = {f.metadata["key"]: hints[f.name] for f in dataclasses.fields(kind) if dataclasses.is_dataclass(hints[f.name])}
+    nested = {
+        f.metadata["key"]: hints[f.name] for f in dataclasses.fields(kind) if dataclasses.is_dataclass(hints[f.name])
+    }
     rows = [
         (f"`{prefix}{f.metadata['key']}`", _type_text(hints[f.name]), _field_default(f))
         for f in dataclasses.fields(kind)
@@ -130,7 +134,11 @@ def _field_default(field: Any) -> str:
         return "required" if field.default_factory is dataclasses.MISSING else "empty"
     if isinstance(value, tuple):
         return f"`[{', '.join(_number(number) for number in value)}]`"
-    return f"`{ {True: 'true', False: 'false', None: 'null'}.get(value, value) }`" if not isinstance(value, float) else f"`{value:g}`"
+    return (
+        f"`{ {True: 'true', False: 'false', None: 'null'}.get(value, value) }`"
+        if not isinstance(value, float)
+        else f"`{value:g}`"
+    )
 
 
 def _number(value: float) -> str:

@@ -122,6 +122,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cache.filling",
         "cache.tiers",
         "cache.device",
+        "cache.arithmetic",
         "cache.experts",
         "cache.prefetch",
         "runtime.sensors",

@@ -39,7 +39,7 @@ def counted(cache: ExpertCache) -> tuple[int, ...]:
 
 
 def predictor(model: Any) -> Prefetcher:
-    rows: Any = model.get_submodule(model.expert_cache.source.layers[0]).expert_rows
+    rows: Any = model.get_submodule(model.expert_cache.source.layers[0]).cached_experts
     found: Prefetcher = rows.predictor
     return found
 

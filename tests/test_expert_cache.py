@@ -239,6 +239,20 @@ def test_compiled_models_run_their_experts_outside_the_graph(folder: Path) -> No
     assert torch.equal(logits(compiled), logits(stock(folder)))
 
 
+def test_experts_come_in_by_the_registry_of_transformers(folder: Path) -> None:
+    model, reference = load_with_expert_cache(folder, 0.5), stock(folder)
+    layer = model.expert_cache.source.layers[0]
+    assert type(model.get_submodule(layer)) is type(reference.get_submodule(layer))
+    for implementation in ("eager", "grouped_mm"):
+        with pytest.raises(ConfigError, match="from_pretrained"):
+            model.set_experts_implementation(implementation)
+    assert torch.equal(logits(model), logits(reference))
+    # A stock model of the same configuration has experts of its own.
+    other = type(reference)(model.config).eval()
+    other.load_state_dict(reference.state_dict())
+    assert torch.equal(logits(other), logits(reference))
+
+
 def test_faults_of_the_disk_give_an_error_or_the_right_logits(folder: Path, tmp_path: Path) -> None:
     expected = logits(stock(folder))
     faults = Faults(os.preadv)

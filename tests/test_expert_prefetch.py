@@ -245,9 +245,9 @@ def test_a_predictor_reads_only_while_it_is_right(folder: Path) -> None:
     def step(asked: list[int]) -> bool:
         cache.clear()
         before = cache.stats()["prefetched"]
-        ahead.follow(0, hidden)
+        ahead.read_ahead(0, hidden)
         until(lambda: not cache._ahead.reading)
-        ahead.settle(1, asked)
+        ahead.score(1, asked)
         return bool(cache.stats()["prefetched"] > before)
 
     wrong = [expert for expert in range(8) if expert not in guessed]
@@ -257,7 +257,7 @@ def test_a_predictor_reads_only_while_it_is_right(folder: Path) -> None:
     assert any([step(guessed) for _ in range(40 * prefetching.SAMPLED)][-20:]), "sampled all the while"
     # Reads that take many times as long as what they could hide behind pay only when they are nearly always right.
     assert router.threshold(router.window_s * 20) == pytest.approx(0.95) and router.threshold(0.0) == 0.5
-    ahead.follow(0, torch.randn(prefetching.MAX_TOKENS + 1, 32))
+    ahead.read_ahead(0, torch.randn(prefetching.MAX_TOKENS + 1, 32))
     assert getattr(ahead._here, "open", None) is None
 
 
@@ -281,7 +281,7 @@ def test_the_predictor_keeps_no_model_alive(folder: Path) -> None:
     del model
     gc.collect()
     assert gone() is None
-    ahead.follow(0, torch.randn(1, 32))
+    ahead.read_ahead(0, torch.randn(1, 32))
     assert cache.stats()["prefetched"] > 0
 
 

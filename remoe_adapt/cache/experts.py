@@ -1,129 +1,75 @@
 """Experts modules of transformers that compute on the slots of a cache instead of parameters of their own.
 
-A cached module is of a subclass of its class, without parameters. Its forward runs the class's own eager function,
-which takes one expert after another in rising order; where that reads row e of a parameter it gets expert e's slot. So
-the arithmetic, and every bit of the result, is transformers' own, also when more experts are needed than fit: then
-those that were computed with make room for the next.
+A model enters by transformers' own door: it is loaded with `experts_implementation="remoe_cache"`, a function in the
+registry that every experts class asks when it is called. The function leases the slots of all experts that are asked
+for, and hands them to the layer's arithmetic.
+
+Two classes of quantised experts have doors beside this one. `FP8Experts` asks a registry of its own
+(`transformers.integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS`). `remoe_cache`, registered there too, serves it
+as it is: FP8's eager function reads weights and scales row by row, and the slots hold both under the names of its
+parameters. `Mxfp4GptOssExperts` asks none: its forward is one Triton kernel over the experts in one tensor. An encoding
+for it leaves `GptOssExperts` in the model, which asks this registry, and brings an arithmetic of its own (an Arithmetic
+of cache/arithmetic.py), which hands the blocks and scales of the chosen experts to such a kernel.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from remoe_adapt.cache.slots import Lease, Slot
+from remoe_adapt.cache.arithmetic import Arithmetic, ChosenExperts, eager_arithmetic, eager_function
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.interrupts import held_back, let_through
 from remoe_adapt.tuner.beside import plain_base
 
+# What `experts_implementation` is of a model whose experts are in a cache.
+IMPLEMENTATION = "remoe_cache"
 _FORWARD_INPUTS = 3
 _CPU = torch.device("cpu")
-
-
-class _Saved(NamedTuple):
-    """A view of a slot that backward needs: read again then, so that no graph holds experts beyond the budget."""
-
-    expert: int
-    param: str
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
 
 
 class Predictor(Protocol):
     """Looks a layer ahead of the forwards of a model; see cache/prefetch.py."""
 
-    def settle(self, layer: int, experts: Sequence[int]) -> None:
+    def score(self, layer: int, experts: Sequence[int]) -> None:
         """This layer asks for these experts now."""
         ...
 
-    def follow(self, layer: int, hidden_TD: Tensor) -> None:
+    def read_ahead(self, layer: int, hidden_TD: Tensor) -> None:
         """This layer computes on this input from now on."""
         ...
 
 
-class _Call:
-    """One forward of one layer: the experts it needs, and the lease of those it computes with now.
+class CachedExperts:
+    """The experts of one layer: what its module has instead of parameters. Any number of threads at once.
 
-    begin: called once the first of them are there.
+    expert_cache: where they are. layer: which layer of it. dtype, device: of the hidden states that they compute with.
+    arithmetic: computes them.
     """
 
     def __init__(
-        self, expert_cache: ExpertCache, layer: int, experts: Sequence[int], begin: Callable[[], None] | None
+        self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype, device: torch.device, arithmetic: Arithmetic
     ) -> None:
-        self._cache, self._layer, self._left, self._begin = expert_cache, layer, experts, begin
-        self._lease: Lease | None = None
-        self._slots: Mapping[int, Slot] = {}
-        self._begun = False
-        self._places: dict[int, tuple[int, str]] | None = None
-
-    def row(self, expert: int, param: str) -> Tensor:
-        if expert not in self._slots:
-            with held_back():
-                self._advance(expert)
-        return self._slots[expert][param]
-
-    def _advance(self, expert: int) -> None:
-        self.close()
-        if self._begun:
-            self._left = [other for other in self._left if other >= expert]
-        self._lease = self._cache.lease(self._layer, self._left, continues=self._begun)
-        self._slots, self._places = self._lease.slots, None
-        if not self._begun:
-            self._begun = True
-            if self._begin is not None:
-                self._begin()
-
-    def close(self) -> None:
-        lease, self._lease, self._slots = self._lease, None, {}
-        if lease is not None:
-            lease.release()
-
-    def pack(self, tensor: Tensor) -> Tensor | _Saved:
-        if self._places is None:
-            self._places = {
-                param.untyped_storage().data_ptr(): (expert, name)
-                for expert, slot in self._slots.items()
-                for name, param in slot.items()
-            }
-        place = self._places.get(tensor.untyped_storage().data_ptr()) if self._lease is not None else None
-        if place is None:
-            return tensor
-        return _Saved(*place, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
-
-    def unpack(self, saved: Tensor | _Saved) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
-        with held_back(), self._cache.lease(self._layer, [saved.expert], continues=True) as lease:
-            whole = lease.slots[saved.expert][saved.param]
-        return whole.as_strided(saved.size, saved.stride, saved.offset)
-
-
-class LayerExperts:
-    """The experts of one layer, as its module finds them; threads have a call each."""
-
-    def __init__(self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype, device: torch.device) -> None:
         self.cache, self.layer, self._dtype, self._device = expert_cache, layer, dtype, device
         self.predictor: Predictor | None = None
+        self._arithmetic = arithmetic
         self._num_experts = expert_cache.source.num_experts[layer]
-        self._here = threading.local()
 
-    def __deepcopy__(self, memo: object) -> LayerExperts:
+    def __deepcopy__(self, memo: object) -> CachedExperts:
+        """A copied model computes on the same slots."""
         return self
 
-    def run(
-        self, eager: Callable[..., Tensor], module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
-    ) -> Tensor:
-        """`eager(module, hidden_TD, ids_TK, weights_TK)` on the slots."""
+    def run(self, module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """What the module's forward returns, computed on the slots."""
         if hidden_TD.device != self._device:
             raise ConfigError(
                 f"hidden states on {hidden_TD.device}, the cached experts on {self._device}: choose device= when the "
@@ -134,63 +80,41 @@ class LayerExperts:
                 f"hidden states are {hidden_TD.dtype}, the cached experts {self._dtype}: choose dtype= when the model "
                 "is loaded instead of converting it."
             )
-        count = self._num_experts
+        count, predictor = self._num_experts, self.predictor
         needed = sorted(expert for expert in set(ids_TK.flatten().tolist()) if 0 <= expert < count)
-        graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
+        has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
         with held_back():
-            begin = None
-            if self.predictor is not None:
-                self.predictor.settle(self.layer, needed)
-                begin = partial(self.predictor.follow, self.layer, hidden_TD)
-            call = self._here.call = _Call(self.cache, self.layer, needed, begin)
+            if predictor is not None:
+                predictor.score(self.layer, needed)
+            chosen = ChosenExperts(self.cache, self.layer, needed)
             try:
-                with saved_tensors_hooks(call.pack, call.unpack) if graph else nullcontext(), let_through():
-                    return eager(module, hidden_TD, ids_TK, weights_TK)
+                if needed:
+                    chosen.lease_next()
+                    if predictor is not None:
+                        predictor.read_ahead(self.layer, hidden_TD)
+                with saved_tensors_hooks(chosen.pack, chosen.unpack) if has_graph else nullcontext(), let_through():
+                    return self._arithmetic(module, hidden_TD, ids_TK, weights_TK, chosen)
             finally:
-                call.close()
-                del self._here.call
-
-    def row(self, expert: int, param: str) -> Tensor:
-        call: _Call = self._here.call
-        return call.row(expert, param)
+                chosen.release()
 
 
-class _Rows:
-    """Stands where the parameter [E, ...] was: row e is expert e's slot."""
-
-    def __init__(self, experts: LayerExperts, param: str) -> None:
-        self._experts, self._param = experts, param
-
-    def __deepcopy__(self, memo: object) -> _Rows:
-        return self
-
-    def __getitem__(self, expert: Tensor | int) -> Tensor:
-        return self._experts.row(int(expert), self._param)
+# How many experts there are, and which, depends on the data: torch.compile must not trace it.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def remoe_cache(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts implementation of this name. The parameters' names are those of transformers' own."""
+    found: CachedExperts | None = vars(module).get("cached_experts")
+    if found is None:  # a stock model, made from the configuration of a cached one
+        return eager_function(type(module))(module, hidden_states, top_k_index, top_k_weights)
+    return found.run(module, hidden_states, top_k_index, top_k_weights)
 
 
-@cache
-def _cached_class(cls: Any) -> type[nn.Module]:
-    # Below the dispatch on `experts_implementation`: other functions want all experts in one tensor.
-    eager = inspect.unwrap(cls.forward)
-    signature = inspect.signature(eager)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = signature.bind(self, *args, **kwargs).args[1:] if kwargs else args
-        return self.expert_rows.run(eager, self, *inputs)  # type: ignore[no-any-return]
-
-    # Its work depends on the data: compiled code leaves it out.
-    return type(
-        cls.__name__,
-        (cls,),
-        {"forward": torch.compiler.disable(forward), "__module__": cls.__module__, "__doc__": cls.__doc__},
-    )
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remoe_cache)
 
 
 def check_experts(modules: dict[str, nn.Module]) -> None:
     """Raises UncacheableError for a module whose eager function is not one of (hidden states, ids, weights)."""
     for name, module in modules.items():
-        eager = inspect.unwrap(type(module).forward)
-        if len(inspect.signature(eager).parameters) != _FORWARD_INPUTS + 1:
+        if len(inspect.signature(eager_function(type(module))).parameters) != _FORWARD_INPUTS + 1:
             raise UncacheableError(
                 f"{name} ({type(module).__name__}) takes other inputs than experts do: it cannot be cached."
             )
@@ -202,7 +126,7 @@ def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
 
     The classes are changed meanwhile: one thread at a time.
     """
-    thread, make = threading.get_ident(), cast(Callable[[Any], Any], _cached_class)
+    thread = threading.get_ident()
 
     def patched(cls: type[nn.Module], original: Callable[..., None]) -> Callable[..., None]:
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -210,9 +134,8 @@ def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
             if type(self) is cls and threading.get_ident() == thread:
                 for name in list(self._parameters):
                     delattr(self, name)
-                # Nothing is left that transformers could initialise.
+                # transformers would initialise what is missing in the files; here nothing is missing.
                 vars(self)["_is_hf_initialized"] = True
-                self.__class__ = make(cls)
 
         return init
 
@@ -233,19 +156,20 @@ def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
 def bind_experts(
     model: nn.Module,
     expert_cache: ExpertCache,
-    params: Sequence[Sequence[str]],
     dtype: torch.dtype,
     device: torch.device = _CPU,
+    arithmetic: Arithmetic = eager_arithmetic,
 ) -> None:
-    """Let the modules made under `experts_left_out` compute on this cache, whose experts have this dtype and device.
+    """Let the modules made under `experts_left_out` compute on a cache.
 
-    `params` are the names of their parameters, by layer.
+    model: loaded with the experts implementation "remoe_cache".
+    expert_cache: its layers are named as the modules.
+    dtype, device: of the model's hidden states.
+    arithmetic: computes the experts of each layer.
     """
-    for layer, (name, names) in enumerate(zip(expert_cache.source.layers, params, strict=True)):
+    for layer, name in enumerate(expert_cache.source.layers):
         module: Any = model.get_submodule(name)
-        module.expert_rows = LayerExperts(expert_cache, layer, dtype, device)
-        for param in names:
-            setattr(module, param, _Rows(module.expert_rows, param))
+        module.cached_experts = CachedExperts(expert_cache, layer, dtype, device, arithmetic)
 
 
 def expert_cache_of(model: nn.Module) -> ExpertCache | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remoe_adapt.cache.experts import LayerExperts, layer_of_router
+from remoe_adapt.cache.experts import CachedExperts, layer_of_router
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.notices import say_once
 from remoe_adapt.routers.discover import Routers, survey_routers
@@ -72,7 +72,8 @@ class _Router:
                     ranks.setdefault(experts[rank], rank)
         return ranks
 
-    def settle(self, missing: dict[int, int], asked: set[int], window_s: float) -> None:
+    def score(self, missing: dict[int, int], asked: set[int], window_s: float) -> None:
+        """Of the predicted experts (and ranks) that were missing, the layer asked for `asked`, `window_s` later."""
         self.window_s += _WINDOW_RATE * (window_s - self.window_s)
         for expert, rank in missing.items():
             self.scores[rank] += RATE * ((expert in asked) - self.scores[rank])
@@ -102,15 +103,15 @@ class Prefetcher:
         """By layer and rank, in [0, 1]."""
         return {layer: list(router.scores) for layer, router in self._routers.items()}
 
-    def settle(self, layer: int, experts: Sequence[int]) -> None:
+    def score(self, layer: int, experts: Sequence[int]) -> None:
         """A layer asks for these experts: score what was predicted for it."""
         predicted = getattr(self._here, "open", None)
         if predicted is not None:
             self._here.open = None
             if predicted[0] == layer:
-                self._routers[layer].settle(predicted[1], set(experts), time.perf_counter() - predicted[2])
+                self._routers[layer].score(predicted[1], set(experts), time.perf_counter() - predicted[2])
 
-    def follow(self, layer: int, hidden_TD: Tensor) -> None:
+    def read_ahead(self, layer: int, hidden_TD: Tensor) -> None:
         """A layer computes on `hidden_TD` [T, D] from now on: predict the next one's experts, and read ahead."""
         router = self._routers.get(layer + 1)
         if router is None or len(hidden_TD) > MAX_TOKENS or self._cache.is_whole(layer + 1):
@@ -150,7 +151,7 @@ def bind_prefetch(model: nn.Module, expert_cache: ExpertCache, survey: Routers |
         return None
     prefetcher = Prefetcher(expert_cache, {layer: routers[layer] for layer in known})
     for name in layers:
-        rows = getattr(model.get_submodule(name), "expert_rows", None)
-        if isinstance(rows, LayerExperts):
-            rows.predictor = prefetcher
+        cached = getattr(model.get_submodule(name), "cached_experts", None)
+        if isinstance(cached, CachedExperts):
+            cached.predictor = prefetcher
     return prefetcher

@@ -40,19 +40,33 @@ def routers() -> None:
 
 @relied_on(
     "transformers",
-    "An experts module takes (hidden_states, top_k_index, top_k_weights); with experts_implementation='eager' its "
-    "class's own forward, under the dispatcher, reads expert e as row e of its parameters and of nothing else.",
-    "cache/experts.py cache/store.py gating/proof.py",
+    "An experts module asks ALL_EXPERTS_FUNCTIONS for the function that experts_implementation names, and calls it "
+    "with itself, hidden states, ids and weights; its class's own forward, under that, reads expert e as row e of its "
+    "parameters and of nothing else.",
+    "cache/arithmetic.py cache/experts.py cache/store.py gating/proof.py",
     names="transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
-    interposes="the __init__ of experts classes while one checkpoint is loaded (experts_left_out, undone at its end); "
-    "the class of experts modules and their parameters, which become rows of the cache (for the model's life)",
+    interposes="the registry of experts implementations, which gains 'remoe_cache' (for good: models that do not name "
+    "it never see it); the __init__ of experts classes while one checkpoint is loaded (experts_left_out, undone at its "
+    "end)",
 )
 def experts_interface() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    asked: list[tuple[Any, ...]] = []
+
+    def listening(*inputs: Any) -> torch.Tensor:
+        asked.append(inputs)
+        return torch.zeros_like(inputs[1])
+
     hold(callable(getattr(ALL_EXPERTS_FUNCTIONS, "register", None)), "ALL_EXPERTS_FUNCTIONS takes no functions now.")
-    model = model_class()._from_config(tiny_config(), experts_implementation="eager").eval()
+    ALL_EXPERTS_FUNCTIONS["remoe_contract"] = listening
+    try:
+        model = model_class()._from_config(tiny_config(), experts_implementation="remoe_contract").eval()
+        model(input_ids=torch.tensor([[1, 2]]))
+    finally:
+        del ALL_EXPERTS_FUNCTIONS["remoe_contract"]
     experts = model.model.layers[0].mlp.experts
+    hold(bool(asked) and asked[0][0] is experts and len(asked[0]) == 4, "experts modules do not ask the registry.")
     eager = inspect.unwrap(type(experts).forward)
     names = list(inspect.signature(eager).parameters)
     hold(names == ["self", "hidden_states", "top_k_index", "top_k_weights"], f"an experts forward takes {names}.")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from remoe_adapt.cache.device import find_device, make_cache
-from remoe_adapt.cache.experts import bind_experts, check_experts, experts_left_out
+from remoe_adapt.cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.cache.packed import PackedStore
 from remoe_adapt.cache.prefetch import bind_prefetch
 from remoe_adapt.cache.reading import Reader
@@ -139,7 +139,7 @@ def load_with_expert_cache(
                 f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
             ]
             with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
-                model = loader.from_pretrained(folder, dtype=wanted, experts_implementation="eager", **kwargs)
+                model = loader.from_pretrained(folder, dtype=wanted, experts_implementation=IMPLEMENTATION, **kwargs)
         except BaseException as error:
             store.close()
             unknown = unknown_option(error, _KNOWN) if isinstance(error, TypeError) else None
@@ -151,14 +151,15 @@ def load_with_expert_cache(
     assert isinstance(model, PreTrainedModel)
     _own(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
-    bind_experts(model, cache, store.params, wanted, place)
+    bind_experts(model, cache, wanted, place)
     if prefetch:
         bind_prefetch(model, cache)
     # Not through setattr of nn.Module: it is no part of the model's state.
     model.__dict__["expert_cache"] = cache
     # By its class: attributes of the model are hooked and unhooked by others.
     cls = type(model)
-    model.__class__ = type(cls.__name__, (cls,), {"save_pretrained": _no_saving, "__module__": cls.__module__})
+    own = {"save_pretrained": _no_saving, "set_experts_implementation": _no_other_experts}
+    model.__class__ = type(cls.__name__, (cls,), {**own, "__module__": cls.__module__})
     return model
 
 
@@ -175,6 +176,13 @@ def _no_saving(*args: object, **kwargs: object) -> NoReturn:
     raise MergeStateError(
         "this model's experts are in its checkpoint, not in the model, so saving it would lose them. Save adapters "
         "with the PeftModel's save_pretrained; to save the whole model, load it with from_pretrained first."
+    )
+
+
+def _no_other_experts(*args: object, **kwargs: object) -> NoReturn:
+    raise ConfigError(
+        f"this model's experts are in a cache, which computes them as experts_implementation={IMPLEMENTATION!r} alone: "
+        "for another implementation load the model with from_pretrained."
     )
 
 
