@@ -178,13 +178,7 @@ def expert_cache_of(model: nn.Module) -> ExpertCache | None:
     return found if isinstance(found, ExpertCache) else None
 
 
-def layer_of_router(layers: Sequence[str], router: str) -> int | None:
-    """Which of the experts modules `layers` a router of this name serves: the one that shares the longest path."""
-    shared = [_common(router.split("."), name.split(".")) for name in layers]
-    best = max(shared)
-    return shared.index(best) if best and shared.count(best) == 1 else None
-
-
-def _common(left: Sequence[str], right: Sequence[str]) -> int:
-    """How many parts two dotted names share at their start."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+def cached_layer(block: nn.Module) -> int | None:
+    """Which layer of the cache the experts of a router's block are; None where the block has none, or several."""
+    found = [vars(module)["cached_experts"].layer for module in block.modules() if "cached_experts" in vars(module)]
+    return found[0] if len(found) == 1 else None

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from remoe_adapt.cache.ahead import ReadAheads
 from remoe_adapt.cache.arrivals import AbandonedError, Arrival, outcome, read_all
 from remoe_adapt.cache.policy import Policy
-from remoe_adapt.cache.residency import Residency
+from remoe_adapt.cache.residency import ResidentMasks
 from remoe_adapt.cache.shares import Shares
 from remoe_adapt.cache.slots import ExpertSource, Key, LayerCounters, Slot
 from remoe_adapt.errors import ConfigError
@@ -22,15 +24,19 @@ _MISS_S_RATE = 0.1
 class Filling:
     """What an expert cache holds and awaits, under one lock, and the threads that read."""
 
-    def __init__(self, source: ExpertSource, shares: Shares, threads: int, ahead_threads: int) -> None:
+    def __init__(
+        self, source: ExpertSource, shares: Shares, threads: int, ahead_threads: int, device: torch.device
+    ) -> None:
         self.source = source
         # Seconds that a lease waits for each expert it misses, lately.
         self.miss_s = 0.0
         self._shares = shares
         self._policies, self._pins = shares.policies, shares.pins
         self._counters = [LayerCounters() for _ in source.layers]
-        self._residency = Residency(source.num_experts)
-        self._slots = self._residency.slots
+        self._slots: dict[Key, Slot] = {}
+        self._resident = ResidentMasks(source.num_experts, device)
+        # Of each layer [1, E]: 1 where the expert is in its slot, 0 elsewhere; written in place.
+        self.resident_masks = self._resident.masks
         self._threads, self._ahead_threads = threads, ahead_threads
         self._nothing_under_way()
         mend_after_fork(self)
@@ -47,7 +53,8 @@ class Filling:
         """In the child: what the parent's threads were reading, computing with or about to change is nobody's."""
         for key in [key for policy in self._policies for key in policy if key not in self._slots]:
             self._shares.policy_of(key[0]).discard(key)
-        self._residency.keep(key for policy in self._policies for key in policy)
+        kept = {key for policy in self._policies for key in policy}
+        self._drop([key for key in self._slots if key not in kept])
         self._nothing_under_way()
         self._settle()
 
@@ -82,6 +89,7 @@ class Filling:
         if self._shares.settled:
             return False
         self._drop(self._shares.settle())
+        self._resident.show()
         self._changed.notify_all()
         return self._shares.settled
 
@@ -106,7 +114,8 @@ class Filling:
 
     def _drop(self, keys: Iterable[Key]) -> None:
         for key in keys:
-            if self._residency.drop(key):
+            if self._slots.pop(key, None) is not None:
+                self._resident.write(*key, False)
                 self._ahead.unused.discard(key)
 
     # Without it
@@ -132,6 +141,7 @@ class Filling:
                 if reads:
                     self.miss_s += _MISS_S_RATE * (stall_s / reads - self.miss_s)
                 self._waiting -= 1
+                self._resident.show()
                 self._changed.notify_all()
         return slots
 
@@ -160,6 +170,7 @@ class Filling:
             with self._changed:
                 # Somebody waits for what was read ahead, and gets a read of its own.
                 again = slot is None and interrupt is None and ahead and self._pins[key] > 1
+                was_ahead = ahead
                 if ahead:
                     self._ahead.end(key, came=slot is not None)
                     self._shares.unpin((key,))
@@ -167,6 +178,8 @@ class Filling:
                     self._counters[key[0]].prefetched += slot is not None
                 if not again:
                     self._arrive(key, future, slot, failure)
+                if was_ahead:
+                    self._resident.show()
                 self._settle()
             if interrupt is not None:
                 raise interrupt
@@ -178,7 +191,8 @@ class Filling:
                 policy.discard(key)
                 self._drop([key])
             elif slot is not None and key in policy:  # it is, unless whoever asked was interrupted
-                self._residency.put(key, slot)
+                self._slots[key] = slot
+                self._resident.write(*key, True)
                 self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
             if current:
                 del self._loading[key]

@@ -6,10 +6,10 @@ with now; what is leased is never evicted. Experts may be read ahead of their le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from remoe_adapt.cache.arrivals import AbandonedError, Arrival
 from remoe_adapt.cache.filling import Filling
@@ -40,7 +40,8 @@ class ExpertCache(Filling):
 
     policy: "lru", "lfu" or "lrfu". scope: "global", one budget over all layers, or "layer", each layer its share.
     threads: reads at a time. below: the tier that the source reads from, for `stats` and `clear`. released: called in
-    the thread that gives a lease back, before anything of it can be evicted.
+    the thread that gives a lease back, before anything of it can be evicted. device: of `resident_masks`, which are of
+    each layer a tensor [1, E], kept up to date in place: 1 where the expert is in its slot, 0 elsewhere.
 
     Raises ConfigError for an unknown policy or scope, and for a budget that does not hold one expert (of each layer
     with scope "layer").
@@ -56,10 +57,12 @@ class ExpertCache(Filling):
         threads: int = READ_THREADS,
         below: ExpertCache | None = None,
         released: Callable[[], None] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         check_options(policy, scope, threads)
         self.policy, self.scope, self.below, self._released = policy, scope, below, released
-        super().__init__(source, Shares(source, budget_bytes, policy, scope), threads, AHEAD_THREADS)
+        shares = Shares(source, budget_bytes, policy, scope)
+        super().__init__(source, shares, threads, AHEAD_THREADS, device or torch.device("cpu"))
 
     def __deepcopy__(self, memo: object) -> ExpertCache:
         """A copied model computes on the same slots."""
@@ -181,7 +184,7 @@ class ExpertCache(Filling):
 
     def is_whole(self, layer: int) -> bool:
         """All experts of this layer are there."""
-        return self._residency.is_whole(layer)
+        return self._resident.is_whole(layer)
 
     def clear(self) -> None:
         """Drop all experts that are not leased, here and in the tiers below; their memory goes back to the system.
@@ -199,6 +202,7 @@ class ExpertCache(Filling):
                 for key in [key for key in policy if key not in self._pins]:
                     policy.discard(key)
                     self._drop([key])
+            self._resident.show()
         if self.below is not None:
             self.below.clear()
         self._give_back()
@@ -242,16 +246,6 @@ class ExpertCache(Filling):
             self._counters = [LayerCounters() for _ in self._counters]
         if self.below is not None:
             self.below.reset_stats()
-
-    def show_residency(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> None:
-        """Keep 1 where an expert is in its slot and 0 elsewhere in these [1, E] tensors, in place, until the next call.
-
-        layers: the layer of each; None: one for each, in order. No tensors end it.
-
-        Raises ConfigError when numbers or shapes do not fit.
-        """
-        with self._changed:
-            self._residency.follow(tensors, layers)
 
     def _end(self, lease: Lease) -> None:
         """Called by it; once is enough."""

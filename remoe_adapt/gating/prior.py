@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -36,7 +36,7 @@ class RecencyPrior:
     """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds).
 
     routers: (device, number of experts) of each, in model order. `gains` are L fp32 scalar tensors, written by
-    `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1] that an expert cache writes. Whoever
+    `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1], zeros until `read_residency`. Whoever
     writes the gains by other ways says so with `know`, or a device is waited for once, and compiled graphs that were
     chosen for gains of 0 (or others) go on.
 
@@ -87,10 +87,19 @@ class RecencyPrior:
         with torch.inference_mode(False):
             self._gains_L, self.gains = _scalars(values, [mask.device for mask in self.residency])
         self.on_cpu = all(gain.is_cpu for gain in self.gains)
+        self._make_resident_steps()
+        self.know(values)
+
+    def read_residency(self, masks: Mapping[int, Tensor]) -> None:
+        """From now on the layers named read these tensors [1, E], which an expert cache writes."""
+        for layer, mask_1E in masks.items():
+            self.residency[layer] = mask_1E
+        self._make_resident_steps()
+
+    def _make_resident_steps(self) -> None:
         self.resident_steps = [
             PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)
         ]
-        self.know(values)
 
     def rests(self) -> bool:
         """All gains are 0: every router is that of the base."""

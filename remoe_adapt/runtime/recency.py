@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.cache.experts import expert_cache_of, layer_of_router
-from remoe_adapt.cache.tiers import ExpertCache
+from remoe_adapt.cache.experts import cached_layer, expert_cache_of
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError, FamilyError
 from remoe_adapt.family import Family, FamilyPoint, Recency
@@ -106,17 +105,15 @@ class DialPrior:
                 "family='FAMILY'."
             )
         self._on = True
-        self._cache = expert_cache_of(model) if plan.mode == "resident" else None
-        if self._cache is not None:
-            self._show_residency(model, self._cache)
+        cache = expert_cache_of(model) if plan.mode == "resident" else None
+        if cache is not None:
+            refs, places = discover_routers(model), enumerate(self.installed.layers)
+            layers = {layer: cached_layer(refs[place].block) for layer, place in places}
+            self.installed.prior.read_residency(
+                {layer: cache.resident_masks[at] for layer, at in layers.items() if at is not None}
+            )
         elif plan.mode == "resident":
             say_once("the resident prior has no effect until an expert cache writes what it holds.")
-
-    def _show_residency(self, model: nn.Module, cache: ExpertCache) -> None:
-        routers, residency = discover_routers(model), self.installed.prior.residency
-        layers = [layer_of_router(cache.source.layers, routers[place].name) for place in self.installed.layers]
-        known = [(layer, mask) for layer, mask in zip(layers, residency, strict=True) if layer is not None]
-        cache.show_residency([mask for _, mask in known], [layer for layer, _ in known])
 
     def switch(self, on: bool) -> None:
         """Off: the routers run their own forwards, until it is on again. Nothing where it is so already."""
@@ -155,6 +152,4 @@ class DialPrior:
 
     def remove(self) -> None:
         """The routers run their own forwards again."""
-        if self._cache is not None:
-            self._cache.show_residency([])
         self.installed.remove()
