@@ -229,7 +229,7 @@ def test_threads_read_ahead_resize_and_clear_within_the_budget(scope: str) -> No
             time.sleep(0.003)
     cache.clear()
     stats = cache.stats()
-    assert cache.resident() == [] and cache.resident_bytes == 0 and not cache._pins and not cache._loading
+    assert cache.resident() == [] and cache.resident_bytes == 0 and not cache._shares.pins and not cache._loading
     assert stats["hits"] + stats["misses"] == 3 * 120 * 2 and stats["prefetch_hits"] <= stats["prefetched"]
 
 

@@ -344,7 +344,7 @@ def test_a_process_that_can_have_no_more_threads_still_decodes(monkeypatch: pyte
     with cache.lease(0, range(6)) as lease:
         assert [float(lease.slots[expert]["w"][0]) for expert in range(6)] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert sorted(source.reads) == [(0, expert) for expert in range(6)], "each is read once"
-    assert leased_soon(cache, [6, 7]) and not cache._pins and not cache._loading
+    assert leased_soon(cache, [6, 7]) and not cache._shares.pins and not cache._loading
 
 
 def test_an_interrupt_while_reads_are_begun_leaves_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,14 +357,14 @@ def test_an_interrupt_while_reads_are_begun_leaves_nothing_to_wait_for(monkeypat
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(cache._pool, "submit", submit)
         cache.lease(0, [0, 1, 2])
-    assert leased_soon(cache, [0, 1, 2]) and len(cache.resident()) == 3 and not cache._pins
+    assert leased_soon(cache, [0, 1, 2]) and len(cache.resident()) == 3 and not cache._shares.pins
 
 
 def test_a_child_of_a_fork_in_the_midst_of_a_change_is_consistent() -> None:
     source = Source()
     cache = ExpertCache(source, source.total)
     cache.lease(0, range(4)).release()
-    policy = cache._policies[0]
+    policy = cache._shares.policies[0]
     # As another thread may leave it: dropped by the policy alone, its slot gone but counted, admitted but not begun.
     policy.discard((0, 1))
     del cache._slots[0, 2]

@@ -29,9 +29,9 @@ from remoe_adapt.host_memory import return_freed_memory
 from remoe_adapt.interrupts import handle_pending, held_back
 
 READ_THREADS = 4
-# Read-aheads at a time. What a wrong one costs ends with it, so few are begun.
+# Read-aheads at a time: few, because a wrong one that has begun takes the device until it ends.
 AHEAD_THREADS = 2
-# Read-aheads, waiting and under way, take no more of a budget than this part.
+# Read-aheads, queued and under way, take at most 1 / _AHEAD_PART of a budget.
 _AHEAD_PART = 2
 
 
@@ -76,7 +76,7 @@ class ExpertCache(Filling):
     @property
     def resident_bytes(self) -> int:
         """Of the slots, those that are being filled among them."""
-        return sum(policy.used for policy in self._policies)
+        return sum(policy.used for policy in self._shares.policies)
 
     def resident(self) -> list[Key]:
         """The (layer, expert) pairs whose bytes are there."""
@@ -116,17 +116,17 @@ class ExpertCache(Filling):
             shares, ahead = self._shares, self._ahead
             shares.close_lost()
             if ahead.expected and not continues:
-                self._cancel(ahead.settle(layer, wanted))
+                self._cancel_locked(ahead.look_up(layer, wanted))
             while True:
                 most = max(1, shares.limit_of(layer) // self.source.expert_bytes[layer])
                 keys = [(layer, expert) for expert in wanted[:most]]
                 if shares.fits(layer, keys):
                     break
-                if not self._cancel(shares.beside(layer, ahead.queued)):
-                    self._wait_for_room()
+                if not self._cancel_locked(shares.with_limit_of(layer, ahead.queued)):
+                    self._wait_for_room_locked()
             shares.open(lease, keys)
             shares.policy_of(layer).touch(keys, shares.tick(layer, continues))
-            awaited, lease.slots = self._begin(layer, keys, begun)
+            awaited, lease.slots = self._begin_locked(layer, keys, begun)
             counters = self._counters[layer]
             counters.hits += len(keys) - len(begun)
             counters.misses += len(begun)
@@ -139,7 +139,7 @@ class ExpertCache(Filling):
         with self._changed:
             for key, arrival in begun.items():
                 if arrival.claim() and not arrival.done():
-                    self._arrive(key, arrival, None, AbandonedError())
+                    self._arrive_locked(key, arrival, AbandonedError())
             for key in self._shares.held_by(lease):
                 if key not in self._slots and key not in self._loading:
                     self._shares.policy_of(key[0]).discard(key)
@@ -160,21 +160,21 @@ class ExpertCache(Filling):
             for key in keys:
                 if key in policy:
                     continue
-                reading = sum(self.source.expert_bytes[at] for at, _ in shares.beside(layer, ahead.reading))
+                reading = sum(self.source.expert_bytes[at] for at, _ in shares.with_limit_of(layer, ahead.reading))
                 if policy.capacity != limit or reading + size > limit // _AHEAD_PART:
                     break
                 try:
-                    self._drop(policy.make_room(size, self._pins.keys() | ahead.expected))
+                    self._drop_locked(policy.make_room(size, shares.pins.keys() | ahead.expected))
                 except ConfigError:
                     break
                 policy.admit(key, size)
                 self._loading[key] = Arrival()
-                self._pins[key] += 1
+                shares.pins[key] += 1
                 ahead.queue(key)
                 try:
                     self._ahead_pool.submit(self._read_ahead, key)
                 except RuntimeError:  # it can have no thread
-                    self._cancel([key])
+                    self._cancel_locked([key])
 
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of these experts that are neither there nor being read, in their order."""
@@ -193,15 +193,15 @@ class ExpertCache(Filling):
         """
         with self._changed:
             self._shares.close_lost()
-            self._cancel(list(self._ahead.queued))
+            self._cancel_locked(list(self._ahead.queued))
             begun = set(self._ahead.begun)
             while begun & self._ahead.begun:
                 self._changed.wait()
             self._ahead.expected.clear()
-            for policy in self._policies:
-                for key in [key for key in policy if key not in self._pins]:
+            for policy in self._shares.policies:
+                for key in [key for key in policy if key not in self._shares.pins]:
                     policy.discard(key)
-                    self._drop([key])
+                    self._drop_locked([key])
             self._resident.show()
         if self.below is not None:
             self.below.clear()
@@ -221,11 +221,12 @@ class ExpertCache(Filling):
         budget_bytes = budget_in_bytes(budget, sum(count * size for count, size in experts))
         with self._changed:
             before = self.resident_bytes
-            limits = self._shares.ask(budget_bytes)
-            self._cancel(list(self._ahead.queued))
-            self._settle()
-            while wait and not self._shares.settled and self._shares.limits is limits:  # else a later call took over
-                self._wait_for_room()
+            request = self._shares.ask(budget_bytes)
+            self._cancel_locked(list(self._ahead.queued))
+            self._shrink_locked()
+            # A later call asks for another budget: this one's never comes into force then.
+            while wait and not self._shares.in_force and self._shares.requests == request:
+                self._wait_for_room_locked()
         if self.resident_bytes < before:
             self._give_back()
 
@@ -248,16 +249,16 @@ class ExpertCache(Filling):
             self.below.reset_stats()
 
     def _end(self, lease: Lease) -> None:
-        """Called by it; once is enough."""
+        """A lease calls it when it is released; once is enough."""
         try:
             if self._released is not None:
                 self._released()
         finally:
             with self._changed:
                 self._shares.close(lease)
-                settled = self._settle()
+                has_shrunk = self._shrink_locked()
                 self._changed.notify_all()
-        if settled:
+        if has_shrunk:
             self._give_back()
 
     def _give_back(self) -> None:
