@@ -48,7 +48,7 @@ def always(model: Any) -> Any:
     """Let its predictor read ahead whatever it says."""
     for router in predictor(model)._routers.values():
         router.scores = [2.0] * len(router.scores)
-        router.settle = lambda *_: None  # type: ignore[method-assign]
+        router.score = lambda *_: None  # type: ignore[method-assign]
     return model
 
 

@@ -64,7 +64,7 @@ def test_status_within_a_forward_while_the_monitor_shrinks_the_cache(tmp_path: P
     assert not ticks[0].is_alive() and torch.equal(logits[0], expected)
     shown = said[0]["expert_cache"]
     assert shown["budget_bytes"] == whole and shown["asked_bytes"] == cache.budget_bytes < whole / 2, "still on its way"
-    assert cache.resident_bytes <= cache.budget_bytes and not cache._pins
+    assert cache.resident_bytes <= cache.budget_bytes and not cache._shares.pins
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits, expected)
     controller.close()
@@ -146,7 +146,7 @@ def test_an_interrupt_stays_in_the_thread_that_reads(interrupt: type[BaseExcepti
         assert not thread.is_alive()
     assert [type(error) for error in raised] == [interrupt]
     assert sorted(values) == [[0.0], [0.0, 3.0], [1.0, 0.0, 2.0]]
-    assert not cache._pins and not cache._loading and cache.resident() == [(0, expert) for expert in range(4)]
+    assert not cache._shares.pins and not cache._loading and cache.resident() == [(0, expert) for expert in range(4)]
     assert cache.resident_bytes == 4 * source.expert_bytes[0] and source.reads.count((0, 0)) == 2
     stats = cache.stats()
     assert (stats["hits"], stats["misses"], stats["bytes"]) == (5, 4, 4 * source.expert_bytes[0])

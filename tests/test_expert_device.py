@@ -111,7 +111,7 @@ def test_threads_never_exceed_either_budget(scope: str) -> None:
             if number % 4 == 3:
                 cache.clear()
     cache.clear()
-    assert not cache._pins and not below._pins and cache.resident_bytes == below.resident_bytes == 0
+    assert not cache._shares.pins and not below._shares.pins and cache.resident_bytes == below.resident_bytes == 0
 
 
 def test_faults_leave_both_tiers_consistent(folder: Path) -> None:
@@ -133,7 +133,7 @@ def test_faults_leave_both_tiers_consistent(folder: Path) -> None:
     broken = ExpertCache(DeviceSource(cache.below, copies=full), source.total, below=cache.below)
     with pytest.raises(torch.OutOfMemoryError):
         broken.lease(0, [1])
-    assert broken.resident() == [] and (0, 1) in cache.below.resident() and not cache.below._pins
+    assert broken.resident() == [] and (0, 1) in cache.below.resident() and not cache.below._shares.pins
 
     faults = Faults(os.preadv)
     model = over_two_tiers(folder, 0.3, 0.5, reader=faults)

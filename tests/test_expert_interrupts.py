@@ -84,9 +84,9 @@ def ends(work: Callable[[], object]) -> bool:
 def check(cache: ExpertCache) -> None:
     until(lambda: not cache._loading)
     with cache._changed:
-        assert not cache._pins and cache._waiting == 0
+        assert not cache._shares.pins and cache._waiting == 0
         assert not cache._ahead.reading
-        keys = {key for policy in cache._policies for key in policy}
+        keys = {key for policy in cache._shares.policies for key in policy}
         assert keys == set(cache._slots)
         assert cache.resident_bytes == sum(cache.source.expert_bytes[layer] for layer, _ in keys) <= cache.budget_bytes
         for layer, count in enumerate(cache.source.num_experts):
@@ -234,7 +234,7 @@ def test_an_interrupt_reaches_a_lease_that_waits_for_others() -> None:
             assert go.wait(HANGS_S)
 
     thread = in_thread(hold)
-    until(lambda: bool(cache._pins))
+    until(lambda: bool(cache._shares.pins))
     assert interrupted(lambda: cache.lease(2, [1]), 0.01) == 1
     go.set()
     thread.join(HANGS_S)

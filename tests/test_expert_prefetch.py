@@ -22,6 +22,7 @@ from waiting import until
 
 from remoe_adapt import get_remoe_model, load_with_expert_cache
 from remoe_adapt.cache import prefetch as prefetching
+from remoe_adapt.cache.residency import ResidentMasks
 from remoe_adapt.cache.tiers import AHEAD_THREADS, ExpertCache
 from remoe_adapt.errors import ExpertReadError
 from remoe_adapt.routers.discover import discover_routers
@@ -173,23 +174,54 @@ def test_threads_read_ahead_resize_and_clear_within_the_budget(scope: str) -> No
             time.sleep(0.003)
     cache.clear()
     stats = cache.stats()
-    assert cache.resident() == [] and cache.resident_bytes == 0 and not cache._pins and not cache._loading
+    assert cache.resident() == [] and cache.resident_bytes == 0 and not cache._shares.pins and not cache._loading
     assert stats["hits"] + stats["misses"] == 3 * 120 * 2 and stats["prefetch_hits"] <= stats["prefetched"]
 
 
 def test_clearing_leaves_what_is_leased_and_the_counters() -> None:
     source = Source()
     cache = ExpertCache(source, source.total)
-    residency = [torch.zeros(1, EXPERTS) for _ in range(LAYERS)]
-    cache.show_residency(residency)
     cache.lease(0, [1, 2]).release()
     with cache.lease(1, [3]) as lease:
         cache.clear()
         assert cache.resident() == [(1, 3)] and float(lease.slots[3]["w"][0]) == 13.0
-        assert residency[0].sum() == 0 and cache.resident_bytes == source.expert_bytes[1]
+        assert cache.resident_masks[0].sum() == 0 and cache.resident_bytes == source.expert_bytes[1]
     assert cache.stats()["misses"] == 3
     cache.lease(0, [1]).release()
     assert cache.stats()["misses"] == 4
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_masks_show_every_slot(copied: bool) -> None:
+    source = Source()
+    cache = ExpertCache(source, source.total // 3, policy="lru")
+    if copied:  # as on a device: the masks are a copy of what is written
+        cache._resident = ResidentMasks(source.num_experts, torch.device("cpu"), copied=True)
+        cache.resident_masks = cache._resident.masks
+    random_of = random.Random(0)
+
+    def check() -> None:
+        for layer, mask in enumerate(cache.resident_masks):
+            held = {expert for at, expert in cache.resident() if at == layer}
+            assert mask.tolist() == [[float(expert in held) for expert in range(EXPERTS)]]
+            assert cache.is_whole(layer) == (len(held) == EXPERTS)
+
+    check()
+    for step in range(200):
+        layer = step % LAYERS
+        cache.lease(layer, random_of.sample(range(EXPERTS), 2)).release()
+        if step % 7 == 0:
+            cache.prefetch((layer + 1) % LAYERS, random_of.sample(range(EXPERTS), 2))
+            until(lambda: not cache._ahead.reading)
+        check()
+    for budget in (source.expert_bytes[2], source.total):
+        cache.resize(budget)
+        check()
+    cache.lease(1, range(EXPERTS)).release()
+    check()
+    cache.clear()
+    check()
+    assert not any(mask.any() for mask in cache.resident_masks)
 
 
 # The predictor

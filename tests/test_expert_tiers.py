@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from expert_support import EXPERTS, LAYERS, Key, Source, leased_soon
 from tiny_checkpoints import save_tiny, skeleton
 
@@ -162,13 +161,12 @@ def test_shrinking_evicts_at_once_what_is_not_leased_and_the_rest_when_it_is_giv
 def test_a_failed_read_leaves_the_cache_consistent() -> None:
     source = Source()
     cache = ExpertCache(source, source.total)
-    residency = [torch.zeros(1, EXPERTS) for _ in range(LAYERS)]
-    cache.show_residency(residency)
     source.broken = {(1, 3)}
     for _ in range(2):
         with pytest.raises(ExpertReadError, match="expert 3 of layer 1"):
             cache.lease(1, [2, 3, 4])
-    assert cache.resident() == [(1, 2), (1, 4)] and residency[1].tolist() == [[0, 0, 1, 0, 1, 0, 0, 0]]
+    assert cache.resident() == [(1, 2), (1, 4)]
+    assert cache.resident_masks[1].tolist() == [[0, 0, 1, 0, 1, 0, 0, 0]]
     assert cache.resident_bytes == 2 * source.expert_bytes[1]
     source.broken = set()
     with cache.lease(1, [2, 3, 4]) as lease:
@@ -205,27 +203,6 @@ def test_threads_share_reads_and_never_exceed_the_budget() -> None:
     assert not failures, failures
     stats = cache.stats()
     assert stats["hits"] + stats["misses"] == 4 * 60 * 3 and len(source.reads) == stats["misses"]
-
-
-def test_residency_follows_every_slot() -> None:
-    source = Source()
-    cache = ExpertCache(source, source.total // 3, policy="lru")
-    cache.lease(2, [0, 1]).release()
-    shown = [torch.full((1, EXPERTS), 0.5) for _ in range(2)]
-    cache.show_residency(shown, [2, 0])
-    random_of = random.Random(0)
-    for step in range(200):
-        cache.lease(step % LAYERS, random_of.sample(range(EXPERTS), 2)).release()
-        for mask, layer in zip(shown, (2, 0), strict=True):
-            held = {expert for at, expert in cache.resident() if at == layer}
-            assert mask.tolist() == [[float(expert in held) for expert in range(EXPERTS)]]
-    cache.show_residency([])
-    before = [mask.clone() for mask in shown]
-    cache.resize(source.expert_bytes[2])
-    assert all(torch.equal(mask, was) for mask, was in zip(shown, before, strict=True))
-    for wrong in ([torch.zeros(EXPERTS)], [torch.zeros(1, EXPERTS)] * 4):
-        with pytest.raises(ConfigError, match="residency tensors"):
-            cache.show_residency(wrong)
 
 
 def test_counters_tell_each_layer_apart() -> None:
@@ -325,7 +302,7 @@ def test_a_process_that_can_have_no_more_threads_still_decodes(monkeypatch: pyte
     with cache.lease(0, range(6)) as lease:
         assert [float(lease.slots[expert]["w"][0]) for expert in range(6)] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert sorted(source.reads) == [(0, expert) for expert in range(6)], "each is read once"
-    assert leased_soon(cache, [6, 7]) and not cache._pins and not cache._loading
+    assert leased_soon(cache, [6, 7]) and not cache._shares.pins and not cache._loading
 
 
 def test_an_interrupt_while_reads_are_begun_leaves_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,14 +315,14 @@ def test_an_interrupt_while_reads_are_begun_leaves_nothing_to_wait_for(monkeypat
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(cache._pool, "submit", submit)
         cache.lease(0, [0, 1, 2])
-    assert leased_soon(cache, [0, 1, 2]) and len(cache.resident()) == 3 and not cache._pins
+    assert leased_soon(cache, [0, 1, 2]) and len(cache.resident()) == 3 and not cache._shares.pins
 
 
 def test_a_child_of_a_fork_in_the_midst_of_a_change_is_consistent() -> None:
     source = Source()
     cache = ExpertCache(source, source.total)
     cache.lease(0, range(4)).release()
-    policy = cache._policies[0]
+    policy = cache._shares.policies[0]
     # As another thread may leave it: dropped by the policy alone, its slot gone but counted, admitted but not begun.
     policy.discard((0, 1))
     del cache._slots[0, 2]

@@ -43,8 +43,9 @@ class ReadAheads:
         self.queued.discard(key)
         self.unused.discard(key)
 
-    def settle(self, layer: int, wanted: Collection[int]) -> list[Key]:
-        """A layer looks up: nothing is expected of it any more. Returns what is queued for it in vain."""
+    def look_up(self, layer: int, wanted: Collection[int]) -> list[Key]:
+        """A layer looks up its experts: no more of them are expected. Returns those queued for it that it does not
+        want."""
         self.expected = {key for key in self.expected if key[0] != layer}
         return [key for key in self.queued if key[0] == layer and key[1] not in wanted]
 

@@ -15,16 +15,25 @@ class AbandonedError(Exception):
 
 
 class Arrival(Future[Slot]):
-    """A slot that one thread reads and others wait for."""
+    """A slot that one thread reads and others wait for.
+
+    Its read goes through these states: WAITING, until a thread claims it; CLAIMED, by the one thread that reads; and
+    one of the ends THERE (the result is the slot), FAILED (the exception is the source's) and ABANDONED (the exception
+    is AbandonedError: the thread was interrupted). A read-ahead that fails while a lease waits for it stays CLAIMED,
+    and is read again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._readers: dict[str, int] = {}
 
     def claim(self) -> bool:
-        """Whether the calling thread is the one to read it: the first that asks, in one atomic step."""
-        here = threading.get_ident()
-        return self._readers.setdefault("first", here) == here
+        """Whether the calling thread is the one to read it: the first that asks.
+
+        `setdefault` of a dict is atomic, so that it needs no lock, which an interrupt could leave taken.
+        """
+        asking = threading.get_ident()
+        return self._readers.setdefault("first", asking) == asking
 
 
 def outcome(arrival: Arrival) -> BaseException | None:
@@ -37,12 +46,13 @@ def outcome(arrival: Arrival) -> BaseException | None:
 
 
 def read_all(fetch: Callable[[Key, Arrival], None], arrivals: Sequence[tuple[Key, Arrival]], pool: Executor) -> None:
-    """Fetch the first one here and the others in the pool; all of them here when it can have no more threads."""
-    here = arrivals[:1]
+    """Fetch the first one in this thread and the others in the pool; all in this one when the pool can have no more
+    threads."""
+    own = arrivals[:1]
     try:
         for key, arrival in arrivals[1:]:
             pool.submit(fetch, key, arrival)
-    except RuntimeError:  # what was submitted may be begun or not: whoever claims it reads
-        here = arrivals
-    for key, arrival in here:
+    except RuntimeError:  # some may have been submitted: of two threads that fetch one, the first to claim it reads
+        own = arrivals
+    for key, arrival in own:
         fetch(key, arrival)

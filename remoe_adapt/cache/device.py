@@ -242,5 +242,12 @@ def make_cache(
     blocks = DeviceBlocks(device)
     source = DeviceSource(below, blocks, CopyStream(device))
     return ExpertCache(
-        source, budget_bytes, policy=policy, scope=scope, threads=threads, below=below, released=blocks.computed
+        source,
+        budget_bytes,
+        policy=policy,
+        scope=scope,
+        threads=threads,
+        below=below,
+        released=blocks.computed,
+        device=device,
     )

@@ -8,8 +8,8 @@ Two classes of quantised experts have doors beside this one. `FP8Experts` asks a
 (`transformers.integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS`). `remoe_cache`, registered there too, serves it
 as it is: FP8's eager function reads weights and scales row by row, and the slots hold both under the names of its
 parameters. `Mxfp4GptOssExperts` asks none: its forward is one Triton kernel over the experts in one tensor. An encoding
-for it leaves `GptOssExperts` in the model, which asks this registry, and brings an arithmetic of its own (an Arithmetic
-of cache/arithmetic.py), which hands the blocks and scales of the chosen experts to such a kernel.
+for it (cache/encoding.py) leaves `GptOssExperts` in the model, which asks this registry, and brings an arithmetic of
+its own, which hands the blocks and scales of the chosen experts to such a kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from remoe_adapt.cache.arithmetic import Arithmetic, ChosenExperts, eager_arithmetic, eager_function
+from remoe_adapt.cache.chosen import ChosenExperts
+from remoe_adapt.cache.encoding import FLOATS, Arithmetic, eager_function
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.interrupts import held_back, let_through
@@ -99,7 +100,7 @@ class CachedExperts:
 
 
 # How many experts there are, and which, depends on the data: torch.compile must not trace it.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def remoe_cache(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts implementation of this name. The parameters' names are those of transformers' own."""
     found: CachedExperts | None = vars(module).get("cached_experts")
@@ -158,7 +159,7 @@ def bind_experts(
     expert_cache: ExpertCache,
     dtype: torch.dtype,
     device: torch.device = _CPU,
-    arithmetic: Arithmetic = eager_arithmetic,
+    arithmetic: Arithmetic = FLOATS.arithmetic,
 ) -> None:
     """Let the modules made under `experts_left_out` compute on a cache.
 
@@ -178,13 +179,7 @@ def expert_cache_of(model: nn.Module) -> ExpertCache | None:
     return found if isinstance(found, ExpertCache) else None
 
 
-def layer_of_router(layers: Sequence[str], router: str) -> int | None:
-    """Which of the experts modules `layers` a router of this name serves: the one that shares the longest path."""
-    shared = [_common(router.split("."), name.split(".")) for name in layers]
-    best = max(shared)
-    return shared.index(best) if best and shared.count(best) == 1 else None
-
-
-def _common(left: Sequence[str], right: Sequence[str]) -> int:
-    """How many parts two dotted names share at their start."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+def cached_layer(block: nn.Module) -> int | None:
+    """Which layer of the cache the experts of a router's block are; None where the block has none, or several."""
+    found = [vars(module)["cached_experts"].layer for module in block.modules() if "cached_experts" in vars(module)]
+    return found[0] if len(found) == 1 else None

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from remoe_adapt.cache.ahead import ReadAheads
 from remoe_adapt.cache.arrivals import AbandonedError, Arrival, outcome, read_all
 from remoe_adapt.cache.policy import Policy
-from remoe_adapt.cache.residency import Residency
+from remoe_adapt.cache.residency import ResidentMasks
 from remoe_adapt.cache.shares import Shares
 from remoe_adapt.cache.slots import ExpertSource, Key, LayerCounters, Slot
 from remoe_adapt.errors import ConfigError
@@ -20,81 +22,90 @@ _MISS_S_RATE = 0.1
 
 
 class Filling:
-    """What an expert cache holds and awaits, under one lock, and the threads that read."""
+    """What an expert cache holds and awaits, and the threads that read.
 
-    def __init__(self, source: ExpertSource, shares: Shares, threads: int, ahead_threads: int) -> None:
+    One lock (`_changed`) guards all of it. A method whose name ends in `_locked` is called with the lock held; the
+    others take it themselves, and none waits for a read while it has it.
+    """
+
+    def __init__(
+        self, source: ExpertSource, shares: Shares, threads: int, ahead_threads: int, device: torch.device
+    ) -> None:
         self.source = source
-        # Seconds that a lease waits for each expert it misses, lately.
+        # Seconds that a lease waits for each expert it misses: a mean over the last ten or so.
         self.miss_s = 0.0
         self._shares = shares
-        self._policies, self._pins = shares.policies, shares.pins
         self._counters = [LayerCounters() for _ in source.layers]
-        self._residency = Residency(source.num_experts)
-        self._slots = self._residency.slots
+        self._slots: dict[Key, Slot] = {}
+        self._resident = ResidentMasks(source.num_experts, device)
+        self.resident_masks = self._resident.masks
         self._threads, self._ahead_threads = threads, ahead_threads
-        self._nothing_under_way()
+        self._start()
         mend_after_fork(self)
 
-    def _nothing_under_way(self) -> None:
+    def _start(self) -> None:
+        """With a new lock and new threads, no leases, and no reads under way."""
         self._changed = HeldCondition()
         self._loading: dict[Key, Arrival] = {}
         self._shares.close_all()
+        # _waiting: leases that wait for a read now. Read-aheads begin only while there are none.
         self._ahead, self._waiting = ReadAheads(), 0
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-read")
         self._ahead_pool = ThreadPoolExecutor(self._ahead_threads, thread_name_prefix="expert-read-ahead")
 
     def after_fork(self) -> None:
-        """In the child: what the parent's threads were reading, computing with or about to change is nobody's."""
-        for key in [key for policy in self._policies for key in policy if key not in self._slots]:
+        """The child has none of its parent's threads: nobody there ends their reads or closes their leases."""
+        for key in [key for policy in self._shares.policies for key in policy if key not in self._slots]:
             self._shares.policy_of(key[0]).discard(key)
-        self._residency.keep(key for policy in self._policies for key in policy)
-        self._nothing_under_way()
-        self._settle()
+        # An eviction that was under way has left the policy already, and perhaps not the slots.
+        known = {key for policy in self._shares.policies for key in policy}
+        self._drop_locked([key for key in self._slots if key not in known])
+        self._start()
+        self._shrink_locked()
 
-    # Under the lock
-
-    def _begin(
+    def _begin_locked(
         self, layer: int, keys: list[Key], begun: dict[Key, Arrival]
     ) -> tuple[dict[Key, Arrival], dict[int, Slot]]:
         """Of these leased experts: those still to come (`begun` of them are the caller's to read), and the others."""
         policy, size, ahead = self._shares.policy_of(layer), self.source.expert_bytes[layer], self._ahead
         for key in keys:
-            if key in ahead.queued:  # has its room, and now the read is this lease's own
+            if key in ahead.queued:  # it has its room already, and this lease makes the read
                 begun[key] = self._loading[key]
                 ahead.forget(key)
                 self._shares.unpin((key,))
             elif key not in policy:
-                self._make_room(policy, size)
+                self._make_room_locked(policy, size)
                 policy.admit(key, size)
                 begun[key] = self._loading[key] = Arrival()
         awaited = {key: self._loading[key] for key in keys if key in self._loading} if self._loading else {}
         return awaited, {key[1]: self._slots[key] for key in keys if key not in awaited}
 
-    def _wait_for_room(self) -> None:
-        if self._shares.close_lost(own=True):
-            self._settle()
+    def _wait_for_room_locked(self) -> None:
+        if self._shares.close_lost(of_this_thread=True):
+            self._shrink_locked()
             self._changed.notify_all()
         else:
             self._changed.wait()
 
-    def _settle(self) -> bool:
-        """Go on to the budget asked for as far as leases allow; whether it has come into force."""
-        if self._shares.settled:
+    def _shrink_locked(self) -> bool:
+        """Evict down to the budget asked for, as far as leases allow; whether that has brought it into force."""
+        if self._shares.in_force:
             return False
-        self._drop(self._shares.settle())
+        self._drop_locked(self._shares.shrink())
+        self._resident.show()
         self._changed.notify_all()
-        return self._shares.settled
+        return self._shares.in_force
 
-    def _make_room(self, policy: Policy[Key], size: int) -> None:
+    def _make_room_locked(self, policy: Policy[Key], size: int) -> None:
         if self._ahead.expected:
             try:
-                self._drop(policy.make_room(size, self._pins.keys() | self._ahead.expected))
+                self._drop_locked(policy.make_room(size, self._shares.pins.keys() | self._ahead.expected))
                 return
-            except ConfigError:  # what is expected yields to what is asked for
+            except ConfigError:  # what is predicted yields to what is asked for
                 pass
-        self._drop(policy.make_room(size, self._pins))
+        self._drop_locked(policy.make_room(size, self._shares.pins))
 
-    def _cancel(self, keys: list[Key]) -> bool:
+    def _cancel_locked(self, keys: list[Key]) -> bool:
         """Call off read-aheads that have not begun; whether there were any."""
         for key in keys:
             self._changed.notify_all()
@@ -104,26 +115,27 @@ class Filling:
             self._shares.policy_of(key[0]).discard(key)
         return bool(keys)
 
-    def _drop(self, keys: Iterable[Key]) -> None:
+    def _drop_locked(self, keys: Iterable[Key]) -> None:
+        """These have left their policy: their slots go too."""
         for key in keys:
-            if self._residency.drop(key):
+            if self._slots.pop(key, None) is not None:
+                self._resident.write(*key, False)
                 self._ahead.unused.discard(key)
 
-    # Without it
-
     def _await(self, layer: int, awaited: dict[Key, Arrival], begun: dict[Key, Arrival]) -> dict[int, Slot]:
+        """The slots of these experts once they have come. Raises what the first failed read raises."""
         started, reads, slots = time.perf_counter(), len(begun), dict[int, Slot]()
         try:
             while awaited:
                 read_all(self._fetch, list(begun.items()), self._pool)
-                failures = {key: outcome(future) for key, future in awaited.items()}  # waits
+                failures = {key: outcome(arrival) for key, arrival in awaited.items()}  # waits
                 lost = [key for key, failure in failures.items() if isinstance(failure, AbandonedError)]
                 slots |= {key[1]: awaited[key].result() for key in awaited if key not in lost}
                 begun.clear()
                 awaited = {}
-                if lost:  # whoever read them was interrupted
+                if lost:  # the threads that read them were interrupted: this lease reads them
                     with self._changed:
-                        awaited, there = self._begin(layer, lost, begun)
+                        awaited, there = self._begin_locked(layer, lost, begun)
                     slots |= there
         finally:
             with self._changed:
@@ -132,6 +144,7 @@ class Filling:
                 if reads:
                     self.miss_s += _MISS_S_RATE * (stall_s / reads - self.miss_s)
                 self._waiting -= 1
+                self._resident.show()
                 self._changed.notify_all()
         return slots
 
@@ -142,48 +155,57 @@ class Filling:
             if key not in self._ahead.queued:
                 return
             self._ahead.begin(key)
-            future = self._loading[key]
-        self._fetch(key, future, ahead=True)
+            arrival = self._loading[key]
+        self._fetch(key, arrival, ahead=True)
 
-    def _fetch(self, key: Key, future: Arrival, *, ahead: bool = False) -> None:
-        if future.done() or not future.claim():
+    def _fetch(self, key: Key, arrival: Arrival, *, ahead: bool = False) -> None:
+        """Read an expert, unless another thread does: see Arrival for the states that it goes through."""
+        if arrival.done() or not arrival.claim():
             return
-        again = True
-        while again:
-            slot, failure, interrupt = None, None, None
+        while True:
+            result: Slot | BaseException
             try:
-                slot = self.source.read(*key)
-            except Exception as error:  # whoever waits for it gets it
-                failure = error
-            except BaseException as error:  # this thread's alone
-                failure, interrupt = AbandonedError(), error
-            with self._changed:
-                # Somebody waits for what was read ahead, and gets a read of its own.
-                again = slot is None and interrupt is None and ahead and self._pins[key] > 1
-                if ahead:
-                    self._ahead.end(key, came=slot is not None)
-                    self._shares.unpin((key,))
-                    ahead = False
-                    self._counters[key[0]].prefetched += slot is not None
-                if not again:
-                    self._arrive(key, future, slot, failure)
-                self._settle()
-            if interrupt is not None:
-                raise interrupt
+                result = self.source.read(*key)
+            except Exception as error:
+                result = error
+            except BaseException:  # an interrupt is this thread's alone: leases that wait read it themselves
+                self._end_read(key, arrival, AbandonedError(), ahead)
+                raise
+            if self._end_read(key, arrival, result, ahead):
+                return
+            ahead = False
 
-    def _arrive(self, key: Key, future: Arrival, slot: Slot | None, failure: BaseException | None) -> None:
+    def _end_read(self, key: Key, arrival: Arrival, result: Slot | BaseException, ahead: bool) -> bool:
+        """Keep what a read has brought, or hand on why it failed. False when it must be made again: it was ahead and
+        has failed, but a lease waits for it by now, and is owed a read of its own."""
+        failed = isinstance(result, BaseException)
         with self._changed:
-            current, policy = self._loading.get(key) is future, self._shares.policy_of(key[0])
-            if slot is None and current:
+            is_awaited = ahead and self._shares.pins[key] > 1
+            if ahead:
+                self._ahead.end(key, came=not failed)
+                self._shares.unpin((key,))
+                self._counters[key[0]].prefetched += not failed
+            is_over = not (failed and is_awaited) or isinstance(result, AbandonedError)
+            if is_over:
+                self._arrive_locked(key, arrival, result)
+            if ahead:
+                self._resident.show()
+            self._shrink_locked()
+        return is_over
+
+    def _arrive_locked(self, key: Key, arrival: Arrival, result: Slot | BaseException) -> None:
+        is_current, policy = self._loading.get(key) is arrival, self._shares.policy_of(key[0])
+        if isinstance(result, BaseException):
+            if is_current:
                 policy.discard(key)
-                self._drop([key])
-            elif slot is not None and key in policy:  # it is, unless whoever asked was interrupted
-                self._residency.put(key, slot)
-                self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
-            if current:
-                del self._loading[key]
-            self._changed.notify_all()
-        if slot is None:
-            future.set_exception(failure)
+                self._drop_locked([key])
+            arrival.set_exception(result)
         else:
-            future.set_result(slot)
+            if key in policy:  # else the lease that asked for it was interrupted, and took it back
+                self._slots[key] = result
+                self._resident.write(*key, True)
+                self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
+            arrival.set_result(result)
+        if is_current:
+            del self._loading[key]
+        self._changed.notify_all()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remoe_adapt.cache.experts import CachedExperts, layer_of_router
+from remoe_adapt.cache.experts import CachedExperts, cached_layer
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.notices import say_once
 from remoe_adapt.routers.discover import Routers, survey_routers
@@ -139,7 +139,7 @@ def bind_prefetch(model: nn.Module, expert_cache: ExpertCache, survey: Routers |
     """
     survey = survey or survey_routers(model)
     layers = expert_cache.source.layers
-    routers = {layer: ref for ref in survey.refs if (layer := layer_of_router(layers, ref.name)) is not None}
+    routers = {layer: ref for ref in survey.refs if (layer := cached_layer(ref.block)) is not None}
     known = [layer for layer in range(1, len(layers)) if layer in routers]
     if len(known) < len(layers) - 1:
         reasons = sorted({reason for _, reason in survey.refused}) or ["their routers are not known"]

@@ -1,7 +1,7 @@
 """Byte ranges of files read into memory of the caller: directly past the page cache or through it, with retries.
 
 Neighbours in a file come in one read. A direct read moves whole blocks of the file; those that lie within one extent
-go straight to its memory where device and addresses allow that, the others by way of a little memory of the thread.
+go straight to its memory where device and addresses allow that, the others by way of a little memory of the reader.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ _Part = tuple[Extent, np.ndarray]
 
 # O_DIRECT wants offsets and lengths in multiples of the device's block; no device has larger ones.
 BLOCK = 4096
-# Of what does not go straight to its place, a thread takes as much at a time.
+# What does not go straight to its place is read in pieces of at most so many bytes.
 CHUNK = 2 << 20
 ATTEMPTS = 4
 _PAUSE_S = 0.005
@@ -45,7 +44,10 @@ class ExtentReader:
     """
 
     def __init__(self, paths: Iterable[Path], *, direct_io: bool = False, reader: Reader = os.preadv) -> None:
-        self._reader, self._scratch = reader, threading.local()
+        self._reader = reader
+        # Memory for what does not go straight to its place: as many pieces as threads have read at a time. A list's
+        # pop and append are atomic.
+        self._scratch: list[np.ndarray] = []
         files = sorted(set(paths))
         self.direct_io = direct_io and all(_reads_directly(path) for path in files)
         if direct_io and not self.direct_io:
@@ -71,11 +73,16 @@ class ExtentReader:
         for run in _runs([(extent, _bytes_of(whole)) for extent, whole in parts]):
             start, last = run[0][0].offset, run[-1][0]
             if self.direct_io:
-                self._read_blocks(run, last.offset + last.size)
+                try:
+                    scratch = self._scratch.pop()
+                except IndexError:
+                    scratch = map_pages(CHUNK)
+                self._read_blocks(run, last.offset + last.size, scratch)
+                self._scratch.append(scratch)
             else:
                 self._read(run, [place.data for _, place in run], start, last.offset + last.size - start)
 
-    def _read_blocks(self, run: Sequence[_Part], end: int) -> None:
+    def _read_blocks(self, run: Sequence[_Part], end: int, scratch: np.ndarray) -> None:
         at = run[0][0].offset // BLOCK * BLOCK
         buffers: list[memoryview] = []
         aside: list[tuple[int, np.ndarray]] = []
@@ -86,7 +93,7 @@ class ExtentReader:
                 size = stop - at
                 if place is None:
                     size = min(size, most - used)
-                    aside.append((at, self._memory[used : used + size]))
+                    aside.append((at, scratch[used : used + size]))
                     used += size
                 buffers.append((aside[-1][1] if place is None else place).data)
                 at += size
@@ -94,14 +101,6 @@ class ExtentReader:
                     self._read(run, buffers, begun, min(at, end) - begun)
                     _distribute(run, aside)
                     buffers, aside, begun, used = [], [], at, 0
-
-    @property
-    def _memory(self) -> np.ndarray:
-        """This thread's own, aligned."""
-        kept: np.ndarray | None = getattr(self._scratch, "memory", None)
-        if kept is None:
-            kept = self._scratch.memory = map_pages(CHUNK)
-        return kept
 
     def _read(self, run: Sequence[_Part], buffers: Sequence[memoryview], offset: int, needed: int) -> None:
         """Fill the first `needed` bytes of `buffers`; more may be read."""

@@ -15,8 +15,8 @@ class Shares:
     """Bookkeeping of an expert cache, under its lock.
 
     A domain is a group of layers with a policy and a limit in bytes: all of them (scope "global"), or one each. pins:
-    how many leases and reads hold an expert. budget_bytes: in force; asked_bytes: the one asked for last, to which
-    `settle` goes; settled: it is in force.
+    how many leases and reads hold an expert. budget_bytes: in force; asked_bytes: the one asked for last, which
+    `shrink` brings into force; in_force: it is; requests: how often `ask` was called.
 
     Raises ConfigError when a domain could not hold one expert of each of its layers.
     """
@@ -28,7 +28,7 @@ class Shares:
         self.limits = shares_of(budget_bytes, source, self._domains)
         self.policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self.limits]
         self.budget_bytes = self.asked_bytes = budget_bytes
-        self.settled = True
+        self.in_force, self.requests = True, 0
         self.pins: Counter[Key] = Counter()
         # Of each open lease, by its id: itself, its thread, its experts.
         self._leases: dict[int, tuple[weakref.ref[Lease], int, list[Key]]] = {}
@@ -40,7 +40,7 @@ class Shares:
     def limit_of(self, layer: int) -> int:
         return self.limits[self._domain_of[layer]]
 
-    def beside(self, layer: int, keys: Iterable[Key]) -> list[Key]:
+    def with_limit_of(self, layer: int, keys: Iterable[Key]) -> list[Key]:
         """Those of the keys that share this layer's limit."""
         return [key for key in keys if self._domain_of[key[0]] == self._domain_of[layer]]
 
@@ -73,18 +73,20 @@ class Shares:
             del self._leases[id(lease)]
             self.unpin(keys)
 
-    def close_lost(self, *, own: bool = False) -> bool:
-        """Close leases that nobody has any more. own: and the calling thread's, which is about to wait for room: that
-        would be for itself (an interrupt kept it from closing them). Their slots stay as long as it holds on to them.
+    def close_lost(self, *, of_this_thread: bool = False) -> bool:
+        """Close leases that nobody has any more.
+
+        of_this_thread: the calling thread's too, which is about to wait for room: it would wait for itself (an
+            interrupt kept it from closing them). Their tensors live on as long as it holds them.
         """
-        here = threading.get_ident() if own else None
-        lost = [at for at, (ref, thread, _) in self._leases.items() if thread == here or ref() is None]
+        closing = threading.get_ident() if of_this_thread else None
+        lost = [at for at, (ref, thread, _) in self._leases.items() if thread == closing or ref() is None]
         for at in lost:
             self.unpin(self._leases.pop(at)[2])
         return bool(lost)
 
     def close_all(self) -> None:
-        """In the child of a fork."""
+        """Forget all leases and reads: in the child of a fork nobody closes those of its parent."""
         self._leases.clear()
         self.pins.clear()
 
@@ -106,17 +108,21 @@ class Shares:
 
     # Another budget
 
-    def ask(self, budget_bytes: int) -> list[int]:
-        """The limits that hold for new leases from now on; raises as the constructor, and changes nothing then."""
-        self.limits = shares_of(budget_bytes, self._source, self._domains)
-        self.asked_bytes, self.settled = budget_bytes, False
-        return self.limits
+    def ask(self, budget_bytes: int) -> int:
+        """New leases keep to this budget from now on; the number of the request.
 
-    def settle(self) -> list[Key]:
-        """Go as far as leases allow; returns what was dropped for that."""
+        Raises as the constructor, and changes nothing then.
+        """
+        self.limits = shares_of(budget_bytes, self._source, self._domains)
+        self.asked_bytes, self.in_force = budget_bytes, False
+        self.requests += 1
+        return self.requests
+
+    def shrink(self) -> list[Key]:
+        """Evict down to the budget asked for, as far as leases allow; returns what was evicted."""
         dropped = []
         for domain, (policy, limit) in enumerate(zip(self.policies, self.limits, strict=True)):
             dropped += policy.resize(max(limit, self._pinned_bytes(domain)), self.pins)
         if all(policy.capacity == limit for policy, limit in zip(self.policies, self.limits, strict=True)):
-            self.budget_bytes, self.settled = self.asked_bytes, True
+            self.budget_bytes, self.in_force = self.asked_bytes, True
         return dropped

@@ -11,7 +11,7 @@ import copy
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from remoe_adapt.cache.blocks import Blocks
+from remoe_adapt.cache.encoding import FLOATS, Encoding
 from remoe_adapt.cache.reading import BLOCK, ExtentReader, Reader
 from remoe_adapt.cache.shards import Extent, open_checkpoint
 from remoe_adapt.errors import ConfigError, UncacheableError
@@ -69,17 +70,6 @@ def _parts(extents: Sequence[Extent], whole: Tensor) -> list[tuple[Extent, Tenso
     return list(zip(extents, pieces, strict=True))
 
 
-def _refuse_quantised(folder: Path, extents: Iterable[Extent]) -> None:
-    # Experts' tensors in whole numbers, or in formats without a name in shards.py; indices and masks are none of them.
-    plain = (torch.int64, torch.bool)
-    for extent in extents:
-        if "expert" in extent.tensor and not extent.dtype.is_floating_point and extent.dtype not in plain:
-            raise UncacheableError(
-                f"{folder}: {extent.tensor} is quantised; the expert cache reads experts in F64, F32, F16 or BF16. "
-                "Give it the checkpoint that this was made from, or a dequantised copy of it."
-            )
-
-
 class _OneExpert:
     """The model as a converter sees it that works on one expert instead of all."""
 
@@ -102,9 +92,12 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
 class ExpertStore:
     """Reads experts of a checkpoint folder; any number of threads at once.
 
-    model: built from the folder's configuration, on the meta device, in the dtype that experts shall have. direct_io:
-    past the page cache (O_DIRECT), where the file system has it; else buffered, which is logged once. reader: reads
-    the files, as os.preadv does.
+    folder: of the checkpoint.
+    model: built from the folder's configuration, on the meta device, in the dtype that experts shall have, and prepared
+        by the encoding: a slot holds what its experts modules have.
+    encoding: of the experts in the files.
+    direct_io: past the page cache (O_DIRECT), where the file system has it; else buffered, which is logged once.
+    reader: reads the files, as os.preadv does.
 
     `layers` are the names of the experts modules in model order; `num_experts`, `expert_bytes` (of one) and `params`
     (names) go with them.
@@ -117,6 +110,7 @@ class ExpertStore:
         self,
         folder: str | os.PathLike[str],
         model: PreTrainedModel,
+        encoding: Encoding = FLOATS,
         *,
         direct_io: bool = False,
         reader: Reader = os.preadv,
@@ -139,6 +133,7 @@ class ExpertStore:
             sum(p[0].numel() * p.element_size() for p in params.values()) for params in self._params
         )
         extents = open_checkpoint(self.folder)
+        encoding.check_files(self.folder, extents.values())
         self._one_expert, self._blocks = _OneExpert(model), Blocks()
         self._plain: dict[tuple[object, ...], tuple[int, ...] | None] = {}
         self._groups = self._plan(model, extents)
@@ -244,7 +239,6 @@ class ExpertStore:
     # Planning
 
     def _plan(self, model: PreTrainedModel, extents: dict[str, Extent]) -> list[list[_Group]]:
-        _refuse_quantised(self.folder, extents.values())
         meta, tied = model.state_dict(), getattr(model, "all_tied_weights_keys", None) or {}
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

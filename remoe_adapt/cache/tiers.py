@@ -6,10 +6,10 @@ with now; what is leased is never evicted. Experts may be read ahead of their le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from remoe_adapt.cache.arrivals import AbandonedError, Arrival
 from remoe_adapt.cache.filling import Filling
@@ -29,9 +29,9 @@ from remoe_adapt.host_memory import return_freed_memory
 from remoe_adapt.interrupts import handle_pending, held_back
 
 READ_THREADS = 4
-# Read-aheads at a time. What a wrong one costs ends with it, so few are begun.
+# Read-aheads at a time: few, because a wrong one that has begun takes the device until it ends.
 AHEAD_THREADS = 2
-# Read-aheads, waiting and under way, take no more of a budget than this part.
+# Read-aheads, queued and under way, take at most 1 / _AHEAD_PART of a budget.
 _AHEAD_PART = 2
 
 
@@ -40,7 +40,8 @@ class ExpertCache(Filling):
 
     policy: "lru", "lfu" or "lrfu". scope: "global", one budget over all layers, or "layer", each layer its share.
     threads: reads at a time. below: the tier that the source reads from, for `stats` and `clear`. released: called in
-    the thread that gives a lease back, before anything of it can be evicted.
+    the thread that gives a lease back, before anything of it can be evicted. device: of `resident_masks`, which are of
+    each layer a tensor [1, E], kept up to date in place: 1 where the expert is in its slot, 0 elsewhere.
 
     Raises ConfigError for an unknown policy or scope, and for a budget that does not hold one expert (of each layer
     with scope "layer").
@@ -56,10 +57,12 @@ class ExpertCache(Filling):
         threads: int = READ_THREADS,
         below: ExpertCache | None = None,
         released: Callable[[], None] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         check_options(policy, scope, threads)
         self.policy, self.scope, self.below, self._released = policy, scope, below, released
-        super().__init__(source, Shares(source, budget_bytes, policy, scope), threads, AHEAD_THREADS)
+        shares = Shares(source, budget_bytes, policy, scope)
+        super().__init__(source, shares, threads, AHEAD_THREADS, device or torch.device("cpu"))
 
     def __deepcopy__(self, memo: object) -> ExpertCache:
         """A copied model computes on the same slots."""
@@ -73,7 +76,7 @@ class ExpertCache(Filling):
     @property
     def resident_bytes(self) -> int:
         """Of the slots, those that are being filled among them."""
-        return sum(policy.used for policy in self._policies)
+        return sum(policy.used for policy in self._shares.policies)
 
     def resident(self) -> list[Key]:
         """The (layer, expert) pairs whose bytes are there."""
@@ -113,17 +116,17 @@ class ExpertCache(Filling):
             shares, ahead = self._shares, self._ahead
             shares.close_lost()
             if ahead.expected and not continues:
-                self._cancel(ahead.settle(layer, wanted))
+                self._cancel_locked(ahead.look_up(layer, wanted))
             while True:
                 most = max(1, shares.limit_of(layer) // self.source.expert_bytes[layer])
                 keys = [(layer, expert) for expert in wanted[:most]]
                 if shares.fits(layer, keys):
                     break
-                if not self._cancel(shares.beside(layer, ahead.queued)):
-                    self._wait_for_room()
+                if not self._cancel_locked(shares.with_limit_of(layer, ahead.queued)):
+                    self._wait_for_room_locked()
             shares.open(lease, keys)
             shares.policy_of(layer).touch(keys, shares.tick(layer, continues))
-            awaited, lease.slots = self._begin(layer, keys, begun)
+            awaited, lease.slots = self._begin_locked(layer, keys, begun)
             counters = self._counters[layer]
             counters.hits += len(keys) - len(begun)
             counters.misses += len(begun)
@@ -136,7 +139,7 @@ class ExpertCache(Filling):
         with self._changed:
             for key, arrival in begun.items():
                 if arrival.claim() and not arrival.done():
-                    self._arrive(key, arrival, None, AbandonedError())
+                    self._arrive_locked(key, arrival, AbandonedError())
             for key in self._shares.held_by(lease):
                 if key not in self._slots and key not in self._loading:
                     self._shares.policy_of(key[0]).discard(key)
@@ -157,21 +160,21 @@ class ExpertCache(Filling):
             for key in keys:
                 if key in policy:
                     continue
-                reading = sum(self.source.expert_bytes[at] for at, _ in shares.beside(layer, ahead.reading))
+                reading = sum(self.source.expert_bytes[at] for at, _ in shares.with_limit_of(layer, ahead.reading))
                 if policy.capacity != limit or reading + size > limit // _AHEAD_PART:
                     break
                 try:
-                    self._drop(policy.make_room(size, self._pins.keys() | ahead.expected))
+                    self._drop_locked(policy.make_room(size, shares.pins.keys() | ahead.expected))
                 except ConfigError:
                     break
                 policy.admit(key, size)
                 self._loading[key] = Arrival()
-                self._pins[key] += 1
+                shares.pins[key] += 1
                 ahead.queue(key)
                 try:
                     self._ahead_pool.submit(self._read_ahead, key)
                 except RuntimeError:  # it can have no thread
-                    self._cancel([key])
+                    self._cancel_locked([key])
 
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of these experts that are neither there nor being read, in their order."""
@@ -181,7 +184,7 @@ class ExpertCache(Filling):
 
     def is_whole(self, layer: int) -> bool:
         """All experts of this layer are there."""
-        return self._residency.is_whole(layer)
+        return self._resident.is_whole(layer)
 
     def clear(self) -> None:
         """Drop all experts that are not leased, here and in the tiers below; their memory goes back to the system.
@@ -190,15 +193,16 @@ class ExpertCache(Filling):
         """
         with self._changed:
             self._shares.close_lost()
-            self._cancel(list(self._ahead.queued))
+            self._cancel_locked(list(self._ahead.queued))
             begun = set(self._ahead.begun)
             while begun & self._ahead.begun:
                 self._changed.wait()
             self._ahead.expected.clear()
-            for policy in self._policies:
-                for key in [key for key in policy if key not in self._pins]:
+            for policy in self._shares.policies:
+                for key in [key for key in policy if key not in self._shares.pins]:
                     policy.discard(key)
-                    self._drop([key])
+                    self._drop_locked([key])
+            self._resident.show()
         if self.below is not None:
             self.below.clear()
         self._give_back()
@@ -217,11 +221,12 @@ class ExpertCache(Filling):
         budget_bytes = budget_in_bytes(budget, sum(count * size for count, size in experts))
         with self._changed:
             before = self.resident_bytes
-            limits = self._shares.ask(budget_bytes)
-            self._cancel(list(self._ahead.queued))
-            self._settle()
-            while wait and not self._shares.settled and self._shares.limits is limits:  # else a later call took over
-                self._wait_for_room()
+            request = self._shares.ask(budget_bytes)
+            self._cancel_locked(list(self._ahead.queued))
+            self._shrink_locked()
+            # A later call asks for another budget: this one's never comes into force then.
+            while wait and not self._shares.in_force and self._shares.requests == request:
+                self._wait_for_room_locked()
         if self.resident_bytes < before:
             self._give_back()
 
@@ -243,27 +248,17 @@ class ExpertCache(Filling):
         if self.below is not None:
             self.below.reset_stats()
 
-    def show_residency(self, tensors: Sequence[Tensor], layers: Sequence[int] | None = None) -> None:
-        """Keep 1 where an expert is in its slot and 0 elsewhere in these [1, E] tensors, in place, until the next call.
-
-        layers: the layer of each; None: one for each, in order. No tensors end it.
-
-        Raises ConfigError when numbers or shapes do not fit.
-        """
-        with self._changed:
-            self._residency.follow(tensors, layers)
-
     def _end(self, lease: Lease) -> None:
-        """Called by it; once is enough."""
+        """A lease calls it when it is released; once is enough."""
         try:
             if self._released is not None:
                 self._released()
         finally:
             with self._changed:
                 self._shares.close(lease)
-                settled = self._settle()
+                has_shrunk = self._shrink_locked()
                 self._changed.notify_all()
-        if settled:
+        if has_shrunk:
             self._give_back()
 
     def _give_back(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -37,7 +37,7 @@ class RecencyPrior:
     """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds).
 
     routers: (device, number of experts) of each, in model order. `gains` are L fp32 scalar tensors, written by
-    `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1] that an expert cache writes. Whoever
+    `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1], zeros until `read_residency`. Whoever
     writes the gains by other ways says so with `know`, or a device is waited for once, and compiled graphs that were
     chosen for gains of 0 (or others) go on.
 
@@ -90,10 +90,19 @@ class RecencyPrior:
         # Of several devices the first that may run kernels.
         self.device = next((gain.device for gain in self.gains if not gain.is_cpu), torch.device("cpu"))
         self.on_cpu = self.device.type == "cpu"
+        self._make_resident_steps()
+        self.know(values)
+
+    def read_residency(self, masks: Mapping[int, Tensor]) -> None:
+        """From now on the layers named read these tensors [1, E], which an expert cache writes."""
+        for layer, mask_1E in masks.items():
+            self.residency[layer] = mask_1E
+        self._make_resident_steps()
+
+    def _make_resident_steps(self) -> None:
         self.resident_steps = [
             PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)
         ]
-        self.know(values)
 
     def is_idle(self) -> bool:
         """All gains are 0: every router is that of the base."""

@@ -43,7 +43,7 @@ def routers() -> None:
     "An experts module asks ALL_EXPERTS_FUNCTIONS for the function that experts_implementation names, and calls it "
     "with itself, hidden states, ids and weights; its class's own forward, under that, reads expert e as row e of its "
     "parameters and of nothing else.",
-    "cache/arithmetic.py cache/experts.py cache/store.py gating/proof.py",
+    "cache/encoding.py cache/experts.py cache/store.py gating/proof.py",
     names="transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
     interposes="the registry of experts implementations, which gains 'remoe_cache' (for good: models that do not name "
     "it never see it); the __init__ of experts classes while one checkpoint is loaded (experts_left_out, undone at its "

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +23,7 @@ from remoe_adapt.cache.store import ExpertStore, experts_modules
 from remoe_adapt.cache.tiers import READ_THREADS
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
-from remoe_adapt.runtime.checkpoint import LOADING, find_checkpoint
+from remoe_adapt.runtime.checkpoint import LOADING, Checkpoint, find_checkpoint
 from remoe_adapt.runtime.options import (
     CACHE_OPTIONS,
     check_flags,
@@ -121,7 +120,7 @@ def load_with_expert_cache(
         skeleton = checkpoint.skeleton()
         modules = experts_modules(skeleton)
         check_experts(modules)
-        store = _store(folder, skeleton, storage, direct_io=direct_io, reader=reader)
+        store = _store(checkpoint, skeleton, storage, direct_io=direct_io, reader=reader)
         try:
             budget_bytes = budget_in_bytes(expert_cache, store.total_bytes)
             if memory is not None:
@@ -151,7 +150,7 @@ def load_with_expert_cache(
     assert isinstance(model, PreTrainedModel)
     _own(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
-    bind_experts(model, cache, wanted, place)
+    bind_experts(model, cache, wanted, place, checkpoint.encoding.arithmetic)
     if prefetch:
         bind_prefetch(model, cache)
     # Not through setattr of nn.Module: it is no part of the model's state.
@@ -187,11 +186,16 @@ def _no_other_experts(*args: object, **kwargs: object) -> NoReturn:
 
 
 def _store(
-    folder: Path, skeleton: PreTrainedModel, storage: str | os.PathLike[str] | None, *, direct_io: bool, reader: Reader
+    checkpoint: Checkpoint,
+    skeleton: PreTrainedModel,
+    storage: str | os.PathLike[str] | None,
+    *,
+    direct_io: bool,
+    reader: Reader,
 ) -> ExpertStore | PackedStore:
     if storage is None:
-        return ExpertStore(folder, skeleton, direct_io=direct_io, reader=reader)
-    source = ExpertStore(folder, skeleton)
+        return ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=direct_io, reader=reader)
+    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding)
     try:
         return PackedStore(storage, source, direct_io=direct_io, reader=reader)
     finally:

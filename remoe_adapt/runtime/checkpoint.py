@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from remoe_adapt.cache.encoding import FLOATS, Encoding, encoding_of
 from remoe_adapt.cache.shards import checkpoint_dtype
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.model_paths import check_place
@@ -21,19 +22,23 @@ from remoe_adapt.untrusted import printable
 
 # Default dtype and classes of experts change for the whole process while a model is made.
 LOADING = threading.Lock()
-# What transformers loads quantised weights with to make plain ones of them.
-_DEQUANTISED = {"fp8": "FineGrainedFP8Config(dequantize=True)", "mxfp4": "Mxfp4Config(dequantize=True)"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model is and how it is made; `name` as it was given, `dtype` of its weights in memory."""
+    """Where a model is and how it is made.
+
+    name: as it was given.
+    dtype: of its weights in memory.
+    encoding: of its experts.
+    """
 
     name: str
     folder: Path
     config: PretrainedConfig
     dtype: torch.dtype
     trust: Mapping[str, Any]
+    encoding: Encoding = FLOATS
 
     @property
     def loader(self) -> Any:
@@ -51,6 +56,7 @@ class Checkpoint:
                 f"{printable(self.name)!r} cannot be made without its weights ({printable(reason)})."
             ) from error
         assert isinstance(model, PreTrainedModel)
+        self.encoding.prepare(model)
         return model
 
 
@@ -62,32 +68,16 @@ def find_checkpoint(
     options: of from_pretrained, of which those for the hub and `trust_remote_code` count here.
 
     Raises ConfigError when it is not there or the dtype is none, UncacheableError when the configuration says that it
-    is quantised: then no weights have been fetched.
+    is quantised in a way that no encoding reads: then no weights have been fetched.
     """
     name, options = os.fspath(path), options or {}
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     trust = {key: options[key] for key in ("trust_remote_code",) if key in options}
     check_place(path, "model", **hub)
     config = read_config(name, **hub, **trust)
-    _refuse_quantised(name, config)
+    encoding = encoding_of(name, config)
     folder = checkpoint_folder(name, **hub)
-    return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust)
-
-
-def _refuse_quantised(name: str, config: PretrainedConfig) -> None:
-    for part in (config, config.get_text_config()):
-        found = getattr(part, "quantization_config", None)
-        if found is None:
-            continue
-        told = found if isinstance(found, Mapping) else vars(found)
-        method = str(getattr(told.get("quant_method"), "value", told.get("quant_method")) or "no method named")
-        remedy = "give the checkpoint that it was made from"
-        if method in _DEQUANTISED:
-            remedy = (
-                f"load it with from_pretrained(..., quantization_config={_DEQUANTISED[method]}), save_pretrained that "
-                "to a folder, and give the folder"
-            )
-        raise UncacheableError(f"{name!r} is quantised ({method}): experts are cached as plain numbers; {remedy}.")
+    return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust, encoding)
 
 
 def _dtype(dtype: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:

@@ -43,7 +43,7 @@ def pack_experts(
     with LOADING:
         skeleton = checkpoint.skeleton()
     check_experts(experts_modules(skeleton))
-    source = ExpertStore(checkpoint.folder, skeleton, direct_io=True)
+    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=True)
     name = Path(checkpoint.name).resolve().name if Path(checkpoint.name).is_dir() else checkpoint.name
     try:
         return write_pack(source, out, model_id=name, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes)

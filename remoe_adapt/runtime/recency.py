@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.cache.experts import expert_cache_of, layer_of_router
-from remoe_adapt.cache.tiers import ExpertCache
+from remoe_adapt.cache.experts import cached_layer, expert_cache_of
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError, FamilyError
 from remoe_adapt.family import Family, FamilyPoint
@@ -124,17 +123,14 @@ class DialPrior:
             )
         self._on = True
         needs_cache = plan.always.kind.needs_expert_cache
-        self._cache = expert_cache_of(model) if needs_cache else None
-        if self._cache is not None:
-            self._show_residency(routers, self._cache)
+        cache = expert_cache_of(model) if needs_cache else None
+        if cache is not None:
+            layers = {layer: cached_layer(routers.refs[at].block) for layer, at in enumerate(self.installed.layers)}
+            self.installed.prior.read_residency(
+                {layer: cache.resident_masks[at] for layer, at in layers.items() if at is not None}
+            )
         elif needs_cache:
             say_once(f"the {plan.always.mode} prior has no effect until an expert cache writes what it holds.")
-
-    def _show_residency(self, routers: Routers, cache: ExpertCache) -> None:
-        residency = self.installed.prior.residency
-        layers = [layer_of_router(cache.source.layers, routers.refs[place].name) for place in self.installed.layers]
-        known = [(layer, mask) for layer, mask in zip(layers, residency, strict=True) if layer is not None]
-        cache.show_residency([mask for _, mask in known], [layer for layer, _ in known])
 
     def switch(self, on: bool) -> None:
         """Off: the routers run their own forwards, until it is on again. Nothing where it is so already."""
@@ -172,6 +168,4 @@ class DialPrior:
 
     def remove(self) -> None:
         """The routers run their own forwards again."""
-        if self._cache is not None:
-            self._cache.show_residency([])
         self.installed.remove()

@@ -1,29 +1,16 @@
-"""Where the experts of a layer are computed: one replaceable piece, and the leased slots that it computes with."""
+"""The leased slots that one forward of a layer computes with; a ChosenSlots of cache/encoding.py."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remoe_adapt.cache.slots import Lease, Slot
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.interrupts import held_back
-
-
-class Arithmetic(Protocol):
-    """Computes one layer's experts.
-
-    module: the experts module, which has no parameters. chosen: the slots of all experts that `ids_TK` names.
-    """
-
-    def __call__(
-        self, module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenExperts
-    ) -> Tensor: ...
 
 
 class _Saved(NamedTuple):
@@ -102,41 +89,3 @@ class ChosenExperts:
         with held_back(), self._cache.lease(self._layer, [saved.expert], continues=True) as lease:
             whole = lease.slots[saved.expert][saved.param]
         return whole.as_strided(saved.size, saved.stride, saved.offset)
-
-
-class _Rows:
-    """Stands for a parameter [E, ...]: row e is read from the slot of expert e."""
-
-    __slots__ = ("_chosen", "_param")
-
-    def __init__(self, chosen: ChosenExperts, param: str) -> None:
-        self._chosen, self._param = chosen, param
-
-    def __getitem__(self, expert: Tensor | int) -> Tensor:
-        return self._chosen.slot(int(expert))[self._param]
-
-
-def eager_arithmetic(
-    module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenExperts
-) -> Tensor:
-    """The eager function of the module's class, which computes one expert after another in rising order.
-
-    So every bit of the result is transformers' own, also when the experts come in several groups.
-    """
-    # The function reads its parameters from `self`: it gets a shallow copy of the module that has rows in their place.
-    # A copy for each call needs no lock and no thread-local, and shares the submodules.
-    copied: Any = object.__new__(type(module))
-    fields = vars(copied)
-    fields.update(vars(module))
-    for slot in chosen.slots.values():
-        for param in slot:
-            fields[param] = _Rows(chosen, param)
-        break
-    return eager_function(type(module))(copied, hidden_TD, ids_TK, weights_TK)
-
-
-@cache
-def eager_function(cls: Any) -> Callable[..., Tensor]:
-    """The forward of an experts class below transformers' choice of an implementation."""
-    found: Callable[..., Tensor] = inspect.unwrap(cls.forward)
-    return found
