@@ -52,7 +52,7 @@ class LlamaFile:
 
     def post(self, target: Target) -> None:
         """Want this strength, in steps of 0.0001; `sync` brings it about. See `Engine.post`."""
-        wanted = rounded_strength(target, self._closed)
+        wanted = rounded_strength(target, self.target, self._closed)
         if wanted is not None:
             with self._lock:
                 self._wanted = wanted

@@ -139,3 +139,15 @@ def test_an_engine_is_turned_by_decisions(engine: Engine) -> None:
     assert engine.target == engine.status()["strength"] == 0.7
     turn(engine, decided(0.2, False))
     assert engine.target == 0.7, "it was decided of another strength, which nobody has any more"
+
+
+def test_sensors_that_stay_with_the_base_leave_a_server_as_it_is_found(files: Any) -> None:
+    gguf, loras, _, family = files
+    with LlamaChild(gguf, loras, cache_prompt=False, cache_ram_mib=0) as child:
+        first, second = (Watch(child.url, family, profile_of(None), WatchOptions()).engine for _ in "12")
+        first.post(Target(0.51))
+        assert first.sync() and first.close(keep=True) == 0.51
+        turn(second, decided(0.0, False))  # a sample before the server is met
+        assert second.sync() and second.swaps == 0 and second.target == pytest.approx(0.51, abs=1e-4)
+        turn(second, decided(second.target, False))
+        assert second.sync() and second.swaps == 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remoe_adapt.errors import DialError, ServerError
-from remoe_adapt.runtime.events import HAND, Target, unit
+from remoe_adapt.runtime.events import HAND, SENSORS, Target, unit
 from remoe_adapt.untrusted import printable
 
 # The server keeps scales in fp32.
@@ -23,15 +23,18 @@ _SHOWN = 20
 STEP_DIGITS = 4
 
 
-def rounded_strength(target: Target, closed: bool) -> float | None:
-    """The strength of a target, to STEP_DIGITS; None: it is dropped, see `Engine.post`.
+def rounded_strength(target: Target, now: float, closed: bool) -> float | None:
+    """The strength of a target, to STEP_DIGITS; None: nothing changes, see `Engine.post`.
+
+    now: the strength posted last; where the sensors stay with it, what the server is found at is kept, to all digits.
 
     Raises ConfigError for a strength outside [0, 1], DialError for a hand's target where the engine is closed.
     """
     strength = unit("strength", target.strength)
     if closed and target.by == HAND:
         raise DialError("this engine is closed, and was left as it is: start `remoe watch` again.")
-    return None if closed else round(strength, STEP_DIGITS)
+    same = target.by == SENSORS and strength == now
+    return None if closed or same else round(strength, STEP_DIGITS)
 
 
 @dataclass(frozen=True, slots=True)
