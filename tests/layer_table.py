@@ -130,6 +130,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "runtime.leaving",
         "runtime.gate",
         "runtime.events",
+        "runtime.engine",
         "runtime.monitor",
         "runtime.recency",
         "runtime.swap",

@@ -23,6 +23,7 @@ from remoe_adapt.family import Family
 from remoe_adapt.forks import mend_after_fork
 from remoe_adapt.libraries.patching import Overrides
 from remoe_adapt.pressure.policy import Decision
+from remoe_adapt.runtime.engine import turn
 from remoe_adapt.runtime.events import SENSORS, Events, Swap, Target, rounded, unit
 from remoe_adapt.runtime.gate import wrap_steps
 from remoe_adapt.runtime.guards import Guards
@@ -261,11 +262,7 @@ class Controller:
     def tick(self, now_s: float | None = None) -> Decision:
         """One sample of the sensors (at `now_s`, None: now), and the target that follows unless it is pinned."""
         decision = self._monitor.sample(now_s, self.target, pinned=self.pinned)
-        target = Target(decision.strength, decision.pressure, decision.reason, SENSORS)
-        if decision.changed:
-            self._staging.post(target)
-        else:
-            self._staging.explain(target)
+        turn(self._staging, decision)
         if self._events.recording:
             self._events.sample(self._sample(decision))
         return decision

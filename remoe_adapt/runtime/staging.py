@@ -43,6 +43,7 @@ class Staging:
     """
 
     name = "transformers"
+    met = 1
     takes_effect = "at the next step of generate or of controller.step(); at once where no forward is announced"
 
     def __init__(self, routers: ResidentRouters, events: Events) -> None:
@@ -100,6 +101,8 @@ class Staging:
         """
         unit("strength", target.strength)
         gives_way = target.by == SENSORS and not unpin
+        if gives_way and self._changes_nothing(target):
+            return
         with EXIT.inside():
             with self.steps.lock:
                 if gives_way and (self.pinned or self.closed):
@@ -117,12 +120,6 @@ class Staging:
                         raise
             if not gives_way:
                 self.steps.swap_if_idle()
-
-    def explain(self, target: Target) -> None:
-        """The sensors ask for the same strength for another reason."""
-        with self.steps.lock:
-            if not (self.pinned or self.closed) and self.asked.strength == target.strength:
-                self.asked = target
 
     def sync(self) -> bool:
         """Make what is posted live, where no forward is announced; True when nothing waits any more."""
@@ -177,6 +174,7 @@ class Staging:
                 "pinned": self.pinned,
                 "reason": asked.reason + late,
                 "ready": not self.closed,
+                "met": self.met,
                 "waiting": waiting,
                 "swaps": self.swaps,
                 **_last_and_median("swap_ms", self._swap_ms),
@@ -208,6 +206,16 @@ class Staging:
         """In the child: locks that threads of the parent held, and those threads, are not there."""
         self._stage_lock = threading.RLock()
         self.steps.after_fork()
+
+    def _changes_nothing(self, target: Target) -> bool:
+        """A target of the sensors is dropped, or is the same strength for another reason."""
+        with self.steps.lock:
+            if self.pinned or self.closed:
+                return True
+            same = self.asked.strength == target.strength
+            if same:
+                self.asked = target
+            return same
 
     def _stage(self, target: Target, post: int) -> None:
         with self.steps.lock:
