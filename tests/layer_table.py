@@ -161,6 +161,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "watch",
         "cli_options",
         "cli_rules",
+        "cli_app",
+        "cli_run",
         "cli_export",
         "cli_trace",
         "cli_profiles",
