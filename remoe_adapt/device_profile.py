@@ -17,8 +17,9 @@ from pathlib import Path
 from remoe_adapt import profile_values as of
 from remoe_adapt.cache.policy import ONLINE
 from remoe_adapt.errors import ConfigError, ProfileError
-from remoe_adapt.profile_nodes import Problem, Source, did_you_mean, is_map, printable, shown
+from remoe_adapt.profile_nodes import Problem, Source, did_you_mean, is_map, shown
 from remoe_adapt.profile_values import ContradictionError, key_of, parse_size, read_section
+from remoe_adapt.untrusted import printable
 
 __all__ = [
     "CACHE_SCOPES", "RECENCY_MODES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile", "MemoryProfile",

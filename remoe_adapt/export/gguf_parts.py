@@ -12,6 +12,8 @@ ARCHITECTURE_KEY = "general.architecture"
 NUMBER_KEY, COUNT_KEY, TENSORS_KEY = SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 # Ours, in every part: digests of the model that was split, and of its original routers. By format and sizes alone,
 # parts of two fine-tunings of a base cannot be told apart.
+# What a router LoRA says of itself.
+STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 MODEL_KEY, ROUTERS_KEY = OWN_KEYS = ("remoe.split.model", "remoe.split.routers")
 
 
