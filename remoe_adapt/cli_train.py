@@ -11,7 +11,8 @@ import typer
 from rich.console import RenderableType
 
 from remoe_adapt import cli_options as opt
-from remoe_adapt import report
+from remoe_adapt import report, rows
+from remoe_adapt.cli_app import app, command
 from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.outputs import check_extra, check_file
@@ -20,6 +21,7 @@ from remoe_adapt.report import progress, quiet_libraries
 from remoe_adapt.rows import arm_rows
 
 
+@command(app, "train")
 def train(
     model: opt.Model, data: opt.Data, out: opt.FamilyOut, strengths: opt.Strengths = "0.25,0.5,1.0",
     reuse_weight: opt.ReuseWeight = None, smooth_weight: opt.SmoothWeight = None, lag_weight: opt.LagWeight = None,
@@ -71,6 +73,7 @@ def train(
     return result | measured, shown
 
 
+@command(app, "eval", rows.of_arms)
 def evaluate(
     model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
     policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006

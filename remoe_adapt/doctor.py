@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.demo import example_folder
 from remoe_adapt.device_profile import list_profiles, read_profile
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.forks import usable_cores
@@ -28,6 +27,7 @@ from remoe_adapt.pressure.reading import Measure
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
 from remoe_adapt.pressure.signals import unfit
 from remoe_adapt.runtime.sensors import GpuMemory
+from remoe_adapt.shipped import example_folder
 
 # Seconds between the two readings that rates are taken from.
 _RATES_S = 0.2

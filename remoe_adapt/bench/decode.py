@@ -30,10 +30,10 @@ from remoe_adapt.bench.places import checked_family, chosen_model, terminated_as
 from remoe_adapt.bench.read_cap import ReadCap, read_cap, why_no_cap
 from remoe_adapt.bench.widen import EXPERT_BYTES, widened
 from remoe_adapt.cache.tiers import READ_THREADS
-from remoe_adapt.demo import held_out
 from remoe_adapt.errors import DataError, RemoeError
 from remoe_adapt.record import load_with_tokenizer
 from remoe_adapt.runtime.pack import pack_experts
+from remoe_adapt.shipped import held_out
 
 BUDGET = 0.25
 PROMPT_TOKENS = 16

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from remoe_adapt.demo import example_folder
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.family import Family
 from remoe_adapt.record import load_with_tokenizer
+from remoe_adapt.shipped import example_folder
 
 
 def chosen_model(model: str | Path | None) -> str | Path:

@@ -21,7 +21,7 @@ from remoe_adapt.cache.store import ExpertStore
 from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt.notices import size_text
 from remoe_adapt.untrusted import read_json
-from remoe_adapt.writing import made_parents, writing
+from remoe_adapt.writing import disk_faults, made_parents
 
 SHARD_BYTES = 4 << 30
 # So much may wait to be written out before we wait for it.
@@ -55,7 +55,7 @@ def write_pack(
     the checkpoint cannot be read.
     """
     out = Path(out).resolve()
-    with writing(out):
+    with disk_faults(out, what="written"):
         _refuse(out, overwrite)
     layers = [PackedLayer.of(source, layer) for layer in range(len(source.layers))]
     shards = list(_shards(layers, shard_bytes))
@@ -67,7 +67,7 @@ def write_pack(
     ]
     on_start(sum(sizes))
     draft = out.with_name(f".{out.name}.partial")
-    with writing(out), made_parents(out), _alone(draft, out):
+    with disk_faults(out, what="written"), made_parents(out), _alone(draft, out):
         _refuse(out, overwrite)
         try:
             _continue(draft, manifest | {"source": source.state()})

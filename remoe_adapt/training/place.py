@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import nn
 
-from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.training.options import TrainOptions
-from remoe_adapt.untrusted import first_line, printable
+from remoe_adapt.untrusted import printable
 
 # A checkpoint holds the adapter and Adam's two moments, and the one before it is removed only when it is complete:
 # three sizes of an adapter, twice.
@@ -53,21 +50,3 @@ def check_fits(model: nn.Module, options: TrainOptions, points: int, out: Path) 
             f"{points} adapters and a checkpoint take {needed / 2**20:.1f} MiB, {printable(place)} has "
             f"{free / 2**20:.1f} MiB free: make room, or choose another --out"
         )
-
-
-@contextmanager
-def disk_faults_named(out: Path) -> Iterator[None]:
-    """What a full or failing disk raises below `out`, from whichever library, becomes a ConfigError."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        text = first_line(error)
-        # torch reports a full disk as a RuntimeError, known by its text alone; other RuntimeErrors are faults of the
-        # model.
-        of_torch = "PytorchStreamWriter" in text or "iostream" in text or "unexpected pos" in text
-        if isinstance(error, RemoeError) or (isinstance(error, RuntimeError) and not of_torch):
-            raise
-        raise ConfigError(
-            f"{printable(out)} cannot be written ({text}): make room or choose another --out; called again "
-            "with the same options, a run goes on from its last checkpoint"
-        ) from error

@@ -28,8 +28,9 @@ from remoe_adapt.routers.discover import discover_routers, fingerprint
 from remoe_adapt.runtime.pretrained import load_base
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
-from remoe_adapt.training.place import check_fits, check_writable, disk_faults_named
+from remoe_adapt.training.place import check_fits, check_writable
 from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, train_point
+from remoe_adapt.writing import disk_faults
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 
@@ -41,6 +42,9 @@ _HELD_OUT_EVERY = 20
 # The tokens that are held out. They tell a perplexity ratio to a quarter of a percent (see `LEAST_CERTIFIED_TOKENS`).
 HELD_OUT_TOKENS = 16_384
 _PIECE_CHARS = 2048
+_GOES_ON = (
+    "make room or choose another --out; called again with the same options, a run goes on from its last checkpoint"
+)
 
 
 def token_rows(
@@ -133,7 +137,7 @@ def train_family(
 
     base_fingerprint = fingerprint(model)
     run = {**asdict(options), "length": length, "base": base_fingerprint, "data": _digest(train)}
-    with disk_faults_named(out):
+    with disk_faults(out, ConfigError, _GOES_ON, "written"):
         _claim(out, json.loads(json.dumps(run)), resume)
     exists = (out / FAMILY_FILE).exists()
     family = Family.load(out) if exists else Family.create(out, base_id, base_fingerprint)
@@ -146,7 +150,7 @@ def train_family(
         shown = progress and processes.is_main_process
         bar = tqdm(total=options.steps, desc=f"{name} ({position + 1}/{len(todo)})", disable=not shown, unit="step")
         log = PointLog(bar, out / LOG_FILE, name, strength)
-        with bar, freed_memory_kept(model.device.type), disk_faults_named(out):
+        with bar, freed_memory_kept(model.device.type), disk_faults(out, ConfigError, _GOES_ON, "written"):
             # Each point starts from the base, not from the point before, so that one may be added or trained again
             # alone.
             last = train_point(model, rows, options, strength, folder, log, checkpoint_minutes)
