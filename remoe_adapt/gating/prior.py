@@ -9,19 +9,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.reference import PriorStep
 from remoe_adapt.gating.state import RecencyState
+from remoe_adapt.recency_settings import Recency
 
-MODES = ("last", "ema", "resident")
-DECAY = 0.7
-MAX_GAIN = 16.0
 # Forwards whose backward may still come; of equally many tokens the last one counts.
 _TRAINED = 8
 
@@ -33,7 +29,8 @@ class _Here(threading.local):
 
 
 class RecencyPrior:
-    """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds).
+    """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds),
+    or another of `recency_settings.MODES`; decay: None is the mode's own.
 
     routers: (device, number of experts) of each, in model order. `gains` are L fp32 scalar tensors, written by
     `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1] that an expert cache writes. Whoever
@@ -43,9 +40,9 @@ class RecencyPrior:
     Raises ConfigError for an unknown mode or a decay outside [0, 1).
     """
 
-    def __init__(self, mode: str, routers: Sequence[tuple[torch.device, int]], decay: float = DECAY) -> None:
-        check_prior(mode, 0.0, decay)
-        self.mode, self.decay = mode, 0.0 if mode == "last" else decay
+    def __init__(self, mode: str, routers: Sequence[tuple[torch.device, int]], decay: float | None = None) -> None:
+        settings = Recency.of(mode, 0.0, decay)
+        self.mode, self.decay, self.needs_history = mode, settings.decay, settings.kind.needs_history
         with torch.inference_mode(False):  # ordinary tensors, which may be written in any mode
             self.residency = [torch.zeros((1, experts), device=device) for device, experts in routers]
         self.placed = 0
@@ -64,7 +61,7 @@ class RecencyPrior:
 
     def set_gains(self, gain: float | Sequence[float]) -> None:
         """One gain for all layers, or one each. Raises ConfigError for a wrong number or value."""
-        values = checked_gains(gain, len(self.gains))
+        values = Recency.of(self.mode, gain, self.decay).gains(len(self.gains))
         for tensor, value in zip(self.gains, values, strict=True):
             tensor.fill_(value)
         self.know(values)
@@ -161,13 +158,13 @@ class Tokens:
         if self.rests:
             return
         # One token of one sequence: on a CPU its gates leave the recency still, and all move on together at the end.
-        known = prior.on_cpu and flags_T is None and count == 1 and (prior.mode == "resident" or state is not None)
+        known = prior.on_cpu and flags_T is None and count == 1 and (not prior.needs_history or state is not None)
         if known and not torch.compiler.is_compiling():
             self.gains = prior.gains_read()
         if state is not None:
             state.advance(count // sequences, flags_T)
             self.steps = state.steps if flags_T is None else []
-        elif prior.mode == "resident" and flags_T is None:
+        elif not prior.needs_history and flags_T is None:
             self.steps = prior.resident_steps
 
     def step(self, layer: int) -> PriorStep:
@@ -177,7 +174,7 @@ class Tokens:
         prior = self.prior
         gain = prior.gains[layer]
         flags_T = None if self.flags_T is None else self.flags_T.to(gain.device)
-        if prior.mode == "resident":
+        if not prior.needs_history:
             return PriorStep(prior.residency[layer], gain, None, flags_T)
         if self.state is not None:
             return PriorStep(self.state.recency[layer], gain, prior.decay, flags_T)
@@ -205,7 +202,7 @@ class Tokens:
     def made_state(self) -> RecencyState | None:
         """The state after these tokens where they began without one; None when no router was asked."""
         chosen = self.pending if self.rests else self._chosen
-        if self.state is not None or not chosen or self.prior.mode == "resident":
+        if self.state is not None or not chosen or not self.prior.needs_history:
             return None
         state = self.prior.new_state(self.sequences)
         if self.rests:
@@ -234,26 +231,3 @@ def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> tuple[
         whole_L = torch.tensor(values, device=devices[0])
         return whole_L, list(whole_L.unbind())
     return None, [torch.tensor(value, device=device) for value, device in zip(values, devices, strict=True)]
-
-
-def checked_gains(gain: float | Sequence[float], count: int) -> list[float]:
-    """One gain for each of `count` routers. Raises ConfigError for a wrong number or value."""
-    is_list = isinstance(gain, Sequence) and not isinstance(gain, str)
-    values: list[float] = list(gain) if is_list else [gain] * count  # type: ignore[arg-type,list-item]
-    if len(values) != count:
-        raise ConfigError(f"{len(values)} recency gains for {count} routers: give one for each.")
-    for value in values:
-        check_prior("ema", value, DECAY)
-    return [float(value) for value in values]
-
-
-def check_prior(mode: object, gain: object, decay: object) -> None:
-    """Raises ConfigError for a mode, gain or decay that cannot be."""
-    if mode not in MODES:
-        raise ConfigError(f"recency {mode!r} is not one of {', '.join(MODES)}.")
-    if not isinstance(gain, Real) or isinstance(gain, bool) or not 0.0 <= float(gain) <= MAX_GAIN:
-        raise ConfigError(
-            f"recency gain {gain!r}: give a number from 0 (no prior) to {MAX_GAIN:g}; 0.1 to 0.3 is usual."
-        )
-    if not isinstance(decay, Real) or isinstance(decay, bool) or not 0.0 <= float(decay) < 1.0:
-        raise ConfigError(f"recency decay {decay!r}: give a number from 0 (the last token alone) to below 1.")

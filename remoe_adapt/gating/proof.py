@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.gating.prior import MAX_GAIN, RecencyPrior
+from remoe_adapt.gating.prior import RecencyPrior
 from remoe_adapt.libraries.kv_cache import cache_argument, can_follow, returned_cache
 from remoe_adapt.notices import say_once
+from remoe_adapt.recency_settings import MAX_GAIN
 from remoe_adapt.routers.spec import RouterRef, RouterSpec
 
 # transformers' own names for the inputs of an experts module, from 5.0 on.
@@ -45,7 +46,7 @@ def why_without_effect(
             stack.callback(setattr, prior.here, "tokens", None)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             seen = {place: stack.enter_context(_watched(refs[place])) for place in places}
-            returns_cache = _run(text, prior.mode != "resident")
+            returns_cache = _run(text, prior.needs_history)
     except Exception as error:  # a forward of anybody may raise anything
         reason = (str(error).splitlines() or [""])[0]
         say_once(
@@ -55,10 +56,12 @@ def why_without_effect(
         return {}
     if not returns_cache:
         return dict.fromkeys(places, f"{type(text).__name__} takes a KV cache and returns none by a name known here")
-    found = {place: fault for place, watch in seen.items() if (fault := watch.fault(prior.mode)) is not None}
+    found = {place: fault for place, watch in seen.items() if (fault := watch.fault(prior.needs_history)) is not None}
     if not found:
         # What the sequences of a model do holds for all its routers: some choose as favoured by chance.
-        fault = next((fault for watch in seen.values() if (fault := watch.unfavoured(prior.mode)) is not None), None)
+        fault = next(
+            (fault for watch in seen.values() if (fault := watch.unfavoured(prior.needs_history)) is not None), None
+        )
         found = dict.fromkeys(places, fault) if fault is not None else {}
     return found
 
@@ -96,12 +99,12 @@ class _Watch:
     def heard(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self.chosen.append(self._spec.read(output).ids_TK)
 
-    def fault(self, mode: str) -> str | None:
+    def fault(self, needs_history: bool) -> str | None:
         """Why the prior cannot act on this router; None also for one that text alone does not ask."""
         if not self.chosen:
             return None
         tokens = [len(ids_TK) for ids_TK in self.chosen]
-        if mode != "resident" and tokens not in ([len(_PROMPT)], [len(_PROMPT), len(_STEP)]):
+        if needs_history and tokens not in ([len(_PROMPT)], [len(_PROMPT), len(_STEP)]):
             return f"it is asked {len(tokens)} times, for {tokens} tokens, where a prompt of 2 and a step of 1 have run"
         for chosen_TK, asked_TK in zip(self.chosen, self.asked, strict=False):
             alike = asked_TK.shape == chosen_TK.shape and not self._spec.null_experts
@@ -109,14 +112,14 @@ class _Watch:
                 return "its experts are not asked for the ids that it returns"
         return None
 
-    def unfavoured(self, mode: str) -> str | None:
+    def unfavoured(self, needs_history: bool) -> str | None:
         """Where a token did not choose what the prior favours above all."""
         if not self.chosen:
             return None
         rows = [frozenset(row.tolist()) for row in torch.cat(self.chosen)]
         resident = frozenset(range(self._spec.top_k))
         for place, row in enumerate(rows):
-            favoured = resident if mode == "resident" else rows[place - 1] if place else row
+            favoured = resident if not needs_history else rows[place - 1] if place else row
             groups = {self._group(expert) for expert in row}
             if missing := {expert for expert in favoured if self._group(expert) in groups} - row:
                 where = "a decode step" if place == len(_PROMPT) else "a prompt"
