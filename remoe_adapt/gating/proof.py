@@ -25,6 +25,8 @@ from remoe_adapt.routers.spec import RouterRef, RouterSpec
 # transformers' own names for the inputs of an experts module, from 5.0 on.
 _EXPERTS_INPUTS = ("top_k_index", "top_k_weights")
 _PROMPT, _STEP = (1, 2), (3,)
+# A gain above this, times a large span of choice values, would leave fp32.
+_MOST = 1e7
 
 
 def why_without_effect(
@@ -184,9 +186,14 @@ def _idle(signature: inspect.Signature, asked: list[Tensor]) -> Callable[..., Te
 
 @contextmanager
 def _overriding(prior: RecencyPrior, refs: Sequence[RouterRef]) -> Iterator[None]:
-    """Within, every gain is the largest there is, and the first K experts of each router are resident."""
+    """Within, every gain overrides any choice value, and the first K experts of each router are resident."""
     gains, masks = [float(gain) for gain in prior.gains], [mask_1E.clone() for mask_1E in prior.residency]
-    prior.set_gains(MAX_GAIN)
+    # An expert of the last token is ahead of one of the token before by (1 - decay)^2: in slow modes that is so little
+    # that the largest gain of users would not override, and the prior would be taken for one that does not act.
+    largest = max(MAX_GAIN, min(_MOST, 2.0 / (1.0 - prior.decay) ** 2))
+    for gain in prior.gains:
+        gain.fill_(largest)
+    prior.know([largest] * len(prior.gains))
     for mask_1E, ref in zip(prior.residency, refs, strict=True):
         mask_1E.zero_()[:, : ref.spec.top_k] = 1.0
     try:
