@@ -9,21 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from remoe_adapt.errors import ConfigError
 
 MAX_GAIN = 16.0
 # The word for "no prior" in files; code says None.
 NO_PRIOR = "none"
+MODES: dict[str, Mode] = {}
 
 
 class Mode:
-    """A kind of recency. With `needs_history`, each token moves the recency of a router: `decay * recency + (1 - decay)
-    * chosen`; it is then kept beside the KV cache, so the cache must be one that can be followed. Without, the gate
-    reads what an expert cache holds, and nothing moves.
+    """A kind of recency, known by its `name` once it is registered.
 
-    needs_expert_cache: without one the prior does nothing, which is said. takes_decay: whether a user may choose it.
+    needs_history: each token moves a router's recency to `decay * recency + (1 - decay) * chosen`. It is kept beside
+    the KV cache, so a cache that cannot be followed is refused. Without history the gate reads what an expert cache
+    holds, and nothing moves.
+    needs_expert_cache: without one the prior does nothing, which is said.
+    takes_decay: a user may choose the decay; otherwise it is 0, the last token alone.
+    default_decay: the decay where nobody chose one.
     """
 
     name: ClassVar[str]
@@ -32,11 +36,17 @@ class Mode:
     takes_decay: ClassVar[bool] = True
     default_decay: ClassVar[float] = 0.7
 
-    def decays(self, decay: float, routers: int) -> tuple[float, ...]:
-        """The decay of each router, in model order, when `decay` was chosen."""
-        return (decay,) * routers
+
+_Kind = TypeVar("_Kind", bound=type[Mode])
 
 
+def register(mode: _Kind) -> _Kind:
+    """Class decorator: the mode can be asked for by its name from now on, in code, files and on the command line."""
+    MODES[mode.name] = mode()
+    return mode
+
+
+@register
 class Last(Mode):
     """The previous token's experts alone."""
 
@@ -44,12 +54,14 @@ class Last(Mode):
     takes_decay = False
 
 
+@register
 class Ema(Mode):
     """A decayed mean of uses."""
 
     name = "ema"
 
 
+@register
 class Resident(Mode):
     """What the expert cache holds now."""
 
@@ -57,7 +69,6 @@ class Resident(Mode):
     needs_history, needs_expert_cache, takes_decay = False, True, False
 
 
-MODES: dict[str, Mode] = {mode.name: mode for mode in (Last(), Ema(), Resident())}
 DEFAULT_MODE = Ema.name
 
 

@@ -14,8 +14,8 @@ from transformers import DynamicCache, StaticCache
 
 from remoe_adapt.gating.forward import RouterForward
 from remoe_adapt.gating.install import recency_prior
-from remoe_adapt.gating.prior import DECAY
 from remoe_adapt.gating.sequences import _STATE
+from remoe_adapt.recency_settings import Ema
 from remoe_adapt.record import record_forward
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.runtime.load import get_remoe_model
@@ -147,8 +147,8 @@ def by_hand(ids_LBSK: Tensor, mask_BS: Tensor, experts: int) -> Tensor:
     """Recency [L, B, E] after these choices, token by token."""
     recency_LBE = torch.zeros(*ids_LBSK.shape[:2], experts)
     for s in range(ids_LBSK.shape[2]):
-        used = torch.zeros_like(recency_LBE).scatter_(-1, ids_LBSK[:, :, s].long(), 1 - DECAY)
-        moved = recency_LBE * DECAY + used
+        used = torch.zeros_like(recency_LBE).scatter_(-1, ids_LBSK[:, :, s].long(), 1 - Ema.default_decay)
+        moved = recency_LBE * Ema.default_decay + used
         recency_LBE = torch.where(mask_BS[None, :, s, None].bool(), moved, recency_LBE)
     return recency_LBE
 

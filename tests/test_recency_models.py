@@ -12,8 +12,8 @@ from tiny_models import model_class, moe_folders
 
 from remoe_adapt.errors import UnsupportedRouterError
 from remoe_adapt.gating.install import recency_prior
-from remoe_adapt.gating.prior import DECAY
 from remoe_adapt.gating.sequences import _STATE
+from remoe_adapt.recency_settings import Ema
 from remoe_adapt.record import record_forward
 from remoe_adapt.routers.discover import discover_routers
 
@@ -52,8 +52,8 @@ def check_kept_at_rest(model: Any) -> None:
     for recency_1E, ids_TK in zip(state.recency, ids_LTK, strict=True):
         expected_1E = torch.zeros_like(recency_1E)
         for ids_K in ids_TK:
-            expected_1E *= DECAY
-            expected_1E[0, ids_K.long()] += 1 - DECAY
+            expected_1E *= Ema.default_decay
+            expected_1E[0, ids_K.long()] += 1 - Ema.default_decay
         torch.testing.assert_close(recency_1E, expected_1E)
 
 

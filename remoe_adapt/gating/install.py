@@ -10,12 +10,13 @@ from torch import nn
 
 from remoe_adapt.errors import RouterError
 from remoe_adapt.gating.forward import RouterForward, router_forward
-from remoe_adapt.gating.prior import DECAY, RecencyPrior, check_prior, checked_gains
+from remoe_adapt.gating.prior import RecencyPrior
 from remoe_adapt.gating.proof import why_without_effect
 from remoe_adapt.gating.sequences import SequenceHooks, text_model
 from remoe_adapt.libraries.kv_cache import CONTINUOUS_BATCHING, unknown_cache_argument
 from remoe_adapt.libraries.patching import Overrides
 from remoe_adapt.notices import say_once
+from remoe_adapt.recency_settings import Mode, Recency
 from remoe_adapt.routers.discover import Routers, survey_routers
 from remoe_adapt.routers.spec import RouterRef
 
@@ -36,9 +37,9 @@ class InstalledPrior:
     continuous batching is refused (`generate_batch`): it packs requests into one row, over a cache of its own.
     """
 
-    def __init__(self, model: nn.Module, mode: str, decay: float = DECAY, routers: Routers | None = None) -> None:
+    def __init__(self, model: nn.Module, mode: str, decay: float | None = None, routers: Routers | None = None) -> None:
         """routers: those of `model`, where they are known already."""
-        check_prior(mode, 0.0, decay)
+        kind = Recency.of(mode, 0.0, decay).kind  # refused before the model is looked at
         refs = (routers or survey_routers(model)).usable()
         owners = [text_model(model, ref.name) for ref in refs]
         self.num_routers = len(refs)
@@ -51,7 +52,7 @@ class InstalledPrior:
         for place, ref in enumerate(refs):
             if isinstance(_forward_of(ref.module), RouterForward):
                 raise RouterError(f"router {ref.name} has a recency prior already: remove that one first.")
-            forward = _without_sequences(owners[place], owners, mode) or router_forward(ref)
+            forward = _without_sequences(owners[place], owners, kind) or router_forward(ref)
             if isinstance(forward, RouterForward):
                 found[place] = forward
             else:
@@ -71,7 +72,7 @@ class InstalledPrior:
             }
             kept = {place: forward for place, forward in found.items() if place not in faults}
             self._install(refs, owners, kept, mode, decay)
-        if mode != "resident" and self.layers:
+        if kind.needs_history and self.layers:
             refuse_continuous_batching(self._overrides, model, mode)
         for reason in sorted(set(self.own_forward.values())):
             names = [name for name, why in self.own_forward.items() if why == reason]
@@ -86,7 +87,7 @@ class InstalledPrior:
         owners: Sequence[nn.Module | None],
         found: dict[int, RouterForward],
         mode: str,
-        decay: float,
+        decay: float | None,
     ) -> None:
         self.layers, self._forwards = list(found), list(found.values())
         covered = [refs[place] for place in self.layers]
@@ -116,7 +117,7 @@ class InstalledPrior:
 
         Raises ConfigError for a wrong number or value.
         """
-        per_router = checked_gains(gain, self.num_routers)
+        per_router = Recency.of(self.prior.mode, gain, self.prior.decay).gains(self.num_routers)
         self.prior.set_gains([per_router[place] for place in self.layers])
 
     def place_prior(self) -> None:
@@ -153,7 +154,7 @@ class InstalledPrior:
 
 @contextmanager
 def recency_prior(
-    model: nn.Module, mode: str = "ema", gain: float | Sequence[float] = 0.2, decay: float = DECAY
+    model: nn.Module, mode: str = "ema", gain: float | Sequence[float] = 0.2, decay: float | None = None
 ) -> Iterator[InstalledPrior]:
     """A recency prior within the block: `with recency_prior(model, "ema", 0.2): model.generate(...)`.
 
@@ -193,11 +194,11 @@ class _Refused:
         )
 
 
-def _without_sequences(owner: nn.Module | None, owners: Sequence[nn.Module | None], mode: str) -> str | None:
+def _without_sequences(owner: nn.Module | None, owners: Sequence[nn.Module | None], kind: Mode) -> str | None:
     """Why nobody knows the sequences of a router's tokens; `owner` is the module around it that is called with them."""
     if owner is None:
         return "no part of the model around it is called with input_ids or inputs_embeds"
-    if mode != "resident" and (name := unknown_cache_argument(owner.forward)) is not None:
+    if kind.needs_history and (name := unknown_cache_argument(owner.forward)) is not None:
         return f"{type(owner).__name__} takes its KV cache as {name!r}, a name that is not known here"
     inner = {id(module) for module in owner.modules() if module is not owner}
     if any(id(other) in inner for other in owners):

@@ -9,20 +9,16 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.reference import PriorStep
 from remoe_adapt.gating.state import RecencyState
 from remoe_adapt.gating.tokens import StepTokens, tokens_of
+from remoe_adapt.recency_settings import Recency
 
-MODES = ("last", "ema", "resident")
-DECAY = 0.7
-MAX_GAIN = 16.0
 # Forwards whose backward may still come; of equally many tokens the last one counts.
 _TRAINED = 8
 
@@ -34,7 +30,8 @@ class _Running(threading.local):
 
 
 class RecencyPrior:
-    """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds).
+    """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds),
+    or another of `recency_settings.MODES`; decay: None is the mode's own.
 
     routers: (device, number of experts) of each, in model order. `gains` are L fp32 scalar tensors, written by
     `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1], zeros until `read_residency`. Whoever
@@ -44,9 +41,9 @@ class RecencyPrior:
     Raises ConfigError for an unknown mode or a decay outside [0, 1).
     """
 
-    def __init__(self, mode: str, routers: Sequence[tuple[torch.device, int]], decay: float = DECAY) -> None:
-        check_prior(mode, 0.0, decay)
-        self.mode, self.decay = mode, 0.0 if mode == "last" else decay
+    def __init__(self, mode: str, routers: Sequence[tuple[torch.device, int]], decay: float | None = None) -> None:
+        settings = Recency.of(mode, 0.0, decay)
+        self.mode, self.decay, self.needs_history = mode, settings.decay, settings.kind.needs_history
         with torch.inference_mode(False):  # ordinary tensors, which may be written in any mode
             self.residency = [torch.zeros((1, experts), device=device) for device, experts in routers]
         self.placement = 0
@@ -65,7 +62,7 @@ class RecencyPrior:
 
     def set_gains(self, gain: float | Sequence[float]) -> None:
         """One gain for all layers, or one each. Raises ConfigError for a wrong number or value."""
-        values = checked_gains(gain, len(self.gains))
+        values = Recency.of(self.mode, gain, self.decay).gains(len(self.gains))
         for tensor, value in zip(self.gains, values, strict=True):
             tensor.fill_(value)
         self.know(values)
@@ -158,26 +155,3 @@ def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> tuple[
         whole_L = torch.tensor(values, device=devices[0])
         return whole_L, list(whole_L.unbind())
     return None, [torch.tensor(value, device=device) for value, device in zip(values, devices, strict=True)]
-
-
-def checked_gains(gain: float | Sequence[float], count: int) -> list[float]:
-    """One gain for each of `count` routers. Raises ConfigError for a wrong number or value."""
-    is_list = isinstance(gain, Sequence) and not isinstance(gain, str)
-    values: list[float] = list(gain) if is_list else [gain] * count  # type: ignore[arg-type,list-item]
-    if len(values) != count:
-        raise ConfigError(f"{len(values)} recency gains for {count} routers: give one for each.")
-    for value in values:
-        check_prior("ema", value, DECAY)
-    return [float(value) for value in values]
-
-
-def check_prior(mode: object, gain: object, decay: object) -> None:
-    """Raises ConfigError for a mode, gain or decay that cannot be."""
-    if mode not in MODES:
-        raise ConfigError(f"recency {mode!r} is not one of {', '.join(MODES)}.")
-    if not isinstance(gain, Real) or isinstance(gain, bool) or not 0.0 <= float(gain) <= MAX_GAIN:
-        raise ConfigError(
-            f"recency gain {gain!r}: give a number from 0 (no prior) to {MAX_GAIN:g}; 0.1 to 0.3 is usual."
-        )
-    if not isinstance(decay, Real) or isinstance(decay, bool) or not 0.0 <= float(decay) < 1.0:
-        raise ConfigError(f"recency decay {decay!r}: give a number from 0 (the last token alone) to below 1.")

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.gating.prior import MAX_GAIN, RecencyPrior
+from remoe_adapt.gating.prior import RecencyPrior
 from remoe_adapt.libraries.kv_cache import cache_argument, can_follow, returned_cache
 from remoe_adapt.notices import say_once
+from remoe_adapt.recency_settings import MAX_GAIN
 from remoe_adapt.routers.spec import RouterRef, RouterSpec
 from remoe_adapt.untrusted import first_line
 
 # transformers' own names for the inputs of an experts module, from 5.0 on.
 _EXPERTS_INPUTS = ("top_k_index", "top_k_weights")
 _PROMPT, _STEP = (1, 2), (3,)
+# A gain above this, times a large span of choice values, would leave fp32.
+_MOST = 1e7
 
 
 def why_without_effect(
@@ -46,7 +49,7 @@ def why_without_effect(
             stack.callback(setattr, prior.running, "tokens", None)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             seen = {place: stack.enter_context(_watched(refs[place])) for place in places}
-            returns_cache = _run(text, prior.mode != "resident")
+            returns_cache = _run(text, prior.needs_history)
     except Exception as error:  # a forward of anybody may raise anything
         say_once(
             f"the recency prior of {type(text).__name__} could not be tried when it was installed "
@@ -55,10 +58,12 @@ def why_without_effect(
         return {}
     if not returns_cache:
         return dict.fromkeys(places, f"{type(text).__name__} takes a KV cache and returns none by a name known here")
-    found = {place: fault for place, watch in seen.items() if (fault := watch.fault(prior.mode)) is not None}
+    found = {place: fault for place, watch in seen.items() if (fault := watch.fault(prior.needs_history)) is not None}
     if not found:
         # What the sequences of a model do holds for all its routers: some choose as favoured by chance.
-        fault = next((fault for watch in seen.values() if (fault := watch.unfavoured(prior.mode)) is not None), None)
+        fault = next(
+            (fault for watch in seen.values() if (fault := watch.unfavoured(prior.needs_history)) is not None), None
+        )
         found = dict.fromkeys(places, fault) if fault is not None else {}
     return found
 
@@ -96,12 +101,12 @@ class _Watch:
     def heard(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self.chosen.append(self._spec.read(output).ids_TK)
 
-    def fault(self, mode: str) -> str | None:
+    def fault(self, needs_history: bool) -> str | None:
         """Why the prior cannot act on this router; None also for one that text alone does not ask."""
         if not self.chosen:
             return None
         tokens = [len(ids_TK) for ids_TK in self.chosen]
-        if mode != "resident" and tokens not in ([len(_PROMPT)], [len(_PROMPT), len(_STEP)]):
+        if needs_history and tokens not in ([len(_PROMPT)], [len(_PROMPT), len(_STEP)]):
             return f"it is asked {len(tokens)} times, for {tokens} tokens, where a prompt of 2 and a step of 1 have run"
         for chosen_TK, asked_TK in zip(self.chosen, self.asked, strict=False):
             alike = asked_TK.shape == chosen_TK.shape and not self._spec.null_experts
@@ -109,14 +114,14 @@ class _Watch:
                 return "its experts are not asked for the ids that it returns"
         return None
 
-    def unfavoured(self, mode: str) -> str | None:
+    def unfavoured(self, needs_history: bool) -> str | None:
         """Where a token did not choose what the prior favours above all."""
         if not self.chosen:
             return None
         rows = [frozenset(row.tolist()) for row in torch.cat(self.chosen)]
         resident = frozenset(range(self._spec.top_k))
         for place, row in enumerate(rows):
-            favoured = resident if mode == "resident" else rows[place - 1] if place else row
+            favoured = resident if not needs_history else rows[place - 1] if place else row
             groups = {self._group(expert) for expert in row}
             if missing := {expert for expert in favoured if self._group(expert) in groups} - row:
                 where = "a decode step" if place == len(_PROMPT) else "a prompt"
@@ -181,9 +186,14 @@ def _idle(signature: inspect.Signature, asked: list[Tensor]) -> Callable[..., Te
 
 @contextmanager
 def _overriding(prior: RecencyPrior, refs: Sequence[RouterRef]) -> Iterator[None]:
-    """Within, every gain is the largest there is, and the first K experts of each router are resident."""
+    """Within, every gain overrides any choice value, and the first K experts of each router are resident."""
     gains, masks = [float(gain) for gain in prior.gains], [mask_1E.clone() for mask_1E in prior.residency]
-    prior.set_gains(MAX_GAIN)
+    # An expert of the last token is ahead of one of the token before by (1 - decay)^2: in slow modes that is so little
+    # that the largest gain of users would not override, and the prior would be taken for one that does not act.
+    largest = max(MAX_GAIN, min(_MOST, 2.0 / (1.0 - prior.decay) ** 2))
+    for gain in prior.gains:
+        gain.fill_(largest)
+    prior.know([largest] * len(prior.gains))
     for mask_1E, ref in zip(prior.residency, refs, strict=True):
         mask_1E.zero_()[:, : ref.spec.top_k] = 1.0
     try:

@@ -78,7 +78,7 @@ class SequenceHooks:
         mask = self._argument("attention_mask", args, kwargs)
         positions = self._argument("position_ids", args, kwargs) if mask is None and cache is None else None
         followed = cache is None or can_follow(cache)
-        if not followed and self._prior.mode != "resident":
+        if not followed and self._prior.needs_history:
             raise RouterError(
                 f"the recency prior {self._prior.mode!r} cannot follow a KV cache of type {type(cache).__name__}: "
                 'decode with one of transformers\' own (DynamicCache), or use the prior "resident", which needs none.'
@@ -87,7 +87,7 @@ class SequenceHooks:
         # The columns of a paged cache's mask are no positions, so it tells no padding.
         flags_T = None if length == 1 or not followed else _flags(mask, positions, sequences, length, past)
         state = None
-        if cache is not None and self._prior.mode != "resident":
+        if cache is not None and self._prior.needs_history:
             state = _state_of(cache, self._prior, sequences, past)
             if torch.compiler.is_compiling():
                 state.forget()  # a history that grows would compile every step anew

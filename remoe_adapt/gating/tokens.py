@@ -48,7 +48,7 @@ def tokens_of(
     """
     if prior.is_idle():
         return IdleTokens(prior, sequences, count, flags_T, state)
-    alone = prior.on_cpu and count == 1 and flags_T is None and (prior.mode == "resident" or state is not None)
+    alone = prior.on_cpu and count == 1 and flags_T is None and (not prior.needs_history or state is not None)
     if alone and not torch.compiler.is_compiling():
         return SingleToken(prior, state)
     return GatedTokens(prior, sequences, count, flags_T, state)
@@ -80,7 +80,7 @@ class IdleTokens:
 
     def made_state(self, is_counted: bool) -> RecencyState | None:
         """As StepTokens."""
-        if self.state is not None or not self._chosen or self.prior.mode == "resident":
+        if self.state is not None or not self._chosen or not self.prior.needs_history:
             return None
         state = self.prior.new_state(self.sequences, is_counted=is_counted)
         state.add(self._chosen, self.count // self.sequences, self.flags_T)
@@ -159,7 +159,7 @@ class GatedTokens:
         prior = self.prior
         gain = prior.gains[layer]
         flags_T = None if self.flags_T is None else self.flags_T.to(gain.device)
-        if prior.mode == "resident":
+        if not prior.needs_history:
             return PriorStep(prior.residency[layer], gain, None, flags_T)
         if self.state is not None:
             return PriorStep(self.state.recency[layer], gain, prior.decay, flags_T)
@@ -180,7 +180,7 @@ class GatedTokens:
 
     def made_state(self, is_counted: bool) -> RecencyState | None:
         """As StepTokens."""
-        if self.state is not None or not self._chosen or self.prior.mode == "resident":
+        if self.state is not None or not self._chosen or not self.prior.needs_history:
             return None
         state = self.prior.new_state(self.sequences, is_counted=is_counted)
         for layer, started_BE in self._started.items():
