@@ -1,19 +1,25 @@
 """What the pages of the documentation take from the source, so that they cannot say anything else.
 
-A page asks with a line `<!-- from source: NAME -->`; the line gives way to Markdown made here: the commands, the keys of
-a profile, the table of interpositions. `::: remoe_adapt.NAME` is completed to where NAME is defined.
+A page asks with a line `<!-- from source: NAME -->`; the line gives way to Markdown made here: the commands, the keys
+of a profile, the table of interpositions. `::: remoe_adapt.NAME` is completed to where NAME is defined.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
 
 import remoe_adapt
-from remoe_adapt import DeviceProfile
+from remoe_adapt import DeviceProfile, list_profiles
 from remoe_adapt.cli import app
+from remoe_adapt.device_profile import check_profile
 from remoe_adapt.libraries import contracts
 
 _FROM_SOURCE = re.compile(r"^<!-- from source: (\w+) -->$", re.MULTILINE)
@@ -51,7 +57,6 @@ def table(head: tuple[str, ...], rows: Iterator[tuple[object, ...]]) -> str:
 
 def commands() -> Iterator[tuple[str, Any]]:
     """("remoe bench swap", its click command) of every command, as the help lists them."""
-    import typer
 
     def below(name: str, command: Any) -> Iterator[tuple[str, Any]]:
         if hasattr(command, "commands"):
@@ -64,21 +69,22 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 
 def _cli() -> str:
-    parts = []
-    for name, command in commands():
-        arguments = [p for p in command.params if p.param_type_name == "argument"]
-        options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
-        words = [p.metavar or p.name.upper() for p in arguments]
-        usage = " ".join([name, *(w if p.required else f"[{w}]" for p, w in zip(arguments, words, strict=True))])
-        rows = [
-            (f"`{w}`", p.help or "", "required" if p.required else "") for p, w in zip(arguments, words, strict=True)
-        ]
-        rows += [(", ".join(f"`{o}`" for o in p.opts), p.help or "", _default(p)) for p in options]
-        help_text = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "").strip()
-        parts.append(
-            f"## {name}\n\n`{usage} [options]`\n\n{help_text}\n\n{table(('option', 'what', 'default'), iter(rows))}"
-        )
-    return "\n\n".join(parts)
+    return "\n\n".join(_command(name, command) for name, command in commands())
+
+
+def _command(name: str, command: Any) -> str:
+    """A heading, how to write it, its help and its options."""
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    words = [(p.metavar or p.name.upper()) if p.required else f"[{p.metavar or p.name.upper()}]" for p in arguments]
+    rows = [(f"`{word}`", p.help or "", _default(p)) for p, word in zip(arguments, words, strict=True)]
+    rows += [
+        (", ".join(f"`{spelled}`" for spelled in (*p.opts, *p.secondary_opts)), p.help or "", _default(p))
+        for p in command.params
+        if p.param_type_name == "option" and not p.hidden and p.name != "help"
+    ]
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "").strip()
+    usage = " ".join([name, *words, "[options]"])
+    return f"## {name}\n\n`{usage}`\n\n{text}\n\n{table(('option', 'what', 'default'), iter(rows))}"
 
 
 def _default(parameter: Any) -> str:
@@ -94,38 +100,49 @@ def _default(parameter: Any) -> str:
 
 
 def _profile() -> str:
-    return "\n\n".join(_sections(DeviceProfile, ""))
+    with tempfile.TemporaryDirectory() as folder:
+        return "\n\n".join(_sections(DeviceProfile, "", Path(folder) / "orin-8gb.yaml"))
 
 
-def _sections(kind: Any, prefix: str) -> Iterator[str]:
+def _sections(kind: Any, prefix: str, scratch: Path) -> Iterator[str]:
     """A heading, the docstring and the keys of each section, the whole file first."""
-    hints = get_type_hints(kind)
-    nested = {
-        f.metadata["key"]: hints[f.name] for f in dataclasses.fields(kind) if dataclasses.is_dataclass(hints[f.name])
-    }
-    rows = [
-        (f"`{prefix}{f.metadata['key']}`", _type_text(hints[f.name]), _field_default(f))
-        for f in dataclasses.fields(kind)
-        if f.metadata["key"] not in nested
-    ]
+    keys = {field.metadata["key"]: field for field in dataclasses.fields(kind)}
+    nested = {key: read for key, field in keys.items() if isinstance(read := field.metadata["read"], type)}
+    rows = (
+        (f"`{prefix}{key}`", _wanted(prefix, key, scratch), _field_default(field))
+        for key, field in keys.items()
+        if key not in nested
+    )
     title = f"## {prefix.rstrip('.')}" if prefix else "## The file"
-    yield f"{title}\n\n{_listed(kind)}\n\n{table(('key', 'type', 'default'), iter(rows))}"
+    yield f"{title}\n\n{_listed(kind)}\n\n{table(('key', 'value', 'default'), rows)}"
     for key, inner in nested.items():
-        yield from _sections(inner, f"{prefix}{key}.")
+        yield from _sections(inner, f"{prefix}{key}.", scratch)
 
 
 def _listed(kind: Any) -> str:
-    """The docstring; what it says of each field is a line of a list."""
-    names = "|".join(sorted((f.name for f in dataclasses.fields(kind)), key=len, reverse=True))
+    """The docstring, by keys instead of fields; what it says of each is a line of a list."""
+    keys = {field.name: field.metadata["key"] for field in dataclasses.fields(kind)}
+    names = "|".join(sorted(keys, key=len, reverse=True))
     text = " ".join((kind.__doc__ or "").split())
-    return re.sub(rf"(?:^|(?<=[.;,:]) )((?:{names})(?:, (?:{names}))*)(: | \()", r"\n\n- `\1`\2", text).strip()
+
+    def item(found: re.Match[str]) -> str:
+        return "\n\n- " + ", ".join(f"`{keys[name]}`" for name in found[1].split(", ")) + found[2]
+
+    return re.sub(rf"(?:^|(?:^|(?<=[.;,:)])) )((?:{names})(?:, (?:{names}))*)(: | \()", item, f" {text}").strip()
 
 
-def _type_text(hint: Any) -> str:
-    text = hint.__name__ if isinstance(hint, type) else str(hint)
-    for spelled, plain in (("collections.abc.", ""), ("tuple[float, float]", "[from, full]"), (" | None", " or null")):
-        text = text.replace(spelled, plain)
-    return text.replace("tuple[[from, full], ...]", "[[pressure, strength], ...]")
+def _wanted(prefix: str, key: str, scratch: Path) -> str:
+    """What a key takes, in the words with which a wrong value is refused."""
+    whole = yaml.safe_load(list_profiles()["orin-8gb"].read_text(encoding="utf-8"))
+    (whole.setdefault(prefix.rstrip("."), {}) if prefix else whole)[key] = "?"
+    scratch.write_text(yaml.safe_dump(whole), encoding="utf-8")
+    for problem in check_profile(scratch):
+        if problem.key == prefix + key:
+            if said := re.search(r"; write (.+)$", problem.message):
+                return said[1]
+            if said := re.search(r"is not one of (.+?)(?:;|$)", problem.message):
+                return ", ".join(f"`{word}`" for word in said[1].split(", "))
+    return "text"
 
 
 def _field_default(field: Any) -> str:
@@ -133,12 +150,10 @@ def _field_default(field: Any) -> str:
     if value is dataclasses.MISSING:
         return "required" if field.default_factory is dataclasses.MISSING else "empty"
     if isinstance(value, tuple):
-        return f"`[{', '.join(_number(number) for number in value)}]`"
-    return (
-        f"`{ {True: 'true', False: 'false', None: 'null'}.get(value, value) }`"
-        if not isinstance(value, float)
-        else f"`{value:g}`"
-    )
+        return f"`[{', '.join(map(_number, value))}]`"
+    if isinstance(value, bool) or value is None:
+        return {True: "`true`", False: "`false`", None: "`null`"}[value]
+    return f"`{value if isinstance(value, str) else _number(value)}`"
 
 
 def _number(value: float) -> str:
