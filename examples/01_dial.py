@@ -32,8 +32,9 @@ def main() -> None:
         model.controller.set_pressure(pressure)  # by hand; None gives the dial back to the sensors
         base.expert_cache.clear()
         base.expert_cache.reset_stats()
-        with torch.no_grad():
-            ids = model.generate(**inputs, max_new_tokens=60, do_sample=False)  # the swap happens at its first step
+        torch.manual_seed(0)
+        # The swap happens at the first step of `generate`.
+        ids = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7)
         status, stats = model.controller.status(), base.expert_cache.stats()
         new = ids[0, inputs["input_ids"].shape[1] :]
         print(
@@ -41,7 +42,7 @@ def main() -> None:
             f"{stats['bytes'] / len(new) / 1024:18.0f}  {status['swaps']:5d}  "
             f"{' '.join(tokenizer.decode(new).split())[:48]}"
         )
-    print("\nThe last line is the first one again: swapping back to strength 0 restores every bit of the routers.")
+    print("\nThe last text is the first one again: swapping back to strength 0 restores every bit of the routers.")
 
 
 if __name__ == "__main__":

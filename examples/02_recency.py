@@ -34,7 +34,8 @@ def main() -> None:
             loss = model(ids, labels=ids).loss.item()
             model.expert_cache.clear()
             model.expert_cache.reset_stats()
-            model.generate(ids[:, :40], max_new_tokens=80, do_sample=False)
+            torch.manual_seed(0)
+            model.generate(ids[:, :40], max_new_tokens=80, do_sample=True)
         base_loss = loss if base_loss is None else base_loss
         hit_rate = model.expert_cache.stats()["hit_rate"]
         print(f"{gain:4.1f}  {math.exp(loss - base_loss):24.4f}  {hit_rate:.1%}")

@@ -22,10 +22,11 @@ HERE = Path(__file__).parent / "tiny_moe"
 
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(HERE)
-    prompt = json.loads((HERE / "demo.json").read_text(encoding="utf-8"))["prompts"][3]
+    prompt = json.loads((HERE / "demo.json").read_text(encoding="utf-8"))["prompts"][0]
     inputs = tokenizer(prompt, return_tensors="pt")
-    options = {"max_new_tokens": 60, "do_sample": False}
+    options = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.7}
     stock = AutoModelForCausalLM.from_pretrained(HERE, experts_implementation="eager").eval()
+    torch.manual_seed(0)
     expected = stock.generate(**inputs, **options)
 
     model = load_with_expert_cache(HERE, budget=1.0).eval()
@@ -35,6 +36,7 @@ def main() -> None:
         model.expert_cache.resize(int(share * total))
         model.expert_cache.clear()
         model.expert_cache.reset_stats()
+        torch.manual_seed(0)
         begin_s = time.perf_counter()
         ids = model.generate(**inputs, **options)
         took_s, stats = time.perf_counter() - begin_s, model.expert_cache.stats()
