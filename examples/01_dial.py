@@ -40,7 +40,7 @@ def main() -> None:
         print(
             f"{pressure:8.1f}  {status['strength']:8.2f}  {stats['hit_rate']:8.1%}  "
             f"{stats['bytes'] / len(new) / 1024:18.0f}  {status['swaps']:5d}  "
-            f"{' '.join(tokenizer.decode(new).split())[:48]}"
+            f"{' '.join(str(tokenizer.decode(new)).split())[:48]}"
         )
     print("\nThe last text is the first one again: swapping back to strength 0 restores every bit of the routers.")
 

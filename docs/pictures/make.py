@@ -79,8 +79,8 @@ def dial() -> str:
     canvas.text(stand, 364, f"strength {live:.2f}", style="strong", anchor="middle", fill=RED)
     words = f"where a memory pressure of {100 * PRESSURE:.0f} % puts it"
     canvas.text(stand, 383, words, style="small", anchor="middle")
-    for x, value, what, anchor in ((84, "0", "the base, bit for bit", "start"), (756, "1", "most reuse", "end")):
-        canvas.text(x, 364, value, style="strong", anchor=anchor)
+    for x, end, what, anchor in ((84, "0", "the base, bit for bit", "start"), (756, "1", "most reuse", "end")):
+        canvas.text(x, 364, end, style="strong", anchor=anchor)
         canvas.text(x, 383, what, style="small", anchor=anchor)
     return canvas.done()
 
@@ -143,9 +143,9 @@ def squeeze() -> str:
 
     canvas = Canvas(840, 612, "One squeeze of memory, with the dial and without")
     canvas.text(32, 40, "One squeeze: another process takes memory, and gives it back", style="title")
-    for x, words, colour in ((32, "with the dial", TEAL), (176, "the same expert cache without it", GREY)):
-        canvas.line([(x, 58), (x + 22, 58)], colour, 3)
-        canvas.text(x + 30, 62, words, style="strong", fill=SOFT if colour == GREY else colour)
+    for left, words, colour in ((32, "with the dial", TEAL), (176, "the same expert cache without it", GREY)):
+        canvas.line([(left, 58), (left + 22, 58)], colour, 3)
+        canvas.text(left + 30, 62, words, style="strong", fill=SOFT if colour == GREY else colour)
     panels = (
         ("MiB of the expert cache, and free (dotted)", "budget_mib", 100, 80, (0.0, 330.0), (0, 100, 200, 300)),
         ("strength", "strength", 218, 70, (0.0, 1.0), (0, 0.5, 1)),

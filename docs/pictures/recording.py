@@ -32,7 +32,8 @@ font-size: {char_height}px; line-height: {line_height}px; font-variant-east-asia
 .{unique_id}-title {{ font-size: 18px; font-weight: 600; font-family: system-ui, sans-serif }}
 {styles}
 </style>
-<defs><clipPath id="{unique_id}-clip-terminal"><rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/></clipPath>
+<defs><clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/></clipPath>
 {lines}</defs>
 {chrome}
 <g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
