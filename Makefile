@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?=
 # What the tests use beside the package itself; those of a missing extra skip, and say so.
-EXTRAS ?= test,export,plot,metrics,llamacpp,serve
-CHECKED := remoe_adapt triton_kernels $(foreach folder,examples benchmarks .ci,$(if $(wildcard $(folder)/*.py),$(folder)))
+EXTRAS ?= test,docs,export,plot,metrics,llamacpp,serve
+CHECKED := remoe_adapt triton_kernels $(foreach folder,examples benchmarks docs .ci,$(if $(wildcard $(folder)/*.py),$(folder)))
 
-.PHONY: demo test check lowest newest install clean
+# The tool's news about its own future are no fault of a page.
+DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+.PHONY: demo test check docs lowest newest install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/remoe demo
@@ -22,6 +25,11 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CHECKED)
+	$(DOCS) build --strict --quiet
+
+# The documentation as a site, in site/index.html.
+docs: $(VENV)/.installed-test
+	$(DOCS) build --strict
 
 # What we rely on in transformers and peft, on the lowest versions that pyproject.toml admits, and on the newest releases.
 # `make newest RAISE=1` admits a newer release on which it holds.
@@ -46,4 +54,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

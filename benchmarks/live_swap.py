@@ -1,37 +1,34 @@
-"""What swaps of `remoe watch --live` do to tokens that llama.cpp is computing: `python benchmarks/live_swap.py`.
+"""What swaps of `remoe watch --live` do to tokens that llama.cpp is computing: `python benchmarks/run.py live_swap`.
 
-Writes results/live_swap_cpu.csv. A process decodes single tokens, each from an empty cache, so that every answer should
-be that of one strength; another one swaps the routers of the mapped file between strength 0 and 1. A token whose logits
-are of neither strength is torn: a swap came while it was computed. One row per pause between swaps, 0 being as fast as
-they can be written; the model is that of llamacpp.py, all of it in memory. Options: NAME=VALUE of `Options`.
+Writes results/live_swap_cpu.csv; this file by itself is the worker process. A process decodes single tokens, each from
+an empty cache, so that every answer should be that of one strength; another one swaps the routers of the mapped file
+between strength 0 and 1. A token whose logits are of neither strength is torn: a swap came while it was computed. One
+row per pause between swaps, 0 being as fast as they can be written; the model is that of llamacpp.py, all of it in
+memory. Settings: NAME=VALUE of `Options`.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from llamacpp import Options as ModelOptions
-from llamacpp import given_options, prepare, text_ids
+from llamacpp import prepare, text_ids
 from numpy.typing import NDArray
 
 from remoe_adapt.bench import protocol
 from remoe_adapt.bench.decode_process import WorkerProcess
-from remoe_adapt.bench.places import terminated_as_interrupted
-from remoe_adapt.bench.results import REPO_ROOT, append_row, environment
+from remoe_adapt.bench.results import REPO_ROOT
 from remoe_adapt.export.gguf_live import LiveRouters
 from remoe_adapt.export.gguf_split import split_gguf
 from remoe_adapt.family import Family
 from remoe_adapt.llama_engine import LlamaModel
 
-RESULTS = Path(__file__).parent / "results" / "live_swap_cpu.csv"
 FAMILY = REPO_ROOT / "examples" / "tiny_moe" / "family"
 STRENGTHS = (0.0, 1.0)
 # The engine computes the same numbers again to the last bit; strengths differ by far more.
@@ -120,7 +117,7 @@ def run(options: Options, pauses_s: tuple[float, ...] = (0.0, 0.1, 0.5, 2.0)) ->
     if not first.exists():
         split_gguf(source, family, 0.0, folder / "m.gguf")
     routers = LiveRouters(first, family)
-    worker = WorkerProcess("llama.cpp", command=[sys.executable, __file__, "worker"])
+    worker = WorkerProcess("llama.cpp", command=[sys.executable, __file__])
     rows = []
     try:
         worker.ask("load", model=str(first), ids=text_ids(options.texts))
@@ -152,17 +149,5 @@ def run(options: Options, pauses_s: tuple[float, ...] = (0.0, 0.1, 0.5, 2.0)) ->
     return rows
 
 
-def main() -> None:
-    if sys.argv[1:] == ["worker"]:
-        protocol.speak(Worker().answer)
-        return
-    options = Options(**given_options())
-    with terminated_as_interrupted():
-        rows = run(options)
-    for row in rows:
-        append_row(RESULTS, {**environment(), **row, "seconds": options.seconds})
-    print(json.dumps({"rows": rows, **asdict(options)}))
-
-
 if __name__ == "__main__":
-    main()
+    protocol.speak(Worker().answer)

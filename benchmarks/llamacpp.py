@@ -1,11 +1,11 @@
 """llama.cpp with a model larger than its memory, at every strength: MiB read, major faults and ms per token.
 
-`python benchmarks/llamacpp.py` writes results/llamacpp_cpu.csv. The shipped model, its experts widened with zeros (so
-that its routing is the trained one) to more than 1 GB in F16, lies on a loop device of 128 KiB read-ahead with a cap on
-its reads; llama.cpp maps it (no repacking) in a cgroup of less memory, and reads held-out text token by token. Every
-strength reads the same text; their order turns round with each round, so that none is always the first. Strength is
-set by the family's LoRAs, that of the arm "split" by the first part of a split file alone. Options: NAME=VALUE of
-`Options`, as `tokens=200 read_mib_per_s=300`.
+`python benchmarks/run.py llamacpp` writes results/llamacpp_cpu.csv; this file by itself is the worker process. The
+shipped model, its experts widened with zeros (so that its routing is the trained one) to more than 1 GB in F16, lies on
+a loop device of 128 KiB read-ahead with a cap on its reads; llama.cpp maps it (no repacking) in a cgroup of less
+memory, and reads held-out text token by token. Every strength reads the same text; their order turns round with each
+round, so that none is always the first. Strength is set by the family's LoRAs, that of the arm "split" by the first
+part of a split file alone. Settings: NAME=VALUE of `Options`, as `tokens=200 read_mib_per_s=300`.
 
 This engine does not renormalise the weights of this architecture's chosen experts, which the shipped model does: its
 texts are worse here, its routing is what the engine makes of it.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gzip
 import importlib
-import json
 import os
 import sys
 import time
@@ -31,9 +30,8 @@ from remoe_adapt.bench import protocol
 from remoe_adapt.bench.decode_process import WorkerProcess
 from remoe_adapt.bench.limits import memory_group, why_no_groups
 from remoe_adapt.bench.loop_disk import loop_disk, why_no_loop
-from remoe_adapt.bench.places import terminated_as_interrupted
 from remoe_adapt.bench.read_cap import read_cap, why_no_cap
-from remoe_adapt.bench.results import REPO_ROOT, append_row, environment
+from remoe_adapt.bench.results import REPO_ROOT
 from remoe_adapt.bench.widen import widened
 from remoe_adapt.export.gguf import export_gguf
 from remoe_adapt.export.gguf_lora import export_gguf_lora
@@ -42,7 +40,6 @@ from remoe_adapt.family import Family
 from remoe_adapt.llama_engine import LlamaModel
 from remoe_adapt.runtime.llama_scales import ScaleMap
 
-RESULTS = Path(__file__).parent / "results" / "llamacpp_cpu.csv"
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
 TEXT = REPO_ROOT.parent / "shared" / "data" / "heldout" / "wikitext2_valid.txt.gz"
 BAR = 0.75
@@ -142,7 +139,7 @@ def run(options: Options) -> dict[str, Any]:
         cap = ending.enter_context(read_cap(disk.device)) if options.read_mib_per_s else None
         if cap:
             cap.hold(options.read_mib_per_s * _MIB)
-        worker = WorkerProcess("llama.cpp", group, [sys.executable, __file__, "worker"], cap)
+        worker = WorkerProcess("llama.cpp", group, [sys.executable, __file__], cap)
         ending.callback(worker.close)
         worker.ask("load", base=base, split=strongest, loras=loras)
         for number in range(options.rounds):
@@ -171,33 +168,5 @@ def row(arm: tuple[str, float], sums: dict[tuple[str, float], dict[str, float]],
     }
 
 
-def given_options() -> dict[str, Any]:
-    """NAME=VALUE of the command line."""
-    pairs = (argument.partition("=") for argument in sys.argv[1:])
-    return {name: value if name == "work" else json.loads(value) for name, _, value in pairs}
-
-
-def main() -> None:
-    if sys.argv[1:] == ["worker"]:
-        protocol.speak(Worker().answer)
-        return
-    with terminated_as_interrupted():
-        result = run(Options(**given_options()))
-    if "skipped" not in result:
-        print(
-            f"{'strength':>8} {'by':>6} {'MiB/token':>10} {'faults/token':>13} {'ms/token':>9} {'MiB to base':>12}",
-            file=sys.stderr,
-        )
-        settings = {name: result[name] for name in ("model_bytes", "limit_bytes", "read_mib_per_s", "tokens", "rounds")}
-        for line in result["rows"]:
-            print(
-                "{strength:8g} {by:>6} {mib_per_token:10.1f} {faults_per_token:13.1f} {ms_per_token:9.1f} "
-                "{ratio:12.3f}".format(**line),
-                file=sys.stderr,
-            )
-            append_row(RESULTS, {**environment(), **line, **settings})
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main()
+    protocol.speak(Worker().answer)

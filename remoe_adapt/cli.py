@@ -191,11 +191,11 @@ def trace(
         return cli_trace.trace_gguf(model, data, out, decode, max_tokens)
     from remoe_adapt.cache.simulate import summarise
     from remoe_adapt.evaluate import check_data, read_shared
-    from remoe_adapt.record import load_base, prompts_from, record_decode, record_prefill
+    from remoe_adapt.record import load_with_tokenizer, prompts_from, record_decode, record_prefill
 
     check_data(data, max_tokens)
     quiet_libraries()
-    base, tokenizer = load_base(model, device=device, dtype=dtype)
+    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype)
     names = {"model_id": Path(model).name, "text": ", ".join(path.name for path in data)}
     if decode is None:
         documents = read_shared(data, tokenizer, max_tokens)
@@ -314,11 +314,11 @@ def _base_for(
     model: str, profile: str | None, budget: str | None, storage: Path | None, device: str | None, dtype: str
 ) -> Any:
     """Behind an expert cache where the profile or --expert-cache says so."""
-    from remoe_adapt.record import load_base
+    from remoe_adapt.record import load_with_tokenizer
     from remoe_adapt.runtime.load import load_base_under, profile_of
 
     if profile is None and budget is None and storage is None:
-        return load_base(model, device=device, dtype=dtype)[0]
+        return load_with_tokenizer(model, device=device, dtype=dtype)[0]
     size = None if budget is None else _budget(budget)
     packed = {} if storage is None else {"storage": storage}
     return load_base_under(profile_of(profile), model, size, device=device, dtype=dtype, **packed)

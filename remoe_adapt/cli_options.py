@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from remoe_adapt.cache.policy import POLICIES
+from remoe_adapt.recency_settings import DEFAULT_MODE, MODES
+
 # What a command returns: its JSON object, and what is shown instead of it.
 Found = tuple[Mapping[str, Any], list[RenderableType]]
 # What a command yields that speaks while it runs: JSON object and text of each line.
@@ -27,7 +30,7 @@ Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, ... D
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Force = Annotated[bool, typer.Option("--force", help="Use a family made for another base.")]
 Data = Annotated[list[Path], typer.Option(help="Text: .txt, .jsonl, .gz of these, or a folder; repeat.")]
-Policies = Annotated[list[str], typer.Option("--policy", help="lru, lfu, lrfu or belady; repeat.")]
+Policies = Annotated[list[str], typer.Option("--policy", help=f"{', '.join(POLICIES)}; repeat.")]
 Caches = Annotated[list[float], typer.Option("--cache", help="Cache size as a share of the experts; repeat.")]
 
 # remoe demo, remoe bench
@@ -66,15 +69,19 @@ Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated 
 TaskFolder = Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Examples per task.")]
 Plot = Annotated[Path | None, typer.Option(help="Write EOR against perplexity here (extra: plot).")]
-Recency = Annotated[str | None, typer.Option(help="Recency prior: last, ema or resident.")]
+Recency = Annotated[str | None, typer.Option(help=f"Recency prior: {', '.join(MODES)}.")]
 RecencyGains = Annotated[
     str | None,
-    typer.Option("--recency-gain", help="Its gains to try on the base, comma-separated; default 0.1,0.2,0.3; of ema."),
+    typer.Option(
+        "--recency-gain",
+        help=f"Its gains to try on the base, comma-separated; default 0.1,0.2,0.3; of {DEFAULT_MODE}.",
+    ),
 ]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="The figures of each layer too (JSON: per_layer).")]
 RecencyGain = Annotated[float | None, typer.Option(help="Its gain, at every strength; default 0.2.")]
 FullGain = Annotated[float | None, typer.Option("--recency-gain", help="Its gain in the point of strength 1.")]
-RecencyDecay = Annotated[float | None, typer.Option(help="Its decay in mode ema; default 0.7.")]
+_DECAYS = " or ".join(f"{mode.name}; default {mode.default_decay:g}" for mode in MODES.values() if mode.takes_decay)
+RecencyDecay = Annotated[float | None, typer.Option(help=f"Its decay in mode {_DECAYS}.")]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
 
 # remoe trace, remoe simulate

@@ -20,7 +20,7 @@ def list_all(csv: opt.Csv = None, as_json: opt.Json = False) -> Found:
     rows: dict[str, dict[str, Any]] = {}
     for name, path in list_profiles().items():
         profile, faults = read_profile(path)
-        rows[name] = {"file": str(path), "faults": len(faults)} | ({} if profile is None else asdict(profile))
+        rows[name] = {"file": str(path), "faults": len(faults)} | ({} if profile is None else profile.as_keys())
     return {"profiles": rows}, [report.profile_table(rows)]
 
 
@@ -28,7 +28,7 @@ def show(name: opt.ProfileName, as_json: opt.Json = False) -> Found:
     """One profile, as it is understood."""
     from remoe_adapt.device_profile import load_profile
 
-    result = asdict(load_profile(name))
+    result = load_profile(name).as_keys()
     return result, [report.figures_table(f"profile {result['name']}", result)]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.recency_settings import DEFAULT_MODE, MODES
 
 _OF_DATA = ("max_tokens", "policy", "cache", "window", "recency", "recency_gain", "plot", "per_layer", "certified")
 # command -> option -> those of which one must be there for it to act
@@ -35,7 +36,6 @@ HINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "run": {"seed": ("temperature",), "force": ("family", "profile")},
     "trace": {"seed": ("temperature",)},
 }
-_WITHOUT_DECAY = ("last", "resident")
 
 
 def check_options(
@@ -52,8 +52,10 @@ def check_options(
         for other in others:
             if given(name) and given(other):
                 raise ConfigError(f"{spelled(name)} and {spelled(other)} exclude each other: give one of them.")
-    if given("recency_decay") and values["recency"] in _WITHOUT_DECAY:
-        raise ConfigError(f"--recency-decay is of --recency ema; {values['recency']} has none: leave it out.")
+    mode = MODES.get(values["recency"] or DEFAULT_MODE) if given("recency_decay") else None
+    if mode is not None and not mode.takes_decay:
+        with_decay = " or ".join(name for name, other in MODES.items() if other.takes_decay)
+        raise ConfigError(f"--recency-decay is of --recency {with_decay}; {mode.name} has none: leave it out.")
     for name, others in NEEDS.get(command, {}).items():
         if given(name) and not any(map(values.get, others)):
             raise ConfigError(f"{spelled(name)} does nothing without {' or '.join(map(spelled, others))}.")

@@ -15,6 +15,7 @@ from remoe_adapt import report
 from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.outputs import check_extra, check_file
+from remoe_adapt.recency_settings import DEFAULT_MODE, Recency
 from remoe_adapt.report import progress, quiet_libraries
 from remoe_adapt.rows import arm_rows
 
@@ -31,13 +32,13 @@ def train(
     device: opt.Device = None, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Train a family of router adapters, and the control that shows what training alone would do."""
-    recency = recency or (None if recency_gain is None else "ema")
+    recency = recency or (None if recency_gain is None else DEFAULT_MODE)
     given: dict[str, Any] = dict(locals())
     if mode == "local" and distill_share:
         raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
     from remoe_adapt.evaluate import LEAST_CERTIFIED_TOKENS, certify
     from remoe_adapt.evaluate import evaluate as measure
-    from remoe_adapt.record import load_base
+    from remoe_adapt.record import load_with_tokenizer
     from remoe_adapt.training.point import CHECKPOINT_MINUTES
     from remoe_adapt.training.run import TrainOptions, held_out_documents, train_family
 
@@ -47,7 +48,7 @@ def train(
         model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device,
         checkpoint_minutes=CHECKPOINT_MINUTES if checkpoint_minutes is None else checkpoint_minutes,
     )  # fmt: skip
-    base, tokenizer = load_base(model, device=device)
+    base, tokenizer = load_with_tokenizer(model, device=device)
     result: dict[str, Any] = {"family": str(out), "strengths": list(family.strengths), "control": None}
     documents = held_out_documents(data, tokenizer, base, options)
     # Of the processes of a distributed run one measures.
@@ -92,14 +93,14 @@ def evaluate(
 
     check_replay(policy, cache)
     if recency is None and (recency_gain is not None or recency_decay is not None):
-        recency = "ema"
+        recency = DEFAULT_MODE
     gains = [] if recency is None else numbers("0.1,0.2,0.3" if recency_gain is None else recency_gain)
     if plot is not None:
         check_plot(plot, "--plot")
     if tasks:
         check_extra("lm_eval", "eval", "task scores need lm-eval")
 
-    from remoe_adapt.arms import Prior, check_priors
+    from remoe_adapt.arms import check_priors
     from remoe_adapt.evaluate import (
         LEAST_CERTIFIED_TOKENS,
         certify,
@@ -111,11 +112,10 @@ def evaluate(
     )
     from remoe_adapt.evaluate import evaluate as measure
     from remoe_adapt.family import Family
-    from remoe_adapt.record import load_base
+    from remoe_adapt.record import load_with_tokenizer
 
     quiet_libraries()
-    kind = {} if recency_decay is None else {"decay": recency_decay}
-    priors = [Prior(str(recency), gain, **kind) for gain in gains]
+    priors = [Recency.of(recency, gain, recency_decay) for gain in gains]
     points = None if family is None else Family.load(family)
     check_priors(points, priors)
     if data:
@@ -129,7 +129,7 @@ def evaluate(
         )
     if certified and points is not None:
         check_file(points.path / "family.json", "--certify: family.json of --family")
-    base, tokenizer = load_base(model, device=device, dtype=dtype)
+    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype)
     result: dict[str, Any] = {"model": model, "family": family}
     shown: list[RenderableType] = []
 

@@ -27,7 +27,15 @@ from remoe_adapt.evaluate import Tally, read_shared
 from remoe_adapt.family import Family
 from remoe_adapt.generation import COUNTED, cache_figures, generate_text, room_for_reads
 from remoe_adapt.notices import say_once
-from remoe_adapt.record import Decoder, Recorder, device_of, inference, load_base, load_tokenizer, record_forward
+from remoe_adapt.record import (
+    Decoder,
+    Recorder,
+    device_of,
+    inference,
+    load_tokenizer,
+    load_with_tokenizer,
+    record_forward,
+)
 from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.untrusted import printable, read_json
 
@@ -74,6 +82,7 @@ def held_out(model_folder: Path, tokenizer: Any, tokens: int, data: Sequence[str
         source = _module_source(name)
         if left < 2 or source is None:
             continue
+        # A token has far fewer than 16 characters, so this much text always holds a piece.
         ids = _encode(tokenizer, source[: 16 * PIECE_TOKENS])[: min(PIECE_TOKENS, left)]
         documents.append(ids)
         sources.append(name)
@@ -101,9 +110,10 @@ def _recipe(path: Path) -> tuple[list[str], list[str]]:
 
 def _module_source(name: str) -> str | None:
     """Source of a standard library module, None where this interpreter has none (frozen, removed)."""
-    if name not in sys.stdlib_module_names:  # a recipe of others may name any path
+    if name not in sys.stdlib_module_names:  # a downloaded demo.json could name any path of this machine
         return None
     root = Path(sysconfig.get_paths()["stdlib"])
+    # A module is a file or a package; either way its source lies on every machine that runs this.
     for path in (root / f"{name}.py", root / name / "__init__.py"):
         if path.is_file():
             return path.read_text(encoding="utf-8", errors="ignore")
@@ -192,11 +202,11 @@ def _places(model: str | Path | None, family: str | Path | None) -> tuple[str | 
 
 def _load(path: str | Path, budget: str | float) -> tuple[Any, Any]:
     try:
-        # Past the page cache: a model that fits into it would show no read.
+        # Past the page cache, because a model that fits into it would show no read.
         model = load_with_expert_cache(path, budget, direct_io=True)
     except UncacheableError as error:
         say_once(f"{error} It is decoded without an expert cache.")
-        return load_base(path)
+        return load_with_tokenizer(path)
     return model.eval(), load_tokenizer(str(path))
 
 
@@ -220,6 +230,7 @@ class _Decoded:
 
     def add(self, steps_s: Sequence[float], stats: Mapping[str, Any] | None) -> None:
         """One document: its steps, and what the cache counted meanwhile."""
+        # A document shorter than the warm-up counts with its last step rather than not at all.
         self.times_s += steps_s[WARM_STEPS:] or steps_s[-1:]
         self.total_s += sum(steps_s)
         self.tokens += len(steps_s)
@@ -248,14 +259,19 @@ def _decode_arms(
     deadline_s = time.perf_counter() + max_seconds
     with record_forward(model) as recorder:
         for number, ids in enumerate(documents):
+            # At least one document is decoded, however slow the model is.
             if stopped := bool(number) and time.perf_counter() > deadline_s:
                 break
             base_logits_SV: Tensor | None = None
             for arm, tally in tallies.items():
                 arms.use(arm)
                 if cache is not None:
+                    # Every arm begins with an empty cache: otherwise an arm would profit from what the one before it
+                    # read.
                     cache.clear()
                     cache.reset_stats()
+                # All arms decode the same text. Left to generate, a small model loops, and a loop reuses experts like
+                # no real text.
                 logits_SV, steps_s = _teacher_forced(model, ids)
                 decoded[arm].add(steps_s, None if cache is None else cache.stats())
                 tally.ids[number, 0] = recorder.take().numpy()
@@ -281,6 +297,7 @@ def _teacher_forced(model: nn.Module, ids: Sequence[int]) -> tuple[Tensor, list[
         begin = time.perf_counter()
         logits.append(decoder.feed([token]))
         if on_accelerator:
+            # A step ends when the device has computed it, not when it was launched.
             torch.accelerator.synchronize()
         times_s.append(time.perf_counter() - begin)
     return torch.stack(logits[:-1]), times_s
@@ -308,6 +325,7 @@ def _samples(
     model: Any, tokenizer: Any, arms: Arms, prompts: Sequence[str], new_tokens: int
 ) -> Iterator[dict[str, Any]]:
     for prompt in prompts if new_tokens > 0 else ():
+        # The two ends of the dial; the points between read alike.
         for arm in (arms.base, *arms.points[-1:]):
             arms.use(arm)
             made = generate_text(model, tokenizer, prompt, new_tokens=new_tokens, temperature=0.7)

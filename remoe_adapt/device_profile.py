@@ -11,30 +11,33 @@ import importlib.resources
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from remoe_adapt import profile_values as of
+from remoe_adapt.cache.policy import ONLINE
 from remoe_adapt.errors import ConfigError, ProfileError
 from remoe_adapt.profile_nodes import Problem, Source, did_you_mean, is_map, printable, shown
 from remoe_adapt.profile_values import ContradictionError, key_of, parse_size, read_section
+from remoe_adapt.recency_settings import MAX_GAIN, MODES, NO_PRIOR, Recency, mode_words
 
 __all__ = [
-    "CACHE_POLICIES", "CACHE_SCOPES", "RECENCY_MODES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile",
-    "MemoryProfile", "PressureProfile", "Problem", "RecencyProfile", "StrengthProfile", "check_profile",
-    "list_profiles", "load_profile", "parse_size", "read_profile", "user_profile_dir",
+    "CACHE_SCOPES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile", "MemoryProfile", "PressureProfile",
+    "Problem", "Recency", "StrengthProfile", "check_profile", "list_profiles", "load_profile", "parse_size",
+    "read_profile", "user_profile_dir",
 ]  # fmt: skip
 
-CACHE_POLICIES = ("lru", "lfu", "lrfu")  # belady needs the future, so no device can run it
 CACHE_SCOPES = ("global", "layer")
-RECENCY_MODES = ("none", "last", "ema", "resident")
-# No calm or wait that a dial should sit out is longer; a clock of floats still tells milliseconds.
+# The longest wait that a profile may ask for. A dial that waits longer would never move, and a clock in floats still
+# tells milliseconds at this length.
 _DAY_S = 86400.0
 _LONGEST_RISE_S = 600.0
-# The policy keeps four times rise_s of samples, and sorts them at every one.
+# The policy keeps the samples of four times rise_s and sorts them at each new one, so a long rise at a high rate would
+# take the machine's time from the model.
 _MOST_RISE_SAMPLES = 1000
-# The prior refuses more (`gating.prior.MAX_GAIN`).
-_MOST_GAIN = 16.0
 _RATIO = of.number(0, 1)
 _PART = of.number(0, 1, open_low=True)
 
@@ -56,8 +59,8 @@ class ExpertCacheProfile:
     """
 
     share: float = key_of("budget", _PART)
-    policy: str = key_of("policy", of.choice(*CACHE_POLICIES), default="lrfu")
-    scope: str = key_of("scope", of.choice(*CACHE_SCOPES), default="global")
+    policy: str = key_of("policy", of.choice(ONLINE), default="lrfu")
+    scope: str = key_of("scope", of.choice(CACHE_SCOPES), default="global")
     prefetch: bool = key_of("prefetch", of.switch, default=True)
     direct_io: bool = key_of("direct_io", of.switch, default=False)
     floor: float = key_of("floor", _PART, default=0.1)
@@ -115,25 +118,35 @@ class PressureProfile:
     stall: _Ramp = key_of("stall", of.ramp(_RATIO), default=(0.9, 1.0))
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecencyProfile:
-    """The recency prior: mode "none", "last" (the previous token's experts), "ema" (used lately) or "resident" (cached
-    now), and its gain at strength 1."""
+def _mode(source: Source, node: yaml.Node, key: str) -> Any:
+    return of.choice(mode_words())(source, node, key)  # asked at each reading, as a mode may have been added
 
-    mode: str = key_of("mode", of.choice(*RECENCY_MODES), default="none")
-    gain: float = key_of("gain", of.number(0, _MOST_GAIN), default=0.0)
+
+@dataclass(frozen=True, kw_only=True)
+class _RecencyKeys:
+    """The keys of section `recency` as a file has them, where the mode "none" stands for no prior."""
+
+    mode: str = key_of("mode", _mode, default=NO_PRIOR)
+    gain: float = key_of("gain", of.number(0, MAX_GAIN), default=0.0)
 
     def __post_init__(self) -> None:
-        if self.mode == "none" and self.gain > 0:
+        if self.mode == NO_PRIOR and self.gain > 0:
             raise ContradictionError(
                 "gain",
-                f"gain {self.gain!r} has no effect in mode 'none'; choose last, ema or resident, or set gain 0.0",
+                f"gain {self.gain!r} has no effect in mode {NO_PRIOR!r}; choose {', '.join(MODES)}, or set gain 0.0",
             )
+
+    def understood(self) -> Recency | None:
+        """What the section means (`read_section` asks)."""
+        return None if self.mode == NO_PRIOR else Recency.of(self.mode, self.gain)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceProfile:
-    """What the runtime needs to know about a device; `families` maps base model ids to family paths or hub ids."""
+    """What the runtime needs to know about a device; `families` maps base model ids to family paths or hub ids.
+
+    recency: the prior of the device, with its gain at strength 1; None: no prior.
+    """
 
     name: str = key_of("name", of.text)
     description: str = key_of("description", of.text)
@@ -142,8 +155,13 @@ class DeviceProfile:
     strength: StrengthProfile = key_of("strength", StrengthProfile)
     controller: ControllerProfile = key_of("controller", ControllerProfile, default=ControllerProfile())
     pressure: PressureProfile = key_of("pressure", PressureProfile, default=PressureProfile())
-    recency: RecencyProfile = key_of("recency", RecencyProfile, default=RecencyProfile())
+    recency: Recency | None = key_of("recency", _RecencyKeys, default=None)
     families: Mapping[str, str | None] = key_of("families", of.families, default_factory=dict, hash=False)
+
+    def as_keys(self) -> dict[str, Any]:
+        """Everything in plain values, with the section `recency` as in a file."""
+        mode, gain = (NO_PRIOR, 0.0) if self.recency is None else (self.recency.mode, self.recency.gain)
+        return asdict(self) | {"recency": {"mode": mode, "gain": gain}}
 
     @property
     def settle_s(self) -> float:
@@ -159,6 +177,7 @@ class DeviceProfile:
         if not 0.0 <= pressure <= 1.0:  # NaN fails too
             raise ConfigError(f"pressure {pressure!r} is out of range; pressure runs from 0 (plenty) to 1 (thrashing)")
         curve = self.strength.curve
+        # The number of points at or below this pressure, which is also the place of the next one.
         after = bisect_right(curve, pressure, key=lambda point: point[0])
         if after == 0 or after == len(curve):
             strength = curve[max(after - 1, 0)][1]
@@ -196,12 +215,14 @@ def user_profile_dir() -> Path:
         home = Path.home()
     except RuntimeError:  # a user without one, as many in containers
         home = Path("/nonexistent")
+    # The XDG rules say that a relative XDG_CONFIG_HOME is to be ignored.
     return (configured if configured.is_absolute() else home / ".config") / "remoe" / "profiles"
 
 
 def list_profiles() -> dict[str, Path]:
     """Name -> file of every profile found, sorted by name; files are not opened, a user's file hides a shipped one."""
     shipped = Path(str(importlib.resources.files("remoe_adapt.profiles")))
+    # Later entries win, so a user's file hides a shipped one of the same name.
     found = {path.stem: path for folder in (shipped, user_profile_dir()) for path in folder.glob("*.yaml")}
     return dict(sorted(found.items()))
 
@@ -210,6 +231,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     """The profile of a known name, or of a YAML file. Raises ProfileError naming file, line, key and the remedy."""
     known = list_profiles()
     text = str(name_or_path)
+    # A Path is a path, also where its name is that of a profile.
     if text in known and not isinstance(name_or_path, Path):
         path = known[text]
     elif Path(text).suffix in (".yaml", ".yml") or len(Path(text).parts) > 1:

@@ -20,23 +20,25 @@ import torch
 from remoe_adapt.demo import example_folder
 from remoe_adapt.device_profile import list_profiles, read_profile
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.forks import usable_cores
 from remoe_adapt.gating.dispatch import explain
 from remoe_adapt.libraries import contracts, versions
-from remoe_adapt.pressure.reading import Measure, size_text
+from remoe_adapt.notices import size_text
+from remoe_adapt.pressure.reading import Measure
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
 from remoe_adapt.pressure.signals import unfit
 from remoe_adapt.runtime.sensors import GpuMemory
 
-# Rates are taken over so long.
+# Seconds between the two readings that rates are taken from.
 _RATES_S = 0.2
-# First word of a sensor's name -> what holds without it.
+# The first word of a sensor's name -> how the controller manages without it.
 _WITHOUT = {
     "cgroup": "budgets follow the machine's memory",
     "psi": "headroom, faults and the cache stand in",
     "swap": "nothing can be swapped out, so headroom and faults tell",
     "gpu": "models run on the CPU; its memory counts",
 }
-# Module an extra brings -> the extra and what it is for.
+# The module that an extra installs -> the extra's name, and what it is for.
 EXTRAS = {
     "gguf": ("export", "GGUF files"),
     "lm_eval": ("eval", "remoe eval --tasks"),
@@ -94,6 +96,7 @@ def _guarded(probe: Callable[[], Iterator[Probe]]) -> list[Probe]:
     try:
         return list(probe())
     except Exception as error:
+        # The report must come whatever is broken, for a broken machine is when it is asked for.
         name = getattr(probe, "__name__", "probe").strip("_").replace("_", " ")
         return [Probe(name, False, f"{type(error).__name__}: {error}", "the probe itself failed: please report it")]
 
@@ -121,8 +124,9 @@ def _peft_type() -> Iterator[Probe]:
 
 
 def _processor() -> Iterator[Probe]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Probe("processor", True, f"{platform.machine()}, {cores} core(s) usable, {torch.get_num_threads()} threads")
+    yield Probe(
+        "processor", True, f"{platform.machine()}, {usable_cores()} core(s) usable, {torch.get_num_threads()} threads"
+    )
 
 
 def _memory() -> Iterator[Probe]:
@@ -164,6 +168,7 @@ def _gating() -> Iterator[Probe]:
         except ConfigError as error:
             yield Probe(f"gating on {name}", False, "no backend", str(error))
             continue
+        # On a CPU the plain torch backend is the best there is.
         best = chosen == "triton" or name == "cpu"
         yield Probe(f"gating on {name}", best, f"{chosen}: {why}", "" if best else "fused kernels are faster here")
 
@@ -181,6 +186,7 @@ def _sensors(proc: Path, cgroups: Path) -> Iterator[Probe]:
     # A GPU that no model uses yet is asked too: the doctor's process ends soon, and its CUDA context with it.
     sensors = Sensors([*os_sensors(proc, cgroups), GpuMemory(proc=proc)])
     sensors.read()
+    # Rates are differences of counters, so they need two readings.
     time.sleep(_RATES_S)
     reading = sensors.read()
     sensors.close()
@@ -205,6 +211,7 @@ def shown(measure: Measure) -> str:
 
 def _direct_reads() -> Iterator[Probe]:
     flag = getattr(os, "O_DIRECT", None)
+    # Tried where models lie: whether direct reads work depends on the file system.
     folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     folder = folder if folder.is_dir() and os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
     if flag is None:
@@ -233,6 +240,7 @@ def _direct_reads() -> Iterator[Probe]:
 
 def _extras() -> Iterator[Probe]:
     for module, (extra, purpose) in EXTRAS.items():
+        # Looked for and not imported: lm_eval and matplotlib take seconds.
         if importlib.util.find_spec(module) is not None:
             yield Probe(f"extra: {extra}", True, f"{module}, for {purpose}")
         else:

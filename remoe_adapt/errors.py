@@ -12,6 +12,7 @@ RemoeError(Exception)
  |   |- AdapterCorruptError               truncated, wrong shape, NaN
  |   |- FingerprintMismatchError          made for another base; names both
  |   `- MergeStateError                   illegal in this merge state (swap while merged)
+ |- DialError(ValueError)                 a dial that is closed, or cannot do this to its model now
  |- FamilyError(ValueError)               family.json or its adapter folders
  |- ExportError(ValueError)               a checkpoint or GGUF that cannot take the family's routers
  |- WriteError(OSError)                    a result that cannot be written; names it and the reason
@@ -74,6 +75,10 @@ class FingerprintMismatchError(AdapterError):
 
 class MergeStateError(AdapterError):
     """The operation is illegal in the present merge state, as a swap while merged."""
+
+
+class DialError(RemoeError, ValueError):
+    """A dial cannot do this now: it is closed, its model is inside a forward, or its routers are out of its reach."""
 
 
 class FamilyError(RemoeError, ValueError):

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.arms import Arm, Arms, Prior, arms_of
+from remoe_adapt.arms import Arm, Arms, arms_of
 from remoe_adapt.cache.simulate import check_replay, hit_rates, layer_rows
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.family import Family
 from remoe_adapt.host_memory import freed_memory_kept
 from remoe_adapt.metrics import eor, load_entropy, switch_rate
 from remoe_adapt.outputs import check_extra
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.record import (
     Recorder,
     Window,
@@ -47,7 +48,7 @@ from remoe_adapt.training.data import data_files, read_file, tokenize_documents
 # perplexity ratio is known to about 1 %, which is what points of a family differ by.
 LEAST_CERTIFIED_TOKENS = 1000
 POLICIES, CACHES = ("lru",), (0.25, 0.5)
-# fp32 values of one batch of logits, and of one piece of it while it is scored.
+# The most fp32 values that one batch of logits has, and one piece of it while it is scored: 128 and 16 MiB.
 _BATCH_VALUES, _PIECE_VALUES = 1 << 25, 1 << 22
 _MAX_BATCH_TOKENS = 1 << 14
 
@@ -63,11 +64,13 @@ class Tally:
 
     def add(self, logits_NV: Tensor, targets_N: Tensor, base_logits_NV: Tensor | None) -> None:
         """Scores N next-token distributions; without base logits these are the base's own, at divergence 0."""
+        # Piece by piece, as the fp32 copies of a whole batch of logits would be several times its size.
         step = max(1, _PIECE_VALUES // logits_NV.shape[-1])
         for begin in range(0, len(targets_N), step):
             part = slice(begin, begin + step)
             base_part_NV = None if base_logits_NV is None else base_logits_NV[part]
             nll_N, kl_N = score(logits_NV[part], targets_N[part], base_part_NV)
+            # Summed in fp64: over a hundred thousand tokens fp32 sums lose the digits in which points differ.
             self.nll_nats += float(nll_N.double().sum())
             self.kl_nats += float(kl_N.double().sum())
         self.tokens += len(targets_N)
@@ -75,6 +78,7 @@ class Tally:
     def trace(self, num_experts: int, phase: str = "prefill") -> Trace:
         """The recorded routing in text order."""
         documents: dict[int, list[Any]] = {}
+        # Batches are by window length, so windows of one document may have been scored in any order.
         for (document, _), ids_LTK in sorted(self.ids.items(), key=lambda item: item[0]):
             documents.setdefault(document, []).append(ids_LTK)
         joined = [np.concatenate(parts, axis=1) for parts in documents.values()]
@@ -116,7 +120,7 @@ def score(logits_NV: Tensor, targets_N: Tensor, base_logits_NV: Tensor | None = 
     base_NV = base_logits_NV.float()
     base_log_z_N = base_NV.logsumexp(dim=-1)
     base_p_NV = (base_NV - base_log_z_N[:, None]).exp()
-    # A vocabulary entry masked with -inf has probability 0 on both sides.
+    # A vocabulary entry that both models mask with -inf would make NaN of the sum, though it has probability 0.
     gap_NV = (base_NV - logits_NV).nan_to_num_(nan=0.0)
     return nll_N, (base_p_NV * gap_NV).sum(dim=-1) - (base_log_z_N - log_z_N)
 
@@ -129,7 +133,7 @@ def evaluate(
     policies: Sequence[str] = POLICIES,
     caches: Sequence[float] = CACHES,
     window: int | None = None,
-    priors: Sequence[Prior] = (),
+    priors: Sequence[Recency] = (),
     force: bool = False,
     per_layer: bool = False,
     on_tokens: Callable[[int], object] | None = None,
@@ -195,6 +199,7 @@ def _batches(plan: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
     for part in plan:
         alike.setdefault((part.end - part.begin, part.scored), []).append(part)
     for (length, scored), parts in alike.items():
+        # The vocabulary bounds the batch too: logits are its largest tensor by far.
         size = max(1, min(_MAX_BATCH_TOKENS // length, _BATCH_VALUES // ((scored + 1) * vocabulary)))
         for begin in range(0, len(parts), size):
             yield parts[begin : begin + size]
@@ -215,8 +220,10 @@ def _run_batch(
     for arm, tally in tallies.items():
         arms.use(arm)
         logits_NV = next_token_logits(model, ids_BT, scored).flatten(0, 1)
+        # All arms run on one batch before the next, so that the base's logits need not be kept for the whole text.
         ids_LBTK = recorder.take().unflatten(1, ids_BT.shape)
         for row, part in enumerate(batch):
+            # Only the tokens that this window owns: the others were recorded with more context by the window before.
             tally.ids[part.document, part.fresh] = ids_LBTK[:, row, part.fresh - part.begin :].numpy()
         tally.add(logits_NV, targets_N, base_logits_NV)
         if base_logits_NV is None:
@@ -225,6 +232,7 @@ def _run_batch(
 
 def next_token_logits(model: nn.Module, ids_BT: Tensor, scored: int) -> Tensor:
     """Logits [B, S, V] that predict the last `scored` tokens of each row; earlier ones are not computed if possible."""
+    # The head over a large vocabulary costs more than the model itself, and most windows score only their second half.
     keep = {"logits_to_keep": scored + 1} if _keeps_logits(type(model)) else {}
     logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False, **keep).logits
     return logits_BTV[:, logits_BTV.shape[1] - scored - 1 : -1]
@@ -264,6 +272,7 @@ def commit() -> str | None:
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None
+    # `--exclude=*` leaves tags out: a result names the commit itself, which a moved tag cannot falsify.
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -292,6 +301,7 @@ def certify(family: Family, result: Mapping[str, Any]) -> None:
     """
     check_certifiable(result["tokens"])
     facts = {key: result[key] for key in ("data", "tokens", "window") if key in result}
+    # Version and commit go into each certificate, since points of one family may be measured at different times.
     facts |= {"remoe_adapt": importlib.metadata.version("remoe-adapt"), "commit": commit()}
     rows = [*result["points"], *([result["control"]] if result["control"] else [])]
     for row in rows:

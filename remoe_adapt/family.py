@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,23 @@ from remoe_adapt.family_deltas import read_deltas, shapes_of
 from remoe_adapt.family_files import (
     FAMILY_FILE,
     FORMAT,
-    Recency,
     family_folder,
     json_text,
     placed,
     read_family_json,
+    read_recency,
+    recency_entry,
     usable_path,
     write_together,
 )
-from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.routers.fingerprint import fingerprint as fingerprint_of
+from remoe_adapt.recency_settings import Recency
+from remoe_adapt.routers.discover import Routers, survey_routers
+from remoe_adapt.routers.spec import plain_name
 from remoe_adapt.tuner.card import CARD_FILE
 from remoe_adapt.tuner.checks import stays_usable
 from remoe_adapt.untrusted import printable
 
-__all__ = ["Control", "Family", "FamilyPoint", "Recency", "original_weights"]
+__all__ = ["Control", "Family", "FamilyPoint", "original_weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +129,7 @@ class Family:
         """
         lower, upper, share = self._neighbours(strength)
         if upper is None:
+            # At strength 0 the names are those of the first point, with deltas of 0.
             names = self.points[0].deltas
             return {n: d.clone() for n, d in lower.deltas.items()} if lower else {n: names[n] * 0.0 for n in names}
         if lower is None:
@@ -144,6 +147,7 @@ class Family:
         is_base = self._neighbours(strength)[:2] == (None, None)  # W + 0 would turn -0.0 into 0.0
         if is_base:
             return _add({}, base_weights)
+        # Before anything is multiplied out: low-rank deltas of another model could need any amount of memory.
         self._check_shapes(base_weights)
         return _add(self.deltas(strength), base_weights)
 
@@ -154,9 +158,10 @@ class Family:
         known = ends[1] or ends[0]
         if known is None:
             return None
-        low, high = (end.gain_per_layer if end else (0.0,) * len(known.gain_per_layer) for end in ends)
+        low, high = (end.gains() if end else (0.0,) * len(known.gains()) for end in ends)
+        # At the end itself b, since a + 1.0 * (b - a) may differ from it in the last bit.
         gains = tuple(a + share * (b - a) if share < 1.0 else b for a, b in zip(low, high, strict=True))
-        return replace(known, gain_per_layer=gains)
+        return replace(known, gain=gains)
 
     def _neighbours(self, strength: float) -> tuple[FamilyPoint | None, FamilyPoint | None, float]:
         """(point at or below, point above, share of the way): None below for the base, None above when exact."""
@@ -173,11 +178,15 @@ class Family:
 
     # Fitting a model
 
-    def check(self, model: nn.Module, *, force: bool = False) -> None:
+    def check(self, model: nn.Module, *, force: bool = False, routers: Routers | None = None) -> None:
         """Raises FingerprintMismatchError, naming both bases, when `model` is another base (unless `force`), and
         FamilyError when routers of the family are missing in it, have other shapes or would get weights or
-        logits that are not finite (forced or not)."""
-        found = fingerprint_of(model)
+        logits that are not finite (forced or not).
+
+        routers: those of `model`, where they are known already.
+        """
+        routers = routers or survey_routers(model)
+        found = routers.fingerprint
         if found != self.fingerprint and not force:
             config = getattr(model, "config", None)
             name = getattr(config, "_name_or_path", "") or type(model).__name__
@@ -187,13 +196,13 @@ class Family:
                 f"({found[:19]}...): load that base, train a family for this one (`remoe train`), or pass force=True "
                 "if you know that they fit."
             )
-        weights = original_weights(model)
+        weights = routers.original_weights
         self._check_shapes(weights)
         for strength in self.strengths:  # between two points, weights and their norms lie between theirs
             self.live(strength, weights)
 
     def _check_shapes(self, weights: Mapping[str, Tensor]) -> None:
-        shapes = {_plain(name): list(weight_ED.shape) for name, weight_ED in weights.items()}
+        shapes = {plain_name(name): list(weight_ED.shape) for name, weight_ED in weights.items()}
         for name, shape in shapes_of(self.points[0].deltas).items() if self.points else ():
             if shapes.get(name) != list(shape):
                 has = f"has {shapes[name]} there" if name in shapes else "has no such router and no base weight for it"
@@ -234,9 +243,11 @@ class Family:
         """
         if not isinstance(strength, int | float):
             raise FamilyError(f"{self.path}: strength {strength!r} must be a number above 0 (the base) and at most 1.")
+        # The order matters: copy, read what was copied, then write family.json; a failure at any step undoes the steps
+        # before.
         adapter, copies = self._adopt(adapter_folder, self.adapter_name(strength))
         with placed(copies), self._saved_or_restored():
-            point = self._point(strength, adapter, asdict(recency) if recency else None, certificate)
+            point = self._point(strength, adapter, recency_entry(recency) if recency else None, certificate)
             self._insert(point)
         return point
 
@@ -270,6 +281,7 @@ class Family:
         copies: dict[Path, Path] = {}
         if target.resolve() != self.path.resolve():
             Family.create(target, self.base_id, self.fingerprint)
+            # The files of the adapters are copied as they are: deltas in memory may have been widened to fp32.
             names = [point.adapter for point in self.points] + ([self.control.adapter] if self.control else [])
             copies = {self.path / name: target / name for name in names}
         with placed(copies):
@@ -282,7 +294,7 @@ class Family:
             {
                 "strength": point.strength,
                 "adapter": point.adapter,
-                **({"recency": asdict(point.recency)} if point.recency else {}),
+                **({"recency": recency_entry(point.recency)} if point.recency else {}),
                 **({"certificate": dict(point.certificate)} if point.certificate is not None else {}),
             }
             for point in self.points
@@ -292,6 +304,7 @@ class Family:
             entries["control"] = {"adapter": self.control.adapter}
             entries["control"] |= {"certificate": dict(measured)} if measured is not None else {}
         card = {target / CARD_FILE: card_text(self)} if own_card(target) else {}
+        # family.json comes last, as it is what makes the folder a family.
         write_together({**card, target / FAMILY_FILE: json_text(target / FAMILY_FILE, entries)})
 
     @contextmanager
@@ -322,7 +335,7 @@ class Family:
         recency: Mapping[str, Any] | None = None,
         certificate: Mapping[str, Any] | None = None,
     ) -> FamilyPoint:
-        prior = Recency.read(recency, str(self.path)) if recency else None
+        prior = read_recency(recency, str(self.path)) if recency else None
         deltas = read_deltas(self.path / adapter, self.base_id, self.fingerprint)
         return FamilyPoint(float(strength), adapter, deltas, prior, certificate)
 
@@ -342,7 +355,7 @@ class Family:
                 raise FamilyError(f"{self.path}: {both} differ in which routers they change or how, first {shown}.")
         for other in (p for p in self.points if p.recency and point.recency):
             assert other.recency and point.recency
-            if not other.recency.blends_with(point.recency):
+            if not other.recency.is_like(point.recency):
                 raise FamilyError(f"{self.path}: {point.adapter} and {other.adapter} differ in recency mode or layers.")
         self.points = tuple(sorted((*self.points, point), key=lambda p: p.strength))
 
@@ -352,30 +365,24 @@ def original_weights(model: nn.Module) -> dict[str, Tensor]:
 
     The tensors are the model's own. Raises RouterNotFoundError or UnsupportedRouterError as `discover_routers`.
     """
-    weights = {}
-    for router in discover_routers(model):
-        kept = getattr(model.get_submodule(router.name), "original_weight_ED", None)
-        weights[_plain(router.name)] = kept if isinstance(kept, Tensor) else router.weight_ED
-    return weights
-
-
-def _plain(router_name: str) -> str:
-    return router_name.removeprefix("_orig_mod.").removeprefix("base_model.model.").removeprefix("_orig_mod.")
+    return survey_routers(model).original_weights
 
 
 def _add(deltas: Mapping[str, Tensor], base_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """cast(fp32(W) + delta) where there is a delta, else a copy of W; fp64 weights stay fp64."""
-    given = {_plain(name): tuple(weight_ED.shape) for name, weight_ED in base_weights.items()}
+    given = {plain_name(name): tuple(weight_ED.shape) for name, weight_ED in base_weights.items()}
     if odd := [name for name, shape in shapes_of(deltas).items() if given.get(name) != shape]:
         raise FamilyError(f"{len(odd)} routers have no base weight of their shape here, first {printable(odd[0])}.")
     weights = {}
     for name, base_ED in base_weights.items():
-        delta_ED, base_ED = deltas.get(_plain(name)), base_ED.detach()
+        delta_ED, base_ED = deltas.get(plain_name(name)), base_ED.detach()
         if delta_ED is None:
             weights[name] = base_ED.clone()
         else:
+            # The sum is rounded once, to the dtype of the weight; a sum in bf16 would lose small deltas.
             exact = torch.promote_types(base_ED.dtype, torch.float32)
             weights[name] = (base_ED.to(exact) + delta_ED.to(base_ED.device)).to(base_ED.dtype)
+            # A delta that overflows fp16 would make every logit NaN, and a model answers nonsense without an error.
             if not stays_usable(base_ED, weights[name]):
                 raise FamilyError(
                     f"the family's deltas are so large that weight or logits of router {printable(name)} are infinite "

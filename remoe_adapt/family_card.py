@@ -12,7 +12,7 @@ from remoe_adapt.tuner.card import CARD_FILE, code, literal
 if TYPE_CHECKING:
     from remoe_adapt.family import Family
 
-# A card without this line is somebody's own text.
+# Only a README with this line was written by us; any other is somebody's own text and is never overwritten.
 _MARK = "<!-- written by remoe-adapt with family.json; without this line it is left alone -->"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _MAX_CARD_BYTES = 1 << 20
@@ -24,6 +24,7 @@ def own_card(folder: Path) -> bool:
     path = folder / CARD_FILE
     try:
         with path.open("rb") as file:
+            # Looked for within bounds, as a README of others may have any size.
             return _MARK.encode() in file.read(_MAX_CARD_BYTES)
     except OSError:
         return not path.exists()
@@ -32,6 +33,7 @@ def own_card(folder: Path) -> bool:
 def card_text(family: Family) -> str:
     """README.md of a family. Text of others stands in code spans, without control characters."""
     base_id = family.base_id
+    # The hub links the card to the base by this line, where it must be a hub id; a path of this machine is none.
     named = f"base_model: {base_id}\n" if _HUB_ID.fullmatch(base_id) and not Path(base_id).exists() else ""
     measured = [(f"{point.strength:g}", point.adapter, point.recency, point.certificate) for point in family.points]
     if family.control:

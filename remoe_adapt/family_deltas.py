@@ -14,7 +14,8 @@ from remoe_adapt.tuner.checks import KINDS, by_router, check_finite, is_router_k
 from remoe_adapt.tuner.stored import read_adapter
 from remoe_adapt.untrusted import printable, read_json
 
-# Of one router, in values: 8192 experts of a hidden size of 8192. The largest there are have a quarter of that.
+# The most values that a router's delta may have: 8192 experts at a hidden size of 8192. The largest routers there are
+# have a quarter of that; a forged rank could ask for terabytes.
 _MAX_VALUES = 1 << 26
 _MAX_CONFIG_BYTES = 16 << 20
 _SHOWN_DIGITS = 19
@@ -37,6 +38,7 @@ class RouterDeltas(Mapping[str, Tensor]):
         held = self._factors[router]
         if len(held) == 1:
             return held[0]
+        # Kept once made: swaps ask for the same product again and again.
         if router not in self._products:
             product_ED = held[0] @ held[1]
             check_finite(router, product_ED, self._where)
@@ -73,6 +75,7 @@ def read_deltas(folder: Path, base_id: str, fingerprint: str) -> RouterDeltas:
         raise FamilyError(
             f"{shown} holds a PEFT adapter of type {printable(repr(kind))}: a family is made of REMOE adapters."
         )
+    # None says nothing: the configuration was written before the adapter had a base.
     made_for = config.get("base_fingerprint")
     if made_for not in (None, fingerprint):
         raise FingerprintMismatchError(
@@ -84,6 +87,7 @@ def read_deltas(folder: Path, base_id: str, fingerprint: str) -> RouterDeltas:
     if not path.is_file():
         raise FamilyError(f"{shown} has no {SAFETENSORS_WEIGHTS_NAME}: copy the family again.")
     adapter = read_adapter(path)
+    # A dial writes router weights only; an adapter that changes attention too would lose that part without a word.
     if foreign := [key for key in adapter.tensors if not is_router_key(key)]:
         raise FamilyError(
             f"{printable(path)} holds {printable(foreign[0])}, which is not a router's delta: a family changes routers "

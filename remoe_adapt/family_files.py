@@ -8,22 +8,20 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from remoe_adapt.device_profile import RECENCY_MODES
 from remoe_adapt.errors import FamilyError
-from remoe_adapt.gating.prior import MAX_GAIN
+from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, mode_words
 from remoe_adapt.tuner.stored import FAMILY_FILE as FAMILY_FILE
-from remoe_adapt.untrusted import printable, read_json
+from remoe_adapt.untrusted import first_line, printable, read_json
 
 FORMAT = 1
 _MAX_BYTES, _MAX_NAME = 16 << 20, 64
-# Keys that must be there, and keys that may.
+# What an object of family.json is called in errors -> (keys that it must have, keys that it may have).
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "the family": ({"format", "base", "points"}, {"control"}),
     "base": ({"id", "fingerprint"}, set()),
@@ -32,35 +30,26 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Recency:
-    """The recency prior of an operating point: mode ("last", "ema", "resident" or "none"), decay in [0, 1), gain per
-    router in model order."""
+def read_recency(entry: Any, where: str) -> Recency | None:
+    """The recency prior of an operating point from its JSON object, None for the mode "none".
 
-    mode: str
-    decay: float
-    gain_per_layer: tuple[float, ...]
+    Raises FamilyError naming `where` and the fault.
+    """
+    if not isinstance(entry, Mapping) or set(entry) != {"mode", "decay", "gain_per_layer"}:
+        raise FamilyError(f"{where}: recency must hold mode, decay and gain_per_layer, not {_shown(entry)}.")
+    mode, decay, gains = (entry[key] for key in ("mode", "decay", "gain_per_layer"))
+    if mode not in mode_words():
+        raise FamilyError(f"{where}: recency mode {_shown(mode)} is not one of {', '.join(mode_words())}.")
+    if not _is_number(decay) or not 0.0 <= decay < 1.0:
+        raise FamilyError(f"{where}: recency decay {_shown(decay)} must be at least 0 and below 1.")
+    if not isinstance(gains, list | tuple) or not all(_is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
+        raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
+    return None if mode == NO_PRIOR else Recency(mode, tuple(float(gain) for gain in gains), float(decay))
 
-    @classmethod
-    def read(cls, entry: Any, where: str) -> Recency:
-        """From its JSON object. Raises FamilyError naming `where` and the fault."""
-        if not isinstance(entry, Mapping) or set(entry) != {"mode", "decay", "gain_per_layer"}:
-            raise FamilyError(f"{where}: recency must hold mode, decay and gain_per_layer, not {_shown(entry)}.")
-        gains = entry["gain_per_layer"]
-        if entry["mode"] not in RECENCY_MODES:
-            raise FamilyError(
-                f"{where}: recency mode {_shown(entry['mode'])} is not one of {', '.join(RECENCY_MODES)}."
-            )
-        if not _is_number(entry["decay"]) or not 0.0 <= entry["decay"] < 1.0:
-            raise FamilyError(f"{where}: recency decay {_shown(entry['decay'])} must be at least 0 and below 1.")
-        if not isinstance(gains, list | tuple) or not all(_is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
-            raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
-        return cls(entry["mode"], float(entry["decay"]), tuple(float(gain) for gain in gains))
 
-    def blends_with(self, other: Recency) -> bool:
-        """Whether gains may be interpolated between the two."""
-        mine, theirs = ((r.mode, r.decay, len(r.gain_per_layer)) for r in (self, other))
-        return mine == theirs
+def recency_entry(recency: Recency) -> dict[str, Any]:
+    """The JSON object that `read_recency` reads."""
+    return {"mode": recency.mode, "decay": recency.decay, "gain_per_layer": recency.gain}
 
 
 def usable_path(path: str | os.PathLike[str]) -> Path:
@@ -84,13 +73,13 @@ def family_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
     if not isinstance(path_or_hub_id, str) or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise FamilyError(f"no family folder {text}: give the folder that holds family.json, or a hub id owner/name.")
     try:
+        # Only what a family needs: a hub repository may hold a whole model as well.
         files = [FAMILY_FILE, "*/adapter_config.json", "*/adapter_model.safetensors"]
         return Path(snapshot_download(text, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
         raise FamilyError(
-            f"no folder {text} here, and the hub gave no family of that id ({reason}): check the spelling; offline, "
-            "download it where there is a network and give its folder."
+            f"no folder {text} here, and the hub gave no family of that id ({first_line(error)}): check the spelling; "
+            "offline, download it where there is a network and give its folder."
         ) from error
 
 
@@ -104,6 +93,7 @@ def read_family_json(folder: Path) -> dict[str, Any]:
         raise FamilyError(f"{printable(folder)} has no {FAMILY_FILE}: it is no family (a lone adapter loads by PEFT).")
     entries = read_json(path, FamilyError, max_bytes=_MAX_BYTES)
     version = entries.get("format") if isinstance(entries, dict) else None
+    # True == 1 in Python, and "format": true is no version.
     if version != FORMAT or isinstance(version, bool):
         raise FamilyError(f"{path} has format {_shown(version)}, this version reads {FORMAT}: update remoe-adapt.")
     _check_keys(path, "the family", entries)
@@ -120,6 +110,7 @@ def read_family_json(folder: Path) -> dict[str, Any]:
         if not _is_number(point["strength"]) or not 0.0 < point["strength"] <= 1.0:
             raise FamilyError(f"{path}: strength {_shown(point['strength'])} must be a number above 0 and at most 1.")
         strengths.append(point["strength"])
+    # Interpolation looks for neighbours, so points are in order and none is there twice.
     if strengths != sorted(set(strengths)):
         raise FamilyError(f"{path}: strengths {printable(strengths)} must rise from point to point.")
     if "control" in entries:
@@ -143,6 +134,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_together(texts: Mapping[Path, str]) -> None:
     """Write files, none before all of them are on the disk; folders are made. Raises FamilyError when it refuses."""
+    # The process number keeps two writers apart; a leading dot hides a draft that a kill left.
     drafts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
     try:
         for path, draft in drafts.items():
@@ -171,6 +163,7 @@ def placed(copies: Mapping[Path, Path]) -> Iterator[None]:
                         undo.callback(_remove_empty, folder)
                         folder.mkdir()
                 draft, aside = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+                # Registered before the copy begins, so that half a copy is removed as well.
                 undo.callback(_take_back, draft, aside, target, target.exists())
                 shutil.copytree(source, draft)
                 if target.exists():
@@ -180,6 +173,7 @@ def placed(copies: Mapping[Path, Path]) -> Iterator[None]:
         except OSError as error:
             raise _refused(next(iter(copies.values())).parent, error) from error
         yield
+        # From here on the folders stay: what was written by the block refers to them.
         undo.pop_all()
     for aside in asides:
         shutil.rmtree(aside, ignore_errors=True)

@@ -17,6 +17,7 @@ from transformers import TextStreamer
 from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.forks import usable_cores
 from remoe_adapt.metrics import eor
 from remoe_adapt.record import check_seed, device_of, inference, make_trace, max_positions, record_forward
 
@@ -28,9 +29,9 @@ def room_for_reads(cache: ExpertCache | None) -> Iterator[None]:
     Its idle threads spin, and took a decoding step from 17 to 70 ms on two cores. OMP_NUM_THREADS says otherwise.
     """
     before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cache is not None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, min(before, cores - 1)))
+        # At least one thread stays for torch, on a machine of one core too.
+        torch.set_num_threads(max(1, min(before, usable_cores() - 1)))
     try:
         yield
     finally:
@@ -66,7 +67,7 @@ class _Stream(TextStreamer):
 
     def put(self, value: Tensor) -> None:
         self.times_s.append(time.perf_counter())
-        # The prompt is put first, then the token that prefill made.
+        # generate puts the prompt first and then the token that prefill made, so the second call ends prefill.
         if self._cache is not None and len(self.times_s) == 2:
             self._first = self._cache.stats()
         super().put(value)  # type: ignore[no-untyped-call]
@@ -109,6 +110,7 @@ def generate_text(
         raise ConfigError(f"cannot generate {new_tokens} tokens at temperature {temperature}: use >= 1 and >= 0")
     check_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False).to(device_of(model))
+    # Some tokenizers add it for encoders, and a causal LM refuses an argument that it does not know.
     inputs.pop("token_type_ids", None)
     prompt_tokens = inputs["input_ids"].shape[1]
     if not prompt_tokens:
@@ -123,13 +125,16 @@ def generate_text(
     cache = expert_cache_of(model)
     stream = _Stream(tokenizer, on_text, cache)
     with room_for_reads(cache), record_forward(model) as recorder, inference(model), torch.random.fork_rng():
+        # Inside fork_rng, so that the caller's random numbers go on as if nothing had been drawn.
         torch.manual_seed(seed)
         started = time.perf_counter()
         ids_BT = model.generate(**inputs, max_new_tokens=new_tokens, streamer=stream, **sampling)
+        # The prompt's tokens are prefill; reuse between decode steps is what an expert cache sees.
         routing_LTK = recorder.take()[:, prompt_tokens:]
         steps = [routing_LTK.numpy()]
-        # Two steps make the first overlap.
+        # Overlap is between two steps, so a single one has none.
         overlap = eor(make_trace(steps, recorder.num_experts, phase="decode")) if steps[0].shape[1] > 1 else None
+    # The first entry is the prompt, which generate hands to the streamer before it computes anything.
     arrivals_s = stream.times_s[1:]
     gaps_s = [after - before for before, after in pairwise(arrivals_s)]
     return {

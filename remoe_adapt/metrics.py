@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from remoe_adapt.errors import TraceError
 from remoe_adapt.trace import Trace
 
-# Tokens ranked at once: [tokens, K, E] comparisons should stay in the CPU's cache.
+# So many tokens are ranked at once. Their [tokens, K, E] comparisons fit into a CPU's cache, and larger chunks are
+# slower for it.
 _CHUNK_TOKENS = 128
 
 
@@ -57,6 +58,7 @@ def load_entropy_L(trace: Trace) -> NDArray[np.float64]:
     entropy_L = np.empty(trace.num_layers)
     for layer, ids_TK in enumerate(trace.experts):
         load_E = np.bincount(ids_TK.ravel(), minlength=num_experts) / ids_TK.size
+        # An unused expert adds 0 to the entropy, but its logarithm would be -inf and the product NaN.
         used = load_E[load_E > 0]
         entropy_L[layer] = -(used * np.log(used)).sum()
     return np.asarray(entropy_L / np.log(num_experts))
@@ -112,6 +114,7 @@ def _overlap_LP(trace: Trace) -> NDArray[np.int64]:
     overlap_LP = np.zeros((trace.num_layers, len(follows)), dtype=np.int64)
     for ids_TK, overlap_P in zip(trace.experts, overlap_LP, strict=True):
         now_PK, before_PK = ids_TK[follows], ids_TK[follows - 1]
+        # Slot by slot: comparing all slots at once would need K times the memory of the trace.
         for slot in range(trace.top_k):
             overlap_P += (now_PK == before_PK[:, slot, None]).any(axis=1)
     return overlap_LP
@@ -119,6 +122,7 @@ def _overlap_LP(trace: Trace) -> NDArray[np.int64]:
 
 def _document_start_of_token(trace: Trace) -> NDArray[np.int64]:
     """First token of each token's document, int64 [T]."""
+    # The end of the trace closes the last document.
     starts = np.asarray(trace.document_starts, dtype=np.int64)
     return starts.repeat(np.diff(starts, append=trace.num_tokens))
 
@@ -127,21 +131,22 @@ def _distance_histogram(ids_TK: NDArray[np.int16], num_experts: int, starts_T: N
     """Counts of the reuse distances 0 .. E of one layer, int64 [E + 1]."""
     num_tokens, top_k = ids_TK.shape
     counts = np.zeros(num_experts + 1, dtype=np.int64)
-    # Time of the last use of each expert; times are token * K + slot.
+    # The time of each expert's last use, -1 for none. Times are token * K + slot, so later slots count as newer.
     carry_E = np.full(num_experts, -1, dtype=np.int64)
     for begin in range(0, num_tokens, _CHUNK_TOKENS):
         ids_NK = ids_TK[begin : begin + _CHUNK_TOKENS].astype(np.intp)
         size = len(ids_NK)
         times_NK = begin * top_k + np.arange(size * top_k).reshape(size, top_k)
-        # Row n: as token n - 1 of the chunk left it.
+        # Row n is the cache as token n - 1 of the chunk left it, which is what all look-ups of token n see.
         last_NE = np.full((size + 1, num_experts), -1, dtype=np.int64)
         last_NE[0] = carry_E
         np.put_along_axis(last_NE[1:], ids_NK, times_NK, axis=1)
+        # An expert that a token does not use keeps the time of its last use.
         np.maximum.accumulate(last_NE, axis=0, out=last_NE)
         carry_E, last_NE = last_NE[-1], last_NE[:-1]
         mine_NK = np.take_along_axis(last_NE, ids_NK, axis=1)
         newer_NK = np.count_nonzero(last_NE[:, None, :] > mine_NK[:, :, None], axis=2)
-        # Whatever is newer than an expert of this document is of this document too: only the look-up itself is checked.
+        # Whatever was used after an expert of this document is of this document too, so no other expert needs a check.
         first_use_NK = mine_NK < starts_T[begin : begin + size, None] * top_k
         counts += np.bincount(np.where(first_use_NK, num_experts, newer_NK).ravel(), minlength=num_experts + 1)
     return counts

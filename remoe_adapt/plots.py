@@ -14,7 +14,7 @@ from remoe_adapt.untrusted import parse_json, printable
 
 _MAX_LINE_BYTES = 1 << 20
 _ALWAYS = ("time_s", "strength")
-# Without a pinned pressure, an expert cache or a step so far there is none.
+# These are null in a sample where there is none: no expert cache, no step so far, sensors without a word.
 _AT_TIMES = ("pressure", "hits", "misses", "budget_bytes", "tpot_ms")
 
 
@@ -87,6 +87,7 @@ def read_samples(log: str | Path) -> list[dict[str, Any]]:
     try:
         with Path(log).open("rb") as lines:
             number = 0
+            # With a limit, because a file of one endless line would be read into memory whole.
             while line := lines.readline(_MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > _MAX_LINE_BYTES:
@@ -120,12 +121,14 @@ def hit_rates(samples: Sequence[Mapping[str, Any]]) -> list[float | None]:
     rates: list[float | None] = [None]
     for before, after in pairwise(samples):
         hits, misses = ((after[key] or 0) - (before[key] or 0) for key in ("hits", "misses"))
+        # A difference below 0 means that another run began, whose counters start at 0.
         counted = hits >= 0 and misses >= 0 and hits + misses > 0
         rates.append(hits / (hits + misses) if counted else None)
     return rates
 
 
 def _curve(axes: Any, times_s: Sequence[float], values: Sequence[float | None], label: str) -> None:
+    # NaN breaks the line where nothing was measured; leaving the point out would draw across the gap.
     axes.plot(times_s, [float("nan") if value is None else value for value in values], label=label)
 
 
@@ -133,6 +136,7 @@ def _figure(width: float, height: float) -> Any:
     check_extra("matplotlib", "plot", "a plot needs matplotlib")
     import matplotlib
 
+    # Without a display the default backend fails, on servers for instance.
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 
@@ -141,11 +145,12 @@ def _figure(width: float, height: float) -> Any:
 
 def _write(figure: Any, path: str | Path) -> None:
     target = Path(path)
+    # The suffix stays, since matplotlib takes the format from it.
     scratch = target.with_name(f".tmp-{target.name}")
     try:
         figure.savefig(scratch)
         scratch.replace(target)
-    except (OSError, ValueError) as error:  # no such folder; no such format
+    except (OSError, ValueError) as error:  # OSError: no such folder; ValueError: no such format
         raise ConfigError(f"plot {target} cannot be written ({error}): give a .png, .svg or .pdf file.") from error
     finally:
         scratch.unlink(missing_ok=True)

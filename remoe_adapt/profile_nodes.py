@@ -21,13 +21,15 @@ from yaml.reader import ReaderError
 
 from remoe_adapt.errors import ConfigError
 
+# A shipped profile has 1 KiB and about 60 values; a file beyond these bounds was made to use up memory or time.
 _MOST_BYTES, _MOST_NODES, _MOST_LEVELS, _MOST_DIGITS = 1 << 18, 10_000, 20, 64
-# Lines are what editors count: YAML 1.1 would break them at three more characters.
+# Three more characters break lines in YAML 1.1, but not in editors: they become spaces, so that a fault's line number
+# is the one that the user's editor shows.
 _ONE_BREAK = {ord("\r"): "\n"} | dict.fromkeys((0x85, 0x2028, 0x2029), " ")
 _TAG = "tag:yaml.org,2002:"
-# YAML 1.1 reads 010 as 8, 1:30 as 90 and 1_0 as 10: nobody who writes a profile means that.
+# YAML 1.1 reads 010 as 8, 1:30 as 90 and 1_0 as 10, which nobody who writes a profile means; such numbers are refused.
 _DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*)?(\.\d*)?(e[-+]?\d+)?|[-+]?\.(inf|nan)", re.IGNORECASE | re.ASCII)
-# What SafeLoader's constructors raise for a foreign tag, an impossible date, `!!bool maybe`, `!!int ''`.
+# SafeLoader's constructors raise these for a foreign tag, an impossible date, `!!bool maybe` and `!!int ''`.
 _UNBUILT = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 4, 2
@@ -104,6 +106,7 @@ class Source:
         if len(data) > _MOST_BYTES:
             return self._fail(1, "", f"is larger than {_MOST_BYTES >> 10} KiB; is this a profile?")
         try:
+            # Windows line ends become one break each, so that lines are those that an editor shows.
             text = data.decode("utf-8").replace("\r\n", "\n").translate(_ONE_BREAK)
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
@@ -134,6 +137,7 @@ class Source:
 
     def plain(self, node: yaml.Node) -> Any:
         """The value of a node. Raises ConfigError for one that no plain YAML value is written like."""
+        # The length comes first: Python turns very long digits into numbers in quadratic time.
         number = node.tag in (f"{_TAG}int", f"{_TAG}float")
         if number and isinstance(node, yaml.ScalarNode) and len(node.value) > _MOST_DIGITS:
             raise ConfigError(f"is a number of {len(node.value)} characters; write one of at most {_MOST_DIGITS}")
@@ -189,8 +193,10 @@ class _Loader(yaml.SafeLoader):
         self._above.append(index)
         if isinstance(event, yaml.AliasEvent) and event.anchor in self.anchors:
             self.get_event()  # type: ignore[no-untyped-call]
+            # An alias inside its own anchor would be copied without end.
             if event.anchor in self._open:
                 raise self._too_much(event, f"holds itself (*{event.anchor}); write its values out")
+            # Copied, because a shared node has one line, and a fault must name the line that a user would change.
             node = self._copy(self.anchors[event.anchor], event, len(self._above))
         else:
             self._counted(event, len(self._above))
@@ -211,6 +217,7 @@ class _Loader(yaml.SafeLoader):
         return type(node)(node.tag, value, alias.start_mark, alias.end_mark)
 
     def _counted(self, event: Any, level: int) -> None:
+        # Copies count too: a few nested aliases can stand for billions of values.
         self._count += 1
         if level > _MOST_LEVELS:
             raise self._too_much(event, f"is nested deeper than {_MOST_LEVELS} levels; a profile has three")

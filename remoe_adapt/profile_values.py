@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ Reader = Callable[[Source, yaml.Node, str], Any]
 _UNIT_BYTES = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNIT_BYTES |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[KMGT]i?)?B)", re.IGNORECASE | re.ASCII)
-# An exbibyte: more than any machine has, and far from where 64-bit counters end.
+# An exbibyte. No machine has that much, and sums of such sizes still fit into 64-bit counters.
 _MOST_BYTES = 1 << 60
 
 
@@ -41,6 +41,7 @@ def parse_size(text: object) -> int:
     if match is None:
         raise ConfigError(f"{shown(text)} is not a size; write a number and its unit, as 5.5GiB or 512MiB")
     size_bytes = float(match[1]) * _UNIT_BYTES[match[2].upper()]
+    # Before it becomes a whole number: an infinite float cannot.
     if size_bytes > _MOST_BYTES:
         raise ConfigError(f"{shown(text)} is more than any machine has; write at most {_MOST_BYTES >> 40}TiB")
     return int(size_bytes)
@@ -91,6 +92,7 @@ def number(low: float, high: float, *, open_low: bool = False) -> Reader:
     wanted = f"a number {'above' if open_low else 'from'} {low:g} up to {high:g}"
 
     def parse(value: object) -> float:
+        # To Python True is the number 1, so `max: true` would be taken without a word.
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             raise ConfigError(f"{shown(value)} is not a number; write {wanted}{_as_number(value)}")
         if not low <= value <= high or (open_low and value == low):
@@ -109,12 +111,12 @@ def _as_number(value: object) -> str:
     return f", as {int(meant) if meant.is_integer() and abs(meant) < 1e15 else meant!r}" if math.isfinite(meant) else ""
 
 
-def choice(*allowed: str) -> Reader:
-    """Reader of one of some words."""
+def choice(allowed: Iterable[str]) -> Reader:
+    """Reader of one of some words; allowed: they, as they are when a value is read."""
 
     def parse(value: object) -> str:
-        if value not in allowed:
-            raise ConfigError(f"{shown(value)} is not one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
+        if value not in (words := tuple(allowed)):
+            raise ConfigError(f"{shown(value)} is not one of {', '.join(words)}{did_you_mean(value, words)}")
         return str(value)
 
     return scalar(parse)
@@ -133,9 +135,11 @@ def curve(source: Source, node: yaml.Node, key: str) -> Any:
         pressure, strength = (unit(source, child, key) for child in point.value)
         if pressure is None or strength is None:
             continue
+        # At equal pressures the strength would be two numbers at once.
         if points and pressure <= points[-1][0]:
             message = f"pressure {pressure!r} follows {points[-1][0]!r}; sort the points by rising pressure"
             source.fail(point.value[0], key, message)
+        # A strength that falls under more pressure would give back memory when it is needed most.
         elif points and strength < points[-1][1]:
             message = f"strength falls from {points[-1][1]!r} to {strength!r}; it may only rise with pressure"
             source.fail(point.value[1], key, message)
@@ -189,6 +193,7 @@ def _family(source: Source, node: yaml.Node, key: str) -> Any:
             raise ConfigError(f"{shown(value)} is no family; write a family path, hub id or null")
         family = _checked(value.strip())
         path = Path(family).expanduser() if family.startswith("~") else Path(family)
+        # A profile travels with its family, so its own folder is asked before the hub.
         beside = source.path.parent.absolute() / path
         return str(beside) if path.is_absolute() or beside.exists() else family
     except ConfigError as error:
@@ -206,7 +211,8 @@ def key_of(key: str, read: Reader | type, **default: Any) -> Any:
 def read_section(source: Source, node: yaml.Node, cls: type[Any], prefix: str = "", at: yaml.Node | None = None) -> Any:
     """The dataclass `cls`, whose fields are made by `key_of`, from a mapping; None where anything is wrong with it.
 
-    at: the section's key, where what is missing is reported.
+    at: the section's key, where what is missing is reported. A class with a method `understood` has its words
+    translated: what that returns is read instead.
     """
     known: dict[str, Field[Any]] = {f.metadata["key"]: f for f in fields(cls)}
     if not is_map(node):
@@ -218,6 +224,7 @@ def read_section(source: Source, node: yaml.Node, cls: type[Any], prefix: str = 
     for key, key_node, value_node in source.entries(node, prefix):
         if key not in known:
             close = did_you_mean(key, tuple(known))
+            # A key that was meant by a misspelt one is not reported as missing as well.
             misspelt += close
             hint = close or f"; the keys here are {', '.join(known)}"
             source.fail(key_node, prefix + key, f"is not a key of a profile{hint}")
@@ -234,6 +241,8 @@ def read_section(source: Source, node: yaml.Node, cls: type[Any], prefix: str = 
     if len(source.problems) > faults_before:
         return None
     try:
-        return cls(**values)
+        section = cls(**values)
+    # Each value was fine by itself; only the class knows which of them exclude each other.
     except ContradictionError as error:
         return source.fail(key_nodes.get(error.key, at or node), prefix + error.key, str(error))
+    return section.understood() if hasattr(section, "understood") else section

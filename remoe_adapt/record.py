@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import remoe_adapt.tuner  # noqa: F401 (an adapter's folder is a model too: transformers asks PEFT for its type)
 from remoe_adapt.errors import ConfigError, TraceError
 from remoe_adapt.libraries.kv_cache import cache_keyword, returned_cache
 from remoe_adapt.model_paths import check_place
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.spec import RouterRef
+from remoe_adapt.runtime.pretrained import load_base, model_config
 from remoe_adapt.trace import Trace
-from remoe_adapt.untrusted import printable
+from remoe_adapt.untrusted import first_line, printable
 
 MAX_WINDOW = 1024
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -36,6 +36,7 @@ class Recorder:
     def __init__(self, routers: Sequence[RouterRef]) -> None:
         shapes = {(ref.spec.num_experts, ref.spec.top_k) for ref in routers}
         if len(shapes) > 1:
+            # A trace is one array [layers, tokens, slots], which layers of other widths do not fit into.
             listed = ", ".join(f"{k} of {e}" for e, k in sorted(shapes))
             raise TraceError(f"its layers choose differently ({listed}): one trace cannot hold them")
         self.routers = tuple(routers)
@@ -46,6 +47,7 @@ class Recorder:
         """A forward hook that keeps the output; it is read later, so that timed steps do not pay for it."""
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            # No copy: a router makes a new tensor at each call, so what is kept here is never overwritten.
             self._outputs[layer].append(output)
 
         return keep
@@ -62,8 +64,11 @@ class Recorder:
             outputs.clear()
             if not ids:
                 raise TraceError(f"router {ref.name} was not called: it saw no token of this run")
+            # int16 holds every expert id, and traces of long texts are mostly ids.
             layers.append(torch.cat(ids).to(torch.int16))
         lengths = sorted({len(ids_TK) for ids_TK in layers})
+        # An encoder's routers see the prompt and a decoder's the answer: token t of the one is not token t of the
+        # other.
         if len(lengths) > 1:
             raise TraceError(f"routers saw {lengths[0]} to {lengths[-1]} tokens of one run: one trace cannot hold them")
         return torch.stack(layers).cpu()
@@ -83,11 +88,9 @@ def record_forward(model: nn.Module) -> Iterator[Recorder]:
         TraceError: layers of different sizes.
     """
     recorder = Recorder(discover_routers(model))
-    # The outermost module: an adapter's wrapper returns what the experts really receive.
-    handles = [
-        model.get_submodule(ref.name).register_forward_hook(recorder.hook(layer))
-        for layer, ref in enumerate(recorder.routers)
-    ]
+    # The hook is on the outermost module, an adapter's wrapper for instance, because that returns what the experts
+    # receive; the wrapped router alone would show the base's choice.
+    handles = [ref.outermost.register_forward_hook(recorder.hook(layer)) for layer, ref in enumerate(recorder.routers)]
     try:
         yield recorder
     finally:
@@ -112,18 +115,24 @@ def usable_device(device: str | int | torch.device | None) -> str:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         found = torch.device(name)
+        # A tensor is made, because torch accepts the name of a device that this machine lacks.
         if found.type != "meta":
             torch.empty(1, device=found)
             return str(found)
         reason = "it holds no values"
-    # AssertionError: what torch raises for a device it was built without.
+    # torch raises AssertionError for a device that it was built without.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     raise ConfigError(f"cannot run on device {printable(str(name))}: {reason}. Use cpu, or a GPU that is here (cuda:0)")
 
 
-def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
-    """(model, tokenizer) by their transformers auto classes; `dtype` "auto" means as stored.
+def load_with_tokenizer(
+    path_or_hub_id: str | Path, *, device: str | None = None, dtype: str = "auto"
+) -> tuple[Any, Any]:
+    """(model, tokenizer), the model as `load_base` makes it, in eval mode.
+
+    device: None: a GPU if there is one.
+    dtype: one of `DTYPES`; "auto" means as stored.
 
     Raises:
         ConfigError: nothing loadable is there, `device` cannot compute here, or `dtype` is unknown; in one line.
@@ -133,13 +142,17 @@ def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: s
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     check_place(path_or_hub_id, "cannot load the model:")
+    model_config(name)  # first: where it is damaged, the tokenizer is not what is missing
+    tokenizer = load_tokenizer(name)
+    return on_device(load_base(name, dtype=dtype), target).eval(), tokenizer
+
+
+def on_device(model: nn.Module, device: str | None) -> nn.Module:
+    """The model, moved there; None: where it is. Raises ConfigError where there is no room."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model.to(target).eval(), tokenizer
-    except Exception as error:  # the files may hold anything, and each kind of damage raises something else
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"cannot load the model {name} on {target}: {printable(reason)}") from error
+        return model if device is None else model.to(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} cannot be used: {first_line(error)}") from error
 
 
 def load_tokenizer(path_or_hub_id: str) -> Any:
@@ -147,10 +160,10 @@ def load_tokenizer(path_or_hub_id: str) -> Any:
     check_place(path_or_hub_id, "no tokenizer:")
     try:
         return AutoTokenizer.from_pretrained(path_or_hub_id)
-    except Exception as error:  # as in `load_base`
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+    except Exception as error:  # the files may hold anything, and each kind of damage raises something else
         raise ConfigError(
-            f"no tokenizer at {path_or_hub_id} ({reason}): give a model folder that holds one, or pass tokenizer="
+            f"no tokenizer at {path_or_hub_id} ({first_line(error)}): give a model folder that holds one, or pass "
+            "tokenizer="
         ) from error
 
 
@@ -216,6 +229,7 @@ def windows(lengths: Sequence[int], window: int) -> list[Window]:
         while fresh < length:
             end = min(length, begin + window)
             result.append(Window(document, begin, end, fresh))
+            # Half a window on: beyond a document's first window each target has at least that much context.
             begin, fresh = begin + window // 2, end
     return result
 
@@ -281,6 +295,8 @@ class Decoder:
         Raises:
             TraceError: the model keeps no cache between steps.
         """
+        # The keyword is asked of the model, because transformers 5.24 renamed it and answers to the old one with a
+        # warning.
         ids_BT = torch.tensor([ids], device=self._device)
         output = self._model(input_ids=ids_BT, use_cache=True, **{self._cache_name: self._cache})
         self._cache = returned_cache(output)
@@ -336,7 +352,9 @@ def record_decode(
             if not prompt:
                 continue
             decoder = Decoder(model)
+            # The prompt's end counts most for what follows, so its beginning is cut where there is no room.
             logits_V = decoder.feed(prompt if limit is None else prompt[-(limit - new_tokens) :])
+            # The prompt's routing is prefill; this trace is of decode steps alone.
             recorder.discard()
             for _ in range(new_tokens):
                 logits_V = decoder.feed([_choose(logits_V, temperature, generator)])

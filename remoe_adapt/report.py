@@ -22,10 +22,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from remoe_adapt.notices import size_text
 from remoe_adapt.outputs import flatten
 from remoe_adapt.plots import plot_frontier as plot_frontier
 from remoe_adapt.plots import plot_log as plot_log
-from remoe_adapt.pressure.reading import size_text
 from remoe_adapt.rows import arm_rows
 from remoe_adapt.untrusted import printable
 
@@ -133,6 +133,7 @@ def demo_table(result: Mapping[str, Any]) -> Table:
 
 
 def _hit_rate(row: Row) -> float:
+    # A model that cannot have an expert cache is replayed instead, as the table's caption says.
     measured: float | None = row["hit_rate"]
     return row["lru@0.25"] if measured is None else measured
 
@@ -151,6 +152,7 @@ def doctor_table(rows: Sequence[Row]) -> Table:
     for name in ("", "check", "found", "what to do"):
         table.add_column(name, overflow="fold")
     for row in rows:
+        # Text objects throughout: rich would read brackets in a path or a message as markup.
         mark = Text("ok", "green") if row["ok"] else Text("missing", "red" if row["required"] else "yellow")
         table.add_row(mark, Text(row["name"]), Text(row["value"]), Text(row["remedy"]))
     return table
@@ -255,11 +257,13 @@ def _bar(
     title: str, total: int | None, *columns: ProgressColumn
 ) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """Shown from the first advance on: work that fails before it leaves its error alone on the screen."""
+    # On standard error, so that --json leaves one object alone on standard output.
     bar = Progress(*columns, console=Console(stderr=True))
     task = bar.add_task(title, total=total)
 
     def advance(count: int) -> None:
         if not bar.live.is_started:
+            # Time that passed before the first advance (loading, mostly) would spoil the estimate of what is left.
             bar.reset(task)
             bar.start()
         bar.advance(task, count)
@@ -281,6 +285,7 @@ def quiet_libraries() -> None:
 
     if os.environ.get("TRANSFORMERS_VERBOSITY", "error") != "error":
         return
+    # transformers switches the hub's bars off together with its own, and a download without a bar looks like a hang.
     downloads = not are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -312,6 +317,7 @@ def demo_meaning(result: Mapping[str, Any]) -> str:
         return "This family holds no point above strength 0: nothing to compare."
     best = max(result["points"], key=_hit_rate)
     before, after = _hit_rate(base), _hit_rate(best)
+    # Fetches are misses, so their ratio is what a reader saves; hit rates would understate it.
     fewer = 1 - (1 - after) / (1 - before) if before < 1 else 0.0
     price = best["ppl_ratio"] - 1
     share = 0.25 if result["expert_cache"] is None else result["expert_cache"]["share"]
@@ -352,4 +358,5 @@ def _percent(value: float) -> str:
 
 def _change(value: float, base: float) -> str:
     """A share, and its change relative to the base's."""
+    # Relative to 0 there is no change to tell.
     return _percent(value) if value == base or not base else f"{_percent(value)} ({value / base - 1:+.0%})"

@@ -24,13 +24,13 @@ from remoe_adapt.npz import read_arrays
 from remoe_adapt.outputs import replacing
 from remoe_adapt.untrusted import parse_json, printable
 
-# The phone CSV's code of each phase.
+# The numbers that the CSV of a phone run has for the phases.
 PHASES = {"prefill": 0, "decode": 1}
 _TEXT_KEYS = ("model", "text", "phase")
 # 60,000 tokens of 48 layers and 8 experts take 46 MB. What is larger must come out of a file of its own order: routing
 # deflates to a third, so a file that grows 64-fold was made to hurt.
 MAX_ARRAY_BYTES, _MAX_RATIO = 256 << 20, 64
-# Of a JSON string in UTF-32: half a million document starts.
+# numpy stores text as UTF-32, four bytes a character: room for the starts of half a million documents.
 _MAX_META_BYTES = 16 << 20
 _MAX_LINE_CHARACTERS = 4096
 # What numpy (which tokenizes headers), json and zipfile (which raises RuntimeError and its kin) say of damaged files.
@@ -57,6 +57,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "meta", _checked_meta(self.meta))
+        # A view, so that making it read-only leaves the caller's array writable.
         experts = _checked_experts(self.experts, self.num_experts).view()
         experts.flags.writeable = False
         object.__setattr__(self, "experts", experts)
@@ -64,6 +65,7 @@ class Trace:
             if self.meta.get(key, actual) != actual:
                 raise TraceError(f"meta says {key}={self.meta[key]!r}, the experts array has {actual}")
         starts = self.document_starts
+        # Starts rise, so the last one tells of all.
         if starts[-1] >= self.num_tokens:
             raise TraceError(f"a document starts at token {starts[-1]}, the trace ends after {self.num_tokens} tokens")
 
@@ -107,6 +109,7 @@ class Trace:
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            # A file object and not a path, because numpy would add .npz to a name without it.
             with replacing(target) as scratch, scratch.open("wb") as file:
                 np.savez_compressed(file, experts=self.experts, meta=np.array(json.dumps(self.meta)))
         except OSError as error:
@@ -128,6 +131,7 @@ class Trace:
             if not stat.S_ISREG(source.stat().st_mode):
                 raise TraceError("it is no regular file")  # a pipe or a device would be waited for, or never end
             with source.open("rb") as file:
+                # The content decides, not the name: downloads are often renamed.
                 magic = file.read(32)
             if magic.startswith(b"PK"):
                 experts, meta = _read_npz(source, phase)
@@ -141,7 +145,7 @@ class Trace:
 
 
 def _reason(error: BaseException) -> str:
-    # Our own messages have made what they quote printable, and may be long.
+    # Our own messages are printable already, and `printable` would cut them short.
     return str(error) if isinstance(error, TraceError) else printable(error)
 
 
@@ -149,12 +153,14 @@ def _checked_meta(meta: Any) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise TraceError(f"meta must be a dict, got {type(meta).__name__}")
     try:
-        # A round trip through JSON both proves that `save` will work and keeps later edits of the argument out.
+        # The round trip through JSON proves that `save` will work, and makes a copy that later edits of the argument do
+        # not reach.
         text = json.dumps(meta, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise TraceError(f"meta cannot be written as JSON: {printable(error)}") from error
     copy: dict[str, Any] = parse_json(text, "meta", TraceError)
     num_experts = copy.get("num_experts")
+    # bool is an int to isinstance, and True experts are no experts.
     if type(num_experts) is not int or not 1 <= num_experts <= np.iinfo(np.int16).max:
         raise TraceError(f"meta must hold num_experts as an int in [1, 32767], got {printable(repr(num_experts))}")
     for key in _TEXT_KEYS:
@@ -180,6 +186,7 @@ def _checked_experts(experts: Any, num_experts: int) -> NDArray[np.int16]:
             f"expert id {experts[layer, token, slot]} at layer {layer}, token {token}, slot {slot} "
             f"is outside [0, {num_experts})"
         )
+    # Layer by layer, as a sorted copy of the whole trace would double its memory.
     for layer, ids_TK in enumerate(experts):
         sorted_TK = np.sort(ids_TK, axis=1)
         twice = sorted_TK[:, 1:] == sorted_TK[:, :-1]
@@ -234,6 +241,8 @@ def _read_phone_csv(source: Path, phase: str | None) -> tuple[NDArray[np.int16],
         first = next(filled, None)
         if first is None:
             raise TraceError("it ends after its header")
+        # The first row was taken to see that there is one: numpy warns of an empty file and returns an array of no
+        # shape.
         body = itertools.chain((first,), filled)
         rows = np.loadtxt(body, delimiter=",", usecols=columns, dtype=np.int64, ndmin=2, comments=None)
     if phase is not None:
@@ -241,6 +250,7 @@ def _read_phone_csv(source: Path, phase: str | None) -> tuple[NDArray[np.int16],
     if not len(rows):
         raise TraceError(f"it has no tokens of phase {phase!r}" if phase else "it has no tokens")
 
+    # A step counts from 0 in every turn, so a token is a pair of turn and step.
     turns, _, steps, layers, slots, ids = rows.T
     tokens, token_of_row = np.unique(np.stack([turns, steps], axis=1), axis=0, return_inverse=True)
     layer_numbers, layer_of_row = np.unique(layers, return_inverse=True)
@@ -250,9 +260,10 @@ def _read_phone_csv(source: Path, phase: str | None) -> tuple[NDArray[np.int16],
             f"it has {len(rows)} rows; {shape[0]} layers, {shape[1]} tokens and slots {slots.min()} to {slots.max()} "
             f"need {math.prod(shape)}: a row is missing or there twice"
         )
-    # numpy 2.0 gave the inverse of a unique along an axis a second dimension.
+    # numpy 2.0 alone returns this inverse with a second dimension.
     where = (layer_of_row.reshape(-1), token_of_row.reshape(-1), slots)
     times_LTK = np.zeros(shape, dtype=np.int64)
+    # As many rows as places can still mean one place twice and another never.
     np.add.at(times_LTK, where, 1)
     if (times_LTK != 1).any():
         layer, token, slot = (int(i) for i in np.argwhere(times_LTK != 1)[0])
@@ -274,6 +285,7 @@ def _read_phone_csv(source: Path, phase: str | None) -> tuple[NDArray[np.int16],
     phases = [name for name, code in PHASES.items() if (rows[:, 1] == code).any()]
     if len(phases) == 1:
         meta["phase"] = phases[0]
+    # Sizes of some layers alone would be no use to whoever replays bytes.
     if expert_bytes.keys() >= set(layer_numbers.tolist()):
         meta["expert_bytes"] = [expert_bytes[layer] for layer in layer_numbers.tolist()]
     return experts, meta

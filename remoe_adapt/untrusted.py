@@ -67,6 +67,11 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one printable line; the name of its class where it says nothing."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
 def printable(value: object) -> str:
     """Text of others for one line of a message: control characters (terminal escapes) as their codes, not endless."""
     text = str(value)

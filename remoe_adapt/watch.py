@@ -24,11 +24,12 @@ from remoe_adapt.export.gguf_live import LiveRouters
 from remoe_adapt.family import Family
 from remoe_adapt.family_files import family_folder, read_family_json
 from remoe_adapt.pressure.governor import Governor
+from remoe_adapt.runtime.engine import Engine, turn
 from remoe_adapt.runtime.llama_http import Address
 from remoe_adapt.runtime.llama_process import FollowedProcess, ServerProcess, ServerSensors
-from remoe_adapt.runtime.llama_server import HOLD_S, LlamaActuator
+from remoe_adapt.runtime.llama_server import HOLD_S, LlamaServer
 from remoe_adapt.runtime.mapped import MappingProcess
-from remoe_adapt.watch_live import LiveActuator
+from remoe_adapt.watch_live import LlamaFile
 
 if TYPE_CHECKING:
     from remoe_adapt.runtime.llama_proxy import Proxy
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 _SAME_STRENGTH = 1e-5
 # Of a decision, what concerns no server.
-_INSIDE = ("budgets", "moves", "why", "at_rest", "floors")
+_INSIDE = ("budgets", "moves", "why", "calm", "floors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +72,16 @@ class Watch:
         self._awake, self._ended = threading.Event(), False
         self.address = None if server is None else Address.parse(server)
         self.process: FollowedProcess
-        self.live: LiveActuator | None = None
+        self.live: LlamaFile | None = None
         self.proxy: Proxy | None = None
         if options.live is not None:
-            self.actuator: LlamaActuator | LiveActuator
-            self.actuator = self.live = self._at_a_file(options.live, family)
+            self.engine: Engine
+            self.engine = self.live = self._at_a_file(options.live, family)
         else:
-            self.actuator = self._at_a_server(family)
-        self.governor = Governor(self.actuator, ServerSensors(self.process), profile)
+            self.engine = self._at_a_server(family)
+        self.governor = Governor(ServerSensors(self.process), profile)
 
-    def _at_a_file(self, path: Path, family: str) -> LiveActuator:
+    def _at_a_file(self, path: Path, family: str) -> LlamaFile:
         options = self.options
         if options.proxy is not None:
             raise ConfigError("--live swaps for whoever maps the file, --proxy sets single requests: give one of them.")
@@ -88,26 +89,27 @@ class Watch:
             self.process = ServerProcess(self.address, options.pid)
         else:
             self.process = MappingProcess(path, options.pid)
-        routers = LiveRouters(path, Family.load(family), base=options.base, read_only=options.dry_run)
+        loaded = Family.load(family)
+        routers = LiveRouters(path, loaded, base=options.base, read_only=options.dry_run)
         named = self.address is not None or options.pid is not None
-        return LiveActuator(routers, self.process, required=named, dry_run=options.dry_run)
+        return LlamaFile(routers, self.process, loaded.strengths, required=named, dry_run=options.dry_run)
 
-    def _at_a_server(self, family: str) -> LlamaActuator:
+    def _at_a_server(self, family: str) -> LlamaServer:
         options = self.options
         if self.address is None:
             raise ConfigError("nothing to drive: give --server URL, or --live FILE of a split GGUF.")
         self.process = ServerProcess(self.address, options.pid)
         points = FamilyPoints(family)
-        actuator = LlamaActuator(
+        server = LlamaServer(
             self.address, self.process, points.strengths, lambda path: points.strength_of(path, self.process.folder),
             per_request=options.proxy is not None, reuse_prompts=options.reuse_prompts, dry_run=options.dry_run,
             api_key=options.api_key,
         )  # fmt: skip
         if options.proxy is not None and not options.dry_run:
-            self.proxy = self._proxy(actuator, self.address, *options.proxy)
-        return actuator
+            self.proxy = self._proxy(server, self.address, *options.proxy)
+        return server
 
-    def _proxy(self, actuator: LlamaActuator, address: Address, host: str, port: int) -> Proxy:
+    def _proxy(self, server: LlamaServer, address: Address, host: str, port: int) -> Proxy:
         try:
             from remoe_adapt.runtime.llama_messages import Bounds
             from remoe_adapt.runtime.llama_proxy import Proxy
@@ -121,7 +123,7 @@ class Watch:
                 body_bytes=options.max_body_bytes, held_bytes=max(bounds.held_bytes, options.max_body_bytes)
             )
         return Proxy(
-            address, actuator.setting, lambda: self._lost(actuator), host=host, port=port, hold_s=options.hold_s,
+            address, server.setting, lambda: self._lost(server), host=host, port=port, hold_s=options.hold_s,
             reuse_prompts=options.reuse_prompts, bounds=bounds,
         )  # fmt: skip
 
@@ -131,13 +133,13 @@ class Watch:
         self._awake.set()
 
     def once(self) -> dict[str, Any]:
-        """Look for as long as pressure needs to count, set what follows, and go. Raises as `LlamaActuator.sync`."""
-        self.actuator.sync()
+        """Look for as long as pressure needs to count, set what follows, and go. Raises as `LlamaServer.sync`."""
+        self.engine.sync()
         seconds = self._interval_s()
         for _ in range(math.ceil(self.profile.controller.rise_s / seconds) + 2):
             event = self._tick()
             self._pause(seconds)
-        self.actuator.sync()
+        self.engine.sync()
         return {**event, "event": "once", "live": not self.options.dry_run}
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -154,7 +156,7 @@ class Watch:
                 port = self.proxy.start()
                 ending.callback(self.proxy.stop)
             try:
-                self.actuator.sync()
+                self.engine.sync()
             except ServerDownError as error:
                 down = str(error)
             try:
@@ -173,7 +175,7 @@ class Watch:
                     self._pause(seconds)
             finally:
                 ending.close()
-                kept = self.actuator.release(self.options.keep)
+                kept = self.engine.close(self.options.keep)
         yield {"event": "end", **self.status(), "left_at": kept}
 
     def status(self) -> dict[str, Any]:
@@ -182,13 +184,13 @@ class Watch:
             "server": None if self.address is None else str(self.address),
             "live_file": str(self.live.routers.path) if self.live else None,
             "pid": self.process.pid,
-            "strength": self.actuator.current(),
+            "strength": self.engine.target,
             "profile": self.profile.name,
             "per_request": self.options.proxy is not None,
             "dry_run": self.options.dry_run,
-            "met": self.actuator.attached,
-            "posts": self.actuator.posts,
-            "swap_ms": self.live.swap_ms if self.live else None,
+            "met": self.engine.met,
+            "posts": self.engine.swaps,
+            "swap_ms": self.engine.status()["swap_ms"],
             "requests": dict(self.proxy.counts) if self.proxy else None,
         }
 
@@ -196,19 +198,20 @@ class Watch:
         return self.options.interval_s or 1 / self.profile.controller.sample_hz
 
     def _tick(self) -> dict[str, Any]:
-        decision = self.governor.tick()
+        decision = self.governor.tick(None, self.engine.target)
+        turn(self.engine, decision)
         return {"event": "strength", **{k: v for k, v in decision.as_dict().items() if k not in _INSIDE}}
 
     def _sync(self, down: str) -> Generator[dict[str, Any], None, str]:
         """The new reason why the server cannot be driven, "" when it is; yields that it is back."""
-        before = self.actuator.attached
+        before = self.engine.met
         try:
-            ready = self.actuator.sync()
+            ready = self.engine.sync()
         except ServerDownError as error:
             return str(error)
         except ServerError as error:
             return _WRONG + str(error)
-        if ready and (down or self.actuator.attached > before):
+        if ready and (down or self.engine.met > before):
             yield {"event": "up", **self.status()}
         return "" if ready else down
 
@@ -216,8 +219,8 @@ class Watch:
         if self._awake.wait(seconds) and not self._ended:
             self._awake.clear()
 
-    def _lost(self, actuator: LlamaActuator) -> None:
-        actuator.lost()
+    def _lost(self, server: LlamaServer) -> None:
+        server.lost()
         self._awake.set()
 
 

@@ -4,51 +4,61 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from remoe_adapt.errors import ServerDownError, ServerError
 from remoe_adapt.export.gguf_live import LiveRouters
 from remoe_adapt.export.gguf_undo import undo_path
+from remoe_adapt.runtime.events import Target
 from remoe_adapt.runtime.llama_process import FollowedProcess
-from remoe_adapt.runtime.llama_scales import STEP_DIGITS
+from remoe_adapt.runtime.llama_scales import rounded_strength
 from remoe_adapt.runtime.mapped import covers, mapped_by, mapped_spans
 
 CHECK_S = 2.0
 
 
-class LiveActuator:
-    """Holds a mapped file at a strength; an `Actuator` of the policy. `apply` and `current` may be called by any
-    thread, `sync` and `release` by one.
+class LlamaFile:
+    """Holds a mapped file at a strength; an `Engine`.
 
-    process: who is watched; required: it was named (by address or number), so nothing is written while it does not map
-    the routers. dry_run: nothing is ever written; the routers may be read-only.
+    routers: of the file.
+    process: who is watched.
+    points: the family's strengths, rising.
+    required: the process was named (by address or number), so nothing is written while it does not map the routers.
+    dry_run: nothing is ever written; the routers may be read-only.
+    clock: seconds, for the pauses between looks.
     """
 
-    per_request = False
+    name = "mapped file"
+    takes_effect = "at once, in the midst of a token"
 
     def __init__(
         self,
         routers: LiveRouters,
         process: FollowedProcess,
+        points: Sequence[float] = (),
         *,
         required: bool,
         dry_run: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.routers, self.process, self.dry_run = routers, process, dry_run
-        self._required, self._clock = required, clock
+        self.points, self._required, self._clock = tuple(points), required, clock
         self._lock = threading.Lock()
-        self._met: int | None = None
+        self._met_pid: int | None = None
         self._check_s = -1.0
-        self.attached = self.posts = 0
-        self._wanted = routers.strength or 0.0
+        self.met = self.swaps = 0
+        self._wanted, self._closed = routers.strength or 0.0, False
 
-    def apply(self, strength: float) -> None:
-        """Want this strength, in steps of 0.0001; `sync` brings it about."""
-        with self._lock:
-            self._wanted = round(strength, STEP_DIGITS)
+    def post(self, target: Target) -> None:
+        """Want this strength, in steps of 0.0001; `sync` brings it about. See `Engine.post`."""
+        wanted = rounded_strength(target, self.target, self._closed)
+        if wanted is not None:
+            with self._lock:
+                self._wanted = wanted
 
-    def current(self) -> float:
+    @property
+    def target(self) -> float:
         """The strength wanted last; before the first, what the file was found at (0 where that is not known)."""
         with self._lock:
             return self._wanted
@@ -58,25 +68,43 @@ class LiveActuator:
 
         Raises ServerDownError while a required process does not run, ServerError when it does not map them all.
         """
+        if self._closed:
+            return False
         self.process.find()
         pid = self.process.pid
         if pid is None:
-            self._met = None
+            self._met_pid = None
             if self._required:
                 raise ServerDownError(self.process.why_unknown or "the watched process does not run")
-        elif pid != self._met or self._clock() >= self._check_s:
+        elif pid != self._met_pid or self._clock() >= self._check_s:
             self._check(pid)
-        wanted = self.current()
+        wanted = self.target
         if wanted != self.routers.strength and not self.dry_run:
             self.routers.write(wanted)
-            self.posts += 1
+            self.swaps += 1
         return True
 
-    def release(self, keep: bool) -> float | None:
-        """The last call: originals back and the undo file gone, unless `keep`. The strength the file is left at."""
-        if not self.dry_run:
-            self.routers.close(keep)
-            self.apply(self.routers.strength or 0.0)
+    def status(self) -> dict[str, Any]:
+        """See `Engine.status`."""
+        return {
+            "engine": self.name,
+            "strength": self.routers.strength,
+            "target": self.target,
+            "ready": not self._closed and (self._met_pid is not None or not self._required),
+            "met": self.met,
+            "swaps": self.swaps,
+            "swap_ms": self.swap_ms,
+            "points": list(self.points),
+            "closed": self._closed,
+        }
+
+    def close(self, keep: bool = False) -> float | None:
+        """Originals back and the undo file gone, unless `keep`. See `Engine.close`."""
+        if not self._closed:
+            if not self.dry_run:
+                self.routers.close(keep)
+                self.post(Target(self.routers.strength or 0.0))
+            self._closed = True
         return self.routers.strength
 
     @property
@@ -96,7 +124,7 @@ class LiveActuator:
         )
 
     def _check(self, pid: int) -> None:
-        before, self._met = self._met, None
+        before, self._met_pid = self._met_pid, None
         path = self.routers.path
         try:
             spans = mapped_spans(pid, path)
@@ -112,5 +140,5 @@ class LiveActuator:
                 f"process {pid} maps {how} {path}, so it would not see a swap: start llama-server on this file, "
                 "without --no-mmap or direct I/O, and with its routers on the CPU."
             )
-        self._met, self._check_s = pid, self._clock() + CHECK_S
-        self.attached += before != pid
+        self._met_pid, self._check_s = pid, self._clock() + CHECK_S
+        self.met += before != pid

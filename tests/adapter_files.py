@@ -21,6 +21,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IDS_BT = torch.tensor([[5, 7, 9, 11, 23], [31, 8, 44, 17, 60]])
 PREFIX = "base_model.model."
 ROUTER = "model.layers.3.mlp.gate"
+HEAD = f"{PREFIX}lm_head.weight"
 
 
 def saved_base(folder: Path) -> Path:
@@ -39,6 +40,15 @@ def saved_adapter(base: Path, folder: Path, **fields: Any) -> Path:
     torch.manual_seed(1)
     config = RemoeConfig(init_weights=False, task_type="CAUSAL_LM", **fields)
     get_peft_model(base_at(base), config).save_pretrained(folder)
+    return folder
+
+
+def saved_home(folder: Path) -> Path:
+    """In `folder`: base, and its adapters: adapter, low (rank 3), and copied (with modules_to_save)."""
+    base = saved_base(folder / "base")
+    saved_adapter(base, folder / "adapter")
+    saved_adapter(base, folder / "low", rank=3)
+    saved_adapter(base, folder / "copied", modules_to_save=["lm_head"])
     return folder
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch and huggingface_hub are imported: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +25,7 @@ if not torch.cuda.is_available():
 from peft import PeftModel
 from tiny_families import tiny_family
 from tiny_models import tiny_model
+from transformers import PreTrainedModel
 
 from remoe_adapt.family import Family
 from remoe_adapt.notices import say_once
@@ -61,6 +65,37 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """Of a tiny Qwen2-MoE; read only."""
     made = tiny_family(tiny_model("qwen2_moe"), tmp_path_factory.mktemp("family") / "family")
     return Family.load(made.path)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base on disk, its family beside it; read only."""
+    folder = tmp_path_factory.mktemp("saved") / "base"
+    base: Any = tiny_model("qwen2_moe")
+    base.save_pretrained(folder)
+    tiny_family(base, folder / "family")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def family_dir(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family on disk, of the model that a test file's own fixture `base` makes; read only."""
+    return tiny_family(base, tmp_path_factory.mktemp("made") / "family").path
+
+
+@pytest.fixture
+def copied(family_dir: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(family_dir, tmp_path / "family"))
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Any]:
+    """A server on a real socket that answers what a test tells it to; needs the extra `serve`."""
+    from proxied import Upstream
+
+    with Upstream() as server:
+        yield server
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from remoe_adapt.pressure.governor import Governor
+from remoe_adapt.pressure.policy import Decision
 from remoe_adapt.pressure.reading import Measure, Reading
 
 MIB = 1 << 20
@@ -18,7 +20,7 @@ MIB = 1 << 20
 @dataclass
 class SqueezedCache:
     """Sizes in bytes; `taken(time_s)`: by the other process; `storage_slowdown(time_s)`: of reads, 1 = as usual.
-    An Actuator, a Sensor, and the cache's `resize`."""
+    A Sensor, the cache's `resize`, and a dial: `apply` turns it, `tick` has a governor decide and turns it."""
 
     taken: Callable[[float], float] = lambda time_s: 0.0
     storage_slowdown: Callable[[float], float] = lambda time_s: 1.0
@@ -44,8 +46,11 @@ class SqueezedCache:
         self.strength = strength
         self.swaps.append((self.time_s, strength))
 
-    def current(self) -> float:
-        return self.strength
+    def tick(self, governor: Governor) -> Decision:
+        decision = governor.tick(self.time_s, self.strength)
+        if decision.changed:
+            self.apply(decision.strength)
+        return decision
 
     def resize(self, tier: str, budget_bytes: int) -> None:
         assert tier == "cache" and budget_bytes > 0

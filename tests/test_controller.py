@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from watched_decoding import IDS, Watch, each, generate, run_all
 
 from remoe_adapt import load_profile
-from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.errors import ConfigError, DialError
 from remoe_adapt.family import Family, original_weights
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.load import get_remoe_model
@@ -171,11 +171,11 @@ def test_close_restores_everything_and_waits_for_forwards(family: Family) -> Non
     assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(weights, before, strict=True))
     assert set(base.__dict__) - names <= {"peft_config", "_hf_peft_config_loaded"}
     assert controller.status()["closed"] and controller.strength == 0.0
-    with pytest.raises(MergeStateError, match="closed"):
+    with pytest.raises(DialError, match="closed"):
         controller.set_strength(0.5)
-    with pytest.raises(MergeStateError, match="closed"):
+    with pytest.raises(DialError, match="closed"):
         controller.set_pressure(None)
-    with pytest.raises(MergeStateError, match="closed"):
+    with pytest.raises(DialError, match="closed"):
         controller.on_swap(print)
     controller.close()
     assert generate(model).shape[1] == IDS.shape[1] + 8
@@ -184,7 +184,7 @@ def test_close_restores_everything_and_waits_for_forwards(family: Family) -> Non
 def test_close_inside_a_forward_is_refused(model: PeftModel) -> None:
     layer = next(iter(remoe_layers(model).values()))
     handle = layer.register_forward_hook(lambda *_: model.controller.close())
-    with pytest.raises(MergeStateError, match="inside a forward"):
+    with pytest.raises(DialError, match="inside a forward"):
         generate(model, 2)
     handle.remove()
     assert model.controller.status()["running"] == 0 and generate(model, 2) is not None
@@ -194,9 +194,9 @@ def test_nothing_is_saved_or_copied_by_accident(model: PeftModel, tmp_path: Any)
     model.controller.set_strength(0.5)
     targets: tuple[Any, ...] = (model, model.get_base_model())
     for target in targets:
-        with pytest.raises(MergeStateError, match=r"strength 0\.5"):
+        with pytest.raises(DialError, match=r"strength 0\.5"):
             target.save_pretrained(tmp_path)
-        with pytest.raises(MergeStateError, match="close"):
+        with pytest.raises(DialError, match="close"):
             copy.deepcopy(target)
     assert not list(tmp_path.iterdir())
     model.controller.close()

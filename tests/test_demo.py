@@ -151,8 +151,8 @@ def test_out_of_time_all_arms_have_seen_the_same_shorter_text(folder: Path) -> N
 def test_progress_hears_every_step(folder: Path) -> None:
     totals: list[int] = []
     steps: list[int] = []
-    run_demo(folder, tokens=40, new_tokens=0, on_start=totals.append, on_tokens=steps.append)
-    assert totals == [sum(steps)] == [40 * 4]
+    run_demo(folder, tokens=12, new_tokens=0, on_start=totals.append, on_tokens=steps.append)
+    assert totals == [sum(steps)] == [12 * 4]
 
 
 def test_meaning_and_table_come_from_the_figures(result: dict[str, Any]) -> None:

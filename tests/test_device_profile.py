@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from remoe_adapt.cache.policy import ONLINE
 from remoe_adapt.device_profile import (
-    CACHE_POLICIES,
     DeviceProfile,
     PressureProfile,
     check_profile,
@@ -20,6 +20,7 @@ from remoe_adapt.device_profile import (
     user_profile_dir,
 )
 from remoe_adapt.errors import ConfigError, ProfileError, RemoeError
+from remoe_adapt.recency_settings import Recency
 
 SHIPPED = ("laptop-16gb", "orin-8gb", "orin-nx-16gb", "rpi5-8gb", "rtx-24gb", "rtx-8gb", "server")
 
@@ -60,7 +61,7 @@ def test_shipped_profiles_are_the_seven_and_all_load() -> None:
         assert profile.name == name and profile.description
         assert profile.strength_at(0.0) == 0.0, "plenty of memory must mean the base model"
         assert profile.strength_at(1.0) > 0.0
-        assert profile.expert_cache.policy in CACHE_POLICIES
+        assert profile.expert_cache.policy in ONLINE
 
 
 def test_orin_example_of_the_design_is_read_exactly() -> None:
@@ -68,7 +69,9 @@ def test_orin_example_of_the_design_is_read_exactly() -> None:
     assert profile.memory.budget_bytes == 5_905_580_032 and profile.memory.reserve_bytes == 2**30
     assert profile.expert_cache.share == 0.25 and profile.expert_cache.direct_io is True
     assert profile.controller.sample_hz == 5.0 and profile.controller.fall_s == 10.0
-    assert profile.recency.mode == "resident" and profile.recency.gain == 0.0
+    assert profile.recency == Recency("resident", 0.0, 0.0)
+    assert profile.as_keys()["recency"] == {"mode": "resident", "gain": 0.0}
+    assert load_profile("server").as_keys()["recency"] == {"mode": "none", "gain": 0.0}
     assert profile.families["Qwen/Qwen1.5-MoE-A2.7B"] is None
 
 
@@ -97,7 +100,7 @@ def test_optional_sections_have_the_documented_defaults(tmp_path: Path) -> None:
     assert profile.memory.budget_bytes is None and profile.memory.reserve_bytes == 0
     assert profile.expert_cache.policy == "lrfu" and profile.strength.max == 1.0
     assert (profile.controller.rise_s, profile.controller.dwell_s) == (0.5, 2.0)
-    assert profile.recency.mode == "none" and profile.families == {}
+    assert profile.recency is None and profile.families == {}
     assert (profile.expert_cache.floor, profile.expert_cache.regrow_s) == (0.1, 30.0)
     assert profile.controller.max_swaps_per_s == 4.0
     assert profile.pressure == PressureProfile() and profile.pressure.psi_io is None

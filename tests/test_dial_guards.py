@@ -21,7 +21,7 @@ from watched_decoding import IDS
 
 import remoe_adapt
 from remoe_adapt import get_remoe_model, recency_prior, release
-from remoe_adapt.errors import AdapterConflictError, MergeStateError
+from remoe_adapt.errors import AdapterConflictError, DialError, MergeStateError
 from remoe_adapt.family import Family
 from remoe_adapt.tuner import RemoeConfig, remoe_layers
 
@@ -121,7 +121,7 @@ def test_a_dial_that_is_closed_while_adapters_are_disabled_leaves_the_base(model
 
 def test_what_is_merged_is_what_ran_or_nothing(model: Any, tmp_path: Path) -> None:
     base, strong, has_prior = logits_of(make()), logits_of(model), model.controller.status()["recency"] is not None
-    with pytest.raises(MergeStateError, match="nothing is saved") as refused:
+    with pytest.raises(DialError, match="nothing is saved") as refused:
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
     advises_merging = "merge_and_unload()" in str(refused.value)
@@ -191,11 +191,11 @@ def test_loading_the_base_s_state_dict_leaves_the_strength(model: Any, assign: b
 def test_another_base_s_state_dict_is_refused_before_anything_is_loaded(model: Any, inner: bool) -> None:
     strong, target = logits_of(model), model.get_base_model() if inner else model
     other = {key: value + 1 if value.is_floating_point() else value for key, value in target.state_dict().items()}
-    with pytest.raises(MergeStateError, match="other weights than the base"):
+    with pytest.raises(DialError, match="other weights than the base"):
         target.load_state_dict(other)
     assert torch.equal(logits_of(model), strong)
     router = next(iter(remoe_layers(model).values()))
-    with pytest.raises(MergeStateError, match=r"remoe_adapt\.release"):
+    with pytest.raises(DialError, match=r"remoe_adapt\.release"):
         router.load_state_dict({key: value + 1 for key, value in router.state_dict().items()})
     assert torch.equal(logits_of(model), strong)
 
@@ -213,7 +213,7 @@ def test_a_notebook_that_lost_its_model_gets_its_base_back(wide: Family) -> None
         if closed:
             model.controller.close()
         del model
-        with pytest.raises((MergeStateError, AdapterConflictError), match=r"remoe_adapt\.release\(model\)"):
+        with pytest.raises((DialError, AdapterConflictError), match=r"remoe_adapt\.release\(model\)"):
             get_remoe_model(base, family=wide)
         assert release(base) is base is release(base)
         assert set(vars(base)) == attributes and [p.requires_grad for p in base.parameters()] == trained
@@ -282,10 +282,10 @@ def test_a_swap_that_nothing_reads_is_refused_by_name(wide: Family, spoil: Calla
     model: Any = get_remoe_model(make(), family=wide, monitor=False)
     model.controller.set_strength(0.5)
     undo = spoil(remoe_layers(model)["model.layers.1.mlp.gate"])
-    with pytest.raises(MergeStateError, match=r"router model\.layers\.1\.mlp\.gate cannot be turned: its weight is"):
+    with pytest.raises(DialError, match=r"router model\.layers\.1\.mlp\.gate cannot be turned: its weight is"):
         model.controller.set_strength(1.0)
     assert model.controller.strength == 0.5 and "could not be staged" in model.controller.status()["reason"]
-    with pytest.raises(MergeStateError, match="cannot be given its base weight back"):
+    with pytest.raises(DialError, match="cannot be given its base weight back"):
         release(model)
     undo()
     model.controller.set_strength(1.0)
@@ -300,7 +300,7 @@ def test_a_model_that_accelerate_offloads_later_is_refused_by_name(wide: Family)
     model.controller.set_strength(0.5)
     half = logits_of(model)
     accelerate.cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
-    with pytest.raises(MergeStateError, match="offloaded"):
+    with pytest.raises(DialError, match="offloaded"):
         model.controller.set_strength(1.0)
     assert "offloaded" in model.controller.status()["reason"]
     accelerate.hooks.remove_hook_from_submodules(model.get_base_model())
@@ -314,7 +314,7 @@ def test_a_router_that_was_taken_out_is_refused_by_name(wide: Family) -> None:
     model: Any = get_remoe_model(make(), family=wide, monitor=False)
     layer = remoe_layers(model)["model.layers.2.mlp.gate"]
     model.get_base_model().set_submodule("model.layers.2.mlp.gate", copy.deepcopy(layer.base_layer))
-    with pytest.raises(MergeStateError, match=r"layers\.2\.mlp\.gate cannot be turned: another module is in its place"):
+    with pytest.raises(DialError, match=r"layers\.2\.mlp\.gate cannot be turned: another module is in its place"):
         model.controller.set_strength(1.0)
 
 
@@ -366,7 +366,7 @@ def test_a_status_and_a_log_are_rounded(wide: Family, tmp_path: Path) -> None:
     for _ in range(3):
         model.controller.step()
         logits_of(model)
-    model.controller._monitor.tick()
+    model.controller.tick()
     status = model.controller.status()
     assert status["strength"] == 1 / 3, "what can be given back is exact"
     model.controller.close()

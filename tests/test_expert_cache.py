@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_recency_sequences import routing_matters
+from recency_support import routing_matters
 from tiny_checkpoints import Faults, save_tiny, stock
 from tiny_families import tiny_family
 

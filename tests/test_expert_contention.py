@@ -6,17 +6,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_expert_tiers import EXPERTS, Source, leased_soon
+from expert_support import EXPERTS, Source, leased_soon
 from tiny_checkpoints import save_tiny, stock
 from torch import Tensor
+from waiting import HANGS_S, in_thread, until
 
 from remoe_adapt import get_remoe_model
 from remoe_adapt.cache.blocks import HUGE_PAGE, Blocks
@@ -25,20 +24,6 @@ from remoe_adapt.device_profile import MemoryProfile
 from remoe_adapt.runtime.sensors import CacheUse
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
-HANGS_S = 60.0
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + HANGS_S
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.001)
-
-
-def in_thread(work: Callable[[], object]) -> threading.Thread:
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
 
 
 def test_status_within_a_forward_while_the_monitor_shrinks_the_cache(tmp_path: Path) -> None:
@@ -59,7 +44,7 @@ def test_status_within_a_forward_while_the_monitor_shrinks_the_cache(tmp_path: P
 
     def hook(*_: object) -> None:
         if not ticks:
-            ticks.append(in_thread(controller._monitor.tick))
+            ticks.append(in_thread(controller.tick))
             until(lambda: len(cache.resident()) < before)
             said.extend([controller.status(), controller.status()])
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_expert_prefetch import always, decoded, in_threads
-from test_expert_tiers import EXPERTS, LAYERS, Source
+from expert_support import EXPERTS, LAYERS, Source
+from prefetch_support import always, decoded, in_threads
 from tiny_checkpoints import Faults, save_tiny, stock
 
 from remoe_adapt import load_with_expert_cache

@@ -9,21 +9,19 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kv import kv, returned_cache
-from test_expert_tiers import EXPERTS, LAYERS, Source
+from expert_support import EXPERTS, LAYERS, Source
+from prefetch_support import IDS, always, counted, decoded, in_threads, predictor
 from tiny_checkpoints import save_tiny, stock
+from waiting import until
 
 from remoe_adapt import get_remoe_model, load_with_expert_cache
 from remoe_adapt.cache import prefetch as prefetching
-from remoe_adapt.cache.prefetch import Prefetcher
 from remoe_adapt.cache.residency import ResidentMasks
 from remoe_adapt.cache.tiers import AHEAD_THREADS, ExpertCache
 from remoe_adapt.errors import ExpertReadError
@@ -31,7 +29,6 @@ from remoe_adapt.routers.discover import discover_routers
 
 # One for each way of ranking, with a bias inside or beside the router, and with experts that are no experts.
 ARCHITECTURES = ("qwen2_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "qwen3_next")
-IDS = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
 class Held(Source):
@@ -47,34 +44,6 @@ class Held(Source):
         return read
 
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-@contextmanager
-def in_threads(step: Callable[[int, random.Random], None], *, threads: int, steps: int) -> Iterator[None]:
-    """Meanwhile `step(number, random numbers)` runs in threads; afterwards none has failed."""
-    with ThreadPoolExecutor(threads) as pool:
-
-        def work(seed: int) -> None:
-            random_of = random.Random(seed)
-            for number in range(steps):
-                step(number, random_of)
-
-        running = [pool.submit(work, seed) for seed in range(threads)]
-        yield
-        for thread in running:
-            thread.result(60)
-
-
-def counted(cache: ExpertCache) -> tuple[int, ...]:
-    stats = cache.stats()
-    return tuple(stats[name] for name in ("hits", "misses", "prefetch_hits", "prefetched"))
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
@@ -84,30 +53,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def folder(folders: dict[str, Path]) -> Path:
     return folders["qwen2_moe"]
-
-
-def predictor(model: Any) -> Prefetcher:
-    rows: Any = model.get_submodule(model.expert_cache.source.layers[0]).cached_experts
-    found: Prefetcher = rows.predictor
-    return found
-
-
-def always(model: Any) -> Any:
-    """Let its predictor read ahead whatever it says."""
-    for router in predictor(model)._routers.values():
-        router.scores = [2.0] * len(router.scores)
-        router.score = lambda *_: None  # type: ignore[method-assign]
-    return model
-
-
-@torch.no_grad()
-def decoded(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    past, found = None, []
-    for step in range(ids.shape[1]):
-        output = model(input_ids=ids[:, step : step + 1], **kv(past), use_cache=True)
-        past = returned_cache(output)
-        found.append(output.logits)
-    return torch.cat(found, dim=1)
 
 
 # The cache
@@ -345,7 +290,7 @@ def test_a_predictor_reads_only_while_it_is_right(folder: Path) -> None:
     # Reads that take many times as long as what they could hide behind pay only when they are nearly always right.
     assert router.threshold(router.window_s * 20) == pytest.approx(0.95) and router.threshold(0.0) == 0.5
     ahead.read_ahead(0, torch.randn(prefetching.MAX_TOKENS + 1, 32))
-    assert getattr(ahead._here, "open", None) is None
+    assert getattr(ahead._of_thread, "prediction", None) is None
 
 
 def test_the_live_weight_is_what_predicts(folder: Path) -> None:

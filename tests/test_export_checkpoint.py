@@ -25,7 +25,7 @@ from remoe_adapt.export.base import BaseFiles
 from remoe_adapt.export.lora import export_lora
 from remoe_adapt.export.merged import export_merged
 from remoe_adapt.family import original_weights
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 
 # Names and layouts of their own: fused experts, a selection bias, a renamed router, one that stays in fp32, a Linear.
 ARCHITECTURES = ("qwen2_moe", "deepseek_v3", "granitemoe", "ernie4_5_moe", "longcat_flash")

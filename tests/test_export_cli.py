@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_support import call, found, refused
+from export_support import Home, holds
 from gguf_writer import small_model
-from test_cli import call, found, refused
-from test_export_gguf import Home, holds
 
 from remoe_adapt import Trace
 from remoe_adapt.family import original_weights

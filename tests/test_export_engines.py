@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export_support import Home, changed_only_in_routers
 from gguf_writer import ARCH, small_model, write_gguf
 from numpy.typing import NDArray
 from peft import PeftModel
-from test_export_gguf import Home, changed_only_in_routers
 from torch import nn
 from transformers import AutoModelForCausalLM
 

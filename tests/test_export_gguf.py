@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from export_support import Home, changed_only_in_routers, holds
 from gguf_writer import gguf, small_model, write_gguf
 from killed import killed_at_write
 from tiny_checkpoints import save_tiny, stock
 from tiny_families import tiny_family
-from transformers import PreTrainedModel
 
-from remoe_adapt import Family
 from remoe_adapt.errors import (
     ConfigError,
     ExportError,
@@ -36,19 +35,6 @@ from remoe_adapt.family import original_weights
 from remoe_adapt.routers.families import GGUF_ARCH, GGUF_CORRECTION_BIAS, GGUF_LORA_IGNORED, GGUF_ROUTER_WEIGHT
 
 
-class Home:
-    """A base in base/, its F32 GGUF model.gguf, a family."""
-
-    def __init__(self, folder: Path, model: PreTrainedModel, kind: str) -> None:
-        self.folder, self.model = folder, model
-        self.base, self.gguf = folder / "base", write_gguf(model, kind, folder / "model.gguf")
-        model.save_pretrained(self.base)
-        self.family: Family = tiny_family(model, folder / "family", (0.5, 1.0))
-
-    def live(self, strength: float) -> list[torch.Tensor]:
-        return list(self.family.live(strength, original_weights(self.model)).values())
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(tmp_path_factory.mktemp("gguf"), small_model("qwen2moe"), "qwen2moe")
@@ -57,25 +43,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture
 def copy(home: Home, tmp_path: Path) -> Path:
     return Path(shutil.copy(home.gguf, tmp_path / "copy.gguf"))
-
-
-def routers(path: Path) -> list[torch.Tensor]:
-    """Read by the gguf package."""
-    found = [t for t in gguf.GGUFReader(path).tensors if t.name.endswith("ffn_gate_inp.weight")]
-    return [torch.from_numpy(np.array(tensor.data)) for tensor in found]
-
-
-def holds(path: Path, weights: list[torch.Tensor]) -> bool:
-    return all(torch.equal(ours, theirs) for ours, theirs in zip(routers(path), weights, strict=True))
-
-
-def changed_only_in_routers(before: Path, after: Path) -> bool:
-    old, new = (np.fromfile(path, np.uint8) for path in (before, after))
-    inside = np.zeros(len(old), bool)
-    for tensor in gguf.GGUFReader(before).tensors:
-        if tensor.name.endswith("ffn_gate_inp.weight"):
-            inside[tensor.data_offset : tensor.data_offset + tensor.n_bytes] = True
-    return len(old) == len(new) and bool((old != new).any()) and not bool((old != new)[~inside].any())
 
 
 def test_the_header_is_read_as_the_gguf_package_reads_it(home: Home) -> None:

@@ -12,14 +12,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_families import BASE_ID, save_adapter, tiny_family
+from tiny_families import BASE_ID, edit, save_adapter, tiny_family
 from tiny_models import HIDDEN, LAYERS, NUM_EXPERTS, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
-from remoe_adapt.family import Family, Recency, original_weights
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.family import Family, original_weights
+from remoe_adapt.recency_settings import Recency
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.tuner import remoe_layers
 
 
@@ -29,21 +30,6 @@ def base() -> PreTrainedModel:
     model.to(torch.bfloat16)
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-@pytest.fixture(scope="module")
-def family_dir(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_family(base, tmp_path_factory.mktemp("made") / "family").path
-
-
-@pytest.fixture
-def copied(family_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(family_dir, tmp_path / "family"))
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    entries = json.loads((folder / "family.json").read_text())
-    (folder / "family.json").write_text(json.dumps(entries | changes))
 
 
 def test_what_is_written_is_the_format_of_the_design_and_is_read_back(base: PreTrainedModel, family_dir: Path) -> None:
@@ -147,14 +133,14 @@ def test_strengths_out_of_range_are_refused(family_dir: Path, base: PreTrainedMo
 def test_gains_are_interpolated_like_deltas(base: PreTrainedModel, tmp_path: Path) -> None:
     family = Family.create(tmp_path / "f", BASE_ID, fingerprint(base))
     folder = save_adapter(base, tmp_path / "elsewhere", seed=0)
-    family.add_point(0.5, folder, Recency("ema", 0.7, (0.1, 0.2)))
-    family.add_point(1.0, folder, Recency("ema", 0.7, (0.3, 0.2)))
+    family.add_point(0.5, folder, Recency("ema", (0.1, 0.2), 0.7))
+    family.add_point(1.0, folder, Recency("ema", (0.3, 0.2), 0.7))
     family = Family.load(family.path)
-    gains = {s: getattr(family.recency(s), "gain_per_layer", None) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    gains = {s: getattr(family.recency(s), "gain", None) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}
     assert gains[0.0] is None and gains[0.5] == (0.1, 0.2) and gains[1.0] == (0.3, 0.2)
     assert gains[0.25] == pytest.approx((0.05, 0.1)) and gains[0.75] == pytest.approx((0.2, 0.2))
     with pytest.raises(FamilyError, match="recency mode"):
-        family.add_point(0.75, folder, Recency("ema", 0.9, (0.1, 0.2)))
+        family.add_point(0.75, folder, Recency("ema", (0.1, 0.2), 0.9))
     assert family.strengths == Family.load(family.path).strengths == (0.5, 1.0)
 
 
@@ -234,7 +220,7 @@ BAD_FILES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "words"), BAD_FILES)
 def test_bad_family_files_are_refused_with_the_fault(copied: Path, changes: dict[str, Any], words: str) -> None:
-    edit(copied, **changes)
+    edit(copied / "family.json", **changes)
     with pytest.raises(FamilyError, match=words):
         Family.load(copied)
 

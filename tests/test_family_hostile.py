@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import BASE_ID, save_adapter, tiny_family
+from tiny_families import BASE_ID, edit, save_adapter
 from tiny_models import HIDDEN, LAYERS, NUM_EXPERTS, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
-from remoe_adapt.family import Family, Recency, original_weights
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.family import Family, original_weights
+from remoe_adapt.recency_settings import Recency
+from remoe_adapt.routers.discover import fingerprint
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -32,20 +33,6 @@ ESCAPE = "\x1b[31mred\x07"
 @pytest.fixture(scope="module")
 def base() -> PreTrainedModel:
     return tiny_model("qwen2_moe")
-
-
-@pytest.fixture(scope="module")
-def family_dir(base: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_family(base, tmp_path_factory.mktemp("made") / "family").path
-
-
-@pytest.fixture
-def copied(family_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(family_dir, tmp_path / "family"))
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def rewrite(adapter: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
@@ -286,8 +273,8 @@ def test_a_refused_point_does_not_replace_the_one_that_is_there(
     with pytest.raises(FamilyError, match="already"):
         family.add_point(0.5, save_adapter(base, tmp_path / "other", seed=8))
     with pytest.raises(FamilyError, match="mode or layers"):
-        family.add_point(0.75, tmp_path / "other", Recency("ema", 0.5, (0.1,)))
-        family.add_point(0.8, tmp_path / "other", Recency("last", 0.5, (0.1,)))
+        family.add_point(0.75, tmp_path / "other", Recency("ema", (0.1,), 0.5))
+        family.add_point(0.8, tmp_path / "other", Recency("last", (0.1,), 0.5))
     family = Family.load(copied)
     assert family.strengths == (0.25, 0.5, 0.75, 1.0)
     assert {name: data for name, data in files(copied).items() if name in before and "/" in name} == {

@@ -11,7 +11,7 @@ from peft import PeftModel
 from watched_decoding import Watch, each, generate, run_all
 
 from remoe_adapt.family import Family
-from remoe_adapt.runtime.gate import Gate
+from remoe_adapt.runtime.gate import StepLock
 from remoe_adapt.tuner import remoe_layers
 
 
@@ -105,14 +105,14 @@ def test_a_generate_inside_a_generate(model: PeftModel, family: Family) -> None:
 
 
 class Dial:
-    """A gate whose posted swaps are counted."""
+    """A step lock whose posted swaps are counted."""
 
     def __init__(self) -> None:
-        self.posted, self.swaps = False, 0
-        self.gate = Gate(lambda: self.posted, self._swap)
+        self.waiting, self.swaps = False, 0
+        self.steps = StepLock(self)
 
-    def _swap(self, alone: bool) -> None:
-        self.posted, self.swaps = False, self.swaps + 1
+    def swap(self, *, alone: bool) -> None:
+        self.waiting, self.swaps = False, self.swaps + 1
 
 
 def test_a_waiting_thread_lets_one_swap_by_and_goes_on() -> None:
@@ -121,20 +121,20 @@ def test_a_waiting_thread_lets_one_swap_by_and_goes_on() -> None:
     order: list[str] = []
 
     def slow() -> None:
-        with dial.gate.generating():
+        with dial.steps.generating():
             arrived.set()
             assert release.wait(20)
             order.append("slow forward ends")
-            dial.gate.boundary(opens=True)
-            dial.posted = True  # the next target comes at once
+            dial.steps.begin_step()
+            dial.waiting = True  # the next target comes at once
 
     def fast() -> None:
-        with dial.gate.generating():
+        with dial.steps.generating():
             arrived.wait(20)
-            dial.gate.boundary(opens=False)
-            dial.posted = True
+            dial.steps.end_step()
+            dial.waiting = True
             threading.Timer(0.2, release.set).start()
-            dial.gate.boundary(opens=True)
+            dial.steps.begin_step()
             order.append("fast forward begins")
 
     run_all(slow, fast, seconds=30)
@@ -147,43 +147,43 @@ def test_a_forward_that_never_ends_holds_nobody_up_for_long(monkeypatch: pytest.
     stuck, finish = threading.Event(), threading.Event()
 
     def hanging() -> None:
-        with dial.gate.generating():
+        with dial.steps.generating():
             stuck.set()
             assert finish.wait(30)
 
     def decoding() -> None:
         assert stuck.wait(20)
-        dial.posted = True
+        dial.waiting = True
         waits = []
-        with dial.gate.generating():
+        with dial.steps.generating():
             for _ in range(5):
                 begin = time.monotonic()
-                dial.gate.boundary(opens=True)
+                dial.steps.begin_step()
                 waits.append(time.monotonic() - begin)
         assert dial.swaps == 0 and sum(waits) < 10, "no wait per step for what is known to be stuck"
         finish.set()
 
     run_all(hanging, decoding, seconds=40)
-    assert dial.swaps == 1 and not dial.posted, "the last one out makes the swap"
+    assert dial.swaps == 1 and not dial.waiting, "the last one out makes the swap"
 
 
 def test_a_dead_loop_thread_gives_its_swaps_back() -> None:
     dial = Dial()
-    run_all(dial.gate.step)
-    dial.posted = True
-    dial.gate.swap_if_idle()
+    run_all(dial.steps.step)
+    dial.waiting = True
+    dial.steps.swap_if_idle()
     assert dial.swaps == 1
 
 
 def test_a_forward_may_end_in_another_thread_than_it_began() -> None:
     dial = Dial()
-    forward = dial.gate.forward()
+    forward = dial.steps.forward()
     run_all(forward.__enter__)
-    assert dial.gate.sessions == 1
+    assert dial.steps.sessions == 1
     forward.__exit__(None, None, None)
-    dial.posted = True
-    dial.gate.swap_if_idle()
-    assert dial.gate.sessions == 0 and dial.swaps == 1
+    dial.waiting = True
+    dial.steps.swap_if_idle()
+    assert dial.steps.sessions == 0 and dial.swaps == 1
 
 
 def test_what_fails_between_boundary_and_forward_leaves_nothing_open(model: PeftModel) -> None:

@@ -21,9 +21,9 @@ from remoe_adapt.bench.swap import run_swap
 from remoe_adapt.errors import (
     AdapterConflictError,
     ConfigError,
+    DialError,
     FamilyError,
     FingerprintMismatchError,
-    MergeStateError,
     ProfileError,
     RouterNotFoundError,
     UncacheableError,
@@ -31,7 +31,7 @@ from remoe_adapt.errors import (
 from remoe_adapt.family import Family, original_weights
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.signals import weigh
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.runtime.load import get_remoe_model, load_base_under, profile_of
 from remoe_adapt.tuner import RemoeConfig, remoe_layers
 
@@ -215,7 +215,7 @@ def test_what_cannot_work_is_one_clear_error_and_the_model_is_untouched(saved: P
     elif kind == "dial":
         model = get_remoe_model(base, family=family)
         for again in (base, model):
-            with pytest.raises(MergeStateError, match="a dial already"):
+            with pytest.raises(DialError, match="a dial already"):
                 get_remoe_model(again, family=family)
         model.controller.close()
         base = model.unload()

@@ -13,7 +13,7 @@ from tiny_families import tiny_family
 from tiny_models import tiny_model
 
 from remoe_adapt import get_remoe_model, load_with_expert_cache
-from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.errors import ConfigError, DialError
 from remoe_adapt.runtime.options import CACHE_OPTIONS
 from remoe_adapt.runtime.pretrained import load_base
 
@@ -40,15 +40,15 @@ def open_files(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"polcy": "lru"}, r"option 'polcy' is not known \(did you mean policy\?\): give one of budget, .*scope"),
+        ({"polcy": "lru"}, r"option 'polcy' is not known \(did you mean policy\?\): give one of expert_cache, .*scope"),
         ({"direct_IO": True}, r"did you mean direct_io\?"),
-        ({"expert_cache": 0.5}, r"option 'expert_cache' is not known \(did you mean budget\?\)"),
-        ({"quux": 1}, r"option 'quux' is not known: give one of budget, device, .*from_pretrained takes"),
+        ({"budget": 0.5}, r"option 'budget' is not known \(did you mean expert_cache\?\)"),
+        ({"quux": 1}, r"option 'quux' is not known: give one of expert_cache, device, .*from_pretrained takes"),
         ({"memory": True}, "memory True: give a size, as '6GiB', or a number of bytes"),
         ({"memory": 0.5}, "memory 0.5: give a size"),
         ({"memory": "much"}, "memory: 'much' is not a size"),
-        ({"budget": True}, "budget True: give a size, as '2GiB', a number of bytes, or a share"),
-        ({"budget": {"memory": "2GiB"}}, "budget .*: give a size.*options of their own"),
+        ({"expert_cache": True}, "expert_cache True: give a size, as '2GiB', a number of bytes, or a share"),
+        ({"expert_cache": {"memory": "2GiB"}}, "expert_cache .*: give a size.*options of their own"),
         ({"ram_budget": [1]}, r"ram_budget \[1\]: give a size"),
         ({"storage": 5}, "storage 5: give a folder that `remoe pack` made"),
         ({"policy": ["lru"]}, r"policy \['lru'\] is not one of lru, lfu, lrfu"),
@@ -119,8 +119,8 @@ def test_a_closed_dial_logs_to_no_file(tmp_path: Path) -> None:
     model: PeftModel = get_remoe_model(base, family=tiny_family(base, tmp_path / "family"), monitor=False)
     controller: Any = model.controller
     controller.close()
-    with pytest.raises(MergeStateError, match="this controller is closed: call get_remoe_model again") as other:
+    with pytest.raises(DialError, match="this controller is closed: call get_remoe_model again") as other:
         controller.set_strength(0.5)
-    with pytest.raises(MergeStateError) as refused:
+    with pytest.raises(DialError) as refused:
         controller.log_to(tmp_path / "log.jsonl")
     assert str(refused.value) == str(other.value) and not (tmp_path / "log.jsonl").exists()

@@ -7,52 +7,24 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from monitor_support import GIB, live, tick_for, under
 from peft import PeftModel
-from tiny_families import tiny_family
 from tiny_models import tiny_model
+from waiting import until
 from watched_decoding import Watch, each, generate, run_all, run_alone
 
 from remoe_adapt import load_profile
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import ConfigError, MergeStateError
+from remoe_adapt.errors import ConfigError, DialError
 from remoe_adapt.family import Family
-from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.runtime.events import Swap
 from remoe_adapt.runtime.load import get_remoe_model
-
-GIB = float(1 << 30)
-
-
-class Machine:
-    """Stands for the sensors: memory as the test says, on the test's clock."""
-
-    name = "memory"
-
-    def __init__(self) -> None:
-        self.free_bytes = 4 * GIB
-
-    def read(self, now_s: float) -> Reading:
-        sizes = {"memory.available": self.free_bytes, "memory.total": 8 * GIB}
-        return Reading(now_s, {name: Measure(size, "B", now_s) for name, size in sizes.items()})
-
-    def close(self) -> None:
-        """It holds nothing."""
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("monitor") / "base"
-    base: Any = tiny_model("qwen2_moe")
-    base.save_pretrained(folder)
-    tiny_family(base, folder / "family")
-    return folder
 
 
 @pytest.fixture
@@ -66,35 +38,6 @@ def model(saved: Path, profile: DeviceProfile) -> PeftModel:
     model = get_remoe_model(tiny_model("qwen2_moe"), profile, saved / "family", monitor=False)
     model.generation_config.eos_token_id = None
     return model
-
-
-def under(model: PeftModel) -> Machine:
-    """Let this machine be what the model's monitor reads, besides the model's own cache."""
-    machine = Machine()
-    sensors = model.controller._monitor._governor.sensors
-    sensors.sensors = (machine, *(sensor for sensor in sensors.sensors if sensor.name == "cache"))
-    return machine
-
-
-def tick_for(model: PeftModel, begin_s: float, seconds: float) -> float:
-    end_s = begin_s + seconds
-    while begin_s < end_s:
-        model.controller._monitor.tick(begin_s)
-        begin_s += 0.2
-    return begin_s
-
-
-def live(model: PeftModel) -> float:
-    """The strength after the next step of a loop: the monitor itself never swaps."""
-    model.controller.step()
-    return float(model.controller.strength)
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 def test_sensors_turn_the_dial_up_at_once_and_back_in_the_profile_s_time(
@@ -146,7 +89,7 @@ def test_the_thread_samples_until_paused_and_again_after(model: PeftModel) -> No
     until(lambda: live(model) == 1.0)
     controller.close()
     assert not controller.status()["monitored"]
-    with pytest.raises(MergeStateError, match="closed"):
+    with pytest.raises(DialError, match="closed"):
         controller.resume()
 
 
@@ -240,7 +183,7 @@ def test_the_cache_gives_memory_back_and_has_it_again(saved: Path, profile: Devi
     now_s = tick_for(model, 0.0, 2.0)
     assert cache.budget_bytes == whole
     machine.free_bytes = 0.5 * GIB
-    reasons = [model.controller._monitor.tick(now_s).reason]
+    reasons = [model.controller.tick(now_s).reason]
     now_s = tick_for(model, now_s + 0.2, 2.0)
     assert cache.budget_bytes < used and cache.resident_bytes <= cache.budget_bytes
     assert cache.budget_bytes >= profile.expert_cache.floor * whole - 1
@@ -254,10 +197,10 @@ def test_two_models_share_what_is_lacking(saved: Path, profile: DeviceProfile) -
     gc.collect()  # what other tests left shares too
     models: list[Any] = [get_remoe_model(saved, profile, saved / "family", monitor=False) for _ in "12"]
     for model in models:
-        model.controller._monitor.tick(0.0)
+        model.controller.tick(0.0)
     assert [model.controller._monitor._governor.share for model in models] == [0.5, 0.5]
     models[0].controller.close()
-    models[1].controller._monitor.tick(1.0)
+    models[1].controller.tick(1.0)
     assert models[1].controller._monitor._governor.share == 1.0
 
 

@@ -12,17 +12,17 @@ from typing import Any
 import psutil
 import pytest
 from peft import PeftModel
-from tiny_families import tiny_family
 from tiny_models import tiny_model
 from watched_decoding import run_all
 
 from remoe_adapt import load_profile
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import MergeStateError
+from remoe_adapt.errors import DialError
 from remoe_adapt.family import Family
+from remoe_adapt.notices import size_text
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.policy import PolicyState, decide
-from remoe_adapt.pressure.reading import Measure, Reading, size_text
+from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
 from remoe_adapt.pressure.signals import losses, weigh
 from remoe_adapt.runtime.load import get_remoe_model
@@ -83,7 +83,7 @@ def test_any_order_of_pause_resume_and_close_in_any_thread_is_safe(family: Famil
         def turn_until_closed(number: int, turn: Any = turn) -> None:
             try:
                 turn(number)
-            except MergeStateError as error:  # another thread has closed it
+            except DialError as error:  # another thread has closed it
                 assert "closed" in str(error)
 
         run_all(*[lambda number=number: turn_until_closed(number) for number in range(4)])
@@ -94,7 +94,7 @@ def test_any_order_of_pause_resume_and_close_in_any_thread_is_safe(family: Famil
                 assert not controller.status()["monitored"]
             assert controller.status()["monitored"]
             controller.close()
-        with pytest.raises(MergeStateError, match="closed"):
+        with pytest.raises(DialError, match="closed"):
             controller.resume()
         assert not controller.status()["monitored"]
     assert monitors() == before, "no thread is left"
@@ -123,15 +123,6 @@ def held(profile: DeviceProfile, budget: int | None, reserve: int) -> DeviceProf
     return replace(profile, memory=replace(profile.memory, budget_bytes=budget, reserve_bytes=reserve))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("monitor") / "base"
-    base: Any = tiny_model("qwen2_moe")
-    base.save_pretrained(folder)
-    tiny_family(base, folder / "family")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("budget", "reserve", "words"),
     [
@@ -150,11 +141,11 @@ def test_what_cannot_hold_here_is_said_at_the_start_and_in_the_status(
     said = [record.message for record in caplog.records]
     expected = words.format(total=total) if "{total}" not in words or total in "".join(said) else words.split("{")[0]
     assert any(message.startswith(expected) for message in said), said
-    decision = model.controller._monitor.tick()
+    decision = model.controller.tick()
     status = model.controller.status()
     assert expected in decision.reason and expected in status["reason"]
     assert any(note.startswith(expected) for note in status["sensors"]["notes"])
-    model.controller._monitor.tick()
+    model.controller.tick()
     assert [record.message for record in caplog.records if record.message.startswith(expected[:20])] == [
         message for message in said if message.startswith(expected[:20])
     ], "once"
@@ -164,7 +155,7 @@ def test_what_cannot_hold_here_is_said_at_the_start_and_in_the_status(
 def test_a_profile_that_holds_here_is_no_news(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     total = psutil.virtual_memory().total
     model: Any = get_remoe_model(saved, held(load_profile("orin-8gb"), total // 2, 1 << 20), saved / "family")
-    assert not model.controller._monitor.tick().notes and "memory." not in caplog.text
+    assert not model.controller.tick().notes and "memory." not in caplog.text
     model.controller.close()
 
 
@@ -186,23 +177,13 @@ def test_what_a_cache_cannot_give_back_is_said_of_a_budget(saved: Path) -> None:
     with_tokens = model.generate(input_ids=model.dummy_inputs["input_ids"], max_new_tokens=4, pad_token_id=0)
     assert with_tokens.numel()
     for second in range(4):
-        decision = model.controller._monitor.tick(float(second))
+        decision = model.controller.tick(float(second))
     assert "cannot be met" in decision.reason and "its expert cache can give back" in decision.reason
     model.controller.close()
 
 
-class Slider:
-    """A dial of another engine."""
-
-    def apply(self, strength: float) -> None:
-        self.strength = strength
-
-    def current(self) -> float:
-        return 0.0
-
-
 def test_whoever_drives_another_engine_hears_it_too(caplog: pytest.LogCaptureFixture) -> None:
-    governor = Governor(Slider(), Sensors(os_sensors()), held(load_profile("orin-8gb"), None, 1 << 45))
+    governor = Governor(Sensors(os_sensors()), held(load_profile("orin-8gb"), None, 1 << 45))
     for second in range(3):
-        governor.tick(float(second))
+        governor.tick(float(second), 0.0)
     assert caplog.text.count("memory.reserve 32768.00 GiB of profile orin-8gb is more than a quarter") == 1

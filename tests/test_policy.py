@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remoe_adapt.cache.policy import LFU, LRFU, LRU, Belady, Policy
-from remoe_adapt.cache.simulate import POLICIES, make_policy, replay
+from remoe_adapt.cache.policy import LFU, LRFU, LRU, POLICIES, Belady, Policy, make_policy
+from remoe_adapt.cache.simulate import replay
 from remoe_adapt.errors import ConfigError
 
 _spec = importlib.util.spec_from_file_location("cache_reference", Path(__file__).parent / "cache_reference.py")

@@ -39,11 +39,11 @@ def neighbour(grows_s: float, mib: float = 1500.0) -> Callable[[float], float]:
 
 
 def run(plant: SqueezedCache, profile: DeviceProfile, until_s: float, hz: float = 5.0) -> list[Decision]:
-    governor = Governor(plant, Sensors([plant]), profile, resize=plant.resize)
+    governor = Governor(Sensors([plant]), profile, resize=plant.resize)
     decisions = []
     while plant.time_s < until_s:
         plant.pass_time(1 / hz)
-        decisions.append(governor.tick(plant.time_s))
+        decisions.append(plant.tick(governor))
     return decisions
 
 
@@ -67,10 +67,10 @@ def test_three_squeezes(profile: DeviceProfile) -> None:
 def test_a_cache_of_fixed_size_is_killed_where_the_moved_one_lives(profile: DeviceProfile) -> None:
     for grows_s in (0.5, 2.0, 8.0):
         fixed = SqueezedCache(taken=neighbour(grows_s))
-        governor = Governor(fixed, Sensors([fixed]), profile)
+        governor = Governor(Sensors([fixed]), profile)
         while fixed.time_s < 30.0:
             fixed.pass_time(0.2)
-            assert not governor.tick(fixed.time_s).budgets
+            assert not fixed.tick(governor).budgets
         assert fixed.killed_at_s is not None
         moved = SqueezedCache(taken=neighbour(grows_s, mib=1400.0 if grows_s == 0.5 else 1500.0))
         run(moved, replace(profile, memory=replace(profile.memory, reserve_bytes=900 * MIB)), 70.0)
@@ -114,23 +114,25 @@ def test_storage_that_is_slow_for_a_while(profile: DeviceProfile) -> None:
 def test_a_pinned_dial_is_not_turned_but_budgets_move(profile: DeviceProfile) -> None:
     plant = SqueezedCache(taken=neighbour(1.0))
     plant.apply(0.3)
-    governor = Governor(plant, Sensors([plant]), profile, resize=plant.resize)
+    governor = Governor(Sensors([plant]), profile, resize=plant.resize)
     while plant.time_s < 40.0:
         plant.pass_time(0.2)
-        decision = governor.tick(plant.time_s, turn=False)
+        decision = governor.tick(plant.time_s, plant.strength, pinned=True)
         assert decision.strength == 0.3 and not decision.changed
     assert plant.strength == 0.3 and len(plant.swaps) == 1 and plant.budgets
-    assert governor.tick(plant.time_s + 0.2).strength == 1.0, "whom the hand has let go, no swap of before holds back"
+    assert governor.tick(plant.time_s + 0.2, plant.strength).strength == 1.0, (
+        "whom the hand has let go, no swap of before holds back"
+    )
 
 
 def test_two_models_give_back_their_share(profile: DeviceProfile) -> None:
     plant = SqueezedCache(taken=lambda time_s: 1400.0 * MIB, name="one")
     given: list[int] = []
     for share in (0.5, 1.0):
-        Governor(plant, Sensors([plant]), profile, resize=lambda _, size: given.append(size), share=share).tick(1.0)
+        Governor(Sensors([plant]), profile, resize=lambda _, size: given.append(size), share=share).tick(1.0, 0.0)
     assert plant.allowed - given[0] == pytest.approx((plant.allowed - given[1]) / 2, rel=0.01)
     with pytest.raises(ConfigError, match="share 0"):
-        Governor(plant, Sensors([plant]), profile, share=0.0)
+        Governor(Sensors([plant]), profile, share=0.0)
 
 
 def test_a_refused_budget_is_said(profile: DeviceProfile) -> None:
@@ -138,18 +140,16 @@ def test_a_refused_budget_is_said(profile: DeviceProfile) -> None:
         raise ConfigError("cannot hold one expert")
 
     plant = SqueezedCache(taken=lambda time_s: 1400.0 * MIB)
-    assert (
-        "refused: cannot hold one expert" in Governor(plant, Sensors([plant]), profile, resize=refuse).tick(1.0).reason
-    )
+    assert "refused: cannot hold one expert" in Governor(Sensors([plant]), profile, resize=refuse).tick(1.0, 0.0).reason
 
 
 def test_a_recorded_run_replays_to_the_same_decisions(profile: DeviceProfile) -> None:
     plant = SqueezedCache(taken=neighbour(1.5))
-    governor = Governor(plant, Sensors([plant]), profile, resize=plant.resize)
+    governor = Governor(Sensors([plant]), profile, resize=plant.resize)
     lines, decisions = [], []
     while plant.time_s < 90.0:
         plant.pass_time(0.2)
-        decisions.append(governor.tick(plant.time_s))
+        decisions.append(plant.tick(governor))
         assert governor.reading is not None
         lines.append(governor.reading.to_json())
 
@@ -162,15 +162,11 @@ def test_a_recorded_run_replays_to_the_same_decisions(profile: DeviceProfile) ->
 
         def close(self) -> None: ...
 
-        def apply(self, strength: float) -> None:
-            self.strength = strength
-
-        def current(self) -> float:
-            return self.strength
-
     recorded = Recorded()
-    again = Governor(recorded, Sensors([recorded]), profile, resize=lambda tier, budget_bytes: None)
-    assert [again.tick(place / 5 + 0.2) for place in range(len(lines))][-1].strength == decisions[-1].strength
+    again = Governor(Sensors([recorded]), profile, resize=lambda tier, budget_bytes: None)
+    for place in range(len(lines)):
+        recorded.strength = again.tick(place / 5 + 0.2, recorded.strength).strength
+    assert recorded.strength == decisions[-1].strength
 
 
 class Watched:
@@ -208,26 +204,25 @@ class Watched:
 
         return Sensors([Memory(), Stalls()])
 
-    def apply(self, strength: float) -> None:
-        self.strength = strength
-
-    def current(self) -> float:
-        return self.strength
+    def tick(self, governor: Governor, now_s: float) -> Decision:
+        decision = governor.tick(now_s, self.strength)
+        self.strength = decision.strength
+        return decision
 
 
 def test_where_nothing_presses_most_samples_are_glances(profile: DeviceProfile) -> None:
     watched = Watched()
-    governor = Governor(watched, watched.sensors(), profile)
-    decisions = [governor.tick(place / 5) for place in range(31)]
+    governor = Governor(watched.sensors(), profile)
+    decisions = [watched.tick(governor, place / 5) for place in range(31)]
     assert watched.asked == {"memory": 11, "psi": 11, "glance": 20}
-    assert all(decision == decisions[0] for decision in decisions) and decisions[0].at_rest
+    assert all(decision == decisions[0] for decision in decisions) and decisions[0].calm
     watched.stalled = 1.0
     times = [place / 5 for place in range(31, 41)]
-    raised = next(now_s for now_s in times if governor.tick(now_s).strength > 0)
+    raised = next(now_s for now_s in times if watched.tick(governor, now_s).strength > 0)
     assert raised <= times[0] + 0.6 + 2 * profile.controller.rise_s
     before = dict(watched.asked)
     for place in range(41, 61):
-        governor.tick(place / 5)
+        watched.tick(governor, place / 5)
     assert watched.asked["psi"] == before["psi"] + 20 and watched.asked["glance"] == before["glance"], (
         "pressed: no rest"
     )
@@ -235,18 +230,18 @@ def test_where_nothing_presses_most_samples_are_glances(profile: DeviceProfile) 
 
 def test_memory_that_goes_is_seen_in_the_next_sample(profile: DeviceProfile) -> None:
     watched = Watched()
-    governor = Governor(watched, watched.sensors(), profile)
-    assert governor.tick(1.0).at_rest
+    governor = Governor(watched.sensors(), profile)
+    assert watched.tick(governor, 1.0).calm
     watched.available = 590.0 * MIB  # the reserve is 400
-    assert governor.tick(1.2).at_rest and watched.asked["psi"] == 2, "no ease, but nothing is lacking either"
+    assert watched.tick(governor, 1.2).calm and watched.asked["psi"] == 2, "no ease, but nothing is lacking either"
     watched.available = 200.0 * MIB
-    assert governor.tick(1.4).present == 1.0 and watched.asked["psi"] == 3
+    assert watched.tick(governor, 1.4).present == 1.0 and watched.asked["psi"] == 3
 
 
 def test_a_dial_that_a_hand_turned_is_not_taken_for_one_at_rest(profile: DeviceProfile) -> None:
     watched = Watched()
-    governor = Governor(watched, watched.sensors(), profile)
-    governor.tick(1.0)
-    watched.apply(0.7)
-    assert governor.tick(1.2, turn=False).strength == 0.7
-    assert [governor.tick(place / 5) for place in range(7, 30)][-1].strength == 0.0, "the hand has let go"
+    governor = Governor(watched.sensors(), profile)
+    watched.tick(governor, 1.0)
+    watched.strength = 0.7
+    assert governor.tick(1.2, watched.strength, pinned=True).strength == 0.7
+    assert [watched.tick(governor, place / 5) for place in range(7, 30)][-1].strength == 0.0, "the hand has let go"

@@ -14,14 +14,13 @@ import pytest
 from remoe_adapt import cli_profiles
 from remoe_adapt.device_profile import (
     DeviceProfile,
-    RecencyProfile,
     check_profile,
     load_profile,
     parse_size,
     read_profile,
 )
 from remoe_adapt.errors import ConfigError, ProfileError
-from remoe_adapt.gating.prior import MAX_GAIN, check_prior
+from remoe_adapt.recency_settings import MAX_GAIN, Recency
 
 GOOD = """\
 name: mine
@@ -253,10 +252,12 @@ def test_a_window_of_too_many_samples_is_refused(tmp_path: Path) -> None:
 
 def test_the_largest_gain_is_that_of_the_prior(tmp_path: Path) -> None:
     profile = load_profile(write(tmp_path, GOOD.replace("gain: 0.1", f"gain: {MAX_GAIN}")))
-    check_prior(profile.recency.mode, profile.recency.gain, 0.5)
+    assert profile.recency == Recency("ema", MAX_GAIN, 0.7)
     assert found(write(tmp_path, GOOD.replace("gain: 0.1", f"gain: {MAX_GAIN + 0.1}"))) == [(23, "recency.gain")]
-    with pytest.raises(ConfigError, match="no effect in mode 'none'"):
-        RecencyProfile(gain=0.1)
+    with pytest.raises(ConfigError, match=r"gain 16\.1"):
+        Recency("ema", MAX_GAIN + 0.1, 0.7)
+    with pytest.raises(ProfileError, match="no effect in mode 'none'"):
+        load_profile(write(tmp_path, GOOD.replace("  mode: ema\n", "")))
 
 
 def test_sizes_end_at_an_exbibyte() -> None:

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kv import kv, returned_cache
-from test_recency_masks import left_padded
-from test_recency_models import HYBRIDS
-from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
+from recency_support import HYBRIDS, LONGER, PROMPT, chosen, decode, left_padded, routing_matters
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -130,7 +128,7 @@ def test_a_dial_at_strength_zero_is_the_base_and_comes_back_to_it() -> None:
             dialled.controller.set_strength(strength)
             assert torch.equal(dialled(TEXTS).logits, expected[0]) == (strength == 0.0)
             forward: Any = vars(discover_routers(model)[0].module)["forward"]
-            assert forward.gate.prior.gains_read() == pytest.approx([strength * TRAINING_FREE_GAIN] * 4)
+            assert forward.steps.gains_read() == pytest.approx([strength * TRAINING_FREE_GAIN] * 4)
         dialled.controller.close()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kv import kv
-from test_recency_sequences import LONGER, PROMPT, decode, routing_matters
+from recency_support import LONGER, PROMPT, decode, routing_matters
 from transformers import DynamicCache, StaticCache
 
 from remoe_adapt.gating.install import recency_prior

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 from kv import kv, returned_cache
-from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
+from recency_support import LONGER, PROMPT, chosen, decode, routing_matters
 from tiny_families import tiny_family
 
 from remoe_adapt import load_profile
-from remoe_adapt.arms import Prior, arms_of
-from remoe_adapt.device_profile import RecencyProfile
+from remoe_adapt.arms import arms_of
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluate import evaluate
-from remoe_adapt.family import Family, Recency
+from remoe_adapt.family import Family
 from remoe_adapt.gating.forward import RouterForward
 from remoe_adapt.gating.install import recency_prior
 from remoe_adapt.gating.sequences import _STATE
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.runtime.load import get_remoe_model
 
@@ -31,7 +31,7 @@ GAINS = (0.1, 0.2, 0.3, 0.4)
 @pytest.fixture
 def family(tmp_path: Path) -> Family:
     """Points 0.25 and 0.5 without a prior, 1.0 with one."""
-    return with_recency(tiny_family(routing_matters(), tmp_path / "family"), Recency("ema", 0.6, GAINS))
+    return with_recency(tiny_family(routing_matters(), tmp_path / "family"), Recency("ema", GAINS, 0.6))
 
 
 def with_recency(family: Family, recency: Recency | None) -> Family:
@@ -41,8 +41,8 @@ def with_recency(family: Family, recency: Recency | None) -> Family:
 
 def gains_of(model: Any) -> list[float]:
     """Live gains, read off the routers' own gates."""
-    gates: list[Any] = [vars(ref.module)["forward"].gate for ref in discover_routers(model.get_base_model())]
-    return [round(float(gate.prior.gains[gate.layer]), 6) for gate in gates]
+    forwards: list[Any] = [vars(ref.module)["forward"] for ref in discover_routers(model.get_base_model())]
+    return [round(float(forward.steps.gains[forward.layer]), 6) for forward in forwards]
 
 
 def test_the_gains_of_a_family_turn_with_its_strength(family: Family) -> None:
@@ -108,7 +108,7 @@ def test_a_decay_alone_asks_for_a_prior() -> None:
 
 
 def test_a_profile_has_a_gain_at_full_strength(family: Family) -> None:
-    profile = replace(load_profile("orin-8gb"), recency=RecencyProfile(mode="ema", gain=0.5))
+    profile = replace(load_profile("orin-8gb"), recency=Recency.of("ema", 0.5))
     model = get_remoe_model(routing_matters(), profile, with_recency(family, None))
     model.controller.set_strength(0.5)
     assert gains_of(model) == pytest.approx([0.25] * 4)
@@ -144,7 +144,7 @@ def test_what_contradicts_is_refused_and_leaves_the_model_alone(family: Family) 
         with pytest.raises(ConfigError, match=what):
             get_remoe_model(base, family=family, **options)
         assert not hasattr(base, "controller") and not hasattr(base, "peft_config")
-    short = with_recency(family, Recency("ema", 0.6, (0.1, 0.2)))
+    short = with_recency(family, Recency("ema", (0.1, 0.2), 0.6))
     with pytest.raises(ConfigError, match=r"2 recency gains.*4 routers"):
         get_remoe_model(base, family=short)
     assert "forward" not in vars(discover_routers(base)[0].module)
@@ -154,14 +154,14 @@ def test_evaluation_measures_points_and_priors(family: Family) -> None:
     base = routing_matters()
     torch.manual_seed(0)
     documents = torch.randint(1, 96, (3, 70)).tolist()
-    found = evaluate(base, documents, family=family, priors=[Prior("ema", gain, 0.6) for gain in (0.0, 0.8)])
+    found = evaluate(base, documents, family=family, priors=[Recency("ema", gain, 0.6) for gain in (0.0, 0.8)])
     assert [row.get("recency_gain") for row in found["points"]] == [None, None, pytest.approx(0.25)]
     still, strong = found["priors"]
     assert (strong["recency"], strong["recency_gain"], strong["strength"]) == ("ema", 0.8, 0.0)
     assert still["eor"] == found["base"]["eor"] and still["ppl_ratio"] == pytest.approx(1.0, abs=1e-5)
     assert strong["eor"] > found["base"]["eor"] + 0.2 and strong["kl"] > 0
     with pytest.raises(ConfigError, match="of one kind"):
-        evaluate(base, documents, family=family, priors=[Prior("last", 0.1)])
+        evaluate(base, documents, family=family, priors=[Recency.of("last", 0.1)])
     assert "forward" not in vars(discover_routers(base)[0].module)
 
 

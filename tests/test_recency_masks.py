@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
-from torch import Tensor
+from recency_support import LONGER, PROMPT, chosen, decode, left_padded, routing_matters
 
 from remoe_adapt.gating.install import recency_prior
 
@@ -17,15 +16,6 @@ from remoe_adapt.gating.install import recency_prior
 def primed(request: pytest.FixtureRequest) -> Iterator[Any]:
     with recency_prior(model := routing_matters(), request.param, 0.4):
         yield model
-
-
-def left_padded() -> tuple[Tensor, Tensor, int]:
-    """(ids, mask, padding): PROMPT and LONGER as one batch."""
-    pad = LONGER.shape[1] - PROMPT.shape[1]
-    batch = torch.cat([torch.cat([torch.zeros((1, pad), dtype=torch.int64), PROMPT], dim=1), LONGER])
-    mask = torch.ones_like(batch)
-    mask[0, :pad] = 0
-    return batch, mask, pad
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

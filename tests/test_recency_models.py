@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kv import returned_cache
-from test_recency_masks import left_padded
-from test_recency_sequences import LONGER, PROMPT, chosen, decode, routing_matters
+from recency_support import HYBRIDS, LONGER, PROMPT, chosen, decode, left_padded, routing_matters
 from tiny_models import model_class, moe_folders
 
 from remoe_adapt.errors import UnsupportedRouterError
@@ -19,12 +18,6 @@ from remoe_adapt.record import record_forward
 from remoe_adapt.routers.discover import discover_routers
 
 # Without a layer of attention, transformers itself cannot decode these.
-HYBRIDS: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"layer_group_size": 2},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
-}
 REFUSED = {"doge": "product keys", "nllb_moe": "mask as expert numbers"}
 # Every router of these keeps its own forward.
 OWN_FORWARD = {"dbrx", "inkling", "jetmoe", "phimoe", "switch_transformers", "zaya"}

@@ -9,27 +9,14 @@ from typing import Any
 import pytest
 import torch
 from kv import kv, returned_cache
-from tiny_models import tiny_model
-from torch import Tensor
+from recency_support import LONGER, PROMPT, chosen, decode, routing_matters
 from transformers import DynamicCache
 
 from remoe_adapt.errors import ConfigError, RouterError
 from remoe_adapt.gating.forward import RouterForward
 from remoe_adapt.gating.install import InstalledPrior, recency_prior
 from remoe_adapt.gating.prior import RecencyPrior
-from remoe_adapt.record import record_forward
 from remoe_adapt.routers.discover import discover_routers
-
-PROMPT = torch.tensor([[5, 17, 40, 8, 61, 33]])
-LONGER = torch.tensor([[9, 2, 77, 5, 17, 40, 8, 61, 33, 12, 50]])
-
-
-def routing_matters(folder: str = "qwen2_moe", **overrides: Any) -> Any:
-    """A tiny model whose output depends on its routing; it never ends a text."""
-    model: Any = tiny_model(folder, **{"initializer_range": 0.3, "max_position_embeddings": 256, **overrides})
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +28,6 @@ def model() -> Any:
 def primed(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     with recency_prior(model, request.param, 0.4):
         yield model
-
-
-def decode(model: Any, ids: Tensor = PROMPT, **options: Any) -> Tensor:
-    made: Tensor = model.generate(ids, **{"max_new_tokens": 24, "do_sample": False, **options})
-    return made
-
-
-def chosen(model: Any, ids: Tensor, **inputs: Any) -> Tensor:
-    """Experts [L, T, K] of one forward."""
-    with torch.no_grad(), record_forward(model) as recorder:
-        model(ids, **inputs)
-        return recorder.take()
 
 
 def test_the_prior_changes_the_choice_and_leaves_with_its_block() -> None:
@@ -145,9 +120,7 @@ def test_a_long_history_is_cropped_to_the_bit() -> None:
     def after(count: int) -> Any:
         state = prior.new_state(2)
         for ids_BK in ids_SBK[:count]:
-            state.advance(1, None)
-            assert state.chosen is not None
-            state.chosen[0].append(ids_BK[:, None])
+            state.advance(1, None)[0] = ids_BK[:, None]
             state.recency[0].mul_(0.7).scatter_add_(-1, ids_BK, torch.full((2, 4), 1.0 - 0.7))
         return state
 
@@ -264,11 +237,9 @@ def test_a_router_that_is_not_asked_stands_still(kept: int) -> None:
     for token in range(280):
         if token == kept:
             expected = [recency_BE.clone() for recency_BE in state.recency]
-        state.advance(1, None)
+        chosen = state.advance(1, None)
         for layer in (0, 1) if token % 3 else (0,):  # router 2 never, router 1 now and then
-            ids_BK = torch.stack([torch.randperm(8)[:2] for _ in range(2)])
-            assert state.chosen is not None
-            state.chosen[layer].append(ids_BK)
+            chosen[layer] = ids_BK = torch.stack([torch.randperm(8)[:2] for _ in range(2)])
             state.recency[layer].mul_(0.7).scatter_add_(-1, ids_BK, torch.full((2, 2), 1.0 - 0.7))
     state.crop(kept)
     for found_BE, expected_BE in zip(state.recency, expected, strict=True):

@@ -80,14 +80,14 @@ def test_discovers(folder: str, text_only: bool) -> None:
     model = tiny_model(folder, text_only=text_only, device="meta")
     survey = survey_routers(model)
     refused, word = REFUSED.get(folder, (0, ""))
-    assert len(survey.found) == (in_text if text_only else in_whole)
+    assert len(survey.refs) == (in_text if text_only else in_whole)
     assert len(survey.refused) == refused
     assert all(word in reason for _, reason in survey.refused)
     assert not survey.foreign
-    families = {ref.spec.family for ref in survey.found} - OTHER_FAMILIES.get(folder, set())
+    families = {ref.spec.family for ref in survey.refs} - OTHER_FAMILIES.get(folder, set())
     assert families == ({family} if in_text else set())
     choices = NUM_CHOICES.get(folder, NUM_EXPERTS)
-    for ref in survey.found:
+    for ref in survey.refs:
         spec = ref.spec
         assert spec.family in FAMILIES
         assert model.get_submodule(ref.name) is ref.module
@@ -96,7 +96,7 @@ def test_discovers(folder: str, text_only: bool) -> None:
         assert spec.top_k == (1 if folder in TOP_1 else TOP_K)
         assert spec.num_rows == spec.num_experts + (folder == "inkling") * model_shared_experts(ref)
         assert spec.hidden_size == (16 if folder == "zaya" else HIDDEN)
-    if not survey.found:
+    if not survey.refs:
         with pytest.raises(UnsupportedRouterError, match=word):
             discover_routers(model)
 
@@ -112,7 +112,7 @@ def test_inference_agrees_with_the_table_or_refuses() -> None:
     beyond |= {"ZayaRouter", "OpenAIPrivacyFilterTopKRouter"}
     same: set[str] = set()
     for folder in INSTALLED:
-        for ref in survey_routers(tiny_model(folder, device="meta")).found:
+        for ref in survey_routers(tiny_model(folder, device="meta")).refs:
             name = type(ref.module).__name__
             known = known_facts(ref.module, ref.block)
             inferred = infer_facts(ref.module, ref.block, ref.spec.num_experts)
@@ -211,7 +211,7 @@ def test_finds_the_same_routers_under_our_own_adapter(folder: str) -> None:
 def test_foreign_layers_on_routers_are_reported(folder: str, lora: dict[str, Any]) -> None:
     model = get_peft_model(tiny_model(folder), LoraConfig(r=2, **lora))
     survey = survey_routers(model)
-    assert not survey.found
+    assert not survey.refs
     assert len(survey.foreign) == EXPECTED[folder][1]
     with pytest.raises(UnsupportedRouterError, match=r"layers\.\d.*(gate|router)"):
         discover_routers(model)

@@ -113,30 +113,23 @@ def test_the_budget_before_the_governor_s_moves_is_the_whole_one(cache: ExpertCa
 
 
 def test_a_governor_shrinks_a_real_cache_and_gives_it_back(model: Any, cache: ExpertCache) -> None:
-    class Dial:
-        strength = 0.0
-
-        def apply(self, strength: float) -> None:
-            self.strength = strength
-
-        def current(self) -> float:
-            return self.strength
-
     decode(model, 30)
-    whole, dial, use = cache.budget_bytes, Dial(), CacheUse(cache)
+    whole, use = cache.budget_bytes, CacheUse(cache)
     sensors = model_sensors(model, cache_use=use)
     assert {sensor.name for sensor in sensors.sensors} == {"memory", "cgroup", "psi", "process", "cache"}
     profile = load_profile("orin-8gb")
-    governor = Governor(dial, sensors, profile, resize=use.resize)
+    governor = Governor(sensors, profile, resize=use.resize)
     # Weights, torch and Python take more than this budget: memory is lacking, whatever this machine has.
     governor.profile = replace(profile, memory=MemoryProfile(budget_bytes=1, reserve_bytes=1))
-    decisions = [governor.tick(step / 5) for step in range(6)]
-    assert cache.budget_bytes == int(profile.expert_cache.floor * whole) and dial.strength == 1.0
+    decisions = [governor.tick(0.0, 0.0)]
+    for step in range(1, 6):
+        decisions.append(governor.tick(step / 5, decisions[-1].strength))
+    assert cache.budget_bytes == int(profile.expert_cache.floor * whole) and decisions[-1].strength == 1.0
     assert "budget is" in decisions[0].reason and "shrinks to" in decisions[0].reason
     governor.profile = replace(profile, memory=MemoryProfile(budget_bytes=None, reserve_bytes=1))
     for step in range(6, int((profile.settle_s + 2) * 5)):
-        governor.tick(step / 5)
-    assert cache.budget_bytes == whole and dial.strength == 0.0
+        decisions.append(governor.tick(step / 5, decisions[-1].strength))
+    assert cache.budget_bytes == whole and decisions[-1].strength == 0.0
 
 
 def test_a_gpu_that_is_not_there_is_a_reason() -> None:

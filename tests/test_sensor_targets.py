@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from monitor_support import GIB, Machine, live, tick_for, under
 from peft import PeftModel
-from test_monitor import GIB, Machine, live, tick_for, under, until
 from tiny_models import tiny_model
+from waiting import until
 from watched_decoding import IDS, Watch, each, generate, run_all
 
 from remoe_adapt.family import Family, original_weights
@@ -112,7 +113,7 @@ def test_while_a_hand_holds_the_dial_words_say_so(model: PeftModel, tmp_path: Pa
     machine, now_s = posted(model)
     controller.set_strength(0.4)
     controller.log_to(tmp_path / "log")
-    controller._monitor.tick(now_s)
+    controller.tick(now_s)
     machine.free_bytes = 4 * GIB
     now_s = tick_for(model, now_s + 0.2, 1.0)
     said = controller.status()["sensors"]["reason"]

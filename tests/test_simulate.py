@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from remoe_adapt.cache.policy import POLICIES
 from remoe_adapt.cache.simulate import (
-    POLICIES,
     cache_capacity,
     count_misses,
     hit_rates,

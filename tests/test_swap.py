@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import PreTrainedModel
 
-from remoe_adapt.errors import FamilyError, MergeStateError, RouterNotFoundError
+from remoe_adapt.errors import DialError, FamilyError, MergeStateError, RouterNotFoundError
 from remoe_adapt.family import Family, original_weights
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.runtime.swap import ResidentRouters
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 
@@ -185,7 +185,7 @@ def test_peft_s_own_ways_to_change_weights_are_refused_meanwhile(family: Family)
     peft_model.merge_adapter()
     with pytest.raises(MergeStateError, match="merged"):
         ResidentRouters(peft_model, family)
-    with pytest.raises(MergeStateError, match="let go"):
+    with pytest.raises(DialError, match="let go"):
         routers.stage(0.5)
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
-from remoe_adapt.family import Family, Recency
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.family import Family
+from remoe_adapt.recency_settings import Recency
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.training import run as train_run
 from remoe_adapt.training.options import TrainOptions
@@ -217,7 +218,7 @@ def test_points_may_carry_a_recency_prior(folder: Path, tmp_path: Path) -> None:
         progress=False,
     )
     assert [point.recency for point in family.points] == [
-        Recency("ema", 0.7, (gain,) * 4) for gain in (0.2, 0.4)
+        Recency("ema", (gain,) * 4, 0.7) for gain in (0.2, 0.4)
     ]  # fmt: skip
     model = get_remoe_model(folder / "base", family=family)
     model.controller.set_strength(0.25)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from adapter_files import (
     CONFIG,
+    HEAD,
     INTO_A_BASE,
     PREFIX,
     ROUTER,
@@ -25,8 +26,7 @@ from adapter_files import (
     changed,
     logits,
     same_state,
-    saved_adapter,
-    saved_base,
+    saved_home,
     state_of,
 )
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -39,19 +39,12 @@ from remoe_adapt.errors import AdapterCorruptError, ConfigError, FingerprintMism
 from remoe_adapt.tuner import remoe_layers
 
 DELTA = f"{PREFIX}{ROUTER}.remoe_delta"
-HEAD = f"{PREFIX}lm_head.weight"
 Route = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base, adapter, and copied (with modules_to_save)."""
-    folder = tmp_path_factory.mktemp("home")
-    saved_base(folder / "base")
-    saved_adapter(folder / "base", folder / "adapter")
-    saved_adapter(folder / "base", folder / "low", rank=3)
-    saved_adapter(folder / "base", folder / "copied", modules_to_save=["lm_head"])
-    return folder
+    return saved_home(tmp_path_factory.mktemp("home"))
 
 
 def refused(home: Path, adapter: Path, error: type[Exception], words: str, *, given: bool = True) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import (
+    HEAD,
     INTO_A_BASE,
     PREFIX,
     ROUTER,
@@ -23,7 +24,7 @@ from adapter_files import (
     logits,
     same_state,
     saved_adapter,
-    saved_base,
+    saved_home,
     state_of,
 )
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -33,20 +34,15 @@ from torch import Tensor, nn
 
 from remoe_adapt import RemoeConfig
 from remoe_adapt.errors import AdapterConflictError, AdapterCorruptError, ConfigError
-from remoe_adapt.family import Family, Recency
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.family import Family
+from remoe_adapt.recency_settings import Recency
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.tuner import RemoeLayer, remoe_layers, wrap_or_inject
-
-HEAD = f"{PREFIX}lm_head.weight"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    saved_base(folder / "base")
-    saved_adapter(folder / "base", folder / "adapter")
-    saved_adapter(folder / "base", folder / "copied", modules_to_save=["lm_head"])
-    return folder
+    return saved_home(tmp_path_factory.mktemp("home"))
 
 
 def test_modules_to_save_come_back_by_every_route(home: Path, tmp_path: Path) -> None:
@@ -230,7 +226,7 @@ def test_a_point_of_a_family_with_a_prior_says_what_it_lacks(
     family = Family.create(tmp_path / "family", "tests/base", fingerprint(base))
     plain = saved_adapter(home / "base", tmp_path / "plain")
     family.add_point(0.5, plain)
-    family.add_point(1.0, plain, Recency("ema", 0.7, (0.3,) * LAYERS))
+    family.add_point(1.0, plain, Recency("ema", (0.3,) * LAYERS, 0.7))
 
     def said(load: Callable[[], Any]) -> list[str]:
         caplog.clear()

@@ -21,7 +21,7 @@ from remoe_adapt.runtime.llama_http import Address, call
 from remoe_adapt.runtime.llama_probe import reuses_prompts
 from remoe_adapt.runtime.llama_process import ServerProcess
 from remoe_adapt.runtime.llama_scales import loaded_loras
-from remoe_adapt.runtime.llama_server import LlamaActuator
+from remoe_adapt.runtime.llama_server import LlamaServer
 from remoe_adapt.runtime.load import profile_of
 from remoe_adapt.watch import FamilyPoints, Watch, WatchOptions
 
@@ -129,9 +129,9 @@ def test_keys_that_no_header_holds_are_refused() -> None:
 @pytest.mark.parametrize("slots", [0, -1, 10**12, 1.5, True, "4", None, [4]])
 def test_a_number_of_slots_that_cannot_be_is_refused(slots: Any) -> None:
     with saying(HEAD + json.dumps({"total_slots": slots}).encode()) as address:
-        actuator = LlamaActuator(address, ServerProcess(address), (1.0,), lambda path: None)
+        engine = LlamaServer(address, ServerProcess(address), (1.0,), lambda path: None)
         with pytest.raises(ServerError, match="number of slots"):
-            actuator._slots()
+            engine._slots()
 
 
 def test_numbers_beyond_all_are_refused() -> None:

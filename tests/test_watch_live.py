@@ -201,7 +201,7 @@ def test_a_process_that_does_not_map_the_file_is_refused(shipped: Shipped) -> No
     watch = Watch(None, str(shipped.family_path), profile_of(None), options(shipped, pid=os.getpid()))
     with pytest.raises(ServerError, match=r"maps nothing of .*--no-mmap"):
         list(watch.events())
-    watch.actuator.release(False)
+    watch.engine.close()
     with pytest.raises(ConfigError, match="--proxy sets single requests"):
         Watch("127.0.0.1:1", str(shipped.family_path), profile_of(None), options(shipped, proxy=("127.0.0.1", 0)))
     with pytest.raises(ConfigError, match="--server URL, or --live"):
@@ -238,7 +238,7 @@ def test_a_server_swaps_in_the_midst_of_an_answer(shipped: Shipped) -> None:
             watch.stop()
             thread.join(20)
         assert [event["event"] for event in events[:2]] == ["warning", "start"] and events[-1]["left_at"] == 0.0
-        assert str(server.pid) in events[0]["text"] and "--undo" in events[0]["text"] and watch.actuator.posts >= 1
+        assert str(server.pid) in events[0]["text"] and "--undo" in events[0]["text"] and watch.engine.swaps >= 1
         same = [abs(a - b) < 2e-3 for a, b in zip(alone, swapped, strict=True)]
         first = same.index(False)
         assert 15 < first < 399 and sum(same[first:]) < 0.5 * len(same[first:])

@@ -24,11 +24,13 @@ pytest.importorskip("xllamacpp", reason="llama.cpp in this process (extra: llama
 pytest.importorskip("gguf", reason="GGUF files (extra: export)")
 from gguf_writer import write_gguf
 from transformers import AutoModelForCausalLM
+from waiting import until
 
 from remoe_adapt.bench.limits import memory_group, why_no_groups
 from remoe_adapt.errors import ConfigError, ServerError
 from remoe_adapt.export.gguf_lora import export_gguf_lora
 from remoe_adapt.family import Family
+from remoe_adapt.runtime.events import Target
 from remoe_adapt.runtime.llama_http import Address, call
 from remoe_adapt.runtime.llama_proxy import DIALLED
 from remoe_adapt.runtime.load import profile_of
@@ -70,19 +72,12 @@ def watching(server: LlamaChild, files: Files, **options: Any) -> Iterator[tuple
     started = threading.Thread(target=lambda: [events.append((time.monotonic(), e)) for e in watch.events()])
     started.start()
     try:
-        wait_until(lambda: bool(events) or not started.is_alive())
+        until(lambda: bool(events) or not started.is_alive())
         yield watch, sensors, events
     finally:
         watch.stop()
         started.join(30)
     assert not started.is_alive()
-
-
-def wait_until(true: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def scales_of(server: LlamaChild) -> list[dict[str, Any]]:
@@ -126,8 +121,8 @@ def proxied(files: Files, reference: Reference, count: int, kills: int) -> tuple
     server = LlamaChild(files.model, files.loras, n_parallel=4)  # caches as they come
     with server, watching(server, files, proxy=("127.0.0.1", 0)) as (watch, sensors, _):
         assert watch.proxy is not None
-        outcome = drive(server, watch.proxy.port, count, kills, met=lambda: watch.actuator.attached, pressure=sensors)
-        assert watch.actuator.attached == kills + 1
+        outcome = drive(server, watch.proxy.port, count, kills, met=lambda: watch.engine.met, pressure=sensors)
+        assert watch.engine.met == kills + 1
     assert not outcome.unexcused(), outcome.unexcused()[:3]
     return outcome, check_stated(outcome, reference)
 
@@ -136,15 +131,15 @@ def direct(files: Files, reference: Reference, count: int, kills: int) -> tuple[
     server = LlamaChild(files.model, files.loras, n_parallel=4, cache_prompt=False)
     set_at: list[tuple[float, float]] = []
     with server, watching(server, files) as (watch, sensors, _):
-        actuator, post = watch.actuator, watch.actuator._post
+        engine, post = watch.engine, watch.engine._send
 
         def noted(path: str, body: Any) -> Any:
-            set_at.append((time.monotonic(), actuator.current()))
+            set_at.append((time.monotonic(), engine.target))
             return post(path, body)
 
-        actuator._post = noted  # type: ignore[method-assign]
-        outcome = drive(server, server.port, count, kills, met=lambda: watch.actuator.attached, pressure=sensors)
-        assert actuator.attached == kills + 1
+        engine._send = noted  # type: ignore[method-assign]
+        outcome = drive(server, server.port, count, kills, met=lambda: watch.engine.met, pressure=sensors)
+        assert engine.met == kills + 1
     return outcome, check_in_force(outcome, reference, set_at)
 
 
@@ -232,40 +227,40 @@ def test_a_server_that_reuses_prompts_is_refused_with_the_flag(files: Files) -> 
             WatchOptions(proxy=("127.0.0.1", 0), reuse_prompts=True),
         )  # fmt: skip
         with pytest.raises(ServerError, match="--cache-ram 0"):
-            reusing.actuator.sync()
+            reusing.engine.sync()
         assert all(one["scale"] == 0 for one in scales_of(server))
     with LlamaChild(files.model, files.loras, n_parallel=2, cache_ram_mib=0) as server:
-        reusing.actuator.address = Address.parse(server.url)
-        reusing.process._address = reusing.actuator.address
-        reusing.actuator._retry_s = -1.0
-        assert reusing.actuator.sync()
+        reusing.engine.address = Address.parse(server.url)
+        reusing.process._address = reusing.engine.address
+        reusing.engine._retry_s = -1.0
+        assert reusing.engine.sync()
 
 
 def test_missing_adapters_are_named(files: Files) -> None:
     with LlamaChild(files.model, files.loras[:2], **NO_CACHES) as server:
         watch = Watch(server.url, str(files.family_path), profile_of(None), WatchOptions())
         with pytest.raises(ServerError, match=r"lacks the LoRA of strength 0\.7, 1 .*--lora"):
-            watch.actuator.sync()
+            watch.engine.sync()
 
 
 def test_scales_that_somebody_else_set_are_set_again(files: Files) -> None:
     with LlamaChild(files.model, files.loras, **NO_CACHES) as server:
         watch = Watch(server.url, str(files.family_path), profile_of(None), WatchOptions())
-        assert watch.actuator.sync() and watch.actuator.current() == 0.0
-        watch.actuator.apply(0.26)
-        watch.actuator.sync()
+        assert watch.engine.sync() and watch.engine.target == 0.0
+        watch.engine.post(Target(0.26))
+        watch.engine.sync()
         assert [one["scale"] for one in scales_of(server)] == pytest.approx([0.5, 0.5, 0.0, 0.0])
         call(Address.parse(server.url), "/lora-adapters", [{"id": 3, "scale": 1.0}])
-        watch.actuator._check_s = -1.0
-        watch.actuator.sync()
+        watch.engine._check_s = -1.0
+        watch.engine.sync()
         assert [one["scale"] for one in scales_of(server)] == pytest.approx([0.5, 0.5, 0.0, 0.0])
         # A watch that is started anew finds the strength where the last one left it.
         other = Watch(server.url, str(files.family_path), profile_of(None), WatchOptions(dry_run=True))
-        other.actuator.sync()
-        assert other.actuator.current() == pytest.approx(0.26, abs=1e-4)
-        other.actuator.apply(0.9)
-        other.actuator.sync()
-        assert other.actuator.posts == 0 and scales_of(server)[1]["scale"] == pytest.approx(0.5)
+        other.engine.sync()
+        assert other.engine.target == pytest.approx(0.26, abs=1e-4)
+        other.engine.post(Target(0.9))
+        other.engine.sync()
+        assert other.engine.swaps == 0 and scales_of(server)[1]["scale"] == pytest.approx(0.5)
 
 
 def post(port: int, path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
@@ -283,7 +278,7 @@ def test_routes_streams_and_refusals_of_the_proxy(files: Files) -> None:
         assert watch.proxy is not None
         port, address = watch.proxy.port, Address.parse(server.url)
         sensors.pressure = 0.61
-        wait_until(lambda: watch.actuator.current() == 0.61)
+        until(lambda: watch.engine.target == 0.61)
         # Between 0.3 and 0.7, the second and the third.
         wanted = {number: pytest.approx(scale, abs=1e-6) for number, scale in enumerate((0.0, 0.225, 0.775, 0.0))}
         body = {"prompt": "a b", "input": "a b", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
@@ -315,5 +310,5 @@ def test_routes_streams_and_refusals_of_the_proxy(files: Files) -> None:
         status, headers, text = post(port, "/completion", body)
         assert status == 503 and headers["retry-after"] and "not ready" in json.loads(text)["error"]["message"]
         server.start()
-        wait_until(lambda: post(port, "/completion", body)[0] == 200)
+        until(lambda: post(port, "/completion", body)[0] == 200)
         assert ask(port, prompts(1)[0]).strength is not None

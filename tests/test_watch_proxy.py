@@ -10,13 +10,13 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import psutil
 import pytest
 
 pytest.importorskip("aiohttp", reason="the proxy (extra: serve)")
 from proxied import OK, SETTING, Upstream, connect, error_of, posted, proxied, request, said, until_closed
+from waiting import until
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.runtime.llama_messages import Bounds
@@ -26,22 +26,9 @@ SHORT = Bounds(head_s=0.5, body_s=0.5, stall_s=1.0, body_bytes=1 << 20, held_byt
 
 
 @pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    with Upstream() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def proxy(upstream: Upstream) -> Iterator[Proxy]:
     with proxied(upstream) as found:
         yield found
-
-
-def wait_until(true: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def test_a_request_is_sent_with_the_scales_of_now(proxy: Proxy, upstream: Upstream) -> None:
@@ -137,14 +124,14 @@ def test_all_bodies_together_are_bounded(upstream: Upstream) -> None:
         held = [connect(proxy) for _ in range(3)]
         for connection in held:
             connection.sendall(request(b" " * (1 << 20))[:-1])
-        wait_until(lambda: proxy._held >= (3 << 20) - 3)
+        until(lambda: proxy._held >= (3 << 20) - 3)
         status, error = error_of(said(proxy, request(b"{}".ljust(1000))))
         assert status == 503 and "at once" in error["message"]
         for connection in held:
             assert error_of(until_closed(connection))[0] == 408
             connection.close()
         assert posted(proxy, b"{}".ljust(1000))[0] == 200
-        wait_until(lambda: proxy._held == 0)
+        until(lambda: proxy._held == 0)
 
 
 STALLS = {
@@ -199,10 +186,10 @@ def test_a_body_in_drips_is_closed_too(upstream: Upstream) -> None:
 def test_connections_are_counted(upstream: Upstream) -> None:
     with proxied(upstream, bounds=Bounds(connections=3)) as proxy:
         held = [connect(proxy) for _ in range(3)]
-        wait_until(lambda: error_of(said(proxy, b""))[0] == 503)
+        until(lambda: error_of(said(proxy, b""))[0] == 503)
         for connection in held:
             connection.close()
-        wait_until(lambda: said(proxy, request(b"{}")).startswith(b"HTTP/1.1 200"))
+        until(lambda: said(proxy, request(b"{}")).startswith(b"HTTP/1.1 200"))
 
 
 def test_a_large_body_keeps_nobody_waiting(upstream: Upstream) -> None:
@@ -293,11 +280,11 @@ def test_nothing_is_left_after_the_end(upstream: Upstream) -> None:
                 for connection, text in zip(clients, [*STALLS.values()][:4], strict=False):
                     connection.sendall(text)
                 clients[4].sendall(request(b'{"prompt": [' + b"0," * 500_000 + b"0]}"))
-                wait_until(lambda: proxy.counts or server.requests)
+                until(lambda: proxy.counts or server.requests)
             for connection in clients:
                 until_closed(connection)
                 connection.close()
-        wait_until(lambda: process.num_fds() <= files)
+        until(lambda: process.num_fds() <= files)
     assert {thread.name for thread in set(threading.enumerate()) - threads} == set()
     proxy.stop()  # a second time
 

@@ -15,18 +15,13 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="the proxy (extra: serve)")
 from proxied import OK, SETTING, Upstream, connect, error_of, posted, proxied, request, said, until_closed
+from waiting import until
 
 from remoe_adapt.runtime.llama_http import Address
 from remoe_adapt.runtime.llama_messages import Bounds
 from remoe_adapt.runtime.llama_proxy import HEADER, Proxy
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[Upstream]:
-    with Upstream() as server:
-        yield server
 
 
 @pytest.fixture
@@ -38,13 +33,6 @@ def lost() -> list[int]:
 def proxy(upstream: Upstream, lost: list[int]) -> Iterator[Proxy]:
     with proxied(upstream, lost=lambda: lost.append(1)) as found:
         yield found
-
-
-def wait_until(true: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def reset(connection: socket.socket) -> None:
@@ -128,7 +116,7 @@ def test_answers_that_are_whole_are_passed_on_whole(
     upstream.says = says
     status, headers, text = posted(proxy, {})
     assert (status, headers[HEADER], text) == (200, "0.5", b"hello")
-    wait_until(lambda: proxy.counts == Counter(answered=1) and not lost)
+    until(lambda: proxy.counts == Counter(answered=1) and not lost)
 
 
 def test_what_the_server_refuses_is_passed_on_as_it_is(proxy: Proxy, upstream: Upstream) -> None:
@@ -143,7 +131,7 @@ def test_what_the_server_refuses_is_passed_on_as_it_is(proxy: Proxy, upstream: U
     ):
         upstream.says = says
         assert posted(proxy, {})[::2] == (status, b"")
-    wait_until(lambda: proxy.counts == Counter(answered=3))
+    until(lambda: proxy.counts == Counter(answered=3))
 
 
 def test_each_piece_of_a_stream_comes_at_once(proxy: Proxy, upstream: Upstream) -> None:
@@ -185,10 +173,10 @@ def test_a_client_that_leaves_ends_its_request_at_the_server(proxy: Proxy, upstr
         before = len(upstream.requests)
         with connect(proxy) as connection:
             connection.sendall(request(b"{}"))
-            wait_until(lambda before=before: len(upstream.requests) > before)
+            until(lambda before=before: len(upstream.requests) > before)
             if says is stream:
                 assert connection.recv(1000)
-        wait_until(lambda count=count: ended == [b""] * count and proxy.counts["left"] == count)
+        until(lambda count=count: ended == [b""] * count and proxy.counts["left"] == count)
     assert proxy.counts == Counter(left=2) and not lost
 
 
@@ -204,7 +192,7 @@ def test_a_client_that_takes_nothing_holds_the_server_back_and_is_given_up(upstr
     upstream.says = endless
     with proxied(upstream, bounds=Bounds(stall_s=1.0)) as proxy, connect(proxy) as connection:
         connection.sendall(request(b"{}"))
-        wait_until(lambda: proxy.counts["left"] == 1)
+        until(lambda: proxy.counts["left"] == 1)
         # What the kernel's buffers take, and no more than that in ours.
         assert 0 < sent[0] < 64 << 20
 
@@ -259,10 +247,10 @@ def test_the_end_waits_for_answers_that_are_under_way(upstream: Upstream) -> Non
         before = len(upstream.requests)
         asking = threading.Thread(target=lambda: found.append(posted(proxy, {})[0]))
         asking.start()
-        wait_until(lambda: len(upstream.requests) > before)
+        until(lambda: len(upstream.requests) > before)
         stopping = threading.Thread(target=proxy.stop)
         stopping.start()
-        wait_until(lambda: refused(proxy))
+        until(lambda: refused(proxy))
         go.set()
         stopping.join()
         asking.join()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
 
 from remoe_adapt.family import Family
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.tuner import RemoeConfig
 
 BASE_ID = "tests/tiny-base"
@@ -34,3 +36,8 @@ def tiny_family(
         folder = save_adapter(model, path / Family.adapter_name(strength), seed=seed, rank=rank)
         family.add_point(strength, folder)
     return family
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Give some entries of a JSON object in a file other values."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

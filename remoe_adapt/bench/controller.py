@@ -46,7 +46,7 @@ from remoe_adapt.bench.widen import widened
 from remoe_adapt.cache.tiers import READ_THREADS
 from remoe_adapt.demo import held_out
 from remoe_adapt.errors import ConfigError, DataError
-from remoe_adapt.gating.prior import DECAY, check_prior
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.record import load_tokenizer
 from remoe_adapt.runtime.pack import pack_experts
 
@@ -108,7 +108,7 @@ def run_controller(
         raise ConfigError(f"this benchmark limits memory: {why}")
     if min(options.strengths) != 0.0 or list(options.strengths) != sorted(options.strengths):
         raise ConfigError(f"strengths {options.strengths}: begin with 0, and let them rise.")
-    check_prior("ema", options.gain, DECAY)
+    Recency.of("ema", options.gain)  # refuses a gain that cannot be
     started_s = time.perf_counter()
     model, work = chosen_model(options.model), work_folder(options.work)
     family = checked_family(model, options.family)
@@ -130,7 +130,7 @@ def run_controller(
     settings = {**asdict(options), "model": str(model), "family": family, "dtype": str(options.dtype)}
     del settings["work"], settings["keep"]
     settings["data"] = [Path(path).name for path in options.data]
-    profile = asdict(bench_profile(options.gain))
+    profile = bench_profile(options.gain).as_keys()
     return {**result, "settings": settings, "profile": profile, "seconds": round(time.perf_counter() - started_s, 1)}
 
 

@@ -20,10 +20,9 @@ from remoe_adapt.device_profile import (
     DeviceProfile,
     ExpertCacheProfile,
     MemoryProfile,
-    RecencyProfile,
     StrengthProfile,
 )
-from remoe_adapt.pressure.policy import Decision
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.load import get_remoe_model
@@ -50,7 +49,7 @@ def bench_profile(gain: float = PRIOR_GAIN) -> DeviceProfile:
         ),
         strength=StrengthProfile(curve=((0.0, 0.0), (0.5, 0.5), (0.8, 1.0))),
         controller=ControllerProfile(sample_hz=SAMPLE_HZ, rise_s=0.2, fall_s=2.0, dwell_s=0.5, deadband=0.05),
-        recency=RecencyProfile(mode="ema", gain=gain) if gain else RecencyProfile(),
+        recency=Recency.of("ema", gain) if gain else None,
     )
 
 
@@ -68,15 +67,6 @@ def kinds(strengths: tuple[float, ...]) -> dict[str, Kind]:
     """Arms by name."""
     fixed = {f"fixed_{round(100 * strength)}": Kind(strength=strength) for strength in strengths}
     return {**fixed, "adaptive": Kind(), "no_controller": Kind(dial=False), "fixed_budget": Kind(False, None, False)}
-
-
-class NoDial:
-    """What a monitor without a controller speaks to: it moves the budget, and nobody turns anything."""
-
-    target, pinned = 0.0, True
-
-    def hear(self, decision: Decision) -> None:
-        """Nothing."""
 
 
 class Arm:
@@ -100,13 +90,13 @@ class Arm:
         cache = expert_cache_of(model)
         assert cache is not None
         self.cache, self.controller = cache, None
-        self._dial, self._mover = NoDial(), None
+        self._mover: Monitor | None = None
         if kind.dial:
             self.controller = dialled(model, options["family"], profile)
             if kind.strength is not None:
                 self.controller.set_strength(kind.strength)
         elif kind.mover:
-            self._mover = Monitor(model, profile, self._dial)
+            self._mover = Monitor(model, profile)
         self.fill()
         gc.collect()
         gc.freeze()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
 
-from remoe_adapt.bench import protocol
 from remoe_adapt.bench.controller_arms import Arm, Kind
+from remoe_adapt.bench.protocol import speak
 from remoe_adapt.record import Decoder
 
 _LONGEST_REST_S = 30.0
@@ -177,4 +177,4 @@ def _misses(arm: Arm) -> int:
 
 
 if __name__ == "__main__":
-    protocol.speak(Worker().answer)
+    speak(Worker().answer)

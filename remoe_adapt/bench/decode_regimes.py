@@ -21,10 +21,10 @@ from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.cache.reading import BLOCK
 from remoe_adapt.cache.store import experts_modules
 from remoe_adapt.cache.tiers import ExpertCache
-from remoe_adapt.family import Family, FamilyPoint, Recency
+from remoe_adapt.family import Family, FamilyPoint
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.record import Decoder
-from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import discover_routers, fingerprint
 from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.runtime.pretrained import auto_class, load_base
@@ -76,7 +76,7 @@ class Cached(Regime):
         dial: dict[str, Any] = {"family": options["family"], "force": True}  # as checked on the model as it is stored
         if options["gain"]:
             count = len(discover_routers(base))
-            prior = FamilyPoint(1.0, "resident", {}, Recency("resident", 0.0, (options["gain"],) * count))
+            prior = FamilyPoint(1.0, "resident", {}, Recency.of("resident", (options["gain"],) * count))
             dial = {"family": Family(Path("resident"), str(folder), fingerprint(base), (prior,))}
         if options["budget"] == 1.0:  # nothing is read any more
             for layer, count in enumerate(cache.source.num_experts):

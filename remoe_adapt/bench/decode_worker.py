@@ -15,9 +15,9 @@ import torch
 import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
 from torch import Tensor
 
-from remoe_adapt.bench import protocol
 from remoe_adapt.bench.bandwidth import RawReads
 from remoe_adapt.bench.decode_regimes import REGIMES, Regime
+from remoe_adapt.bench.protocol import serve_lines, speak
 from remoe_adapt.record import Decoder
 
 
@@ -124,9 +124,9 @@ def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, 
 
 
 def serve(requests: TextIO, replies: TextIO) -> None:
-    """Answer each line of `requests` with one of `replies`, see `protocol.serve`."""
-    protocol.serve(requests, replies, Worker().answer)
+    """Answer each line of `requests` with one of `replies`, see `serve_lines`."""
+    serve_lines(requests, replies, Worker().answer)
 
 
 if __name__ == "__main__":
-    protocol.speak(Worker().answer)
+    speak(Worker().answer)

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 Answer = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def serve(requests: TextIO, replies: TextIO, answer: Answer) -> None:
+def serve_lines(requests: TextIO, replies: TextIO, answer: Answer) -> None:
     """Answer each line of `requests` with one of `replies`: `{"ok": ...}` or `{"error": "..."}`."""
     for line in requests:
         try:
@@ -26,4 +26,4 @@ def speak(answer: Answer) -> None:
     """Serve stdin until it ends. stdout is the protocol's alone; what libraries print goes to stderr."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         os.dup2(2, 1)
-        serve(sys.stdin, replies, answer)
+        serve_lines(sys.stdin, replies, answer)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from remoe_adapt.bench.results import REPO_ROOT
 from remoe_adapt.family import Family, FamilyPoint, original_weights
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.runtime.load import get_remoe_model
 from remoe_adapt.runtime.pretrained import load_base
 

@@ -19,6 +19,7 @@ from remoe_adapt.cache.packed import FORMAT, MANIFEST, PackedLayer, PackedStore,
 from remoe_adapt.cache.reading import BLOCK
 from remoe_adapt.cache.store import ExpertStore
 from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.notices import size_text
 from remoe_adapt.untrusted import read_json
 from remoe_adapt.writing import made_parents, writing
 
@@ -95,7 +96,7 @@ def write_pack(
                 raise
             raise ConfigError(
                 f"the disk of {out.parent} became full; what was packed has been removed. The pack takes "
-                f"{_size(sum(sizes))}: make room, or give another folder."
+                f"{size_text(sum(sizes))}: make room, or give another folder."
             ) from error
         PackedStore(draft, source).close()
         (draft / _PLAN).unlink(missing_ok=True)
@@ -177,8 +178,8 @@ def _check_room(draft: Path, needed: int) -> None:
     if needed > free:
         shutil.rmtree(draft)
         raise ConfigError(
-            f"the pack needs {_size(needed)} more on the disk of {draft.parent}, which has {_size(free)} free: make "
-            "room, or give another folder."
+            f"the pack needs {size_text(needed)} more on the disk of {draft.parent}, which has {size_text(free)} free: "
+            "make room, or give another folder."
         )
 
 
@@ -254,7 +255,3 @@ def _sync(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _size(count: int) -> str:
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"

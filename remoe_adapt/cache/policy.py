@@ -11,6 +11,9 @@ One policy object serves the replay of traces and the live expert cache. Keys ar
 
 by a cache with a hard budget, or by `policy.step(keys)`, which lets all of the token in and then cuts back: that is the
 token-atomic replay in which hit rates are defined.
+
+A policy is one class under `@register`: its `name` then stands for it in replays, expert caches and profiles alike.
+Replays of many sizes get quicker with a score for all layers at once (`streams.SCORES`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from remoe_adapt.errors import ConfigError
 
@@ -41,9 +44,18 @@ class Policy(ABC, Generic[Key]):
     The history of uses is kept for absent keys too; ties go to the least recently used. Time is in tokens: `touch`
     counts one per call, or takes the token number where several calls (the layers) belong to one token.
 
-    Raises:
-        ConfigError: `capacity` is not a positive int.
+    name: what it is called in options, profiles and results. online: it needs no future, so a live cache can run it.
+
+    Raises ConfigError for a capacity that is not a positive int.
     """
+
+    name: ClassVar[str]
+    online: ClassVar[bool] = True
+
+    @classmethod
+    def make(cls, capacity: int, future: Sequence[Iterable[Key]], decay: float) -> Self:
+        """One of this kind, which takes of `future` (the keys of every token to come) and `decay` what it needs."""
+        return cls(capacity)
 
     def __init__(self, capacity: int) -> None:
         self._capacity = _checked_capacity(capacity)
@@ -215,15 +227,56 @@ class Policy(ABC, Generic[Key]):
         """What keeping `key` is worth; the least goes first. Changes only when the key is used."""
 
 
+# Every policy by its name, and those that a live cache can run.
+POLICIES: dict[str, type[Policy[Any]]] = {}
+ONLINE: dict[str, type[Policy[Any]]] = {}
+_Kind = TypeVar("_Kind", bound=type[Policy[Any]])
+
+
+def register(policy: _Kind) -> _Kind:
+    """Class decorator: the policy can be asked for by its name from now on."""
+    POLICIES[policy.name] = policy
+    if policy.online:
+        ONLINE[policy.name] = policy
+    return policy
+
+
+def check_policy(name: str) -> None:
+    """Raises ConfigError for a name that no policy has."""
+    if name not in tuple(POLICIES):
+        raise ConfigError(f"unknown cache policy {name!r}: choose from {', '.join(POLICIES)}")
+
+
+def make_policy(
+    name: str, capacity: int, future: Sequence[Iterable[Any]] = (), decay: float = LRFU_DECAY
+) -> Policy[Any]:
+    """A new policy object by name.
+
+    capacity: in bytes, or in experts where every size is 1.
+    future: the keys of every token to come, which belady knows.
+    decay: of lrfu, per token.
+
+    Raises ConfigError for an unknown name, or a capacity that is not a positive int.
+    """
+    check_policy(name)
+    return POLICIES[name].make(capacity, future, decay)
+
+
+@register
 class LRU(Policy[Key]):
     """Drops the least recently used."""
+
+    name = "lru"
 
     def _value(self, key: Key) -> float:
         return 0.0
 
 
+@register
 class LFU(Policy[Key]):
     """Drops the fewest uses since the start (of the cache, or of the document)."""
+
+    name = "lfu"
 
     def reset(self) -> None:
         super().reset()
@@ -236,14 +289,17 @@ class LFU(Policy[Key]):
         return self._uses[key]
 
 
+@register
 class LRFU(Policy[Key]):
     """Drops the least sum of `decay ** age` over its uses, age in tokens: Lee et al., LRFU, IEEE ToC 50(12), 2001.
 
-    `decay` runs from 0.5 (the order of LRU) to 1 (of LFU).
+    `decay` runs from 0.5 (the order of LRU) to 1 (of LFU); others raise ConfigError."""
 
-    Raises:
-        ConfigError: `decay` is outside [0.5, 1].
-    """
+    name = "lrfu"
+
+    @classmethod
+    def make(cls, capacity: int, future: Sequence[Iterable[Key]], decay: float) -> Self:
+        return cls(capacity, decay)
 
     def __init__(self, capacity: int, decay: float = LRFU_DECAY) -> None:
         if not 0.5 <= decay <= 1:
@@ -270,6 +326,7 @@ class LRFU(Policy[Key]):
         return self._weight[key]
 
 
+@register
 class Belady(Policy[Key]):
     """Drops the farthest next use, for which it is told the future: one entry of keys per token.
 
@@ -279,6 +336,13 @@ class Belady(Policy[Key]):
     Raises:
         ConfigError: by `touch`, when a key is used at a token where the future does not have it.
     """
+
+    name = "belady"
+    online = False
+
+    @classmethod
+    def make(cls, capacity: int, future: Sequence[Iterable[Key]], decay: float) -> Self:
+        return cls(capacity, future)
 
     def __init__(self, capacity: int, future: Sequence[Iterable[Key]]) -> None:
         self._tokens_of: defaultdict[Key, list[int]] = defaultdict(list)

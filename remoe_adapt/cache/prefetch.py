@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from remoe_adapt.cache.experts import CachedExperts, cached_layer
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.notices import say_once
-from remoe_adapt.routers.discover import survey_routers
+from remoe_adapt.routers.discover import Routers, survey_routers
 from remoe_adapt.routers.spec import RouterRef
 
 # Forwards of more tokens are not predicted: they ask for most experts anyway, and their reads fill the device.
@@ -131,14 +131,15 @@ class Prefetcher:
                 self._cache.prefetch(layer + 1, wanted)
 
 
-def bind_prefetch(model: nn.Module, expert_cache: ExpertCache) -> Prefetcher | None:
+def bind_prefetch(model: nn.Module, expert_cache: ExpertCache, survey: Routers | None = None) -> Prefetcher | None:
     """Let a model, bound to this cache, read ahead; None, said once, when none of its routers can be predicted with.
 
+    survey: the routers of `model`, where they are known already.
     Layers are taken to run in the cache's order; where they do not, predictions fail and nothing is read ahead.
     """
-    survey = survey_routers(model)
+    survey = survey or survey_routers(model)
     layers = expert_cache.source.layers
-    routers = {layer: ref for ref in survey.found if (layer := cached_layer(ref.block)) is not None}
+    routers = {layer: ref for ref in survey.refs if (layer := cached_layer(ref.block)) is not None}
     known = [layer for layer in range(1, len(layers)) if layer in routers]
     if len(known) < len(layers) - 1:
         reasons = sorted({reason for _, reason in survey.refused}) or ["their routers are not known"]

@@ -7,8 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 
-from remoe_adapt.cache.policy import Policy
-from remoe_adapt.cache.simulate import make_policy
+from remoe_adapt.cache.policy import Policy, make_policy
 from remoe_adapt.cache.slots import ExpertSource, Key, Lease, domains_of, shares_of
 
 

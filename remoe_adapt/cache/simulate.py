@@ -10,25 +10,24 @@ look-up before it left it (token by token, in slot order), and a miss is let in,
 LRFU's decay of 0.9 per token is spread evenly over the token's look-ups.
 
 `replay` drives one policy object over one layer and is the definition of both. `count_misses` gives the same integers
-for all layers and sizes at once: LRU from reuse distances, the others by scores, in `streams`.
+for all layers and sizes at once: LRU from reuse distances, those with scores in `streams` by them, others by `replay`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remoe_adapt.cache.policy import LFU, LRFU, LRFU_DECAY, LRU, Belady, Policy
-from remoe_adapt.cache.streams import count_scored_misses
+from remoe_adapt.cache.policy import LRFU_DECAY, LRU, check_policy, make_policy
+from remoe_adapt.cache.streams import SCORES, count_scored_misses
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.metrics import eor, eor_L, load_entropy, load_entropy_L, reuse_distance, switch_rate, switch_rate_L
 from remoe_adapt.trace import Trace
 
-POLICIES = ("lru", "lfu", "lrfu", "belady")
 BY_LOOKUP = "/lookup"
 
 
@@ -46,28 +45,9 @@ def cache_capacity(cache: float, num_experts: int, top_k: int) -> int:
 def check_replay(policies: Sequence[str], caches: Sequence[float]) -> None:
     """For callers whose trace takes long to record: raises ConfigError as `simulate` will."""
     for name in policies:
-        _checked_policy(name)
+        check_policy(name)
     for cache in caches:
         cache_capacity(cache, 1, 1)
-
-
-def make_policy(
-    name: str, capacity: int, future: Sequence[Iterable[Any]] = (), decay: float = LRFU_DECAY
-) -> Policy[Any]:
-    """A new policy object by name; `future` (the keys of every token to come) is what belady knows, `decay` lrfu's.
-
-    Raises:
-        ConfigError: the name is unknown, or the capacity is not a positive int.
-    """
-    match _checked_policy(name):
-        case "lru":
-            return LRU(capacity)
-        case "lfu":
-            return LFU(capacity)
-        case "lrfu":
-            return LRFU(capacity, decay)
-        case _:
-            return Belady(capacity, future)
 
 
 def replay(
@@ -84,7 +64,7 @@ def replay(
 
     Args:
         experts_TK: chosen experts, int16 [T, K], distinct within a token.
-        policy: one of `POLICIES`.
+        policy: a name in `policy.POLICIES`.
         capacity: what the cache holds: experts, or the unit of `sizes_E` (bytes).
         document_starts: index of each document's first token, rising, the first 0.
         sizes_E: size of each expert; 1 when not given.
@@ -109,14 +89,21 @@ def count_misses(trace: Trace, policy: str, capacities: Sequence[int], decay: fl
     Raises:
         ConfigError: unknown policy, or a capacity that is not a positive int.
     """
-    _checked_policy(policy)
+    check_policy(policy)
     for capacity in capacities:
         make_policy(policy, capacity)
-    if policy == "lru":
+    if policy in SCORES:
+        return count_scored_misses(trace, policy, capacities, decay)
+    if policy == LRU.name:
         distances = reuse_distance(trace)
         misses = [distances.lru_misses_L(capacity) for capacity in capacities]
-        return np.array(misses, dtype=np.int64).reshape(len(capacities), trace.num_layers)
-    return count_scored_misses(trace, policy, capacities, decay)
+    else:
+        starts = trace.document_starts
+        misses = [
+            np.array([replay(experts_TK, policy, capacity, starts, decay=decay) for experts_TK in trace.experts])
+            for capacity in capacities
+        ]
+    return np.array(misses, dtype=np.int64).reshape(len(capacities), trace.num_layers)
 
 
 def one_lookup_each(trace: Trace) -> Trace:
@@ -212,20 +199,15 @@ def _replays(
     trace: Trace, policies: Sequence[str], caches: Sequence[float], *, by_lookup: bool = False
 ) -> dict[str, tuple[int, NDArray[np.int64]]]:
     """(capacity, misses int64 [L]) by `policy@fraction`."""
-    names = [_checked_policy(name) for name in dict.fromkeys(policies)]
+    for name in policies:
+        check_policy(name)
     sizes = [(cache_capacity(cache, trace.num_experts, trace.top_k), cache) for cache in caches]
     capacities = {repr(float(cache)): capacity for capacity, cache in sizes}
     replayed = one_lookup_each(trace) if by_lookup else trace
     decay = LRFU_DECAY ** (replayed.top_k / trace.top_k)
     found = {}
-    for name in names:
+    for name in dict.fromkeys(policies):
         misses_SL = count_misses(replayed, name, list(capacities.values()), decay)
         for (fraction, capacity), misses_L in zip(capacities.items(), misses_SL, strict=True):
             found[f"{name}@{fraction}"] = capacity, misses_L
     return found
-
-
-def _checked_policy(name: str) -> str:
-    if name not in POLICIES:
-        raise ConfigError(f"unknown cache policy {name!r}: choose from {', '.join(POLICIES)}")
-    return name

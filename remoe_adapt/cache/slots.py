@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from remoe_adapt.device_profile import parse_size
+from remoe_adapt.cache.policy import ONLINE
+from remoe_adapt.device_profile import CACHE_SCOPES, parse_size
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.interrupts import held_back
 
-POLICIES = ("lru", "lfu", "lrfu")
-SCOPES = ("global", "layer")
 # (layer, expert)
 Key = tuple[int, int]
 # One expert's parameters, by name.
@@ -90,7 +89,7 @@ class Lease:
 
 def check_options(policy: str, scope: str, threads: int) -> None:
     """Raises ConfigError for a policy, a scope or a number of reading threads that there is not."""
-    for what, value, known in (("policy", policy, POLICIES), ("scope", scope, SCOPES)):
+    for what, value, known in (("policy", policy, tuple(ONLINE)), ("scope", scope, CACHE_SCOPES)):
         if value not in known:
             raise ConfigError(f"expert cache {what} {value!r} is not one of {', '.join(known)}.")
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:

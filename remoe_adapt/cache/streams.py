@@ -8,14 +8,15 @@ misses are those of the objects of `policy`, to the integer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remoe_adapt.cache.policy import LRFU_DECAY, DecayClock
+from remoe_adapt.cache.policy import LFU, LRFU, LRFU_DECAY, Belady, DecayClock
 from remoe_adapt.trace import Trace
 
 # Streams replayed side by side: bounds memory at a few MB per state array.
@@ -29,16 +30,16 @@ _NEVER_AGAIN = -(1 << 60)
 def count_scored_misses(
     trace: Trace, policy: str, capacities: Sequence[int], decay: float = LRFU_DECAY
 ) -> NDArray[np.int64]:
-    """Misses of "lfu", "lrfu" or "belady" per cache size and layer, int64 [len(capacities), L]."""
+    """Misses of a policy in `SCORES` per cache size and layer, int64 [len(capacities), L].
+
+    policy: its name.
+    capacities: cache sizes in experts.
+    decay: of lrfu, per token.
+    """
     misses_SL = np.zeros((len(capacities), trace.num_layers), dtype=np.int64)
-    next_use_LTK = _next_use_LTK(trace) if policy == "belady" else None
+    scores_of = SCORES[policy](trace, decay)
     for streams in _streams(trace):
-        scores: _Scores
-        if next_use_LTK is not None:
-            scores = _NextUses(streams, next_use_LTK)
-        else:
-            scores = _UseCounts(streams) if policy == "lfu" else _DecayedUses(streams, decay)
-        for size, misses_R in enumerate(_replay_streams(trace, streams, scores, capacities)):
+        for size, misses_R in enumerate(_replay_streams(trace, streams, scores_of(streams), capacities)):
             np.add.at(misses_SL[size], streams.layer_R, misses_R)
     return misses_SL
 
@@ -142,6 +143,14 @@ def _next_use_LTK(trace: Trace) -> NDArray[np.int64]:
         same = ids_F[order_F[1:]] == ids_F[order_F[:-1]]
         next_F[order_F[:-1][same]] = order_F[1:][same]
     return next_LF.reshape(trace.experts.shape)
+
+
+# By policy: a trace and LRFU's decay -> what makes the scores of some of its streams.
+SCORES: dict[str, Callable[[Trace, float], Callable[[_Streams], _Scores]]] = {
+    LFU.name: lambda trace, decay: _UseCounts,
+    LRFU.name: lambda trace, decay: partial(_DecayedUses, decay=decay),
+    Belady.name: lambda trace, decay: partial(_NextUses, next_use_LTK=_next_use_LTK(trace)),
+}
 
 
 def _replay_streams(trace: Trace, streams: _Streams, scores: _Scores, capacities: Sequence[int]) -> NDArray[np.int64]:

@@ -49,9 +49,10 @@ class BaseFiles:
     def __init__(self, base: str | os.PathLike[str]) -> None:
         self.folder = checkpoint_folder(base)
         self.config: Any = read_config(self.folder)
-        # Quantised ones too: their routers are not.
+        # A checkpoint with quantised experts can be exported too, because its routers are stored in full precision.
         dtype = getattr(self.config, "dtype", None) or checkpoint_dtype(self.folder)
         with LOADING:
+            # Only one model at a time is built without weights: transformers changes classes of the process meanwhile.
             self.skeleton = Checkpoint(os.fspath(base), self.folder, self.config, dtype, {}).skeleton()
         self.extents = open_checkpoint(self.folder)
         stored = self._stored()
@@ -101,6 +102,7 @@ class BaseFiles:
         stored: defaultdict[str, list[tuple[str | None, Extent]]] = defaultdict(list)
         for key in sorted(self.extents, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, meta)
+            # A renaming for older checkpoints may match a key that is named rightly already; the model's own name wins.
             if name not in meta and key in meta:
                 name, pattern = key, None
             stored[name].append((pattern, self.extents[key]))
@@ -111,6 +113,8 @@ class BaseFiles:
         if not found:
             raise ExportError(f"{self.folder} has no tensor for {name}: are all its files there?")
         pattern, extent = found[0]
+        # A weight that is split, merged or transposed while it is loaded has no bytes of its own that could be
+        # replaced.
         if len(found) > 1 or pattern is not None or extent.shape != shape:
             raise ExportError(
                 f"{self.folder} stores {name} {list(shape)} as {len(found)} tensor(s), first {extent.tensor} "
@@ -133,6 +137,7 @@ def read_tensor(extent: Extent) -> Tensor:
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """The bytes of a tensor as safetensors and GGUF store them."""
+    # Through uint8, because numpy has no bfloat16.
     data: bytes = tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
     return data
 

@@ -21,6 +21,7 @@ def disk_faults(path: Path, remedy: str) -> Iterator[None]:
     except RemoeError:
         raise
     except (OSError, SafetensorError) as error:
+        # An OSError's own text repeats number and file; a SafetensorError has neither, so its text is all there is.
         strerror = getattr(error, "strerror", None)
         named = getattr(error, "filename", None)
         reason = f"{strerror}: {named}" if strerror and named else strerror or error

@@ -27,10 +27,11 @@ def ignore_bytes(count: int) -> None:
 
 def link_or_copy(source: Path, target: Path, on_bytes: OnBytes = ignore_bytes) -> str:
     """A file under a second name: "linked", where that fails "cloned" or "copied". Symbolic links are resolved."""
+    # A link to a symbolic link would break when the hub's cache, where it points, is cleaned.
     real = source.resolve(strict=True)
     try:
         os.link(real, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # the target is on another file system, or on one without links
         return clone_or_copy(real, target, on_bytes)
     on_bytes(target.stat().st_size)
     return "linked"
@@ -41,6 +42,7 @@ def clone_or_copy(source: Path, target: Path, on_bytes: OnBytes = ignore_bytes) 
     with source.open("rb") as old, target.open("xb") as new:
         size = os.fstat(old.fileno()).st_size
         try:
+            # Refused by most file systems, at once and without a byte written, so trying costs nothing.
             fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
         except OSError:
             copy_range(old.fileno(), 0, size, new.fileno(), on_bytes)
@@ -53,7 +55,9 @@ def copy_range(source_fd: int, offset: int, size: int, target_fd: int, on_bytes:
     """Append `size` bytes from `offset` of one file to another, in the kernel. Raises OSError at a short source."""
     end = offset + size
     while offset < end:
+        # In pieces, so that progress is shown and Ctrl-C is heard within a file of many gigabytes.
         sent = os.sendfile(target_fd, source_fd, offset, min(_CHUNK_BYTES, end - offset))
+        # sendfile returns 0 at the end of a file; without this check a source that shrank would loop for ever.
         if not sent:
             raise OSError(f"a file ends at byte {offset}, {end - offset} bytes early: was it changed meanwhile?")
         offset += sent
@@ -70,6 +74,7 @@ def write_at(path: Path, pieces: Iterable[tuple[int, bytes]]) -> None:
 def write_pieces(fd: int, pieces: Iterable[tuple[int, bytes]]) -> None:
     """Overwrite parts of an open file, (offset, bytes) each, in one call each where the system takes them whole."""
     for offset, data in pieces:
+        # pwrite may take less than it was given, near a full disk for instance.
         view = memoryview(data)
         while view:
             written = os.pwrite(fd, view, offset)
@@ -100,6 +105,8 @@ def new_folder(out: Path, error: type[RemoeError] = WriteError) -> Iterator[Path
         try:
             draft.mkdir()
             yield draft
+            # Files before their folder, and all before the rename: after a power cut the name exists only with its
+            # content.
             for path in (*(p for p in draft.rglob("*") if p.is_file()), draft):
                 sync(path)
             draft.replace(out)
@@ -128,11 +135,13 @@ def new_files(outs: Sequence[Path]) -> Iterator[list[Path]]:
         yield drafts
         for draft in drafts:
             sync(draft)
+        # The first file is what an engine is given, so it appears last, when the others are there already.
         for out, draft in reversed(list(zip(outs, drafts, strict=True))):
             draft.replace(out)
             done.append(out)
             sync(folder)
     except BaseException:
+        # Also those that have their names already: half a split model would load in no engine.
         for path in done + drafts:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -176,7 +185,8 @@ def _draft(out: Path) -> Path:
 
 def _runs(process: int) -> bool:
     if process == os.getpid():
-        return False  # a number used again: this process has just come here
+        return False  # numbers are used again: an earlier process had ours, and died
+    # A process of another user cannot be asked, so it counts as running and its draft stays.
     with contextlib.suppress(PermissionError):
         try:
             os.kill(process, 0)

@@ -54,6 +54,7 @@ def export_gguf(
     """
     model = GgufModel(source)
     pieces = model.live(family, strength, model.check(family, base, force=force))
+    # Everything above refuses before a byte is written.
     targets = _targets(Path(out), len(model.files))
     on_total(sum(file.size for file in model.files))
     how = {}
@@ -88,6 +89,7 @@ def patch_in_place(
         if not force:
             refuse_links(model.files)
         pieces = model.live(family, strength, model.check(family, base, force=force))
+        # Asked now, because putting the originals back makes every state "original".
         torn = any(undo.state(file) in ("torn", "live") for file, undo in model.undone())
         changed = [file for file in model.files if file.path in pieces]
         kept = []
@@ -97,6 +99,8 @@ def patch_in_place(
                 if strength == 0.0:
                     undo.remove()
             for file in changed if strength else ():
+                # All undo files are on the disk before the first change: a kill between two parts can then be put
+                # right.
                 undo = Undo.write(file, model.originals(file.path), pieces[file.path], strength)
                 kept.append(str(undo.path))
             for file in changed if strength else ():
@@ -129,6 +133,7 @@ def _all_or_nothing(model: GgufModel) -> Iterator[None]:
 
     Raises ExportError when even that fails.
     """
+    # Read before the block runs, because afterwards the file no longer tells what it held.
     found = [(file, pieces) for file in model.files if (pieces := model.originals(file.path))]
     patched = [(file, undo) for file, undo in model.undone() if undo.state(file) == "patched"]
     try:
@@ -140,8 +145,10 @@ def _all_or_nothing(model: GgufModel) -> Iterator[None]:
                 undo = model.undos.get(file.path)
                 if undo is None:
                     undo_path(file.path).unlink(missing_ok=True)
+                # The undo file was replaced by the block; its old contents are what the file must be undone by.
                 elif Undo.beside(file, {name: len(data) for name, data in originals.items()}) != undo:
                     Undo.write(file, undo.originals, undo.new, undo.strength)
+            # A file that was patched when we came is patched again, as the originals above have overwritten that.
             for file, undo in patched:
                 undo.put(file, undo.new or undo.originals)
         except OSError as second:
@@ -180,6 +187,7 @@ def _targets(out: Path, count: int) -> list[Path]:
 def refuse_links(files: Iterable[GgufFile]) -> None:
     """Raises ConfigError when one of them is a link or has several names, which would all change."""
     for file in files:
+        # The hub's cache and other programs' stores link models; changing the bytes here would change their model.
         if file.path.is_symlink() or file.path.stat().st_nlink > 1:
             raise ConfigError(
                 f"{printable(file.path)} is a link or has several names, and all of them would change: export a copy, "
@@ -198,6 +206,7 @@ def locked(path: Path) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("r+b"))
+            # The kernel drops the lock when its holder dies, so a kill leaves nothing to clean up.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(

@@ -28,7 +28,8 @@ ALIGNMENT_KEY, DEFAULT_ALIGNMENT = "general.alignment", 32
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 UINT16, INT32 = 2, 5
-# Bounds on what a header may claim: the largest of today, of vocabularies of 260,000 tokens, have 20 MB.
+# A header that claims more than this is refused before memory is taken for it. The largest headers of today, with
+# vocabularies of 260,000 tokens, have 20 MB.
 MAX_HEADER_BYTES, MAX_ITEMS, _MAX_TEXTS, _MAX_DIMENSIONS, _MAX_ALIGNMENT = 128 << 20, 1 << 17, 1 << 22, 4, 1 << 20
 # Tensor types as ggml numbers them: number -> (values of a block, bytes of a block).
 BLOCKS: dict[int, tuple[int, int]] = {
@@ -118,6 +119,7 @@ class GgufFile:
             if key in self.entries:
                 raise self._damaged(f"the entry {printable(key)} stands in it twice")
             value = reader.value(kind)
+            # As bytes, so that a copied header is the same to the bit, whatever the entry's type.
             self.entries[key] = reader.slice(start)
             if kind != _ARRAY:
                 self.values[key] = value
@@ -126,10 +128,13 @@ class GgufFile:
             name, dimensions = reader.text(), reader.unpack("I")
             if dimensions > _MAX_DIMENSIONS:
                 raise self._damaged(f"tensor {printable(name)} has {dimensions} dimensions")
+            # ggml counts dimensions from the fastest on, torch from the slowest.
             shape = tuple(reader.unpack("Q") for _ in range(dimensions))[::-1]
             infos.append((name, shape, reader.unpack("I"), reader.unpack("Q")))
+        # An undo file is recognised by this digest, which no change of routers touches.
         self.header_digest = hashlib.sha256(reader.slice(0)).hexdigest()
         self.alignment = self.number(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
+        # A power of two has one bit set; other alignments are refused by llama.cpp as well.
         if self.alignment & (self.alignment - 1) or not 1 <= self.alignment <= _MAX_ALIGNMENT:
             raise self._damaged(f"alignment {self.alignment} is no power of two up to {_MAX_ALIGNMENT}")
         self.tensors = self._placed(infos, reader.position + -reader.position % self.alignment)
@@ -148,6 +153,7 @@ class GgufFile:
         if infos and data + max(offset for *_, offset in infos) >= self.size:
             where = f"ends at byte {self.size}, before its last tensor"
             raise ExportError(f"{printable(self.path)} {where}: fetch it again.")
+        # By place in the file: an overlap can only be with the neighbour.
         order = sorted(range(len(infos)), key=lambda number: infos[number][3])
         spans = [0] * len(infos)
         for number, following in zip(order, [*order[1:], None], strict=bool(order)):
@@ -263,6 +269,8 @@ class _Reader:
             return self.take(self.unpack("Q")).decode(errors="replace")
         if kind != _ARRAY:
             return self.unpack(self._code(kind))
+        # Vocabularies are arrays of 260,000 texts; reading them into objects takes seconds and nobody here asks for
+        # them.
         of, count = self.unpack("I"), self.unpack("Q")
         if of == _STRING:
             self._pass_texts(count)
@@ -277,6 +285,7 @@ class _Reader:
     def _pass_texts(self, count: int) -> None:
         if count > _MAX_TEXTS:
             raise EOFError(f"a list of {count} texts at byte {self.position}")
+        # Local names: this loop runs once for each word of the vocabulary.
         unpack, data, position = struct.Struct("<Q").unpack_from, self._data, self.position
         for _ in range(count):
             if position + 8 > len(data):
@@ -284,6 +293,7 @@ class _Reader:
                 self._need(8)
             position += 8 + unpack(data, position)[0]
         self.position = position
+        # The last text may end beyond what has been read, and then the file is cut off.
         self._need(0)
 
     def slice(self, start: int) -> bytes:
@@ -293,6 +303,7 @@ class _Reader:
         end = self.position + size
         if end <= len(self._data):
             return
+        # Before the reading, so that a forged length of exabytes allocates nothing.
         if end > self._size:
             raise EOFError(f"it ends at byte {self._size} inside its header")
         if end > MAX_HEADER_BYTES:

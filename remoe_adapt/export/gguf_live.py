@@ -47,6 +47,7 @@ class LiveRouters:
             if not read_only:
                 self._fd = ending.enter_context(locked(Path(source)))
             self._look(GgufModel(source), base)
+            # From here on the lock is held until `close`; an error above has released it.
             self._ending = ending.pop_all()
 
     def _look(self, model: GgufModel, base: Base) -> None:
@@ -67,8 +68,10 @@ class LiveRouters:
         pieces = self._model.placed(self._model.live(self._family, strength, self._layers)[self.path], self.path)
         with disk_faults(self.path, _STAYS):
             if self._model.undos.get(self.path) is None or not self._ours:
+                # Before the first byte of a router changes, since a kill in between could not be put right otherwise.
                 self._model.undos[self.path] = Undo.write(self._file, self._originals, None, math.nan)
             self.strength = None
+            # The strength is unknown until the write has ended: a reader of `strength` must not believe half a swap.
             begin_s = time.perf_counter()
             write_pieces(self._fd, pieces)
         self.swap_s, self.strength = time.perf_counter() - begin_s, strength
@@ -92,6 +95,7 @@ class LiveRouters:
 
     @property
     def _ours(self) -> bool:
+        # An undo file of a live session has no one strength, so it holds NaN; one of `patch_in_place` has a number.
         return math.isnan(self._model.undos[self.path].strength)
 
     def _found(self) -> float | None:

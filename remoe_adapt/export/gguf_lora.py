@@ -53,9 +53,11 @@ def export_gguf_lora(
         )
     if rank is not None and rank < 1:
         raise ConfigError(f"rank {rank} is impossible: use 1 or more, or leave it out for the delta as it is.")
+    # A LoRA is added to the product, so a model whose routers are changed already would get the delta twice.
     layers = model.check(family, base, force=force)
     chosen = family.strengths if strengths is None else tuple(strengths)
     targets = [folder / f"{Family.adapter_name(strength)}.gguf" for strength in chosen]
+    # Two strengths may differ by less than their file names show.
     if len(set(targets)) < len(targets) or not targets or 0.0 in chosen:
         raise ConfigError(f"strengths {list(chosen)} must differ, and 0 needs no LoRA: it is scale 0.")
     rows = []
@@ -67,6 +69,7 @@ def export_gguf_lora(
                 if not (torch.isfinite(a_RD).all() and torch.isfinite(b_ER).all()):
                     raise ExportError(f"the delta of {printable(name)} at strength {strength:g} is too large for fp32.")
                 factors[model.weights[layers[name]].name] = (a_RD, b_ER)
+                # In fp64, because the error of an exact factorisation is near what fp32 can tell.
                 norm = delta_ED.double().norm()
                 if norm > 0:
                     error = max(error, float((delta_ED.double() - b_ER.double() @ a_RD.double()).norm() / norm))
@@ -103,6 +106,7 @@ def factor(delta_ED: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """(A [r, D], B [E, r]) fp32 whose product is the delta exactly, or the nearest of a lower rank."""
     experts, hidden = delta_ED.shape
     if rank is None or rank >= min(experts, hidden):
+        # A full delta is one factor and the identity the other, so nothing is rounded; the rank is the smaller side.
         tall = experts > hidden
         return (torch.eye(hidden), delta_ED) if tall else (delta_ED, torch.eye(experts))
     u_EM, s_M, v_MD = torch.linalg.svd(delta_ED.double(), full_matrices=False)

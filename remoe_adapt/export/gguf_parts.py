@@ -10,8 +10,8 @@ from remoe_adapt.untrusted import printable
 
 ARCHITECTURE_KEY = "general.architecture"
 NUMBER_KEY, COUNT_KEY, TENSORS_KEY = SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-# Ours, in every part: digests of the model that was split, and of its original routers. By format and sizes alone,
-# parts of two fine-tunings of a base cannot be told apart.
+# `split_gguf` writes two digests into every part: of the model that was split, and of its original routers. Without
+# them, parts of two fine-tunings of one base could be mixed, as they agree in format and sizes.
 MODEL_KEY, ROUTERS_KEY = OWN_KEYS = ("remoe.split.model", "remoe.split.routers")
 
 
@@ -27,6 +27,7 @@ def check_parts(files: Sequence[GgufFile]) -> None:
             seen[tensor.name] = file
     for file in files[1:]:
         for key in (ARCHITECTURE_KEY, *OWN_KEYS):
+            # Parts by other tools carry none of our keys; they are held to places, names and counts alone.
             if key in first.entries and key in file.entries and first.entries[key] != file.entries[key]:
                 raise ExportError(
                     f"{printable(file.path)} is of another model than {printable(first.path)} ({key} differs): fetch "
@@ -41,6 +42,7 @@ def check_parts(files: Sequence[GgufFile]) -> None:
 
 
 def _check_places(files: Sequence[GgufFile]) -> None:
+    # A model of one file may say that it is part 0 of 1.
     named_as_part = len(files) > 1 or files[0].entries.keys() & {NUMBER_KEY, COUNT_KEY}
     for place, file in enumerate(files if named_as_part else ()):
         if missing := [key for key in (NUMBER_KEY, COUNT_KEY) if key not in file.entries]:

@@ -49,6 +49,8 @@ class GgufModel:
         if (kind := first.text("general.type", "model")) != "model":
             raise ExportError(f"{printable(path)} is of the type {printable(kind)}, not a model.")
         blocks = self._number("block_count")
+        # Layers that predict further tokens come last and are not run in ordinary decoding, so families do not know
+        # them.
         self.num_blocks = blocks - (hidden := self._number("nextn_predict_layers"))
         if self.num_blocks < 0:
             raise ExportError(f"{printable(path)} has {blocks} layers, of which {hidden} predict: is the file damaged?")
@@ -63,6 +65,7 @@ class GgufModel:
         self.undos: dict[Path, Undo] = {}
         with disk_faults(self.path, "fetch it again, or end what changes it"):
             for file in self.files:
+                # An undo file is believed only when it holds exactly these routers at these lengths.
                 sizes = {t.name: t.size for t in self.weights.values() if t.path == file.path}
                 if undo := Undo.beside(file, sizes):
                     self.undos[file.path] = undo
@@ -111,11 +114,14 @@ class GgufModel:
                 )
         if len(set(layers.values())) < len(layers):
             raise ExportError(f"family {printable(family.path)} has several routers in a layer, a GGUF has one.")
+        # Values decide, not names: a fine-tuning has the same names and shapes as its base.
         if not force:
             weights = self.weights_ED()
             found = fingerprint_of_weights(weights.values())
             if base is not None:
                 self._compare(BaseFiles(base), family, weights)
+            # Without the base only routers that were stored as they are can be recognised; those rounded to F16 need
+            # it.
             elif found != family.fingerprint:
                 raise FingerprintMismatchError(
                     f"family {printable(family.path)} was made for {printable(family.base_id)!r} "
@@ -148,6 +154,7 @@ class GgufModel:
     def _read(self, tensor: GgufTensor) -> Tensor:
         dtype = DTYPES[tensor.type]
         undo = self.undos.get(tensor.path)
+        # While a file is patched in place, its original routers are in the undo file only.
         if undo and tensor.name in undo.originals:
             data = bytearray(undo.originals[tensor.name])
         else:
@@ -162,6 +169,7 @@ class GgufModel:
         name = _pattern(template)
         tensors = [(match, t) for file in self.files for t in file.tensors if (match := name.fullmatch(t.name))]
         found = {int(match[1]): tensor for match, tensor in tensors}
+        # A router beyond the last layer means that metadata and tensors are of different models.
         if found and max(found) >= blocks:
             raise ExportError(
                 f"{printable(self.path)} has {found[max(found)].name}, its metadata says {blocks} layers: is the file "
@@ -199,6 +207,7 @@ class GgufModel:
     def _compare(self, base: BaseFiles, family: Family, weights: dict[int, Tensor]) -> None:
         base.check(family)
         text = base.config.get_text_config()
+        # An architecture that is not in our table is no contradiction: values are compared below all the same.
         expected = GGUF_ARCH.get(text.model_type)
         if expected not in (None, self.architecture):
             raise FingerprintMismatchError(
@@ -240,7 +249,7 @@ def layer_of(router: str) -> int:
 
 def _pattern(template: str) -> re.Pattern[str]:
     before, after = template.split("{layer}")
-    # As engines write it: with "07" beside "7" two tensors would be one layer's.
+    # Layer numbers have no leading zeros, as engines write them; else "07" and "7" would be routers of one layer.
     return re.compile(re.escape(before) + r"(0|[1-9][0-9]{0,5})" + re.escape(after))
 
 

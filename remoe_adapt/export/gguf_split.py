@@ -73,13 +73,16 @@ def split_gguf(
     first = model.files[0]
     with disk_faults(paths[0], NOTHING_LEFT), new_files(paths) as drafts:
         own = _names_of(model)
+        # Backwards, so that the first part, which engines are given, is the last to be written.
         for number, file in reversed(list(enumerate(model.files, start=1))):
-            # What llama.cpp reads of every part.
+            # llama.cpp reads architecture and alignment from every part, and everything else from the first alone.
             entries = [file.entries[ALIGNMENT_KEY]] if ALIGNMENT_KEY in file.entries else []
             if ARCHITECTURE_KEY in first.entries:
                 entries.insert(0, first.entries[ARCHITECTURE_KEY])
             rest = [tensor for tensor in file.tensors if tensor.name not in names]
             _write(drafts[number], file, [*entries, *_place(number, count, total), *own], rest, {}, on_bytes)
+        # The first part keeps the source's metadata but for what says how it is split, which would contradict the new
+        # parts.
         anew = {*SPLIT_KEYS, *OWN_KEYS}
         entries = [entry for key, entry in first.entries.items() if key not in anew]
         _write(drafts[0], first, [*entries, *_place(0, count, total), *own], routers, replaced, on_bytes)
@@ -111,6 +114,8 @@ def _names_of(model: GgufModel) -> list[bytes]:
         whole.update(file.header_digest.encode())
         for tensor in file.tensors:
             if tensor.name not in originals:
+                # The beginning of each tensor is enough to tell fine-tunings apart, and a model of 100 GB is not read
+                # twice.
                 whole.update(read_at(tensor.path, tensor.offset, min(tensor.size, _SAMPLE_BYTES)))
     return [text_entry(MODEL_KEY, whole.hexdigest()), text_entry(ROUTERS_KEY, digest(originals))]
 
@@ -126,6 +131,7 @@ def _write(
     """A GGUF of these tensors, in this order; those in `replaced` with other bytes of the same length."""
     placed, end = [], 0
     for tensor in tensors:
+        # Offsets count from the data, which begins where the header is known to end; so they come before the header.
         placed.append((tensor, end))
         end += tensor.span + -tensor.span % like.alignment
     header = header_bytes(entries, [(t.name, t.shape, t.type, offset) for t, offset in placed], like.alignment)
@@ -139,6 +145,7 @@ def _write(
                 source = sources[tensor.path].fileno()
                 data = replaced.get(tensor.name, b"")
                 _append(new, data)
+                # What is left of the span is padding where the tensor was replaced, else the whole tensor.
                 copy_range(source, tensor.offset + len(data), tensor.span - len(data), new.fileno(), on_bytes)
                 _append(new, b"\0" * (-tensor.span % like.alignment))
         finally:

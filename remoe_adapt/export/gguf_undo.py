@@ -66,12 +66,14 @@ class Undo:
 
     @classmethod
     def _read(cls, path: Path, file: GgufFile, routers: Mapping[str, int]) -> Undo:
+        # Before it is opened: a download may lie about its size, and a pipe would never end.
         if not path.is_file() or path.stat().st_size > 2 * sum(routers.values()) + _MAX_NAMES_BYTES:
             raise ValueError("no file, or larger than the routers")
         with safe_open(path, framework="np") as stored:
             facts, names = stored.metadata() or {}, set(stored.keys())
             if facts["format"] != _FORMAT:
                 raise KeyError(facts["format"])
+            # A GGUF that was downloaded anew may have the old one's name; its routers must not be overwritten.
             if facts["header"] != file.header_digest or facts["size"] != str(file.size):
                 raise _foreign(path, file, "its header is another one")
             if odd := sorted(names ^ routers.keys()):
@@ -79,6 +81,7 @@ class Undo:
             rows = 1 if facts["kind"] == _LIVE else 2
             for name, size in routers.items():
                 part = stored.get_slice(name)
+                # Shapes are compared before tensors are read, so that a forged one costs no memory.
                 if part.get_dtype() != "U8" or part.get_shape() != [rows, size]:
                     found = f"{printable(name)} is {part.get_shape()} there, not [{rows}, {size}] bytes"
                     raise _foreign(path, file, found)
@@ -86,6 +89,7 @@ class Undo:
         originals = {name: data[0].tobytes() for name, data in read.items()}
         new = None if rows == 1 else {name: data[1].tobytes() for name, data in read.items()}
         undo = cls(path, originals, new, float(facts["strength"]))
+        # A file cut short or edited by hand has another digest; the routers it would bring back are not to be trusted.
         if undo._seal() != facts["digest"] or not (math.isnan(undo.strength) if rows == 1 else 0 <= undo.strength <= 1):
             raise ValueError("its contents are not those that were written")
         if rows == 1 and file.values.get(ROUTERS_KEY) != digest(originals):
@@ -117,10 +121,12 @@ class Undo:
         now = {t.name: bytes(read_at(t.path, t.offset, t.size)) for t in self._tensors(file)}
         if now == self.originals:
             return "original"
+        # A live session writes strength after strength, so no single set of bytes is the patched one.
         if self.new is None:
             return "live"
         if now == self.new:
             return "patched"
+        # A kill within a write leaves some bytes old and some new. Any third value was written by somebody else.
         return "torn" if all(_mixed(now[n], self.originals[n], self.new[n]) for n in now) else "foreign"
 
     def put(self, file: GgufFile, pieces: Mapping[str, bytes]) -> None:

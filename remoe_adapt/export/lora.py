@@ -25,9 +25,11 @@ from remoe_adapt.export.base import BaseFiles, StoredRouter
 from remoe_adapt.export.files import new_folder
 from remoe_adapt.export.merged import left_out
 from remoe_adapt.family import Family
+from remoe_adapt.tuner.checks import plain_key
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Neighbours of the rounded difference that are tried where it misses the live weight.
+# Weight + rounded difference may round to a neighbour of the live weight. Then the floats so many places above or
+# below the difference are tried, nearest first.
 _STEPS = (1, -1, 2, -2)
 
 
@@ -55,10 +57,12 @@ def export_lora(
     names = [name for name in files.weights if name in family.points[0].deltas]
     specs = {router.name: router.spec for router in files.routers}
     dtypes = {router.name: _dtype(dtype, files, router) for router in files.routers}
+    # Before the numbers: a LoRA that PEFT never applies would be exact and without effect.
     _check_reached(files.skeleton, {name: specs[name].weight_name for name in names})
     weights = {name: files.weights[name].to(dtypes[name]) for name in names}
     live = family.live(strength, weights)
     deltas = {name: _delta(weights[name], live[name]) for name in names}
+    # Counted with the very sum that PEFT will make, in the dtype that it will make it in.
     off = [(weights[name] + deltas[name].to(weights[name].dtype) != live[name]).sum().item() for name in names]
     miss = [(weights[name] + deltas[name].to(weights[name].dtype) - live[name]).abs().max().item() for name in names]
 
@@ -75,10 +79,11 @@ def export_lora(
         base_model_name_or_path=family.base_id,
         task_type="CAUSAL_LM" if type(files.skeleton).__name__.endswith("ForCausalLM") else None,
     )
+    # PEFT's own save_pretrained writes it so.
     config.inference_mode = True
     tensors: dict[str, Tensor] = {}
     for key in _keys(files.skeleton, config):
-        module, _, kind = key.removesuffix(".weight").removeprefix("base_model.model.").rpartition(".")
+        module, _, kind = plain_key(key.removesuffix(".weight")).rpartition(".")
         name = next(n for n, parameter in parameters.items() if parameter.rpartition(".")[0] == module)
         tensors[key] = deltas[name] if kind == "lora_A" else torch.eye(rank)
     with new_folder(target) as draft:
@@ -102,12 +107,14 @@ def _dtype(name: str, files: BaseFiles, router: StoredRouter) -> torch.dtype:
     if name != "auto" and name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is unknown: use auto, {', '.join(DTYPES)}.")
     loaded = files.loaded_dtype(router)
-    kept = loaded == torch.float32 and files.skeleton.dtype != loaded  # whatever the rest is loaded in
+    # A model that asks for fp32 routers has them in fp32 whatever the rest is loaded in.
+    kept = loaded == torch.float32 and files.skeleton.dtype != loaded
     return loaded if kept else DTYPES.get(name, loaded)
 
 
 def _delta(weight_ED: Tensor, live_ED: Tensor) -> Tensor:
     """fp32 delta that PEFT's `weight + delta.to(weight.dtype)` turns into the live weight, or as near as can be."""
+    # In fp64 the difference of two half-precision weights is exact, so only the rounding below can miss.
     exact_ED = live_ED.double() - weight_ED.double()
     delta_ED = exact_ED.to(weight_ED.dtype)
     for step in _STEPS:
@@ -127,6 +134,7 @@ def _check_reached(skeleton: nn.Module, weight_names: dict[str, str]) -> None:
     """PEFT changes a weight while the module that owns it is called: that must be the router or a part it calls."""
     for name, weight_name in weight_names.items():
         router, owner = skeleton.get_submodule(name), weight_name.rpartition(".")[0]
+        # The weight is the router's own: PEFT's wrapper then stands in the router's place and is called for certain.
         if not owner:
             continue
         calls: list[object] = []
@@ -135,10 +143,11 @@ def _check_reached(skeleton: nn.Module, weight_names: dict[str, str]) -> None:
         needed = [entry for entry in given if entry.default is entry.empty][1:]  # a selection bias, for instance
         handle = router.get_submodule(owner).register_forward_hook(lambda *_, calls=calls: calls.append(1))
         try:
+            # On the meta device nothing is computed, so asking costs no time and no memory.
             with torch.no_grad(), torch.device("meta"):
                 router(torch.empty(1, 1, columns), *(torch.empty(rows) for _ in needed))
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-            pass  # what comes after the product needs more than these hidden states
+            pass  # only the call of the owner counts; what comes after it may need more than these hidden states
         finally:
             handle.remove()
         if not calls:

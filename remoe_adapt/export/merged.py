@@ -29,7 +29,8 @@ from remoe_adapt.family import Family
 from remoe_adapt.untrusted import parse_json, read_json
 
 PROVENANCE = "remoe_export.json"
-# Weights in other formats hold the base's routers and would be found by engines that prefer them.
+# Files with these endings are left out of the copy: they hold the base's routers in other formats, and an engine that
+# prefers such a format would load the base.
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".ot"}
 _INDEX_ENDS = (".bin.index.json", ".safetensors.index.json")
 _TEMPLATE_FOLDER = "additional_chat_templates"
@@ -58,6 +59,7 @@ def export_merged(
     """
     files, target = BaseFiles(base), Path(out)
     files.check(family, force=force)
+    # A model that computes its routers in fp32 would round the live weight once more if it were stored in bf16.
     wide = {
         router.name: torch.promote_types(router.weight.dtype, files.loaded_dtype(router)) for router in files.routers
     }
@@ -66,6 +68,7 @@ def export_merged(
     for router in files.routers:
         changed[router.weight.path][router.weight.tensor] = live[router.name]
     shards = sorted({extent.path for extent in files.extents.values()})
+    # The folder would replace itself, and its linked shards would be gone.
     if target.resolve() == files.folder.resolve():
         raise ConfigError(f"{target} is the base itself: give a new folder.")
     on_total(sum(shard.stat().st_size for shard in shards))
@@ -91,7 +94,7 @@ def export_merged(
 def left_out(family: Family, strength: float) -> dict[str, Any]:
     """What an engine without this package cannot have of this point, for results: the recency prior's largest gain."""
     recency = family.recency(strength)
-    gain = max(recency.gain_per_layer, default=0.0) if recency and recency.mode != "none" else 0.0
+    gain = max(recency.gains(), default=0.0) if recency else 0.0
     return {"without_recency_prior_of_gain": gain} if gain else {}
 
 
@@ -99,10 +102,12 @@ def _rewrite(
     shard: Path, target: Path, extents: dict[str, Extent], changed: dict[str, Tensor], on_bytes: OnBytes
 ) -> None:
     """A copy of a safetensors file with some tensors replaced; in another dtype, those behind them move."""
+    # With unchanged sizes every byte keeps its place, so the file can share blocks with the base's.
     if all(extents[name].dtype == tensor.dtype for name, tensor in changed.items()):
         clone_or_copy(shard, target, on_bytes)
         write_at(target, [(extents[name].offset, tensor_bytes(tensor)) for name, tensor in changed.items()])
         return
+    # A safetensors file is: length of the header (8 bytes), header as JSON, data; offsets count from the data.
     data = 8 + int.from_bytes(read_at(shard, 0, 8), "little")
     header: dict[str, Any] = parse_json(bytes(read_at(shard, 8, data - 8)), f"the header of {shard}", ExportError)
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -116,6 +121,7 @@ def _rewrite(
             size = sources[name][1] - sources[name][0]
         entry["data_offsets"], end = [end, end + size], end + size
     text = json.dumps(header, separators=(",", ":")).encode()
+    # The header is padded so that the data stay aligned, as the format asks.
     text += b" " * (-len(text) % 8)
     with shard.open("rb") as old, target.open("xb", buffering=0) as new:
         new.write(len(text).to_bytes(8, "little") + text)
@@ -133,6 +139,7 @@ def _first_byte(entry: tuple[str, dict[str, Any]]) -> int:
 
 
 def _count_in_index(index: Path, grown: int) -> None:
+    # `total_size` counts the bytes of all tensors, and misleads whoever plans memory by it when it is wrong.
     if grown and index.name.endswith(".json"):
         entries = read_json(index, ExportError)
         facts = entries.get("metadata")

@@ -11,9 +11,10 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-# Newest first: transformers 5.24 renamed both of the others, and answers to an old name only with a warning.
+# The newest name comes first: transformers 5.24 renamed both of the others to it, and warns whoever uses an old one.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-# What a model does without `generate`: each request's tokens packed into one row, over a paged cache of its own.
+# The ways into continuous batching, which packs the tokens of all requests into one row over a paged cache. No recency
+# can be kept there, so an installed prior refuses them.
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -30,6 +31,7 @@ def unknown_cache_argument(forward: Callable[..., Any]) -> str | None:
     for name, parameter in inspect.signature(forward).parameters.items():
         annotation = parameter.annotation
         text = annotation if isinstance(annotation, str) else str(annotation)
+        # Annotations may be strings or types, so both are compared as text.
         if "cache_utils" in text or "Cache" in text.replace("[", " ").replace("|", " ").split():
             return name
     return None
@@ -54,6 +56,7 @@ def returned_cache(output: object) -> Any:
         for name in CACHE_NAMES:
             if name in present:
                 return output[name]
+        # Remote code may return its cache by a name of its own; what counts tokens is one.
         return next((value for value in output.values() if counts_tokens(value)), None)
     if isinstance(output, tuple):
         return next((value for value in output if counts_tokens(value)), None)
@@ -80,6 +83,7 @@ def cache_length(cache: Any, *, as_number: bool = False) -> int | Tensor | None:
     """
     if not as_number and getattr(cache, "is_compileable", False):
         for layer in getattr(cache, "layers", ()):
+            # Caches for compiled steps keep their length on the device; reading it would wait for all work there.
             if isinstance(found := getattr(layer, "cumulative_length", None), Tensor):
                 return found if layer.is_initialized else 0
     try:

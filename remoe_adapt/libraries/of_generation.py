@@ -59,6 +59,7 @@ def kv_cache_methods() -> None:
         hold(is_counted(cache_length(made), made), "a DynamicCache tells its length by no number.")
         hold(cache_length(made) == len(IDS), f"a DynamicCache of {len(IDS)} tokens counts {cache_length(made)}.")
         kind = type(made)
+        # This is what sequences.attach does, so that crop and reorder reach the recency as well.
         made.__class__ = type(kind.__name__, (kind,), {})
         made.note = "kept"
         hold(copy.deepcopy(made).note == "kept", "a deep copy of a KV cache loses what hangs on it.")

@@ -23,6 +23,7 @@ from remoe_adapt.libraries.tiny import EXPERTS, TOP_K, model_class, no_bars, tin
 def routers() -> None:
     model = tiny_model()
     recorded = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
+    # A class, or a recorder object with a `target_class`, as versions have it.
     entries = [found["router_logits"] for found in recorded if "router_logits" in found]
     hold(entries, "no module names its router in `_can_record_outputs['router_logits']`.")
     gate = model.model.layers[0].mlp.gate
@@ -69,6 +70,7 @@ def experts_interface() -> None:
     eager = inspect.unwrap(type(experts).forward)
     names = list(inspect.signature(eager).parameters)
     hold(names == ["self", "hidden_states", "top_k_index", "top_k_weights"], f"an experts forward takes {names}.")
+    # The expert cache leaves these tensors out of memory and hands rows in their place, one expert at a time.
     params = list(experts._parameters)
     hold(all(experts._parameters[name].shape[0] == EXPERTS for name in params), "an expert is no row of its tensors.")
     hidden, ids, weights = torch.randn(1, 32), torch.tensor([[5, 1]]), torch.tensor([[0.75, 0.25]])
@@ -105,6 +107,7 @@ def conversion_mapping() -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+    # No weights are needed to ask how their keys are named.
     with torch.device("meta"):
         model = model_class()(tiny_config())
     mapping = get_model_conversion_mapping(model)
@@ -153,6 +156,7 @@ def checkpoint_files() -> None:
     model = tiny_model()
     with tempfile.TemporaryDirectory() as folder, no_bars():
         model.save_pretrained(folder)
+        # An index that names a file that is not there: following it would fail loudly.
         index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
         Path(folder, "model.safetensors.index.json").write_text(json.dumps(index))
         loaded = model_class().from_pretrained(folder)

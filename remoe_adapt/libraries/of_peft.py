@@ -42,6 +42,7 @@ def adapter_type() -> None:
     hold(issubclass(PeftType, str) and issubclass(PeftType, enum.Enum), "PeftType is no str enum any more.")
     for name in ("_member_names_", "_member_map_", "_value2member_map_"):
         hold(hasattr(PeftType, name), f"this Python's enum has no {name}.")
+    # Absent in the command line's process until something needs PEFT, see the package's __init__.
     if "REMOE" in PeftType.__members__:
         hold(PeftType("REMOE") is PeftType["REMOE"], "PeftType('REMOE') is another object than PeftType['REMOE'].")
     wanted = {"name", "config_cls", "model_cls"}
@@ -155,6 +156,7 @@ def modules() -> None:
     weight = torch.ones(2, 2)
     found = torch.func.functional_call(module, {"weight": weight}, (torch.ones(1, 2),))
     hold(torch.equal(found, torch.full((1, 2), 2.0)), "functional_call does not use the weights that it is given.")
+    # A swap of strength must keep the pointer: CUDA graphs and compiled code hold it.
     live = torch.zeros(2, 2)
     pointer = live.data_ptr()
     torch._foreach_copy_([live], [weight])

@@ -48,6 +48,7 @@ def any_training_loop() -> None:
     from transformers import trainer
 
     hold(isinstance(getattr(trainer, "DEFAULT_CALLBACKS", None), list), "Trainer has no list DEFAULT_CALLBACKS now.")
+    # The list alone is not enough: a Trainer that copied it at import would never see our callback.
     source = inspect.getsource(trainer.Trainer.__init__)
     hold("DEFAULT_CALLBACKS" in source, "Trainer does not call DEFAULT_CALLBACKS any more.")
     model = tiny_model()
@@ -88,6 +89,7 @@ def accelerate_hooks() -> None:
     module = nn.Linear(2, 2)
     add_hook_to_module(module, ModelHook())
     hold("_old_forward" in vars(module), "a module under accelerate's hooks has no _old_forward.")
+    # This is how a prior is put into a router that accelerate has placed on a device.
     vars(module)["_old_forward"] = lambda hidden: hidden + 1.0
     hold(torch.equal(module(torch.zeros(1)), torch.ones(1)), "accelerate's hooks do not call _old_forward.")
     del vars(module)["_old_forward"]

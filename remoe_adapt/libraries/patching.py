@@ -15,6 +15,8 @@ class Override:
 
     def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         self._owner, self._name = owner, name
+        # None where the class's own method was in use; undo then removes ours, so that later changes of the class
+        # count.
         self._before = vars(owner).get(name)
         original = getattr(owner, name)
         self._hook = functools.wraps(original)(functools.partial(around, original))
@@ -22,6 +24,7 @@ class Override:
 
     def undo(self) -> None:
         """The method is what it was, unless somebody else has changed it since. Calling it again does nothing."""
+        # Somebody has wrapped ours since: taking it out would take theirs out as well.
         if vars(self._owner).get(self._name) is not self._hook:
             return
         if self._before is None:

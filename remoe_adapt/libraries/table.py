@@ -57,6 +57,7 @@ def relied_on(
         row = Contract(
             check.__name__, library, relies_on, tuple(used_in.split()), tuple(names.split()), interposes, check
         )
+        # Filled while the `of_*` files are imported, in their order.
         CONTRACTS.append(row)
         return check
 

@@ -26,15 +26,20 @@ from remoe_adapt.pressure.budget import TierState, budgets, is_whole, notes
 from remoe_adapt.pressure.reading import Reading
 from remoe_adapt.pressure.signals import Signal, ease_floors, losses, weigh
 
-# Half of fall_s is so many time constants, after which less than _SAME is left.
-_CONSTANTS = 4.0
-# Pressures closer than this are the same; one that is this part of what is held still holds it.
-_SAME, _HOLDS = 0.02, 0.85
-# Of the samples that must be as high for pressure to be sustained, this part may be lower.
-_DROPOUTS = 0.25
-# Stalls must last this many times rise_s, and at least so many seconds.
-_STALL_PATIENCE, _LEAST_PATIENCE_S = 4.0, 2.0
-_LONGEST_HOLD = 64
+# Two pressures closer than this count as equal, else noise in a sensor would restart every hold.
+SAME_PRESSURE = 0.02
+# Pressure that has fallen to no less than this share of the held one still holds it, so that the fall does not begin.
+HOLDING_SHARE = 0.85
+# Half of fall_s is so many time constants, after which less than SAME_PRESSURE is left.
+FALL_CONSTANTS = 4.0
+# This share of the samples of a window may be lower and the pressure still counts as sustained.
+DROPOUT_SHARE = 0.25
+# Stalls must last this many times rise_s before they count, because one slow read is no thrashing,
+STALL_PATIENCE = 4.0
+# and never less than this many seconds, however short rise_s is.
+LEAST_PATIENCE_S = 2.0
+# A hold of stalls doubles up to this many times fall_s; without a bound the dial would never look again.
+LONGEST_HOLD = 64
 _CALM = Signal("", 0.0, "no sensor reports pressure")
 
 
@@ -58,13 +63,23 @@ class PolicyState(NamedTuple):  # a decision changes it several times: tuples co
     tiers: Mapping[str, TierState] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """strength: to hold from now on; changed: it is another than before; pressure: what counts; present: what the worst
-    sensor says now; cause: the sensor that `pressure` came from ("" in calm); why, moves: what holds for the strength
-    and what becomes of the cache, in words; budgets: of the cache's tiers ("cache", "below") to set, in bytes; signals:
-    every sensor's pressure; unusable: measures that said nothing, and why; at_rest: no pressure anywhere, none
-    remembered, a whole cache: more of that changes nothing, as long as each sensor of `floors` sees so many bytes free;
+    """What the policy wants, and why.
+
+    strength: to hold from now on.
+    changed: it is another than before.
+    pressure: what counts.
+    present: what the worst sensor says now.
+    cause: the sensor that `pressure` came from ("" in calm).
+    why: what holds for the strength, in words.
+    moves: what becomes of the cache, in words.
+    budgets: of the cache's tiers ("cache", "below") to set, in bytes.
+    signals: every sensor's pressure.
+    unusable: measures that said nothing, and why.
+    calm: no pressure anywhere, none remembered, a whole cache: more of that changes nothing, as long as each sensor of
+        `floors` sees so many bytes free.
+    floors: those bytes by sensor; empty without calm.
     notes: what of the profile's memory section cannot hold here, in words, by place and key.
     """
 
@@ -78,7 +93,7 @@ class Decision:
     budgets: Mapping[str, int]
     signals: Mapping[str, float]
     unusable: Mapping[str, str]
-    at_rest: bool
+    calm: bool
     floors: Mapping[str, float]
     notes: Mapping[str, str]
 
@@ -97,6 +112,9 @@ def decide(
 ) -> tuple[PolicyState, Decision]:
     """What a reading means for the dial and the cache's budget, and what to remember.
 
+    state: what the last call remembered, with the strength that the dial has now.
+    reading: one sample of the sensors.
+    profile: its curve, ranges and times.
     share: the part of lacking memory that this model gives back, where several models share one budget.
     """
     weighed = weigh(reading, profile)
@@ -115,22 +133,22 @@ def decide(
     strength, why = _strength(state, worst, why_not, profile)
     changed = strength != state.strength
     signals = {signal.name: signal.pressure for signal in (*memory, *([weighed.stall] if weighed.stall else []))}
-    resting = not (changed or wanted or state.held or state.stall_held or any(signals.values())) and is_whole(weighed)
-    resting = resting and strength == profile.strength_at(0.0)
+    calm = not (changed or wanted or state.held or state.stall_held or any(signals.values())) and is_whole(weighed)
+    calm = calm and strength == profile.strength_at(0.0)
     decision = Decision(
-        strength,
-        changed,
-        state.held,
-        worst.pressure,
-        state.cause,
-        why,
-        tuple(moves),
-        wanted,
-        signals,
-        weighed.unusable,
-        resting,
-        ease_floors(weighed) if resting else {},
-        notes(weighed, profile),
+        strength=strength,
+        changed=changed,
+        pressure=state.held,
+        present=worst.pressure,
+        cause=state.cause,
+        why=why,
+        moves=tuple(moves),
+        budgets=wanted,
+        signals=signals,
+        unusable=weighed.unusable,
+        calm=calm,
+        floors=ease_floors(weighed) if calm else {},
+        notes=notes(weighed, profile),
     )
     if changed:
         state = state._replace(strength=strength, swapped_at_s=state.clock_s)
@@ -158,13 +176,13 @@ def _weigh_stalls(state: PolicyState, present: float, memory: float, profile: De
     samples = (*state.samples, (now_s, memory, present))
     sustained = min(present, _sustained(samples, 2, _patience_s(profile)))
     hold_s = state.stall_hold * controller.fall_s
-    if sustained > max(memory, state.stall_held + _SAME):
+    if sustained > max(memory, state.stall_held + SAME_PRESSURE):
         again = now_s - state.stall_released_s < 2 * hold_s + controller.fall_s
-        doubled = min(_LONGEST_HOLD, 2 * state.stall_hold) if again else 1
+        doubled = min(LONGEST_HOLD, 2 * state.stall_hold) if again else 1
         hold = state.stall_hold if state.stall_held > 0 else doubled
         until_s = now_s + hold * controller.fall_s
         return state._replace(stall_held=sustained, stall_hold=hold, stall_until_s=until_s)
-    if state.stall_held > 0 and sustained >= state.stall_held - _SAME:  # raised strength has not helped
+    if state.stall_held > 0 and sustained >= state.stall_held - SAME_PRESSURE:  # raised strength has not helped
         return state._replace(stall_until_s=now_s + hold_s)
     if state.stall_held > 0 and now_s >= state.stall_until_s:
         return state._replace(stall_held=0.0, stall_released_s=now_s)
@@ -172,7 +190,7 @@ def _weigh_stalls(state: PolicyState, present: float, memory: float, profile: De
 
 
 def _patience_s(profile: DeviceProfile) -> float:
-    return max(_LEAST_PATIENCE_S, _STALL_PATIENCE * profile.controller.rise_s)
+    return max(LEAST_PATIENCE_S, STALL_PATIENCE * profile.controller.rise_s)
 
 
 def _kept(samples: tuple[tuple[float, float, float], ...], window_s: float) -> tuple[tuple[float, float, float], ...]:
@@ -189,7 +207,7 @@ def _sustained(samples: tuple[tuple[float, float, float], ...], column: int, win
     within = _kept(samples, window_s)
     if within[0][0] > samples[-1][0] - window_s + 1e-9:
         return 0.0
-    return sorted(sample[column] for sample in within)[int(_DROPOUTS * len(within))]
+    return sorted(sample[column] for sample in within)[int(DROPOUT_SHARE * len(within))]
 
 
 def _hold(
@@ -200,22 +218,22 @@ def _hold(
     average = _toward(state.average, present, step_s, controller.rise_s)
     samples = _kept((*state.samples, (now_s, present, stalled)), max(controller.rise_s, _patience_s(profile)))
     state = state._replace(average=average, samples=samples)
-    recovering = present < average - _SAME
+    recovering = present < average - SAME_PRESSURE
     sustained = _sustained(samples, 1, controller.rise_s)
     level = state.held if recovering else min(present, sustained)
     waits = "it is already recovering" if recovering else f"the rest has not lasted {controller.rise_s:g} s"
-    waits = waits if present > max(level, state.held) + _SAME else ""
+    waits = waits if present > max(level, state.held) + SAME_PRESSURE else ""
     if level > state.held:
         return state._replace(held=level, held_at_s=now_s, cause=worst.name), waits
-    if present == 0.0 and state.held <= _SAME:  # what is left is nothing, and must not count for ever
+    if present == 0.0 and state.held <= SAME_PRESSURE:  # what is left is nothing, and must not count for ever
         return state._replace(held=0.0, cause=""), ""
-    if present >= _HOLDS * state.held:
+    if present >= HOLDING_SHARE * state.held:
         return state._replace(held_at_s=now_s), waits
     calm_s = now_s - state.held_at_s
     if calm_s < controller.fall_s / 2:
         return state, f"calmer for {calm_s:.1f} s, held until {controller.fall_s / 2:g} s"
-    held = _toward(state.held, present, step_s, controller.fall_s / 2 / _CONSTANTS)
-    if present == 0.0 and held <= _SAME:
+    held = _toward(state.held, present, step_s, controller.fall_s / 2 / FALL_CONSTANTS)
+    if present == 0.0 and held <= SAME_PRESSURE:
         held = 0.0
     return state._replace(held=held, cause=state.cause if held > 0 else ""), ""
 
@@ -224,7 +242,7 @@ def _strength(state: PolicyState, worst: Signal, why_not: str, profile: DevicePr
     controller, now = profile.controller, state.strength
     target = profile.strength_at(min(1.0, max(0.0, state.held)))
     what = f"{worst.name}: {worst.words}: pressure {worst.pressure:.2f}" if worst.name else "all sensors are calm"
-    if abs(worst.pressure - state.held) > _SAME:
+    if abs(worst.pressure - state.held) > SAME_PRESSURE:
         what += f", {state.held:.2f} {'still ' if state.held > worst.pressure else ''}counts"
     what += f" ({why_not})" if why_not else ""
     ends = (profile.strength_at(0.0), profile.strength_at(1.0))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from remoe_adapt.errors import RouterNotFoundError, UnsupportedRouterError
+from remoe_adapt.errors import RouterError, RouterNotFoundError, UnsupportedRouterError
 from remoe_adapt.routers.families import Facts, Refusal, known_facts
+from remoe_adapt.routers.fingerprint import fingerprint_of_weights
 from remoe_adapt.routers.infer import infer_facts, returns_in_this_version
-from remoe_adapt.routers.spec import RouterRef, RouterSpec, Survey
+from remoe_adapt.routers.spec import RouterRef, RouterSpec, plain_name
 
 _TOP_K_NAMES = (
     "top_k",
@@ -34,31 +36,82 @@ _SCALING_NAMES = ("routed_scaling_factor", "router_scaling_factor", "route_scale
 _BASE = ".base_layer"
 
 
+@dataclass(frozen=True, eq=False)
+class Routers:
+    """All routers of a model, in model order, found by one walk over its modules (`survey_routers`).
+
+    refs: the usable ones. refused, foreign: (name, reason) of the others, and of those that carry another's layer.
+    Whoever wraps the routers or swaps their weights may keep it; after other modules took their places it is stale.
+    """
+
+    model_name: str
+    refs: tuple[RouterRef, ...]
+    refused: tuple[tuple[str, str], ...]
+    foreign: tuple[tuple[str, str], ...]
+
+    def usable(self) -> tuple[RouterRef, ...]:
+        """`refs`, when they are all that can be adapted; raises as `discover_routers`."""
+        if self.foreign:
+            name, reason = self.foreign[0]
+            raise UnsupportedRouterError(
+                f"{len(self.foreign)} router(s) carry another layer, first {name}: {reason}. "
+                "Exclude the routers from that adapter (exclude_modules), or merge and unload it first."
+            )
+        if self.refs:
+            return self.refs
+        if self.refused:
+            listing = "; ".join(sorted({reason for _, reason in self.refused}))
+            raise UnsupportedRouterError(f"no usable router in {self.model_name}: {listing}.")
+        raise RouterNotFoundError(
+            f"{self.model_name} has no mixture-of-experts router: nothing recorded as router_logits and no module "
+            "beside an experts module. Is it a dense model?"
+        )
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The live weights [E, D] by name inside the base model; raises as `usable`."""
+        return {plain_name(ref.name): ref.weight_ED for ref in self.usable()}
+
+    @property
+    def original_weights(self) -> dict[str, Tensor]:
+        """The same without adapters, also while some are merged or swapped. The tensors are the model's own."""
+        return {plain_name(ref.name): ref.original_weight_ED for ref in self.usable()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `fingerprint`; hashed when it is asked for first."""
+        weights = self.original_weights
+        for name, weight_ED in weights.items():
+            if weight_ED.is_meta:
+                raise RouterError(
+                    f"router {name} is on the meta device and has no values to take a fingerprint of: "
+                    "load the base model's weights first."
+                )
+        return fingerprint_of_weights(weights.values())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the base router weights of `model`, which says which base an adapter belongs to.
+
+    It is the same before and after wrapping, while adapters are merged, under any module prefix (names are not
+    hashed, only order, shape and value), and in any dtype, see `fingerprint_of_weights`.
+
+    Raises RouterNotFoundError or UnsupportedRouterError as `discover_routers`, RouterError when a weight has no values
+    (meta device).
+    """
+    return survey_routers(model).fingerprint
+
+
 def discover_routers(model: nn.Module) -> tuple[RouterRef, ...]:
     """The routers of `model` (a PeftModel too) in model order; refused ones beside usable ones are left alone.
 
     Raises RouterNotFoundError when there is none, UnsupportedRouterError when all are refused or when a layer of
     another kind (LoRA, a trainable copy) sits on one.
     """
-    survey = survey_routers(model)
-    if survey.foreign:
-        name, reason = survey.foreign[0]
-        raise UnsupportedRouterError(
-            f"{len(survey.foreign)} router(s) carry another layer, first {name}: {reason}. "
-            "Exclude the routers from that adapter (exclude_modules), or merge and unload it first."
-        )
-    if survey.found:
-        return survey.found
-    if survey.refused:
-        listing = "; ".join(sorted({reason for _, reason in survey.refused}))
-        raise UnsupportedRouterError(f"no usable router in {type(model).__name__}: {listing}.")
-    raise RouterNotFoundError(
-        f"{type(model).__name__} has no mixture-of-experts router: nothing recorded as router_logits and no module "
-        "beside an experts module. Is it a dense model?"
-    )
+    return survey_routers(model).usable()
 
 
-def survey_routers(model: nn.Module) -> Survey:
+def survey_routers(model: nn.Module) -> Routers:
     """Every router of `model`: usable, refused with a reason, or carrying a foreign layer. Raises nothing."""
     modules = dict(model.named_modules())
     recorded = _recorded(model)
@@ -82,7 +135,7 @@ def survey_routers(model: nn.Module) -> Survey:
             refused.append((name, spec.reason))
         else:
             found.append(RouterRef(name, module, spec, block))
-    return Survey(tuple(found), tuple(refused), tuple(foreign))
+    return Routers(type(model).__name__, tuple(found), tuple(refused), tuple(foreign))
 
 
 def _recorded(model: nn.Module) -> tuple[tuple[type[nn.Module], str], ...]:

@@ -30,6 +30,14 @@ FAMILIES = (
 )
 
 STANDARD_RETURNS = ("logits", "weights", "ids")
+# What a PeftModel puts before the names of its base, and torch.compile before those of the model it is given.
+PEFT_PREFIX = "base_model.model."
+_COMPILED = "_orig_mod."
+
+
+def plain_name(name: str) -> str:
+    """The name of a module inside the base model, from its name in a PeftModel or compiled model around it."""
+    return name.removeprefix(_COMPILED).removeprefix(PEFT_PREFIX).removeprefix(_COMPILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +211,20 @@ class RouterRef:
         return self.module.get_parameter(self.spec.weight_name)
 
     @property
+    def outermost(self) -> nn.Module:
+        """What the block calls now: the wrapper where the router is wrapped."""
+        return self.block.get_submodule(self.name.rpartition(".")[2])
+
+    @property
+    def original_weight_ED(self) -> Tensor:
+        """The weight without adapters, also while some are merged into the live one or a dial has turned it.
+
+        A wrapper keeps it under the same name; asked by name, because wrappers are of a room above.
+        """
+        kept = getattr(self.outermost, "original_weight_ED", None)
+        return kept if isinstance(kept, Tensor) else self.weight_ED
+
+    @property
     def correction_bias_E(self) -> Tensor | None:
         """The live selection bias, or None."""
         if self.spec.correction_bias_name is None:
@@ -216,12 +238,3 @@ class RouterRef:
     def choice_scores(self, logits_TE: Tensor) -> Tensor:
         """`RouterSpec.choice_scores` with this router's own selection bias."""
         return self.spec.choice_scores(logits_TE, self.correction_bias_E)
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """All routers of a model, in model order: usable ones, refused ones and foreign-wrapped ones as (name, reason)."""
-
-    found: tuple[RouterRef, ...]
-    refused: tuple[tuple[str, str], ...]
-    foreign: tuple[tuple[str, str], ...]

@@ -36,7 +36,7 @@ from remoe_adapt.runtime.pretrained import HUB_OPTIONS
 from remoe_adapt.untrusted import printable
 
 _KV_CACHE_PART = 16
-_KNOWN = ("budget", "device", "dtype", *CACHE_OPTIONS)
+_KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
 # Options of from_pretrained that place, make, quantise or find weights in ways of their own.
 OWN_PLACEMENT = {
     "device_map",
@@ -56,7 +56,7 @@ OWN_PLACEMENT = {
 
 def load_with_expert_cache(
     path: str | os.PathLike[str],
-    budget: str | int | float = 0.25,
+    expert_cache: str | int | float = 0.25,
     *,
     device: str | torch.device = "cpu",
     ram_budget: str | int | float | None = None,
@@ -77,10 +77,10 @@ def load_with_expert_cache(
     `experts_implementation="eager"`, generates, and takes PEFT adapters; its experts are frozen.
 
     path: of the folder, or the hub id.
-    budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0).
+    expert_cache: the budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0).
     device: the CPU, or a CUDA device, which holds the dense part and the slots of that budget. Below them come slots in
         pinned RAM, filled from storage.
-    ram_budget: of the slots in pinned RAM, like budget; None: twice the budget, at most all experts.
+    ram_budget: of the slots in pinned RAM, like expert_cache; None: twice as much, at most all experts.
     memory: what the dense part and the slots may take together, with a sixteenth left for the KV cache; it lowers the
         budget.
     storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
@@ -95,7 +95,7 @@ def load_with_expert_cache(
     """
     check_names(from_pretrained_kwargs, _KNOWN)
     check_path("path", path, "a model folder or a hub id")
-    check_budget("budget", budget)
+    check_budget("expert_cache", expert_cache)
     if ram_budget is not None:
         check_budget("ram_budget", ram_budget)
     if memory is not None:
@@ -124,7 +124,7 @@ def load_with_expert_cache(
         check_experts(modules)
         store = _store(checkpoint, skeleton, storage, direct_io=direct_io, reader=reader)
         try:
-            budget_bytes = budget_in_bytes(budget, store.total_bytes)
+            budget_bytes = budget_in_bytes(expert_cache, store.total_bytes)
             if memory is not None:
                 budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
             cache = make_cache(

@@ -1,17 +1,14 @@
 """The dial: sensors, pressure or strength in, swaps between forwards out.
 
 A monitor thread samples the sensors and posts targets; a user's hand pins them. Any thread may post a target; the
-latest wins. Posting stages the weights in the calling thread; the swap itself is made by the gate: between the steps of
-`generate` or at `controller.step()`. A hand's target is live at once when nothing runs; the monitor never swaps, as it
-cannot know of a plain forward.
+latest wins. Posting stages the weights in the calling thread (`staging`); the swap itself is made by the step lock
+(`gate`): between the steps of `generate` or at `controller.step()`.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-import threading
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,22 +18,20 @@ from peft import PeftModel
 
 from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import MergeStateError
+from remoe_adapt.errors import DialError
 from remoe_adapt.family import Family
 from remoe_adapt.forks import mend_after_fork
 from remoe_adapt.libraries.patching import Overrides
-from remoe_adapt.notices import say_once
 from remoe_adapt.pressure.policy import Decision
-from remoe_adapt.runtime.boundaries import wrap_steps
-from remoe_adapt.runtime.events import Events, Swap
-from remoe_adapt.runtime.gate import Gate
+from remoe_adapt.runtime.engine import turn
+from remoe_adapt.runtime.events import SENSORS, Events, Swap, Target, rounded, unit
+from remoe_adapt.runtime.gate import wrap_steps
 from remoe_adapt.runtime.guards import Guards
 from remoe_adapt.runtime.leaving import EXIT
 from remoe_adapt.runtime.monitor import Monitor, what_sensors_say
 from remoe_adapt.runtime.recency import DialPrior
-from remoe_adapt.runtime.swap import ResidentRouters, Staged
-from remoe_adapt.runtime.target import Target, unit
-from remoe_adapt.runtime.timings import Timings, rounded
+from remoe_adapt.runtime.staging import Staging
+from remoe_adapt.runtime.swap import ResidentRouters
 from remoe_adapt.tuner.model import RemoeModel
 
 _OPEN: weakref.WeakSet[Controller] = weakref.WeakSet()
@@ -50,12 +45,18 @@ class Controller:
     """Holds one model's routers at a strength. `get_remoe_model` makes it; it is `model.controller`.
 
     peft_model: a PeftModel of type REMOE whose adapter is zero. From here on its routers are in resident mode and its
-    `generate` has step boundaries. monitored: a daemon thread samples the sensors `profile.controller.sample_hz` times
-    a second, asks for a strength unless a hand pins it, and moves the budget of an expert cache. A copy or pickle of
-    the model is refused while the controller is open, and so is `save_pretrained`: the weights in memory are those of a
-    strength, not those of the base. A child made by fork has its own dial, without the thread until `resume`.
+        `generate` has step boundaries.
+    family: whose strengths the routers take.
+    profile: maps pressure to strength.
+    prior: the recency prior on the model, whose gains are swapped with the weights.
+    monitored: a daemon thread samples the sensors `profile.controller.sample_hz` times a second, asks for a strength
+        unless a hand pins it, and moves the budget of an expert cache.
 
-    Not under the gate's eye: `generate_batch`, and plain forwards of one thread while another one generates or sets a
+    A copy or pickle of the model is refused while the controller is open, and so is `save_pretrained`: the weights in
+    memory are those of a strength, not those of the base. A child made by fork has its own dial, without the thread
+    until `resume`.
+
+    Not seen by the dial: `generate_batch`, and plain forwards of one thread while another one generates or sets a
     target by hand. Call `step()` between the forwards of a hand-written loop, or what the sensors ask for never comes;
     with several threads, `with controller.step(): model(...)`.
     """
@@ -74,20 +75,14 @@ class Controller:
         self.family, self.profile, self._prior = family, profile, prior
         self._model, self._base, self._tuner = peft_model, peft_model.get_base_model(), tuner
         self._routers = ResidentRouters(self._base, family, prior)
-        self._gate = Gate(lambda: self._staged is not None, self._swap)
-        self._stage_lock = threading.RLock()
-        self._staged: tuple[Staged, Target] | None = None
-        self._retired: Staged | None = None
-        self._ticket, self._target = 0, Target(0.0, None, "")
-        self._pinned = self._swapping = False
-        self._timings, self._swaps = Timings(), 0
-        self._closed = False
-        self._hooks = Overrides()
         self._events = Events()
-        self._monitor = Monitor(self._base, profile, self)
+        self._staging = Staging(self._routers, self._events)
+        self._steps = self._staging.steps
+        self._hooks = Overrides()
+        self._monitor = Monitor(self._base, profile, self.tick)
         self._guards = Guards(self._model, self._routers, prior)
-        tuner.dial = self
-        wrap_steps(self._hooks, self._base, self._gate, self._timings)
+        tuner.before_unload = self.release
+        wrap_steps(self._hooks, self._base, self._steps)
         mend_after_fork(self)
         _OPEN.add(self)
         self.set_pressure(None)
@@ -99,24 +94,24 @@ class Controller:
     @property
     def strength(self) -> float:
         """The strength that is live now."""
-        return self._routers.strength
+        return self._staging.strength
 
     @property
     def target(self) -> float:
         """The strength asked for last: live, or waiting for the next step."""
-        return self._target.strength
+        return self._staging.target
 
     @property
     def pinned(self) -> bool:
         """A hand holds the dial."""
-        return self._pinned
+        return self._staging.pinned
 
     def set_pressure(self, pressure: float | None) -> None:
         """Pin the pressure, from 0 (plenty of memory) to 1 (thrashing); the profile's curve says which strength it is.
 
         It is live at once where no forward is announced. None hands control back to the sensors, at the strength of
         the pressure that counts by their last word; where they are silent that is pressure 0. Raises ConfigError for
-        anything but None or a number in [0, 1]; MergeStateError after `close`.
+        anything but None or a number in [0, 1]; DialError after `close`.
         """
         if pressure is None:
             said = self._monitor.decision
@@ -124,20 +119,20 @@ class Controller:
             strength = self.profile.strength_at(counts)
             words = "no sensor has spoken yet" if said is None else what_sensors_say(said)
             reason = f"{words}; profile {self.profile.name} maps pressure {counts:.2f} to strength {strength:g}"
-            self._post(Target(strength, counts, reason, "sensors"), pinned=False)
+            self._staging.post(Target(strength, counts, reason, SENSORS), unpin=True)
             return
         pressure = unit("pressure", pressure)
         strength = self.profile.strength_at(pressure)
         reason = f"pressure {pressure:g} was set by hand; profile {self.profile.name} maps it to strength {strength:g}"
-        self._post(Target(strength, pressure, reason), pinned=True)
+        self._staging.post(Target(strength, pressure, reason))
 
     def set_strength(self, strength: float) -> None:
         """Pin the strength itself, from 0 (the base, bit for bit) to 1; the profile's curve and maximum are not asked.
 
-        Raises ConfigError for anything but a number in [0, 1]; MergeStateError after `close`.
+        Raises ConfigError for anything but a number in [0, 1]; DialError after `close`.
         """
         strength = unit("strength", strength)
-        self._post(Target(strength, None, f"strength {strength:g} was set by hand"), pinned=True)
+        self._staging.post(Target(strength, None, f"strength {strength:g} was set by hand"))
 
     def pause(self) -> AbstractContextManager[None]:
         """Sample no more: strength and cache budget stay where they are, until `resume`, or until the end of a
@@ -148,14 +143,14 @@ class Controller:
         return self._monitor.pause()
 
     def resume(self) -> None:
-        """Sample again, whatever pauses are open. Raises MergeStateError after `close`."""
-        if self._closed or not self._monitor.resume():
-            self._check_open()
+        """Sample again, whatever pauses are open. Raises DialError after `close`."""
+        if self._staging.closed or not self._monitor.resume():
+            self._staging.check_open()
 
     def on_swap(self, callback: Callable[[Swap], object]) -> Callable[[], None]:
         """Call `callback` with every Swap, in order, in a thread of its own; returns what ends that. An exception in it
-        is logged. Raises ConfigError when it cannot be called, MergeStateError after `close`."""
-        self._check_open()
+        is logged. Raises ConfigError when it cannot be called, DialError after `close`."""
+        self._staging.check_open()
         return self._events.subscribe(callback)
 
     def log_to(self, path: str | os.PathLike[str] | None) -> None:
@@ -163,9 +158,9 @@ class Controller:
 
         `{"event": "swap", ...}` has the fields of a Swap; `{"event": "sample", ...}` time_s, pressure, strength,
         tpot_ms, the cache's counters, and what each sensor says. Raises ConfigError when it cannot be written, and
-        MergeStateError after `close`.
+        DialError after `close`.
         """
-        self._check_open()
+        self._staging.check_open()
         self._events.write_to(path)
         self._sample_now()
 
@@ -180,9 +175,8 @@ class Controller:
         As `with controller.step(): model(...)`, no swap of any thread falls into that forward. After the first call,
         targets set by other threads wait for the next one. Inside `generate` it is not needed.
         """
-        self._timings.step_begins()
-        self._gate.step()
-        return self._gate.forward()
+        self._steps.step()
+        return self._steps.forward()
 
     def status(self) -> dict[str, Any]:
         """What holds now, JSON-ready; times in ms, None before the first.
@@ -198,62 +192,44 @@ class Controller:
         cache = expert_cache_of(self._base)
         experts = None if cache is None else cache.stats()
         sensors, monitored = self._monitor.status(), self._monitor.running
-        but = "" if self._closed else self._guards.but()
-        with self._gate.lock:
-            waiting, reason = self._staged is not None, self._target.reason
-            if waiting:
-                reason += f"; strength {self.strength:.2f} is live, and the target waits for the next step"
-            reason += but
-            found = {
-                "strength": self.strength,
-                "target": self._target.strength,
-                "pressure": self._target.pressure,
-                "pinned": self._pinned,
-                "monitored": monitored,
-                "reason": reason,
-                "waiting": waiting,
-                "swaps": self._swaps,
-                **self._timings.status(),
-                "running": self._gate.sessions,
-                "sensors": sensors,
-                "recency": None if self._prior is None else self._prior.status(),
-                "hit_rate": experts and experts["hit_rate"],
-                "bytes_read": experts and experts["bytes"],
-                "expert_cache": experts,
-                "profile": self.profile.name,
-                "family": str(self.family.path),
-                "base": self.family.base_id,
-                "points": list(self.family.strengths),
-                "closed": self._closed,
-            }
+        but = "" if self._staging.closed else self._guards.but()
+        found = self._staging.status()
+        found |= {
+            "reason": found["reason"] + but,
+            "monitored": monitored,
+            "sensors": sensors,
+            "recency": None if self._prior is None else self._prior.status(),
+            "hit_rate": experts and experts["hit_rate"],
+            "bytes_read": experts and experts["bytes"],
+            "expert_cache": experts,
+            "profile": self.profile.name,
+            "family": str(self.family.path),
+            "base": self.family.base_id,
+        }
         return {**found, **rounded({key: found[key] for key in found if key not in _AS_THEY_ARE})}
 
     def close(self) -> None:
         """Restore the base router weights bit for bit and let go of the model; waits for forwards in flight.
 
         The model stays wrapped (`remoe_adapt.release(model)` gives the base model back). Closing twice is fine. Raises
-        MergeStateError inside a forward of the same thread.
+        DialError inside a forward of the same thread.
         """
-        self.release(keep_live=False)
+        self.release(False)
 
-    def release(self, *, keep_live: bool) -> None:
+    def release(self, keep_live: bool) -> None:
         """`close`, or with `keep_live` leave the routers at the present strength, as `merge_and_unload` does.
 
         Raises MergeStateError with `keep_live` while a recency prior acts: it is in no weight, and would be lost.
         """
-        if self._closed:
+        if self._staging.closed:
             return
         self._guards.check_leaving(keep_live)
         self._sample_now()
-        with self._gate.closed_for_good():
-            if self._closed:  # by another thread meanwhile
+        with self._steps.closed_for_good():
+            if self._staging.closed:  # by another thread meanwhile
                 return
-            self._staged = self._retired = None
-            self._closed = True
-            self._ticket += 1
-            self._routers.release(keep_live=keep_live)
-            self._target = Target(self.strength, None, "closed")
-            self._tuner.dial = None
+            self._staging.close(keep_live)
+            self._tuner.before_unload = None
             self._hooks.remove()
             self._guards.remove()
             for owner in (self._model, self._base):
@@ -270,119 +246,43 @@ class Controller:
         self.close()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise MergeStateError(
+        raise DialError(
             "a model with an open controller cannot be copied or pickled: its routers are at a strength, and two "
             "models cannot share one dial. Call model.controller.close() first."
         )
 
     def after_fork(self) -> None:
         """In the child: locks that threads of the parent held, and those threads, are not there."""
-        self._stage_lock = threading.RLock()
-        self._gate.after_fork()
+        self._staging.after_fork()
         self._monitor.after_fork()
         self._events.after_fork()
 
-    # Target -> staged -> live
+    # What the sensors turn
 
-    def hear(self, decision: Decision) -> None:
-        """What the monitor decided; nothing while a hand pins the dial."""
-        target = Target(decision.strength, decision.pressure, decision.reason, "sensors")
-        if decision.changed:
-            self._post(target, pinned=None)
-        else:
-            with self._gate.lock:
-                if not (self._pinned or self._closed) and self._target.strength == decision.strength:
-                    self._target = target
+    def tick(self, now_s: float | None = None) -> Decision:
+        """One sample of the sensors (at `now_s`, None: now), and the target that follows unless it is pinned."""
+        decision = self._monitor.sample(now_s, self.target, pinned=self.pinned)
+        turn(self._staging, decision)
         if self._events.recording:
             self._events.sample(self._sample(decision))
+        return decision
 
     def _sample_now(self) -> None:
         """A log begins and ends with a sample, however short the run."""
         if self._events.recording and self._monitor.running:
-            self._monitor.tick()
+            self.tick()
 
     def _sample(self, decision: Decision) -> dict[str, Any]:
         cache = expert_cache_of(self._base)
         experts = {} if cache is None else cache.stats(layers=False)
         return {
-            "pressure": self._target.pressure,
+            "pressure": self._staging.asked.pressure,
             "strength": self.strength,
-            "tpot_ms": self._timings.tpot_ms,
+            "tpot_ms": self._steps.tpot_ms,
             "reason": decision.reason,
             "signals": dict(decision.signals),
             **{key: experts.get(key) for key in _SAMPLED},
         }
-
-    def _post(self, target: Target, *, pinned: bool | None) -> None:
-        """pinned: whether a hand holds the dial from now on; None: the monitor speaks, unless a hand holds it, and its
-        target waits for a boundary. What cannot be staged changes nothing."""
-        with EXIT.inside():
-            with self._gate.lock:
-                if pinned is None and (self._pinned or self._closed):
-                    return
-                self._check_open()
-                was_pinned, self._pinned, self._target = self._pinned, bool(pinned), target
-                self._ticket += 1
-                ticket = self._ticket
-            with self._stage_lock:
-                if ticket == self._ticket:  # else a later target is on its way
-                    try:
-                        self._stage(target, ticket)
-                    except BaseException as error:
-                        self._fall_back(ticket, was_pinned, error)
-                        raise
-            if pinned is not None:
-                self._gate.swap_if_idle()
-
-    def _stage(self, target: Target, ticket: int) -> None:
-        with self._gate.lock:
-            self._check_open()
-            if target.strength == self.strength and not self._swapping and not self._routers.moved:
-                self._staged = None
-                return
-            self._retired = None
-        begin = time.perf_counter()
-        staged = self._routers.stage(target.strength)
-        stage_ms = (time.perf_counter() - begin) * 1e3
-        with self._gate.lock:
-            self._timings.stage_ms.append(stage_ms)
-            if ticket == self._ticket:
-                self._staged = staged, target
-
-    def _fall_back(self, ticket: int, pinned: bool, error: BaseException) -> None:
-        """To what waits, or is live: else the sensors would never ask again for what could not be staged."""
-        with self._gate.lock:
-            if ticket == self._ticket and not self._closed:
-                reason = f"strength {self._target.strength:g} could not be staged ({type(error).__name__}: {error})"
-                live = Target(self.strength, None, reason, "hand" if pinned else "sensors")
-                self._target = live if self._staged is None else self._staged[1]
-                self._pinned = pinned
-
-    def _swap(self, alone: bool) -> None:
-        """Called by the gate, under its lock, while no forward is in flight."""
-        assert self._staged is not None
-        staged, target = self._staged
-        before, begin = self.strength, time.perf_counter()
-        self._swapping = True  # until done: what a fork or an error cuts short is done again at the next boundary
-        try:
-            self._routers.commit(staged, alone=alone)
-        except MergeStateError as error:  # the model was changed since staging; a later target is refused when staged
-            self._swapping, self._staged = False, None
-            self._target = Target(before, None, f"strength {target.strength:g} is not live: {error}", target.by)
-            say_once(self._target.reason)
-            return
-        self._swapping, self._staged = False, None
-        self._retired = staged  # freeing it takes as long as the copy: the next staging does it
-        swap_ms = (time.perf_counter() - begin) * 1e3
-        self._timings.swap_ms.append(swap_ms)
-        self._swaps += 1
-        self._events.swap(
-            Swap(time.time(), before, target.strength, target.pressure, target.by, target.reason, swap_ms)
-        )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise MergeStateError("this controller is closed: call get_remoe_model again.")
 
 
 @atexit.register

@@ -1,4 +1,4 @@
-"""What happened to a dial: swaps and samples, kept, handed to callbacks, and written as JSON lines.
+"""What is asked of a dial, and what happened to it: swaps and samples, kept, handed to callbacks, written as JSON.
 
 Callbacks and the file have a thread of their own: the decoding thread, which makes the swaps, only puts them in a
 queue. The thread keeps nobody alive: callbacks may hold the model, and the file is its controller's.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+import numbers
 import os
 import queue
 import threading
@@ -18,13 +20,40 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.runtime.timings import rounded
 
 _log = logging.getLogger("remoe_adapt")
 _KEPT = 1000
+# Who asks: Target.by and Swap.by.
+HAND, SENSORS = "hand", "sensors"
+_SHOWN_DIGITS, _LEAST_PLACES = 6, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is asked of a dial.
+
+    strength: from 0 (the base) to 1.
+    pressure: that the strength answers, None where a strength was set by hand.
+    reason: in words.
+    by: HAND or SENSORS.
+    """
+
+    strength: float
+    pressure: float | None = None
+    reason: str = ""
+    by: str = HAND
+
+
+def unit(what: str, value: object) -> float:
+    """A pressure or strength given by hand. Raises ConfigError for anything but a number in [0, 1]."""
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not 0.0 <= number <= 1.0:  # NaN fails too
+        meaning = "0 (plenty) to 1 (thrashing)" if what == "pressure" else "0 (the base) to 1 (the strongest point)"
+        raise ConfigError(f"{what} {value!r} is out of range: give a number from {meaning}.")
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +71,32 @@ class Swap:
     swap_ms: float
 
 
-# What to hand on; an event to set when all before was handed on; None: the end.
-_Queue = queue.SimpleQueue[Swap | dict[str, Any] | threading.Event | None]
+class Event(NamedTuple):
+    """One thing for the delivering thread to do.
+
+    swap: to be written, and handed to the callbacks.
+    sample: to be written.
+    done: to be set when all before it was delivered.
+    last: the thread ends after it.
+    """
+
+    swap: Swap | None = None
+    sample: dict[str, Any] | None = None
+    done: threading.Event | None = None
+    last: bool = False
+
+
+def rounded(value: Any) -> Any:
+    """JSON-ready values with their floats to six digits, and to three decimals at least: for people and logs."""
+    if isinstance(value, float) and math.isfinite(value) and value:
+        return round(value, max(_LEAST_PLACES, _SHOWN_DIGITS - 1 - math.floor(math.log10(abs(value)))))
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 class Events:
-    """The last swaps of one dial, and who hears of them. Any thread may call anything."""
+    """The last swaps of one dial, and who is told of them. Any thread may call anything."""
 
     def __init__(self) -> None:
         self._swaps: deque[Swap] = deque(maxlen=_KEPT)
@@ -69,12 +118,12 @@ class Events:
         """A swap was made."""
         self._swaps.append(swap)
         if self._callbacks or self._file is not None:
-            self._put(swap)
+            self._put(Event(swap=swap))
 
     def sample(self, values: dict[str, Any]) -> None:
         """What the sensors say at one moment; it goes to the file alone."""
         if self._file is not None:
-            self._put({"event": "sample", "time_s": time.time(), **values})
+            self._put(Event(sample={"event": "sample", "time_s": time.time(), **values}))
 
     def subscribe(self, callback: Callable[[Swap], object]) -> Callable[[], None]:
         """Call `callback` after every swap, in order, in a thread of the log's own; returns what ends it.
@@ -112,7 +161,7 @@ class Events:
             thread = self._thread
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             done = threading.Event()
-            self._queue.put(done)
+            self._queue.put(Event(done=done))
             done.wait(timeout_s)
 
     def close(self) -> None:
@@ -123,7 +172,7 @@ class Events:
         self.flush()
         self._callbacks.clear()
         self.write_to(None)
-        self._queue.put(None)
+        self._queue.put(Event(last=True))
 
     def after_fork(self) -> None:
         """In the child: its copy goes on without the parent's thread, callbacks and file."""
@@ -132,49 +181,52 @@ class Events:
 
     def __del__(self) -> None:
         """Let go of without `close`, as with a model that nobody needs."""
-        self._queue.put(None)
+        self._queue.put(Event(last=True))
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
 
     def _start_afresh(self) -> None:
-        self._queue: _Queue = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
-    def _put(self, item: Swap | dict[str, Any]) -> None:
-        self._queue.put(item)
+    def _put(self, event: Event) -> None:
+        self._queue.put(event)
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
                     self._thread = threading.Thread(
-                        target=_deliver, args=(weakref.ref(self), self._queue), name="remoe-events", daemon=True
+                        target=_run, args=(weakref.ref(self), self._queue), name="remoe-events", daemon=True
                     )
                     self._thread.start()
 
     def _write_rest(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                item = self._queue.get_nowait()
-                if isinstance(item, threading.Event):
-                    item.set()
-                elif item is not None:
-                    self._write(item)
+                event = self._queue.get_nowait()
+                self._write(event)
+                if event.done is not None:
+                    event.done.set()
 
-    def _hand_on(self, item: Swap | dict[str, Any]) -> None:
-        self._write(item)
-        if isinstance(item, Swap):
+    def _deliver(self, event: Event) -> None:
+        self._write(event)
+        if event.swap is not None:
             for callback in list(self._callbacks):
                 try:
-                    callback(item)
+                    callback(event.swap)
                 except Exception:
                     _log.exception("on_swap callback %r failed", callback)
+        if event.last:
+            with self._lock:
+                self._thread = None
 
-    def _write(self, item: Swap | dict[str, Any]) -> None:
-        file = self._file
-        if file is None:
+    def _write(self, event: Event) -> None:
+        file, line = self._file, event.sample
+        if event.swap is not None:
+            line = {"event": "swap", **asdict(event.swap)}
+        if file is None or line is None:
             return
-        line = {"event": "swap", **asdict(item)} if isinstance(item, Swap) else item
         try:
             file.write(json.dumps(rounded(line)) + "\n")
             file.flush()
@@ -184,21 +236,16 @@ class Events:
             with contextlib.suppress(OSError, ValueError):  # what it could not write
                 file.close()
 
-    def _has_ended(self) -> None:
-        with self._lock:
-            self._thread = None
 
-
-def _deliver(events: weakref.ref[Events], items: _Queue) -> None:
-    while (item := items.get()) is not None:
-        if isinstance(item, threading.Event):
-            item.set()
-            continue
-        log = events()
-        if log is None:
+def _run(log_ref: weakref.ref[Events], queued: queue.SimpleQueue[Event]) -> None:
+    """The delivering thread; it holds the log only while it delivers, so that a model nobody needs can go."""
+    while True:
+        event = queued.get()
+        log = log_ref()
+        if log is not None:
+            log._deliver(event)
+        if event.done is not None:
+            event.done.set()
+        if event.last or log is None:
             return
-        log._hand_on(item)
-        del log
-    log = events()
-    if log is not None:
-        log._has_ended()
+        del log, event

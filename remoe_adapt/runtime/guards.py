@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from remoe_adapt.errors import MergeStateError
+from remoe_adapt.errors import DialError, MergeStateError
 from remoe_adapt.libraries.patching import Overrides
 from remoe_adapt.runtime.recency import DialPrior
 from remoe_adapt.runtime.swap import ResidentRouters
@@ -37,7 +37,7 @@ class Guards:
         self._handles = [base.register_load_state_dict_pre_hook(partial(_keep_live, self._layers))]
         layer: Any
         for layer in self._layers.values():
-            self._hooks.wrap(layer, "enable_adapters", self._follow)
+            self._hooks.wrap(layer, "enable_adapters", self._switch_prior)
             self._handles.append(layer.register_state_dict_post_hook(_give_base))
             self._handles.append(layer.register_load_state_dict_pre_hook(partial(_keep_live, {"": layer})))
         for owner in (base, model):
@@ -65,8 +65,8 @@ class Guards:
             handle.remove()
 
     def check_leaving(self, keep_live: bool) -> None:
-        """Raises MergeStateError where leaving would lose something: the base's weights, or with `keep_live` the
-        prior."""
+        """Raises where leaving would lose something: DialError for the base's weights, MergeStateError with
+        `keep_live` for the prior."""
         if not keep_live:
             self._routers.check_restorable()
         elif self._prior is not None and self._prior.acts:
@@ -78,7 +78,7 @@ class Guards:
             keep = self._no_weight(self._prior)
         strength, family = self._routers.strength, self._routers.family
         where = f" The adapters are in {family.path}." if self._has_deltas else ""
-        raise MergeStateError(
+        raise DialError(
             f"the router weights in memory are those of strength {strength:g}, so nothing is saved.{where} To keep "
             f"something: {keep}; for the base call model.unload() and save its result."
         )
@@ -89,7 +89,7 @@ class Guards:
 
     def _no_weight(self, prior: DialPrior) -> str:
         """Why no checkpoint holds what runs now, and what does."""
-        mode, gain, family = prior.plan.mode, prior.status()["gain"], self._routers.family
+        mode, gain, family = prior.plan.always.mode, prior.status()["gain"], self._routers.family
         words = (
             f"the recency prior ({mode}, mean gain {gain:.3g}) that acts at strength {self._routers.strength:g} is no "
             "weight, and a checkpoint would run without it"
@@ -98,7 +98,7 @@ class Guards:
             words += f"; `remoe export merged` writes the router weights of a strength of {family.path} alone"
         return f"{words}; remoe_adapt.recency_prior puts a prior on a plain model"
 
-    def _follow(self, original: Callable[[bool], None], enabled: bool) -> None:
+    def _switch_prior(self, original: Callable[[bool], None], enabled: bool) -> None:
         original(enabled)
         if self._prior is not None:
             self._prior.switch(not self.disabled)
@@ -126,7 +126,7 @@ def _keep_live(
         if found is None or found is live:
             continue
         if found.shape != original.shape or not torch.equal(found.to(original), original):
-            raise MergeStateError(
+            raise DialError(
                 f"{key} holds other weights than the base that the dial was made for, so the state dict is not loaded: "
                 "take the dial off first (remoe_adapt.release(model)), and call get_remoe_model again afterwards."
             )

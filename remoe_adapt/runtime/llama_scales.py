@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from remoe_adapt.errors import ServerError
+from remoe_adapt.errors import DialError, ServerError
+from remoe_adapt.runtime.events import HAND, SENSORS, Target, unit
 from remoe_adapt.untrusted import printable
 
 # The server keeps scales in fp32.
@@ -20,6 +21,20 @@ _SAME = 1e-5
 _SHOWN = 20
 # Strengths are set, and stated, to so many digits.
 STEP_DIGITS = 4
+
+
+def rounded_strength(target: Target, now: float, closed: bool) -> float | None:
+    """The strength of a target, to STEP_DIGITS; None: nothing changes, see `Engine.post`.
+
+    now: the strength posted last; where the sensors stay with it, what the server is found at is kept, to all digits.
+
+    Raises ConfigError for a strength outside [0, 1], DialError for a hand's target where the engine is closed.
+    """
+    strength = unit("strength", target.strength)
+    if closed and target.by == HAND:
+        raise DialError("this engine is closed, and was left as it is: start `remoe watch` again.")
+    same = target.by == SENSORS and strength == now
+    return None if closed or same else round(strength, STEP_DIGITS)
 
 
 @dataclass(frozen=True, slots=True)

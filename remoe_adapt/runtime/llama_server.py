@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from remoe_adapt.errors import ServerDownError, ServerError
+from remoe_adapt.runtime.events import Target
 from remoe_adapt.runtime.llama_http import Address, call
 from remoe_adapt.runtime.llama_probe import restores_other_scales, reuses_prompts
 from remoe_adapt.runtime.llama_process import ServerProcess
-from remoe_adapt.runtime.llama_scales import STEP_DIGITS, LoadedLora, ScaleMap, loaded_loras
+from remoe_adapt.runtime.llama_scales import LoadedLora, ScaleMap, loaded_loras, rounded_strength
 from remoe_adapt.untrusted import printable
 
 CHECK_S = 2.0
@@ -37,20 +38,27 @@ class Setting:
     scales: ScaleMap
 
 
-class LlamaActuator:
-    """Holds one server at a strength; an `Actuator` of the policy. Every method may be called by any thread, `sync` by
-    one.
+class LlamaServer:
+    """Holds one server at a strength; an `Engine`.
 
-    strengths: the family's points, rising; recognise: path of a loaded adapter -> its strength, None: not of
-    the family. dry_run: nothing is ever set. reuse_prompts: per_request alone; clients may use the server's prompt
-    cache.
+    address: where it listens.
+    process: that listens there, whose restarts are seen.
+    points: the family's strengths, rising.
+    recognise: path of a loaded adapter -> its strength, None: not of the family.
+    per_request: a proxy in front sets the scales in every request, and the server's own stay those of strength 0.
+    reuse_prompts: per_request alone; clients may use the server's prompt cache.
+    dry_run: nothing is ever set.
+    api_key: the server's.
+    clock: seconds, for the pauses between looks.
     """
+
+    name = "llama-server"
 
     def __init__(
         self,
         address: Address,
         process: ServerProcess,
-        strengths: Sequence[float],
+        points: Sequence[float],
         recognise: Callable[[str], float | None],
         *,
         per_request: bool = False,
@@ -61,21 +69,31 @@ class LlamaActuator:
     ) -> None:
         self.address, self.process = address, process
         self.per_request, self.reuse_prompts, self.dry_run = per_request, reuse_prompts, dry_run
-        self._strengths, self._recognise = tuple(strengths), recognise
+        self.points, self._recognise = tuple(points), recognise
         self._api_key, self._clock = api_key, clock
         self._lock = threading.Lock()
         self._wanted: float | None = None
         self._scales: ScaleMap | None = None
         self._live: float | None = None
         self._retry_s, self._pause_s, self._check_s = -1.0, 0.0, -1.0
-        self.attached = self.posts = 0
+        self.met = self.swaps = 0
+        self._closed = False
+        self._left_at: float | None = None
 
-    def apply(self, strength: float) -> None:
-        """Want this strength, in steps of 0.0001; `sync` brings it about."""
-        with self._lock:
-            self._wanted = round(strength, STEP_DIGITS)
+    @property
+    def takes_effect(self) -> str:
+        """In words."""
+        return "at the next request" if self.per_request else "at the server's next batch of tokens"
 
-    def current(self) -> float:
+    def post(self, target: Target) -> None:
+        """Want this strength, in steps of 0.0001; `sync` brings it about. See `Engine.post`."""
+        wanted = rounded_strength(target, self.target, self._closed)
+        if wanted is not None:
+            with self._lock:
+                self._wanted = wanted
+
+    @property
+    def target(self) -> float:
         """The strength wanted last; before the first, what the server was found at (0 where that is no strength)."""
         with self._lock:
             return self._wanted or 0.0
@@ -103,6 +121,8 @@ class LlamaActuator:
         Raises ServerError for a server that cannot be driven, ServerDownError where it does not answer.
         """
         now_s = self._clock()
+        if self._closed:
+            return False
         if self.process.find() or (self.process.known and not self.process.alive()):
             self.lost()
         if self._scales is None and now_s < self._retry_s:
@@ -125,12 +145,33 @@ class LlamaActuator:
         self._pause_s = 0.0
         return True
 
-    def release(self, keep: bool) -> float | None:
-        """The last call: back to the base, unless `keep`, or nothing of the server's was set. The strength it is left
-        at; None when it could not be asked."""
+    def status(self) -> dict[str, Any]:
+        """See `Engine.status`; strength: that requests get, as far as it is known."""
+        with self._lock:
+            known, live = self._scales is not None, self._wanted if self.per_request else self._live
+        return {
+            "engine": self.name,
+            "strength": live if known else None,
+            "target": self.target,
+            "ready": known and not self._closed,
+            "met": self.met,
+            "swaps": self.swaps,
+            "swap_ms": None,
+            "points": list(self.points),
+            "closed": self._closed,
+        }
+
+    def close(self, keep: bool = False) -> float | None:
+        """Back to the base, unless `keep`, or nothing of the server's was set. See `Engine.close`."""
+        if not self._closed:
+            self._left_at = self._leave(keep)
+            self._closed = True
+        return self._left_at
+
+    def _leave(self, keep: bool) -> float | None:
         if self.dry_run or self.per_request or keep:
-            return self.current()
-        self.apply(0.0)
+            return self.target
+        self.post(Target(0.0))
         try:
             return 0.0 if self.sync() else None
         except ServerError:
@@ -142,7 +183,7 @@ class LlamaActuator:
 
     def _meet(self) -> None:
         loras = self.loras()
-        scales = ScaleMap.of(loras, self._strengths, self._recognise)
+        scales = ScaleMap.of(loras, self.points, self._recognise)
         self._check_caches(scales)
         found = scales.strength_of(loras)
         with self._lock:
@@ -153,17 +194,17 @@ class LlamaActuator:
             self._set(scales)
         with self._lock:
             self._scales = scales
-        self.attached += 1
+        self.met += 1
 
     def _target(self) -> float:
-        return 0.0 if self.per_request else self.current()
+        return 0.0 if self.per_request else self.target
 
     def _set(self, scales: ScaleMap) -> None:
         """One call sets every adapter: no request ever sees a part of it."""
         target = self._target()
         if not self.dry_run:
-            self._post("/lora-adapters", scales.as_list(target))
-            self.posts += 1
+            self._send("/lora-adapters", scales.as_list(target))
+            self.swaps += 1
             loras = self.loras()
             if not scales.matches(loras, target):
                 scales_now = printable([lora.scale for lora in loras])
@@ -177,7 +218,7 @@ class LlamaActuator:
     def _unchanged(self, scales: ScaleMap) -> bool:
         """Whether the server is as it was left: adapters under their numbers, all scales as they were."""
         loras = self.loras()
-        if ScaleMap.of(loras, self._strengths, self._recognise) != scales:
+        if ScaleMap.of(loras, self.points, self._recognise) != scales:
             return False
         return self.dry_run or self._live is None or scales.matches(loras, self._live)
 
@@ -209,7 +250,7 @@ class LlamaActuator:
     def _get(self, path: str) -> Any:
         return call(self.address, path, api_key=self._api_key)
 
-    def _post(self, path: str, body: Any) -> Any:
+    def _send(self, path: str, body: Any) -> Any:
         return call(self.address, path, body, api_key=self._api_key)
 
     def _probe(self, path: str, body: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,20 @@ from weakref import WeakKeyDictionary
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from remoe_adapt.cache.experts import expert_cache_of
+from remoe_adapt.cache.prefetch import bind_prefetch
 from remoe_adapt.cache.slots import check_budget
 from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
-from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError, UncacheableError
-from remoe_adapt.family import Family, original_weights
+from remoe_adapt.errors import AdapterConflictError, ConfigError, DialError, FamilyError, UncacheableError
+from remoe_adapt.family import Family
 from remoe_adapt.notices import say_once
-from remoe_adapt.record import usable_device
+from remoe_adapt.record import on_device, usable_device
+from remoe_adapt.routers.discover import Routers, survey_routers
 from remoe_adapt.runtime.cached import OWN_PLACEMENT, load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
 from remoe_adapt.runtime.options import CACHE_OPTIONS, check_device, check_flags, check_names, check_path
 from remoe_adapt.runtime.pretrained import load_base
-from remoe_adapt.runtime.recency import DialPrior, RecencyPlan, plan_recency, training_free_family
+from remoe_adapt.runtime.recency import AskedRecency, DialPrior, RecencyPlan, plan_recency, training_free_family
 from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
 from remoe_adapt.tuner.beside import plain_base
 
@@ -74,7 +78,7 @@ def get_remoe_model(
     `controller.resume()`. force: accept a family of another base, if names and shapes fit.
 
     Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
-    MergeStateError when the model has a dial already (see `release`), AdapterConflictError when REMOE adapters or the
+    DialError when the model has a dial already (see `release`), AdapterConflictError when REMOE adapters or the
     name `adapter_name` are on it, ConfigError for options that cannot work or nobody knows and when the base cannot be
     loaded, ProfileError, RouterNotFoundError and UnsupportedRouterError as their makers. The model is
     unchanged after an error.
@@ -96,18 +100,18 @@ def get_remoe_model(
         if options:
             raise ConfigError(f"{', '.join(options)}: options of loading, but base is a model already.")
         _check_free(base)
-    known = _family(family, chosen, _base_id(base))
+    known, asked = _family(family, chosen, _base_id(base)), AskedRecency(recency, recency_gain, recency_decay)
     if known is not None:
-        plan_recency(known, chosen, recency, recency_gain, recency_decay)  # refuse before anything is loaded
+        plan_recency(known, chosen, asked)  # refuse before anything is loaded
     if isinstance(base, nn.Module):
         model = plain_base(base)
+        routers = survey_routers(model)
     else:
-        model = load_base_under(chosen, base, expert_cache, device=device, **from_pretrained_kwargs)
-    asked = recency is not None or recency_gain is not None or recency_decay is not None
-    operating = known or training_free_family(model, _base_id(base), own_gain=not asked)
-    plan = plan_recency(operating, chosen, recency, recency_gain, recency_decay)
-    operating.check(model, force=force)
-    return _under_dial(model, operating, chosen, plan, adapter_name, force, monitor)
+        model, routers = _load_surveyed(chosen, base, expert_cache, device=device, **from_pretrained_kwargs)
+    operating = known or training_free_family(routers, _base_id(base), own_gain=asked == AskedRecency())
+    plan = plan_recency(operating, chosen, asked)
+    operating.check(model, force=force, routers=routers)
+    return _under_dial(model, routers, operating, chosen, plan, adapter_name, force, monitor)
 
 
 def release(model: nn.Module) -> nn.Module:
@@ -117,7 +121,7 @@ def release(model: nn.Module) -> nn.Module:
     model: the base or a PeftModel over it. It helps where only the base is at hand, as after `del model` in a notebook.
     Adapters that were not put on by the dial stay. A base without a dial is returned as it is.
 
-    Raises MergeStateError inside a forward, and when the weights cannot be written back (offloaded since).
+    Raises DialError inside a forward, and when the weights cannot be written back (offloaded since).
     """
     base = plain_base(model)
     controller = base.__dict__.get("controller")
@@ -145,33 +149,44 @@ def release(model: nn.Module) -> nn.Module:
 def load_base_under(
     profile: DeviceProfile,
     base: str | os.PathLike[str],
-    budget: str | int | float | None = None,
+    expert_cache: str | int | float | None = None,
     *,
     device: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """The base by path or hub id, behind an expert cache as the profile has it; whole where all of it may be in memory.
 
-    budget: of the cache instead of the profile's; with one, or with options of `load_with_expert_cache` among `kwargs`
-    (storage, prefetch ...), a cache must be possible. Else models whose experts cannot be cached, and those loaded with
-    options that place or quantise weights themselves, are whole, which is logged once. device: where it computes; None:
-    where from_pretrained puts it.
+    expert_cache: its budget instead of the profile's; with one, or with options of `load_with_expert_cache` among
+    `kwargs` (storage, prefetch ...), a cache must be possible. Else models whose experts cannot be cached, and those
+    loaded with options that place or quantise weights themselves, are whole, which is logged once.
+    device: where it computes; None: where from_pretrained puts it.
 
     Raises ConfigError when it cannot be loaded, ExpertReadError when its experts cannot be read.
     """
+    return _load_surveyed(profile, base, expert_cache, device=device, **kwargs)[0]
+
+
+def _load_surveyed(
+    profile: DeviceProfile,
+    base: str | os.PathLike[str],
+    expert_cache: str | int | float | None,
+    *,
+    device: str | None,
+    **kwargs: Any,
+) -> tuple[nn.Module, Routers]:
     if device is not None:
         usable_device(device)
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
     of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
-    if budget is None and not of_cache:
+    if expert_cache is None and not of_cache:
         whole = settings.share == 1.0 and memory_bytes is None
         placed = sorted(OWN_PLACEMENT.intersection(kwargs))
         if placed and not whole:
             say_once(f"loaded with {', '.join(placed)}: profile {profile.name} builds no expert cache then.")
         if placed or whole:
-            return _placed(load_base(base, **kwargs), device)
+            return _whole(base, device, kwargs)
     options: dict[str, Any] = {
-        "memory": memory_bytes if budget is None else None,
+        "memory": memory_bytes if expert_cache is None else None,
         "policy": settings.policy,
         "scope": settings.scope,
         "prefetch": settings.prefetch,
@@ -179,25 +194,32 @@ def load_base_under(
         **of_cache,
         **kwargs,
     }
-    share = settings.share if budget is None else budget
+    share = settings.share if expert_cache is None else expert_cache
+    # Bound below, with the routers that the caller gets as well: loading would look for them again.
+    prefetch = options.pop("prefetch")
+    check_flags(prefetch=prefetch)
     try:
-        return load_with_expert_cache(base, share, device="cpu" if device is None else device, **options)
+        model = load_with_expert_cache(base, share, device="cpu" if device is None else device, **options)
     except UncacheableError as error:
-        if budget is not None or of_cache:
+        if expert_cache is not None or of_cache:
             raise
         say_once(f"{error} It is loaded whole.")
-        return _placed(load_base(base, **kwargs), device)
+        return _whole(base, device, kwargs)
+    routers = survey_routers(model)
+    cache = expert_cache_of(model)
+    if prefetch and cache is not None:
+        bind_prefetch(model, cache, routers)
+    return model, routers
 
 
-def _placed(model: nn.Module, device: str | None) -> nn.Module:
-    try:
-        return model if device is None else model.to(device)
-    except RuntimeError as error:  # no room on it
-        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+def _whole(base: str | os.PathLike[str], device: str | None, kwargs: Mapping[str, Any]) -> tuple[nn.Module, Routers]:
+    model = on_device(load_base(base, **kwargs), device)
+    return model, survey_routers(model)
 
 
 def _under_dial(
     model: nn.Module,
+    routers: Routers,
     family: Family,
     profile: DeviceProfile,
     plan: RecencyPlan | None,
@@ -211,18 +233,18 @@ def _under_dial(
         # The adapter only puts the wrappers in place: zero for ever, so as small as it can be.
         rank=1,
         inference_mode=True,
-        target_modules=names if 0 < len(names) < len(original_weights(model)) else None,
+        target_modules=names if 0 < len(names) < len(routers.refs) else None,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") and not encoder_decoder else None,
         allow_other_base=force,
     )
     trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     others = frozenset(_configs(model))
-    wrapped = wrap_or_inject(model, config, adapter_name)
+    wrapped = wrap_or_inject(model, config, adapter_name, routers)
     _DIALLED[model] = _Dialled(adapter_name, wrapped.peft_config[adapter_name], trained, others)
     wrapped.train(model.training)  # PEFT's wrapper is born in training mode
     prior: DialPrior | None = None
     try:
-        prior = DialPrior(model, family, plan) if plan is not None else None
+        prior = DialPrior(model, family, plan, routers) if plan is not None else None
         controller = Controller(wrapped, family, profile, prior, monitored=monitor)
     except BaseException:
         if prior is not None:
@@ -260,7 +282,7 @@ def profile_of(profile: str | os.PathLike[str] | DeviceProfile | None) -> Device
 def _check_free(base: nn.Module) -> None:
     model = plain_base(base)
     if "controller" in model.__dict__:
-        raise MergeStateError("this model has a dial already: take it off with remoe_adapt.release(model) first.")
+        raise DialError("this model has a dial already: take it off with remoe_adapt.release(model) first.")
     if layers := remoe_layers(model):
         names = sorted(set().union(*(layer.adapters for layer in layers.values())))
         raise AdapterConflictError(

@@ -1,6 +1,4 @@
-"""The thread that samples the sensors and asks the policy; it posts targets and moves cache budgets, and never touches
-the model.
-"""
+"""The thread that samples the sensors and asks the policy; it moves cache budgets, and never touches the model."""
 
 from __future__ import annotations
 
@@ -9,9 +7,10 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -29,47 +28,21 @@ _RUNNING: weakref.WeakSet[Monitor] = weakref.WeakSet()
 _STOP_S = 2.0
 
 
-class Dial(Protocol):
-    """What is monitored: a controller."""
-
-    @property
-    def target(self) -> float: ...
-
-    @property
-    def pinned(self) -> bool: ...
-
-    def hear(self, decision: Decision) -> None:
-        """Every decision, in the thread that ticked."""
-        ...
-
-
-class _Actuator:
-    """A dial as a governor turns it: by the decision as a whole, see `Dial.hear`. Keeps nobody alive."""
-
-    def __init__(self, dial: Dial) -> None:
-        self.dial = weakref.ref(dial)
-
-    def apply(self, strength: float) -> None:
-        """Nothing: the decision goes to the dial."""
-
-    def current(self) -> float:
-        dial = self.dial()
-        return 0.0 if dial is None else dial.target
-
-
 class Monitor:
-    """Ticks a governor `sample_hz` times a second while it runs; any thread may call anything, in any order.
+    """A governor, and a thread that has it sampled `sample_hz` times a second; any thread may call anything, in any
+    order. The thread runs once `resume` was called, while nobody's pause is open and until `close`.
 
-    It runs once `resume` was called, while nobody's pause is open and until `close`. model: whose device and expert
-    cache are watched, and whose cache's budget is moved.
+    model: whose device and expert cache are watched, and whose cache's budget is moved.
+    profile: what the governor goes by.
+    tick: what the thread calls; it calls `sample` and acts on the decision. None: there is no dial, budgets move alone.
     """
 
-    def __init__(self, model: nn.Module, profile: DeviceProfile, dial: Dial) -> None:
+    def __init__(self, model: nn.Module, profile: DeviceProfile, tick: Callable[[], object] | None = None) -> None:
         cache = expert_cache_of(model)
         use = None if cache is None else CacheUse(cache)
         sensors = model_sensors(model, cache_use=use)
-        self._actuator = _Actuator(dial)
-        self._governor = Governor(self._actuator, sensors, profile, resize=None if use is None else use.resize)
+        self._governor = Governor(sensors, profile, resize=None if use is None else use.resize)
+        self._tick = tick
         self._period_s = 1.0 / profile.controller.sample_hz
         self._lock = threading.Lock()
         self._new_switch()
@@ -96,19 +69,22 @@ class Monitor:
         """The last one."""
         return None if self._decided is None else self._decided[0]
 
-    def tick(self, now_s: float | None = None) -> Decision:
-        """One sample and what follows from it, in the calling thread; see `Governor.tick`."""
+    def tick(self) -> None:
+        """What the thread does each time."""
+        if self._tick is None:
+            self.sample(None, 0.0, pinned=True)
+        else:
+            self._tick()
+
+    def sample(self, now_s: float | None, strength: float, *, pinned: bool) -> Decision:
+        """One sample and the decision, for a dial at `strength`, in the calling thread; see `Governor.tick`."""
         with self._lock:
-            dial = self._actuator.dial()
             self._governor.share = 1.0 / max(1, len(_SHARING)) if self in _SHARING else 1.0
-            pinned = dial is None or dial.pinned
-            decision = self._governor.tick(now_s, turn=not pinned)
+            decision = self._governor.tick(now_s, strength, pinned=pinned)
             if pinned:  # the policy's words are of what it would do
                 held = f"strength is held at {decision.strength:.2f} by hand"
                 decision = replace(decision, why=f"{held}; {what_sensors_say(decision)}")
             self._decided = (decision, time.monotonic())
-        if dial is not None:
-            dial.hear(decision)
         return decision
 
     def status(self) -> dict[str, Any] | None:
@@ -133,7 +109,7 @@ class Monitor:
 
     def resume(self) -> bool:
         """Sample from now on, whatever pauses are open; False after `close`."""
-        self._look()
+        self._warn()
         with self._switch:
             self._pauses.clear()
             self._wanted = not self._closed
@@ -197,10 +173,10 @@ class Monitor:
             self._stop.set()
         return self._threads
 
-    def _look(self) -> None:
+    def _warn(self) -> None:
         try:
             with self._lock:
-                self._governor.look()
+                self._governor.warn()
         except Exception as error:  # as in a sample, which comes all the same
             _say_failed(error)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from remoe_adapt.errors import MergeStateError, RouterNotFoundError
+from remoe_adapt.errors import DialError, RouterNotFoundError
 from remoe_adapt.family import Family
 from remoe_adapt.notices import say_once
 from remoe_adapt.runtime.recency import DialPrior
@@ -41,8 +41,9 @@ class ResidentRouters:
     the base are kept precomputed in the dtype and on the device of the model, which may be moved or cast later. prior:
     the recency prior on the model, whose gains are swapped together with the weights.
 
-    Raises RouterNotFoundError when nothing is wrapped, MergeStateError when adapters are merged, another dial is on, or
-    the live weights are not those that the forward reads, FamilyError when the family has routers that the model lacks.
+    Raises RouterNotFoundError when nothing is wrapped, MergeStateError when adapters are merged or another dial is on,
+    DialError when the live weights are not those that the forward reads, FamilyError when the family has routers that
+    the model lacks.
     The model is unchanged then.
     """
 
@@ -96,7 +97,7 @@ class ResidentRouters:
     def stage(self, strength: float) -> Staged:
         """Weights of `strength`, computed (or looked up, for the base and the stored points) but not yet live.
 
-        Raises FamilyError for a strength outside [0, 1], MergeStateError when the routers were let go, or when a swap
+        Raises FamilyError for a strength outside [0, 1], DialError when the routers were let go, or when a swap
         would not reach what the forward of the model reads.
         """
         self._check_reached()
@@ -144,7 +145,7 @@ class ResidentRouters:
     def _check_reached(self) -> None:
         """What is written must be what the model's forward reads: a swap into anything else has no effect.
 
-        Raises MergeStateError that names the router and who came between.
+        Raises DialError that names the router and who came between.
         """
         config = sys.modules.get("torch._inductor.config")
         if config is not None and getattr(config, "freezing", False):
@@ -153,7 +154,7 @@ class ResidentRouters:
                 "that moment, and no swap reaches it. Turn it off and compile again."
             )
         if fault := self.fault():
-            raise MergeStateError(
+            raise DialError(
                 f"{fault}, so a swap would have no effect. Undo that, or make the dial (get_remoe_model) after it."
             )
 
@@ -171,10 +172,10 @@ class ResidentRouters:
         return None
 
     def check_restorable(self) -> None:
-        """Raises MergeStateError when the base's weights cannot be written back into every router."""
+        """Raises DialError when the base's weights cannot be written back into every router."""
         for name, layer in self._layers.items():
             if self.strength and (fault := _unreached(layer)) is not None:
-                raise MergeStateError(
+                raise DialError(
                     f"router {name} cannot be given its base weight back: {fault}. Undo that first: as by "
                     "accelerate.hooks.remove_hook_from_submodules, or parametrize.remove_parametrizations."
                 )
@@ -184,7 +185,7 @@ class ResidentRouters:
 
     def _precompute(self) -> None:
         if self._prior is not None:
-            self._prior.installed.follow()
+            self._prior.installed.place_prior()
         # The kept originals themselves.
         self._points = {0.0: (*self._base().values(), *self._gains(0.0))}
         self._points |= {s: self._values(s) for s in self.family.strengths}
@@ -199,7 +200,7 @@ class ResidentRouters:
 
     def _live(self) -> list[Tensor]:
         if not all(layer.resident for layer in self._layers.values()):
-            raise MergeStateError("the dial has let go of these routers: call get_remoe_model again.")
+            raise DialError("the dial has let go of these routers: call get_remoe_model again.")
         return self.weights if self._prior is None else [*self.weights, *self._prior.live]
 
 

@@ -83,10 +83,12 @@ class AttachedObjective:
         self.accumulation, self.loss_is_scaled = 1, False
         self._labels_BT: Tensor | None = None
         self._num_items: Tensor | int | None = None
+        # One for each run of the decoder: a model may run it several times before its one loss.
         self._attached: list[_Attached] = []
         self._calls: list[RouterCall] | None = None
         self._listening: list[Any] = []
-        # Of a causal LM the decoder, whose output is the last hidden state; of another model itself.
+        # A causal LM's decoder is its base_model, whose output is the last hidden state; any other model is hooked
+        # itself.
         decoder = getattr(base, "base_model", base)
         self._hooks = [
             decoder.register_forward_pre_hook(self._before_decoder),
@@ -129,12 +131,14 @@ class AttachedObjective:
         self._labels_BT = self._num_items = None
         if not attached:
             return None
+        # Asked here and not when training begins, as only the output tells whether that loss is trained.
         _warn_of_balancing(base, output)
         loss = output.get("loss") if isinstance(output, dict) else output[0] if has_loss else None
         if not isinstance(loss, Tensor) or not loss.requires_grad or loss.dim():
             return None
         terms = [one.loss.detach().to(loss) for one in attached if one.loss is not None]
         shown = loss + torch.stack(terms).sum()
+        # The hook runs before the decoder's backward, so the terms know their weight when they are asked for it.
         shown.register_hook(_Weigh(attached))
         if isinstance(output, dict):
             output["loss"] = shown
@@ -144,12 +148,14 @@ class AttachedObjective:
     # The decoder: routers run, its last hidden state takes the terms along
 
     def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
+        # A forward that failed halfway has left its hooks; they would note the routers of this one twice.
         self._stop_listening()
         if not torch.is_grad_enabled() or _elsewhere.get() or not decoder.training:
             return
         layers = remoe_layers(decoder)
         if weights_or_none(self.trained(layers)) is None:
             return
+        # Replicas have no parameters, so no gradient of a term would ever reach the adapter.
         if getattr(decoder, "_is_replica", False):
             raise ConfigError(
                 "nn.DataParallel trains copies of the routers, which this objective cannot reach: start one process "
@@ -159,7 +165,8 @@ class AttachedObjective:
         self._listening = [layer.register_forward_hook(self._note, with_kwargs=True) for layer in layers.values()]
 
     def _note(self, layer: RemoeLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # References only: a checkpointed block must record the same operations when it is recomputed.
+        # Only references are kept: a block under gradient checkpointing must record the same operations when it is
+        # recomputed, and a clone here would be one more.
         if self._calls is not None:
             self._calls.append((layer, args, kwargs, output))
 
@@ -237,6 +244,7 @@ class _Attached:
 
     def gradient(self) -> Tensor | None:
         """d(loss of the loop) / d(terms); notes in the configurations that training came here, and what acted."""
+        # Noted in backward and not in forward: an evaluation with gradients on is no training.
         for config in self._configs:
             config.note_training(set() if self.loss is None else {*config.loss_weights} - {"distill_share"})
         if self.loss is None or self.weight is not None:
@@ -247,6 +255,7 @@ class _Attached:
                 "use bf16=True, or RemoeTrainer (RemoeTrainerMixin before your trainer's class)"
             )
         assert self.share is not None
+        # A micro-batch without label tokens has no share; dividing by it would make NaN of the gradients.
         return torch.where(self.share > 0, 1.0 / (self.share * self._objective.accumulation), 0.0).to(self.loss)
 
 
@@ -268,7 +277,8 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: Tensor, loss: Tensor | None, attached: _Attached) -> Tensor:
         ctx.attached = attached
-        return state.clone()  # not a view, which nobody could write to
+        # A clone, because autograd forbids writing in place to a view that a custom function returns.
+        return state.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:

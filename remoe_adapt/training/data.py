@@ -70,7 +70,8 @@ def read_file(path: Path, tokenizer: Any = None) -> Iterator[str]:
         with path.open("rb") as stored:
             packed = path.name.endswith(".gz")
             raw: Any = io.BufferedReader(_Unpacked(stored, path)) if packed else stored
-            # newline="\n": records may hold U+2028 and lone carriage returns; -sig: Windows writes a byte order mark
+            # newline="\n", because a record may hold lone carriage returns; -sig, because Windows writes a byte order
+            # mark, which would be part of the first word.
             with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n") as file:
                 if path.name.removesuffix(".gz").endswith(".txt"):
                     documents: Iterable[str] = (_whole_file(file, path),)
@@ -92,6 +93,7 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        # gzip reads ahead of what it gives, so the position in the file counts a little more than was expanded.
         data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         self._given += len(data)
@@ -104,7 +106,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def _whole_file(file: Any, path: Path) -> str:
-    # Piece by piece: a single read of so much would make room for all of it at once.
+    # Piece by piece, because a single read of the limit would take that much memory for any file.
     parts: list[str] = []
     length = 0
     while part := file.read(1 << 20):
@@ -120,6 +122,7 @@ def _whole_file(file: Any, path: Path) -> str:
 
 def _records(file: Any, path: Path, tokenizer: Any) -> Iterator[str]:
     number = 0
+    # With a limit: a file without line ends would be one record of its whole size.
     while line := file.readline(_RECORD_CHARS + 1):
         number += 1
         if len(line) > _RECORD_CHARS:
@@ -181,6 +184,7 @@ def chat_text(record: Mapping[str, Any], tokenizer: Any, where: str) -> str:
                 f"{where}: the content of message {index} must be text, or a list of parts of type 'text', not "
                 f"{printable(content)}"
             )
+        # Only the content is made plain; a template may use any other key.
         plain.append({**message, "content": content})
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -206,6 +210,8 @@ def tokenize_documents(
     left = max_tokens
     for text in documents:
         ids: list[int] = []
+        # When few tokens are wanted, a piece of 16 characters a token is enough; a whole book need not be encoded for
+        # them.
         for piece in pieces(text, chunk_chars if left is None else min(chunk_chars, max(1024, left * 16))):
             ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             if left is not None and len(ids) >= left:
@@ -242,6 +248,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
     def __init__(self, documents: Sequence[Sequence[int]], length: int, eos_id: int | None, seed: int = 0) -> None:
         """Raises DataError when the documents do not fill one row."""
         order = list(range(len(documents)))
+        # Files in a row would teach the routers one kind of text after the other.
         random.Random(seed).shuffle(order)
         ids: list[int] = []
         numbers: list[int] = []
@@ -265,6 +272,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         row = self._order[index]
         ids_T, documents_T = self._ids_RT[row], self._documents_RT[row]
         labels_T = ids_T.clone()
+        # Nothing before it in this row predicts it.
         labels_T[0] = IGNORED_LABEL
         labels_T[1:][documents_T[1:] != documents_T[:-1]] = IGNORED_LABEL
         return {"input_ids": ids_T, "labels": labels_T, "document_ids": documents_T}

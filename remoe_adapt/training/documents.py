@@ -43,10 +43,12 @@ def document_numbers(inputs: Mapping[str, Any]) -> Tensor:
 
     begin("document_ids", where=torch.ne)
     begin("seq_idx", where=torch.ne)
+    # Padding repeats a position too; it is masked below, so a document that begins there harms nobody.
     begin("position_ids", where=lambda now, before: now != before + 1)
     bounds = inputs.get("cu_seq_lens_q")
     if isinstance(bounds, Tensor):
         inside = bounds.to(starts_BT.device, torch.long)
+        # The first bound is 0 and the last the number of tokens: no document begins at either of them anew.
         inside = inside[(inside > 0) & (inside < rows * length)]
         starts_BT.view(-1)[inside] = True
     padding_BT = torch.zeros_like(starts_BT)
@@ -58,6 +60,7 @@ def document_numbers(inputs: Mapping[str, Any]) -> Tensor:
         padding_BT = (mask == 0).to(padding_BT.device)
     elif isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2:] == (length, length):
         sees_BTT = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].to(starts_BT.device)
+        # A token that does not see itself is padding, and one that does not see the token before it begins a document.
         padding_BT |= ~sees_BTT.diagonal(dim1=1, dim2=2)
         starts_BT[:, 1:] |= ~sees_BTT.diagonal(offset=-1, dim1=1, dim2=2)
     elif mask is not None:

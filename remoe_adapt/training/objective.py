@@ -52,8 +52,10 @@ def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """
     targets = labels_BT[:, 1:]
     logits = _predicting(logits_BTV)
+    # Taken off before exp, which overflows at 88 in fp32; the result is the same.
     peak = logits.detach().amax(dim=-1, keepdim=True)
     log_z = (logits - peak).exp().sum(dim=-1).log() + peak.squeeze(-1)
+    # -100 is no index; what is picked there is masked out below.
     picked = logits.gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     return (log_z - picked).masked_fill(targets == IGNORED_LABEL, 0.0)
 
@@ -96,6 +98,7 @@ def reuse_loss(probs_BTE: Tensor, ids_BTK: Tensor, documents_BT: Tensor) -> Tens
     """L_Reuse = -log(mean_t m_t + 1e-8) of each row, [B]; 0 for a row without a pair."""
     mask = pair_mask(documents_BT)
     loss_B = -(row_mean(reused_mass(probs_BTE, ids_BTK), mask) + _EPS).log()
+    # A row without a pair has a mean of 0, whose logarithm would be a loss of 18 nats for nothing.
     return loss_B * mask.any(dim=1)
 
 
@@ -126,6 +129,7 @@ def window_entropy_loss(probs_BTE: Tensor, documents_BT: Tensor, window: int = W
     means = probs_BTE.unfold(1, window, 1).mean(dim=-1)
     entropy = -(means * means.clamp_min(_EPS).log()).sum(dim=-1)
     numbers = documents_BT.unfold(1, window, 1)
+    # A window counts only where all of its tokens are of the document of its first one.
     inside = (numbers == documents_BT[:, : numbers.shape[1], None]).all(dim=-1) & (numbers[..., 0] >= 0)
     return row_mean(entropy, inside)
 

@@ -14,9 +14,10 @@ from torch import nn
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.training.options import TrainOptions
-from remoe_adapt.untrusted import printable
+from remoe_adapt.untrusted import first_line, printable
 
-# A checkpoint is the adapter with Adam's two moments, and the last one goes when the next is there.
+# A checkpoint holds the adapter and Adam's two moments, and the one before it is removed only when it is complete:
+# three sizes of an adapter, twice.
 _ADAPTERS_IN_CHECKPOINTS = 6
 
 
@@ -43,6 +44,7 @@ def check_fits(model: nn.Module, options: TrainOptions, points: int, out: Path) 
     values = sum(
         rows * columns if options.rank is None else options.rank * (rows + columns) for _, rows, columns in shapes
     )
+    # fp32, whatever the base's dtype: adapters are trained and saved in it.
     needed = 4 * values * (points + _ADAPTERS_IN_CHECKPOINTS)
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
@@ -59,11 +61,13 @@ def disk_faults_named(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = first_line(error)
+        # torch reports a full disk as a RuntimeError, known by its text alone; other RuntimeErrors are faults of the
+        # model.
         of_torch = "PytorchStreamWriter" in text or "iostream" in text or "unexpected pos" in text
         if isinstance(error, RemoeError) or (isinstance(error, RuntimeError) and not of_torch):
             raise
         raise ConfigError(
-            f"{printable(out)} cannot be written ({printable(text)}): make room or choose another --out; called again "
+            f"{printable(out)} cannot be written ({text}): make room or choose another --out; called again "
             "with the same options, a run goes on from its last checkpoint"
         ) from error

@@ -45,10 +45,10 @@ def train_point(
     process calls this and the main one writes. The model is as it was, also after an error.
     """
     adapter = folder / ADAPTER
-    if adapter.exists():  # finished, but not yet in the family
+    if adapter.exists():  # a kill came between training and the family's own copy
         return log.last
     with _left_as_it_was(model):
-        model.requires_grad_(False)  # adapters of others, too
+        model.requires_grad_(False)  # adapters of others on this model must not be trained along
         peft_model = wrap_or_inject(model, options.config(strength))
         try:
             trainer = RemoeTrainer(
@@ -63,6 +63,7 @@ def train_point(
             trainer.remove_callback(PrinterCallback)  # it prints to stdout
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder / "checkpoints"))
             if trainer.is_world_process_zero():
+                # Under another name first: a kill while it is written must not leave a folder that looks finished.
                 saving = folder / f"{ADAPTER}.partial"
                 shutil.rmtree(saving, ignore_errors=True)
                 peft_model.save_pretrained(str(saving))
@@ -109,6 +110,7 @@ def _last_checkpoint(folder: Path) -> str | None:
     found: list[tuple[int, Path]] = []
     for state in folder.glob(f"checkpoint-*/{_STATE}"):
         try:
+            # By the step inside: names would sort checkpoint-90 behind checkpoint-100.
             found.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
         except (OSError, ValueError, KeyError):
             continue
@@ -118,6 +120,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Which parameters train, which modules are in training mode, and where the model lies: restored afterwards."""
+    # The base belongs to the caller, who may go on training other parts of it.
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     homes = {parameter.device for parameter, _ in trainable}
@@ -144,6 +147,7 @@ class _SaveByTime(TrainerCallback):
         self._last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Clocks of processes differ, and one that saves alone waits for ever for the others.
         due = [time.monotonic() - self._last >= self._seconds]
         if broadcast_object_list(due)[0]:
             control.should_save = True
@@ -173,6 +177,7 @@ class PointLog(TrainerCallback):
             except (DataError, TypeError, KeyError):  # the kill came while it was written
                 continue
             if not again and line.endswith("\n"):
+                # Lines behind the checkpoint that training restarts from would be there twice.
                 kept.append(line)
         write_whole(self._path, "".join(kept))
 

@@ -11,7 +11,7 @@ from torch import nn
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.tuner.layer import RemoeLayer
 
-# What `remoe train` uses, in units of a router's own scale.
+# The learning rate of `remoe train`, in units of a router's own scale.
 WORKING_RATE = 0.3
 
 
@@ -26,6 +26,7 @@ def router_rates(layers: Iterable[RemoeLayer]) -> list[tuple[nn.Parameter, float
     rates: list[tuple[nn.Parameter, float]] = []
     for layer in layers:
         weight_ED = layer.original_weight_ED.detach().float()
+        # Of the original weight: a merged or live one would change the rate with the strength.
         rms, columns = float(weight_ED.square().mean().sqrt()), weight_ED.shape[1]
         for name, parameter in layer.named_parameters():
             if not parameter.requires_grad:
@@ -58,6 +59,7 @@ def relative_rates(model: nn.Module, layers: Iterable[RemoeLayer]) -> list[tuple
 def slowest_reach(layers: Iterable[RemoeLayer], groups: Sequence[dict[str, Any]], steps: int) -> float | None:
     """How far `steps` steps of Adam at the rates of an optimizer's groups can move a router's logits, as a share of
     their spread, for the router that moves least. None when these groups train no router."""
+    # A scheduler with warm-up has set the present rate to nearly 0 when training begins.
     found = {id(p): float(group.get("initial_lr", group["lr"])) for group in groups for p in group["params"]}
     reach = [steps * found[id(p)] / rate for p, rate in router_rates(layers) if id(p) in found and rate]
     return min(reach, default=None)

@@ -16,21 +16,20 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
 from remoe_adapt.family_files import FAMILY_FILE, write_whole
 from remoe_adapt.host_memory import freed_memory_kept
 from remoe_adapt.model_paths import check_place
-from remoe_adapt.record import load_tokenizer, max_positions, usable_device
-from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.record import load_tokenizer, max_positions, on_device, usable_device
+from remoe_adapt.routers.discover import discover_routers, fingerprint
+from remoe_adapt.runtime.pretrained import load_base
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
 from remoe_adapt.training.place import check_fits, check_writable, disk_faults_named
 from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, train_point
-from remoe_adapt.untrusted import printable
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 
@@ -39,7 +38,7 @@ LOG_FILE = "training_log.jsonl"
 RUN_FILE = "training.json"
 _DEFAULT_LENGTH = 512
 _HELD_OUT_EVERY = 20
-# Enough to know a perplexity ratio to a quarter of a percent (see `LEAST_CERTIFIED_TOKENS`).
+# The tokens that are held out. They tell a perplexity ratio to a quarter of a percent (see `LEAST_CERTIFIED_TOKENS`).
 HELD_OUT_TOKENS = 16_384
 _PIECE_CHARS = 2048
 
@@ -63,6 +62,7 @@ def token_rows(
     for file in files:
         documents = list(read_file(file, tokenizer))
         random.Random(seed).shuffle(documents)
+        # Whole documents are held out where there are enough: parts of one document are too alike to tell of new text.
         if len(documents) >= _HELD_OUT_EVERY:
             kept = [text for index, text in enumerate(documents) if index % _HELD_OUT_EVERY]
             apart = documents[::_HELD_OUT_EVERY]
@@ -118,6 +118,7 @@ def train_family(
     """
     options = options or TrainOptions()
     wanted, out = check_strengths(strengths), Path(out)
+    # The cheap checks come first: a model may take minutes to load.
     data_files(data)
     check_writable(out)
     processes = PartialState()
@@ -136,7 +137,7 @@ def train_family(
         _claim(out, json.loads(json.dumps(run)), resume)
     exists = (out / FAMILY_FILE).exists()
     family = Family.load(out) if exists else Family.create(out, base_id, base_fingerprint)
-    # Last: a family without points is no family yet.
+    # The control comes last, because a family.json with a control and no points is refused when it is loaded.
     todo = [(Family.adapter_name(s), s) for s in wanted if s not in family.strengths]
     if control and family.control is None:
         todo.append(("control", 0.0))
@@ -146,6 +147,8 @@ def train_family(
         bar = tqdm(total=options.steps, desc=f"{name} ({position + 1}/{len(todo)})", disable=not shown, unit="step")
         log = PointLog(bar, out / LOG_FILE, name, strength)
         with bar, freed_memory_kept(model.device.type), disk_faults_named(out):
+            # Each point starts from the base, not from the point before, so that one may be added or trained again
+            # alone.
             last = train_point(model, rows, options, strength, folder, log, checkpoint_minutes)
             if PartialState().is_main_process:
                 if strength:
@@ -153,6 +156,7 @@ def train_family(
                     family.add_point(strength, folder / ADAPTER, recency)
                 else:
                     family.set_control(folder / ADAPTER)
+                # Only now: until the family holds the adapter, this folder is the one copy.
                 shutil.rmtree(folder)
         PartialState().wait_for_everyone()
         if on_point is not None:
@@ -206,6 +210,7 @@ def _claim(out: Path, run: dict[str, Any], resume: bool) -> None:
     processes.wait_for_everyone()  # all have looked before one writes
     if processes.is_main_process and not goes_on:
         shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+        # Lines of another run would be read as this one's.
         (out / LOG_FILE).unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         write_whole(record, json.dumps(run, indent=2) + "\n")
@@ -219,14 +224,10 @@ def _load(
         return base, str(getattr(base.config, "name_or_path", "") or "unnamed")
     processes = PartialState()
     if processes.num_processes > 1:
-        device = str(processes.device)  # one of its own
+        device = str(processes.device)  # each process has a device of its own
     device = usable_device(device)
     check_place(base, "cannot load the model:")
     # Half precision is slow on most CPUs, and small bases train there.
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
-        return model.to(device), str(base)
-    except Exception as error:  # the files may hold anything, and each kind of damage raises something else
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise ConfigError(f"cannot load the model {base} on {device}: {reason}") from error
+    model: Any = on_device(load_base(base, dtype=dtype), device)
+    return model, str(base)

@@ -14,7 +14,7 @@ from remoe_adapt.training.objective import IGNORED_LABEL, LossWeights, RouterTer
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer
 
-# The wrapped router, what it was called with, what it returned.
+# (the wrapped router, its arguments, its keywords, what it returned) of one call in a forward.
 RouterCall = tuple[RemoeLayer, tuple[Any, ...], dict[str, Any], Any]
 
 # Attribute of a base model that holds its AttachedObjective (training/attached.py).
@@ -31,6 +31,7 @@ def terms_of_call(
     layer, args, kwargs, output = call
     logits_TE, ids_TK = layer.spec.read(result).logits_TE, layer.spec.read(output).ids_TK
     rows, home = documents_BT.shape, documents_BT.device
+    # An encoder's router sees other tokens than the labels have: pairs of neighbours would be formed of strangers.
     if len(logits_TE) != documents_BT.numel():
         raise ConfigError(
             f"router {name} saw {len(logits_TE)} tokens of a batch of {rows[0]} x {rows[1]}: it does not route "
@@ -42,10 +43,11 @@ def terms_of_call(
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     log_probs_BTE = _log_probabilities(layer, logits_TE).view(*rows, -1)
+    # The base's own distribution on the same input, which L_Trust holds the adapter to.
     with torch.no_grad(), without_jitter(layer):
         reference = layer.spec.read(layer.base_layer(*args, **kwargs))
         reference_BTE = _log_probabilities(layer, reference.logits_TE).view(*rows, -1)
-    documents_BT = documents_BT.to(logits_TE.device)  # a model may be spread over devices
+    documents_BT = documents_BT.to(logits_TE.device)  # the layers of a large model may be on several devices
     terms = router_terms(log_probs_BTE, ids_TK.view(*rows, -1), reference_BTE, documents_BT, weights, alpha)
     return RouterTerms(terms.loss.to(home), terms.kl.to(home), terms.eor.to(home))
 
@@ -65,11 +67,13 @@ def without_jitter(layer: RemoeLayer) -> Iterator[None]:
 def _log_probabilities(layer: RemoeLayer, logits_TE: Tensor) -> Tensor:
     if layer.spec.score == "softmax":
         return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)).log_softmax(dim=-1)
+    # A sigmoid may be 0, and its logarithm would end every gradient in NaN.
     return layer.spec.probabilities(logits_TE).clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 def row_shares(labels_BT: Tensor, num_items: Tensor | int | None) -> tuple[Tensor, Tensor | int]:
     """Each row's share [B] of the optimizer step's label tokens, and their number."""
+    # Without the first label of a row, which no token predicts.
     count_B = (labels_BT[:, 1:] != IGNORED_LABEL).sum(dim=1)
     items = count_B.sum().clamp_min(1) if num_items is None else num_items
     return count_B / items, items

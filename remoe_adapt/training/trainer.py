@@ -35,7 +35,7 @@ from remoe_adapt.training.terms import (
 )
 from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 
-# A mixin may stand before any Trainer class, so it inherits from none.
+# To mypy the mixin is a Trainer; when it runs it inherits from none, so that it can stand before any Trainer class.
 if TYPE_CHECKING:
     _Mixin = Trainer
 else:
@@ -92,13 +92,14 @@ class RemoeTrainerMixin(_Mixin):
         if training is not None and training.n_gpu > 1:
             training._n_gpu = 1  # DataParallel would train copies of the routers, which our hooks never see
         super().__init__(*args, **kwargs)
-        self.remove_callback(ObjectiveCallback)  # what it tells, this trainer does itself
+        self.remove_callback(ObjectiveCallback)  # that is for trainers that do not compute the terms themselves
         if self.args.label_smoothing_factor or getattr(self, "compute_loss_func", None) is not None:
             raise ConfigError(
                 "label_smoothing_factor and compute_loss_func have no effect on the objective of RemoeTrainer: leave "
                 "them out (distill_share in RemoeConfig softens the targets), or use transformers' Trainer"
             )
-        # The loss is divided by the label tokens of the whole step; two names, one per generation of Trainer.
+        # Tells Trainer that the loss is divided by the label tokens of the whole step already; the attribute has
+        # another name in older versions.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.router_layers = {n: r for n, r in remoe_layers(self.model).items() if r.adapters & {*r.active_adapters}}
         self._configs = active_configs(self.model, self.router_layers.values())
@@ -115,6 +116,7 @@ class RemoeTrainerMixin(_Mixin):
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """The micro-batches of one optimizer step, and how many label tokens they predict (on all devices, unless
         `average_tokens_across_devices` is off). A row's first label is never predicted and never counted."""
+        # All micro-batches of a step at once, since each is weighted by the label tokens of the whole step.
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
@@ -140,6 +142,7 @@ class RemoeTrainerMixin(_Mixin):
         calls: list[RouterCall] = []
         share = self.loss_weights.distill_share
         if share:
+            # Before the trained pass, so that no activation of that one is in memory meanwhile.
             with torch.no_grad(), _base_routing(self.router_layers.values()):
                 base_logits_BTV = model(**inputs).logits
         with self._hooks(lambda *call: calls.append(call)):
@@ -179,6 +182,7 @@ class RemoeTrainerMixin(_Mixin):
             nonlocal loss
             detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
             with torch.enable_grad(), without_jitter(layer):
+                # `forward` and not a call: a call would run this very hook again.
                 again = layer.forward(*detached, **kwargs)
                 term = self._terms((layer, detached, kwargs, output), again, documents_BT)
                 mine = (term.loss * share_B).sum() / len(self.router_layers) * self._loss_factor
@@ -188,7 +192,7 @@ class RemoeTrainerMixin(_Mixin):
 
         with torch.no_grad(), self._hooks(learn):
             logits_BTV = model(**inputs).logits
-            # Row by row: the copies in full precision are as large as the logits.
+            # Row by row, because the copies in full precision are as large as all logits.
             rows = zip(logits_BTV.split(1), labels_BT.split(1), strict=True)
             ce = torch.stack([next_token_losses(*row).sum() for row in rows]).sum() / items
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
@@ -222,6 +226,7 @@ class RemoeTrainerMixin(_Mixin):
             lr, rates = WORKING_RATE, router_rates(self.router_layers.values())
         else:
             lr, rates = self.args.learning_rate, relative_rates(self.model, self.router_layers.values())
+        # No weight decay: it would pull deltas towards 0, which is L_Trust's work and has its own weight.
         groups = [{"params": [p], "lr": lr * rate, "weight_decay": 0.0} for p, rate in rates]
         ours, decayed = {id(p) for p, _ in rates}, {*self.get_decay_parameter_names(self.model)}
         for name, parameter in self.model.named_parameters():
@@ -229,7 +234,7 @@ class RemoeTrainerMixin(_Mixin):
                 decay = self.args.weight_decay if name in decayed else 0.0
                 groups.append({"params": [parameter], "lr": self.args.learning_rate, "weight_decay": decay})
         betas = (self.args.adam_beta1, self.args.adam_beta2)
-        # A router's gradients are small: Trainer's default would swallow them.
+        # A router's gradients are small, and Trainer's default epsilon would swallow them.
         chosen = self.args.adam_epsilon != _default(self.args, "adam_epsilon")
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon if chosen else 1e-12)
         return self.optimizer
@@ -254,6 +259,7 @@ class RemoeTrainerMixin(_Mixin):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
+        # Trainer drops the columns that the model's forward does not name, and documents would run into each other.
         columns = [name for name in self._signature_columns or () if name != "document_ids"]
         self._signature_columns = [*columns, "document_ids"]
 
@@ -306,6 +312,7 @@ def _base_routing(layers: Iterable[RemoeLayer]) -> Iterator[None]:
     found = [(layer, layer.disable_adapters) for layer in layers]
     try:
         for layer, _ in found:
+            # PEFT's own switch also sets requires_grad, which would lose what the user has frozen.
             layer._disable_adapters = True
         yield
     finally:
@@ -318,4 +325,5 @@ def _split_inputs(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tenso
     labels_BT = _labels(inputs)
     documents_BT = document_numbers(inputs)
     left = {name: value for name, value in inputs.items() if name not in ("labels", "document_ids")}
+    # A KV cache would keep the keys of every layer for nothing: training never continues a text.
     return {"use_cache": False, **left}, labels_BT, documents_BT

@@ -13,6 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper, PeftType
 from torch import nn
 
 from remoe_adapt.errors import AdapterConflictError
+from remoe_adapt.routers.discover import Routers
 from remoe_adapt.tuner.checks import KINDS
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer
@@ -101,11 +102,15 @@ def path_parts(base: nn.Module) -> frozenset[str]:
     return frozenset(parts)
 
 
-def wrap_or_inject(model: nn.Module, config: RemoeConfig, adapter_name: str = "default") -> PeftModel:
+def wrap_or_inject(
+    model: nn.Module, config: RemoeConfig, adapter_name: str = "default", routers: Routers | None = None
+) -> PeftModel:
     """Add a REMOE adapter to `model`, whatever is on it already, and return the PeftModel that holds it.
 
     A PeftModel of REMOE gets the adapter as one more. The base model inside any other PeftModel gets a PeftModel of its
     own: both then act on the same base object and are switched, saved and merged separately. Nothing is nested.
+
+    routers: those of the base model, where they are known already.
 
     Raises AdapterConflictError for an adapter name in use, a layer of another type on a router, prompt learning or
     mixed models; otherwise as `RemoeModel`. The model is unchanged after an error.
@@ -114,14 +119,18 @@ def wrap_or_inject(model: nn.Module, config: RemoeConfig, adapter_name: str = "d
     if adapter_name in (getattr(base, "peft_config", None) or {}):
         raise AdapterConflictError(f"the model has an adapter named {adapter_name!r} already: choose another name.")
     check_free_name(base, adapter_name)
-    if isinstance(model, PeftModel) and model.peft_type == PeftType("REMOE"):
-        model.add_adapter(adapter_name, config)
-        return model
-    with warnings.catch_warnings():
-        # Both say that a base gets a second tuner, which is what this function is for.
-        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-        return get_peft_model(base, config, adapter_name)
+    config.surveyed = routers
+    try:
+        if isinstance(model, PeftModel) and model.peft_type == PeftType("REMOE"):
+            model.add_adapter(adapter_name, config)
+            return model
+        with warnings.catch_warnings():
+            # Both say that a base gets a second tuner, which is what this function is for.
+            warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            return get_peft_model(base, config, adapter_name)
+    finally:
+        config.surveyed = None
 
 
 def _conflict(adapter_name: str, held: Any, new: Any) -> AdapterConflictError:

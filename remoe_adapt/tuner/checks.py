@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import AdapterCorruptError
+from remoe_adapt.routers.spec import PEFT_PREFIX
 from remoe_adapt.untrusted import printable
 
 PREFIX = "remoe_"
@@ -20,8 +21,8 @@ _LARGEST_WIDE_LOGIT = 1e18
 
 
 def plain_key(key: str) -> str:
-    """A stored key relative to the base model."""
-    return key.removeprefix("base_model.model.")
+    """A stored key relative to the base model; a compiled base's own prefix is part of what PEFT looks for."""
+    return key.removeprefix(PEFT_PREFIX)
 
 
 def is_router_key(key: str) -> bool:

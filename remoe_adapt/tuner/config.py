@@ -15,6 +15,7 @@ from peft.utils import PeftType
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.notices import say_once
+from remoe_adapt.routers.discover import Routers
 from remoe_adapt.tuner.checks import KINDS, PREFIX
 from remoe_adapt.tuner.patterns import check_pattern
 from remoe_adapt.tuner.stored import StoredAdapter
@@ -110,6 +111,8 @@ class RemoeConfig(PeftConfig):
         self._filled: dict[str, Any] = {}
         # The weights that acted in the training of this process; None: it trained nothing.
         self._acted: frozenset[str] | None = None
+        # The routers of the model it is about to be put on, while `wrap_or_inject` knows them: PEFT passes no more on.
+        self.surveyed: Routers | None = None
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -194,5 +197,5 @@ class RemoeConfig(PeftConfig):
         for name, written in self._filled.items():
             setattr(config, name, written)
         config._filled = {}
-        config._acted = None
+        config._acted = config.surveyed = None
         return config

@@ -9,6 +9,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
+from remoe_adapt.routers.spec import PEFT_PREFIX
 from remoe_adapt.tuner.checks import (
     by_router,
     check_finite,
@@ -35,8 +36,11 @@ def check_rank(rank: int | None, targets: Mapping[str, Tensor]) -> None:
 
 
 def check_stored(adapter: StoredAdapter, config: RemoeConfig, model: nn.Module, targets: Mapping[str, Tensor]) -> None:
-    """The file holds what the routers `targets` (weights [E, D] by name) and `modules_to_save` of `model` need, and
-    nothing else. Its header is compared first, then it is read a router at a time. Raises AdapterCorruptError."""
+    """The file holds what the routers and `modules_to_save` of `model` need, and nothing else.
+
+    targets: original weights [E, D] of the routers, by name. The file's header is compared first, then it is read a
+    router at a time. Raises AdapterCorruptError.
+    """
     where = str(adapter.path)
     copies = _copied_modules(config, model)
     expected = {**_deltas(config.rank, targets), **copies}
@@ -44,7 +48,7 @@ def check_stored(adapter: StoredAdapter, config: RemoeConfig, model: nn.Module, 
     check_types({key: stored.dtype for key, stored in adapter.tensors.items()}, _types(expected), where)
     with adapter.values() as values:
         for router, kinds in by_router(adapter.tensors).items():
-            check_router(router, _original(model, router, targets), {k: values[f"{router}.{k}"] for k in kinds}, where)
+            check_router(router, targets[router], {k: values[f"{router}.{k}"] for k in kinds}, where)
         for key, parameter in copies.items():
             check_finite(key, values[key].to(parameter.dtype), where)
 
@@ -60,7 +64,7 @@ def check_given(
     copies = _copied_modules(config, model)
     _check(plain, {**_deltas(config.rank, targets), **copies}, where)
     for router, kinds in by_router(plain).items():
-        check_router(router, _original(model, router, targets), {k: plain[f"{router}.{k}"] for k in kinds}, where)
+        check_router(router, targets[router], {k: plain[f"{router}.{k}"] for k in kinds}, where)
     for key, parameter in copies.items():
         check_finite(key, plain[key].to(parameter.dtype), where)
 
@@ -114,7 +118,7 @@ def check_loaded(tensors: Mapping[str, Tensor], model: nn.Module, adapter_name: 
             for path in module.adapter_state_dict_load_map(adapter_name).values():
                 copies[f"{name}.{path}"] = held[path]
     # Injected without a PeftModel, a model has no prefix while stored keys may; PEFT strips it after this.
-    prefix = "" if any(key.startswith("base_model.model.") for key in deltas) else "base_model.model."
+    prefix = "" if any(key.startswith(PEFT_PREFIX) for key in deltas) else PEFT_PREFIX
     found = {key.removeprefix(prefix): value for key, value in tensors.items()}
     if len(found) != len(tensors):
         raise AdapterCorruptError(f"{where} holds a tensor twice, with and without 'base_model.model.'.")
@@ -174,12 +178,6 @@ def _copied_modules(config: RemoeConfig, model: nn.Module) -> dict[str, Tensor]:
             held = whole.state_dict().items()
             expected |= {f"{path}.{key}": value for key, value in held if isinstance(value, Tensor)}
     return expected
-
-
-def _original(model: nn.Module, router: str, targets: Mapping[str, Tensor]) -> Tensor:
-    """The router's weight without adapters, also while some are merged."""
-    kept = getattr(model.get_submodule(router), "original_weight_ED", None)
-    return kept if isinstance(kept, Tensor) else targets[router]
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 from peft import NoMatchingPeftModuleError
 from peft.config import PeftConfig
@@ -15,6 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
+from remoe_adapt.routers.discover import survey_routers
 from remoe_adapt.routers.spec import RouterSpec
 from remoe_adapt.training.attached import attach_objective, detach_objective
 from remoe_adapt.tuner.beside import AdapterConfigs, check_free_name, check_name, path_parts, plain_base
@@ -25,15 +26,8 @@ from remoe_adapt.tuner.fitting import check_distinct, check_given, check_loaded,
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.loading import current_load
 from remoe_adapt.tuner.mixed_batch import mixed_batch
-from remoe_adapt.tuner.targets import NoRouterMatchedError, resolve_targets, settle_base
+from remoe_adapt.tuner.targets import NoRouterMatchedError, check_base, resolve_targets
 from remoe_adapt.tuner.unchanged import Snapshot
-
-
-class Dial(Protocol):
-    """What holds the routers in resident mode (runtime/controller.py)."""
-
-    def release(self, *, keep_live: bool) -> None:
-        """Let go of the routers, with the original weights or the live ones."""
 
 
 class RemoeModel(BaseTuner):
@@ -50,8 +44,9 @@ class RemoeModel(BaseTuner):
 
     prefix: str = "remoe_"
     tuner_layer_cls = RemoeLayer
-    # Who writes the live weights in resident mode; it is told before the routers are unwrapped.
-    dial: Dial | None = None
+    # A dial lets go of the routers by this before they are unwrapped, with live weights (True) or the original ones,
+    # else the base would be left at a strength.
+    before_unload: Callable[[bool], None] | None = None
     # PEFT's per-architecture defaults; routers are discovered instead.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares the type)
 
@@ -101,15 +96,19 @@ class RemoeModel(BaseTuner):
                     "name the routers, or leave it out for all of them."
                 )
             return
-        routers = resolve_targets(peft_config, model)
+        survey = peft_config.surveyed or survey_routers(model)
+        routers = resolve_targets(peft_config, model, survey)
         self._specs = {router.name: router.spec for router in routers}
-        settle_base(
+        check_base(
             peft_config,
             model,
+            survey,
             allow_other_base=peft_config.allow_other_base or (load is not None and load.allow_other_base),
         )
         targets = {
-            router.name: router.weight_ED for router in routers if check_target_module_exists(peft_config, router.name)
+            router.name: router.original_weight_ED
+            for router in routers
+            if check_target_module_exists(peft_config, router.name)
         }
         if given is not None:
             check_given(given, peft_config, model, targets)
@@ -252,8 +251,8 @@ class RemoeModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if self.dial is not None:
-            self.dial.release(keep_live=merge)
+        if self.before_unload is not None:
+            self.before_unload(merge)
         elif merge:
             self._check_merge_allowed()  # type: ignore[no-untyped-call]
             self._merge(self._layers(), safe_merge, adapter_names)

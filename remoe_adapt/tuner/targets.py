@@ -19,8 +19,7 @@ from remoe_adapt.errors import (
     RouterNotFoundError,
     UnsupportedRouterError,
 )
-from remoe_adapt.routers.discover import discover_routers, survey_routers
-from remoe_adapt.routers.fingerprint import fingerprint
+from remoe_adapt.routers.discover import Routers
 from remoe_adapt.routers.spec import RouterRef
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.patterns import matching
@@ -33,19 +32,20 @@ class NoRouterMatchedError(RouterNotFoundError, NoMatchingPeftModuleError):
     """`target_modules`, `exclude_modules` or `layers_to_transform` leave no router; the message lists the routers."""
 
 
-def resolve_targets(config: RemoeConfig, model: nn.Module) -> tuple[RouterRef, ...]:
-    """The routers of `model`; writes their names into a configuration that leaves `target_modules` open.
+def resolve_targets(config: RemoeConfig, model: nn.Module, survey: Routers) -> tuple[RouterRef, ...]:
+    """The usable routers of `model`; writes their names into a configuration that leaves `target_modules` open.
+
+    survey: all routers of `model`.
 
     Raises RouterNotFoundError or UnsupportedRouterError when the model has no usable router, AdapterConflictError when
     another tuner's layer sits on a targeted one, ConfigError when a targeted module is no router or
     `layers_to_transform` names no layer with one.
     """
-    survey = survey_routers(model)
     foreign = dict(survey.foreign)
     if config.target_modules is None:
         if foreign:
             raise _foreign(foreign)
-        routers = discover_routers(model)
+        routers = survey.usable()
         chosen = _of_layers(config, routers)
         if isinstance(config.exclude_modules, str):
             _fill_targets(config, chosen - matching("exclude_modules", config.exclude_modules, chosen), routers)
@@ -56,7 +56,7 @@ def resolve_targets(config: RemoeConfig, model: nn.Module) -> tuple[RouterRef, .
         raise ConfigError(
             f"target_modules={config.target_modules!r}: REMOE adapts routers only; leave it out for all of them."
         )
-    by_name = {router.name: router for router in survey.found}
+    by_name = {router.name: router for router in survey.refs}
     refused = dict(survey.refused)
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
@@ -72,8 +72,8 @@ def resolve_targets(config: RemoeConfig, model: nn.Module) -> tuple[RouterRef, .
             f"choose among {', '.join(by_name) or 'none (this model has no usable router)'}."
         )
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
-        _fill_targets(config, set(matched), survey.found)
-    return survey.found
+        _fill_targets(config, set(matched), survey.refs)
+    return survey.refs
 
 
 def _matched(config: RemoeConfig, names: list[str]) -> list[str]:
@@ -116,13 +116,13 @@ def _of_layers(config: RemoeConfig, routers: tuple[RouterRef, ...]) -> set[str]:
     return chosen
 
 
-def settle_base(config: RemoeConfig, model: nn.Module, *, allow_other_base: bool) -> None:
+def check_base(config: RemoeConfig, model: nn.Module, survey: Routers, *, allow_other_base: bool) -> None:
     """Record the base's fingerprint in a new configuration; compare it in one that was made earlier.
 
     Raises FingerprintMismatchError naming both bases, unless `allow_other_base`.
     """
     try:
-        live = fingerprint(model)
+        live = survey.fingerprint
     except RouterError:
         # No values (meta device), or routers of which only some are usable: nothing to compare.
         return

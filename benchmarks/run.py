@@ -1,0 +1,208 @@
+"""Every benchmark by name: `python benchmarks/run.py gating` prints JSON and adds its rows to results/.
+
+Those of `remoe bench` are the same ones with their result files; the others are described in the files beside this one.
+Settings are NAME=VALUE of a benchmark's options, as `tokens=300 read_mib_per_s=0`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from remoe_adapt.bench.places import terminated_as_interrupted
+from remoe_adapt.bench.results import REPO_ROOT, append_row, environment
+from remoe_adapt.errors import RemoeError
+
+HELD_OUT = ("wikitext2_valid.txt.gz", "gsm8k_test.jsonl.gz", "humaneval.jsonl.gz")
+CONTROLLER_SETTINGS = (
+    "tokens", "cycles", "gain", "squeezed", "take_mib_per_s", "read_mib_per_s", "expert_bytes", "squeezes",
+)  # fmt: skip
+DECODE_FIGURES = (
+    "tpot_ms", "tpot_p95_ms", "tpot_mean_ms", "hit_rate", "bytes_per_token", "io_bytes_per_token", "stall_share",
+    "ppl_ratio", "anon_growth_bytes", "steps", "skipped",
+)  # fmt: skip
+DECODE_SETTINGS = (
+    "tokens", "quality_tokens", "dtype", "direct_io", "prefetch", "pack", "read_mib_per_s",
+    "raw_bandwidth_bytes_per_s", "limit_ms", "memory_limit_bytes",
+)  # fmt: skip
+LLAMACPP_SETTINGS = ("model_bytes", "limit_bytes", "read_mib_per_s", "tokens", "rounds")
+
+app = typer.Typer(help="Every benchmark by name.", no_args_is_help=True, pretty_exceptions_enable=False)
+Options = TypeVar("Options")
+Settings = Annotated[list[str] | None, typer.Argument(help="NAME=VALUE of its options.")]
+_results = Path(__file__).parent / "results"
+
+
+@app.callback()
+def places(results: Annotated[Path, typer.Option(help="Folder of the result files.")] = _results) -> None:
+    """Every benchmark by name: prints JSON and adds its rows to the files in results/."""
+    global _results
+    _results = results
+
+
+def keep(name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a result file, with machine, versions and commit in front."""
+    for row in rows:
+        append_row(_results / name, {**environment(), **row})
+
+
+def picked(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """These entries, "" where there is none: a result file has the same columns in every row."""
+    return {name: values.get(name, "") for name in names}
+
+
+def options(made: Callable[..., Options], settings: list[str] | None, **defaults: object) -> Options:
+    """A benchmark's options from its settings; bad usage for one that it does not have."""
+    try:
+        return made(**{**defaults, **given(settings)})
+    except TypeError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def given(settings: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE, each value JSON where it can be read as such and text otherwise."""
+    found: dict[str, Any] = {}
+    for setting in settings or ():
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{setting!r}: give NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def texts() -> list[Path]:
+    """Held-out text beside the clone; without it, benchmarks decode the shipped model's own."""
+    paths = (REPO_ROOT.parent / "shared" / "data" / "heldout" / name for name in HELD_OUT)
+    return [path for path in paths if path.is_file()]
+
+
+@app.command()
+def controller(settings: Settings = None) -> None:
+    """`remoe bench controller`: controller_cpu.csv (arms) and controller_cpu_bars.csv."""
+    from remoe_adapt.bench.controller import ControllerOptions, run_controller
+
+    result = run_controller(options(ControllerOptions, settings, data=texts(), keep=True))
+    common = {**picked(result["settings"], CONTROLLER_SETTINGS), "void": result["void"] or ""}
+    keep("controller_cpu.csv", ({"arm": name, **row, **common} for name, row in result["arms"].items()))
+    keep("controller_cpu_bars.csv", ({**row, **common} for row in result["bars"]))
+    print(json.dumps(result))
+
+
+@app.command()
+def decode(settings: Settings = None) -> None:
+    """`remoe bench decode`: decode_cpu.csv (arms) and decode_cpu_bars.csv."""
+    from remoe_adapt.bench.decode import DecodeOptions, run_decode
+
+    result = run_decode(options(DecodeOptions, settings, data=texts()))
+    common, bar = picked(result, DECODE_SETTINGS), ("bar", "arm", "value", "target", "met")
+    arms = result["arms"].items()
+    keep("decode_cpu.csv", ({"arm": name, **picked(row, DECODE_FIGURES), **common} for name, row in arms))
+    keep("decode_cpu_bars.csv", ({**picked(row, bar), **common} for row in result["bars"]))
+    print(json.dumps(result))
+
+
+@app.command()
+def gating(gpu_only: bool = False) -> None:
+    """`remoe bench gating`, row by row: gating_<device>.csv."""
+    from remoe_adapt.bench.gating import gpu_rows, run_gating
+
+    def keep_row(row: dict[str, Any]) -> None:
+        name = re.sub(r"[\s-]\d+gb.*", "", row["device"].lower().removeprefix("nvidia"))
+        device = re.sub(r"[^a-z0-9]+", "_", name.strip())
+        keep(f"gating_{device}.csv", [row])
+        print(json.dumps(row), flush=True)
+
+    if gpu_only:
+        for row in gpu_rows():
+            keep_row(row)
+        return
+    for what, why in run_gating(on_row=keep_row)["skipped"].items():
+        print(f"no rows for {what}: {why}", file=sys.stderr)
+
+
+@app.command()
+def swap(model: str | None = None, family: str | None = None) -> None:
+    """`remoe bench swap`: swap_cpu.csv."""
+    from remoe_adapt.bench.swap import run_swap
+
+    result = run_swap(model, family)
+    keep("swap_cpu.csv", [result])
+    print(json.dumps(result))
+
+
+@app.command()
+def reading(model: str, pack: str) -> None:
+    """Raw and expert reads of a checkpoint and its pack (`remoe pack`): reading_cpu.csv."""
+    from remoe_adapt.bench.reading import run_reading
+
+    for row in run_reading(model, pack)["rows"]:
+        keep("reading_cpu.csv", [row])
+        print(json.dumps(row), flush=True)
+
+
+@app.command("patch_gguf")
+def patch_gguf(gigabytes: Annotated[float, typer.Argument(help="Size of the GGUF.")] = 3.0) -> None:
+    """What another strength costs in a GGUF of 3 GB: patch_gguf.csv."""
+    from remoe_adapt.bench.patching import run_patching
+
+    result = run_patching(gigabytes)
+    keep("patch_gguf.csv", [result])
+    print(json.dumps(result))
+
+
+@app.command()
+def squeeze(settings: Settings = None) -> None:
+    """One squeeze over time, with and without the dial: squeeze_cpu.csv, written anew."""
+    from squeeze import Options, run
+
+    with terminated_as_interrupted():
+        rows = run(options(Options, settings))
+    (_results / "squeeze_cpu.csv").unlink(missing_ok=True)
+    keep("squeeze_cpu.csv", rows)
+    print(json.dumps(rows))
+
+
+@app.command()
+def llamacpp(settings: Settings = None) -> None:
+    """llama.cpp with a model larger than its memory, at every strength: llamacpp_cpu.csv."""
+    from llamacpp import Options, run
+
+    with terminated_as_interrupted():
+        result = run(options(Options, settings))
+    if "skipped" not in result:
+        keep("llamacpp_cpu.csv", ({**row, **picked(result, LLAMACPP_SETTINGS)} for row in result["rows"]))
+    print(json.dumps(result))
+
+
+@app.command("live_swap")
+def live_swap(settings: Settings = None) -> None:
+    """What swaps of `remoe watch --live` do to tokens under way in llama.cpp: live_swap_cpu.csv."""
+    from live_swap import Options, run
+
+    chosen = options(Options, settings)
+    with terminated_as_interrupted():
+        rows = run(chosen)
+    keep("live_swap_cpu.csv", ({**row, "seconds": chosen.seconds} for row in rows))
+    print(json.dumps({"rows": rows, **asdict(chosen)}))
+
+
+def main() -> None:
+    """One line on stderr for what we refuse."""
+    try:
+        app(prog_name="benchmarks/run.py")
+    except RemoeError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What a recency prior is set to, and its modes: which experts it prefers and how fast it forgets.
+
+No torch here, because device profiles and the command line are read without it. The arithmetic is that of
+`gating/reference.py`, which every mode steers by the facts below; so a new mode is one class in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import ClassVar
+
+from remoe_adapt.errors import ConfigError
+
+MAX_GAIN = 16.0
+# The word for "no prior" in files; code says None.
+NO_PRIOR = "none"
+
+
+class Mode:
+    """A kind of recency. With `needs_history`, each token moves the recency of a router: `decay * recency + (1 - decay)
+    * chosen`; it is then kept beside the KV cache, so the cache must be one that can be followed. Without, the gate
+    reads what an expert cache holds, and nothing moves.
+
+    needs_expert_cache: without one the prior does nothing, which is said. takes_decay: whether a user may choose it.
+    """
+
+    name: ClassVar[str]
+    needs_history: ClassVar[bool] = True
+    needs_expert_cache: ClassVar[bool] = False
+    takes_decay: ClassVar[bool] = True
+    default_decay: ClassVar[float] = 0.7
+
+    def decays(self, decay: float, routers: int) -> tuple[float, ...]:
+        """The decay of each router, in model order, when `decay` was chosen."""
+        return (decay,) * routers
+
+
+class Last(Mode):
+    """The previous token's experts alone."""
+
+    name = "last"
+    takes_decay = False
+
+
+class Ema(Mode):
+    """A decayed mean of uses."""
+
+    name = "ema"
+
+
+class Resident(Mode):
+    """What the expert cache holds now."""
+
+    name = "resident"
+    needs_history, needs_expert_cache, takes_decay = False, True, False
+
+
+MODES: dict[str, Mode] = {mode.name: mode for mode in (Last(), Ema(), Resident())}
+DEFAULT_MODE = Ema.name
+
+
+@dataclass(frozen=True, slots=True)
+class Recency:
+    """A recency prior's settings; None in its place means that there is no prior.
+
+    mode: a key of MODES.
+    gain: of all routers, or a tuple with that of each, in model order; from 0 to MAX_GAIN.
+    decay: in [0, 1); 0 in a mode that takes none, whatever was given, so that equal priors compare equal.
+
+    Raises ConfigError for values that cannot be.
+    """
+
+    mode: str
+    gain: float | tuple[float, ...]
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mode, str) or self.mode not in MODES:
+            raise ConfigError(f"recency {self.mode!r} is not one of {', '.join(MODES)}.")
+        for gain in self.gains():
+            if not _is_number(gain) or not 0.0 <= gain <= MAX_GAIN:
+                raise ConfigError(
+                    f"recency gain {gain!r}: give a number from 0 (no prior) to {MAX_GAIN:g}; 0.1 to 0.3 is usual."
+                )
+        if not _is_number(self.decay) or not 0.0 <= self.decay < 1.0:
+            raise ConfigError(f"recency decay {self.decay!r}: give a number from 0 (the last token alone) to below 1.")
+        if not self.kind.takes_decay:
+            object.__setattr__(self, "decay", 0.0)
+
+    @classmethod
+    def of(cls, mode: str | None, gain: float | Sequence[float] = 0.0, decay: float | None = None) -> Recency:
+        """With the usual value of what is None: DEFAULT_MODE, the mode's own decay. Raises as the class."""
+        mode = DEFAULT_MODE if mode is None else mode
+        if decay is None:
+            decay = MODES[mode].default_decay if isinstance(mode, str) and mode in MODES else 0.0
+        return cls(mode, tuple(gain) if isinstance(gain, Sequence) and not isinstance(gain, str) else gain, decay)
+
+    @property
+    def kind(self) -> Mode:
+        """How its mode behaves."""
+        return MODES[self.mode]
+
+    def gains(self, routers: int | None = None) -> tuple[float, ...]:
+        """The gain of each of `routers` routers; None: as many as are listed. Raises ConfigError for another number."""
+        listed = self.gain if isinstance(self.gain, tuple) else (self.gain,) * (1 if routers is None else routers)
+        if routers is not None and len(listed) != routers:
+            raise ConfigError(f"{len(listed)} recency gains for {routers} routers: give one for each.")
+        return listed
+
+    def is_like(self, other: Recency) -> bool:
+        """Whether one prior can have the gains of both: same mode, decay and number of gains."""
+        mine, theirs = ((it.mode, it.decay, len(it.gains())) for it in (self, other))
+        return mine == theirs
+
+
+def mode_words() -> tuple[str, ...]:
+    """What a file may say for a mode."""
+    return (NO_PRIOR, *MODES)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

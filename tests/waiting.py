@@ -1,0 +1,25 @@
+"""Waiting for what other threads and processes do: a test that hangs fails instead."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+# No measure of speed: whatever has not happened by then never will.
+HANGS_S = 60.0
+
+
+def until(condition: Callable[[], object], seconds: float = HANGS_S) -> None:
+    """Returns once the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.001)
+
+
+def in_thread(work: Callable[[], object]) -> threading.Thread:
+    """A started thread that no hanging test waits for."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
