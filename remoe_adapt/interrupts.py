@@ -79,14 +79,18 @@ def hold() -> None:
         before, _main.held = _main.held, True
         _main.levels.append(before)
         return
-    for number in _NUMBERS:
-        handler = _signals.getsignal(number)
-        if callable(handler) and handler is not _note:
-            _main.replaced[number] = handler
-            _signals.signal(number, _note)
-    _main.pending = {}
-    _main.held = True
-    _main.levels.append(False)
+    try:
+        for number in _NUMBERS:
+            handler = _signals.getsignal(number)
+            if callable(handler) and handler is not _note:
+                _main.replaced[number] = handler
+                _signals.signal(number, _note)
+        _main.pending = {}
+        _main.held = True
+        _main.levels.append(False)
+    except BaseException:  # a handler has raised meanwhile: nobody will release what is replaced by then
+        _restore()
+        raise
 
 
 def release() -> None:

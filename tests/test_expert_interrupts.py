@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from waiting import HANGS_S, in_thread, until
 
+from remoe_adapt import interrupts
 from remoe_adapt.cache.device import DeviceSource
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ExpertReadError
@@ -262,3 +263,22 @@ def test_signals_wait_while_they_are_held_back_and_no_longer() -> None:
         with held_back(), let_through():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "what somebody sets meanwhile stays"
+
+
+def test_a_signal_that_raises_while_handlers_are_replaced_leaves_them_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    def replace(number: int, new: Any) -> None:
+        signal.signal(number, new)
+        if number == signal.SIGUSR1 and new is not interrupt:
+            signal.raise_signal(signal.SIGINT)
+
+    with handler(signal.SIGINT, interrupt), handler(signal.SIGUSR1, interrupt):
+        with monkeypatch.context() as patched:
+            patched.setattr(interrupts, "_signals", SimpleNamespace(getsignal=signal.getsignal, signal=replace))
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.hold()
+        assert signal.getsignal(signal.SIGINT) is interrupt and signal.getsignal(signal.SIGUSR1) is interrupt

@@ -290,7 +290,7 @@ def test_a_predictor_reads_only_while_it_is_right(folder: Path) -> None:
     # Reads that take many times as long as what they could hide behind pay only when they are nearly always right.
     assert router.threshold(router.window_s * 20) == pytest.approx(0.95) and router.threshold(0.0) == 0.5
     ahead.read_ahead(0, torch.randn(prefetching.MAX_TOKENS + 1, 32))
-    assert getattr(ahead._here, "open", None) is None
+    assert getattr(ahead._of_thread, "prediction", None) is None
 
 
 def test_the_live_weight_is_what_predicts(folder: Path) -> None:

@@ -21,8 +21,9 @@ from torch import Tensor
 from remoe_adapt.errors import ConfigError
 
 HUGE_PAGE = 2 << 20
-# Of the mappings that a process may have: with so many, others may have been split when one more was refused.
-_NEARLY = 0.95
+# From this part of the allowed mappings on, a refusal is put down to their number: one request may need more than one
+# (the system splits others for it), and other threads may unmap some before the count is read.
+_NEARLY_ALL = 0.95
 
 
 def map_pages(size: int) -> np.ndarray:
@@ -44,10 +45,12 @@ def _map(size: int) -> np.ndarray:
         return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=np.uint8)
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=flags)
     start = -np.frombuffer(memory, dtype=np.uint8).ctypes.data % HUGE_PAGE
-    # Nothing behind, that a last huge page could take; what lies before is never touched.
+    # The mapping ends where the memory ends, or a last huge page would reach beyond it. The bytes before `start` take
+    # no memory, since nobody touches them.
     memory.resize(start + size)
     with contextlib.suppress(OSError):  # a system without them
-        # All of it, so that it stays one mapping: what lies before and behind has no room for a huge page.
+        # Advice for a part would split the mapping in two, and a process may have only so many. The parts at both ends
+        # are too short for a huge page.
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8, offset=start)
 
@@ -60,7 +63,7 @@ def _no_room(size: int) -> ConfigError:
             used = sum(1 for _ in maps)
     except (OSError, ValueError):  # no such system, or nothing left to ask with
         limit = used = 0
-    if limit and used >= _NEARLY * limit:
+    if limit and used >= _NEARLY_ALL * limit:
         return ConfigError(
             f"{what}: the process has {used} memory mappings, and vm.max_map_count is {limit}. Raise it (sysctl -w "
             f"vm.max_map_count={4 * limit}), or give the expert cache a smaller budget (its resize)."
@@ -90,7 +93,7 @@ class Blocks:
 
     def __init__(self, new: Callable[[int], Block] = Block) -> None:
         self._new = new
-        # Appended to and popped from without a lock: finalizers run wherever a tensor dies.
+        # No lock guards these lists: a finalizer runs wherever a tensor dies, perhaps in a thread that holds the lock.
         self._free: dict[int, list[Block]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -106,7 +109,7 @@ class Blocks:
             self.give_back()
             block = self._new(size)
         owner = block.lend()
-        # The tensor's storage holds `owner`; who holds that storage, autograd for one, holds the block.
+        # The tensor's storage holds `owner`: the block is lent until the last user of the storage, as autograd, ends.
         weakref.finalize(owner, self._keep, block).atexit = False
         return owner
 

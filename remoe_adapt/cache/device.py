@@ -23,7 +23,7 @@ from remoe_adapt.cache.slots import ExpertSource, Slot
 from remoe_adapt.cache.tiers import READ_THREADS, ExpertCache
 from remoe_adapt.errors import ConfigError
 
-# Of the GPU's budget: room for what it holds, and as much again for what it is about to ask for.
+# The RAM tier is so many times the GPU's budget: it holds what the GPU holds, and as much again for its next misses.
 RAM_TO_GPU = 2
 
 
@@ -55,7 +55,7 @@ class DeviceSource:
 
     def read(self, layer: int, expert: int) -> Slot:
         """Raises what the tier below raises."""
-        # The experts that one token misses of one layer come one by one, and are of one token below as well.
+        # A token's misses of one layer come here one by one. The policy below must count them as one token too.
         continues, self._last_layer = layer == self._last_layer, layer
         with (
             torch.inference_mode(False),
@@ -92,7 +92,7 @@ class PinnedBlock(Block):
         self._address = address
 
     def __del__(self) -> None:
-        # Before the memory goes; at the end of the process CUDA may be gone, and takes it along.
+        # Memory must be unregistered before it is unmapped. At the end of the process CUDA may be gone, with all of it.
         if getattr(self, "_address", 0) and not sys.is_finalizing():
             with torch.cuda.device(self._device):
                 torch.cuda.cudart().cudaHostUnregister(self._address)
@@ -164,7 +164,7 @@ class DeviceBlocks(Blocks):
         if sys.is_finalizing():
             return
         assert isinstance(block, DeviceBlock)
-        # Outside a lease too: backward gives blocks back from threads of its own.
+        # `computed` is not enough: backward gives blocks back from threads of its own, outside any lease.
         block.freed = torch.cuda.current_stream(self._device).record_event()
         super()._keep(block)
 
@@ -181,7 +181,7 @@ class CopyStream:
             try:
                 yield
             finally:
-                # The thread sleeps meanwhile.
+                # A blocking event lets the thread sleep: polling would take a core from what computes.
                 copied = torch.cuda.Event(blocking=True)
                 copied.record(self._stream)
                 copied.synchronize()
@@ -218,8 +218,11 @@ def make_cache(
 ) -> ExpertCache:
     """The expert cache for a model on `device` (of `find_device`): one tier on the CPU, a GPU tier over one in RAM.
 
-    budget_bytes: of the tier that computes. ram_budget_bytes: of the pinned RAM below a GPU; None: twice the budget, at
-    most all experts. policy, scope, threads: see ExpertCache; the RAM tier has one budget over all layers.
+    store: what the experts are read from.
+    budget_bytes: of the tier that computes.
+    ram_budget_bytes: of the pinned RAM below a GPU; None: twice the budget, at most all experts.
+    policy, threads: see ExpertCache.
+    scope: see ExpertCache; the RAM tier has one budget over all layers.
 
     Raises ConfigError as ExpertCache, for a RAM budget without a GPU, and for a budget beyond the GPU's free memory.
     """
@@ -227,7 +230,7 @@ def make_cache(
         if ram_budget_bytes is not None:
             raise ConfigError("ram_budget is for a model on a GPU; on the CPU give budget alone.")
         return ExpertCache(store, budget_bytes, policy=policy, scope=scope, threads=threads)
-    # Before memory is asked of the device: a budget that is refused leaves nothing behind.
+    # The budget is checked before memory is asked of the device, so that a refusal leaves nothing behind.
     free_bytes: int = torch.cuda.mem_get_info(device)[0]
     if budget_bytes > free_bytes:
         raise ConfigError(

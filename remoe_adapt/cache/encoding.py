@@ -56,12 +56,17 @@ class Arithmetic(Protocol):
 
 
 class Encoding(Protocol):
-    """method: the `quant_method` of configurations whose experts are encoded so; None: of those without one."""
-
-    method: str | None
+    """How the experts of some checkpoints are encoded, in their files and in slots."""
 
     @property
-    def arithmetic(self) -> Arithmetic: ...
+    def method(self) -> str | None:
+        """The `quant_method` of configurations whose experts are encoded so; None: of those without one."""
+        ...
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Computes with slots of this encoding."""
+        ...
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Give the experts modules of a model on the meta device the parameters [E, ...] that the files hold.
@@ -115,7 +120,7 @@ def eager_function(cls: type[nn.Module]) -> Callable[..., Tensor]:
 class Floats:
     """Plain numbers: the parameters of transformers' experts modules, computed by their eager function."""
 
-    method = None
+    method: str | None = None
     arithmetic = staticmethod(eager_arithmetic)
 
     def prepare(self, model: PreTrainedModel) -> None:

@@ -61,7 +61,9 @@ class PackedLayer:
 class PackedStore:
     """Reads experts of a pack; any number of threads at once. Stands where the ExpertStore of the checkpoint would.
 
-    source: the store of the checkpoint that the pack must be a copy of. direct_io, reader: as for ExpertStore.
+    folder: of the pack.
+    source: the store of the checkpoint that the pack must be a copy of.
+    direct_io, reader: as for ExpertStore.
 
     Raises ConfigError when the folder is no pack or one of another model, type or fine-tuning, ExpertReadError for
     files that are missing, truncated or cannot be read.

@@ -24,10 +24,10 @@ from remoe_adapt.untrusted import read_json
 from remoe_adapt.writing import disk_faults, made_parents
 
 SHARD_BYTES = 4 << 30
-# So much may wait to be written out before we wait for it.
+# A pack waits for the disk after so many bytes: dirty pages of a whole pack would push everything else out of memory.
 _FLUSH_BYTES = 128 << 20
 _PLAN = "plan.json"
-# (layer, expert) pairs, in the order of the file.
+# The (layer, expert) pairs of one file, in its order.
 _Shard = list[tuple[int, int]]
 
 
@@ -43,9 +43,15 @@ def write_pack(
 ) -> dict[str, Any]:
     """Pack all experts of `source` into the folder `out`; nothing is there until all is.
 
-    model_id: says in the pack what it is a copy of. overwrite: replace a pack that is there. on_start, on_bytes: told
-    the bytes in all, then those done since. Returns (JSON-ready) `out`, `model`, `dtypes`, `layers`, `experts`,
-    `bytes` and `files`.
+    source: the store of the checkpoint.
+    out: the folder of the pack.
+    model_id: says in the pack what it is a copy of.
+    overwrite: replace a pack that is there.
+    shard_bytes: a file has at most about so many bytes.
+    on_start: called with the bytes in all.
+    on_bytes: called with the bytes that were written since the last call.
+
+    Returns (JSON-ready) `out`, `model`, `dtypes`, `layers`, `experts`, `bytes` and `files`.
 
     What is finished lies in the folder `.<name of out>.partial` meanwhile. It stays when the process dies, and the next
     call goes on with it unless model or layout have changed.
@@ -187,7 +193,7 @@ def _write_shard(
 ) -> None:
     draft = path.with_name(f"{path.name}.tmp")
     with draft.open("wb") as file:
-        # All room at once: a full disk is noticed now, and the file lies in few pieces.
+        # The file gets all its room at once: a full disk is noticed before the work, and the file lies in few pieces.
         _reserve(file, len(header) + sum(layers[layer].bytes for layer, _ in shard))
         file.write(header)
         on_bytes(len(header))

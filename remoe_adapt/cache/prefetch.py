@@ -23,7 +23,7 @@ from remoe_adapt.notices import say_once
 from remoe_adapt.routers.discover import Routers, survey_routers
 from remoe_adapt.routers.spec import RouterRef
 
-# Of one forward; more ask for most experts anyway, and their reads fill the device.
+# Forwards of more tokens are not predicted: they ask for most experts anyway, and their reads fill the device.
 MAX_TOKENS = 8
 # Scores are means over about the last 1 / RATE predictions; new ones stand between reading and not.
 RATE, FIRST_SCORE = 0.05, 0.5
@@ -68,7 +68,7 @@ class _Router:
         chosen = self.predict(hidden_TD) or []
         for rank in range(self.spec.top_k):
             for experts in chosen:
-                if experts[rank] < self._num_experts:  # else a choice that has no weights
+                if experts[rank] < self._num_experts:  # a router may choose null experts, which have no weights
                     ranks.setdefault(experts[rank], rank)
         return ranks
 
@@ -95,8 +95,8 @@ class Prefetcher:
         """`routers`: by the layer of the cache."""
         self._cache = expert_cache
         self._routers = {layer: _Router(ref, expert_cache.source.num_experts[layer]) for layer, ref in routers.items()}
-        # In each thread `open`: (layer, {expert: rank}, when) of a prediction whose layer is still to come.
-        self._here = threading.local()
+        # Each thread runs its own forwards. `prediction` is (layer, {expert: rank}, when), until the layer looks up.
+        self._of_thread = threading.local()
 
     @property
     def scores(self) -> dict[int, list[float]]:
@@ -105,9 +105,9 @@ class Prefetcher:
 
     def score(self, layer: int, experts: Sequence[int]) -> None:
         """A layer asks for these experts: score what was predicted for it."""
-        predicted = getattr(self._here, "open", None)
+        predicted = getattr(self._of_thread, "prediction", None)
         if predicted is not None:
-            self._here.open = None
+            self._of_thread.prediction = None
             if predicted[0] == layer:
                 self._routers[layer].score(predicted[1], set(experts), time.perf_counter() - predicted[2])
 
@@ -125,7 +125,7 @@ class Prefetcher:
             ranks = router.ranked(hidden_TD)
         missing = {expert: ranks[expert] for expert in self._cache.missing(layer + 1, ranks)}
         if missing:
-            self._here.open = layer + 1, missing, time.perf_counter()
+            self._of_thread.prediction = layer + 1, missing, time.perf_counter()
             wanted = [expert for expert, rank in ranks.items() if router.scores[rank] >= least]
             if not missing.keys().isdisjoint(wanted):
                 self._cache.prefetch(layer + 1, wanted)

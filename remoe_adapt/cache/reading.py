@@ -56,7 +56,7 @@ class ExtentReader:
             )
         self._steps = {path: _memory_step(path) for path in files} if self.direct_io else {}
         self._fds: dict[Path, int] = {}
-        # At the latest when nothing needs the reader any more.
+        # A reader that nobody closes is closed when it is collected: its files must not stay open.
         self.close = weakref.finalize(self, _close, self._fds)
         for path in files:
             try:
@@ -87,7 +87,8 @@ class ExtentReader:
         buffers: list[memoryview] = []
         aside: list[tuple[int, np.ndarray]] = []
         begun, used, blocks = at, 0, -(-(end - at) // BLOCK)
-        most = -(-blocks // -(-blocks * BLOCK // CHUNK)) * BLOCK  # even pieces
+        # Pieces of equal size: a short last one would cost a request of its own.
+        most = -(-blocks // -(-blocks * BLOCK // CHUNK)) * BLOCK
         for stop, place in _segments(run, at, end, self._steps[run[0][0].path]):
             while at < stop:
                 size = stop - at

@@ -27,7 +27,7 @@ from remoe_adapt.cache.reading import BLOCK, ExtentReader, Reader
 from remoe_adapt.cache.shards import Extent, open_checkpoint
 from remoe_adapt.errors import ConfigError, UncacheableError
 
-# Of tensors in memory, as torch's own: kernels compute other last bits on data that is not.
+# Parameters lie at multiples of so many bytes, as torch's tensors do: elsewhere some kernels compute other last bits.
 ALIGNMENT = 64
 
 
@@ -154,7 +154,7 @@ class ExpertStore:
 
         Raises ExpertReadError, after several attempts.
         """
-        # Ordinary tensors, whatever runs in the thread that asks: they outlive its inference mode.
+        # Slots outlive the inference mode of the thread that happens to ask for them, so they are ordinary tensors.
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return self._assemble(layer, expert)
 
@@ -299,7 +299,7 @@ class ExpertStore:
         """What the sources of one expert become, by full name, each with one row."""
         if converter is None:
             return {name: tensors[0]}
-        # A converter collects; its like is made for each use.
+        # A converter keeps the tensors that were added to it, so each use has a copy of its own.
         converter = copy.deepcopy(converter)
         for source, tensor in zip(sources, tensors, strict=True):
             converter.add_tensor(name, name, source.pattern, cast(Any, tensor))
@@ -314,7 +314,8 @@ class ExpertStore:
             return None
         if converter is None:
             return (0,)
-        # Found out once, with numbers instead of weights, for all layers alike.
+        # The conversion is tried on the numbers 0, 1, 2 ...: where they come out shows where the sources go. Layers
+        # whose sources have the same names and shapes share the answer.
         key = (id(converter), *((source.pattern, source.shape()) for source in sources))
         if key not in self._plain:
             sizes = [torch.Size(source.shape()).numel() for source in sources]

@@ -38,10 +38,17 @@ _AHEAD_PART = 2
 class ExpertCache(Filling):
     """Slots for at most `budget_bytes` of a source's experts; any number of threads at once.
 
-    policy: "lru", "lfu" or "lrfu". scope: "global", one budget over all layers, or "layer", each layer its share.
-    threads: reads at a time. below: the tier that the source reads from, for `stats` and `clear`. released: called in
-    the thread that gives a lease back, before anything of it can be evicted. device: of `resident_masks`, which are of
-    each layer a tensor [1, E], kept up to date in place: 1 where the expert is in its slot, 0 elsewhere.
+    `resident_masks` are of each layer a tensor [1, E], kept up to date in place: 1 where the expert is in its slot, 0
+    elsewhere.
+
+    source: where experts are read from.
+    budget_bytes: of all slots.
+    policy: "lru", "lfu" or "lrfu".
+    scope: "global", one budget over all layers, or "layer", each layer its share.
+    threads: reads at a time.
+    below: the tier that the source reads from, for `stats` and `clear`.
+    released: called in the thread that gives a lease back, before anything of it can be evicted.
+    device: of `resident_masks`; None: the CPU.
 
     Raises ConfigError for an unknown policy or scope, and for a budget that does not hold one expert (of each layer
     with scope "layer").

@@ -76,17 +76,19 @@ def load_with_expert_cache(
     Its memory is the dense part and the slots, nothing mapped. It computes what `from_pretrained` would with
     `experts_implementation="eager"`, generates, and takes PEFT adapters; its experts are frozen.
 
+    path: of the folder, or the hub id.
     expert_cache: the budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0).
-    device: the CPU, or a CUDA device, which holds the dense part and the slots of that budget; below them come slots in
-    pinned RAM.
-    ram_budget: of those in RAM, which are filled from storage, like expert_cache; None: twice as much, at most all.
+    device: the CPU, or a CUDA device, which holds the dense part and the slots of that budget. Below them come slots in
+        pinned RAM, filled from storage.
+    ram_budget: of the slots in pinned RAM, like expert_cache; None: twice as much, at most all experts.
     memory: what the dense part and the slots may take together, with a sixteenth left for the KV cache; it lowers the
-    budget.
+        budget.
     storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
     policy, scope, threads: see ExpertCache.
     prefetch: predict each next layer's experts, and read ahead where that pays (see cache/prefetch.py).
     direct_io, reader: see ExpertStore.
     dtype: as in from_pretrained; None: the checkpoint's (torch_dtype, its old name, counts too).
+    from_pretrained_kwargs: other options of from_pretrained, but those that place, quantise or make weights.
 
     Raises ConfigError for options that cannot work or nobody knows, UncacheableError for models whose experts cannot be
     cached (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.

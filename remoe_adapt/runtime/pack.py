@@ -29,8 +29,11 @@ def pack_experts(
 ) -> dict[str, Any]:
     """Copy the experts of a checkpoint folder or hub id to the folder `out`, for load_with_expert_cache(storage=out).
 
-    dtype: of the copy, which must be that of the model in memory; None: the checkpoint's. overwrite, on_start,
-    on_bytes, and what is returned and raised: see cache.packing.write_pack. options: of from_pretrained, for the hub.
+    path: of the checkpoint, or its hub id.
+    out: the folder of the pack.
+    dtype: of the copy, which must be that of the model in memory; None: the checkpoint's.
+    overwrite, on_start, on_bytes, and what is returned and raised: see cache.packing.write_pack.
+    options: of from_pretrained, for the hub.
 
     Raises ConfigError and UncacheableError as load_with_expert_cache, ConfigError also for other options.
     """
