@@ -37,7 +37,10 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class Sensor(Protocol):
-    """name: the first word of its measures."""
+    """Where pressure is seen; see OS_SENSORS for how to add one.
+
+    name: the first word of its measures.
+    """
 
     name: str
 
@@ -59,7 +62,7 @@ class MachineMemory:
 
     name = "memory"
 
-    def __init__(self, proc: Path = PROC) -> None:
+    def __init__(self, proc: Path = PROC, cgroups: Path = CGROUPS, pid: int | None = None) -> None:
         self._meminfo, self._vmstat = PolledFile(proc / "meminfo"), PolledFile(proc / "vmstat")
         self._rates = Rates()
 
@@ -215,7 +218,7 @@ class ProcessUse:
 
     name = "process"
 
-    def __init__(self, proc: Path = PROC, pid: int | None = None) -> None:
+    def __init__(self, proc: Path = PROC, cgroups: Path = CGROUPS, pid: int | None = None) -> None:
         folder = _process_folder(proc, pid)
         self._stat, self._io, self._statm = (PolledFile(folder / name) for name in ("stat", "io", "statm"))
         self._vmstat = PolledFile(proc / "vmstat")
@@ -311,13 +314,13 @@ class Sensors:
 
 
 def os_sensors(proc: Path = PROC, cgroups: Path = CGROUPS, pid: int | None = None) -> list[Sensor]:
-    """All sensors of the operating system; pid: of another process on this machine, None: this one."""
-    return [
-        MachineMemory(proc),
-        CgroupMemory(proc, cgroups, pid),
-        PressureStall(proc, cgroups, pid),
-        ProcessUse(proc, pid),
-    ]
+    """One of each of OS_SENSORS; pid: of another process on this machine, None: this one."""
+    return [make(proc, cgroups, pid) for make in OS_SENSORS]
+
+
+# What is read of every model: a new sensor is a class with this signature and its name in this list. Its measures reach
+# the policy by a signal in `signals`, or, without one, as `<name>.pressure`.
+OS_SENSORS: list[Callable[[Path, Path, int | None], Sensor]] = [MachineMemory, CgroupMemory, PressureStall, ProcessUse]
 
 
 def _guarded(sensor: Sensor, now_s: float) -> Reading:

@@ -6,6 +6,7 @@
 | cache loss | the expert cache keeps its budget | `pressure.cache_loss` of it is given back |
 | psi memory, psi io, swap | `from` of the profile's range | its `full` |
 | faults | the same: major faults, as far as pages are read again that had been dropped | |
+| any other sensor | its measure `<name>.pressure` is 0 | it is 1 |
 | stall | tokens wait `from` of the time for experts | `full` of it, with at least 1 in 20 look-ups missed |
 
 Headroom is that of the tightest place: the machine, the cgroup, and a GPU of its own. Memory that CPU and GPU share
@@ -31,6 +32,8 @@ _FILLED = 0.8
 # No machine has so much; a part may seem larger than its whole by what moved between the two being read.
 _MOST_BYTES, _SKEW = float(1 << 60), 0.05
 _PART_OF = {"memory.available": "memory.total", "cgroup.headroom": "cgroup.limit", "gpu.free": "gpu.total"}
+# A measure whose name ends so is a pressure already.
+_PRESSURE = ".pressure"
 # Part of the reserve that is to spare where nothing needs a closer look.
 _EASE = 0.5
 # Readings older than this many samples say nothing.
@@ -77,6 +80,11 @@ def weigh(reading: Reading, profile: DeviceProfile) -> Weighed:
     places = _places(values, profile)
     signals = [_headroom(place, where, values, profile) for where, place in places.items()]
     signals += _rates(values, profile)
+    signals += [
+        Signal(name, min(1.0, value), f"{name} says {value:.2f}")
+        for measure, value in values.items()
+        if (name := measure.removesuffix(_PRESSURE)) != measure
+    ]
     return Weighed(tuple(signals), _stall(values, profile), places, values, unusable)
 
 
