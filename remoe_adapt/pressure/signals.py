@@ -50,7 +50,7 @@ class Signal(NamedTuple):
 
 class Place(NamedTuple):
     """Memory that something takes: bytes free, bytes that must stay free, and bytes lacking (negative: to spare).
-    seen: how many sensors say what is free; total: all there is; own: what the model takes, None: not known, or no
+    seen: how many sensors say what is free; total: all there is; used: what the model takes, None: not known, or no
     matter; name: of this memory, in words."""
 
     free: float
@@ -58,7 +58,7 @@ class Place(NamedTuple):
     lacking: float
     seen: int
     total: float
-    own: float | None
+    used: float | None
     name: str
 
 
@@ -152,29 +152,29 @@ def _most(name: str, measures: Mapping[str, Measure]) -> float:
 
 def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Place]:
     shared = values.get("gpu.unified", 0.0) > 0
-    own = values.get("process.private")
-    gpu_own = values.get("gpu.allocated")
-    if own is not None and shared:
-        own += gpu_own or 0.0
+    used = values.get("process.private")
+    gpu_used = values.get("gpu.allocated")
+    if used is not None and shared:
+        used += gpu_used or 0.0
     free = [values[name] for name in ("memory.available", "cgroup.headroom") if name in values]
     total = [values[name] for name in ("memory.total", "cgroup.limit") if values.get(name)]
     has_card = not shared and "gpu.free" in values
     places: dict[str, Place] = {}
     if free:
         # The budget of a profile is that of the memory where the model is.
-        places["host"] = _place(free, min(total, default=math.inf), None if has_card else own, profile, "memory")
+        places["host"] = _place(free, min(total, default=math.inf), None if has_card else used, profile, "memory")
     if has_card:
         card_free = values["gpu.free"] + values.get("gpu.reusable", 0.0)
-        places["device"] = _place([card_free], values.get("gpu.total") or math.inf, gpu_own, profile, "GPU memory")
+        places["device"] = _place([card_free], values.get("gpu.total") or math.inf, gpu_used, profile, "GPU memory")
     return places
 
 
-def _place(seen: list[float], total: float, own: float | None, profile: DeviceProfile, name: str) -> Place:
+def _place(seen: list[float], total: float, used: float | None, profile: DeviceProfile, name: str) -> Place:
     free = min(seen)
     reserve = min(float(profile.memory.reserve_bytes), _LARGEST_RESERVE * total)
     budget = profile.memory.budget_bytes
-    over = -math.inf if own is None or budget is None else own - budget
-    return Place(free, reserve, max(reserve - free, over), len(seen), total, own, name)
+    over = -math.inf if used is None or budget is None else used - budget
+    return Place(free, reserve, max(reserve - free, over), len(seen), total, used, name)
 
 
 def notes_of(places: Mapping[str, Place], profile: DeviceProfile) -> dict[str, str]:
@@ -183,7 +183,7 @@ def notes_of(places: Mapping[str, Place], profile: DeviceProfile) -> dict[str, s
     for where, place in places.items():
         notes |= {
             f"{where} {key}": f"{words} of profile {profile.name} {why}"
-            for key, words, why in _beyond(place.total, place.name, place.own is not None, profile)
+            for key, words, why in _beyond(place.total, place.name, place.used is not None, profile)
         }
     return notes
 
@@ -206,7 +206,7 @@ def _beyond(total: float, name: str, has_budget: bool, profile: DeviceProfile) -
 def _headroom(place: Place, where: str, values: Mapping[str, float], profile: DeviceProfile) -> Signal:
     pressure = min(1.0, max(0.0, place.lacking / max(place.reserve / 2, 1.0)))
     if place.lacking > place.reserve - place.free:
-        words = f"the model takes {size_text(place.own or 0)} of {place.name}, its budget is "
+        words = f"the model takes {size_text(place.used or 0)} of {place.name}, its budget is "
         return Signal(f"{where} headroom", pressure, words + size_text(profile.memory.budget_bytes or 0))
     in_group = where == "host" and values.get("cgroup.headroom") == place.free
     words = f"{size_text(place.free)} of {place.name} {'of this cgroup ' if in_group else ''}free"
