@@ -27,7 +27,7 @@ from remoe_adapt.family_files import family_folder, read_family_json
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.runtime.engine import Engine, turn
 from remoe_adapt.runtime.llama_http import Address
-from remoe_adapt.runtime.llama_process import FollowedProcess, ServerProcess, ServerSensors
+from remoe_adapt.runtime.llama_process import ServerProcess, ServerSensors, WatchedProcess
 from remoe_adapt.runtime.llama_server import HOLD_S, LlamaServer
 from remoe_adapt.runtime.mapped import MappingProcess
 from remoe_adapt.watch_live import LlamaFile
@@ -71,7 +71,7 @@ class Watch:
         self.options, self.profile = options, profile
         self._awake, self._ended = threading.Event(), False
         self.address = None if server is None else Address.parse(server)
-        self.process: FollowedProcess
+        self.process: WatchedProcess
         self.live: LlamaFile | None = None
         self.proxy: Proxy | None = None
         if options.live is not None:

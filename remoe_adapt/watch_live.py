@@ -11,7 +11,7 @@ from remoe_adapt.errors import ServerDownError, ServerError
 from remoe_adapt.export.gguf_live import LiveRouters
 from remoe_adapt.export.gguf_undo import undo_path
 from remoe_adapt.runtime.events import Target
-from remoe_adapt.runtime.llama_process import FollowedProcess
+from remoe_adapt.runtime.llama_process import WatchedProcess
 from remoe_adapt.runtime.llama_scales import rounded_strength
 from remoe_adapt.runtime.mapped import covers, mapped_by, mapped_spans
 
@@ -35,7 +35,7 @@ class LlamaFile:
     def __init__(
         self,
         routers: LiveRouters,
-        process: FollowedProcess,
+        process: WatchedProcess,
         points: Sequence[float] = (),
         *,
         required: bool,
@@ -123,6 +123,7 @@ class LlamaFile:
             f"after a kill: remoe export gguf {path} --undo"
         )
 
+    # A server that has read the file into memory would go on with the old routers, and nobody would see it.
     def _check(self, pid: int) -> None:
         before, self._met_pid = self._met_pid, None
         path = self.routers.path

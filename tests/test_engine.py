@@ -21,7 +21,7 @@ from remoe_adapt.runtime.engine import Engine, turn
 from remoe_adapt.runtime.events import SENSORS, Events, Target
 from remoe_adapt.runtime.llama_server import LlamaServer
 from remoe_adapt.runtime.load import profile_of
-from remoe_adapt.runtime.staging import Staging
+from remoe_adapt.runtime.staging import Staging, State
 from remoe_adapt.runtime.swap import ResidentRouters
 from remoe_adapt.tuner import RemoeConfig, wrap_or_inject
 from remoe_adapt.watch import Watch, WatchOptions
@@ -151,3 +151,27 @@ def test_sensors_that_stay_with_the_base_leave_a_server_as_it_is_found(files: An
         assert second.sync() and second.swaps == 0 and second.target == pytest.approx(0.51, abs=1e-4)
         turn(second, decided(second.target, False))
         assert second.sync() and second.swaps == 0
+
+
+def test_a_swap_goes_through_its_states(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    with transformers(request) as engine:
+        assert isinstance(engine, Staging) and engine.state is State.IDLE and engine.take() is None
+        with engine.steps.forward():
+            engine.post(Target(0.5))
+            assert engine.state is State.STAGED and engine.strength == 0.0 and engine.status()["waiting"]
+        assert engine.state is State.IDLE and engine.strength == 0.5
+
+        def cut_short(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(torch, "_foreach_copy_", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            engine.post(Target(1.0))
+        monkeypatch.undo()
+        assert engine.state is State.SWAPPING
+        with engine.steps.forward():
+            engine.post(Target(0.5))  # which is said to be live, and may be half of it
+            assert engine.state is State.SWAPPING and engine.waiting
+        assert engine.state is State.IDLE and engine.swaps == 2
+        engine.close()
+        assert engine.state is State.CLOSED and not engine.waiting

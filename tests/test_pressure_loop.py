@@ -9,8 +9,9 @@ from itertools import pairwise
 import pytest
 from squeezed_cache import MIB, SqueezedCache, reversals
 
-from remoe_adapt.device_profile import DeviceProfile, PressureProfile, load_profile
+from remoe_adapt.device_profile import DeviceProfile, MemoryProfile, PressureProfile, load_profile
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.pressure import sensors
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.policy import Decision
 from remoe_adapt.pressure.reading import Measure, Reading
@@ -245,3 +246,35 @@ def test_a_dial_that_a_hand_turned_is_not_taken_for_one_at_rest(profile: DeviceP
     watched.strength = 0.7
     assert governor.tick(1.2, watched.strength, pinned=True).strength == 0.7
     assert [watched.tick(governor, place / 5) for place in range(7, 30)][-1].strength == 0.0, "the hand has let go"
+
+
+class Heat:
+    """A sensor of a test's own: throttling, as a share of the time."""
+
+    name, throttled = "heat", 0.0
+
+    def __init__(self, *where: object) -> None:
+        """It needs no file."""
+
+    def read(self, now_s: float) -> Reading:
+        return Reading(now_s, {"heat.pressure": Measure(self.throttled, "share", now_s)})
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+def test_a_new_sensor_is_a_class_and_its_name_in_a_list(
+    monkeypatch: pytest.MonkeyPatch, profile: DeviceProfile
+) -> None:
+    monkeypatch.setattr(sensors, "OS_SENSORS", [sensors.MachineMemory, Heat])
+    calm = replace(profile, memory=MemoryProfile(budget_bytes=None, reserve_bytes=1))
+    governor, strength = Governor(Sensors(sensors.os_sensors()), calm), 0.0
+    for step in range(10):
+        strength = governor.tick(step / 5, strength).strength
+    assert strength == 0.0 and governor.reading is not None and governor.reading.value("memory.available")
+    monkeypatch.setattr(Heat, "throttled", 0.9)
+    for step in range(10, 20):
+        decision = governor.tick(step / 5, strength)
+        strength = decision.strength
+    assert strength > 0.0 and decision.cause == "heat" and decision.signals["heat"] == 0.9
+    assert "heat says 0.90: pressure 0.90" in decision.reason

@@ -129,18 +129,18 @@ def notes(weighed: Weighed, profile: DeviceProfile) -> dict[str, str]:
     budget_bytes = profile.memory.budget_bytes
     tiers = [tier for name in _TIERS if (tier := Tier.of(name, weighed)) is not None]
     for where, place in weighed.places.items():
-        if budget_bytes is None or place.own is None:
+        if budget_bytes is None or place.used is None:
             continue
         shed = sum(
             max(0.0, tier.resident - profile.expert_cache.floor * tier.allowed) for tier in tiers if tier.place is place
         )
-        if place.own - shed > budget_bytes:
+        if place.used - shed > budget_bytes:
             gives = (
                 f"its expert cache can give back {size_text(shed)} of that at most" if tiers else "nothing gives back"
             )
             found[f"{where} budget unmet"] = (
                 f"memory.budget {size_text(budget_bytes)} of profile {profile.name} cannot be met: the model takes "
-                f"{size_text(place.own)} of {place.name}, and {gives}"
+                f"{size_text(place.used)} of {place.name}, and {gives}"
             )
     return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from remoe_adapt.pressure.files import PolledFile, count, garbage
 
 # How often a process is asked which group it is in: that changes rarely, and the answer is long.
-_FOLLOW_S = 1.0
+_REFRESH_S = 1.0
 # Longer ones the kernel refuses, and looking for all their ends would take for ever.
 _LONGEST_PATH = 4096
 # "No limit" of v1 is the largest page-aligned 64-bit number.
@@ -42,7 +42,7 @@ def roots(cgroups: Path) -> dict[str, Path]:
     return {version: root for version, root in candidates.items() if root.is_dir()}
 
 
-def own_groups(membership: str, cgroups: Path) -> dict[str, list[Path]]:
+def groups_of(membership: str, cgroups: Path) -> dict[str, list[Path]]:
     """Folders from this process's group up to its mount point, by version, from the text of /proc/self/cgroup.
 
     In a container the mount point may be a group below the root that the path still starts with: the longest end of the
@@ -51,17 +51,20 @@ def own_groups(membership: str, cgroups: Path) -> dict[str, list[Path]]:
     mounted = roots(cgroups)
     found: dict[str, list[Path]] = {}
     for line in membership.splitlines():
-        _, *rest = line.split(":", 2)
-        if len(rest) != 2:
+        _, *fields = line.split(":", 2)
+        if len(fields) != 2:
             continue
-        controllers, path = rest
+        controllers, path = fields
         version = "v2" if controllers == "" else "v1" if "memory" in controllers.split(",") else ""
         if version not in mounted or len(path) > _LONGEST_PATH:
             continue
         root, parts = mounted[version], [part for part in path.split("/") if part not in ("", "..")]
         ends = (root.joinpath(*parts[start:]) for start in range(len(parts) + 1))
-        own = next((folder for folder in ends if folder.is_dir()), root)
-        found[version] = [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+        innermost = next((folder for folder in ends if folder.is_dir()), root)
+        found[version] = [
+            innermost,
+            *(parent for parent in innermost.parents if parent == root or root in parent.parents),
+        ]
     return found
 
 
@@ -117,7 +120,7 @@ class _Level:
             file.close()
 
 
-class OwnGroups:
+class ProcessGroups:
     """Follows the process when it is moved to another group."""
 
     def __init__(self, proc: Path, cgroups: Path) -> None:
@@ -129,15 +132,15 @@ class OwnGroups:
         self.faults: dict[Path, Exception] = {}
         self._levels: list[_Level] = []
 
-    def follow(self, now_s: float) -> bool:
+    def refresh(self, now_s: float) -> bool:
         """Look where the process is, once a second; True when that has changed. Raises OSError without cgroups."""
-        if self._looked_s is not None and self._looked_s <= now_s < self._looked_s + _FOLLOW_S:
+        if self._looked_s is not None and self._looked_s <= now_s < self._looked_s + _REFRESH_S:
             return False
         membership = self._membership.read()
         if membership == self._seen:
             self._looked_s = now_s
             return False
-        folders = own_groups(membership, self._cgroups)
+        folders = groups_of(membership, self._cgroups)
         levels = [
             _Level(folder, version)
             for version, path in folders.items()
@@ -153,11 +156,11 @@ class OwnGroups:
 
         `faults` says which files could not be read, and why. Raises OSError and ValueError when no group can be read.
         """
-        self.follow(now_s)
+        self.refresh(now_s)
         tightest = self._tightest()
         if tightest is None and self.faults:  # its group may be gone: it has been moved since
             self.close()
-            self.follow(now_s)
+            self.refresh(now_s)
             tightest = self._tightest()
         if tightest is None and self.faults:
             raise next(iter(self.faults.values()))

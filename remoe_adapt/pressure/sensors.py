@@ -17,7 +17,7 @@ from typing import Protocol
 
 import psutil
 
-from remoe_adapt.pressure.cgroups import OwnGroups
+from remoe_adapt.pressure.cgroups import ProcessGroups
 from remoe_adapt.pressure.files import PolledFile, Rates, count, garbage, reason
 from remoe_adapt.pressure.reading import Measure, Reading, merged
 
@@ -37,7 +37,10 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class Sensor(Protocol):
-    """name: the first word of its measures."""
+    """Where pressure is seen; see OS_SENSORS for how to add one.
+
+    name: the first word of its measures.
+    """
 
     name: str
 
@@ -59,7 +62,7 @@ class MachineMemory:
 
     name = "memory"
 
-    def __init__(self, proc: Path = PROC) -> None:
+    def __init__(self, proc: Path = PROC, cgroups: Path = CGROUPS, pid: int | None = None) -> None:
         self._meminfo, self._vmstat = PolledFile(proc / "meminfo"), PolledFile(proc / "vmstat")
         self._rates = Rates()
 
@@ -112,7 +115,7 @@ class CgroupMemory:
     name = "cgroup"
 
     def __init__(self, proc: Path = PROC, cgroups: Path = CGROUPS, pid: int | None = None) -> None:
-        self._groups = OwnGroups(_process_folder(proc, pid), cgroups)
+        self._groups = ProcessGroups(_process_folder(proc, pid), cgroups)
 
     def read(self, now_s: float) -> Reading:
         try:
@@ -145,22 +148,22 @@ class PressureStall:
     name = "psi"
 
     def __init__(self, proc: Path = PROC, cgroups: Path = CGROUPS, pid: int | None = None) -> None:
-        self._groups = OwnGroups(_process_folder(proc, pid), cgroups)
+        self._groups = ProcessGroups(_process_folder(proc, pid), cgroups)
         self._machine = {f"psi.{kind}": PolledFile(proc / "pressure" / kind) for kind in ("memory", "io")}
-        self._own: dict[str, PolledFile] = {}
+        self._group_files: dict[str, PolledFile] = {}
         self._rates: dict[str, Rates] = {}
 
     def read(self, now_s: float) -> Reading:
         missing: dict[str, str] = {}
         try:
-            if self._groups.follow(now_s):
-                self._find_own()
-            if not self._own:
+            if self._groups.refresh(now_s):
+                self._open_group_files()
+            if not self._group_files:
                 missing["psi.cgroup"] = "no v2 group with pressure files; the machine's own count"
         except (OSError, ValueError) as error:
             missing["psi.cgroup"] = f"no cgroup can be read ({_why(error)})"
         measures: dict[str, Measure] = {}
-        for prefix, file in (self._machine | self._own).items():
+        for prefix, file in (self._machine | self._group_files).items():
             try:
                 text = file.read()
             except OSError as error:
@@ -169,15 +172,15 @@ class PressureStall:
                 self._read_one(prefix, file.path, text, now_s, measures, missing)
         return Reading(now_s, measures, missing)
 
-    def _find_own(self) -> None:
-        for file in self._own.values():
+    def _open_group_files(self) -> None:
+        for file in self._group_files.values():
             file.close()
         groups = self._groups.folders.get("v2", [])
         # The root of all groups is the machine; a container's own root has events.
-        is_own = len(groups) > 1 or (len(groups) == 1 and (groups[0] / "cgroup.events").is_file())
-        folder = groups[0] if is_own else None
+        is_group = len(groups) > 1 or (len(groups) == 1 and (groups[0] / "cgroup.events").is_file())
+        folder = groups[0] if is_group else None
         files = {} if folder is None else {kind: folder / f"{kind}.pressure" for kind in ("memory", "io")}
-        self._own = {f"psi.cgroup.{kind}": PolledFile(path) for kind, path in files.items() if path.is_file()}
+        self._group_files = {f"psi.cgroup.{kind}": PolledFile(path) for kind, path in files.items() if path.is_file()}
         self._rates = {prefix: rates for prefix, rates in self._rates.items() if prefix in self._machine}
 
     def _read_one(
@@ -204,7 +207,7 @@ class PressureStall:
 
     def close(self) -> None:
         self._groups.close()
-        for file in (*self._machine.values(), *self._own.values()):
+        for file in (*self._machine.values(), *self._group_files.values()):
             file.close()
 
 
@@ -215,7 +218,7 @@ class ProcessUse:
 
     name = "process"
 
-    def __init__(self, proc: Path = PROC, pid: int | None = None) -> None:
+    def __init__(self, proc: Path = PROC, cgroups: Path = CGROUPS, pid: int | None = None) -> None:
         folder = _process_folder(proc, pid)
         self._stat, self._io, self._statm = (PolledFile(folder / name) for name in ("stat", "io", "statm"))
         self._vmstat = PolledFile(proc / "vmstat")
@@ -311,13 +314,13 @@ class Sensors:
 
 
 def os_sensors(proc: Path = PROC, cgroups: Path = CGROUPS, pid: int | None = None) -> list[Sensor]:
-    """All sensors of the operating system; pid: of another process on this machine, None: this one."""
-    return [
-        MachineMemory(proc),
-        CgroupMemory(proc, cgroups, pid),
-        PressureStall(proc, cgroups, pid),
-        ProcessUse(proc, pid),
-    ]
+    """One of each of OS_SENSORS; pid: of another process on this machine, None: this one."""
+    return [make(proc, cgroups, pid) for make in OS_SENSORS]
+
+
+# What is read of every model: a new sensor is a class with this signature and its name in this list. Its measures reach
+# the policy by a signal in `signals`, or, without one, as `<name>.pressure`.
+OS_SENSORS: list[Callable[[Path, Path, int | None], Sensor]] = [MachineMemory, CgroupMemory, PressureStall, ProcessUse]
 
 
 def _guarded(sensor: Sensor, now_s: float) -> Reading:

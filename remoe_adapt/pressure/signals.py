@@ -6,6 +6,7 @@
 | cache loss | the expert cache keeps its budget | `pressure.cache_loss` of it is given back |
 | psi memory, psi io, swap | `from` of the profile's range | its `full` |
 | faults | the same: major faults, as far as pages are read again that had been dropped | |
+| any other sensor | its measure `<name>.pressure` is 0 | it is 1 |
 | stall | tokens wait `from` of the time for experts | `full` of it, with at least 1 in 20 look-ups missed |
 
 Headroom is that of the tightest place: the machine, the cgroup, and a GPU of its own. Memory that CPU and GPU share
@@ -32,6 +33,8 @@ _FILLED = 0.8
 # No machine has so much; a part may seem larger than its whole by what moved between the two being read.
 _MOST_BYTES, _SKEW = float(1 << 60), 0.05
 _PART_OF = {"memory.available": "memory.total", "cgroup.headroom": "cgroup.limit", "gpu.free": "gpu.total"}
+# A measure whose name ends so is a pressure already.
+_PRESSURE = ".pressure"
 # Part of the reserve that is to spare where nothing needs a closer look.
 _EASE = 0.5
 # Readings older than this many samples say nothing.
@@ -48,7 +51,7 @@ class Signal(NamedTuple):
 
 class Place(NamedTuple):
     """Memory that something takes: bytes free, bytes that must stay free, and bytes lacking (negative: to spare).
-    seen: how many sensors say what is free; total: all there is; own: what the model takes, None: not known, or no
+    seen: how many sensors say what is free; total: all there is; used: what the model takes, None: not known, or no
     matter; name: of this memory, in words."""
 
     free: float
@@ -56,7 +59,7 @@ class Place(NamedTuple):
     lacking: float
     seen: int
     total: float
-    own: float | None
+    used: float | None
     name: str
 
 
@@ -78,6 +81,11 @@ def weigh(reading: Reading, profile: DeviceProfile) -> Weighed:
     places = _places(values, profile)
     signals = [_headroom(place, where, values, profile) for where, place in places.items()]
     signals += _rates(values, profile)
+    signals += [
+        Signal(name, min(1.0, value), f"{name} says {value:.2f}")
+        for measure, value in values.items()
+        if (name := measure.removesuffix(_PRESSURE)) != measure
+    ]
     return Weighed(tuple(signals), _stall(values, profile), places, values, unusable)
 
 
@@ -145,29 +153,29 @@ def _most(name: str, measures: Mapping[str, Measure]) -> float:
 
 def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Place]:
     shared = values.get("gpu.unified", 0.0) > 0
-    own = values.get("process.private")
-    gpu_own = values.get("gpu.allocated")
-    if own is not None and shared:
-        own += gpu_own or 0.0
+    used = values.get("process.private")
+    gpu_used = values.get("gpu.allocated")
+    if used is not None and shared:
+        used += gpu_used or 0.0
     free = [values[name] for name in ("memory.available", "cgroup.headroom") if name in values]
     total = [values[name] for name in ("memory.total", "cgroup.limit") if values.get(name)]
     has_card = not shared and "gpu.free" in values
     places: dict[str, Place] = {}
     if free:
         # The budget of a profile is that of the memory where the model is.
-        places["host"] = _place(free, min(total, default=math.inf), None if has_card else own, profile, "memory")
+        places["host"] = _place(free, min(total, default=math.inf), None if has_card else used, profile, "memory")
     if has_card:
         card_free = values["gpu.free"] + values.get("gpu.reusable", 0.0)
-        places["device"] = _place([card_free], values.get("gpu.total") or math.inf, gpu_own, profile, "GPU memory")
+        places["device"] = _place([card_free], values.get("gpu.total") or math.inf, gpu_used, profile, "GPU memory")
     return places
 
 
-def _place(seen: list[float], total: float, own: float | None, profile: DeviceProfile, name: str) -> Place:
+def _place(seen: list[float], total: float, used: float | None, profile: DeviceProfile, name: str) -> Place:
     free = min(seen)
     reserve = min(float(profile.memory.reserve_bytes), _LARGEST_RESERVE * total)
     budget = profile.memory.budget_bytes
-    over = -math.inf if own is None or budget is None else own - budget
-    return Place(free, reserve, max(reserve - free, over), len(seen), total, own, name)
+    over = -math.inf if used is None or budget is None else used - budget
+    return Place(free, reserve, max(reserve - free, over), len(seen), total, used, name)
 
 
 def notes_of(places: Mapping[str, Place], profile: DeviceProfile) -> dict[str, str]:
@@ -176,7 +184,7 @@ def notes_of(places: Mapping[str, Place], profile: DeviceProfile) -> dict[str, s
     for where, place in places.items():
         notes |= {
             f"{where} {key}": f"{words} of profile {profile.name} {why}"
-            for key, words, why in _beyond(place.total, place.name, place.own is not None, profile)
+            for key, words, why in _beyond(place.total, place.name, place.used is not None, profile)
         }
     return notes
 
@@ -199,7 +207,7 @@ def _beyond(total: float, name: str, has_budget: bool, profile: DeviceProfile) -
 def _headroom(place: Place, where: str, values: Mapping[str, float], profile: DeviceProfile) -> Signal:
     pressure = min(1.0, max(0.0, place.lacking / max(place.reserve / 2, 1.0)))
     if place.lacking > place.reserve - place.free:
-        words = f"the model takes {size_text(place.own or 0)} of {place.name}, its budget is "
+        words = f"the model takes {size_text(place.used or 0)} of {place.name}, its budget is "
         return Signal(f"{where} headroom", pressure, words + size_text(profile.memory.budget_bytes or 0))
     in_group = where == "host" and values.get("cgroup.headroom") == place.free
     words = f"{size_text(place.free)} of {place.name} {'of this cgroup ' if in_group else ''}free"

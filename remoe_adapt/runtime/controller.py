@@ -187,8 +187,9 @@ class Controller:
         running (generate calls), sensors (None, or pressure, present, cause, reason, signals, measures, unusable,
         age_s), recency (None, or mode, decay, routers that have it, and mean live gain), hit_rate and bytes_read of the
         expert cache with expert_cache (its settings and counters, `layers` for each layer; all None without one),
-        profile, family, base, points, closed.
+        profile, family, base, points, closed; engine, ready and met as in `Engine.status`.
         """
+        # All of these have locks of their own; asked under the steps' lock they could lock up with who holds them.
         cache = expert_cache_of(self._base)
         experts = None if cache is None else cache.stats()
         sensors, monitored = self._monitor.status(), self._monitor.running
@@ -224,7 +225,9 @@ class Controller:
         if self._staging.closed:
             return
         self._guards.check_leaving(keep_live)
+        # Before the lock is taken, for forwards would wait with it until a sample under way has ended.
         self._sample_now()
+        # Under the lock to the end: a second close returns when the model is free, and not while it is being freed.
         with self._steps.closed_for_good():
             if self._staging.closed:  # by another thread meanwhile
                 return

@@ -121,8 +121,8 @@ class StepLock:
         self._time_step(local)
         if local.sessions:
             self._next_forward(local.sessions[-1])
-        else:
-            self._swap_if_waiting()
+        elif self._closing or EXIT.until_s or self._writer.waiting:
+            self._pass_boundary(None)
 
     def end_step(self) -> None:
         """The forward of this thread's innermost session has ended."""
@@ -142,7 +142,9 @@ class StepLock:
         if self._loop_thread is not local.thread:
             self._notify_exit()
             self._loop_thread = local.thread
-        self._swap_if_waiting()
+        # A look without the lock is enough: what is posted right after it waits for the next step anyway.
+        if self._closing or EXIT.until_s or self._writer.waiting:
+            self._pass_boundary(None)
 
     def forward(self) -> AbstractContextManager[None]:
         """Around one forward of a hand-written loop: no swap of any thread while it is open."""
@@ -192,11 +194,6 @@ class StepLock:
         if began_s is not None:
             self._step_ms.append((now_s - began_s) * 1e3)
         local.step_began_s = now_s
-
-    def _swap_if_waiting(self) -> None:
-        # A look without the lock is enough: what is posted right after it waits for the next step anyway.
-        if self._closing or EXIT.until_s or self._writer.waiting:
-            self._pass_boundary(None)
 
     def _next_forward(self, session: Session) -> None:
         with self.lock:

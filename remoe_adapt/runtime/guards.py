@@ -40,6 +40,7 @@ class Guards:
             self._hooks.wrap(layer, "enable_adapters", self._switch_prior)
             self._handles.append(layer.register_state_dict_post_hook(_give_base))
             self._handles.append(layer.register_load_state_dict_pre_hook(partial(_keep_live, {"": layer})))
+        # Both have the method, and a checkpoint saved by either would hold a strength instead of the base.
         for owner in (base, model):
             self._hooks.wrap(owner, "save_pretrained", self._refuse_to_save)
 
@@ -59,7 +60,7 @@ class Guards:
         return ""
 
     def remove(self) -> None:
-        """Everything is its own again."""
+        """Undo all of it."""
         self._hooks.remove()
         for handle in self._handles:
             handle.remove()

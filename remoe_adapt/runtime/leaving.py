@@ -1,7 +1,7 @@
-"""Leaving the interpreter in order: daemon threads come to rest outside of torch before it goes.
+"""Leaving the interpreter in order: daemon threads stop outside of torch before it goes.
 
 A daemon thread that is inside torch when the interpreter goes aborts the whole process. So work in torch is announced
-by `inside`; once `leave` was called, whoever comes by a boundary sleeps there until the process is gone. Other threads
+by `inside`; once `leave` was called, whoever reaches a boundary sleeps there until the process is gone. Other threads
 are joined by Python before any exit hook runs.
 """
 
@@ -59,7 +59,7 @@ class Exit:
             self.stay_out()
 
     def loops(self) -> None:
-        """The calling thread will come by boundaries, and may be inside torch between any two of them."""
+        """The calling thread will pass boundaries, and may be inside torch between any two of them."""
         thread = threading.current_thread()
         if thread.daemon and self._loops.get(threading.get_ident()) is not thread:
             self._loops = {me: other for me, other in self._loops.items() if other.is_alive()}

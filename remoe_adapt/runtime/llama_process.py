@@ -15,7 +15,7 @@ from remoe_adapt.pressure.sensors import CGROUPS, PROC, MachineMemory, Sensors, 
 from remoe_adapt.runtime.llama_http import Address
 
 
-class FollowedProcess(abc.ABC):
+class WatchedProcess(abc.ABC):
     """A process, through its restarts. pid: given by hand, it is never looked for. Raises ConfigError when there is no
     such process."""
 
@@ -73,7 +73,7 @@ class FollowedProcess(abc.ABC):
         """Its number now; None, with `why_unknown` set, when that is not known."""
 
 
-class ServerProcess(FollowedProcess):
+class ServerProcess(WatchedProcess):
     """Whoever listens on a server's port.
 
     Raises ConfigError when the address is on another machine: its pressure cannot be seen from here.
@@ -113,7 +113,7 @@ class ServerSensors(Sensors):
     While there is no such process they say so, and only the machine counts.
     """
 
-    def __init__(self, process: FollowedProcess, proc: Path = PROC, cgroups: Path = CGROUPS) -> None:
+    def __init__(self, process: WatchedProcess, proc: Path = PROC, cgroups: Path = CGROUPS) -> None:
         super().__init__([MachineMemory()])
         self._process, self._roots = process, (proc, cgroups)
         self._of: int | None = None
@@ -133,9 +133,9 @@ class ServerSensors(Sensors):
 
 
 def _is_local(host: str) -> bool:
-    own = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
+    local = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
     try:
         names = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"{host!r} is no host that is known here ({error}): give the server's address.") from error
-    return all(name in own or ipaddress.ip_address(name).is_loopback for name in names)
+    return all(name in local or ipaddress.ip_address(name).is_loopback for name in names)

@@ -112,9 +112,9 @@ class ScaleMap:
 
     def as_list(self, strength: float, others: Mapping[int, float] | None = None) -> list[dict[str, float]]:
         """What POST /lora-adapters and a request's `lora` take; others: a request's own scales, ours excepted."""
-        own = {number for _, number in self.points}
+        family_ids = {number for _, number in self.points}
         scales = self.scales(strength)
-        scales |= {number: scale for number, scale in (others or {}).items() if number not in own}
+        scales |= {number: scale for number, scale in (others or {}).items() if number not in family_ids}
         return [{"id": number, "scale": scale} for number, scale in sorted(scales.items())]
 
     def strength_of(self, loras: Sequence[LoadedLora]) -> float | None:

@@ -12,7 +12,7 @@ import psutil
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.pressure.sensors import PROC
-from remoe_adapt.runtime.llama_process import FollowedProcess
+from remoe_adapt.runtime.llama_process import WatchedProcess
 from remoe_adapt.untrusted import printable
 
 _LOOK_S = 2.0
@@ -61,7 +61,7 @@ def mapped_by(path: Path, proc: Path = PROC) -> list[int]:
     return found
 
 
-class MappingProcess(FollowedProcess):
+class MappingProcess(WatchedProcess):
     """The one process that maps a file, unless `pid` is given. None is known while there are none, or several."""
 
     def __init__(self, path: Path, pid: int | None = None) -> None:

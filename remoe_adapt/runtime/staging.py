@@ -109,6 +109,7 @@ class Staging:
                     return
                 self.check_open()
                 before, self.asked = self.asked, target
+                # A later post makes an earlier one that is still being staged void.
                 self._posts += 1
                 post = self._posts
             with self._stage_lock:
@@ -190,6 +191,7 @@ class Staging:
         same thread."""
         with self.steps.closed_for_good():
             if not self.closed:
+                # Weights that are on their way would be written into routers that somebody else has by then.
                 self._staged = self._retired = None
                 self.state = State.CLOSED
                 self._posts += 1
@@ -224,6 +226,7 @@ class Staging:
                 self._staged, self.state = None, State.IDLE
                 return
             self._retired = None
+        # Without the lock: staging takes as long as tens of steps.
         begin_s = time.perf_counter()
         staged = self._routers.stage(target.strength)
         stage_ms = (time.perf_counter() - begin_s) * 1e3
