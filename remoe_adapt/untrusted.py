@@ -81,6 +81,9 @@ def printable(value: object, most: int = _SHOWN_CHARACTERS) -> str:
     if len(text) > most:
         text = f"{text[: most // 2]}...{text[-most // 2 :]}"
     # Cc: control characters; Cf: also those that turn the direction of writing.
-    return "".join(
-        c if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp", "Cs") else f"\\x{ord(c):02x}" for c in text
-    )
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp", "Cs") else _code(c) for c in text)
+
+
+def _code(character: str) -> str:
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"

@@ -46,5 +46,5 @@ def test_a_file_is_read_up_to_its_bound_and_not_beyond(tmp_path: Path) -> None:
 
 
 def test_escapes_are_shown_and_not_sent_to_the_terminal() -> None:
-    assert printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\\x0ac\\x202e"
+    assert printable("a\x1b[31mb\nc\u202e") == "a\\x1b[31mb\\x0ac\\u202e"
     assert len(printable("a" * 10_000)) < 300
