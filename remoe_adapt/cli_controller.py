@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from remoe_adapt import cli_options as opt
+from remoe_adapt import rows
+from remoe_adapt.cli_app import bench_app, command
 from remoe_adapt.cli_decode import bars_table
 from remoe_adapt.cli_options import Found
 from remoe_adapt.report import progress, quiet_libraries
 
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of each phase: calm, squeeze, calm.")]
-Cycles = Annotated[int, typer.Option(min=1, help="How often an arm is squeezed.")]
-Gain = Annotated[float, typer.Option("--recency-gain", help="Recency prior (ema) at strength 1; 0: adapters alone.")]
-Squeezed = Annotated[
-    float, typer.Option(min=0, max=1, help="What a squeeze leaves of the cache, as a share of all experts.")
-]
-Take = Annotated[float, typer.Option("--take-mib", min=1, help="MiB/s at which the other process takes memory.")]
-ReadRate = Annotated[
-    float, typer.Option("--read-mib", min=1, help="Experts are read as from a device of so many MiB/s.")
-]
-Squeezes = Annotated[int, typer.Option(min=0, help="Squeezes in the count of kills.")]
-Work = Annotated[Path | None, typer.Option(help="Folder for the widened model; default: ~/.cache/remoe.")]
-Keep = Annotated[bool, typer.Option("--keep", help="Keep the widened model for the next run.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Minutes instead of half an hour: one squeeze, few arms.")]
 _MIB = 1 << 20
 
 
+@command(bench_app, "controller", rows.of_named_arms)
 def controller(
-    model: opt.ShippedModel = None, family: opt.FamilyPath = None, data: opt.MoreData = None, tokens: Tokens = 600,
-    cycles: Cycles = 3, recency_gain: Gain = 0.3, squeezed: Squeezed = 0.25, take_mib: Take = 100.0,
-    read_mib: ReadRate = 300.0, squeezes: Squeezes = 20, work: Work = None, keep: Keep = False, quick: Quick = False,
+    model: opt.ShippedModel = None, family: opt.FamilyPath = None, data: opt.MoreData = None,
+    tokens: opt.PhaseTokens = 600, cycles: opt.Cycles = 3, recency_gain: opt.EmaGain = 0.3,
+    squeezed: opt.Squeezed = 0.25, take_mib: opt.TakeRate = 100.0, read_mib: opt.PacedRate = 300.0,
+    squeezes: opt.Squeezes = 20, work: opt.Work = None, keep: opt.KeepModel = False, quick: opt.Quick = False,
     csv: opt.Csv = None, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """The dial while another process takes memory: against every fixed strength, no dial, and a fixed cache."""

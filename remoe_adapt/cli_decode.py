@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from remoe_adapt import cli_options as opt
+from remoe_adapt import rows
+from remoe_adapt.cli_app import bench_app, command
 from remoe_adapt.cli_options import Found
 from remoe_adapt.report import progress, quiet_libraries
 
-Tokens = Annotated[int, typer.Option(min=2, help="Tokens of held-out text, decoded by every arm.")]
-MaxSeconds = Annotated[float, typer.Option(min=0, help="Begin no further document after so many seconds of decoding.")]
-Work = Annotated[Path | None, typer.Option(help="Folder for the widened model and the disk; default: ~/.cache/remoe.")]
-Keep = Annotated[bool, typer.Option("--keep", help="Keep the widened model for the next run.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes: small experts, no limits, few arms.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of torch, the same for every arm.")]
-DirectIo = Annotated[bool, typer.Option(help="Read experts past the page cache.")]
-Prefetch = Annotated[bool, typer.Option(help="Read ahead what the next layer's router will choose.")]
-Pack = Annotated[bool, typer.Option(help="Read experts from a pack, not from the checkpoint.")]
-ReadRate = Annotated[
-    float, typer.Option("--read-mib", min=0, help="Nobody reads faster than so many MiB/s; 0: the disk.")
-]
-QualityTokens = Annotated[
-    int, typer.Option(min=0, help="More tokens, decoded without the clock, for the perplexity ratios.")
-]
 _MIB = 1 << 20
 
 
+@command(bench_app, "decode", rows.of_named_arms)
 def decode(
-    model: opt.ShippedModel = None, family: opt.FamilyPath = None, data: opt.MoreData = None, tokens: Tokens = 520,
-    quality_tokens: QualityTokens = 900, max_seconds: MaxSeconds = 400.0, work: Work = None, keep: Keep = False,
-    quick: Quick = False, threads: Threads = 1, direct_io: DirectIo = True, prefetch: Prefetch = False,
-    pack: Pack = True, read_mib: ReadRate = 300.0, csv: opt.Csv = None, as_json: opt.Json = False,
+    model: opt.ShippedModel = None, family: opt.FamilyPath = None, data: opt.MoreData = None,
+    tokens: opt.DecodeTokens = 520, quality_tokens: opt.QualityTokens = 900, max_seconds: opt.DecodeSeconds = 400.0,
+    work: opt.Work = None, keep: opt.KeepModel = False, quick: opt.Quick = False, threads: opt.Threads = 1,
+    direct_io: opt.DirectIo = True, prefetch: opt.Prefetch = False, pack: opt.Pack = True,
+    read_mib: opt.ReadRate = 300.0, csv: opt.Csv = None, as_json: opt.Json = False,
 ) -> Found:  # fmt: skip
     """Decode with experts from storage: time per token against stock, accelerate and memory-mapped weights."""
     from remoe_adapt.bench.decode import DecodeOptions, quickly, run_decode

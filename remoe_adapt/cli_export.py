@@ -6,11 +6,13 @@ import typer
 
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report
+from remoe_adapt.cli_app import command, export_app
 from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.report import byte_progress
 
 
+@command(export_app, "merged")
 def merged(
     base: opt.ExportBase, family: opt.ExportFamily, out: opt.ExportFolder, strength: opt.AtStrength,
     force: opt.Force = False, as_json: opt.Json = False,
@@ -26,6 +28,7 @@ def merged(
     return result, [report.figures_table("merged checkpoint", result)]
 
 
+@command(export_app, "lora")
 def lora(
     base: opt.ExportBase, family: opt.ExportFamily, out: opt.ExportFolder, strength: opt.AtStrength,
     dtype: opt.Dtype = "auto", force: opt.Force = False, as_json: opt.Json = False,
@@ -38,6 +41,7 @@ def lora(
     return result, [report.figures_table("PEFT LoRA", result)]
 
 
+@command(export_app, "gguf")
 def gguf(
     model: opt.GgufModel, family: opt.OptionalFamily = None, out: opt.OptionalGguf = None,
     strength: opt.OptionalStrength = None, base: opt.GgufBase = None, in_place: opt.InPlace = False,
@@ -70,6 +74,7 @@ def gguf(
     return result, [report.figures_table("GGUF", result)]
 
 
+@command(export_app, "gguf-lora")
 def gguf_lora(
     model: opt.GgufModel, family: opt.ExportFamily, out: opt.ExportFolder, strength: opt.LoraStrengths = None,
     rank: opt.LoraRank = None, base: opt.GgufBase = None, force: opt.Force = False, as_json: opt.Json = False,

@@ -117,6 +117,36 @@ Seed = Annotated[int, typer.Option(min=-(1 << 63), max=(1 << 64) - 1, help="Of g
 # remoe bench
 Calls = Annotated[int, typer.Option(min=1, help="Timed calls for each row on the CPU.")]
 
+# remoe bench decode, remoe bench controller
+Work = Annotated[Path | None, typer.Option(help="Folder for the widened model and the disk; default: ~/.cache/remoe.")]
+KeepModel = Annotated[bool, typer.Option("--keep", help="Keep the widened model for the next run.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A first look in a fraction of the time: less of all, few arms.")]
+DecodeTokens = Annotated[int, typer.Option(min=2, help="Tokens of held-out text, decoded by every arm.")]
+DecodeSeconds = Annotated[
+    float, typer.Option(min=0, help="Begin no further document after so many seconds of decoding.")
+]
+QualityTokens = Annotated[
+    int, typer.Option(min=0, help="More tokens, decoded without the clock, for the perplexity ratios.")
+]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch, the same for every arm.")]
+DirectIo = Annotated[bool, typer.Option(help="Read experts past the page cache.")]
+Prefetch = Annotated[bool, typer.Option(help="Read ahead what the next layer's router will choose.")]
+Pack = Annotated[bool, typer.Option(help="Read experts from a pack, not from the checkpoint.")]
+ReadRate = Annotated[
+    float, typer.Option("--read-mib", min=0, help="Nobody reads faster than so many MiB/s; 0: the disk.")
+]
+PhaseTokens = Annotated[int, typer.Option(min=1, help="Tokens of each phase: calm, squeeze, calm.")]
+Cycles = Annotated[int, typer.Option(min=1, help="How often an arm is squeezed.")]
+EmaGain = Annotated[float, typer.Option("--recency-gain", help="Recency prior (ema) at strength 1; 0: adapters alone.")]
+Squeezed = Annotated[
+    float, typer.Option(min=0, max=1, help="What a squeeze leaves of the cache, as a share of all experts.")
+]
+TakeRate = Annotated[float, typer.Option("--take-mib", min=1, help="MiB/s at which the other process takes memory.")]
+PacedRate = Annotated[
+    float, typer.Option("--read-mib", min=1, help="Experts are read as from a device of so many MiB/s.")
+]
+Squeezes = Annotated[int, typer.Option(min=0, help="Squeezes in the count of kills.")]
+
 # remoe profiles
 ProfileName = Annotated[str, typer.Argument(help="Profile name, or a YAML file.")]
 ProfileNames = Annotated[list[str] | None, typer.Argument(help="Names or YAML files; default: all.")]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from remoe_adapt import cli_options as opt
+from remoe_adapt.cli_app import app, command
 from remoe_adapt.cli_options import Found
 from remoe_adapt.report import byte_progress, quiet_libraries
 
 
+@command(app, "pack")
 def pack(
     model: opt.Model, out: opt.PackOut, dtype: opt.Dtype = "auto", overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,

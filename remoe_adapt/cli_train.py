@@ -11,7 +11,8 @@ import typer
 from rich.console import RenderableType
 
 from remoe_adapt import cli_options as opt
-from remoe_adapt import report
+from remoe_adapt import report, rows
+from remoe_adapt.cli_app import app, command
 from remoe_adapt.cli_options import Found
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.outputs import check_extra, check_file
@@ -20,6 +21,7 @@ from remoe_adapt.report import progress, quiet_libraries
 from remoe_adapt.rows import arm_rows
 
 
+@command(app, "train")
 def train(
     model: opt.Model, data: opt.Data, out: opt.FamilyOut, strengths: opt.Strengths = "0.25,0.5,1.0",
     reuse_weight: opt.ReuseWeight = None, smooth_weight: opt.SmoothWeight = None, lag_weight: opt.LagWeight = None,
@@ -38,7 +40,7 @@ def train(
         raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
     from remoe_adapt.evaluate import LEAST_CERTIFIED_TOKENS, certify
     from remoe_adapt.evaluate import evaluate as measure
-    from remoe_adapt.record import load_base
+    from remoe_adapt.record import load_with_tokenizer
     from remoe_adapt.training.point import CHECKPOINT_MINUTES
     from remoe_adapt.training.run import TrainOptions, held_out_documents, train_family
 
@@ -48,7 +50,7 @@ def train(
         model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device,
         checkpoint_minutes=CHECKPOINT_MINUTES if checkpoint_minutes is None else checkpoint_minutes,
     )  # fmt: skip
-    base, tokenizer = load_base(model, device=device)
+    base, tokenizer = load_with_tokenizer(model, device=device)
     result: dict[str, Any] = {"family": str(out), "strengths": list(family.strengths), "control": None}
     documents = held_out_documents(data, tokenizer, base, options)
     # Of the processes of a distributed run one measures.
@@ -71,6 +73,7 @@ def train(
     return result | measured, shown
 
 
+@command(app, "eval", rows.of_arms)
 def evaluate(
     model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
     policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
@@ -112,7 +115,7 @@ def evaluate(
     )
     from remoe_adapt.evaluate import evaluate as measure
     from remoe_adapt.family import Family
-    from remoe_adapt.record import load_base
+    from remoe_adapt.record import load_with_tokenizer
 
     quiet_libraries()
     priors = [Recency.of(recency, gain, recency_decay) for gain in gains]
@@ -129,7 +132,7 @@ def evaluate(
         )
     if certified and points is not None:
         check_file(points.path / "family.json", "--certify: family.json of --family")
-    base, tokenizer = load_base(model, device=device, dtype=dtype)
+    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype)
     result: dict[str, Any] = {"model": model, "family": family}
     shown: list[RenderableType] = []
 

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from remoe_adapt import cli_options as opt
+from remoe_adapt.cli_app import app, lines
 from remoe_adapt.cli_options import Events
 from remoe_adapt.errors import ConfigError
 
 _PROXY_HOLD_S = 30.0
 
 
+@lines(app, "watch")
 def watch(
     family: opt.WatchFamily, server: opt.Server = None, live: opt.Live = None, profile: opt.Profile = None,
     proxy: opt.ProxyAt = None, once: opt.Once = False, dry_run: opt.DryRun = False, interval: opt.Interval = None,

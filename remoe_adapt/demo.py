@@ -1,13 +1,8 @@
-"""The main job in one command: decode base and family over the same held-out text, and show what reuse costs.
-
-Also the example's place and its held-out text.
-"""
+"""The main job in one command: decode base and family over the same held-out text, and show what reuse costs."""
 
 from __future__ import annotations
 
 import statistics
-import sys
-import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,99 +17,30 @@ from torch import Tensor, nn
 from remoe_adapt.arms import Arm, Arms, arms_of
 from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.cache.tiers import ExpertCache
-from remoe_adapt.errors import ConfigError, DataError, UncacheableError
-from remoe_adapt.evaluate import Tally, read_shared
+from remoe_adapt.errors import ConfigError, UncacheableError
+from remoe_adapt.evaluate import Tally
 from remoe_adapt.family import Family
 from remoe_adapt.generation import COUNTED, cache_figures, generate_text, room_for_reads
 from remoe_adapt.notices import say_once
-from remoe_adapt.record import Decoder, Recorder, device_of, inference, load_base, load_tokenizer, record_forward
+from remoe_adapt.record import (
+    Decoder,
+    Recorder,
+    device_of,
+    inference,
+    load_tokenizer,
+    load_with_tokenizer,
+    record_forward,
+)
 from remoe_adapt.runtime.cached import load_with_expert_cache
-from remoe_adapt.untrusted import printable, read_json
+from remoe_adapt.shipped import example_folder, held_out
 
 CACHES = (0.25,)
-PIECE_TOKENS = 128
 # Steps of a document that are not timed: caches and allocator are still warming up.
 WARM_STEPS = 3
 GETTING_THEM = (
     "clone the repository, which holds a small trained model and its family, or give --model and --family; "
     "`remoe train MODEL --data FILE --out FAMILY` makes a family for a model of yours"
 )
-
-
-def example_folder() -> Path:
-    """Where the shipped model lies in a checkout; absent in a wheel."""
-    return Path(__file__).resolve().parent.parent / "examples" / "tiny_moe"
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Text that the shipped model never saw: token documents, where they are from, and prompts to continue."""
-
-    documents: list[list[int]]
-    sources: list[str]
-    prompts: list[str]
-
-
-def held_out(model_folder: Path, tokenizer: Any, tokens: int, data: Sequence[str | Path] = ()) -> HeldOut:
-    """About `tokens` tokens: the prompts of `demo.json` in the model's folder, pieces of the standard library modules
-    it names (the running interpreter's own source), and as much again of the `data` files if there are any.
-
-    Raises:
-        DataError: nothing to decode, or a damaged `demo.json`.
-    """
-    names, prompts = _recipe(model_folder / "demo.json")
-    documents: list[list[int]] = []
-    left = tokens
-    for prompt in prompts:
-        if len(ids := _encode(tokenizer, prompt)[:left]) > 1:
-            documents.append(ids)
-            left -= len(ids)
-    sources = [f"{len(documents)} prompts"] if documents else []
-    for name in names:
-        source = _module_source(name)
-        if left < 2 or source is None:
-            continue
-        # A token has far fewer than 16 characters, so this much text always holds a piece.
-        ids = _encode(tokenizer, source[: 16 * PIECE_TOKENS])[: min(PIECE_TOKENS, left)]
-        documents.append(ids)
-        sources.append(name)
-        left -= len(ids)
-    if data:
-        for ids in read_shared(data, tokenizer, tokens):
-            documents += [ids[begin : begin + PIECE_TOKENS] for begin in range(0, len(ids), PIECE_TOKENS)]
-        sources += [Path(path).name for path in data]
-    documents = [ids for ids in documents if len(ids) > 1]
-    if not documents:
-        raise DataError(f"nothing to decode: {model_folder} has no demo.json with text; give --data FILE")
-    return HeldOut(documents, sources, prompts)
-
-
-def _recipe(path: Path) -> tuple[list[str], list[str]]:
-    if not path.is_file():
-        return [], []
-    facts = read_json(path, DataError)
-    lists: list[Any] = [facts.get(key) if isinstance(facts, dict) else None for key in ("heldout_stdlib", "prompts")]
-    for texts in lists:
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{printable(path)} is damaged: heldout_stdlib and prompts must be lists of strings")
-    return lists[0], lists[1]
-
-
-def _module_source(name: str) -> str | None:
-    """Source of a standard library module, None where this interpreter has none (frozen, removed)."""
-    if name not in sys.stdlib_module_names:  # a downloaded demo.json could name any path of this machine
-        return None
-    root = Path(sysconfig.get_paths()["stdlib"])
-    # A module is a file or a package; either way its source lies on every machine that runs this.
-    for path in (root / f"{name}.py", root / name / "__init__.py"):
-        if path.is_file():
-            return path.read_text(encoding="utf-8", errors="ignore")
-    return None
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def run_demo(
@@ -198,7 +124,7 @@ def _load(path: str | Path, budget: str | float) -> tuple[Any, Any]:
         model = load_with_expert_cache(path, budget, direct_io=True)
     except UncacheableError as error:
         say_once(f"{error} It is decoded without an expert cache.")
-        return load_base(path)
+        return load_with_tokenizer(path)
     return model.eval(), load_tokenizer(str(path))
 
 

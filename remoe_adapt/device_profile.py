@@ -20,9 +20,10 @@ import yaml
 from remoe_adapt import profile_values as of
 from remoe_adapt.cache.policy import ONLINE
 from remoe_adapt.errors import ConfigError, ProfileError
-from remoe_adapt.profile_nodes import Problem, Source, did_you_mean, is_map, printable, shown
+from remoe_adapt.profile_nodes import Problem, Source, did_you_mean, is_map, shown
 from remoe_adapt.profile_values import ContradictionError, key_of, parse_size, read_section
 from remoe_adapt.recency_settings import MAX_GAIN, MODES, NO_PRIOR, Recency, mode_words
+from remoe_adapt.untrusted import printable
 
 __all__ = [
     "CACHE_SCOPES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile", "MemoryProfile", "PressureProfile",

@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.demo import example_folder
 from remoe_adapt.device_profile import list_profiles, read_profile
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.forks import usable_cores
 from remoe_adapt.gating.dispatch import explain
 from remoe_adapt.libraries import contracts, versions
-from remoe_adapt.pressure.reading import Measure, size_text
+from remoe_adapt.notices import size_text
+from remoe_adapt.pressure.reading import Measure
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
 from remoe_adapt.pressure.signals import unfit
 from remoe_adapt.runtime.sensors import GpuMemory
+from remoe_adapt.shipped import example_folder
 
 # Seconds between the two readings that rates are taken from.
 _RATES_S = 0.2
@@ -122,8 +124,9 @@ def _peft_type() -> Iterator[Probe]:
 
 
 def _processor() -> Iterator[Probe]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Probe("processor", True, f"{platform.machine()}, {cores} core(s) usable, {torch.get_num_threads()} threads")
+    yield Probe(
+        "processor", True, f"{platform.machine()}, {usable_cores()} core(s) usable, {torch.get_num_threads()} threads"
+    )
 
 
 def _memory() -> Iterator[Probe]:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from remoe_adapt.errors import FamilyError
 from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, mode_words
 from remoe_adapt.tuner.stored import FAMILY_FILE as FAMILY_FILE
-from remoe_adapt.untrusted import printable, read_json
+from remoe_adapt.untrusted import first_line, printable, read_json
 
 FORMAT = 1
 _MAX_BYTES, _MAX_NAME = 16 << 20, 64
@@ -77,10 +77,9 @@ def family_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
         files = [FAMILY_FILE, "*/adapter_config.json", "*/adapter_model.safetensors"]
         return Path(snapshot_download(text, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
         raise FamilyError(
-            f"no folder {text} here, and the hub gave no family of that id ({reason}): check the spelling; offline, "
-            "download it where there is a network and give its folder."
+            f"no folder {text} here, and the hub gave no family of that id ({first_line(error)}): check the spelling; "
+            "offline, download it where there is a network and give its folder."
         ) from error
 
 

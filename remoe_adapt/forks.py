@@ -1,10 +1,18 @@
-"""Objects with locks and threads made whole in the child of a fork, which has one thread and the locks as they were."""
+"""This process: the cores it may use, and objects with locks and threads made whole in the child of a fork.
+
+The child has one thread, and the locks as they were.
+"""
 
 from __future__ import annotations
 
 import os
 import weakref
 from typing import Protocol
+
+
+def usable_cores() -> int:
+    """How many processor cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Forkable(Protocol):

@@ -17,6 +17,7 @@ from transformers import TextStreamer
 from remoe_adapt.cache.experts import expert_cache_of
 from remoe_adapt.cache.tiers import ExpertCache
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.forks import usable_cores
 from remoe_adapt.metrics import eor
 from remoe_adapt.record import check_seed, device_of, inference, make_trace, max_positions, record_forward
 
@@ -28,10 +29,9 @@ def room_for_reads(cache: ExpertCache | None) -> Iterator[None]:
     Its idle threads spin, and took a decoding step from 17 to 70 ms on two cores. OMP_NUM_THREADS says otherwise.
     """
     before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cache is not None and "OMP_NUM_THREADS" not in os.environ:
         # At least one thread stays for torch, on a machine of one core too.
-        torch.set_num_threads(max(1, min(before, cores - 1)))
+        torch.set_num_threads(max(1, min(before, usable_cores() - 1)))
     try:
         yield
     finally:

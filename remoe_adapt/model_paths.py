@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from remoe_adapt.errors import ConfigError, RemoeError
-from remoe_adapt.untrusted import printable
+from remoe_adapt.untrusted import first_line, printable
 
 # The hub is asked once, and not long, before anything is downloaded.
 _ASK_S = 10.0
@@ -82,11 +82,9 @@ def _ask_hub(text: str, shown: str, what: str, error: type[RemoeError], hub: dic
     except HFValidationError as fault:
         raise error(f"{start}, and no hub id (owner/name): give one of them.") from fault
     except (RepositoryNotFoundError, RevisionNotFoundError) as fault:
-        reason = printable((str(fault).strip().splitlines() or [""])[0])
-        raise error(f"{start}, and the hub shows no such model ({reason}): check the spelling.") from fault
+        raise error(f"{start}, and the hub shows no such model ({first_line(fault)}): check the spelling.") from fault
     except Exception as fault:  # of the network, in classes that change with the hub's client
-        reason = printable((str(fault).strip().splitlines() or [type(fault).__name__])[0])
         raise error(
-            f"{start}, and the hub cannot be asked for it ({reason}): check the spelling; offline, download it where "
-            "there is a network and give its folder."
+            f"{start}, and the hub cannot be asked for it ({first_line(fault)}): check the spelling; offline, download "
+            "it where there is a network and give its folder."
         ) from fault

@@ -20,6 +20,7 @@ from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.untrusted import printable
 
 # A shipped profile has 1 KiB and about 60 values; a file beyond these bounds was made to use up memory or time.
 _MOST_BYTES, _MOST_NODES, _MOST_LEVELS, _MOST_DIGITS = 1 << 18, 10_000, 20, 64
@@ -54,11 +55,6 @@ def shown(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # an integer of more digits than Python writes
         return "a number of very many digits"
-
-
-def printable(text: str, most: int = 80) -> str:
-    """The begin of a text from a file, with what no terminal should be sent written as escapes."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:most])
 
 
 def did_you_mean(value: object, allowed: Sequence[str]) -> str:

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-import remoe_adapt.tuner  # noqa: F401 (an adapter's folder is a model too: transformers asks PEFT for its type)
 from remoe_adapt.errors import ConfigError, TraceError
 from remoe_adapt.libraries.kv_cache import cache_keyword, returned_cache
 from remoe_adapt.model_paths import check_place
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.spec import RouterRef
+from remoe_adapt.runtime.pretrained import load_base, model_config
 from remoe_adapt.trace import Trace
-from remoe_adapt.untrusted import printable
+from remoe_adapt.untrusted import first_line, printable
 
 MAX_WINDOW = 1024
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -122,12 +122,17 @@ def usable_device(device: str | int | torch.device | None) -> str:
         reason = "it holds no values"
     # torch raises AssertionError for a device that it was built without.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     raise ConfigError(f"cannot run on device {printable(str(name))}: {reason}. Use cpu, or a GPU that is here (cuda:0)")
 
 
-def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
-    """(model, tokenizer) by their transformers auto classes; `dtype` "auto" means as stored.
+def load_with_tokenizer(
+    path_or_hub_id: str | Path, *, device: str | None = None, dtype: str = "auto"
+) -> tuple[Any, Any]:
+    """(model, tokenizer), the model as `load_base` makes it, in eval mode.
+
+    device: None: a GPU if there is one.
+    dtype: one of `DTYPES`; "auto" means as stored.
 
     Raises:
         ConfigError: nothing loadable is there, `device` cannot compute here, or `dtype` is unknown; in one line.
@@ -137,13 +142,17 @@ def load_base(path_or_hub_id: str | Path, *, device: str | None = None, dtype: s
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     check_place(path_or_hub_id, "cannot load the model:")
+    model_config(name)  # first: where it is damaged, the tokenizer is not what is missing
+    tokenizer = load_tokenizer(name)
+    return on_device(load_base(name, dtype=dtype), target).eval(), tokenizer
+
+
+def on_device(model: nn.Module, device: str | None) -> nn.Module:
+    """The model, moved there; None: where it is. Raises ConfigError where there is no room."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model.to(target).eval(), tokenizer
-    except Exception as error:  # the files may hold anything, and each kind of damage raises something else
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"cannot load the model {name} on {target}: {printable(reason)}") from error
+        return model if device is None else model.to(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} cannot be used: {first_line(error)}") from error
 
 
 def load_tokenizer(path_or_hub_id: str) -> Any:
@@ -151,10 +160,10 @@ def load_tokenizer(path_or_hub_id: str) -> Any:
     check_place(path_or_hub_id, "no tokenizer:")
     try:
         return AutoTokenizer.from_pretrained(path_or_hub_id)
-    except Exception as error:  # as in `load_base`
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+    except Exception as error:  # the files may hold anything, and each kind of damage raises something else
         raise ConfigError(
-            f"no tokenizer at {path_or_hub_id} ({reason}): give a model folder that holds one, or pass tokenizer="
+            f"no tokenizer at {path_or_hub_id} ({first_line(error)}): give a model folder that holds one, or pass "
+            "tokenizer="
         ) from error
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remoe_adapt.errors import TraceError
+from remoe_adapt.forks import usable_cores
 from remoe_adapt.llama_engine import LlamaModel
 from remoe_adapt.record import MAX_WINDOW, make_trace, windows
 from remoe_adapt.trace import Trace
@@ -44,8 +45,7 @@ def record_gguf(
 
 def open_gguf(path: str | os.PathLike[str], threads: int | None = None) -> tuple[LlamaModel, int]:
     """(model that records its routes, window length): min(trained context, 1024) tokens; threads None: all cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    model = LlamaModel(path, context_tokens=MAX_WINDOW, threads=threads or cores, trace=True)
+    model = LlamaModel(path, context_tokens=MAX_WINDOW, threads=threads or usable_cores(), trace=True)
     return model, min(model.trained_tokens or MAX_WINDOW, MAX_WINDOW)
 
 

@@ -22,10 +22,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from remoe_adapt.notices import size_text
 from remoe_adapt.outputs import flatten
 from remoe_adapt.plots import plot_frontier as plot_frontier
 from remoe_adapt.plots import plot_log as plot_log
-from remoe_adapt.pressure.reading import size_text
 from remoe_adapt.rows import arm_rows
 from remoe_adapt.untrusted import printable
 

@@ -67,11 +67,19 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def printable(value: object) -> str:
-    """Text of others for one line of a message: control characters (terminal escapes) as their codes, not endless."""
+def first_line(error: BaseException) -> str:
+    """What an error says, in one printable line; the name of its class where it says nothing."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def printable(value: object, most: int = _SHOWN_CHARACTERS) -> str:
+    """Text of others for one line of a message: control characters (terminal escapes) as their codes, not endless.
+
+    most: longer texts lose their middle.
+    """
     text = str(value)
-    if len(text) > _SHOWN_CHARACTERS:
-        text = f"{text[: _SHOWN_CHARACTERS // 2]}...{text[-_SHOWN_CHARACTERS // 2 :]}"
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-most // 2 :]}"
     # Cc: control characters; Cf: also those that turn the direction of writing.
     return "".join(
         c if unicodedata.category(c) not in ("Cc", "Cf", "Zl", "Zp", "Cs") else f"\\x{ord(c):02x}" for c in text

@@ -21,6 +21,7 @@ from remoe_adapt.errors import (
 )
 from remoe_adapt.export.gguf_file import GgufFile
 from remoe_adapt.export.gguf_live import LiveRouters
+from remoe_adapt.export.gguf_parts import FINGERPRINT_KEY, STRENGTH_KEY
 from remoe_adapt.family import Family
 from remoe_adapt.family_files import family_folder, read_family_json
 from remoe_adapt.pressure.governor import Governor
@@ -33,7 +34,6 @@ from remoe_adapt.watch_live import LiveActuator
 if TYPE_CHECKING:
     from remoe_adapt.runtime.llama_proxy import Proxy
 
-STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 _SAME_STRENGTH = 1e-5
 # Of a decision, what concerns no server.
 _INSIDE = ("budgets", "moves", "why", "at_rest", "floors")

@@ -33,9 +33,9 @@ from remoe_adapt.bench.controller_worker import COLUMNS, Worker
 from remoe_adapt.bench.decode_process import WorkerProcess
 from remoe_adapt.bench.limits import memory_group, why_no_groups
 from remoe_adapt.bench.paced import PacedReads
-from remoe_adapt.demo import example_folder
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.runtime.pack import pack_experts
+from remoe_adapt.shipped import example_folder
 
 MIB = 1 << 20
 SETTLE_S = 0.5

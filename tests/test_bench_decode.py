@@ -31,8 +31,8 @@ from remoe_adapt.bench.loop_disk import READ_AHEAD_BYTES, evict, loop_disk, why_
 from remoe_adapt.bench.read_cap import read_cap, why_no_cap
 from remoe_adapt.bench.widen import check_same, save_whole, widen
 from remoe_adapt.cache.store import experts_modules
-from remoe_adapt.demo import example_folder
 from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.shipped import example_folder
 
 MIB = 1 << 20
 

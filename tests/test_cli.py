@@ -22,7 +22,7 @@ from remoe_adapt.bench import gating_cpu
 from remoe_adapt.cache.simulate import hit_rates, simulate
 from remoe_adapt.cli import app
 from remoe_adapt.evaluate import evaluate, read_shared
-from remoe_adapt.record import load_base
+from remoe_adapt.record import load_with_tokenizer
 from remoe_adapt.routers.families import FAMILY_EXAMPLES
 
 TEXT = "It was the best of times, it was the worst of times. " * 12
@@ -88,7 +88,7 @@ def test_bad_usage_is_status_2(args: list[str]) -> None:
 def test_eval_is_the_protocol_of_evaluate(home: Path) -> None:
     base, data = home / "base", ["--data", home / "a.txt", "--data", home / "b.jsonl"]
     result = found("eval", base, "--family", base / "family", *data, "--max-tokens", 300, "--policy", "lrfu")
-    model, tokenizer = load_base(base)
+    model, tokenizer = load_with_tokenizer(base)
     documents = read_shared([home / "a.txt", home / "b.jsonl"], tokenizer, 300)
     expected = evaluate(model, documents, family=Family.load(base / "family"), policies=["lrfu"])
     assert {key: result[key] for key in expected} == json.loads(json.dumps(expected))
@@ -185,7 +185,7 @@ def test_run_behind_an_expert_cache_writes_the_same_text(home: Path) -> None:
     assert 0 < cached["status"]["hit_rate"] < 1 and cached["status"]["bytes_read"] == experts["bytes"] > 0
     shown = call(*args, "--expert-cache", "1MiB")
     assert "hit rate with the prompt" in shown.stderr and "after the first token" in " ".join(shown.stdout.split())
-    assert "budget" in refused(*args, "--expert-cache", "1.5", status=2)
+    assert "expert_cache" in refused(*args, "--expert-cache", "1.5", status=2)
     if not torch.cuda.is_available():
         assert "cuda" in refused(*args, "--expert-cache", "0.5", "--device", "cuda", status=2)
 

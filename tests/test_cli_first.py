@@ -50,7 +50,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def worked(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded before the check")
 
-    monkeypatch.setattr(record, "load_base", worked)
+    monkeypatch.setattr(record, "load_with_tokenizer", worked)
 
 
 def call(*args: object) -> Result:

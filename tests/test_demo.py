@@ -15,11 +15,12 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from remoe_adapt import Family, demo, report
-from remoe_adapt.demo import example_folder, held_out, run_demo
+from remoe_adapt.demo import run_demo
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.evaluate import evaluate
 from remoe_adapt.generation import generate_text
 from remoe_adapt.runtime.cached import load_with_expert_cache
+from remoe_adapt.shipped import example_folder, held_out
 
 PROMPTS = ["Once there was", "def f(x):"]
 

@@ -28,7 +28,7 @@ from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, WriteEr
 from remoe_adapt.export.base import BaseFiles
 from remoe_adapt.export.lora import export_lora
 from remoe_adapt.export.merged import export_merged
-from remoe_adapt.record import load_base
+from remoe_adapt.record import load_with_tokenizer
 from remoe_adapt.runtime.cached import load_with_expert_cache
 from remoe_adapt.runtime.pack import pack_experts
 from remoe_adapt.training.run import train_family
@@ -197,7 +197,7 @@ def test_a_model_whose_configuration_is_damaged_is_one_error_on_every_way_in(
     (folder / "config.json").write_text(json.dumps(whole | change))
     ways: list[Callable[[], object]] = [
         lambda: get_remoe_model(folder, monitor=False),
-        lambda: load_base(folder),
+        lambda: load_with_tokenizer(folder),
         lambda: train_family(folder, [folder / "text.txt"], (1.0,), tmp_path / "family", progress=False, device="cpu"),
     ]
     (folder / "text.txt").write_text("word " * 500)

@@ -120,11 +120,11 @@ def call_faults(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
     room = module.split(".")[0]
     for node in ast.walk(tree):
         name = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
-        if module != "cli":
+        if module != "cli_app":
             if name in {"print", "pprint", "sys.stdout"}:
-                yield node.lineno, f"{name}: only cli.py prints"
+                yield node.lineno, f"{name}: only cli_app.py prints"
             if name in {"sys.exit", "os._exit", "SystemExit", "exit", "quit", "typer.Exit"}:
-                yield node.lineno, f"{name}: only cli.py exits"
+                yield node.lineno, f"{name}: only cli_app.py exits"
         if name.startswith("yaml.") and name.split(".")[1] in UNSAFE_YAML:
             yield node.lineno, f"uses {name}: only yaml.safe_load and SafeLoader"
         if not isinstance(node, ast.Call):
@@ -206,7 +206,8 @@ def test_other_folders_stay_short_and_name_no_path_of_a_machine(repo_root: Path)
     assert not faults, "\n".join(faults)
 
 
-KNOWN = {"__init__", "errors", "trace", "metrics", "cache", "cache.policy", "cache.store", "cli", "family", "report"}
+KNOWN = {"__init__", "errors", "trace", "metrics", "cache", "cache.policy", "cache.store", "family", "report"}
+KNOWN |= {"cli_app"}
 KNOWN |= {"tuner", "tuner.layer", "gating", "gating.reference", "gating.dispatch", "export.lora", "export.gguf"}
 KNOWN |= {"triton_kernels", "triton_kernels.topk", "routers.families", "routers.discover", "runtime.swap"}
 CAUGHT = [
@@ -226,10 +227,10 @@ CAUGHT = [
     ("gating.dispatch", "import triton", "outside triton_kernels"),
     ("gating.dispatch", "import triton.language as tl", "outside triton_kernels"),
     ("gating.dispatch", "from triton_kernels import topk", "top-level name"),
-    ("report", "print('x')", "only cli.py prints"),
-    ("report", "import sys\nsys.stdout.write('x')", "only cli.py prints"),
-    ("report", "import sys\nsys.exit(1)", "only cli.py exits"),
-    ("report", "raise SystemExit(1)", "only cli.py exits"),
+    ("report", "print('x')", "only cli_app.py prints"),
+    ("report", "import sys\nsys.stdout.write('x')", "only cli_app.py prints"),
+    ("report", "import sys\nsys.exit(1)", "only cli_app.py exits"),
+    ("report", "raise SystemExit(1)", "only cli_app.py exits"),
     ("tuner.layer", "x.sum().item()", "waits for the device"),
     ("gating.reference", "x.cpu()", "waits for the device"),
     ("family", "import pickle", "no pickle"),
@@ -269,7 +270,7 @@ def test_rules_catch_what_they_forbid(module: str, source: str, words: str) -> N
             "family",
             "def f():\n    '''As in Mixtral.'''\n    # qwen2 too\n    return switch_rate, model.eval(), x.item()",
         ),
-        ("cli", "import sys\nfrom remoe_adapt.report import table\nprint(table)\nsys.exit(1)"),
+        ("cli_app", "import sys\nfrom remoe_adapt.report import table\nprint(table)\nsys.exit(1)"),
         ("family", "yaml.safe_load(f)\ntorch.load(f, weights_only=True)\nyaml.SafeLoader(f)"),
     ],
 )

@@ -46,7 +46,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     "load",
     [
         load_base,
-        record.load_base,
+        record.load_with_tokenizer,
         record.load_tokenizer,
         find_checkpoint,
         checkpoint_folder,
@@ -77,7 +77,7 @@ def test_what_can_only_be_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_id_of_the_hub_is_asked_for_once_and_quickly(asked: list[Any]) -> None:
-    for load in (load_base, record.load_base, find_checkpoint, BaseFiles):
+    for load in (load_base, record.load_with_tokenizer, find_checkpoint, BaseFiles):
         with pytest.raises(ConfigError, match=r"'somebody/no-such' cannot be found: .* the hub cannot be asked"):
             load("somebody/no-such")
     assert 1 <= len(asked) <= 8

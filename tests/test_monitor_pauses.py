@@ -20,9 +20,10 @@ from remoe_adapt import load_profile
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import MergeStateError
 from remoe_adapt.family import Family
+from remoe_adapt.notices import size_text
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.policy import PolicyState, decide
-from remoe_adapt.pressure.reading import Measure, Reading, size_text
+from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
 from remoe_adapt.pressure.signals import losses, weigh
 from remoe_adapt.runtime.load import get_remoe_model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from tiny_family import byte_tokenizer, save_base
 from tiny_models import TOP_K, VOCAB, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,7 +20,7 @@ from remoe_adapt.record import (
     Decoder,
     Window,
     inference,
-    load_base,
+    load_with_tokenizer,
     max_positions,
     record_decode,
     record_forward,
@@ -27,6 +29,8 @@ from remoe_adapt.record import (
     windows,
 )
 from remoe_adapt.runtime.load import get_remoe_model
+from remoe_adapt.runtime.pretrained import load_base
+from remoe_adapt.tuner import remoe_layers
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +226,19 @@ def test_a_seed_that_no_generator_takes_is_one_clear_error(model: PreTrainedMode
 @pytest.mark.parametrize("device", ["meta", "banana", "", "cpu:x"])
 def test_a_device_that_cannot_compute_is_said_before_anything_is_loaded(device: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot run on device {device}: "):
-        load_base("no/such/model", device=device)
+        load_with_tokenizer("no/such/model", device=device)
     with pytest.raises(ConfigError, match=f"cannot run on device {device}: "):
         get_remoe_model("no/such/model", device=device)
+
+
+def test_the_command_line_loads_what_get_remoe_model_loads_and_an_adapter_with_its_base(tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "adapter")
+    base: Any = load_base(tmp_path / "base")
+    assert type(load_with_tokenizer(tmp_path / "base", device="cpu")[0]) is type(base)
+    get_peft_model(base, RemoeConfig(init_weights=False)).save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    adapted, _ = load_with_tokenizer(tmp_path / "adapter", device="cpu")
+    expected = {name: layer.delta_ED("default") for name, layer in remoe_layers(base).items()}
+    found = {name: layer.delta_ED("default") for name, layer in remoe_layers(adapted).items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

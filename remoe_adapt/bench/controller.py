@@ -44,11 +44,11 @@ from remoe_adapt.bench.loop_disk import evict
 from remoe_adapt.bench.places import checked_family, chosen_model, terminated_as_interrupted, work_folder
 from remoe_adapt.bench.widen import widened
 from remoe_adapt.cache.tiers import READ_THREADS
-from remoe_adapt.demo import held_out
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.record import load_tokenizer
 from remoe_adapt.runtime.pack import pack_experts
+from remoe_adapt.shipped import held_out
 
 _PHASES = 3
 _TURN_TOKENS = 50

@@ -13,7 +13,7 @@ from torch import Tensor
 from remoe_adapt.bench.controller_arms import bench_profile, dialled
 from remoe_adapt.bench.controller_worker import Text
 from remoe_adapt.evaluate import score
-from remoe_adapt.record import Decoder, load_base
+from remoe_adapt.record import Decoder, load_with_tokenizer
 
 
 class Replay:
@@ -23,8 +23,8 @@ class Replay:
         self, model: str | Path, family: str, gain: float, documents: Sequence[Sequence[int]], dtype: torch.dtype
     ) -> None:
         self._documents, name = documents, str(dtype).removeprefix("torch.")
-        self._base: Any = load_base(model, device="cpu", dtype=name)[0].eval()
-        dialled_base: Any = load_base(model, device="cpu", dtype=name)[0].eval()
+        self._base: Any = load_with_tokenizer(model, device="cpu", dtype=name)[0].eval()
+        dialled_base: Any = load_with_tokenizer(model, device="cpu", dtype=name)[0].eval()
         self._dialled, self._controller = dialled_base, dialled(dialled_base, family, bench_profile(gain))
         self._base_logits_TV: list[Tensor] = []
 

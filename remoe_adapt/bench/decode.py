@@ -30,10 +30,10 @@ from remoe_adapt.bench.places import checked_family, chosen_model, terminated_as
 from remoe_adapt.bench.read_cap import ReadCap, read_cap, why_no_cap
 from remoe_adapt.bench.widen import EXPERT_BYTES, widened
 from remoe_adapt.cache.tiers import READ_THREADS
-from remoe_adapt.demo import held_out
 from remoe_adapt.errors import DataError, RemoeError
-from remoe_adapt.record import load_base
+from remoe_adapt.record import load_with_tokenizer
 from remoe_adapt.runtime.pack import pack_experts
+from remoe_adapt.shipped import held_out
 
 BUDGET = 0.25
 PROMPT_TOKENS = 16
@@ -318,7 +318,7 @@ class _Bench:
 def _documents(model: str | Path, options: DecodeOptions) -> tuple[list[list[int]], list[list[int]]]:
     """Held-out documents of about `tokens` tokens in all, and others of about `quality_tokens`, in an order that is
     random but the same in every run."""
-    _, tokenizer = load_base(model, device="cpu")
+    _, tokenizer = load_with_tokenizer(model, device="cpu")
     # The prompts of the shipped text are too short to be timed, but count as tokens there.
     wanted = 2 * (options.tokens + options.quality_tokens) + 1024
     found = held_out(Path(model), tokenizer, wanted, options.data).documents

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.export.faults import disk_faults
+from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.export.files import clone_or_copy
 from remoe_adapt.export.gguf import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.export.gguf_file import entry_bytes, header_bytes
@@ -26,6 +25,7 @@ from remoe_adapt.export.gguf_split import split_gguf
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.routers.families import GGUF_ARCH, GGUF_ROUTER_WEIGHT
 from remoe_adapt.routers.fingerprint import fingerprint_of_weights
+from remoe_adapt.writing import disk_faults
 
 LAYERS, EXPERTS, HIDDEN, TOKENS = 24, 60, 2048, 151_936
 _UINT32, _STRING, _ARRAY, _ALIGNMENT = 4, 8, 9, 32
@@ -46,7 +46,10 @@ def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: in
     if not smallest <= gigabytes <= _MAX_GIGABYTES:
         raise ConfigError(f"{gigabytes:g} GB is no size for it: give {smallest:.4f} to {_MAX_GIGABYTES}.")
     place = folder or Path(tempfile.gettempdir())
-    with disk_faults(place, "give a folder with more room"), tempfile.TemporaryDirectory(dir=place) as home:
+    with (
+        disk_faults(place, ExportError, "give a folder with more room"),
+        tempfile.TemporaryDirectory(dir=place) as home,
+    ):
         source, family = _model(Path(home) / "model.gguf", gigabytes)
         size = source.stat().st_size
         steps: dict[str, list[float]] = {"in_place_s": [], "undo_s": [], "variant_s": []}

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from remoe_adapt.demo import example_folder
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.family import Family
-from remoe_adapt.record import load_base
+from remoe_adapt.record import load_with_tokenizer
+from remoe_adapt.shipped import example_folder
 
 
 def chosen_model(model: str | Path | None) -> str | Path:
@@ -38,7 +38,7 @@ def checked_family(model: str | Path, family: str | Path | None) -> str | None:
         place = Path(model) / "family"
         if not (place / "family.json").is_file():
             return None
-    Family.load(place).check(load_base(model, device="cpu")[0])
+    Family.load(place).check(load_with_tokenizer(model, device="cpu")[0])
     return str(Path(place).resolve()) if Path(place).is_dir() else str(place)
 
 

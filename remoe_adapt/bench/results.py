@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from remoe_adapt.evaluate import commit
+from remoe_adapt.forks import usable_cores
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,10 +22,9 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 def environment() -> dict[str, str]:
     """Date (UTC), machine, cores usable, torch threads, versions and commit ("unknown" outside a clone)."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, {usable} cores, {platform.system()}",
+        "machine": f"{_processor()}, {usable_cores()} cores, {platform.system()}",
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         **versions,

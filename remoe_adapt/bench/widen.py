@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from remoe_adapt.cache.store import experts_modules
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.record import load_base, load_tokenizer
+from remoe_adapt.record import load_tokenizer, load_with_tokenizer
 from remoe_adapt.runtime import pretrained
 from remoe_adapt.runtime.pretrained import auto_class
 
@@ -46,7 +46,7 @@ def widened(model: str | Path, work: Path, *, dtype: torch.dtype, expert_bytes: 
     if (folder / "config.json").is_file():
         return folder
     source, tokenizer = (
-        load_base(model, device="cpu", dtype=str(dtype).removeprefix("torch.")),
+        load_with_tokenizer(model, device="cpu", dtype=str(dtype).removeprefix("torch.")),
         load_tokenizer(str(model)),
     )
     save_whole(widen(source[0], expert_bytes), folder, tokenizer)

@@ -19,8 +19,9 @@ from remoe_adapt.cache.packed import FORMAT, MANIFEST, PackedLayer, PackedStore,
 from remoe_adapt.cache.reading import BLOCK
 from remoe_adapt.cache.store import ExpertStore
 from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.notices import size_text
 from remoe_adapt.untrusted import read_json
-from remoe_adapt.writing import made_parents, writing
+from remoe_adapt.writing import disk_faults, made_parents
 
 SHARD_BYTES = 4 << 30
 # So much may wait to be written out before we wait for it.
@@ -54,7 +55,7 @@ def write_pack(
     the checkpoint cannot be read.
     """
     out = Path(out).resolve()
-    with writing(out):
+    with disk_faults(out, what="written"):
         _refuse(out, overwrite)
     layers = [PackedLayer.of(source, layer) for layer in range(len(source.layers))]
     shards = list(_shards(layers, shard_bytes))
@@ -66,7 +67,7 @@ def write_pack(
     ]
     on_start(sum(sizes))
     draft = out.with_name(f".{out.name}.partial")
-    with writing(out), made_parents(out), _alone(draft, out):
+    with disk_faults(out, what="written"), made_parents(out), _alone(draft, out):
         _refuse(out, overwrite)
         try:
             _continue(draft, manifest | {"source": source.state()})
@@ -89,7 +90,7 @@ def write_pack(
                 raise
             raise ConfigError(
                 f"the disk of {out.parent} became full; what was packed has been removed. The pack takes "
-                f"{_size(sum(sizes))}: make room, or give another folder."
+                f"{size_text(sum(sizes))}: make room, or give another folder."
             ) from error
         PackedStore(draft, source).close()
         (draft / _PLAN).unlink(missing_ok=True)
@@ -171,8 +172,8 @@ def _check_room(draft: Path, needed: int) -> None:
     if needed > free:
         shutil.rmtree(draft)
         raise ConfigError(
-            f"the pack needs {_size(needed)} more on the disk of {draft.parent}, which has {_size(free)} free: make "
-            "room, or give another folder."
+            f"the pack needs {size_text(needed)} more on the disk of {draft.parent}, which has {size_text(free)} free: "
+            "make room, or give another folder."
         )
 
 
@@ -248,7 +249,3 @@ def _sync(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _size(count: int) -> str:
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import WeightConverter
 
 from remoe_adapt.cache.blocks import Blocks
+from remoe_adapt.cache.conversion import stored_sources
 from remoe_adapt.cache.reading import BLOCK, ExtentReader, Reader
 from remoe_adapt.cache.shards import Extent, open_checkpoint
 from remoe_adapt.errors import ConfigError, UncacheableError
@@ -246,16 +245,11 @@ class ExpertStore:
     def _plan(self, model: PreTrainedModel, extents: dict[str, Extent]) -> list[list[_Group]]:
         _refuse_quantised(self.folder, extents.values())
         meta, tied = model.state_dict(), getattr(model, "all_tied_weights_keys", None) or {}
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        found: defaultdict[str, defaultdict[str | None, list[Extent]]] = defaultdict(lambda: defaultdict(list))
-        for key in sorted(extents, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
-            if name not in meta and key in meta:
-                name, pattern = rename_source_key(key, [], [], model.base_model_prefix, meta)
-            found[name][pattern].append(extents[key])
+        sources, by_pattern = stored_sources(model, meta, extents)
+        found = {
+            name: {pattern: [extents[key] for key in keys] for pattern, keys in by_source.items()}
+            for name, by_source in sources.items()
+        }
         plans = []
         for layer, (prefix, params) in enumerate(zip(self.layers, self._params, strict=True)):
             groups = []

@@ -7,16 +7,14 @@ conversion mapping says what the files call them.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from remoe_adapt.cache.conversion import stored_sources
 from remoe_adapt.cache.shards import Extent, checkpoint_dtype, open_checkpoint
 from remoe_adapt.errors import ExpertReadError, ExportError, FamilyError, FingerprintMismatchError
 from remoe_adapt.export.files import read_at
@@ -94,19 +92,11 @@ class BaseFiles:
 
     def _stored(self) -> dict[str, list[tuple[str | None, Extent]]]:
         """Parameter of the model -> (pattern of the conversion it goes through, or None; tensor of the files)."""
-        meta = self.skeleton.state_dict()
-        mapping = get_model_conversion_mapping(self.skeleton)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        prefix = self.skeleton.base_model_prefix
-        stored: defaultdict[str, list[tuple[str | None, Extent]]] = defaultdict(list)
-        for key in sorted(self.extents, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, meta)
-            # A renaming for older checkpoints may match a key that is named rightly already; the model's own name wins.
-            if name not in meta and key in meta:
-                name, pattern = key, None
-            stored[name].append((pattern, self.extents[key]))
-        return stored
+        sources, _ = stored_sources(self.skeleton, self.skeleton.state_dict(), self.extents)
+        return {
+            name: [(pattern, self.extents[key]) for pattern, keys in by_source.items() for key in keys]
+            for name, by_source in sources.items()
+        }
 
     def _weight(self, name: str, shape: tuple[int, ...], stored: dict[str, list[tuple[str | None, Extent]]]) -> Extent:
         found = stored.get(name, [])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from remoe_adapt.errors import ConfigError, RemoeError, WriteError
 from remoe_adapt.untrusted import printable
-from remoe_adapt.writing import made_parents, writing
+from remoe_adapt.writing import disk_faults, made_parents
 
 OnBytes = Callable[[int], object]
 _CHUNK_BYTES = 8 << 20
@@ -98,7 +98,7 @@ def new_folder(out: Path, error: type[RemoeError] = WriteError) -> Iterator[Path
 
     Raises ConfigError when `out` exists and is not an empty folder, `error` when it cannot be written.
     """
-    with writing(out, error), made_parents(out):
+    with disk_faults(out, error, what="written"), made_parents(out):
         if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{printable(out)} exists already: give a new folder, or remove it.")
         draft = _draft(out)

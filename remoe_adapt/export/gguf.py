@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from remoe_adapt.errors import ConfigError, ExportError
-from remoe_adapt.export.faults import disk_faults, is_file
 from remoe_adapt.export.files import (
     OnBytes,
     clone_or_copy,
@@ -27,6 +26,7 @@ from remoe_adapt.export.gguf_undo import Undo, undo_path
 from remoe_adapt.export.merged import left_out
 from remoe_adapt.family import Family
 from remoe_adapt.untrusted import printable
+from remoe_adapt.writing import disk_faults, is_file
 
 Base = str | os.PathLike[str] | None
 NOTHING_LEFT = "nothing of it was left behind; make room there, or give another place"
@@ -58,7 +58,7 @@ def export_gguf(
     targets = _targets(Path(out), len(model.files))
     on_total(sum(file.size for file in model.files))
     how = {}
-    with disk_faults(targets[0], NOTHING_LEFT), new_files(targets) as drafts:
+    with disk_faults(targets[0], ExportError, NOTHING_LEFT), new_files(targets) as drafts:
         for file, target, draft in reversed(list(zip(model.files, targets, drafts, strict=True))):
             if file.path in pieces:
                 how[target.name] = clone_or_copy(file.path.resolve(), draft, on_bytes)
@@ -84,7 +84,7 @@ def patch_in_place(
     `GgufModel`, `GgufModel.check` and `GgufModel.live`.
     """
     path = Path(source)
-    with disk_faults(path, AS_IT_WAS), locked(path):
+    with disk_faults(path, ExportError, AS_IT_WAS), locked(path):
         model = GgufModel(source)
         if not force:
             refuse_links(model.files)
@@ -115,7 +115,7 @@ def undo_in_place(source: str | os.PathLike[str]) -> dict[str, Any]:
     originals, else as `GgufModel`.
     """
     path = Path(source)
-    with disk_faults(path, AS_IT_WAS), locked(path):
+    with disk_faults(path, ExportError, AS_IT_WAS), locked(path):
         model = GgufModel(source)
         if not model.undos:
             raise ConfigError(f"{printable(path)} has no undo file beside it: it was not patched in place.")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from remoe_adapt.errors import ExportError
-from remoe_adapt.export.faults import is_file
 from remoe_adapt.untrusted import printable
+from remoe_adapt.writing import is_file
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT_KEY, DEFAULT_ALIGNMENT = "general.alignment", 32

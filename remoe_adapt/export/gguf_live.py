@@ -12,8 +12,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.export.faults import disk_faults
+from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.export.files import write_pieces
 from remoe_adapt.export.gguf import Base, locked, refuse_links
 from remoe_adapt.export.gguf_parts import ROUTERS_KEY
@@ -21,6 +20,7 @@ from remoe_adapt.export.gguf_routers import GgufModel
 from remoe_adapt.export.gguf_undo import Undo, digest
 from remoe_adapt.family import Family
 from remoe_adapt.untrusted import printable
+from remoe_adapt.writing import disk_faults
 
 _STAYS = "the originals are in the undo file beside it; `remoe export gguf ... --undo` puts them back"
 
@@ -43,7 +43,7 @@ class LiveRouters:
         self, source: str | os.PathLike[str], family: Family, *, base: Base = None, read_only: bool = False
     ) -> None:
         self._family, self._fd = family, -1
-        with ExitStack() as ending, disk_faults(Path(source), "give another file"):
+        with ExitStack() as ending, disk_faults(Path(source), ExportError, "give another file"):
             if not read_only:
                 self._fd = ending.enter_context(locked(Path(source)))
             self._look(GgufModel(source), base)
@@ -66,7 +66,7 @@ class LiveRouters:
     def write(self, strength: float) -> None:
         """Replace all routers, layer by layer, one call each; the page cache has them then, the disk later."""
         pieces = self._model.placed(self._model.live(self._family, strength, self._layers)[self.path], self.path)
-        with disk_faults(self.path, _STAYS):
+        with disk_faults(self.path, ExportError, _STAYS):
             if self._model.undos.get(self.path) is None or not self._ours:
                 # Before the first byte of a router changes, since a kill in between could not be put right otherwise.
                 self._model.undos[self.path] = Undo.write(self._file, self._originals, None, math.nan)
@@ -79,7 +79,7 @@ class LiveRouters:
     def close(self, keep: bool = False) -> None:
         """Put the originals back, or leave the strength as it is, with its undo file; on the disk, either way."""
         undo = self._model.undos.get(self.path)
-        with self._ending, disk_faults(self.path, _STAYS):
+        with self._ending, disk_faults(self.path, ExportError, _STAYS):
             if undo is not None and keep and self.strength:
                 new = self._model.live(self._family, self.strength, self._layers)[self.path]
                 os.fsync(self._fd)

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedRouterError
-from remoe_adapt.export.faults import disk_faults
 from remoe_adapt.export.files import new_files
 from remoe_adapt.export.gguf import NOTHING_LEFT, Base
+from remoe_adapt.export.gguf_parts import FINGERPRINT_KEY, STRENGTH_KEY
 from remoe_adapt.export.gguf_routers import GgufModel
 from remoe_adapt.export.merged import left_out
 from remoe_adapt.family import Family
 from remoe_adapt.routers.families import GGUF_ARCH, GGUF_LORA_IGNORED
 from remoe_adapt.untrusted import printable
+from remoe_adapt.writing import disk_faults
 
 
 def export_gguf_lora(
@@ -61,7 +62,7 @@ def export_gguf_lora(
     if len(set(targets)) < len(targets) or not targets or 0.0 in chosen:
         raise ConfigError(f"strengths {list(chosen)} must differ, and 0 needs no LoRA: it is scale 0.")
     rows = []
-    with disk_faults(folder, NOTHING_LEFT), new_files(targets) as drafts:
+    with disk_faults(folder, ExportError, NOTHING_LEFT), new_files(targets) as drafts:
         for strength, target, draft in zip(chosen, targets, drafts, strict=True):
             factors, error = {}, 0.0
             for name, delta_ED in family.deltas(strength).items():
@@ -128,8 +129,8 @@ def _write(
         ranks = {len(a_RD) for a_RD, _ in factors.values()}
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(ranks.pop()) if len(ranks) == 1 else 0.0)
         writer.add_name(f"{family.base_id} at strength {strength:g}")
-        writer.add_string("remoe.fingerprint", family.fingerprint)
-        writer.add_float32("remoe.strength", strength)
+        writer.add_string(FINGERPRINT_KEY, family.fingerprint)
+        writer.add_float32(STRENGTH_KEY, strength)
         for name, (a_RD, b_ER) in factors.items():
             writer.add_tensor(f"{name}.lora_a", a_RD.contiguous().numpy())
             writer.add_tensor(f"{name}.lora_b", b_ER.contiguous().numpy())

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError, UnsupportedRouterError
 from remoe_adapt.export.base import BaseFiles, read_tensor, tensor_bytes
-from remoe_adapt.export.faults import disk_faults, is_file
 from remoe_adapt.export.files import read_at
 from remoe_adapt.export.gguf_file import GgufFile, GgufTensor, shard_paths
 from remoe_adapt.export.gguf_parts import ARCHITECTURE_KEY, check_parts
@@ -21,6 +20,7 @@ from remoe_adapt.family import Family
 from remoe_adapt.routers.families import GGUF_ARCH, GGUF_CORRECTION_BIAS, GGUF_LOGIT_BIAS, GGUF_ROUTER_WEIGHT
 from remoe_adapt.routers.fingerprint import fingerprint_of_weights
 from remoe_adapt.untrusted import printable
+from remoe_adapt.writing import disk_faults, is_file
 
 # Types that hold a router without quantisation, as ggml numbers them.
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -63,7 +63,7 @@ class GgufModel:
             )
         self._check_shapes()
         self.undos: dict[Path, Undo] = {}
-        with disk_faults(self.path, "fetch it again, or end what changes it"):
+        with disk_faults(self.path, ExportError, "fetch it again, or end what changes it"):
             for file in self.files:
                 # An undo file is believed only when it holds exactly these routers at these lengths.
                 sizes = {t.name: t.size for t in self.weights.values() if t.path == file.path}
@@ -158,7 +158,7 @@ class GgufModel:
         if undo and tensor.name in undo.originals:
             data = bytearray(undo.originals[tensor.name])
         else:
-            with disk_faults(tensor.path, "fetch it again"):
+            with disk_faults(tensor.path, ExportError, "fetch it again"):
                 data = read_at(tensor.path, tensor.offset, tensor.size)
         return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
 

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.export.faults import disk_faults
+from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.export.files import OnBytes, copy_range, ignore_bytes, new_files, read_at
 from remoe_adapt.export.gguf import NOTHING_LEFT, Base, target_stem
 from remoe_adapt.export.gguf_file import (
@@ -29,6 +28,7 @@ from remoe_adapt.export.gguf_undo import digest
 from remoe_adapt.export.merged import left_out
 from remoe_adapt.family import Family
 from remoe_adapt.untrusted import printable
+from remoe_adapt.writing import disk_faults
 
 _SAMPLE_BYTES = 4096
 
@@ -71,7 +71,7 @@ def split_gguf(
     paths = [target.with_name(shard_name(target_stem(target), number, count)) for number in range(1, count + 1)]
     on_total(sum(file.size for file in model.files))
     first = model.files[0]
-    with disk_faults(paths[0], NOTHING_LEFT), new_files(paths) as drafts:
+    with disk_faults(paths[0], ExportError, NOTHING_LEFT), new_files(paths) as drafts:
         own = _names_of(model)
         # Backwards, so that the first part, which engines are given, is the last to be written.
         for number, file in reversed(list(enumerate(model.files, start=1))):

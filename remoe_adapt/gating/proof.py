@@ -21,6 +21,7 @@ from remoe_adapt.libraries.kv_cache import cache_argument, can_follow, returned_
 from remoe_adapt.notices import say_once
 from remoe_adapt.recency_settings import MAX_GAIN
 from remoe_adapt.routers.spec import RouterRef, RouterSpec
+from remoe_adapt.untrusted import first_line
 
 # transformers' own names for the inputs of an experts module, from 5.0 on.
 _EXPERTS_INPUTS = ("top_k_index", "top_k_weights")
@@ -50,10 +51,9 @@ def why_without_effect(
             seen = {place: stack.enter_context(_watched(refs[place])) for place in places}
             returns_cache = _run(text, prior.needs_history)
     except Exception as error:  # a forward of anybody may raise anything
-        reason = (str(error).splitlines() or [""])[0]
         say_once(
             f"the recency prior of {type(text).__name__} could not be tried when it was installed "
-            f"({type(error).__name__}: {reason}): see whether `remoe eval --recency ema` changes its EOR."
+            f"({type(error).__name__}: {first_line(error)}): see whether `remoe eval --recency ema` changes its EOR."
         )
         return {}
     if not returns_cache:

@@ -86,14 +86,6 @@ def merged(time_s: float, readings: Iterable[Reading]) -> Reading:
     return Reading(time_s, measures, {name: why for name, why in missing.items() if name not in measures})
 
 
-def size_text(size_bytes: float) -> str:
-    """Bytes in the largest of B, KiB, MiB and GiB that is not more than they are."""
-    for unit, digits, unit_bytes in (("GiB", 2, 1 << 30), ("MiB", 1, 1 << 20), ("KiB", 1, 1 << 10)):
-        if size_bytes >= unit_bytes:
-            return f"{size_bytes / unit_bytes:.{digits}f} {unit}"
-    return f"{size_bytes:.0f} B"
-
-
 def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 

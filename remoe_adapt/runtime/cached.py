@@ -37,7 +37,7 @@ from remoe_adapt.runtime.pretrained import HUB_OPTIONS
 from remoe_adapt.untrusted import printable
 
 _KV_CACHE_PART = 16
-_KNOWN = ("budget", "device", "dtype", *CACHE_OPTIONS)
+_KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
 # Options of from_pretrained that place, make, quantise or find weights in ways of their own.
 OWN_PLACEMENT = {
     "device_map",
@@ -57,7 +57,7 @@ OWN_PLACEMENT = {
 
 def load_with_expert_cache(
     path: str | os.PathLike[str],
-    budget: str | int | float = 0.25,
+    expert_cache: str | int | float = 0.25,
     *,
     device: str | torch.device = "cpu",
     ram_budget: str | int | float | None = None,
@@ -77,21 +77,24 @@ def load_with_expert_cache(
     Its memory is the dense part and the slots, nothing mapped. It computes what `from_pretrained` would with
     `experts_implementation="eager"`, generates, and takes PEFT adapters; its experts are frozen.
 
-    budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0). device: the CPU, or a CUDA
-    device, which holds the dense part and the slots of that budget; below them come slots in pinned RAM, of
-    `ram_budget` (like budget; None: twice the budget, at most all experts), filled from storage. memory: what the dense
-    part and the slots may take together, with a sixteenth left for the KV cache; it lowers the budget. storage: a
-    folder that `remoe pack` made of this model, to read experts from; None: the checkpoint. policy, scope, threads: see
-    ExpertCache; prefetch: predict each next layer's experts, and read ahead where that pays (see cache/prefetch.py);
-    direct_io, reader: see ExpertStore. dtype: as in from_pretrained; None: the checkpoint's (torch_dtype, its
-    old name, counts too).
+    expert_cache: the budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0).
+    device: the CPU, or a CUDA device, which holds the dense part and the slots of that budget; below them come slots in
+    pinned RAM.
+    ram_budget: of those in RAM, which are filled from storage, like expert_cache; None: twice as much, at most all.
+    memory: what the dense part and the slots may take together, with a sixteenth left for the KV cache; it lowers the
+    budget.
+    storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
+    policy, scope, threads: see ExpertCache.
+    prefetch: predict each next layer's experts, and read ahead where that pays (see cache/prefetch.py).
+    direct_io, reader: see ExpertStore.
+    dtype: as in from_pretrained; None: the checkpoint's (torch_dtype, its old name, counts too).
 
     Raises ConfigError for options that cannot work or nobody knows, UncacheableError for models whose experts cannot be
     cached (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
     """
     check_names(from_pretrained_kwargs, _KNOWN)
     check_path("path", path, "a model folder or a hub id")
-    check_budget("budget", budget)
+    check_budget("expert_cache", expert_cache)
     if ram_budget is not None:
         check_budget("ram_budget", ram_budget)
     if memory is not None:
@@ -120,7 +123,7 @@ def load_with_expert_cache(
         check_experts(modules)
         store = _store(folder, skeleton, storage, direct_io=direct_io, reader=reader)
         try:
-            budget_bytes = budget_in_bytes(budget, store.total_bytes)
+            budget_bytes = budget_in_bytes(expert_cache, store.total_bytes)
             if memory is not None:
                 budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
             cache = make_cache(

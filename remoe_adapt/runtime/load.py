@@ -19,7 +19,7 @@ from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_prof
 from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError, MergeStateError, UncacheableError
 from remoe_adapt.family import Family
 from remoe_adapt.notices import say_once
-from remoe_adapt.record import usable_device
+from remoe_adapt.record import on_device, usable_device
 from remoe_adapt.routers.discover import Routers, survey_routers
 from remoe_adapt.runtime.cached import OWN_PLACEMENT, load_with_expert_cache
 from remoe_adapt.runtime.controller import Controller
@@ -149,27 +149,27 @@ def release(model: nn.Module) -> nn.Module:
 def load_base_under(
     profile: DeviceProfile,
     base: str | os.PathLike[str],
-    budget: str | int | float | None = None,
+    expert_cache: str | int | float | None = None,
     *,
     device: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """The base by path or hub id, behind an expert cache as the profile has it; whole where all of it may be in memory.
 
-    budget: of the cache instead of the profile's; with one, or with options of `load_with_expert_cache` among `kwargs`
-    (storage, prefetch ...), a cache must be possible. Else models whose experts cannot be cached, and those loaded with
-    options that place or quantise weights themselves, are whole, which is logged once. device: where it computes; None:
-    where from_pretrained puts it.
+    expert_cache: its budget instead of the profile's; with one, or with options of `load_with_expert_cache` among
+    `kwargs` (storage, prefetch ...), a cache must be possible. Else models whose experts cannot be cached, and those
+    loaded with options that place or quantise weights themselves, are whole, which is logged once.
+    device: where it computes; None: where from_pretrained puts it.
 
     Raises ConfigError when it cannot be loaded, ExpertReadError when its experts cannot be read.
     """
-    return _load_surveyed(profile, base, budget, device=device, **kwargs)[0]
+    return _load_surveyed(profile, base, expert_cache, device=device, **kwargs)[0]
 
 
 def _load_surveyed(
     profile: DeviceProfile,
     base: str | os.PathLike[str],
-    budget: str | int | float | None,
+    expert_cache: str | int | float | None,
     *,
     device: str | None,
     **kwargs: Any,
@@ -178,7 +178,7 @@ def _load_surveyed(
         usable_device(device)
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
     of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
-    if budget is None and not of_cache:
+    if expert_cache is None and not of_cache:
         whole = settings.share == 1.0 and memory_bytes is None
         placed = sorted(OWN_PLACEMENT.intersection(kwargs))
         if placed and not whole:
@@ -186,7 +186,7 @@ def _load_surveyed(
         if placed or whole:
             return _whole(base, device, kwargs)
     options: dict[str, Any] = {
-        "memory": memory_bytes if budget is None else None,
+        "memory": memory_bytes if expert_cache is None else None,
         "policy": settings.policy,
         "scope": settings.scope,
         "prefetch": settings.prefetch,
@@ -194,14 +194,14 @@ def _load_surveyed(
         **of_cache,
         **kwargs,
     }
-    share = settings.share if budget is None else budget
+    share = settings.share if expert_cache is None else expert_cache
     # Bound below, with the routers that the caller gets as well: loading would look for them again.
     prefetch = options.pop("prefetch")
     check_flags(prefetch=prefetch)
     try:
         model = load_with_expert_cache(base, share, device="cpu" if device is None else device, **options)
     except UncacheableError as error:
-        if budget is not None or of_cache:
+        if expert_cache is not None or of_cache:
             raise
         say_once(f"{error} It is loaded whole.")
         return _whole(base, device, kwargs)
@@ -213,11 +213,7 @@ def _load_surveyed(
 
 
 def _whole(base: str | os.PathLike[str], device: str | None, kwargs: Mapping[str, Any]) -> tuple[nn.Module, Routers]:
-    model = load_base(base, **kwargs)
-    try:
-        model = model if device is None else model.to(device)
-    except RuntimeError as error:  # no room on it
-        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    model = on_device(load_base(base, **kwargs), device)
     return model, survey_routers(model)
 
 

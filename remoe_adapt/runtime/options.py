@@ -18,8 +18,8 @@ from remoe_adapt.errors import ConfigError
 CACHE_OPTIONS = (
     "ram_budget", "memory", "storage", "policy", "scope", "prefetch", "direct_io", "threads", "reader",
 )  # fmt: skip
-# The same thing under another function's name for it.
-_ELSEWHERE = {"budget": "expert_cache", "expert_cache": "budget", "path": "base", "base": "path"}
+# The same thing under an earlier name, or under another function's name for it.
+_ELSEWHERE = {"budget": "expert_cache", "path": "base", "base": "path"}
 # Those of from_pretrained that its signature does not name (transformers 5), as far as they resemble one of ours.
 _UNNAMED = {"torch_dtype", "device_map", "device_mesh", "max_memory", "adapter_name", "adapter_kwargs", "tp_plan"}
 _ALIKE = 0.8

@@ -10,13 +10,15 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+import remoe_adapt.tuner  # noqa: F401 (transformers asks PEFT for the type of an adapter)
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.model_paths import check_place
 from remoe_adapt.runtime.options import CACHE_OPTIONS, unknown_option
-from remoe_adapt.untrusted import printable
+from remoe_adapt.untrusted import first_line, printable
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
@@ -26,13 +28,15 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
 def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """`from_pretrained` of the auto class that generates text for this base; AutoModel when there is none.
 
+    base: a model, or an adapter that names one (transformers loads both then).
+
     Raises ConfigError when it cannot be loaded, or an option is none.
     """
     path = os.fspath(base)
     hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     check_place(base, "base", **hub)
     try:
-        config = kwargs.get("config") or read_config(
+        config = kwargs.get("config") or model_config(
             path, **hub, **{key: kwargs[key] for key in ("trust_remote_code", "subfolder") if key in kwargs}
         )
         model = auto_class(config).from_pretrained(path, **kwargs)
@@ -45,11 +49,31 @@ def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         raise (
             unknown
             or ConfigError(
-                f"base {printable(path)!r} cannot be loaded ({_reason(error)}): give a model folder or a hub id."
+                f"base {printable(path)!r} cannot be loaded ({first_line(error)}): give a model folder or a hub id."
             )
         ) from error
     assert isinstance(model, nn.Module)
     return model
+
+
+def model_config(path: str, **options: Any) -> PretrainedConfig:
+    """The configuration of a model, or of the base that an adapter names: transformers loads both by the adapter's.
+
+    Raises ConfigError as `read_config`.
+    """
+    try:
+        return read_config(path, **options)
+    except ConfigError:
+        if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+            raise
+        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        try:
+            named = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
+        except Exception:  # no adapter either, whatever is wrong with it: what was said of the model holds
+            named = None
+        if named is None:
+            raise
+        return read_config(named, **options)
 
 
 def checkpoint_folder(base: str | os.PathLike[str], **hub_options: Any) -> Path:
@@ -65,7 +89,7 @@ def checkpoint_folder(base: str | os.PathLike[str], **hub_options: Any) -> Path:
         return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES), **hub_options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"{printable(path)!r} cannot be found ({_reason(error)}): give a model folder or a hub id."
+            f"{printable(path)!r} cannot be found ({first_line(error)}): give a model folder or a hub id."
         ) from error
 
 
@@ -76,13 +100,9 @@ def read_config(path: str | os.PathLike[str], **options: Any) -> PretrainedConfi
         config = AutoConfig.from_pretrained(os.fspath(path), **options)
     except Exception as error:  # config.json may hold anything, and each kind of damage raises something else
         what = "is no model" if Path(path).is_dir() else "cannot be found"
-        raise ConfigError(f"{shown!r} {what} ({_reason(error)}): give a model folder or a hub id.") from error
+        raise ConfigError(f"{shown!r} {what} ({first_line(error)}): give a model folder or a hub id.") from error
     assert isinstance(config, PretrainedConfig)
     return config
-
-
-def _reason(error: Exception) -> str:
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def auto_class(config: PretrainedConfig) -> Any:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import nn
 
-from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.untrusted import printable
@@ -53,21 +50,3 @@ def check_fits(model: nn.Module, options: TrainOptions, points: int, out: Path) 
             f"{points} adapters and a checkpoint take {needed / 2**20:.1f} MiB, {printable(place)} has "
             f"{free / 2**20:.1f} MiB free: make room, or choose another --out"
         )
-
-
-@contextmanager
-def disk_faults_named(out: Path) -> Iterator[None]:
-    """What a full or failing disk raises below `out`, from whichever library, becomes a ConfigError."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        # torch reports a full disk as a RuntimeError, known by its text alone; other RuntimeErrors are faults of the
-        # model.
-        of_torch = "PytorchStreamWriter" in text or "iostream" in text or "unexpected pos" in text
-        if isinstance(error, RemoeError) or (isinstance(error, RuntimeError) and not of_torch):
-            raise
-        raise ConfigError(
-            f"{printable(out)} cannot be written ({printable(text)}): make room or choose another --out; called again "
-            "with the same options, a run goes on from its last checkpoint"
-        ) from error

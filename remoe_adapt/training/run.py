@@ -16,20 +16,21 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
 from remoe_adapt.family_files import FAMILY_FILE, write_whole
 from remoe_adapt.host_memory import freed_memory_kept
 from remoe_adapt.model_paths import check_place
-from remoe_adapt.record import load_tokenizer, max_positions, usable_device
+from remoe_adapt.record import load_tokenizer, max_positions, on_device, usable_device
 from remoe_adapt.routers.discover import discover_routers, fingerprint
+from remoe_adapt.runtime.pretrained import load_base
 from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
-from remoe_adapt.training.place import check_fits, check_writable, disk_faults_named
+from remoe_adapt.training.place import check_fits, check_writable
 from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, train_point
-from remoe_adapt.untrusted import printable
+from remoe_adapt.writing import disk_faults
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 
@@ -41,6 +42,9 @@ _HELD_OUT_EVERY = 20
 # The tokens that are held out. They tell a perplexity ratio to a quarter of a percent (see `LEAST_CERTIFIED_TOKENS`).
 HELD_OUT_TOKENS = 16_384
 _PIECE_CHARS = 2048
+_GOES_ON = (
+    "make room or choose another --out; called again with the same options, a run goes on from its last checkpoint"
+)
 
 
 def token_rows(
@@ -133,7 +137,7 @@ def train_family(
 
     base_fingerprint = fingerprint(model)
     run = {**asdict(options), "length": length, "base": base_fingerprint, "data": _digest(train)}
-    with disk_faults_named(out):
+    with disk_faults(out, ConfigError, _GOES_ON, "written"):
         _claim(out, json.loads(json.dumps(run)), resume)
     exists = (out / FAMILY_FILE).exists()
     family = Family.load(out) if exists else Family.create(out, base_id, base_fingerprint)
@@ -146,7 +150,7 @@ def train_family(
         shown = progress and processes.is_main_process
         bar = tqdm(total=options.steps, desc=f"{name} ({position + 1}/{len(todo)})", disable=not shown, unit="step")
         log = PointLog(bar, out / LOG_FILE, name, strength)
-        with bar, freed_memory_kept(model.device.type), disk_faults_named(out):
+        with bar, freed_memory_kept(model.device.type), disk_faults(out, ConfigError, _GOES_ON, "written"):
             # Each point starts from the base, not from the point before, so that one may be added or trained again
             # alone.
             last = train_point(model, rows, options, strength, folder, log, checkpoint_minutes)
@@ -229,9 +233,5 @@ def _load(
     check_place(base, "cannot load the model:")
     # Half precision is slow on most CPUs, and small bases train there.
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype)
-        return model.to(device), str(base)
-    except Exception as error:  # the files may hold anything, and each kind of damage raises something else
-        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise ConfigError(f"cannot load the model {base} on {device}: {reason}") from error
+    model: Any = on_device(load_base(base, dtype=dtype), device)
+    return model, str(base)
