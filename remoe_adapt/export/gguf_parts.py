@@ -10,7 +10,7 @@ from remoe_adapt.untrusted import printable
 
 ARCHITECTURE_KEY = "general.architecture"
 NUMBER_KEY, COUNT_KEY, TENSORS_KEY = SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
-# What a router LoRA says of itself.
+# A router LoRA carries these two entries: its strength, and the fingerprint of its base.
 STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 # `split_gguf` writes two digests into every part: of the model that was split, and of its original routers. Without
 # them, parts of two fine-tunings of one base could be mixed, as they agree in format and sizes.
