@@ -92,7 +92,25 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What a page registers (a policy, a mode, a sensor) is gone after it: other tests count what there is."""
+    for name in remoe_adapt.__all__:
+        getattr(remoe_adapt, name)  # every room is imported, so that its registries are seen
+    modules = [module for name, module in sys.modules.items() if name.startswith("remoe_adapt.")]
+    tables = [value for module in modules for name, value in vars(module).items() if name.strip("_").isupper()]
+    before = [(table, table.copy()) for table in tables if isinstance(table, dict | list)]
+    yield
+    for table, copied in before:
+        table.clear()
+        if isinstance(table, dict):
+            table.update(copied)
+        else:
+            table.extend(copied)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.usefixtures("registries")
 def test_code_of_the_page_runs(page: Path, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # dataclasses look their module up
