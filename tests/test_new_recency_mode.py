@@ -19,8 +19,9 @@ from remoe_adapt.errors import ConfigError, FamilyError, ProfileError
 from remoe_adapt.family import Family
 from remoe_adapt.gating.install import recency_prior
 from remoe_adapt.recency_settings import MODES, Mode, Recency, register
-from remoe_adapt.record import load_base, record_forward
+from remoe_adapt.record import load_tokenizer, record_forward
 from remoe_adapt.runtime.load import get_remoe_model
+from remoe_adapt.runtime.pretrained import load_base
 from remoe_adapt.training.options import TrainOptions
 
 PROFILE = """\
@@ -56,7 +57,8 @@ def profile(tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("registered")
 def test_a_registered_mode_acts_on_the_shipped_model(repo_root: Path) -> None:
-    model, tokenizer = load_base(repo_root / "examples" / "tiny_moe")
+    folder = repo_root / "examples" / "tiny_moe"
+    model, tokenizer = load_base(folder), load_tokenizer(str(folder))
     ids = tokenizer("def main(args):\n    for line in sys.stdin:\n", return_tensors="pt")["input_ids"]
 
     def experts(*prior: Any) -> torch.Tensor:
