@@ -131,11 +131,17 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
 
         Two calls of `nn.Module.__call__` cost a decode step on a CPU as much as four tensor operations.
         """
-        own = self.__dict__
-        if own["resident"] and not kwargs and "forward" not in own and not own.get("_disable_adapters"):
-            router: Any = own["_modules"]["base_layer"]
-            if not (_is_heard(own) or _is_heard(router.__dict__)):
-                return router.forward(*args)
+        # Attributes are read from the instances' dicts: a class with `__getattr__`, as Module is, is slow to ask.
+        mine = self.__dict__
+        if mine["resident"] and not kwargs and not mine["_disable_adapters"] and "forward" not in mine:
+            router = mine["_modules"]["base_layer"].__dict__
+            forward = router.get("forward")
+            if forward is not None and not (
+                mine["_forward_hooks"] or mine["_forward_pre_hooks"] or mine["_backward_hooks"]
+                or mine["_backward_pre_hooks"] or router["_forward_hooks"] or router["_forward_pre_hooks"]
+                or router["_backward_hooks"] or router["_backward_pre_hooks"]
+            ):  # fmt: skip
+                return forward(*args)
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -347,13 +353,6 @@ def remoe_layers(model: nn.Module) -> dict[str, RemoeLayer]:
     """The wrapped routers of `model` in model order, by their name inside the base model (no PEFT prefix)."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
     return {name.removeprefix("base_model.model.").removeprefix("_orig_mod."): layer for name, layer in layers.items()}
-
-
-def _is_heard(own: dict[str, Any]) -> bool:
-    """Whether a module has hooks, by its attributes: a class with `__getattr__`, as Module is, is slow to ask."""
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
 
 
 def _compute_dtype(weight_ED: Tensor) -> torch.dtype:
