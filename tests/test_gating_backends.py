@@ -12,10 +12,11 @@ from kernel_cases import DEVICE, bias_of, copied, hard_logits, prior_of, spec_of
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.gating import backends, dispatch
-from remoe_adapt.gating.dispatch import LayerGate, set_backend
+from remoe_adapt.gating import backends
+from remoe_adapt.gating.dispatch import gate_of, set_backend
 from remoe_adapt.gating.ops import fused_gating, fused_route
-from remoe_adapt.gating.prior import RecencyPrior, Tokens
+from remoe_adapt.gating.prior import RecencyPrior
+from remoe_adapt.gating.tokens import IdleTokens, SingleToken
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -75,8 +76,8 @@ def test_the_forced_backend_is_obeyed(
     weight_ED = torch.randint(-2, 3, (8, 16), device=DEVICE).float()
 
     def run(logits_TE: Tensor, hidden_TD: Tensor) -> tuple[Tensor, ...]:
-        one_each = dispatch.gate(logits_TE, 2, spec, None, bias_E)
-        several = dispatch.gate(logits_TE, 2, spec, prior, bias_E)
+        one_each = gate_of(logits_TE.device)(logits_TE, 2, spec, None, bias_E)
+        several = gate_of(logits_TE.device)(logits_TE, 2, spec, prior, bias_E)
         routed = fused_route(hidden_TD, weight_ED, 2, spec, None, bias_E)
         return *one_each, *several, *routed, *fused_gating(logits_TE, 2, spec, None, bias_E)
 
@@ -103,17 +104,19 @@ def test_a_forced_backend_keeps_the_short_ways(how: str, name: str, monkeypatch:
     """One token on a CPU, and routers at rest: both are torch anyway."""
     force(how, name, monkeypatch)
     prior = RecencyPrior("ema", [(torch.device("cpu"), 8)])
-    gate, spec = LayerGate(prior, 0), spec_of("softmax", 8)
+    spec = spec_of("softmax", 8)
     assert spec is not None
-    prior.begin(tokens := Tokens(prior, 1, 1, None, prior.new_state(1)))
-    assert gate.own(torch.zeros(1, 4)) is tokens.pending
+    prior.begin(1, 1, None, prior.new_state(1))
+    assert isinstance(prior.step_of(1), IdleTokens) and prior.step_of(2) is None
     prior.end()
     prior.set_gains(0.3)
-    prior.begin(tokens := Tokens(prior, 1, 1, None, prior.new_state(1)))
-    assert gate.own(torch.zeros(1, 4)) is None
-    ids_TK = gate(torch.randn(1, 8), 2, spec, None)[1]
-    assert tokens.pending[0] is ids_TK, "the gate of one token leaves the recency to the end of the forward"
+    prior.begin(1, 1, None, state := prior.new_state(1))
+    step = prior.step_of(1)
+    assert isinstance(step, SingleToken)
+    ids_TK = step.gate(0, torch.randn(1, 8), 2, spec, None)[1]
+    assert not state.recency[0].any(), "the gate of one token leaves the recency to the end of the forward"
     prior.end()
+    assert set(state.recency[0].nonzero()[:, 1].tolist()) == set(ids_TK.flatten().tolist())
 
 
 def test_auto_is_no_force_from_wherever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,7 @@ def test_a_bad_backend_is_named(compiled: bool, launches: list[str], monkeypatch
     assert spec is not None
 
     def run(logits_TE: Tensor) -> Tensor:
-        return dispatch.gate(logits_TE, 2, spec, copied(None))[1]
+        return gate_of(logits_TE.device)(logits_TE, 2, spec, copied(None), None)[1]
 
     torch._dynamo.reset()
     with pytest.raises(ConfigError, match=r"'cuda'.*auto, torch, triton"):

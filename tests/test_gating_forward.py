@@ -16,7 +16,7 @@ from tiny_models import moe_folders, tiny_model
 from torch import Tensor
 from torch.func import functional_call
 
-from remoe_adapt.gating.forward import RouterForward, router_forward
+from remoe_adapt.gating.forward import PlainGate, RouterForward, router_forward
 from remoe_adapt.routers import RouterRef, RouterSpec, survey_routers
 
 # Folders whose routers keep their own forward, and a word of the reason; those refused by discovery have no routers.
@@ -169,15 +169,14 @@ def test_half_precision(architecture: Architecture) -> None:
         torch.testing.assert_close(own_weights_TK[same_T], weights_TK[same_T], atol=2e-2, rtol=2e-2)
 
 
-class CountedGate:
-    """The plain gate of a forward, counted."""
+class CountedGate(PlainGate):
+    """The plain gate, counted."""
 
-    def __init__(self, forward: RouterForward) -> None:
-        self.gate, self.calls = forward.gate, 0
+    calls = 0
 
-    def __call__(self, *args: Any) -> tuple[Tensor, Tensor]:
+    def gate(self, *args: Any) -> tuple[Tensor, Tensor]:
         self.calls += 1
-        return self.gate(*args)
+        return super().gate(*args)
 
 
 def test_the_model_computes_the_same(architecture: Architecture) -> None:
@@ -189,14 +188,14 @@ def test_the_model_computes_the_same(architecture: Architecture) -> None:
         for install in (False, True):
             for ref, forward in architecture.covered:
                 if install:
-                    gates.append(CountedGate(forward))
-                    ref.module.forward, forward.gate = forward, gates[-1]
+                    gates.append(CountedGate())
+                    ref.module.forward, forward.steps = forward, gates[-1]
             torch.manual_seed(3)
             with torch.no_grad():
                 results.append(architecture.logits())
         for ref, forward in architecture.covered:
             del ref.module.forward
-            forward.gate = forward.gate.gate
+            forward.steps = PlainGate()
         architecture.model.eval()
         assert sum(gate.calls for gate in gates) == len(architecture.calls)
         torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=0)

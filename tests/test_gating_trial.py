@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remoe_adapt import RemoeConfig
-from remoe_adapt.gating.forward import RouterForward, reference_gate, router_forward, verify
+from remoe_adapt.gating.forward import PlainGate, RouterForward, router_forward, verify
+from remoe_adapt.gating.reference import topk_gating
 from remoe_adapt.routers import RouterRef, RouterSpec, discover_routers
 
 DIM = 32
@@ -50,6 +51,7 @@ def installed(folder: str) -> tuple[RouterRef, RouterForward]:
 
 @pytest.mark.parametrize("folder", KINDS)
 def test_compiles_in_one_graph(folder: str) -> None:
+    torch._dynamo.reset()  # all kinds of routers run one function, of which only so many variants are kept
     ref, forward = installed(folder)
     hidden_TD = torch.randn(3, DIM)
     with torch.no_grad():
@@ -98,39 +100,37 @@ def test_the_selection_bias_by_position_or_name() -> None:
         forward(hidden, mask=bias_E)
 
 
-class Fused:
-    """Product and gate at once for single tokens."""
+class Fused(PlainGate):
+    """Product and gate at once."""
 
     def __init__(self) -> None:
         self.dtypes: list[torch.dtype] = []
 
-    def __call__(
-        self, hidden_TD: Tensor, weight_ED: Tensor, linear_bias_E: Tensor | None, k: int, spec: RouterSpec,
+    def launch(  # type: ignore[override]
+        self, layer: int, hidden_TD: Tensor, weight_ED: Tensor, linear_bias_E: Tensor | None, k: int, spec: RouterSpec,
         bias_E: Tensor | None, linear_fp32: bool,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
-        if len(hidden_TD) > 1:
-            return None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         if linear_fp32:
             hidden_TD, weight_ED = hidden_TD.float(), weight_ED.float()
         logits_TE = F.linear(hidden_TD, weight_ED, linear_bias_E)
         self.dtypes.append(logits_TE.dtype)
-        return logits_TE, *reference_gate(logits_TE, k, spec, bias_E)
+        return logits_TE, *self.gate(layer, logits_TE, k, spec, bias_E)
 
 
 @pytest.mark.parametrize(("folder", "fused"), [("gpt_oss", "bfloat16"), ("deepseek_v3", "float32"), ("laguna", "")])
-def test_a_route_takes_the_product_too(folder: str, fused: str) -> None:
+def test_one_launch_takes_the_product_too(folder: str, fused: str) -> None:
     ref = last_router(folder, torch.bfloat16)
     forward = router_forward(ref)
     assert isinstance(forward, RouterForward)
     hidden_TD = torch.randn(3, DIM, dtype=torch.bfloat16)
     plain = [forward(hidden_TD), forward(hidden_TD[:1])]
-    forward.route = Fused()
+    forward.steps = fused_gate = Fused()
     routed = [forward(hidden_TD), forward(hidden_TD[:1])]
     torch.testing.assert_close(routed, plain, atol=0, rtol=0)
-    assert forward.route.dtypes == ([getattr(torch, fused)] if fused else [])
+    assert fused_gate.dtypes == ([getattr(torch, fused)] * 2 if fused else [])
     with torch.autocast("cpu", torch.bfloat16):
         forward(hidden_TD[:1])
-    assert len(forward.route.dtypes) == bool(fused)
+    assert len(fused_gate.dtypes) == 2 * bool(fused)
 
 
 @pytest.mark.parametrize(
@@ -288,5 +288,5 @@ def test_what_cannot_be_tried_keeps_its_forward() -> None:
     (ref, *_) = discover_routers(tiny_model("qwen3_moe", device="meta"))
     assert router_forward(ref) == "not verified: its weights are on the meta device"
     (ref, *_) = discover_routers(tiny_model("qwen3_moe"))
-    ref.module.forward = reference_gate
-    assert router_forward(ref) == "its forward is already replaced by reference_gate"
+    ref.module.forward = topk_gating
+    assert router_forward(ref) == "its forward is already replaced by topk_gating"

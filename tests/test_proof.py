@@ -124,7 +124,7 @@ def test_the_proof_leaves_everything_as_it_was(model: Any, mode: str) -> None:
         assert [module.training for module in model.modules()] == modes
         assert all(float(gain) == pytest.approx(0.2) for gain in installed.prior.gains)
         assert not any(mask_1E.any() for mask_1E in installed.prior.residency)
-        assert installed.prior.here.tokens is None
+        assert installed.prior.running.tokens is None
     assert not any("forward" in vars(module) for module in model.modules())
 
 

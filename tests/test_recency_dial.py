@@ -41,8 +41,8 @@ def with_recency(family: Family, recency: Recency | None) -> Family:
 
 def gains_of(model: Any) -> list[float]:
     """Live gains, read off the routers' own gates."""
-    gates: list[Any] = [vars(ref.module)["forward"].gate for ref in discover_routers(model.get_base_model())]
-    return [round(float(gate.prior.gains[gate.layer]), 6) for gate in gates]
+    forwards: list[Any] = [vars(ref.module)["forward"] for ref in discover_routers(model.get_base_model())]
+    return [round(float(forward.steps.gains[forward.layer]), 6) for forward in forwards]
 
 
 def test_the_gains_of_a_family_turn_with_its_strength(family: Family) -> None:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from remoe_adapt.gating.forward import RouterForward
 from remoe_adapt.gating.install import recency_prior
-from remoe_adapt.gating.prior import RecencyPrior, RestingTokens
+from remoe_adapt.gating.prior import RecencyPrior
 from remoe_adapt.gating.reference import PriorStep, topk_gating
 from remoe_adapt.gating.sequences import _STATE
 from remoe_adapt.gating.state import RecencyState, _pass_over
@@ -66,8 +66,7 @@ def test_a_long_rest_is_taken_in_as_if_at_once(mode: str, gaps: bool) -> None:
     for token in range(700):
         layers = (0, 2) if gaps and token % 7 == 3 else (0, 1, 2)
         used = {layer: torch.randperm(8)[None, :2] for layer in layers}
-        late.rest(used, 1, None)
-        at_once.advance(1, None)
+        late.add(used, 1, None)
         at_once.move(used)
         if token == 649:
             kept = [recency_1E.clone() for recency_1E in at_once.recency]
@@ -129,16 +128,16 @@ def test_a_copied_prior_reads_its_own_gains(how: str) -> None:
     prior = cpu_prior()
     other = copy.deepcopy(prior) if how == "deepcopy" else pickle.loads(pickle.dumps(prior))  # noqa: S301
     prior.set_gains(0.5)
-    assert not prior.rests() and prior.gains_read() == [0.5] * 3
+    assert not prior.is_idle() and prior.gains_read() == [0.5] * 3
     assert other.gains_read() in ([], [0.0] * 3), "nothing is read, or its own"
     other.set_gains(0.25)
-    assert not other.rests() and other.gains_read() in ([], [0.25] * 3)
+    assert not other.is_idle() and other.gains_read() in ([], [0.25] * 3)
     assert prior.gains_read() == [0.5] * 3
 
 
 def test_gains_are_read_whoever_wrote_them() -> None:
     prior = cpu_prior()
-    assert prior.rests()
+    assert prior.is_idle()
     with torch.inference_mode():
         prior.gains[1].copy_(torch.tensor(0.5))
     assert prior.gains_read() == [0.0, 0.5, 0.0]
@@ -147,9 +146,9 @@ def test_gains_are_read_whoever_wrote_them() -> None:
     assert prior.gains_read() == [0.125] * 3
     prior.place([torch.device("cpu")] * 3)
     prior.gains[2].fill_(0.25)
-    assert prior.gains_read() == [0.125, 0.125, 0.25] and not prior.rests()
+    assert prior.gains_read() == [0.125, 0.125, 0.25] and not prior.is_idle()
     prior.set_gains(0.0)
-    assert prior.rests()
+    assert prior.is_idle()
 
 
 def test_gains_that_nobody_wrote_are_not_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,25 +161,27 @@ def test_gains_that_nobody_wrote_are_not_read_back(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Tensor, "__float__", fail)
     monkeypatch.setattr(Tensor, "item", fail)
-    assert not prior.rests() and prior.gains_read() == [0.0, 0.5, 0.0]
+    assert not prior.is_idle() and prior.gains_read() == [0.0, 0.5, 0.0]
     for gain in prior.gains:
         gain.fill_(0.0)
     prior.know([0.0] * 3)
-    assert prior.rests()
+    assert prior.is_idle()
     prior.gains[0].fill_(1.0)
     with pytest.raises(AssertionError, match="read back"):
-        prior.rests()
+        prior.is_idle()
 
 
 def test_who_asks_between_resting_steps_sees_what_came_before() -> None:
     prior = cpu_prior()
     state = prior.new_state(1)
     ids_1K = torch.tensor([[1, 2]])
-    state.rest(dict.fromkeys(range(3), ids_1K), 1, None)
-    tokens = RestingTokens(state)
+    state.add(dict.fromkeys(range(3), ids_1K), 1, None)
+    prior.begin(1, 1, None, state)
     assert state.recency[0][0, [1, 2]].tolist() == pytest.approx([0.3, 0.3]) and state.length == 1
-    tokens.pending[0] = ids_1K
-    tokens.end()
+    step = prior.step_of(1)
+    assert step is not None and step.gate is None
+    step.note(0, ids_1K)
+    prior.end()
     assert state.length == 2 and state.recency[0][0, 1].item() == pytest.approx(0.51)
     assert state.recency[1][0, 1].item() == pytest.approx(0.3), "this one was not asked"
 

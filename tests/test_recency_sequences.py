@@ -145,9 +145,7 @@ def test_a_long_history_is_cropped_to_the_bit() -> None:
     def after(count: int) -> Any:
         state = prior.new_state(2)
         for ids_BK in ids_SBK[:count]:
-            state.advance(1, None)
-            assert state.chosen is not None
-            state.chosen[0].append(ids_BK[:, None])
+            state.advance(1, None)[0] = ids_BK[:, None]
             state.recency[0].mul_(0.7).scatter_add_(-1, ids_BK, torch.full((2, 4), 1.0 - 0.7))
         return state
 
@@ -264,11 +262,9 @@ def test_a_router_that_is_not_asked_stands_still(kept: int) -> None:
     for token in range(280):
         if token == kept:
             expected = [recency_BE.clone() for recency_BE in state.recency]
-        state.advance(1, None)
+        chosen = state.advance(1, None)
         for layer in (0, 1) if token % 3 else (0,):  # router 2 never, router 1 now and then
-            ids_BK = torch.stack([torch.randperm(8)[:2] for _ in range(2)])
-            assert state.chosen is not None
-            state.chosen[layer].append(ids_BK)
+            chosen[layer] = ids_BK = torch.stack([torch.randperm(8)[:2] for _ in range(2)])
             state.recency[layer].mul_(0.7).scatter_add_(-1, ids_BK, torch.full((2, 2), 1.0 - 0.7))
     state.crop(kept)
     for found_BE, expected_BE in zip(state.recency, expected, strict=True):

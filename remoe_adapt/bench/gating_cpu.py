@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from remoe_adapt.bench.swap import random_family
-from remoe_adapt.gating.prior import Tokens
 from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.routers.families import FAMILY_EXAMPLES
 from remoe_adapt.runtime.load import get_remoe_model
@@ -62,13 +61,13 @@ def _row(family: str, example: str, experts: int, calls: int) -> Row:
     dialled = copy.deepcopy(stock)
     model = get_remoe_model(dialled, family=random_family(dialled), recency="ema", recency_gain=_GAIN)
     forward: Any = vars(discover_routers(dialled)[0].module)["forward"]
-    prior = forward.gate.prior
+    prior = forward.steps
     hidden_TD = torch.randn(1, _COLUMNS)
     state = prior.new_state(1)
     theirs, ours = ([block.get_submodule("gate") for block in blocks] for blocks in (stock, dialled))
 
     def under_the_dial() -> None:
-        prior.begin(Tokens(prior, 1, 1, None, state))  # as the model's own call announces a decode step
+        prior.begin(1, 1, None, state)  # as the model's own call announces a decode step
         for router in ours:
             router(hidden_TD)
         prior.end()

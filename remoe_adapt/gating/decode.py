@@ -1,12 +1,11 @@
 """The gate of one token on a CPU, where every torch call costs as much as its arithmetic: the fewest calls.
 
 Tensors are one row, [1, E] or [1, K]. A Python number given to a tensor operation is made a tensor at every call, so
-constants are kept as tensors; what leaves no trace is written to memory that each thread keeps.
+constants are kept as tensors.
 """
 
 from __future__ import annotations
 
-import threading
 from ctypes import c_float
 from functools import lru_cache
 
@@ -18,26 +17,22 @@ from remoe_adapt.routers.ranking import best_ids
 from remoe_adapt.routers.spec import RouterSpec
 
 
-class _Scratch(threading.local):
-    """By number of experts: both ends of a span [2], each of them, and the ranked values [1, E]."""
+class Scratch(dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]]):
+    """Memory for what leaves no trace, by number of experts: both ends of a span [2], each of them, ranked values
+    [1, E]. One for the routers of a forward, since they run one after another."""
 
-    def __init__(self) -> None:
-        self.rows: dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]] = {}
-
-    def of(self, experts: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    def __missing__(self, experts: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         with torch.inference_mode(False):
             ends_2 = torch.empty(2)
             lowest, highest = ends_2.unbind()
-            row = self.rows[experts] = ends_2, (lowest, highest), torch.empty((1, experts))
+            row = self[experts] = ends_2, (lowest, highest), torch.empty((1, experts))
         return row
 
 
-_scratch = _Scratch()
-
-
 def one_token(
-    logits_1E: Tensor, k: int, spec: RouterSpec, prior: PriorStep, gain: float, bias_E: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    logits_1E: Tensor, k: int, spec: RouterSpec, prior: PriorStep, gain: float, bias_E: Tensor | None,
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`topk_gating` of a single row, to the bit, but for the recency: that stays (see `RecencyState.move`).
 
     `gain` is that of the prior, already read. Gradients and values without a finite span go the long way.
@@ -62,7 +57,7 @@ def one_token(
         if choice_1E.requires_grad:  # of the bias
             return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
     experts = spec.num_experts
-    ends_2, ends, ranked_1E = _scratch.rows.get(experts) or _scratch.of(experts)
+    ends_2, ends, ranked_1E = scratch[experts]
     torch.aminmax(spread_1E, out=ends)
     lowest, highest = ends_2.tolist()
     span = highest - lowest

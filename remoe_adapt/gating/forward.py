@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,55 @@ from remoe_adapt.routers.families import Facts, Refusal, known_facts
 from remoe_adapt.routers.infer import infer_facts
 from remoe_adapt.routers.spec import STANDARD_RETURNS, RouterRef, RouterSpec
 
-Gate = Callable[[Tensor, int, RouterSpec, Tensor | None], tuple[Tensor, Tensor]]
-# (hidden_TD, weight_ED, linear_bias_E, k, spec, bias_E, linear_fp32) -> (logits, weights, ids), or None: not this call.
-Route = Callable[
-    [Tensor, Tensor, Tensor | None, int, RouterSpec, Tensor | None, bool], tuple[Tensor, Tensor, Tensor] | None
+# (layer, logits_TE, k, spec, bias_E) -> fp32 weights and int64 ids [T, K], best first.
+Gate = Callable[[int, Tensor, int, RouterSpec, Tensor | None], tuple[Tensor, Tensor]]
+# (layer, hidden_TD, weight_ED, linear_bias_E, k, spec, bias_E, linear_fp32) -> (logits, weights, ids).
+Launch = Callable[
+    [int, Tensor, Tensor, Tensor | None, int, RouterSpec, Tensor | None, bool], tuple[Tensor, Tensor, Tensor]
 ]
-# Where to note what the router's class chooses by itself for these hidden states; None: the gate chooses.
-Own = Callable[[Tensor], dict[int, Tensor] | None]
 
 
-def reference_gate(logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`topk_gating` without a prior: fp32 weights [T, K] and int64 ids [T, K]."""
-    return topk_gating(logits_TE, k, spec, bias_E=bias_E)
+class StepGate(Protocol):
+    """How all routers choose for the `count` tokens of one forward."""
+
+    count: int
+
+    @property
+    def gate(self) -> Gate | None:
+        """None: the routers' classes choose by themselves, and `note` is told what."""
+
+    @property
+    def launch(self) -> Launch | None:
+        """Product and gate in one, with operands cast to fp32 or not; None where that is not to be had."""
+
+    def note(self, layer: int, ids_TK: Tensor) -> None:
+        """Remember what a router's class chose."""
+
+
+class Steps(Protocol):
+    """Who knows which forward a thread runs."""
+
+    def step_of(self, count: int) -> StepGate | None:
+        """The gate of the forward under way for a router that sees `count` tokens; None: its class chooses."""
+
+
+class PlainGate:
+    """The definition without a prior, for any tokens: what a forward has as long as nobody gives it more."""
+
+    count, launch = 0, None
+
+    def step_of(self, count: int) -> PlainGate:
+        """Itself, always."""
+        return self
+
+    def gate(
+        self, layer: int, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As StepGate."""
+        return topk_gating(logits_TE, k, spec, bias_E=bias_E)
+
+    def note(self, layer: int, ids_TK: Tensor) -> None:
+        """Nothing: the class is never asked."""
 
 
 def _fp32(hidden_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
@@ -73,29 +110,26 @@ _ENTRIES = {"logits", "weights", "ids", "probabilities", "dense_weights"}
 
 
 class RouterForward:
-    """What the forward of `module` returns, by the same operations, with the experts chosen by `gate`.
+    """What the forward of `module` returns, by the same operations, with the experts chosen by a gate.
 
     To be set as the instance attribute `module.forward`. Weights and biases are read from the module in every call, so
-    `functional_call`, in-place swaps and `deepcopy` of the model reach it. `gate` gets the logits [T, E], k,
-    `gate_spec` and the selection bias, and gives fp32 weights and int64 ids [T, K], best first. Where `linear_fp32` is
-    not None, a `route` may take the product and the gate at once, with operands cast to fp32 or not; None from it
-    leaves the call to `gate`. Where `own` says so the class's own forward answers, and its ids are noted as those of
-    `layer`.
+    `functional_call`, in-place swaps and `deepcopy` of the model reach it. `steps` is asked once a call for the gate of
+    the forward that runs, by which `layer` is this router's place. The gate gets the logits [T, E], k, `gate_spec` and
+    the selection bias. Where it has none the class's own forward answers.
     """
 
     def __init__(self, module: nn.Module, spec: RouterSpec, facts: Facts) -> None:
         self.module, self.spec, self.facts = module, spec, facts
-        self.gate: Gate = reference_gate
-        self.route: Route | None = None
-        self.own: Own | None = None
+        self.steps: Steps = PlainGate()
         self.layer = 0
         self._stock: Callable[..., tuple[Tensor, ...]] = type(module).forward
         self._ids_place = spec.returns.index("ids") if "ids" in spec.returns else -1
         # The factor of each expert is applied here; to the gate these are plain scores.
         self.gate_spec = replace(spec, weight_rule="score") if facts.expert_factor else spec
-        self._k = spec.top_k
+        self._k, self._columns = spec.top_k, spec.hidden_size
         owner, _, self._weight_leaf = spec.weight_name.rpartition(".")
-        self._weight_owner = module.get_submodule(owner)
+        # Whoever swaps a parameter writes into this very dict, and copies of the model copy it with the module.
+        self._weights = module.get_submodule(owner)._parameters
         self._product = _PRODUCTS[facts.product]
         # A Linear inside is called, as its class does: it may carry hooks, or a layer of another adapter.
         self._linear = owner if owner and facts.product in _CALLED else None
@@ -112,32 +146,19 @@ class RouterForward:
             self._bias_owner = module.get_submodule(bias_owner)
         self._casts, self._as_hidden = facts.weights_dtype != "fp32", facts.weights_dtype == "hidden"
         self._is_plain = spec.returns == STANDARD_RETURNS and facts.expert_factor is None
-        self._is_simple = not (self._before or self._linear or self._shapes_logits) and self._is_plain
 
     def __call__(self, hidden_states: Tensor, bias_E: Tensor | None = None, **named: Tensor) -> tuple[Tensor, ...]:
         """The router's result for hidden states [..., D].
 
         `bias_E` is the selection bias where the block hands it over; it may go by the name it has in the block.
         """
-        if self.own is not None and (noted := self.own(hidden_states)) is not None:
-            handed = () if bias_E is None else (bias_E,)
-            returned = self._stock(self.module, hidden_states, *handed, **named)
-            place = self._ids_place
-            noted[self.layer] = returned[place] if place >= 0 else self.spec.read(returned).ids_TK
-            return returned
-        if self._is_simple and self.route is None and not named and hidden_states.dim() == 2:
-            # The plain case without detours: a decode step on a CPU counts microseconds.
-            own, bias_leaf = self._weight_owner._parameters, self._logit_bias_leaf
-            weight: Any = own[self._weight_leaf]
-            logits_TE = self._product(hidden_states, weight, None if bias_leaf is None else own[bias_leaf])
-            if self._bias_owner is not None:
-                bias_E = self._own_bias_E(self._bias_owner)
-            weights_TK, ids_TK = self.gate(logits_TE, self._k, self.gate_spec, bias_E)
-            if self._casts:
-                dtype = hidden_states.dtype if self._as_hidden else logits_TE.dtype
-                if dtype is not torch.float32:
-                    weights_TK = weights_TK.to(dtype)
-            return logits_TE, weights_TK, ids_TK
+        step = self.steps.step_of(hidden_states.numel() // self._columns)
+        gate = None if step is None else step.gate
+        if step is None or gate is None:
+            return self._by_class(step, hidden_states, bias_E, named)
+        if not self.facts.autocast and torch.is_autocast_enabled(hidden_states.device.type):
+            with torch.autocast(hidden_states.device.type, enabled=False):  # its class keeps autocast out
+                return self(hidden_states, bias_E, **named)
         if named:
             bias_E = self._bias_among(named)
         hidden_TD = self._prepared(hidden_states) if self._before else hidden_states
@@ -148,19 +169,29 @@ class RouterForward:
         if self._linear is not None:
             logits_TE = self._called(self._linear, hidden_TD)
         else:
-            own = self._weight_owner._parameters
-            weight_ED: Tensor = own[self._weight_leaf]  # type: ignore[assignment]
-            linear_bias_E = None if self._logit_bias_leaf is None else own[self._logit_bias_leaf]
-            fp32 = self.linear_fp32
-            if self.route is not None and fp32 is not None and not _is_cast(hidden_TD):
-                routed = self.route(hidden_TD, weight_ED, linear_bias_E, self._k, self.gate_spec, bias_E, fp32)
-                if routed is not None:
-                    return self._returned(hidden_states, *routed)
+            weight_ED: Tensor = self._weights[self._weight_leaf]  # type: ignore[assignment]
+            linear_bias_E = None if self._logit_bias_leaf is None else self._weights[self._logit_bias_leaf]
+            fp32, launch = self.linear_fp32, step.launch
+            if launch is not None and fp32 is not None and not torch.is_autocast_enabled(hidden_TD.device.type):
+                return self._returned(
+                    hidden_states,
+                    *launch(self.layer, hidden_TD, weight_ED, linear_bias_E, self._k, self.gate_spec, bias_E, fp32),
+                )
             logits_TE = self._product(hidden_TD, weight_ED, linear_bias_E)
         if self._shapes_logits:
             logits_TE = self._shaped(logits_TE)
-        weights_TK, ids_TK = self.gate(logits_TE, self._k, self.gate_spec, bias_E)
+        weights_TK, ids_TK = gate(self.layer, logits_TE, self._k, self.gate_spec, bias_E)
         return self._returned(hidden_states, logits_TE, weights_TK, ids_TK)
+
+    def _by_class(
+        self, step: StepGate | None, hidden_states: Tensor, bias_E: Tensor | None, named: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        handed = () if bias_E is None else (bias_E,)
+        returned = self._stock(self.module, hidden_states, *handed, **named)
+        if step is not None:
+            place = self._ids_place
+            step.note(self.layer, returned[place] if place >= 0 else self.spec.read(returned).ids_TK)
+        return returned
 
     def _returned(
         self, hidden_states: Tensor, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor
@@ -200,14 +231,10 @@ class RouterForward:
             logits_TE = logits_TE * self._factor
         return torch.tanh(logits_TE / self._cap) * self._cap if self._cap else logits_TE
 
-    def watch(self, own: Own, layer: int) -> None:
-        """Let the class choose by itself where `own` says so."""
-        self.own, self.layer = own, layer
-
     @property
     def weight_device(self) -> torch.device:
         """Where the live weight is."""
-        return self._weight_owner._parameters[self._weight_leaf].device  # type: ignore[union-attr]
+        return self._weights[self._weight_leaf].device  # type: ignore[union-attr]
 
     @property
     def bias_E(self) -> Tensor | None:
@@ -225,19 +252,6 @@ class RouterForward:
         return named[name]
 
 
-class UncastRouterForward(RouterForward):
-    """For classes that keep autocast out: their result does not depend on it."""
-
-    def __call__(self, hidden_states: Tensor, bias_E: Tensor | None = None, **named: Tensor) -> tuple[Tensor, ...]:
-        """As RouterForward."""
-        device_type = hidden_states.device.type
-        rests = self.own is not None and self.own(hidden_states) is not None
-        if rests or not torch.is_autocast_enabled(device_type):
-            return super().__call__(hidden_states, bias_E, **named)
-        with torch.autocast(device_type, enabled=False):
-            return super().__call__(hidden_states, bias_E, **named)
-
-
 def router_forward(ref: RouterRef) -> RouterForward | str:
     """A forward for this router that agrees with its own on random input, or why its own stays.
 
@@ -251,7 +265,7 @@ def router_forward(ref: RouterRef) -> RouterForward | str:
     if reason is not None:
         return reason
     for candidate in [facts] if known is not None else _dtype_rules(facts):
-        forward = (RouterForward if candidate.autocast else UncastRouterForward)(ref.module, ref.spec, candidate)
+        forward = RouterForward(ref.module, ref.spec, candidate)
         found = verify(forward, ref)
         if found is None:
             return forward
@@ -309,7 +323,7 @@ def _tried(forward: RouterForward, ref: RouterRef, stock: Callable[..., Any], hi
     twin = bare_twin(ref.module)
     perturb(twin, generator)
     hidden_TD = random_hidden(twin, ref.spec.weight_name, hidden_dtype, generator)
-    own = type(forward)(twin, ref.spec, forward.facts)
+    own = RouterForward(twin, ref.spec, forward.facts)
     bias_E, handed = None, ref.spec.correction_bias_in_block
     if ref.correction_bias_E is not None:
         bias_E = near(ref.correction_bias_E, generator) if handed else own.bias_E
@@ -332,10 +346,6 @@ def _hidden_dtype(block: nn.Module, weight_ED: Tensor) -> torch.dtype:
                 if p.dim() > 1 and p.dtype in _FLOATS:
                     return p.dtype
     return weight_ED.dtype
-
-
-def _is_cast(hidden_TD: Tensor) -> bool:
-    return torch.is_autocast_enabled(hidden_TD.device.type)
 
 
 def _number(module: nn.Module, name: str | None) -> float | None:

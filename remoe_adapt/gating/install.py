@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from remoe_adapt.errors import RouterError
-from remoe_adapt.gating.dispatch import LayerGate, backend
 from remoe_adapt.gating.forward import RouterForward, router_forward
 from remoe_adapt.gating.prior import DECAY, RecencyPrior, check_prior, checked_gains
 from remoe_adapt.gating.proof import why_without_effect
@@ -94,9 +93,7 @@ class InstalledPrior:
         self._texts = list({id(text): text for place in self.layers if (text := owners[place]) is not None}.values())
         if covered:
             for layer, forward in enumerate(self._forwards):
-                forward.gate = gate = LayerGate(self.prior, layer)
-                forward.watch(gate.own, layer)
-            self._set_routes()
+                forward.steps, forward.layer = self.prior, layer
             self.enable(True)
 
     def _faults(self, refs: Sequence[RouterRef], owners: Sequence[nn.Module | None]) -> dict[int, str]:
@@ -121,26 +118,19 @@ class InstalledPrior:
         per_router = checked_gains(gain, self.num_routers)
         self.prior.set_gains([per_router[place] for place in self.layers])
 
-    def follow(self) -> None:
+    def place_prior(self) -> None:
         """Bring gains and residency to where the routers are, after the model was moved."""
         self.prior.place([forward.weight_device for forward in self._forwards])
-        self._set_routes()
 
-    def _set_routes(self) -> None:
-        for forward in self._forwards:
-            gate = forward.gate
-            assert isinstance(gate, LayerGate)
-            forward.route = gate.route if backend(forward.weight_device) == "triton" else None
-
-    def _settle(self) -> None:
+    def _place_if_moved(self) -> None:
         if self._forwards[0].weight_device != self.prior.gains[0].device:
-            self.follow()
+            self.place_prior()
 
     def enable(self, on: bool) -> None:
         """Let the routers run with the prior, or for a while their own forwards: sequences are not followed then."""
         for hooks in self._hooks:
             hooks.remove()
-        self._hooks = [SequenceHooks(text, self.prior, self._settle) for text in self._texts] if on else []
+        self._hooks = [SequenceHooks(text, self.prior, self._place_if_moved) for text in self._texts] if on else []
         for module, name, before in self._before:
             if before is None:
                 vars(module).pop(name, None)

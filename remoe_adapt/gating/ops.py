@@ -270,7 +270,7 @@ def fused_route(
     there are more, or where gradients are needed. `linear_fp32`: product of operands cast to fp32, logits fp32; else
     logits have the dtype of hidden_TD. Raises ConfigError when k or a shape does not fit.
     """
-    if hidden_TD.shape[0] > MAX_ROUTE_TOKENS or _needs_grad(hidden_TD, weight_ED):
+    if hidden_TD.shape[0] > MAX_ROUTE_TOKENS or _needs_grad(hidden_TD, weight_ED, linear_bias_E):
         logits_TE = _product(hidden_TD, weight_ED, linear_bias_E, linear_fp32)
         return logits_TE, *fused_gating(logits_TE, k, spec, prior, bias_E)
     reference.check_shapes(hidden_TD[:, :1].expand(-1, weight_ED.shape[0]), k, prior, bias_E)
@@ -285,5 +285,5 @@ def _parts(prior: PriorStep | None) -> tuple[Tensor | None, Tensor | None, float
     return (None,) * 4 if prior is None else (prior.recency_BE, prior.gain, prior.decay, prior.flags_T)
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -18,6 +18,7 @@ from torch import Tensor
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.reference import PriorStep
 from remoe_adapt.gating.state import RecencyState
+from remoe_adapt.gating.tokens import StepTokens, tokens_of
 
 MODES = ("last", "ema", "resident")
 DECAY = 0.7
@@ -26,10 +27,10 @@ MAX_GAIN = 16.0
 _TRAINED = 8
 
 
-class _Here(threading.local):
+class _Running(threading.local):
     """What a thread runs now."""
 
-    tokens: Tokens | None = None
+    tokens: StepTokens | None = None
 
 
 class RecencyPrior:
@@ -48,19 +49,19 @@ class RecencyPrior:
         self.mode, self.decay = mode, 0.0 if mode == "last" else decay
         with torch.inference_mode(False):  # ordinary tensors, which may be written in any mode
             self.residency = [torch.zeros((1, experts), device=device) for device, experts in routers]
-        self.placed = 0
+        self.placement = 0
         self._hold([0.0] * len(routers))
-        self.here = _Here()
-        self._trained: deque[Tokens] = deque(maxlen=_TRAINED)
+        self.running = _Running()
+        self._trained: deque[StepTokens] = deque(maxlen=_TRAINED)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside any forward."""
-        return {name: value for name, value in vars(self).items() if name not in ("here", "_trained")}
+        return {name: value for name, value in vars(self).items() if name not in ("running", "_trained")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, here=_Here(), _trained=deque(maxlen=_TRAINED))
+        vars(self).update(state, running=_Running(), _trained=deque(maxlen=_TRAINED))
         self._hold([float(gain) for gain in self.gains])  # views of one tensor, which copies are not
-        self.placed += 1
+        self.placement += 1
 
     def set_gains(self, gain: float | Sequence[float]) -> None:
         """One gain for all layers, or one each. Raises ConfigError for a wrong number or value."""
@@ -71,7 +72,7 @@ class RecencyPrior:
 
     def know(self, values: Sequence[float]) -> None:
         """`gains` hold these now: they were written by somebody else."""
-        self._values, self._at_rest = list(values), not any(values)
+        self._values, self._is_idle = list(values), not any(values)
         self._read_at = self._writes()
 
     def place(self, devices: Sequence[torch.device]) -> None:
@@ -80,23 +81,25 @@ class RecencyPrior:
         with torch.inference_mode(False):
             self.residency = [mask.to(device) for mask, device in zip(self.residency, devices, strict=True)]
         self._hold(values)
-        self.placed += 1
+        self.placement += 1
 
     def _hold(self, values: Sequence[float]) -> None:
         """New tensors with these gains, where the residency is."""
         with torch.inference_mode(False):
             self._gains_L, self.gains = _scalars(values, [mask.device for mask in self.residency])
-        self.on_cpu = all(gain.is_cpu for gain in self.gains)
+        # Of several devices the first that may run kernels.
+        self.device = next((gain.device for gain in self.gains if not gain.is_cpu), torch.device("cpu"))
+        self.on_cpu = self.device.type == "cpu"
         self.resident_steps = [
             PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)
         ]
         self.know(values)
 
-    def rests(self) -> bool:
+    def is_idle(self) -> bool:
         """All gains are 0: every router is that of the base."""
         if not torch.compiler.is_compiling():  # a graph is chosen by what was known before
             self.gains_read()
-        return self._at_rest
+        return self._is_idle
 
     def gains_read(self) -> list[float]:
         """The gains as numbers. Tensors count how often they are written, so nothing is read back in vain."""
@@ -113,119 +116,31 @@ class RecencyPrior:
             mask_1E = self.residency[layer]
             return torch.zeros((sequences, mask_1E.shape[1]), device=mask_1E.device)
 
-    def new_state(self, sequences: int, past: int = 0, *, croppable: bool = True) -> RecencyState:
+    def new_state(self, sequences: int, past: int = 0, *, is_counted: bool = True) -> RecencyState:
         """Nothing used yet, after `past` tokens of which nothing is known."""
         recency = [self.zeros(layer, sequences) for layer in range(len(self.gains))]
-        return RecencyState(self, recency, past, croppable=croppable)
+        return RecencyState(self, recency, past, is_counted=is_counted)
 
     # The tokens that this thread runs now
 
-    def tokens(self, count: int) -> Tokens | None:
+    def step_of(self, count: int) -> StepTokens | None:
         """The tokens of the forward under way, for a router that sees `count`; None where it sees others."""
-        if (tokens := self.here.tokens) is not None:
+        if (tokens := self.running.tokens) is not None:
             return tokens if tokens.count == count else None
         return next((tokens for tokens in self._trained if tokens.count == count), None)
 
-    def begin(self, tokens: Tokens) -> None:
-        """A forward of this thread starts."""
-        self.here.tokens = tokens
+    def begin(self, sequences: int, count: int, flags_T: Tensor | None, state: RecencyState | None) -> None:
+        """A forward of this thread starts, with `count` tokens of so many sequences; see `tokens_of`."""
+        self.running.tokens = tokens = tokens_of(self, sequences, count, flags_T, state)
         # Gradient checkpointing runs layers again in backward, outside a forward and from a thread of its own.
-        if tokens.state is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if state is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._trained.appendleft(tokens)
 
     def end(self) -> None:
         """It has ended."""
-        tokens, self.here.tokens = self.here.tokens, None
+        tokens, self.running.tokens = self.running.tokens, None
         if tokens is not None:
             tokens.end()
-
-
-class Tokens:
-    """The tokens of one forward: `count` = B * S of them, row-major; `flags_T` as in PriorStep.
-
-    state: the recency they continue, moved on in place; None: each router starts at zero whenever it is asked.
-    `rests`: all gains are 0, so that routers choose by themselves and `pending` takes what they chose, by layer.
-    """
-
-    def __init__(
-        self, prior: RecencyPrior, sequences: int, count: int, flags_T: Tensor | None, state: RecencyState | None
-    ) -> None:
-        self.prior, self.sequences, self.count, self.flags_T, self.state = prior, sequences, count, flags_T, state
-        self.rests = prior.rests()
-        self.pending: dict[int, Tensor] = {}
-        self.gains: list[float] = []
-        self.steps: list[PriorStep] = []
-        self._started: dict[int, Tensor] = {}
-        self._chosen: dict[int, Tensor] = {}
-        self.ended = False
-        if self.rests:
-            return
-        # One token of one sequence: on a CPU its gates leave the recency still, and all move on together at the end.
-        known = prior.on_cpu and flags_T is None and count == 1 and (prior.mode == "resident" or state is not None)
-        if known and not torch.compiler.is_compiling():
-            self.gains = prior.gains_read()
-        if state is not None:
-            state.advance(count // sequences, flags_T)
-            self.steps = state.steps if flags_T is None else []
-        elif prior.mode == "resident" and flags_T is None:
-            self.steps = prior.resident_steps
-
-    def step(self, layer: int) -> PriorStep:
-        """The prior for this router's gate, up to date."""
-        if self.steps:
-            return self.steps[layer]
-        prior = self.prior
-        gain = prior.gains[layer]
-        flags_T = None if self.flags_T is None else self.flags_T.to(gain.device)
-        if prior.mode == "resident":
-            return PriorStep(prior.residency[layer], gain, None, flags_T)
-        if self.state is not None:
-            return PriorStep(self.state.recency[layer], gain, prior.decay, flags_T)
-        started_BE = prior.zeros(layer, self.sequences)
-        if not self.ended:
-            self._started[layer] = started_BE
-        return PriorStep(started_BE, gain, prior.decay, flags_T)
-
-    def chose(self, layer: int, ids_TK: Tensor) -> None:
-        """Remember what a router chose, for a cache that is cropped later."""
-        if self.state is None:
-            if not self.ended:
-                self._chosen[layer] = ids_TK
-        elif self.state.chosen is not None:
-            self.state.chosen[layer].append(ids_TK)
-
-    def end(self) -> None:
-        """The forward has ended; only gradient checkpointing may ask again."""
-        if self.state is not None and self.rests:
-            self.state.rest(self.pending, self.count // self.sequences, self.flags_T)
-        elif self.state is not None and self.pending:
-            self.state.move(self.pending)
-        self.pending, self._started, self._chosen, self.ended = {}, {}, {}, True
-
-    def made_state(self) -> RecencyState | None:
-        """The state after these tokens where they began without one; None when no router was asked."""
-        chosen = self.pending if self.rests else self._chosen
-        if self.state is not None or not chosen or self.prior.mode == "resident":
-            return None
-        state = self.prior.new_state(self.sequences)
-        if self.rests:
-            state.rest(chosen, self.count // self.sequences, self.flags_T)
-            return state
-        for layer, started_BE in self._started.items():
-            state.recency[layer].copy_(started_BE)
-        state.advance(self.count // self.sequences, self.flags_T)
-        state.chosen = [[chosen[layer]] if layer in chosen else [] for layer in range(len(state.recency))]
-        return state
-
-
-class RestingTokens(Tokens):
-    """One token of one sequence while all gains are 0, made in less time: a dial at rest makes one at every token."""
-
-    flags_T, count, sequences, rests, ended = None, 1, 1, True, False
-    gains, steps = [], []
-
-    def __init__(self, state: RecencyState) -> None:
-        self.prior, self.state, self.pending = state.prior, state, {}
 
 
 def _scalars(values: Sequence[float], devices: Sequence[torch.device]) -> tuple[Tensor | None, list[Tensor]]:

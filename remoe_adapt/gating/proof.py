@@ -42,7 +42,7 @@ def why_without_effect(
         with ExitStack() as stack:
             for context in (torch.no_grad(), _same_random_state(text), _evaluating(text), _overriding(prior, refs)):
                 stack.enter_context(context)
-            stack.callback(setattr, prior.here, "tokens", None)
+            stack.callback(setattr, prior.running, "tokens", None)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             seen = {place: stack.enter_context(_watched(refs[place])) for place in places}
             returns_cache = _run(text, prior.mode != "resident")

@@ -104,11 +104,20 @@ def _step(
     if decay is None:
         return ids_BK
     before_BE = recency_BE.clone() if flags_B is not None else None
-    recency_BE.mul_(decay).scatter_add_(-1, ids_BK, recency_BE.new_full((1, 1), 1.0 - decay).expand(len(ids_BK), k))
+    update_recency(recency_BE, ids_BK, decay)
     if flags_B is not None and before_BE is not None:
         padding_B1 = (flags_B.bitwise_and(PADDING) != 0).unsqueeze(-1)
         recency_BE.copy_(torch.where(padding_B1, before_BE, recency_BE))
     return ids_BK
+
+
+def update_recency(recency_BE: Tensor, ids_BK: Tensor, decay: float) -> None:
+    """`decay * recency + (1 - decay) * chosen`, in place, for one token of each row; with any leading axes.
+
+    ids_BK: int64, distinct in a row.
+    """
+    share_BK = recency_BE.new_full((1,) * recency_BE.dim(), 1.0 - decay).expand(ids_BK.shape)
+    recency_BE.mul_(decay).scatter_add_(-1, ids_BK, share_BK)
 
 
 def _scan(choice_TE: Tensor, k: int, prior: PriorStep) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.errors import RouterError
-from remoe_adapt.gating.prior import RecencyPrior, RestingTokens, Tokens
+from remoe_adapt.gating.prior import RecencyPrior
 from remoe_adapt.gating.reference import PADDING, RESTART
 from remoe_adapt.gating.state import RecencyState
 from remoe_adapt.libraries.kv_cache import (
@@ -31,10 +31,13 @@ _STATE = "remoe_recency"
 
 
 class SequenceHooks:
-    """Hooks on `text_model(model, ...)`; `remove` takes them off. `settle` is called before each forward."""
+    """Hooks on `text_model(model, ...)`; `remove` takes them off.
 
-    def __init__(self, text: nn.Module, prior: RecencyPrior, settle: Callable[[], None]) -> None:
-        self._prior, self._settle = prior, settle
+    place_prior: called before a forward that is to be gated, so that the prior is where the routers are.
+    """
+
+    def __init__(self, text: nn.Module, prior: RecencyPrior, place_prior: Callable[[], None]) -> None:
+        self._prior, self._place_prior = prior, place_prior
         names = list(inspect.signature(text.forward).parameters)
         self._position = {name: index for index, name in enumerate(names)}
         self._cache_name = cache_argument(text.forward)
@@ -69,9 +72,9 @@ class SequenceHooks:
         sequences, length = shown.shape[:2]
         cache = self._handed_cache(args, kwargs)
         if sequences == length == 1 and cache is not None and (known := self._known(cache)) is not None:
-            self._prior.begin(RestingTokens(known))
+            self._prior.begin(1, 1, None, known)
             return
-        self._settle()
+        self._place_prior()
         mask = self._argument("attention_mask", args, kwargs)
         positions = self._argument("position_ids", args, kwargs) if mask is None and cache is None else None
         followed = cache is None or can_follow(cache)
@@ -88,22 +91,23 @@ class SequenceHooks:
             state = _state_of(cache, self._prior, sequences, past)
             if torch.compiler.is_compiling():
                 state.forget()  # a history that grows would compile every step anew
-        self._prior.begin(Tokens(self._prior, sequences, sequences * length, flags_T, state))
+        self._prior.begin(sequences, sequences * length, flags_T, state)
 
     def _known(self, cache: Any) -> RecencyState | None:
-        """The state of this cache where the dial rests and a token simply comes next: the shortest way."""
+        """The state of this cache where all gains are 0 and a token simply comes next: nothing else is to be asked."""
         state: RecencyState | None = getattr(cache, _STATE, None)
-        if state is None or not state.is_counted or torch.compiler.is_compiling() or not self._prior.rests():
+        if state is None or not state.is_counted or torch.compiler.is_compiling() or not self._prior.is_idle():
             return None
         return state if state.is_next(self._prior, cache.get_seq_length()) else None
 
     def _after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tokens = self._prior.here.tokens
+        tokens = self._prior.running.tokens
         if tokens is not None and tokens.state is None:
             made = returned_cache(output)
-            if made is not None and can_follow(made) and (state := tokens.made_state()) is not None:
-                state.is_counted = is_counted(_length(made), made)
-                attach(made, state)
+            if made is not None and can_follow(made):
+                state = tokens.made_state(is_counted(_length(made), made))
+                if state is not None:
+                    attach(made, state)
         self._prior.end()
 
 
@@ -152,8 +156,8 @@ def _flags_4d(mask_BSN: Tensor, first: int | Tensor) -> Tensor:
     else:
         seen_BSN = mask_BSN != 0
     rows_S = torch.arange(mask_BSN.shape[1], device=mask_BSN.device)
-    own_S = (rows_S + first).clamp(0, mask_BSN.shape[2] - 1)
-    itself_BS, previous_BS = seen_BSN[:, rows_S, own_S], seen_BSN[:, rows_S, (own_S - 1).clamp(min=0)]
+    at_S = (rows_S + first).clamp(0, mask_BSN.shape[2] - 1)
+    itself_BS, previous_BS = seen_BSN[:, rows_S, at_S], seen_BSN[:, rows_S, (at_S - 1).clamp(min=0)]
     follows_BS = torch.cat([torch.zeros_like(itself_BS[:, :1]), itself_BS[:, :-1]], dim=1)
     restart_BS = itself_BS & follows_BS & ~previous_BS
     return (~itself_BS).to(torch.uint8) * PADDING + restart_BS.to(torch.uint8) * RESTART
@@ -162,7 +166,7 @@ def _flags_4d(mask_BSN: Tensor, first: int | Tensor) -> Tensor:
 def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Tensor | None) -> RecencyState:
     """The state that this cache carries, brought to the cache's length; a new one where there is none."""
     state: RecencyState | None = getattr(cache, _STATE, None)
-    moved = state is not None and (state.prior is not prior or state.placed != prior.placed)
+    moved = state is not None and (state.prior is not prior or state.placement != prior.placement)
     if state is not None and moved and not state.bind(prior):
         state = None
     if state is not None and state.sequences != sequences:
@@ -171,8 +175,7 @@ def _state_of(cache: Any, prior: RecencyPrior, sequences: int, length: int | Ten
     if state is None:
         # A cache for compiled steps is never cropped.
         past = length if is_counted(length, cache) else None
-        state = prior.new_state(sequences, past or 0, croppable=past is not None)
-        state.is_counted = past is not None
+        state = prior.new_state(sequences, past or 0, is_counted=past is not None)
         attach(cache, state)
         return state
     if isinstance(length, Tensor):  # a static cache: whether it is empty is known on the device only
@@ -213,7 +216,7 @@ def _following(base: type) -> Any:
         def crop(self, *args: Any, **kwargs: Any) -> None:
             super().crop(*args, **kwargs)
             state = getattr(self, _STATE, None)
-            if state is not None and state.chosen is None:
+            if state is not None and state.history is None:
                 say_once(
                     "a KV cache is cropped whose past choices are not kept (compiled steps): its recency starts anew."
                 )

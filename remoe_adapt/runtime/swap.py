@@ -184,7 +184,7 @@ class ResidentRouters:
 
     def _precompute(self) -> None:
         if self._prior is not None:
-            self._prior.installed.follow()
+            self._prior.installed.place_prior()
         # The kept originals themselves.
         self._points = {0.0: (*self._base().values(), *self._gains(0.0))}
         self._points |= {s: self._values(s) for s in self.family.strengths}
