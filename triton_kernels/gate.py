@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rule import BY_LOGIT, NO_GROUPS, Rule
-from .scoring import NO_EXPERT, PADDING, RESTART, best_experts, choices, softmax_terms, span, to_keys, weigh
+from . import rule as words
+from .rule import Rule
+from .scoring import NO_EXPERT, PADDING, RESTART, SOFTMAX, best_experts, choices, softmax_terms, span, to_keys, weigh
 
 # Torch multiplies and adds the recency in two roundings; a contracted multiply-add would differ in the last bit.
 # Where one rounding is the definition (addcmul), the kernels say fma.
@@ -75,7 +76,7 @@ def gate_rows(
     logits_TK = tl.load(logits + rows_T1 * stride_t + ids_TK * stride_e, mask=mask_TK, other=0.0).to(tl.float32)
     top_T1 = 0.0
     total_T1 = 1.0
-    if SCORE == 0 and not CHOSEN_SOFTMAX:
+    if SCORE == SOFTMAX and not CHOSEN_SOFTMAX:
         top_T1, total_T1 = softmax_terms(logits_TE, valid_1E)
     weights_TK = weigh(
         logits_TK, ids_TK, top_T1, total_T1, eps, scaling, K, BLOCK_K, SCORE, CHOSEN_SOFTMAX, NORMALIZE, NULL_FROM
@@ -115,13 +116,13 @@ def ranking(rule: Rule, num_experts: int, k: int, dtype: torch.dtype, prior: boo
         "LAST": triton.next_power_of_2(num_experts) - 1,
         "SCORE": rule.score,
         "RANK": rule.rank,
-        "GROUPS": rule.groups if rule.grouped else NO_GROUPS,
+        "GROUPS": rule.groups if rule.grouped else words.NO_GROUPS,
         "NUM": groups,
         "KEPT": rule.kept_groups,
         "BLOCK_G": triton.next_power_of_2(groups),
         "BLOCK_M": triton.next_power_of_2(members),
         # Sixteen bits of logit leave the low bits of a key alone, as long as nothing is added to them.
-        "CAN_CLASH": not (narrow and rule.rank == BY_LOGIT and not prior),
+        "CAN_CLASH": not (narrow and rule.rank == words.BY_LOGIT and not prior),
     }
 
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 SOFTMAX, SIGMOID, SQRT_SOFTPLUS = 0, 1, 2
 BY_LOGIT, BY_BIASED_LOGIT, BY_SCORE = 0, 1, 2
 NO_GROUPS, GROUP_MAX, GROUP_TOP2 = 0, 1, 2
+# Flags of a token.
+PADDING, RESTART = 1, 2
+# A span of choice values is cut here, so that span * gain * recency stays finite.
+MAX_SPAN = 1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .gate import LAUNCH, lanes, ranking, rows_per_program, scalars, weighing
 from .rule import Rule
-from .scoring import NO_EXPERT, PADDING, RESTART, best_experts, choices, softmax_terms, span, to_keys, weigh
+from .scoring import NO_EXPERT, PADDING, RESTART, SOFTMAX, best_experts, choices, softmax_terms, span, to_keys, weigh
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def weigh_kernel(
     logits_TK = tl.load(logits + rows_T1 * stride_t + ids_TK * stride_e, mask=mask_TK, other=0.0).to(tl.float32)
     top_T1 = 0.0
     total_T1 = 1.0
-    if SCORE == 0 and not CHOSEN_SOFTMAX:
+    if SCORE == SOFTMAX and not CHOSEN_SOFTMAX:
         experts_1E = tl.arange(0, BLOCK_E)[None, :]
         logits_TE = tl.load(
             logits + rows_T1 * stride_t + experts_1E * stride_e, mask=real_T1 & (experts_1E < E), other=0.0

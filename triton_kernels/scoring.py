@@ -10,12 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import rule
+
 NO_EXPERT = tl.constexpr(0xFFFFFFFF)
 PLUS_INF_KEY = tl.constexpr(0x007FFFFF)
 MINUS_INF_KEY = tl.constexpr(0xFF7FFFFF)
-MAX_SPAN = tl.constexpr(1e30)
-PADDING = tl.constexpr(1)
-RESTART = tl.constexpr(2)
+# A kernel may read a global only if it is a constexpr: these are the numbers of `rule.py` as such.
+SOFTMAX, SIGMOID = tl.constexpr(rule.SOFTMAX), tl.constexpr(rule.SIGMOID)
+BY_LOGIT, BY_SCORE = tl.constexpr(rule.BY_LOGIT), tl.constexpr(rule.BY_SCORE)
+NO_GROUPS, GROUP_TOP2 = tl.constexpr(rule.NO_GROUPS), tl.constexpr(rule.GROUP_TOP2)
+PADDING, RESTART = tl.constexpr(rule.PADDING), tl.constexpr(rule.RESTART)
+MAX_SPAN = tl.constexpr(rule.MAX_SPAN)
 
 
 @triton.jit
@@ -45,9 +50,9 @@ def softmax_terms(logits_TE, valid_1E):
 @triton.jit
 def scores(logits, top_T1, total_T1, SCORE: tl.constexpr):
     """fp32 scores of logits (tiles of experts or of chosen ones)."""
-    if SCORE == 0:
+    if SCORE == SOFTMAX:
         result = tl.exp(logits - top_T1) / total_T1
-    elif SCORE == 1:
+    elif SCORE == SIGMOID:
         result = 1.0 / (1.0 + tl.exp(-logits))
     else:
         # softplus(z) = max(z, 0) + log1p(t), t = exp(-|z|); log1p(t) = 2 atanh(t / (2 + t)) by its series, since
@@ -75,7 +80,7 @@ def keep_best_groups(
     keys_TE = tl.where(valid_1E, to_keys(choice_TE), NO_EXPERT)
     keys_TGM = tl.reshape(keys_TE, (BLOCK_T, BLOCK_G, BLOCK_M))
     first_TG1 = tl.min(keys_TGM, axis=2, keep_dims=True)
-    if GROUPS == 2:
+    if GROUPS == GROUP_TOP2:
         # The second best: the same key again where it occurs twice, else the best of the rest.
         twice_TG1 = tl.sum((keys_TGM == first_TG1).to(tl.int32), axis=2, keep_dims=True) > 1
         rest_TG1 = tl.min(tl.where(keys_TGM == first_TG1, NO_EXPERT, keys_TGM), axis=2, keep_dims=True)
@@ -103,15 +108,15 @@ def choices(
 ):  # fmt: skip
     """What the router ranks, fp32 [T, E], before any prior. bias: pointer to [E] fp32, or None."""
     choice_TE = logits_TE
-    if RANK == 2:
-        if SCORE == 0:
+    if RANK == BY_SCORE:
+        if SCORE == SOFTMAX:
             top_T1, total_T1 = softmax_terms(logits_TE, valid_1E)
             choice_TE = scores(logits_TE, top_T1, total_T1, SCORE)
         else:
             choice_TE = scores(logits_TE, 0.0, 1.0, SCORE)
-    if RANK > 0 and bias is not None:
+    if RANK != BY_LOGIT and bias is not None:
         choice_TE += tl.load(bias + experts_1E, mask=valid_1E, other=0.0)
-    if GROUPS > 0:
+    if GROUPS != NO_GROUPS:
         choice_TE = keep_best_groups(choice_TE, valid_1E, fill, GROUPS, NUM, KEPT, BLOCK_T, BLOCK_G, BLOCK_M)
     return choice_TE
 

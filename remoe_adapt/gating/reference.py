@@ -15,11 +15,12 @@ from torch import Tensor
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.routers.ranking import best_ids
 from remoe_adapt.routers.spec import RouterSpec
+from remoe_adapt.triton_kernels import rule
 
-# Flags of a token.
-PADDING, RESTART = 1, 2
-# A span of choice values is cut here, so that span * gain * recency stays finite.
-MAX_SPAN = 1e30
+# Flags of a token, and where a span of choice values is cut: the kernels' own numbers.
+PADDING: int = rule.PADDING
+RESTART: int = rule.RESTART
+MAX_SPAN: float = rule.MAX_SPAN
 
 
 @dataclass(frozen=True, slots=True)
