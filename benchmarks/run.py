@@ -143,9 +143,9 @@ def swap(model: str | None = None, family: str | None = None) -> None:
 @app.command()
 def reading(model: str, pack: str) -> None:
     """Raw and expert reads of a checkpoint and its pack (`remoe pack`): reading_cpu.csv."""
-    from remoe_adapt.bench.reading import run_reading
+    from remoe_adapt.bench.reading import run_file_reads
 
-    for row in run_reading(model, pack)["rows"]:
+    for row in run_file_reads(model, pack)["rows"]:
         keep("reading_cpu.csv", [row])
         print(json.dumps(row), flush=True)
 

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from remoe_adapt import __version__
 from remoe_adapt import cli_options as opt
-from remoe_adapt.cli_options import Events, Found
+from remoe_adapt.cli_options import CommandLines, CommandResult
 from remoe_adapt.cli_rules import check_options
 from remoe_adapt.errors import ConfigError, RemoeError, UncacheableError
 from remoe_adapt.outputs import check_file, write_csv
@@ -44,8 +44,8 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(export_app, name="export")
 
 
-_Command = TypeVar("_Command", bound=Callable[..., Found])
-_Speaker = TypeVar("_Speaker", bound=Callable[..., Events])
+_Command = TypeVar("_Command", bound=Callable[..., CommandResult])
+_Speaker = TypeVar("_Speaker", bound=Callable[..., CommandLines])
 
 
 def command(

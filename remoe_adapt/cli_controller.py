@@ -11,7 +11,7 @@ from remoe_adapt import cli_options as opt
 from remoe_adapt import rows
 from remoe_adapt.cli_app import bench_app, command
 from remoe_adapt.cli_decode import bars_table
-from remoe_adapt.cli_options import Found
+from remoe_adapt.cli_options import CommandResult
 from remoe_adapt.report import progress, quiet_libraries
 
 _MIB = 1 << 20
@@ -24,7 +24,7 @@ def controller(
     squeezed: opt.Squeezed = 0.25, take_mib: opt.TakeRate = 100.0, read_mib: opt.PacedRate = 300.0,
     squeezes: opt.Squeezes = 20, work: opt.Work = None, keep: opt.KeepModel = False, quick: opt.Quick = False,
     csv: opt.Csv = None, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """The dial while another process takes memory: against every fixed strength, no dial, and a fixed cache."""
     from remoe_adapt.bench.controller import ControllerOptions, quickly, run_controller
 

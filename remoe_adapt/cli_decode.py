@@ -10,7 +10,7 @@ from rich.table import Table
 from remoe_adapt import cli_options as opt
 from remoe_adapt import rows
 from remoe_adapt.cli_app import bench_app, command
-from remoe_adapt.cli_options import Found
+from remoe_adapt.cli_options import CommandResult
 from remoe_adapt.report import progress, quiet_libraries
 
 _MIB = 1 << 20
@@ -23,7 +23,7 @@ def decode(
     work: opt.Work = None, keep: opt.KeepModel = False, quick: opt.Quick = False, threads: opt.Threads = 1,
     direct_io: opt.DirectIo = True, prefetch: opt.Prefetch = False, pack: opt.Pack = True,
     read_mib: opt.ReadRate = 300.0, csv: opt.Csv = None, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """Decode with experts from storage: time per token against stock, accelerate and memory-mapped weights."""
     from remoe_adapt.bench.decode import DecodeOptions, quickly, run_decode
 

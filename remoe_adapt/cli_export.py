@@ -7,7 +7,7 @@ import typer
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report
 from remoe_adapt.cli_app import command, export_app
-from remoe_adapt.cli_options import Found
+from remoe_adapt.cli_options import CommandResult
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.report import byte_progress
 
@@ -16,7 +16,7 @@ from remoe_adapt.report import byte_progress
 def merged(
     base: opt.ExportBase, family: opt.ExportFamily, out: opt.ExportFolder, strength: opt.AtStrength,
     force: opt.Force = False, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """A checkpoint for transformers, vLLM, SGLang: only files with routers are rewritten, the others are linked."""
     from remoe_adapt.export.merged import export_merged
     from remoe_adapt.family import Family
@@ -32,7 +32,7 @@ def merged(
 def lora(
     base: opt.ExportBase, family: opt.ExportFamily, out: opt.ExportFolder, strength: opt.AtStrength,
     dtype: opt.Dtype = "auto", force: opt.Force = False, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """A stock PEFT LoRA, which PEFT loads without this package; --dtype is what the base will be loaded in."""
     from remoe_adapt.export.lora import export_lora
     from remoe_adapt.family import Family
@@ -46,7 +46,7 @@ def gguf(
     model: opt.GgufModel, family: opt.OptionalFamily = None, out: opt.OptionalGguf = None,
     strength: opt.OptionalStrength = None, base: opt.GgufBase = None, in_place: opt.InPlace = False,
     split: opt.Split = False, undo: opt.UndoInPlace = False, force: opt.Force = False, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """An existing GGUF with only its routers replaced: a copy, in place with an undo file, or split.
 
     A split model has its routers in a small first part. Other strengths exported from it write that part alone.
@@ -78,7 +78,7 @@ def gguf(
 def gguf_lora(
     model: opt.GgufModel, family: opt.ExportFamily, out: opt.ExportFolder, strength: opt.LoraStrengths = None,
     rank: opt.LoraRank = None, base: opt.GgufBase = None, force: opt.Force = False, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """Router LoRAs for `llama-server --lora`, one file for each operating point; the server scales and adds them."""
     from remoe_adapt.export.gguf_lora import export_gguf_lora
     from remoe_adapt.family import Family

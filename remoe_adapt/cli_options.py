@@ -13,9 +13,9 @@ from remoe_adapt.cache.policy import POLICIES
 from remoe_adapt.recency_settings import DEFAULT_MODE, MODES
 
 # What a command returns: its JSON object, and what is shown instead of it.
-Found = tuple[Mapping[str, Any], list[RenderableType]]
+CommandResult = tuple[Mapping[str, Any], list[RenderableType]]
 # What a command yields that speaks while it runs: JSON object and text of each line.
-Events = Iterator[tuple[Mapping[str, Any], str]]
+CommandLines = Iterator[tuple[Mapping[str, Any], str]]
 
 # Everywhere
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")]
@@ -197,6 +197,6 @@ MaxBody = Annotated[
 ReusePrompts = Annotated[
     bool, typer.Option("--reuse-prompts", help="Leave prompt caches to clients (--proxy, server with --cache-ram 0).")
 ]
-Keep = Annotated[bool, typer.Option("--keep", help="At the end, leave the strength as it is; default: the base.")]
+KeepPoint = Annotated[bool, typer.Option("--keep", help="At the end, leave the strength as it is; default: the base.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="The server's --api-key.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]

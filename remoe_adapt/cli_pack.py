@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from remoe_adapt import cli_options as opt
 from remoe_adapt.cli_app import app, command
-from remoe_adapt.cli_options import Found
+from remoe_adapt.cli_options import CommandResult
 from remoe_adapt.report import byte_progress, quiet_libraries
 
 
@@ -12,7 +12,7 @@ from remoe_adapt.report import byte_progress, quiet_libraries
 def pack(
     model: opt.Model, out: opt.PackOut, dtype: opt.Dtype = "auto", overwrite: opt.Overwrite = False,
     as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """Copy a model's experts so that the expert cache gets each in one large direct read."""
     from remoe_adapt.runtime.pack import pack_experts
 

@@ -11,11 +11,11 @@ from rich.text import Text
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report, rows
 from remoe_adapt.cli_app import command, profiles_app
-from remoe_adapt.cli_options import Found
+from remoe_adapt.cli_options import CommandResult
 
 
 @command(profiles_app, "list", rows.of_profiles)
-def list_all(csv: opt.Csv = None, as_json: opt.Json = False) -> Found:
+def list_all(csv: opt.Csv = None, as_json: opt.Json = False) -> CommandResult:
     """Every profile found, shipped and of the user."""
     from remoe_adapt.device_profile import list_profiles, read_profile
 
@@ -27,7 +27,7 @@ def list_all(csv: opt.Csv = None, as_json: opt.Json = False) -> Found:
 
 
 @command(profiles_app, "show")
-def show(name: opt.ProfileName, as_json: opt.Json = False) -> Found:
+def show(name: opt.ProfileName, as_json: opt.Json = False) -> CommandResult:
     """One profile, as it is understood."""
     from remoe_adapt.device_profile import load_profile
 
@@ -36,7 +36,7 @@ def show(name: opt.ProfileName, as_json: opt.Json = False) -> Found:
 
 
 @command(profiles_app, "check")
-def check(names: opt.ProfileNames = None, as_json: opt.Json = False) -> Found:
+def check(names: opt.ProfileNames = None, as_json: opt.Json = False) -> CommandResult:
     """All faults of profiles, each with file, line and key; exit status 1 when there is one."""
     from remoe_adapt.device_profile import check_profile, list_profiles, load_profile
 

@@ -8,7 +8,7 @@ from typing import Any
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report, rows
 from remoe_adapt.cli_app import app, command, live_text, note
-from remoe_adapt.cli_options import Found
+from remoe_adapt.cli_options import CommandResult
 from remoe_adapt.errors import RemoeError
 from remoe_adapt.outputs import check_appendable, check_extra
 from remoe_adapt.report import progress, quiet_libraries
@@ -20,7 +20,7 @@ def demo(
     expert_cache: opt.DemoCache = "0.25",
     tokens: opt.DemoTokens = 1000, max_new_tokens: opt.SampleTokens = 60, max_seconds: opt.MaxSeconds = 120.0,
     force: opt.Force = False, csv: opt.Csv = None, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """Decode a small MoE at every strength, offline: expert reuse, hit rate, perplexity, time per token."""
     from remoe_adapt.demo import run_demo
 
@@ -42,7 +42,7 @@ def run(
     plot: opt.LogPlot = None, metrics_port: opt.MetricsPort = None,
     temperature: opt.Temperature = 0.0, seed: opt.Seed = 0, device: opt.Device = None, dtype: opt.Dtype = "auto",
     force: opt.Force = False, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """Generate text with the dial on: a live status line, then a summary."""
     from remoe_adapt.plots import check_plot, plot_log
 

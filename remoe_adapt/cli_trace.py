@@ -8,7 +8,7 @@ from typing import Any
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report, rows
 from remoe_adapt.cli_app import app, command
-from remoe_adapt.cli_options import Found
+from remoe_adapt.cli_options import CommandResult
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.outputs import check_file
 from remoe_adapt.report import progress, quiet_libraries
@@ -20,7 +20,7 @@ def trace(
     prompt_tokens: opt.PromptTokens = 64, temperature: opt.Temperature = 0.0, seed: opt.Seed = 0,
     max_tokens: opt.RecordTokens = 8192, device: opt.Device = None, dtype: opt.Dtype = "auto",
     as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """Record which experts every router chooses, over given text or over the model's own decode."""
     check_file(out, "--out", (".npz",), new_folders=True)
     if model.endswith(".gguf"):
@@ -50,7 +50,7 @@ def trace(
     return result, [report.figures_table("recorded", result)]
 
 
-def _trace_gguf(model: str, data: list[Path], out: Path, decode: int | None, max_tokens: int) -> Found:
+def _trace_gguf(model: str, data: list[Path], out: Path, decode: int | None, max_tokens: int) -> CommandResult:
     """Record which experts every router of a GGUF model chooses over given text, in llama.cpp itself."""
     from remoe_adapt.cache.simulate import summarise
     from remoe_adapt.evaluate import check_data, read_shared
@@ -82,7 +82,7 @@ def simulate_command(
     per_layer: opt.PerLayer = False,
     csv: opt.Csv = None,
     as_json: opt.Json = False,
-) -> Found:
+) -> CommandResult:
     """Replay a trace through expert caches: overlap, switch rate, and the hit rate of each policy and size.
 
     policy@c is the share of expert look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a

@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from remoe_adapt import cli_options as opt
 from remoe_adapt import report, rows
 from remoe_adapt.cli_app import app, command
-from remoe_adapt.cli_options import Found
+from remoe_adapt.cli_options import CommandResult
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.outputs import check_extra, check_file
 from remoe_adapt.recency_settings import DEFAULT_MODE, Recency
@@ -32,7 +32,7 @@ def train(
     rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
     checkpoint_minutes: opt.CheckpointMinutes = None,
     device: opt.Device = None, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """Train a family of router adapters, and the control that shows what training alone would do."""
     recency = recency or (None if recency_gain is None else DEFAULT_MODE)
     given: dict[str, Any] = dict(locals())
@@ -81,7 +81,7 @@ def evaluate(
     tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
     plot: opt.Plot = None, per_layer: opt.PerLayer = False, certified: opt.Certify = False, device: opt.Device = None,
     dtype: opt.Dtype = "auto", force: opt.Force = False, csv: opt.Csv = None, as_json: opt.Json = False,
-) -> Found:  # fmt: skip
+) -> CommandResult:  # fmt: skip
     """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores.
 
     KL is the mean over tokens of KL(base || point) of the next-token distributions, in nats. policy@c is the share of

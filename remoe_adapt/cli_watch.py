@@ -9,7 +9,7 @@ from typing import Any
 
 from remoe_adapt import cli_options as opt
 from remoe_adapt.cli_app import app, lines
-from remoe_adapt.cli_options import Events
+from remoe_adapt.cli_options import CommandLines
 from remoe_adapt.errors import ConfigError
 
 _PROXY_HOLD_S = 30.0
@@ -20,9 +20,9 @@ def watch(
     family: opt.WatchFamily, server: opt.Server = None, live: opt.Live = None, profile: opt.Profile = None,
     proxy: opt.ProxyAt = None, once: opt.Once = False, dry_run: opt.DryRun = False, interval: opt.Interval = None,
     pid: opt.ServerPid = None, hold: opt.Hold = _PROXY_HOLD_S, max_body: opt.MaxBody = None,
-    reuse_prompts: opt.ReusePrompts = False, keep: opt.Keep = False, api_key: opt.ApiKey = None,
+    reuse_prompts: opt.ReusePrompts = False, keep: opt.KeepPoint = False, api_key: opt.ApiKey = None,
     base: opt.GgufBase = None, as_json: opt.JsonLines = False,
-) -> Events:  # fmt: skip
+) -> CommandLines:  # fmt: skip
     """Turn the dial of a running llama-server by this machine's pressure.
 
     The server needs --no-cache-prompt and, for each file of `remoe export gguf-lora`, --lora-scaled FILE:0. With

@@ -165,7 +165,7 @@ class DeviceProfile:
         return asdict(self) | {"recency": {"mode": mode, "gain": gain}}
 
     @property
-    def settle_s(self) -> float:
+    def recovery_s(self) -> float:
         """Seconds of calm within which the cache is whole and the strength that of pressure 0, whatever was before.
 
         Strength that rose on the word of stalls alone is held longer, see `pressure.policy`.

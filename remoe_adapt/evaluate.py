@@ -269,11 +269,11 @@ def commit() -> str | None:
 
     As it was when first asked: results are files of the checkout themselves.
     """
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
         return None
     # `--exclude=*` leaves tags out: a result names the commit itself, which a moved tag cannot falsify.
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

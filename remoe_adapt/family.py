@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.errors import FamilyError, FingerprintMismatchError
-from remoe_adapt.family_card import card_text, own_card
+from remoe_adapt.family_card import card_text, is_our_card
 from remoe_adapt.family_deltas import read_deltas, shapes_of
 from remoe_adapt.family_files import (
     FAMILY_FILE,
@@ -303,7 +303,7 @@ class Family:
             measured = self.control.certificate
             entries["control"] = {"adapter": self.control.adapter}
             entries["control"] |= {"certificate": dict(measured)} if measured is not None else {}
-        card = {target / CARD_FILE: card_text(self)} if own_card(target) else {}
+        card = {target / CARD_FILE: card_text(self)} if is_our_card(target) else {}
         # family.json comes last, as it is what makes the folder a family.
         write_together({**card, target / FAMILY_FILE: json_text(target / FAMILY_FILE, entries)})
 

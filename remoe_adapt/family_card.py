@@ -19,7 +19,7 @@ _MAX_CARD_BYTES = 1 << 20
 _FIGURES = ("ppl_ratio", "kl", "eor", "lru@0.25", "tokens")
 
 
-def own_card(folder: Path) -> bool:
+def is_our_card(folder: Path) -> bool:
     """Whether README.md of a family folder is missing or ours to write."""
     path = folder / CARD_FILE
     try:

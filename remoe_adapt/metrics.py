@@ -103,17 +103,17 @@ def reuse_distance(trace: Trace) -> ReuseDistance:
 
 def _overlap_LP(trace: Trace) -> NDArray[np.int64]:
     """Experts shared with the previous token, for the P tokens that have one in their document."""
-    follows_T = np.ones(trace.num_tokens, dtype=bool)
-    follows_T[list(trace.document_starts)] = False
-    follows = np.flatnonzero(follows_T)
-    if not len(follows):
+    has_previous_T = np.ones(trace.num_tokens, dtype=bool)
+    has_previous_T[list(trace.document_starts)] = False
+    later = np.flatnonzero(has_previous_T)
+    if not len(later):
         raise TraceError(
             f"no token of this trace ({trace.num_tokens} tokens, {len(trace.document_starts)} documents) follows "
             "another one: record at least two tokens of one document"
         )
-    overlap_LP = np.zeros((trace.num_layers, len(follows)), dtype=np.int64)
+    overlap_LP = np.zeros((trace.num_layers, len(later)), dtype=np.int64)
     for ids_TK, overlap_P in zip(trace.experts, overlap_LP, strict=True):
-        now_PK, before_PK = ids_TK[follows], ids_TK[follows - 1]
+        now_PK, before_PK = ids_TK[later], ids_TK[later - 1]
         # Slot by slot: comparing all slots at once would need K times the memory of the trace.
         for slot in range(trace.top_k):
             overlap_P += (now_PK == before_PK[:, slot, None]).any(axis=1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating.ops import encode, kernel_rule
+from remoe_adapt.gating.ops import kernel_rule, spec_text
 from remoe_adapt.gating.reference import PADDING, RESTART, PriorStep, topk_gating
 from remoe_adapt.routers.spec import RouterSpec
 
@@ -22,20 +22,25 @@ MODES = ("none", "ema", "last", "resident", "resident_rows")
 GROUPS = {8: 4, 60: 4, 64: 8, 128: 8, 160: 8, 256: 8, 512: 8}
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "softmax": {"family": "softmax"},
-    "softmax_renormalised": {"family": "softmax", "normalize": True, "scaling": 1.5},
-    "softmax_eps": {"family": "softmax", "normalize": True, "normalize_eps": 1e-9},
-    "chosen_softmax": {"family": "topk_softmax", "weight_rule": "chosen_softmax", "scaling": 0.5},
-    "softmax_bias": {"family": "softmax_bias", "normalize": True},
-    "null_experts": {"family": "softmax_bias", "weight_rule": "null_is_zero", "null_experts": 3},
-    "softmax_group_max": {"family": "softmax_group", "group_score": "max", "scaling": 16.0},
-    "softmax_group_top2": {"family": "softmax_group", "group_score": "top2", "normalize": True, "normalize_eps": 1e-20},
-    "sigmoid": {"family": "sigmoid", "score": "sigmoid"},
-    "sigmoid_bias": {"family": "sigmoid_bias", "score": "sigmoid", "normalize": True, "scaling": 2.5},
-    "sigmoid_group": {"family": "sigmoid_group", "score": "sigmoid", "group_score": "top2", "normalize_eps": 1e-20},
-    "sigmoid_group_filled": {"family": "sigmoid_group", "score": "sigmoid", "group_score": "top2", "group_fill": 0.0},
-    "logit_bias_sigmoid": {"family": "logit_bias_sigmoid", "score": "sigmoid", "normalize": True},
-    "sqrt_softplus_bias": {"family": "sqrt_softplus_bias", "score": "sqrt_softplus", "normalize": True},
+    "softmax": {"scoring": "softmax"},
+    "softmax_renormalised": {"scoring": "softmax", "normalize": True, "scaling": 1.5},
+    "softmax_eps": {"scoring": "softmax", "normalize": True, "normalize_eps": 1e-9},
+    "chosen_softmax": {"scoring": "topk_softmax", "weight_rule": "chosen_softmax", "scaling": 0.5},
+    "softmax_bias": {"scoring": "softmax_bias", "normalize": True},
+    "null_experts": {"scoring": "softmax_bias", "weight_rule": "null_is_zero", "null_experts": 3},
+    "softmax_group_max": {"scoring": "softmax_group", "group_score": "max", "scaling": 16.0},
+    "softmax_group_top2": {
+        "scoring": "softmax_group",
+        "group_score": "top2",
+        "normalize": True,
+        "normalize_eps": 1e-20,
+    },
+    "sigmoid": {"scoring": "sigmoid", "score": "sigmoid"},
+    "sigmoid_bias": {"scoring": "sigmoid_bias", "score": "sigmoid", "normalize": True, "scaling": 2.5},
+    "sigmoid_group": {"scoring": "sigmoid_group", "score": "sigmoid", "group_score": "top2", "normalize_eps": 1e-20},
+    "sigmoid_group_filled": {"scoring": "sigmoid_group", "score": "sigmoid", "group_score": "top2", "group_fill": 0.0},
+    "logit_bias_sigmoid": {"scoring": "logit_bias_sigmoid", "score": "sigmoid", "normalize": True},
+    "sqrt_softplus_bias": {"scoring": "sqrt_softplus_bias", "score": "sqrt_softplus", "normalize": True},
 }
 BY_LOGIT = ("softmax", "softmax_renormalised", "softmax_eps", "chosen_softmax", "logit_bias_sigmoid")
 
@@ -51,7 +56,7 @@ def spec_of(name: str, experts: int) -> RouterSpec | None:
 
 
 def bias_of(spec: RouterSpec, seed: int = 0) -> Tensor | None:
-    if spec.family in ("softmax", "topk_softmax", "sigmoid"):
+    if spec.scoring in ("softmax", "topk_softmax", "sigmoid"):
         return None
     return (torch.randn(spec.num_experts, generator=torch.Generator().manual_seed(seed)) * 0.1).to(DEVICE)
 
@@ -105,7 +110,7 @@ def launch(
     from remoe_adapt.triton_kernels.gate import launch_gate
     from remoe_adapt.triton_kernels.scan import launch_scan
 
-    rule, out = kernel_rule(encode(spec)), poisoned(len(logits_TE), k)
+    rule, out = kernel_rule(spec_text(spec)), poisoned(len(logits_TE), k)
     if prior is None:
         return launch_gate(logits_TE, k, rule, bias_E, out=out, block_t=block_t)
     args = (rule, bias_E, prior.recency_BE, prior.gain, prior.decay, prior.flags_T)

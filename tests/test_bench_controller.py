@@ -143,7 +143,7 @@ def test_arms_differ_in_dial_and_mover_alone() -> None:
     assert list(found) == ["fixed_0", "fixed_50", "fixed_100", "adaptive", "no_controller", "fixed_budget"]
     assert [name for name, kind in found.items() if not kind.mover] == ["fixed_budget"]
     assert [name for name, kind in found.items() if kind.dial and kind.strength is None] == ["adaptive"]
-    assert bench_profile(0.0).recency is None and bench_profile().settle_s < 6
+    assert bench_profile(0.0).recency is None and bench_profile().recovery_s < 6
 
 
 def test_the_squeezer_takes_at_its_pace_and_gives_back_at_once() -> None:
@@ -157,7 +157,7 @@ def test_the_squeezer_takes_at_its_pace_and_gives_back_at_once() -> None:
             before, began_s = group.used_bytes(), time.monotonic()
             process.ask("take", size_bytes=48 * MIB, bytes_per_s=96 * MIB)
             assert time.monotonic() - began_s < 0.4
-            assert process.ask("settle") == {"held_bytes": 48 * MIB}
+            assert process.ask("wait") == {"held_bytes": 48 * MIB}
             assert time.monotonic() - began_s > 0.45
             assert group.used_bytes() - before > 46 * MIB
             assert process.ask("give_back") == {"held_bytes": 48 * MIB}
@@ -212,14 +212,14 @@ def test_a_worker_decodes_its_arm(tmp_path: Path, shipped: Path, name: str) -> N
     )
     assert facts["budget_bytes"] == facts["experts_bytes"] // 2
     assert worker.arm.cache.resident_bytes > 0.9 * facts["budget_bytes"]
-    worker.answer({"op": "wake"})
+    worker.answer({"op": "resume"})
     found = worker.answer({"op": "decode", "tokens": 12, "seconds": 0.5})
     steps = found["steps"]
     assert list(steps) == list(COLUMNS) and len({len(column) for column in steps.values()}) == 1
     assert len(steps["s"]) >= 12 and set(steps["strength"]) == {1.0 if name == "fixed_100" else 0.0}
     assert sum(steps["misses"]) > 0 and steps["at_s"] == sorted(steps["at_s"])
     assert (found["monitor_cpu_s"] > 0) == (name != "fixed_budget")
-    assert worker.answer({"op": "rest"})["swaps"] == int(name == "fixed_100")
+    assert worker.answer({"op": "pause"})["swaps"] == int(name == "fixed_100")
     assert worker.arm.monitor_cpu_s() == 0.0
     watched = worker.answer({"op": "watch", "seconds": 0.7})
     assert any(watched["ran"]) == (name != "fixed_budget") and not all(watched["ran"])

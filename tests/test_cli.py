@@ -22,7 +22,7 @@ from remoe_adapt.bench import gating_cpu
 from remoe_adapt.cache.simulate import hit_rates, simulate
 from remoe_adapt.evaluate import evaluate, read_shared
 from remoe_adapt.record import load_with_tokenizer
-from remoe_adapt.routers.families import FAMILY_EXAMPLES
+from remoe_adapt.routers.families import SCORING_EXAMPLES
 
 TEXT = "It was the best of times, it was the worst of times. " * 12
 
@@ -202,7 +202,7 @@ def test_bench_gating_prints_every_family(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gating_cpu, "_EXPERTS", (64,))
     monkeypatch.setattr(gating_cpu, "_LAYERS", 2)
     rows = [row for row in found("bench", "gating", "--calls", 2)["rows"] if row["device"] == "cpu"]
-    assert len(rows) == len(FAMILY_EXAMPLES) and all(row["ratio"] > 0 and row["D"] == 2048 for row in rows)
+    assert len(rows) == len(SCORING_EXAMPLES) and all(row["ratio"] > 0 and row["D"] == 2048 for row in rows)
     assert "the stock router" in " ".join(call("bench", "gating", "--calls", 2).stdout.split())
 
 

@@ -134,7 +134,7 @@ def test_faults_of_pressure_ranges_name_their_line(tmp_path: Path, line: str, ke
 
 
 def test_the_stated_time_of_return(tmp_path: Path) -> None:
-    assert load_profile(write(tmp_path, GOOD)).settle_s == 30 + 10 + 2 + 5 / 5
+    assert load_profile(write(tmp_path, GOOD)).recovery_s == 30 + 10 + 2 + 5 / 5
 
 
 @pytest.mark.parametrize(

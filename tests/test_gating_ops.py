@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.gating.ops import decode, encode, fused_gating, fused_route, kernel_rule, unsupported, weights_backward
+from remoe_adapt.gating.ops import (
+    fused_gating,
+    fused_route,
+    kernel_rule,
+    spec_of_text,
+    spec_text,
+    unsupported,
+    weights_backward,
+)
 from remoe_adapt.gating.reference import PriorStep, topk_gating
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -23,7 +31,7 @@ def test_a_rule_survives_as_text(name: str) -> None:
     assert spec is not None
     logits_TE, bias_E = hard_logits(33, 64, torch.float32, 1), bias_of(spec)
     for ours, theirs in zip(
-        topk_gating(logits_TE, 6, decode(encode(spec)), bias_E=bias_E),
+        topk_gating(logits_TE, 6, spec_of_text(spec_text(spec)), bias_E=bias_E),
         topk_gating(logits_TE, 6, spec, bias_E=bias_E),
         strict=True,
     ):
@@ -75,7 +83,7 @@ def _by_definition(
 def test_opcheck_of_the_gates(rows: int | None) -> None:
     spec = spec_of("sigmoid_bias", 8)
     assert spec is not None
-    logits_TE, bias_E, rule = torch.randn(4, 8, device=DEVICE), bias_of(spec), encode(spec)
+    logits_TE, bias_E, rule = torch.randn(4, 8, device=DEVICE), bias_of(spec), spec_text(spec)
     recency_BE = None if rows is None else torch.rand(rows, 8, device=DEVICE)
     gain, flags_T = torch.tensor(0.3, device=DEVICE), torch.tensor([0, 1, 2, 0], dtype=torch.uint8, device=DEVICE)
     args = (bias_E, recency_BE, gain, 0.5, flags_T, 2, rule)
@@ -91,7 +99,7 @@ def test_opcheck_of_the_route(with_prior: bool) -> None:
     hidden_TD, weight_ED = torch.randn(3, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
     prior = (torch.rand(3, 8, device=DEVICE), torch.tensor(0.3, device=DEVICE), 0.5) if with_prior else (None,) * 3
     torch.library.opcheck(
-        torch.ops.remoe.route_.default, (hidden_TD, weight_ED, None, None, *prior, None, False, 2, encode(spec))
+        torch.ops.remoe.route_.default, (hidden_TD, weight_ED, None, None, *prior, None, False, 2, spec_text(spec))
     )
 
 
@@ -166,7 +174,7 @@ def test_product_and_gate_in_one_launch(tokens: int, dtype: torch.dtype, linear_
         torch.full((tokens, k), -999, device=DEVICE),
     )
     logits_TE, weights_TK, ids_TK = launch_route(
-        hidden_TD, weight_ED, linear_bias_E, k, kernel_rule(encode(spec)), logits_dtype,
+        hidden_TD, weight_ED, linear_bias_E, k, kernel_rule(spec_text(spec)), logits_dtype,
         bias_E, own.recency_BE, own.gain, own.decay, own.flags_T, out,
     )  # fmt: skip
     cast = torch.Tensor.float if linear_fp32 else torch.Tensor.clone

@@ -20,7 +20,7 @@ INF, NAN = math.inf, math.nan
 
 def spec_of(family: str = "softmax", experts: int = 4, **facts: Any) -> RouterSpec:
     return RouterSpec(
-        family=family, num_experts=experts, top_k=2, hidden_size=1, weight_name="weight", num_rows=experts, **facts
+        scoring=family, num_experts=experts, top_k=2, hidden_size=1, weight_name="weight", num_rows=experts, **facts
     )
 
 
@@ -184,7 +184,7 @@ def test_gradients_reach_the_logits_through_the_weights_only() -> None:
             "sigmoid_group", 16, score="sigmoid", n_group=4, topk_group=2, group_score="top2", correction_bias_name="b"
         ),
     ],
-    ids=lambda spec: spec.family,
+    ids=lambda spec: spec.scoring,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", [None, 0.0, 0.7])

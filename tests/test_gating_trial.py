@@ -162,8 +162,8 @@ def test_a_wrong_fact_is_found(folder: str, change: dict[str, Any], word: str) -
     ("folder", "change", "word"),
     [
         ("qwen3_moe", {"normalize": True}, "weights differ"),
-        ("ernie4_5_moe", {"family": "softmax", "correction_bias_name": None}, "chooses other experts"),
-        ("laguna", {"family": "sigmoid", "correction_bias_name": None}, "chooses other experts"),
+        ("ernie4_5_moe", {"scoring": "softmax", "correction_bias_name": None}, "chooses other experts"),
+        ("laguna", {"scoring": "sigmoid", "correction_bias_name": None}, "chooses other experts"),
         ("minimax_m2", {"correction_bias_name": None, "correction_bias_in_block": False}, "failed with TypeError"),
         ("deepseek_v3", {"group_score": "max"}, "chooses other experts"),
         ("deepseek_v3", {"scaling": 3.0}, "weights differ"),
@@ -184,7 +184,7 @@ def test_a_weight_before_training_proves_nothing_by_itself(value: float) -> None
     ref = last_router("laguna")
     ref.weight_ED.data.fill_(value)
     # Groups do not matter here: they only make facts that were not tried before.
-    wrong = replace(ref.spec, family="sigmoid", correction_bias_name=None, topk_group=2 if value else 3)
+    wrong = replace(ref.spec, scoring="sigmoid", correction_bias_name=None, topk_group=2 if value else 3)
     reason = router_forward(replace(ref, spec=wrong))
     assert isinstance(reason, str)
     assert "chooses other experts" in reason

@@ -52,7 +52,7 @@ def test_sensors_turn_the_dial_up_at_once_and_back_in_the_profile_s_time(
     status = controller.status()
     assert status["pressure"] == 1.0 and not status["pinned"] and "headroom" in status["sensors"]["cause"]
     machine.free_bytes = 4 * GIB
-    tick_for(model, now_s, profile.settle_s)
+    tick_for(model, now_s, profile.recovery_s)
     assert live(model) == 0.0 and controller.status()["pressure"] == 0.0
     assert {swap.by for swap in controller.swaps} == {"sensors"} and controller.swaps[-1].after == 0.0
 
@@ -189,7 +189,7 @@ def test_the_cache_gives_memory_back_and_has_it_again(saved: Path, profile: Devi
     assert cache.budget_bytes >= profile.expert_cache.floor * whole - 1
     assert "expert cache shrinks" in reasons[0]
     machine.free_bytes = 6 * GIB
-    tick_for(model, now_s, 2 * profile.settle_s)
+    tick_for(model, now_s, 2 * profile.recovery_s)
     assert cache.budget_bytes == whole and live(model) == 0.0
 
 

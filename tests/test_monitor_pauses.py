@@ -21,7 +21,7 @@ from remoe_adapt.errors import DialError
 from remoe_adapt.family import Family
 from remoe_adapt.notices import size_text
 from remoe_adapt.pressure.governor import Governor
-from remoe_adapt.pressure.policy import PolicyState, decide
+from remoe_adapt.pressure.policy import DecisionState, decide
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
 from remoe_adapt.pressure.signals import losses, weigh
@@ -163,7 +163,7 @@ def test_a_squeeze_names_the_sizes_it_is_about() -> None:
     sizes = {"cache.budget": 0.4 * (1 << 20), "cache.allowed": 4.0 * (1 << 20), "cache.resident": 4e5}
     sizes |= {"memory.available": 0.3 * (1 << 20), "memory.total": 4.0 * GIB}
     reading = Reading(1.0, {name: Measure(size, "B", 1.0) for name, size in sizes.items()})
-    _, decision = decide(PolicyState(), reading, load_profile("orin-8gb"))
+    _, decision = decide(DecisionState(), reading, load_profile("orin-8gb"))
     weighed = weigh(reading, load_profile("orin-8gb"))
     said = [signal.words for signal in (*weighed.memory, *losses(weighed, decision.budgets, load_profile("orin-8gb")))]
     assert "307.2 KiB of memory free, reserve 1.00 GiB" in said

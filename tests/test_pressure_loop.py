@@ -60,7 +60,7 @@ def test_three_squeezes(profile: DeviceProfile) -> None:
         end = begin + LASTS_S
         held = [d.strength for d in decisions[round(full * 5) : round(end * 5)]]
         assert set(held) == {1.0}, "raised strength hides the misses, and must not fall for it"
-        after = decisions[round((end + profile.settle_s) * 5) - 1]
+        after = decisions[round((end + profile.recovery_s) * 5) - 1]
         assert after.strength == 0.0 and after.signals["cache loss"] == 0.0
     assert reversals(plant.swaps) == 5 and len(plant.swaps) <= 3 * 8
 

@@ -14,7 +14,7 @@ import pytest
 from squeezed_cache import MIB, reversals
 
 from remoe_adapt.device_profile import DeviceProfile, PressureProfile, list_profiles, load_profile
-from remoe_adapt.pressure.policy import Decision, PolicyState, decide
+from remoe_adapt.pressure.policy import Decision, DecisionState, decide
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.signals import weigh
 
@@ -59,9 +59,9 @@ def reading(time_s: float, **changed: float | None) -> Reading:
 
 
 def follow(
-    readings: Iterable[Reading], profile: DeviceProfile, state: PolicyState | None = None
-) -> tuple[PolicyState, list[Decision]]:
-    state, decisions = state or PolicyState(), []
+    readings: Iterable[Reading], profile: DeviceProfile, state: DecisionState | None = None
+) -> tuple[DecisionState, list[Decision]]:
+    state, decisions = state or DecisionState(), []
     for one in readings:
         state, decision = decide(state, one, profile)
         decisions.append(decision)
@@ -138,7 +138,7 @@ def anything(random: np.random.Generator, time_s: float, calm_part: float = 0.0)
 def test_the_stated_mapping(
     profile: DeviceProfile, changed: dict[str, float | None], signal: str, pressure: float
 ) -> None:
-    _, decision = decide(PolicyState(), reading(1.0, **changed), profile)
+    _, decision = decide(DecisionState(), reading(1.0, **changed), profile)
     assert decision.signals[signal] == pytest.approx(pressure, abs=1e-9)
     # What memory lacks, the cache is about to give back.
     implied = "cache loss" if decision.budgets else ""
@@ -147,7 +147,7 @@ def test_the_stated_mapping(
 
 
 def test_what_the_cache_gives_back_counts_in_the_sample_that_takes_it(profile: DeviceProfile) -> None:
-    _, decision = decide(PolicyState(), reading(1.0, memory__available=0.9 * GIB), profile)
+    _, decision = decide(DecisionState(), reading(1.0, memory__available=0.9 * GIB), profile)
     lost = 1 - decision.budgets["cache"] / GIB
     limits = profile.pressure.cache_loss
     assert limits is not None and limits[0] < lost < limits[1]
@@ -181,7 +181,7 @@ def test_a_reserve_larger_than_the_machine_is_cut(profile: DeviceProfile) -> Non
 def test_what_is_no_word_is_named(profile: DeviceProfile) -> None:
     strange = reading(9.0, process__faults=math.nan, swap__in=-1.0)
     old = {"psi.memory.some": Measure(1.0, "share", 1.0)}
-    _, decision = decide(PolicyState(), Reading(9.0, {**strange.measures, **old}, {"cgroup": "none"}), profile)
+    _, decision = decide(DecisionState(), Reading(9.0, {**strange.measures, **old}, {"cgroup": "none"}), profile)
     assert decision.unusable["process.faults"] == "nan is not finite"
     assert decision.unusable["swap.in"] == "-1 is negative" and decision.unusable["cgroup"] == "none"
     assert decision.unusable["psi.memory.some"] == "it is 8.0 s old"
@@ -195,7 +195,7 @@ def test_what_is_no_word_is_named(profile: DeviceProfile) -> None:
 def test_bounded_whatever_comes_and_in_order_again_afterwards(seed: int) -> None:
     random = np.random.default_rng(seed)
     profile = load_profile(list(list_profiles())[seed % len(list_profiles())])
-    state, time_s = PolicyState(), 1000.0
+    state, time_s = DecisionState(), 1000.0
     for _ in range(250):
         time_s += float(random.choice([0.2, 0.0, -5.0, 3600.0, 1e-9], p=[0.9, 0.03, 0.03, 0.02, 0.02]))
         at_s = math.nan if random.random() < 0.02 else time_s
@@ -206,7 +206,7 @@ def test_bounded_whatever_comes_and_in_order_again_afterwards(seed: int) -> None
             assert 0 <= budget <= 1e30
         assert all(math.isfinite(x) for x in (state.clock_s, state.average, state.held, state.stall_held))
     controller = profile.controller
-    hold_s = (state.stall_hold + 1) * controller.fall_s + profile.settle_s
+    hold_s = (state.stall_hold + 1) * controller.fall_s + profile.recovery_s
     calm = [reading(time_s + step / controller.sample_hz) for step in range(int(hold_s * controller.sample_hz) + 2)]
     state, decisions = follow(calm, replace(profile, memory=replace(profile.memory, budget_bytes=None)), state)
     assert decisions[-1].strength == 0.0 and decisions[-1].pressure == 0.0 and not decisions[-1].budgets

@@ -198,7 +198,7 @@ def test_many_tokens_at_once_are_those_one_by_one(decay: float) -> None:
         for s in range(10):
             logits_BE = torch.zeros(2, 8).scatter_(-1, ids_BSK[:, s], 1.0)
             flags_B = None if flagged is None else flagged[:, s]
-            spec = RouterSpec(family="softmax", num_experts=8, top_k=2, hidden_size=1, weight_name="", num_rows=8)
+            spec = RouterSpec(scoring="softmax", num_experts=8, top_k=2, hidden_size=1, weight_name="", num_rows=8)
             topk_gating(logits_BE, 2, spec, PriorStep(expected, torch.zeros(()), decay, flags_B))
         _pass_over(at_once, ids_BSK, decay, flagged)
         torch.testing.assert_close(at_once, expected)

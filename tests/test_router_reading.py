@@ -97,7 +97,7 @@ def test_another_return_contract_is_refused() -> None:
 def test_probabilities_by_hand_and_differentiable(score: str) -> None:
     family = {"softmax": "softmax", "sigmoid": "sigmoid_bias", "sqrt_softplus": "sqrt_softplus_bias"}[score]
     spec = RouterSpec(
-        family=family, num_experts=3, top_k=1, hidden_size=2, weight_name="weight", num_rows=3, score=score
+        scoring=family, num_experts=3, top_k=1, hidden_size=2, weight_name="weight", num_rows=3, score=score
     )
     logits_TE = torch.tensor([[0.0, 1.0, -2.0]], dtype=torch.float64)
     raw = {
@@ -115,7 +115,7 @@ def test_probabilities_by_hand_and_differentiable(score: str) -> None:
 
 def test_groups_are_masked_by_hand() -> None:
     spec = RouterSpec(
-        family="sigmoid_group", num_experts=6, top_k=2, hidden_size=2, weight_name="weight", num_rows=6,
+        scoring="sigmoid_group", num_experts=6, top_k=2, hidden_size=2, weight_name="weight", num_rows=6,
         score="sigmoid", n_group=3, topk_group=1, group_score="top2", correction_bias_name="bias",
     )  # fmt: skip
     logits_TE = torch.tensor([[3.0, -3.0, 1.0, 1.0, 0.0, 0.0]])

@@ -16,7 +16,7 @@ from remoe_adapt.errors import RouterNotFoundError, UnsupportedRouterError
 from remoe_adapt.routers import RouterRef, discover_routers, survey_routers
 from remoe_adapt.routers.families import known_facts
 from remoe_adapt.routers.infer import infer_facts
-from remoe_adapt.routers.spec import FAMILIES
+from remoe_adapt.routers.spec import SCORINGS
 
 # Scoring family -> "folder:routers in its tiny language model/in the class that wraps all it has (where they differ)".
 _BY_FAMILY = {
@@ -84,12 +84,12 @@ def test_discovers(folder: str, text_only: bool) -> None:
     assert len(survey.refused) == refused
     assert all(word in reason for _, reason in survey.refused)
     assert not survey.foreign
-    families = {ref.spec.family for ref in survey.refs} - OTHER_FAMILIES.get(folder, set())
+    families = {ref.spec.scoring for ref in survey.refs} - OTHER_FAMILIES.get(folder, set())
     assert families == ({family} if in_text else set())
     choices = NUM_CHOICES.get(folder, NUM_EXPERTS)
     for ref in survey.refs:
         spec = ref.spec
-        assert spec.family in FAMILIES
+        assert spec.scoring in SCORINGS
         assert model.get_submodule(ref.name) is ref.module
         assert ref.weight_ED.shape == (spec.num_rows, spec.hidden_size)
         assert spec.num_experts == choices or (folder == "dots3_note" and spec.num_experts == NUM_EXPERTS // 2)
@@ -116,9 +116,9 @@ def test_inference_agrees_with_the_table_or_refuses() -> None:
             name = type(ref.module).__name__
             known = known_facts(ref.module, ref.block)
             inferred = infer_facts(ref.module, ref.block, ref.spec.num_experts)
-            if name in beyond or known is None or not hasattr(inferred, "family"):
+            if name in beyond or known is None or not hasattr(inferred, "scoring"):
                 continue
-            for field in ("family", "normalize", "weight_rule", "group_score", "bias", "bias_in_block"):
+            for field in ("scoring", "normalize", "weight_rule", "group_score", "bias", "bias_in_block"):
                 assert getattr(inferred, field) == getattr(known, field), (name, field)
             assert inferred.returns == ref.spec.returns
             same.add(name)
@@ -159,7 +159,7 @@ def test_unseen_router_class_is_read_from_its_source() -> None:
     refs = discover_routers(model)
     assert [ref.name for ref in refs] == ["0.router", "1.router"]
     spec = refs[0].spec
-    assert (spec.family, spec.num_experts, spec.top_k, spec.weight_name) == ("sigmoid_bias", 6, 3, "proj.weight")
+    assert (spec.scoring, spec.num_experts, spec.top_k, spec.weight_name) == ("sigmoid_bias", 6, 3, "proj.weight")
     assert spec.normalize
     refs[0].module.load_bias.normal_()
     out = spec.read(refs[0].module(torch.randn(2, 5, 16)))
@@ -170,7 +170,7 @@ def test_unseen_router_class_is_read_from_its_source() -> None:
 
 def test_unseen_bare_linear_gate() -> None:
     (ref,) = discover_routers(nn.Sequential(UnseenBlock(nn.Linear(16, 6, bias=False), 16, 6, top_k=2)))
-    assert (ref.spec.family, ref.spec.top_k, ref.spec.returns) == ("softmax", 2, ("logits",))
+    assert (ref.spec.scoring, ref.spec.top_k, ref.spec.returns) == ("softmax", 2, ("logits",))
     out = ref.spec.read(ref.module(torch.randn(4, 16)))
     assert out.weights_TK is None
     assert torch.equal(out.ids_TK, out.logits_TE.topk(2).indices)
@@ -249,7 +249,7 @@ def test_only_some_layers_are_moe() -> None:
 )
 def test_configuration_changes_the_family(folder: str, override: dict[str, Any], family: str) -> None:
     specs = {ref.spec for ref in discover_routers(tiny_model(folder, device="meta", **override))}
-    assert {spec.family for spec in specs} == {family}
+    assert {spec.scoring for spec in specs} == {family}
     assert all(spec.n_group == 1 and spec.group_score is None for spec in specs)
 
 

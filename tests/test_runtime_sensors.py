@@ -127,7 +127,7 @@ def test_a_governor_shrinks_a_real_cache_and_gives_it_back(model: Any, cache: Ex
     assert cache.budget_bytes == int(profile.expert_cache.floor * whole) and decisions[-1].strength == 1.0
     assert "budget is" in decisions[0].reason and "shrinks to" in decisions[0].reason
     governor.profile = replace(profile, memory=MemoryProfile(budget_bytes=None, reserve_bytes=1))
-    for step in range(6, int((profile.settle_s + 2) * 5)):
+    for step in range(6, int((profile.recovery_s + 2) * 5)):
         decisions.append(governor.tick(step / 5, decisions[-1].strength))
     assert cache.budget_bytes == whole and decisions[-1].strength == 0.0
 

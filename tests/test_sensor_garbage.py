@@ -10,7 +10,7 @@ import pytest
 from fake_cgroups import below, fake_machine, psi, v1_group, v2_group, write
 
 from remoe_adapt import load_profile
-from remoe_adapt.pressure.policy import PolicyState, decide
+from remoe_adapt.pressure.policy import DecisionState, decide
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.sensors import CgroupMemory, MachineMemory, PressureStall, Sensors, os_sensors
 
@@ -110,7 +110,7 @@ def test_garbage_in_one_file_of_proc_leaves_the_others_and_no_pressure(
     whole.read(1.0)
     expected = set(whole.read(2.0).measures)
     write(tmp_path, {name: garbage})
-    sensors, state, profile = Sensors(os_sensors(proc, cgroups)), PolicyState(), load_profile("rpi5-8gb")
+    sensors, state, profile = Sensors(os_sensors(proc, cgroups)), DecisionState(), load_profile("rpi5-8gb")
     for second in range(1, 9):
         reading = sensors.read(float(second))
         state, decision = decide(state, reading, profile)
@@ -124,7 +124,7 @@ def test_garbage_in_one_file_of_proc_leaves_the_others_and_no_pressure(
 
 def test_a_measure_of_anybody_s_sensor_may_be_beyond_a_float() -> None:
     measures = {"memory.available": Measure(4.0 * GIB, "B", 1.0), "process.faults": Measure(10**400, "1/s", 1.0)}
-    _, decision = decide(PolicyState(), Reading(1.0, measures), load_profile("orin-8gb"))
+    _, decision = decide(DecisionState(), Reading(1.0, measures), load_profile("orin-8gb"))
     assert "process.faults" in decision.unusable and decision.signals["host headroom"] == 0.0
 
 

@@ -224,9 +224,9 @@ class _Run:
             return
         try:
             with self._turn():
-                arm.ask("wake")
+                arm.ask("resume")
                 what(arm, cycle)
-                self._swaps[arm.name] = arm.ask("rest")["swaps"]
+                self._swaps[arm.name] = arm.ask("pause")["swaps"]
         except DiedError as error:
             self._dead[arm.name] = f"cycle {cycle + 1}: {error}"
 
@@ -276,13 +276,13 @@ class _Run:
             "void": void,
             "arms": rows,
             "died": self._dead,
-            "bars": bars(rows, self._phases, self._compared, overhead, squeezes, profile.settle_s),
+            "bars": bars(rows, self._phases, self._compared, overhead, squeezes, profile.recovery_s),
             "monitor_cpu_share": overhead.get("monitor_cpu_share"),
             "monitor_cpu_share_whole_run": self._monitor["monitor_cpu_s"] / max(self._monitor["seconds"], 1e-9),
             "overhead": overhead,
             "squeezes": squeezes,
             "rise_s": rise_s(self._phases["adaptive"]),
-            "settle_s": profile.settle_s,
+            "settle_s": profile.recovery_s,
             "trace": {name: self._trace(name) for name in ("fixed_0", strongest, "adaptive", "no_controller")},
         }
 

@@ -70,7 +70,7 @@ def kinds(strengths: tuple[float, ...]) -> dict[str, Kind]:
 
 
 class Arm:
-    """One loaded model of a kind; `rest` and `wake` are the waiting for its turn: no thread of it samples."""
+    """One loaded model of a kind; `pause` and `resume` are the waiting for its turn: no thread of it samples."""
 
     def __init__(self, kind: Kind, folder: Path, options: Mapping[str, Any]) -> None:
         pace = options["read_bytes_per_s"]
@@ -147,14 +147,14 @@ class Arm:
             for module, name, child in wrapped:
                 setattr(module, name, child)
 
-    def wake(self) -> None:
+    def resume(self) -> None:
         """Its turn: the monitor samples, where it has one."""
         if self.controller is not None:
             self.controller.resume()
         elif self._mover is not None:
             self._mover.resume()
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Another one's turn."""
         if self.controller is not None:
             self.controller.pause()
@@ -162,7 +162,7 @@ class Arm:
             self._mover.stop()
 
     def monitor_cpu_s(self) -> float:
-        """CPU time that the monitor's thread has taken since `wake`, by the kernel's account; 0 without one."""
+        """CPU time that the monitor's thread has taken since `resume`, by the kernel's account; 0 without one."""
         ids = [thread.native_id for thread in threading.enumerate() if thread.name == _MONITOR_THREAD]
         paths = [Path(f"/proc/self/task/{number}/schedstat") for number in ids]
         return sum(int(path.read_text(encoding="ascii").split()[0]) for path in paths if path.exists()) * 1e-9

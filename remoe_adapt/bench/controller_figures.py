@@ -133,7 +133,7 @@ def bars(
     compared: Mapping[str, Sequence[float]],
     overhead: Row,
     squeezes: Mapping[str, Row],
-    settle_s: float,
+    recovery_s: float,
 ) -> list[Row]:
     """Each bar of the benchmark: `{bar, value, target, met}`; value and met are None where it was not measured."""
     fixed = [name for name in rows if name.startswith("fixed_") and name != "fixed_budget"]
@@ -147,7 +147,7 @@ def bars(
     found = [
         _bar(f"squeeze p95 TPOT, adaptive / {strongest}", _over(p95, rows[strongest]["squeeze_p95_ms"]), 1.10),
         _bar(f"mean KL, adaptive / {rival}", _over(adaptive["kl"], rows[rival]["kl"]), 0.6, failed=rival == "fixed_0"),
-        _bar("calm: seconds until strength is 0", back_s, settle_s, failed=back_s is None),
+        _bar("calm: seconds until strength is 0", back_s, recovery_s, failed=back_s is None),
         _bar("calm TPOT, with / without the controller", ratio, 1.02),
         _bar("monitoring: share of one core", overhead.get("monitor_cpu_share"), 0.005),
         _bar("monitoring: TPOT with / without", overhead.get("tpot_ratio"), 1.005),

@@ -26,7 +26,7 @@ def _count(name: str, setup: Setup, squeezes: int) -> dict[str, Any]:
     with ExitStack() as undo:
         arm = ArmProcess(f"{name}-kills", kinds(())[name], setup, undo)
         arm.start()
-        arm.ask("wake")
+        arm.ask("resume")
         for _ in range(squeezes):
             try:
                 arm.squeeze()
@@ -37,14 +37,14 @@ def _count(name: str, setup: Setup, squeezes: int) -> dict[str, Any]:
                 _grow_again(arm)
             except DiedError:
                 arm.start()
-                arm.ask("wake")
+                arm.ask("resume")
         return {"squeezes": squeezes, "oom_kills": arm.group.kills(), "least_budget_bytes": least}
 
 
 def _grow_again(arm: ArmProcess) -> None:
-    settle_s = bench_profile().settle_s
+    recovery_s = bench_profile().recovery_s
     waited_s, whole = 0.0, _WHOLE * arm.facts["budget_bytes"]
-    while waited_s < max(settle_s, _LONGEST_S):
+    while waited_s < max(recovery_s, _LONGEST_S):
         answer = arm.ask("decode", seconds=1.0)
         waited_s += answer["seconds"]
         if answer["steps"]["budget_bytes"][-1] >= whole:

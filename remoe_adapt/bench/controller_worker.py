@@ -16,7 +16,7 @@ from remoe_adapt.bench.controller_arms import Arm, Kind
 from remoe_adapt.bench.protocol import speak
 from remoe_adapt.record import Decoder
 
-_LONGEST_REST_S = 30.0
+_LONGEST_WAIT_S = 30.0
 # Times of one step, in the order of `Worker.decode`'s lists.
 COLUMNS = ("s", "at_s", "strength", "budget_bytes", "misses")
 
@@ -40,7 +40,7 @@ class Text:
 
 
 class Worker:
-    """Answers requests by their `op`: `load` first, then `wake`, `decode`, `rest` as turns come."""
+    """Answers requests by their `op`: `load` first, then `resume`, `decode`, `pause` as turns come."""
 
     def __init__(self) -> None:
         self._arm: Arm | None = None
@@ -73,14 +73,14 @@ class Worker:
         total = sum(count * size for count, size in zip(source.num_experts, source.expert_bytes, strict=True))
         return {"experts_bytes": total, "budget_bytes": self.arm.cache.budget_bytes}
 
-    def do_wake(self) -> dict[str, Any]:
+    def do_resume(self) -> dict[str, Any]:
         """The arm's turn begins."""
-        self.arm.wake()
+        self.arm.resume()
         return {}
 
-    def do_rest(self) -> dict[str, Any]:
+    def do_pause(self) -> dict[str, Any]:
         """The arm's turn has ended."""
-        self.arm.rest()
+        self.arm.pause()
         return {"swaps": self.arm.swaps}
 
     def do_fill(self) -> dict[str, Any]:
@@ -114,9 +114,9 @@ class Worker:
 
     def do_compare(self, tokens: int) -> dict[str, Any]:
         """So many tokens, each with the dial and without, in turns: lists of `dial_s`, `dial_misses`, `bare_s` and
-        `bare_misses`, in the same memory. It waits for the dial to rest, and ends when that is turned."""
+        `bare_misses`, in the same memory. It waits until the dial is at strength 0, and ends when that is turned."""
         arm, began_s = self.arm, time.perf_counter()
-        while arm.strength > 0 and time.perf_counter() - began_s < _LONGEST_REST_S:
+        while arm.strength > 0 and time.perf_counter() - began_s < _LONGEST_WAIT_S:
             self._feed()
         found: dict[str, list[float]] = {key: [] for key in ("dial_s", "dial_misses", "bare_s", "bare_misses")}
         decoders = dict[str, Decoder]()
@@ -144,7 +144,7 @@ class Worker:
         its `monitor_cpu_s` of `seconds`."""
         arm = self.arm
         rows: list[tuple[float, float, bool]] = []
-        arm.wake()
+        arm.resume()
         gc.collect()
         gc.disable()
         began_s, began_cpu_s = time.perf_counter(), arm.monitor_cpu_s()
@@ -156,7 +156,7 @@ class Worker:
             rows.append((took_s, begin_s - began_s, cpu_s > before_s))
         gc.enable()
         passed_s = time.perf_counter() - began_s
-        arm.rest()
+        arm.pause()
         columns = dict(zip(("s", "at_s", "ran"), zip(*rows, strict=True), strict=True))
         return {**columns, "monitor_cpu_s": cpu_s - began_cpu_s, "seconds": passed_s}
 

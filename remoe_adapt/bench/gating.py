@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe_adapt.bench.gating_cpu import cpu_rows
-from remoe_adapt.gating.ops import encode, kernel_rule
+from remoe_adapt.gating.ops import kernel_rule, spec_text
 from remoe_adapt.gating.reference import PriorStep, topk_gating
 from remoe_adapt.routers.spec import RouterSpec
 
@@ -76,10 +76,10 @@ def _one_token() -> Iterator[Row]:
     from remoe_adapt.triton_kernels.gate import launch_gate
 
     for experts, bar_us in _GATE_BARS_US.items():
-        for name, spec in _families(experts).items():
+        for name, spec in _specs(experts).items():
             for dtype in (torch.float32, torch.bfloat16):
                 logits_TE = torch.randn(1, experts, device="cuda", dtype=dtype)
-                bias_E, rule = torch.randn(experts, device="cuda") * 0.1, kernel_rule(encode(spec))
+                bias_E, rule = torch.randn(experts, device="cuda") * 0.1, kernel_rule(spec_text(spec))
                 for mode in ("ema", None):
                     prior = _prior(experts) if mode else None
                     args = (prior.recency_BE, prior.gain, prior.decay) if prior else (None, None, None)
@@ -100,8 +100,8 @@ def _route() -> Iterator[Row]:
     dtype = torch.bfloat16
     for experts in (64, 128, 256):
         for columns in (2048, 4096):
-            spec = _families(experts)["softmax"]
-            rule, prior, out = kernel_rule(encode(spec)), _prior(experts), _outputs(1)
+            spec = _specs(experts)["softmax"]
+            rule, prior, out = kernel_rule(spec_text(spec)), _prior(experts), _outputs(1)
             hidden_TD = torch.randn(1, columns, device="cuda", dtype=dtype)
             weight_ED = torch.randn(experts, columns, device="cuda", dtype=dtype) * columns**-0.5
             args = (prior.recency_BE, prior.gain, prior.decay)
@@ -135,9 +135,9 @@ def _many_tokens() -> Iterator[Row]:
     for tokens in (4096, 16384, 65536):
         for experts in (64, 128, 256):
             for dtype in (torch.float32, torch.bfloat16):
-                spec = _families(experts)["softmax"]
+                spec = _specs(experts)["softmax"]
                 logits_TE = torch.randn(tokens, experts, device="cuda", dtype=dtype)
-                call = functools.partial(launch_gate, logits_TE, _K, kernel_rule(encode(spec)), out=_outputs(tokens))
+                call = functools.partial(launch_gate, logits_TE, _K, kernel_rule(spec_text(spec)), out=_outputs(tokens))
                 us = graph_us(call, calls=20)
                 size = logits_TE.nbytes + tokens * _K * (4 + 8)
                 source = torch.empty(size // 2, dtype=torch.uint8, device="cuda")
@@ -153,12 +153,12 @@ def _scan(sequences: int = 8, steps: int = 4096, experts: int = 128) -> Iterator
     """Whole sequences under a prior, against the definition, which runs them token by token."""
     from remoe_adapt.triton_kernels.scan import launch_scan
 
-    spec = _families(experts)["softmax"]
+    spec = _specs(experts)["softmax"]
     tokens = sequences * steps
     logits_TE = torch.randn(tokens, experts, device="cuda")
     prior = _prior(experts, sequences)
     call = functools.partial(
-        launch_scan, logits_TE, _K, kernel_rule(encode(spec)), None, prior.recency_BE, prior.gain, _DECAY,
+        launch_scan, logits_TE, _K, kernel_rule(spec_text(spec)), None, prior.recency_BE, prior.gain, _DECAY,
         out=_outputs(tokens),
     )  # fmt: skip
     us = graph_us(call, calls=1)
@@ -196,13 +196,13 @@ def graph_us(call: Call, calls: int = 100, replays: int = 30) -> float:
     return float(statistics.median(times))
 
 
-def _families(experts: int) -> dict[str, RouterSpec]:
+def _specs(experts: int) -> dict[str, RouterSpec]:
     """A plain and a costly router: softmax renormalised; biased sigmoid with groups."""
     common = {"num_experts": experts, "top_k": _K, "hidden_size": 1, "weight_name": "weight", "num_rows": experts}
     grouped = {"n_group": 8, "topk_group": 4, "group_score": "top2", "normalize_eps": 1e-20, "scaling": 2.5}
     return {
-        "softmax": RouterSpec(family="softmax", normalize=True, **common),  # type: ignore[arg-type]
-        "sigmoid_group": RouterSpec(family="sigmoid_group", score="sigmoid", normalize=True, **common, **grouped),  # type: ignore[arg-type]
+        "softmax": RouterSpec(scoring="softmax", normalize=True, **common),  # type: ignore[arg-type]
+        "sigmoid_group": RouterSpec(scoring="sigmoid_group", score="sigmoid", normalize=True, **common, **grouped),  # type: ignore[arg-type]
     }
 
 

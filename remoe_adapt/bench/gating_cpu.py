@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from remoe_adapt.bench.swap import random_family
 from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.routers.families import FAMILY_EXAMPLES
+from remoe_adapt.routers.families import SCORING_EXAMPLES
 from remoe_adapt.runtime.load import get_remoe_model
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ def cpu_rows(calls: int = 400) -> Iterator[Row]:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for family, example in FAMILY_EXAMPLES:
+        for family, example in SCORING_EXAMPLES:
             for experts in _EXPERTS:
                 try:
                     yield _row(family, example, experts, calls)

@@ -26,7 +26,7 @@ THREADS, READS_EACH = (1, 2, 4), 2
 Read = Callable[[tuple[int, int]], object]
 
 
-def run_reading(
+def run_file_reads(
     model: str | Path,
     pack: str | Path,
     *,

@@ -26,13 +26,13 @@ class Squeezer:
 
     def take(self, size_bytes: int, bytes_per_s: float) -> dict[str, int]:
         """Begin to take so much more, evenly; the answer does not wait for it."""
-        self.settle()
+        self.wait()
         self._stop.clear()
         self._thread = threading.Thread(target=self._grow, args=(size_bytes, bytes_per_s), daemon=True)
         self._thread.start()
         return self.held()
 
-    def settle(self) -> dict[str, int]:
+    def wait(self) -> dict[str, int]:
         """Wait until what `take` was asked for is taken."""
         if self._thread is not None:
             self._thread.join()
@@ -41,7 +41,7 @@ class Squeezer:
     def give_back(self) -> dict[str, int]:
         """Everything, at once; the answer is what was held until now."""
         self._stop.set()
-        held = self.settle()
+        held = self.wait()
         while self._held:
             self._held.pop().close()
         return held

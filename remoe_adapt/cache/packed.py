@@ -20,7 +20,7 @@ from torch import Tensor
 
 from remoe_adapt.cache.blocks import Blocks
 from remoe_adapt.cache.reading import BLOCK, ExtentReader, Reader
-from remoe_adapt.cache.shards import Extent, own_file, tensors_of
+from remoe_adapt.cache.shards import Extent, file_inside, tensors_of
 from remoe_adapt.cache.store import ALIGNMENT, ExpertStore
 from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt.untrusted import printable, read_json
@@ -138,7 +138,7 @@ class PackedStore:
         )
 
     def _find(self, files: Sequence[str]) -> list[list[Extent]]:
-        extents = tensors_of(own_file(self.folder, file) for file in files)
+        extents = tensors_of(file_inside(self.folder, file) for file in files)
         found = []
         for layer in self._packed:
             names = [f"{layer.name}.{expert}" for expert in range(layer.experts)]

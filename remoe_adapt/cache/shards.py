@@ -67,9 +67,9 @@ def chosen_file(folder: Path) -> Path:
                 f"{printable(config)}: transformers_weights {printable(repr(named))} is neither a safetensors file nor "
                 "an index of some: experts are read from them alone."
             )
-        first = own_file(folder, named)
+        first = file_inside(folder, named)
     else:
-        first = own_file(folder, next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), SINGLE))
+        first = file_inside(folder, next((name for name in (SINGLE, INDEX) if (folder / name).is_file()), SINGLE))
         if not first.is_file():
             raise ConfigError(
                 f"{printable(folder)} has neither {SINGLE} nor {INDEX}: experts are read from safetensors files, so "
@@ -94,10 +94,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise ExpertReadError(
             f"{printable(first)}: {printable(repr(odd[0]))} is no safetensors file: no other is read."
         )
-    return [own_file(folder, name) for name in names]
+    return [file_inside(folder, name) for name in names]
 
 
-def own_file(folder: Path, name: str) -> Path:
+def file_inside(folder: Path, name: str) -> Path:
     """A file that something in this folder names, and that lies in it, or in the blobs of the hub's cache that the
     folder is a snapshot of.
 

@@ -156,15 +156,15 @@ class GgufFile:
         # By place in the file: an overlap can only be with the neighbour.
         order = sorted(range(len(infos)), key=lambda number: infos[number][3])
         spans = [0] * len(infos)
-        for number, following in zip(order, [*order[1:], None], strict=bool(order)):
+        for number, successor in zip(order, [*order[1:], None], strict=bool(order)):
             name, start = printable(infos[number][0]), data + infos[number][3]
-            end = self.size if following is None else data + infos[following][3]
+            end = self.size if successor is None else data + infos[successor][3]
             spans[number] = end - start
             if start + sizes[number] > self.size:
                 where = f"ends at byte {self.size}, inside tensor {name}, which goes on to byte {start + sizes[number]}"
                 raise ExportError(f"{printable(self.path)} {where}: fetch it again.")
-            if following is not None and start + sizes[number] > end:
-                raise self._damaged(f"tensors {name} and {printable(infos[following][0])} overlap")
+            if successor is not None and start + sizes[number] > end:
+                raise self._damaged(f"tensors {name} and {printable(infos[successor][0])} overlap")
         return [
             GgufTensor(self.path, name, shape, kind, data + offset, size, span)
             for (name, shape, kind, offset), size, span in zip(infos, sizes, spans, strict=True)

@@ -14,7 +14,7 @@ NUMBER_KEY, COUNT_KEY, TENSORS_KEY = SPLIT_KEYS = ("split.no", "split.count", "s
 STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 # `split_gguf` writes two digests into every part: of the model that was split, and of its original routers. Without
 # them, parts of two fine-tunings of one base could be mixed, as they agree in format and sizes.
-MODEL_KEY, ROUTERS_KEY = OWN_KEYS = ("remoe.split.model", "remoe.split.routers")
+MODEL_KEY, ROUTERS_KEY = DIGEST_KEYS = ("remoe.split.model", "remoe.split.routers")
 
 
 def check_parts(files: Sequence[GgufFile]) -> None:
@@ -28,7 +28,7 @@ def check_parts(files: Sequence[GgufFile]) -> None:
                 raise ExportError(f"tensor {printable(tensor.name)} is in {where}: they are not parts of one model.")
             seen[tensor.name] = file
     for file in files[1:]:
-        for key in (ARCHITECTURE_KEY, *OWN_KEYS):
+        for key in (ARCHITECTURE_KEY, *DIGEST_KEYS):
             # Parts by other tools carry none of our keys; they are held to places, names and counts alone.
             if key in first.entries and key in file.entries and first.entries[key] != file.entries[key]:
                 raise ExportError(

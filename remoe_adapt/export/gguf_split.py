@@ -22,7 +22,7 @@ from remoe_adapt.export.gguf_file import (
     shard_name,
     text_entry,
 )
-from remoe_adapt.export.gguf_parts import ARCHITECTURE_KEY, MODEL_KEY, OWN_KEYS, ROUTERS_KEY, SPLIT_KEYS
+from remoe_adapt.export.gguf_parts import ARCHITECTURE_KEY, DIGEST_KEYS, MODEL_KEY, ROUTERS_KEY, SPLIT_KEYS
 from remoe_adapt.export.gguf_routers import GgufModel
 from remoe_adapt.export.gguf_undo import digest
 from remoe_adapt.export.merged import left_out
@@ -72,7 +72,7 @@ def split_gguf(
     on_total(sum(file.size for file in model.files))
     first = model.files[0]
     with disk_faults(paths[0], ExportError, NOTHING_LEFT), new_files(paths) as drafts:
-        own = _names_of(model)
+        digests = _names_of(model)
         # Backwards, so that the first part, which engines are given, is the last to be written.
         for number, file in reversed(list(enumerate(model.files, start=1))):
             # llama.cpp reads architecture and alignment from every part, and everything else from the first alone.
@@ -80,12 +80,12 @@ def split_gguf(
             if ARCHITECTURE_KEY in first.entries:
                 entries.insert(0, first.entries[ARCHITECTURE_KEY])
             rest = [tensor for tensor in file.tensors if tensor.name not in names]
-            _write(drafts[number], file, [*entries, *_place(number, count, total), *own], rest, {}, on_bytes)
+            _write(drafts[number], file, [*entries, *_place(number, count, total), *digests], rest, {}, on_bytes)
         # The first part keeps the source's metadata but for what says how it is split, which would contradict the new
         # parts.
-        anew = {*SPLIT_KEYS, *OWN_KEYS}
+        anew = {*SPLIT_KEYS, *DIGEST_KEYS}
         entries = [entry for key, entry in first.entries.items() if key not in anew]
-        _write(drafts[0], first, [*entries, *_place(0, count, total), *own], routers, replaced, on_bytes)
+        _write(drafts[0], first, [*entries, *_place(0, count, total), *digests], routers, replaced, on_bytes)
     sizes = [path.stat().st_size for path in paths]
     return {
         "out": str(paths[0]),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.cache.shards import SAFETENSORS_DTYPES, Extent, chosen_file, own_file
+from remoe_adapt.cache.shards import SAFETENSORS_DTYPES, Extent, chosen_file, file_inside
 from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.export.base import BaseFiles, tensor_bytes
 from remoe_adapt.export.files import (
@@ -156,4 +156,4 @@ def _copy_small_files(folder: Path, draft: Path, index: Path) -> None:
         if path.is_file() and not other:
             name = path.relative_to(folder)
             (draft / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(own_file(folder, str(name)), draft / name)
+            shutil.copyfile(file_inside(folder, str(name)), draft / name)

@@ -44,11 +44,11 @@ def one_token(
     if spec.ranks_logits:
         spread_1E = choice_1E = z_1E
     else:
-        if spec.family == "logit_bias_sigmoid":
+        if spec.scoring == "logit_bias_sigmoid":
             choice_1E = z_1E
         else:
             choice_1E = scores_1E = spec.scores(z_1E)
-        if bias_E is not None and spec.family != "sigmoid":
+        if bias_E is not None and spec.scoring != "sigmoid":
             choice_1E = choice_1E + (bias_E if bias_E.dtype is torch.float32 else bias_E.float())
             choice_1E = choice_1E if choice_1E.dim() == 2 else choice_1E.reshape(1, -1)
         spread_1E = choice_1E

@@ -255,7 +255,7 @@ class RouterForward:
 def router_forward(ref: RouterRef) -> RouterForward | str:
     """A forward for this router that agrees with its own on random input, or why its own stays.
 
-    Classes that the table of families does not know are tried with every dtype rule. Changes nothing in the model.
+    Classes that the table of routers does not know are tried with every dtype rule. Changes nothing in the model.
     """
     known = known_facts(ref.module, ref.block)
     facts = known if known is not None else infer_facts(ref.module, ref.block, ref.spec.num_rows)

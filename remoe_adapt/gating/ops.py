@@ -27,20 +27,21 @@ MAX_EXPERTS, MAX_CHOSEN, MAX_ROUTE_TOKENS = 1024, 32, 16
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def encode(spec: RouterSpec) -> str:
+def spec_text(spec: RouterSpec) -> str:
     """What gating depends on in a spec, as text. Nothing but formatting, so that compilers can trace it."""
     return (
-        f"{spec.family} {spec.score} {spec.weight_rule} {spec.group_score} {spec.num_experts} {spec.null_experts} "
+        f"{spec.scoring} {spec.score} {spec.weight_rule} {spec.group_score} {spec.num_experts} {spec.null_experts} "
         f"{spec.n_group} {spec.topk_group} {spec.normalize} {spec.normalize_eps} {spec.scaling} {spec.group_fill}"
     )
 
 
 @cache
-def decode(rule: str) -> RouterSpec:
+def spec_of_text(rule: str) -> RouterSpec:
     """A spec that gates as the encoded one did; it names no module."""
-    family, score, weight_rule, group_score, experts, nulls, groups, kept, normalize, eps, scaling, fill = rule.split()
+    scoring, score, weight_rule, group_score, experts, nulls, groups, kept, normalize, eps, scaling, fill = rule.split()
     return RouterSpec(
-        family=family, score=score, weight_rule=weight_rule, group_score=None if group_score == "None" else group_score,
+        scoring=scoring, score=score, weight_rule=weight_rule,
+        group_score=None if group_score == "None" else group_score,
         num_experts=int(experts), null_experts=int(nulls), n_group=int(groups), topk_group=int(kept),
         normalize=normalize == "True", normalize_eps=float(eps), scaling=float(scaling), group_fill=float(fill),
         top_k=1, hidden_size=1, weight_name="", num_rows=int(experts),
@@ -63,14 +64,14 @@ def kernel_rule(rule: str) -> Rule:
     """The encoded spec in the kernels' words."""
     from remoe_adapt.triton_kernels import rule as words
 
-    spec = decode(rule)
-    grouped = spec.group_score is not None and not spec.ranks_logits and spec.family != "sigmoid"
+    spec = spec_of_text(rule)
+    grouped = spec.group_score is not None and not spec.ranks_logits and spec.scoring != "sigmoid"
     return words.Rule(
         score={"softmax": words.SOFTMAX, "sigmoid": words.SIGMOID}.get(spec.score, words.SQRT_SOFTPLUS),
         rank=words.BY_LOGIT
         if spec.ranks_logits
         else words.BY_BIASED_LOGIT
-        if spec.family == "logit_bias_sigmoid"
+        if spec.scoring == "logit_bias_sigmoid"
         else words.BY_SCORE,
         groups=words.NO_GROUPS if not grouped else words.GROUP_MAX if spec.group_score == "max" else words.GROUP_TOP2,
         num_groups=spec.n_group if grouped else 1,
@@ -85,9 +86,9 @@ def kernel_rule(rule: str) -> Rule:
 
 
 def _bias(bias: Tensor | None, rule: str) -> Tensor | None:
-    """The selection bias as the kernels read it; None where the family ranks without one."""
-    spec = decode(rule)
-    unbiased = bias is None or spec.ranks_logits or spec.family == "sigmoid"
+    """The selection bias as the kernels read it; None where the scoring ranks without one."""
+    spec = spec_of_text(rule)
+    unbiased = bias is None or spec.ranks_logits or spec.scoring == "sigmoid"
     return None if bias is None or unbiased else bias.float().reshape(-1).contiguous()
 
 
@@ -96,9 +97,9 @@ def _gate(
     flags: Tensor | None, k: int, rule: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernels, or the definition elsewhere and beyond them; `recency` moves on in place if there is a decay."""
-    if backend(logits.device) != "triton" or unsupported(decode(rule), k, logits.dtype) is not None:
+    if backend(logits.device) != "triton" or unsupported(spec_of_text(rule), k, logits.dtype) is not None:
         prior = None if recency is None or gain is None else PriorStep(recency, gain, decay, flags)
-        weights, ids = reference.topk_gating(logits, k, decode(rule), prior, bias_E=bias)
+        weights, ids = reference.topk_gating(logits, k, spec_of_text(rule), prior, bias_E=bias)
         return weights, ids.contiguous()
     bias = _bias(bias, rule)
     if recency is None or gain is None or decay is None or len(recency) == len(logits):
@@ -149,7 +150,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad_weights: Tensor, _ids: Any, _after: Any) -> tuple[Tensor | None, ...]:
     logits, ids = ctx.saved_tensors
-    return weights_backward(grad_weights, logits, ids, decode(ctx.rule)), *(None,) * 7
+    return weights_backward(grad_weights, logits, ids, spec_of_text(ctx.rule)), *(None,) * 7
 
 
 _topk_gating.register_autograd(_backward, setup_context=_save)
@@ -208,7 +209,7 @@ def _route(
     gain: Tensor | None, decay: float | None, flags: Tensor | None, linear_fp32: bool, k: int, rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     per_token = recency is None or decay is None or len(recency) == len(hidden)
-    kernels = backend(hidden.device) == "triton" and unsupported(decode(rule), k, hidden.dtype) is None
+    kernels = backend(hidden.device) == "triton" and unsupported(spec_of_text(rule), k, hidden.dtype) is None
     if kernels and per_token and (linear_fp32 or hidden.dtype == weight.dtype):
         from remoe_adapt.triton_kernels.route import fits_route, launch_route
 
@@ -244,7 +245,7 @@ def fused_gating(
     """
     reference.check_shapes(logits_TE, k, prior, bias_E)
     recency_BE, gain, decay, flags_T = _parts(prior)
-    rule = encode(spec)
+    rule = spec_text(spec)
     if recency_BE is not None and gain is not None and decay is not None:
         if not _needs_grad(logits_TE):
             in_place: tuple[Tensor, Tensor] = torch.ops.remoe.topk_gating_(
@@ -276,7 +277,7 @@ def fused_route(
     reference.check_shapes(hidden_TD[:, :1].expand(-1, weight_ED.shape[0]), k, prior, bias_E)
     recency_BE, gain, decay, flags_T = _parts(prior)
     routed: tuple[Tensor, Tensor, Tensor] = torch.ops.remoe.route_(
-        hidden_TD, weight_ED, linear_bias_E, bias_E, recency_BE, gain, decay, flags_T, linear_fp32, k, encode(spec)
+        hidden_TD, weight_ED, linear_bias_E, bias_E, recency_BE, gain, decay, flags_T, linear_fp32, k, spec_text(spec)
     )
     return routed
 

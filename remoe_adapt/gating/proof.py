@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.gating.prior import RecencyPrior
-from remoe_adapt.libraries.kv_cache import cache_argument, can_follow, returned_cache
+from remoe_adapt.libraries.kv_cache import cache_argument, can_carry_state, returned_cache
 from remoe_adapt.notices import say_once
 from remoe_adapt.recency_settings import MAX_GAIN
 from remoe_adapt.routers.spec import RouterRef, RouterSpec
@@ -77,7 +77,7 @@ def _run(text: nn.Module, steps: bool) -> bool:
     if not steps or not cached or taken is None:
         return True
     cache = returned_cache(output)
-    if cache is None or not can_follow(cache):
+    if cache is None or not can_carry_state(cache):
         return False
     text(**_inputs(text, parameters, _STEP), **cached, **{taken: cache})
     return True

@@ -44,7 +44,7 @@ def topk_gating(
 ) -> tuple[Tensor, Tensor]:
     """Weights [T, K] fp32 and ids [T, K] int64 of the chosen experts, best first.
 
-    logits_TE: fp32, fp16 or bf16, any strides; scores are taken in fp32. bias_E: the selection bias of families that
+    logits_TE: fp32, fp16 or bf16, any strides; scores are taken in fp32. bias_E: the selection bias of scorings that
     have one. With a prior, experts rank by `choice + gain * span * recency`, where `choice` are `spec.choice_scores`
     and span is the largest minus the smallest finite one of the token; weights come from the untouched scores
     (Cache-Prior, arXiv:2412.00099, eq. 3, with the span of this token). Differentiable in the logits through the

@@ -20,7 +20,7 @@ from remoe_adapt.gating.state import RecencyState
 from remoe_adapt.libraries.kv_cache import (
     cache_argument,
     cache_length,
-    can_follow,
+    can_carry_state,
     handed_cache,
     is_counted,
     returned_cache,
@@ -77,7 +77,7 @@ class SequenceHooks:
         self._place_prior()
         mask = self._argument("attention_mask", args, kwargs)
         positions = self._argument("position_ids", args, kwargs) if mask is None and cache is None else None
-        followed = cache is None or can_follow(cache)
+        followed = cache is None or can_carry_state(cache)
         if not followed and self._prior.needs_history:
             raise RouterError(
                 f"the recency prior {self._prior.mode!r} cannot follow a KV cache of type {type(cache).__name__}: "
@@ -104,7 +104,7 @@ class SequenceHooks:
         tokens = self._prior.running.tokens
         if tokens is not None and tokens.state is None:
             made = returned_cache(output)
-            if made is not None and can_follow(made):
+            if made is not None and can_carry_state(made):
                 state = tokens.made_state(is_counted(_length(made), made))
                 if state is not None:
                     attach(made, state)

@@ -68,7 +68,7 @@ def counts_tokens(value: object) -> bool:
     return not isinstance(value, Tensor) and callable(getattr(value, "get_seq_length", None))
 
 
-def can_follow(cache: object) -> bool:
+def can_carry_state(cache: object) -> bool:
     """Whether state can travel with this cache: one object that lasts from step to step and counts its tokens.
 
     The tuples of older remote code, and the paged cache of continuous batching, are none.

@@ -12,7 +12,7 @@ from remoe_adapt.libraries.kv_cache import (
     CONTINUOUS_BATCHING,
     cache_argument,
     cache_length,
-    can_follow,
+    can_carry_state,
     is_counted,
     returned_cache,
 )
@@ -37,7 +37,7 @@ def kv_cache_names() -> None:
             output = model.model(ids(), use_cache=True, return_dict=shape)
             made = returned_cache(output)
             hold(made is not None, f"the output (return_dict={shape}) holds no KV cache that we find.")
-            hold(can_follow(made), f"the KV cache is a {type(made).__name__}, on which nothing can be hung.")
+            hold(can_carry_state(made), f"the KV cache is a {type(made).__name__}, on which nothing can be hung.")
 
 
 @relied_on(
@@ -83,11 +83,11 @@ def kv_cache_methods() -> None:
     "(controller.close takes them off); pre- and post-forward hooks of its text model (InstalledPrior.remove)",
 )
 def decoding_loop() -> None:
-    model, heard = tiny_model(), []
+    model, called = tiny_model(), []
 
     def around(name: str) -> Any:
         def call(original: Any, *args: Any, **kwargs: Any) -> Any:
-            heard.append(name)
+            called.append(name)
             return original(*args, **kwargs)
 
         return call
@@ -96,7 +96,7 @@ def decoding_loop() -> None:
     overrides = [Override(model, name, around(name)) for name in names]
 
     def hook(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        heard.append("text")
+        called.append("text")
         taken = cache_argument(model.model.forward)
         hold(taken in kwargs, f"generate's forward hands the text model no {taken!r} as a keyword.")
         hold("attention_mask" in kwargs, "generate's forward hands the text model no attention_mask as a keyword.")
@@ -108,7 +108,7 @@ def decoding_loop() -> None:
     for override in overrides:
         override.undo()
     step = [names[0], "text", names[1]]
-    hold(heard == step * 3, f"three steps of generate called {heard}, not {step} each.")
+    hold(called == step * 3, f"three steps of generate called {called}, not {step} each.")
 
 
 @relied_on(
@@ -118,12 +118,12 @@ def decoding_loop() -> None:
     interposes="the three methods of a model with an ema or last prior, which raise (InstalledPrior.remove)",
 )
 def continuous_batching() -> None:
-    model, heard = tiny_model(), []
+    model, called = tiny_model(), []
     for name in CONTINUOUS_BATCHING:
         hold(callable(getattr(type(model), name, None)), f"{name} is no method of a model any more.")
 
     def stop(*_args: Any, **_kwargs: Any) -> Any:
-        heard.append("stopped")
+        called.append("stopped")
         raise InterruptedError
 
     override = Override(model, CONTINUOUS_BATCHING[0], stop)
@@ -133,6 +133,6 @@ def continuous_batching() -> None:
         pass
     finally:
         override.undo()
-    hold(heard, "generate(cache_implementation='paged') does not come by generate_batch.")
+    hold(called, "generate(cache_implementation='paged') does not come by generate_batch.")
     source = inspect.getsource(getattr(type(model), CONTINUOUS_BATCHING[0]))
     hold(CONTINUOUS_BATCHING[1] in source or CONTINUOUS_BATCHING[2] in source, "generate_batch begins otherwise now.")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.notices import say_once
-from remoe_adapt.pressure.policy import Decision, PolicyState, decide
+from remoe_adapt.pressure.policy import Decision, DecisionState, decide
 from remoe_adapt.pressure.reading import Reading
 from remoe_adapt.pressure.sensors import Sensors
 
@@ -39,14 +39,14 @@ class Governor:
             raise ConfigError(f"share {share!r} is out of range: give a part of the memory, above 0 up to 1.")
         self.sensors, self.profile = sensors, profile
         self._resize, self.share = resize, share
-        self.state = PolicyState()
+        self.state = DecisionState()
         self.reading: Reading | None = None
         self._calm: Decision | None = None  # the one that holds as long as memory stays free
         self._noted: set[str] = set()
 
     def warn(self) -> None:
         """Log what of the profile cannot hold here, before the first sample does; nothing is remembered."""
-        self._log_notes(decide(PolicyState(), self.sensors.read(self.sensors.now()), self.profile)[1])
+        self._log_notes(decide(DecisionState(), self.sensors.read(self.sensors.now()), self.profile)[1])
 
     def _log_notes(self, decision: Decision) -> None:
         for key, note in decision.notes.items():

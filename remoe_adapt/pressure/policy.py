@@ -43,7 +43,7 @@ LONGEST_HOLD = 64
 _CALM = Signal("", 0.0, "no sensor reports pressure")
 
 
-class PolicyState(NamedTuple):  # a decision changes it several times: tuples cost the least
+class DecisionState(NamedTuple):  # a decision changes it several times: tuples cost the least
     """Everything the policy remembers. Times are on its own clock, which a long gap or a clock that goes back cannot
     move far: what was not seen did not happen."""
 
@@ -108,8 +108,8 @@ class Decision:
 
 
 def decide(
-    state: PolicyState, reading: Reading, profile: DeviceProfile, *, share: float = 1.0
-) -> tuple[PolicyState, Decision]:
+    state: DecisionState, reading: Reading, profile: DeviceProfile, *, share: float = 1.0
+) -> tuple[DecisionState, Decision]:
     """What a reading means for the dial and the cache's budget, and what to remember.
 
     state: what the last call remembered, with the strength that the dial has now.
@@ -155,7 +155,7 @@ def decide(
     return state, decision
 
 
-def _tick(state: PolicyState, reading: Reading, profile: DeviceProfile) -> tuple[PolicyState, float]:
+def _tick(state: DecisionState, reading: Reading, profile: DeviceProfile) -> tuple[DecisionState, float]:
     longest = max(1.0, 2 / profile.controller.sample_hz)
     if not math.isfinite(reading.time_s):
         return state._replace(samples=state.samples[:-1]), 0.0
@@ -170,7 +170,7 @@ def _toward(average: float, value: float, step_s: float, constant_s: float) -> f
     return min(1.0, max(0.0, value + (average - value) * kept))
 
 
-def _weigh_stalls(state: PolicyState, present: float, memory: float, profile: DeviceProfile) -> PolicyState:
+def _weigh_stalls(state: DecisionState, present: float, memory: float, profile: DeviceProfile) -> DecisionState:
     """Pressure on the word of stalls alone: taken up late, held long."""
     controller, now_s = profile.controller, state.clock_s
     samples = (*state.samples, (now_s, memory, present))
@@ -211,8 +211,8 @@ def _sustained(samples: tuple[tuple[float, float, float], ...], column: int, win
 
 
 def _hold(
-    state: PolicyState, worst: Signal, stalled: float, step_s: float, profile: DeviceProfile
-) -> tuple[PolicyState, str]:
+    state: DecisionState, worst: Signal, stalled: float, step_s: float, profile: DeviceProfile
+) -> tuple[DecisionState, str]:
     """The pressure that counts, and why it is not more."""
     controller, now_s, present = profile.controller, state.clock_s, worst.pressure
     average = _toward(state.average, present, step_s, controller.rise_s)
@@ -238,7 +238,7 @@ def _hold(
     return state._replace(held=held, cause=state.cause if held > 0 else ""), ""
 
 
-def _strength(state: PolicyState, worst: Signal, why_not: str, profile: DeviceProfile) -> tuple[float, str]:
+def _strength(state: DecisionState, worst: Signal, why_not: str, profile: DeviceProfile) -> tuple[float, str]:
     controller, now = profile.controller, state.strength
     target = profile.strength_at(min(1.0, max(0.0, state.held)))
     what = f"{worst.name}: {worst.words}: pressure {worst.pressure:.2f}" if worst.name else "all sensors are calm"

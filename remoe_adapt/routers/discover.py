@@ -272,24 +272,24 @@ def _assemble(
     facts: Facts, router: nn.Module, block: nn.Module, weight_name: str, weight: torch.Tensor, num_experts: int, k: int
 ) -> RouterSpec | Refusal:
     n_group = _first_int(router, ("num_group", "n_group")) or 1
-    family, group_score = facts.family, facts.group_score
+    scoring, group_score = facts.scoring, facts.group_score
     if group_score is not None and n_group == 1:
-        family = family.replace("_group", "_bias" if facts.bias else "")
+        scoring = scoring.replace("_group", "_bias" if facts.bias else "")
         group_score = None
     bias = facts.bias
     owner = block if facts.bias_in_block else router
     if bias is not None and not _has_tensor(owner, bias):
         return Refusal(f"its selection bias {bias} is missing from {type(owner).__name__}")
-    stem = family.partition("_")[0]
+    stem = scoring.partition("_")[0]
     return RouterSpec(
-        family=family,
+        scoring=scoring,
         num_experts=num_experts,
         top_k=k,
         hidden_size=weight.shape[1],
         weight_name=weight_name,
         num_rows=weight.shape[0],
         null_experts=_count(facts.null_experts, router, block, getattr(block, "config", None)),
-        score="sqrt_softplus" if stem == "sqrt" else "sigmoid" if "sigmoid" in family else "softmax",
+        score="sqrt_softplus" if stem == "sqrt" else "sigmoid" if "sigmoid" in scoring else "softmax",
         normalize=bool(getattr(router, "norm_topk_prob", False)) if facts.normalize is None else facts.normalize,
         normalize_eps=facts.normalize_eps,
         scaling=1.0 / k if facts.divide_by_k else _scaling(router),

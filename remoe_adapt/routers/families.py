@@ -32,7 +32,7 @@ class Facts:
     `weights_dtype` is that of the returned weights: "logits", "hidden" (as the input) or "fp32".
     """
 
-    family: str
+    scoring: str
     normalize: bool | None = False
     normalize_eps: float = 0.0
     weight_rule: str = "score"
@@ -66,17 +66,17 @@ _BIAS = "e_score_correction_bias"
 _EXPERT_BIAS = "expert_bias"
 _TINY = 1e-20
 
-SOFTMAX = Facts(family="softmax", normalize=None)
+SOFTMAX = Facts(scoring="softmax", normalize=None)
 SOFTMAX_RENORMALISED = replace(SOFTMAX, normalize=True)
-CHOSEN_SOFTMAX = Facts(family="topk_softmax", weight_rule="chosen_softmax")
+CHOSEN_SOFTMAX = Facts(scoring="topk_softmax", weight_rule="chosen_softmax")
 SIGMOID_GROUP = Facts(
-    family="sigmoid_group", normalize=None, normalize_eps=_TINY, group_score="top2", bias=_BIAS, product="fp32"
+    scoring="sigmoid_group", normalize=None, normalize_eps=_TINY, group_score="top2", bias=_BIAS, product="fp32"
 )
-SIGMOID_BIAS = Facts(family="sigmoid_bias", normalize=True, bias=_BIAS)
+SIGMOID_BIAS = Facts(scoring="sigmoid_bias", normalize=True, bias=_BIAS)
 SIGMOID_BLOCK_BIAS = replace(SIGMOID_BIAS, bias_in_block=True)
-SOFTMAX_GROUP = Facts(family="softmax_group", group_score="top2", group_fill=-math.inf)
+SOFTMAX_GROUP = Facts(scoring="softmax_group", group_score="top2", group_fill=-math.inf)
 ERNIE = Facts(
-    family="softmax_bias",
+    scoring="softmax_bias",
     normalize=True,
     bias=f"moe_statics.{_BIAS}",
     product="fp32",
@@ -123,12 +123,12 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
     ),
     (ERNIE, "Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter"),
     (
-        Facts(family="softmax_bias", bias=_BIAS, null_experts="zero_expert_num", product="fp32"),
+        Facts(scoring="softmax_bias", bias=_BIAS, null_experts="zero_expert_num", product="fp32"),
         "LongcatFlashTopkRouter",
     ),
     (
         Facts(
-            family="softmax_bias",
+            scoring="softmax_bias",
             bias="balancing_biases",
             null_experts=1,
             weight_rule="null_is_zero",
@@ -180,10 +180,10 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
         ),
         "InklingTopkRouter",
     ),
-    (Facts(family="logit_bias_sigmoid", normalize=None, bias=_BIAS, product="fp32_output"), "Kolibri1TopKRouter"),
-    (Facts(family="sigmoid", normalize=None, product="fp32", autocast=False), "FlintTopKRouter"),
-    (Facts(family="sigmoid", returns=("dense_weights", "logits")), "Llama4Router"),
-    (Facts(family="sparsemixer", weight_rule="sparsemixer"), "PhimoeTopKRouter"),
+    (Facts(scoring="logit_bias_sigmoid", normalize=None, bias=_BIAS, product="fp32_output"), "Kolibri1TopKRouter"),
+    (Facts(scoring="sigmoid", normalize=None, product="fp32", autocast=False), "FlintTopKRouter"),
+    (Facts(scoring="sigmoid", returns=("dense_weights", "logits")), "Llama4Router"),
+    (Facts(scoring="sparsemixer", weight_rule="sparsemixer"), "PhimoeTopKRouter"),
     (Refusal("it looks experts up by token id: its weight sets only how much they count"), "DeepseekV4HashRouter"),
     (
         Refusal("transformers reads its 0/1 mask as expert numbers: experts 0 and 1 run whatever it scores"),
@@ -198,7 +198,7 @@ _BY_CLASS: dict[str, Facts | Refusal] = {name: facts for facts, names in _GROUPS
 
 
 def _deepseek_v2(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
-    return replace(facts, family="softmax", group_score=None) if router.topk_method == "greedy" else facts
+    return replace(facts, scoring="softmax", group_score=None) if router.topk_method == "greedy" else facts
 
 
 def _dbrx(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
@@ -211,7 +211,7 @@ def _dbrx(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
 def _cohere2(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
     if router.expert_selection_fn != "sigmoid":
         return facts
-    return replace(facts, family="sigmoid", normalize=None, weight_rule="score")
+    return replace(facts, scoring="sigmoid", normalize=None, weight_rule="score")
 
 
 def _score_function(router: nn.Module, block: nn.Module, facts: Facts) -> Facts | Refusal:
@@ -219,12 +219,12 @@ def _score_function(router: nn.Module, block: nn.Module, facts: Facts) -> Facts 
     if name == "Sigmoid":
         return facts
     if name == "SqrtSoftplusActivation":
-        return replace(facts, family="sqrt_softplus_bias")
+        return replace(facts, scoring="sqrt_softplus_bias")
     return Refusal(f"its scoring function {name} is not known here")
 
 
 def _lfm2(router: nn.Module, block: nn.Module, facts: Facts) -> Facts:
-    return facts if router.use_expert_bias else replace(facts, family="sigmoid", bias=None, bias_in_block=False)
+    return facts if router.use_expert_bias else replace(facts, scoring="sigmoid", bias=None, bias_in_block=False)
 
 
 _VARIANTS: dict[str, Callable[..., Facts | Refusal]] = {
@@ -293,8 +293,8 @@ GGUF_ARCH: dict[str, str] = {
 # Architectures whose graph multiplies by the router without its LoRA, so that one is loaded and silently ignored.
 GGUF_LORA_IGNORED = frozenset({"kimi-k3"})
 
-# A stock router of each scoring family whose gating follows from its logits: "folder of transformers.models.class".
-FAMILY_EXAMPLES: tuple[tuple[str, str], ...] = (
+# A stock router of each scoring whose gating follows from its logits: "folder of transformers.models.class".
+SCORING_EXAMPLES: tuple[tuple[str, str], ...] = (
     ("softmax", "qwen2_moe.Qwen2MoeTopKRouter"),
     ("softmax, renormalised", "qwen3_5_moe.Qwen3_5MoeTopKRouter"),
     ("topk_softmax", "granitemoe.GraniteMoeTopKRouter"),

@@ -33,7 +33,7 @@ def infer_facts(router: nn.Module, block: nn.Module, num_experts: int) -> Facts 
     if len(squashes) != 1:
         return Refusal(
             f"{type(router).__name__}.forward uses {' and '.join(squashes) or 'neither softmax nor sigmoid'}: "
-            "its scoring family cannot be told, and the class is not listed"
+            "its scoring cannot be told, and the class is not listed"
         )
     returns = _returned_names(function)
     if returns is None:
@@ -44,18 +44,18 @@ def infer_facts(router: nn.Module, block: nn.Module, num_experts: int) -> Facts 
     normalize = None if hasattr(router, "norm_topk_prob") else "keepdim=True" in text and ".sum(" in text
     if squashes[0] == "softmax":
         if not before:
-            family = "topk_softmax"
+            scoring = "topk_softmax"
         else:
-            family = "softmax_bias" if bias else "softmax"
+            scoring = "softmax_bias" if bias else "softmax"
     else:
-        family = "sigmoid" if not bias else ("sigmoid_bias" if before else "logit_bias_sigmoid")
+        scoring = "sigmoid" if not bias else ("sigmoid_bias" if before else "logit_bias_sigmoid")
     grouped = before and order.count("topk") + order.count("amax") + order.count("max") > 1 and "group" in text
     return Facts(
-        family=f"{squashes[0]}_group" if grouped else family,
-        normalize=False if family == "topk_softmax" else normalize,
-        weight_rule="chosen_softmax" if family == "topk_softmax" else "score",
+        scoring=f"{squashes[0]}_group" if grouped else scoring,
+        normalize=False if scoring == "topk_softmax" else normalize,
+        weight_rule="chosen_softmax" if scoring == "topk_softmax" else "score",
         group_score=("max" if "max" in order or "amax" in order else "top2") if grouped else None,
-        bias=None if family == "topk_softmax" else bias,
+        bias=None if scoring == "topk_softmax" else bias,
         bias_in_block=in_block,
         logit_bias="bias" if isinstance(getattr(router, "bias", None), Tensor) else None,
         returns=returns,
@@ -89,7 +89,7 @@ def _infer_bare_linear(router: nn.Linear, block: nn.Module) -> Facts | Refusal:
     if "softmax" not in text or "sigmoid" in text or _selection_bias(router, block, None, router.out_features)[0]:
         return Refusal(f"{type(block).__name__} does not show a plain softmax gate, and its router is a bare Linear")
     logit_bias = "bias" if router.bias is not None else None
-    return Facts(family="softmax", normalize=None, logit_bias=logit_bias, returns=("logits",))
+    return Facts(scoring="softmax", normalize=None, logit_bias=logit_bias, returns=("logits",))
 
 
 def _forward_tree(cls: type[nn.Module]) -> ast.FunctionDef | None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from remoe_adapt.errors import UnsupportedRouterError
 from remoe_adapt.routers.ranking import best_ids
 
-FAMILIES = (
+SCORINGS = (
     "softmax",  # p = softmax(z); top-k of p; weights p, renormalised or not
     "topk_softmax",  # top-k of z (+ logit bias); softmax over the chosen
     "softmax_bias",  # p = softmax(z); top-k of p + bias; weights p
@@ -64,7 +64,7 @@ class RouterSpec:
     `is_chosen_softmax`, the weights are a softmax over the chosen logits (as softmax scores over their sum are).
     """
 
-    family: str
+    scoring: str
     num_experts: int
     top_k: int
     hidden_size: int
@@ -89,7 +89,7 @@ class RouterSpec:
 
     def __post_init__(self) -> None:
         chosen = self.weight_rule == "score" and self.normalize and self.score == "softmax"
-        object.__setattr__(self, "ranks_logits", self.family in ("softmax", "topk_softmax", "sparsemixer"))
+        object.__setattr__(self, "ranks_logits", self.scoring in ("softmax", "topk_softmax", "sparsemixer"))
         object.__setattr__(self, "is_chosen_softmax", chosen or self.weight_rule == "chosen_softmax")
 
     def scores(self, logits_TE: Tensor) -> Tensor:
@@ -111,14 +111,14 @@ class RouterSpec:
     def choice_scores(self, logits_TE: Tensor, correction_bias_E: Tensor | None = None) -> Tensor:
         """Values [T, E] whose K largest are chosen (before any recency prior).
 
-        The logits themselves where ranking needs no more; scores (+ bias, fp32) in bias and group families, with
-        experts outside the chosen groups at `group_fill`. `correction_bias_E` is ignored by families without one.
+        The logits themselves where ranking needs no more; scores (+ bias, fp32) in bias and group scorings, with
+        experts outside the chosen groups at `group_fill`. `correction_bias_E` is ignored by scorings without one.
         """
         if self.ranks_logits:
             return logits_TE
-        if self.family == "sigmoid":
+        if self.scoring == "sigmoid":
             return self.scores(logits_TE)
-        choice_TE = logits_TE.float() if self.family == "logit_bias_sigmoid" else self.scores(logits_TE)
+        choice_TE = logits_TE.float() if self.scoring == "logit_bias_sigmoid" else self.scores(logits_TE)
         if correction_bias_E is not None:
             choice_TE = choice_TE + correction_bias_E.float().reshape(-1)
         return choice_TE if self.group_score is None else self._keep_best_groups(choice_TE)
@@ -133,7 +133,7 @@ class RouterSpec:
             return weights_TK if self.scaling == 1.0 else weights_TK * self.scaling
         if self.weight_rule not in ("score", "null_is_zero"):
             raise UnsupportedRouterError(
-                f"weights of a {self.family} router with the rule {self.weight_rule!r} do not follow from its logits: "
+                f"weights of a {self.scoring} router with the rule {self.weight_rule!r} do not follow from its logits: "
                 "let the model's own router compute them."
             )
         weights_TK = self.scores(logits_TE).gather(-1, ids_TK)
@@ -165,14 +165,14 @@ class RouterSpec:
         entries = tuple(output) if isinstance(output, (tuple, list)) else (output,)
         if len(entries) != len(self.returns):
             raise UnsupportedRouterError(
-                f"a {self.family} router returned {len(entries)} values, expected {len(self.returns)}: "
+                f"a {self.scoring} router returned {len(entries)} values, expected {len(self.returns)}: "
                 f"{', '.join(self.returns)}. Another transformers version? Please report it."
             )
         by_name = dict(zip(self.returns, entries, strict=True))
         source = by_name["probabilities" if "probabilities" in by_name else "logits"]
         if source.shape[-1] != self.num_experts:
             raise UnsupportedRouterError(
-                f"a {self.family} router returned {tuple(source.shape)} as its scores, expected {self.num_experts} per "
+                f"a {self.scoring} router returned {tuple(source.shape)} as scores, expected {self.num_experts} per "
                 "token. Another transformers version? Please report it."
             )
         if "probabilities" in by_name:

@@ -199,8 +199,8 @@ class RemoeTrainerMixin(_Mixin):
             # The pass above ran without gradient, so DistributedDataParallel averages nothing.
             for parameter in (p for layer in self.router_layers.values() for p in layer.parameters()):
                 if parameter.requires_grad:
-                    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    parameter.grad = self.accelerator.reduce(own, reduction="mean")
+                    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
         self._note(ce, terms, share_B)
         return ce * self._loss_factor + loss
 

@@ -88,7 +88,7 @@ def _check(
 ) -> None:
     if isinstance(adapters, str) or not adapters:
         raise ConfigError(f"adapters={adapters!r}: give a list of at least one adapter name.")
-    own = tuner.own_adapters
+    own = tuner.remoe_adapters
     if unknown := [name for name in adapters if name not in own]:
         raise AdapterError(f"no REMOE adapter named {unknown} to combine; this model has {sorted(own)}.")
     if len(weights) != len(adapters):

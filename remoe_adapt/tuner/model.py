@@ -177,7 +177,7 @@ class RemoeModel(BaseTuner):
     # Only our own adapters
 
     @property
-    def own_adapters(self) -> set[str]:
+    def remoe_adapters(self) -> set[str]:
         """Names of the REMOE adapters of this base."""
         return {name for name, config in self.peft_config.items() if config.peft_type == PeftType("REMOE")}
 
@@ -186,7 +186,7 @@ class RemoeModel(BaseTuner):
 
     def _copies(self) -> Iterator[AuxiliaryTrainingWrapper]:
         """Wrappers of modules_to_save that hold one of our adapters."""
-        own = self.own_adapters
+        own = self.remoe_adapters
         return (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper) and own & m._adapters)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -268,7 +268,7 @@ class RemoeModel(BaseTuner):
                 continue
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, replacement)
-        self._leave(self.own_adapters)
+        self._leave(self.remoe_adapters)
         return self.model  # type: ignore[no-any-return]
 
     def _leave(self, own: set[str]) -> None:
@@ -289,7 +289,7 @@ class RemoeModel(BaseTuner):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             return nullcontext()
-        return mixed_batch(self.model, self._layers(), self.own_adapters, adapter_names, args, kwargs)
+        return mixed_batch(self.model, self._layers(), self.remoe_adapters, adapter_names, args, kwargs)
 
     # Combination
 
