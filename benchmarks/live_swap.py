@@ -21,13 +21,13 @@ from llamacpp import Options as ModelOptions
 from llamacpp import prepare, text_ids
 from numpy.typing import NDArray
 
-from remoe_adapt.bench import protocol
-from remoe_adapt.bench.decode_process import WorkerProcess
-from remoe_adapt.bench.results import REPO_ROOT
-from remoe_adapt.export.gguf_live import LiveRouters
-from remoe_adapt.export.gguf_split import split_gguf
-from remoe_adapt.family import Family
-from remoe_adapt.llama_engine import LlamaModel
+from remoe_adapt.bench.harness import process as protocol
+from remoe_adapt.bench.harness.process import WorkerProcess
+from remoe_adapt.bench.harness.results import REPO_ROOT
+from remoe_adapt.engines.gguf.live import LiveRouters
+from remoe_adapt.engines.gguf.split import split_gguf
+from remoe_adapt.family.family import Family
+from remoe_adapt.engines.llamacpp.in_process import LlamaModel
 
 FAMILY = REPO_ROOT / "examples" / "tiny_moe" / "family"
 STRENGTHS = (0.0, 1.0)

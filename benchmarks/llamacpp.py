@@ -26,19 +26,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from remoe_adapt.bench import protocol
-from remoe_adapt.bench.decode_process import WorkerProcess
-from remoe_adapt.bench.limits import memory_group, why_no_groups
-from remoe_adapt.bench.loop_disk import loop_disk, why_no_loop
-from remoe_adapt.bench.read_cap import read_cap, why_no_cap
-from remoe_adapt.bench.results import REPO_ROOT
-from remoe_adapt.bench.widen import widened
-from remoe_adapt.export.gguf import export_gguf
-from remoe_adapt.export.gguf_lora import export_gguf_lora
-from remoe_adapt.export.gguf_split import split_gguf
-from remoe_adapt.family import Family
-from remoe_adapt.llama_engine import LlamaModel
-from remoe_adapt.runtime.llama_scales import ScaleMap
+from remoe_adapt.bench.harness import process as protocol
+from remoe_adapt.bench.harness.process import WorkerProcess
+from remoe_adapt.bench.harness.memory_group import memory_group, why_no_groups
+from remoe_adapt.bench.harness.disk import loop_disk, why_no_loop
+from remoe_adapt.bench.harness.disk import read_cap, why_no_cap
+from remoe_adapt.bench.harness.results import REPO_ROOT
+from remoe_adapt.bench.harness.widen import widened
+from remoe_adapt.engines.gguf.patch import export_gguf
+from remoe_adapt.engines.gguf.lora import export_gguf_lora
+from remoe_adapt.engines.gguf.split import split_gguf
+from remoe_adapt.family.family import Family
+from remoe_adapt.engines.llamacpp.in_process import LlamaModel
+from remoe_adapt.engines.llamacpp.client import ScaleMap
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
 TEXT = REPO_ROOT.parent / "shared" / "data" / "heldout" / "wikitext2_valid.txt.gz"

@@ -16,8 +16,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from remoe_adapt.bench.places import terminated_as_interrupted
-from remoe_adapt.bench.results import REPO_ROOT, append_row, environment
+from remoe_adapt.bench.harness.results import terminated_as_interrupted
+from remoe_adapt.bench.harness.results import REPO_ROOT, append_row, environment
 from remoe_adapt.errors import RemoeError
 
 HELD_OUT = ("wikitext2_valid.txt.gz", "gsm8k_test.jsonl.gz", "humaneval.jsonl.gz")
@@ -89,7 +89,7 @@ def texts() -> list[Path]:
 @app.command()
 def controller(settings: Settings = None) -> None:
     """`remoe bench controller`: controller_cpu.csv (arms) and controller_cpu_bars.csv."""
-    from remoe_adapt.bench.controller import ControllerOptions, run_controller
+    from remoe_adapt.bench.controller.bench import ControllerOptions, run_controller
 
     result = run_controller(options(ControllerOptions, settings, data=texts(), keep=True))
     common = {**picked(result["settings"], CONTROLLER_SETTINGS), "void": result["void"] or ""}
@@ -101,7 +101,7 @@ def controller(settings: Settings = None) -> None:
 @app.command()
 def decode(settings: Settings = None) -> None:
     """`remoe bench decode`: decode_cpu.csv (arms) and decode_cpu_bars.csv."""
-    from remoe_adapt.bench.decode import DecodeOptions, run_decode
+    from remoe_adapt.bench.decode.bench import DecodeOptions, run_decode
 
     result = run_decode(options(DecodeOptions, settings, data=texts()))
     common, bar = picked(result, DECODE_SETTINGS), ("bar", "arm", "value", "target", "met")
@@ -143,7 +143,7 @@ def swap(model: str | None = None, family: str | None = None) -> None:
 @app.command()
 def reading(model: str, pack: str) -> None:
     """Raw and expert reads of a checkpoint and its pack (`remoe pack`): reading_cpu.csv."""
-    from remoe_adapt.bench.reading import run_file_reads
+    from remoe_adapt.bench.files import run_file_reads
 
     for row in run_file_reads(model, pack)["rows"]:
         keep("reading_cpu.csv", [row])
@@ -153,7 +153,7 @@ def reading(model: str, pack: str) -> None:
 @app.command("patch_gguf")
 def patch_gguf(gigabytes: Annotated[float, typer.Argument(help="Size of the GGUF.")] = 3.0) -> None:
     """What another strength costs in a GGUF of 3 GB: patch_gguf.csv."""
-    from remoe_adapt.bench.patching import run_patching
+    from remoe_adapt.bench.files import run_patching
 
     result = run_patching(gigabytes)
     keep("patch_gguf.csv", [result])

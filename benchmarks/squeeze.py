@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.bench.controller_arms import PRIOR_GAIN, bench_profile, kinds
-from remoe_adapt.bench.controller_process import ArmProcess, Setup
-from remoe_adapt.bench.limits import MemoryGroup
-from remoe_adapt.bench.places import checked_family, chosen_model, work_folder
-from remoe_adapt.bench.widen import widened
-from remoe_adapt.cache.tiers import READ_THREADS
-from remoe_adapt.demo import held_out
-from remoe_adapt.record import load_tokenizer
-from remoe_adapt.runtime.pack import pack_experts
+from remoe_adapt.bench.controller.arms import PRIOR_GAIN, bench_profile, kinds
+from remoe_adapt.bench.controller.process import ArmProcess, Setup
+from remoe_adapt.bench.harness.memory_group import MemoryGroup
+from remoe_adapt.bench.harness.results import checked_family, chosen_model, work_folder
+from remoe_adapt.bench.harness.widen import widened
+from remoe_adapt.expert_cache.cache import READ_THREADS
+from remoe_adapt.evaluation.shipped import held_out
+from remoe_adapt.checkpoints.load import load_tokenizer
+from remoe_adapt.expert_cache.load import pack_experts
 
 ARMS = ("adaptive", "no_controller")
 _MIB = 1 << 20

@@ -18,8 +18,8 @@ import yaml
 
 import remoe_adapt
 from remoe_adapt import DeviceProfile, list_profiles
-from remoe_adapt.cli import app
-from remoe_adapt.device_profile import check_profile
+from remoe_adapt.cli.app import app
+from remoe_adapt.device_profile.profile import check_profile
 from remoe_adapt.libraries import contracts
 
 _FROM_SOURCE = re.compile(r"^<!-- from source: (\w+) -->$", re.MULTILINE)

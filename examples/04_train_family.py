@@ -16,8 +16,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remoe_adapt import get_remoe_model
-from remoe_adapt.evaluate import evaluate
-from remoe_adapt.training.run import TrainOptions, train_family
+from remoe_adapt.evaluation.evaluate import evaluate
+from remoe_adapt.training.options import TrainOptions
+from remoe_adapt.training.run import train_family
 
 HERE = Path(__file__).parent / "tiny_moe"
 OPTIONS = TrainOptions(steps=16, batch=4, length=96, distill_share=0.7)

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from train_tiny_moe import DOMAINS, documents, stdlib_documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from remoe_adapt.evaluate import evaluate
-from remoe_adapt.record import record_forward
+from remoe_adapt.evaluation.evaluate import evaluate
+from remoe_adapt.evaluation.record import record_forward
 from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.training.data import read_file, tokenize_documents
+from remoe_adapt.texts import read_file, tokenize_documents
 
 HELD_OUT = {
     "wikitext2_valid": "wikitext2_valid.txt.gz",

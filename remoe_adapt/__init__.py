@@ -16,11 +16,11 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _EXPORTS = {
-    "Controller": "remoe_adapt.runtime.controller",
-    "DeviceProfile": "remoe_adapt.device_profile",
-    "Family": "remoe_adapt.family",
-    "FamilyPoint": "remoe_adapt.family",
-    "RecencyPrior": "remoe_adapt.gating.prior",
+    "Controller": "remoe_adapt.dial.controller",
+    "DeviceProfile": "remoe_adapt.device_profile.profile",
+    "Family": "remoe_adapt.family.family",
+    "FamilyPoint": "remoe_adapt.family.family",
+    "RecencyPrior": "remoe_adapt.recency.prior",
     "RemoeConfig": "remoe_adapt.tuner",
     "RemoeError": "remoe_adapt.errors",
     "RemoeLayer": "remoe_adapt.tuner",
@@ -29,14 +29,14 @@ _EXPORTS = {
     "RemoeTrainerMixin": "remoe_adapt.training.trainer",
     "RouterRef": "remoe_adapt.routers.discover",
     "RouterSpec": "remoe_adapt.routers.spec",
-    "Trace": "remoe_adapt.trace",
+    "Trace": "remoe_adapt.traces.trace",
     "discover_routers": "remoe_adapt.routers.discover",
-    "get_remoe_model": "remoe_adapt.runtime.load",
-    "list_profiles": "remoe_adapt.device_profile",
-    "load_profile": "remoe_adapt.device_profile",
-    "load_with_expert_cache": "remoe_adapt.runtime.cached",
-    "recency_prior": "remoe_adapt.gating.install",
-    "release": "remoe_adapt.runtime.load",
+    "get_remoe_model": "remoe_adapt.dial.load",
+    "list_profiles": "remoe_adapt.device_profile.profile",
+    "load_profile": "remoe_adapt.device_profile.profile",
+    "load_with_expert_cache": "remoe_adapt.expert_cache.load",
+    "recency_prior": "remoe_adapt.recency.install",
+    "release": "remoe_adapt.dial.load",
     "topk_gating": "remoe_adapt.gating.reference",
 }
 

@@ -1,1 +1,4 @@
-"""The benchmarks behind `remoe bench`, each against its named baselines."""
+"""Benchmarks behind `remoe bench`, each a ratio to a named baseline in one run."""
+
+from remoe_adapt.bench.gating import run_gating
+from remoe_adapt.bench.swap import run_swap

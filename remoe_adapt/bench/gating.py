@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe_adapt.bench.gating_cpu import cpu_rows
-from remoe_adapt.gating.ops import kernel_rule, spec_text
-from remoe_adapt.gating.reference import PriorStep, topk_gating
-from remoe_adapt.routers.spec import RouterSpec
+from remoe_adapt.gating import kernel_rule, spec_text
+from remoe_adapt.gating import PriorStep, topk_gating
+from remoe_adapt.routers import RouterSpec
 
 Row = dict[str, Any]
 Call = Callable[[], object]

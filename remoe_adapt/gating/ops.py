@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe_adapt.gating import reference
-from remoe_adapt.gating.backends import backend
+from remoe_adapt.gating.backend import backend
 from remoe_adapt.gating.reference import PriorStep
-from remoe_adapt.routers.spec import RouterSpec
+from remoe_adapt.routers import RouterSpec
 
 if TYPE_CHECKING:
     from remoe_adapt.triton_kernels.rule import Rule

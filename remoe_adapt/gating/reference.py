@@ -1,7 +1,7 @@
 """The definition of gating in plain torch: which experts a token gets and with what weights. Kernels are tested by it.
 
 Shapes: B sequences of S tokens each, T = B * S tokens in that order, E experts, K chosen. Ranking is that of
-`routers/ranking.py`: among equal values the lowest index first, NaN above everything. So K distinct experts come out of
+`routers/spec.py`: among equal values the lowest index first, NaN above everything. So K distinct experts come out of
 any input, the same ones on every device.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.routers.ranking import best_ids
-from remoe_adapt.routers.spec import RouterSpec
+from remoe_adapt.routers import best_ids
+from remoe_adapt.routers import RouterSpec
 from remoe_adapt.triton_kernels import rule
 
 # Flags of a token, and where a span of choice values is cut: the kernels' own numbers.
@@ -25,7 +25,7 @@ MAX_SPAN: float = rule.MAX_SPAN
 
 @dataclass(frozen=True, slots=True)
 class PriorStep:
-    """What one gate needs of the recency prior (`gating/prior.py` makes it).
+    """What one gate needs of the recency prior (`recency/prior.py` makes it).
 
     recency_BE: fp32, one row per sequence (one for all of them in `resident` mode), each in [0, 1]; updated in place.
     gain: fp32 scalar tensor. decay: recency becomes `decay * recency + (1 - decay) * chosen` after each token; 0 is

@@ -9,6 +9,10 @@ object with a way back.
 from __future__ import annotations
 
 from remoe_adapt.libraries.table import Contract, versions
+from remoe_adapt.libraries.kv_cache import CONTINUOUS_BATCHING, cache_argument, cache_keyword, cache_length, can_carry_state, handed_cache, is_counted, returned_cache, unknown_cache_argument
+from remoe_adapt.libraries.patching import Overrides
+from remoe_adapt.libraries.table import versions
+
 
 __all__ = ["Contract", "contracts", "versions"]
 

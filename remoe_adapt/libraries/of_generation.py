@@ -8,14 +8,7 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.libraries.kv_cache import (
-    CONTINUOUS_BATCHING,
-    cache_argument,
-    cache_length,
-    can_carry_state,
-    is_counted,
-    returned_cache,
-)
+from remoe_adapt.libraries.kv_cache import CONTINUOUS_BATCHING, cache_argument, cache_length, can_carry_state, is_counted, returned_cache
 from remoe_adapt.libraries.patching import Override
 from remoe_adapt.libraries.table import hold, relied_on
 from remoe_adapt.libraries.tiny import IDS, ids, tiny_model
@@ -24,7 +17,7 @@ from remoe_adapt.libraries.tiny import IDS, ids, tiny_model
 @relied_on(
     "transformers",
     "A text model takes its KV cache as an argument that kv_cache.CACHE_NAMES knows, and returns it by such a name.",
-    "libraries/kv_cache.py gating/sequences.py gating/proof.py record.py",
+    "libraries/kv_cache.py recency/sequences.py recency/proof.py evaluation/record.py",
 )
 def kv_cache_names() -> None:
     """Broken without a word by 5.24, which renamed `past_key_values` and `cache_params` to `cache`."""
@@ -44,7 +37,7 @@ def kv_cache_names() -> None:
     "transformers",
     "A KV cache counts its tokens, crops, reorders, selects and repeats by methods of these names; a cache for "
     "compiled steps says so and holds its length as a tensor.",
-    "gating/sequences.py libraries/kv_cache.py",
+    "recency/sequences.py libraries/kv_cache.py",
     interposes="the class of a KV cache object becomes a subclass that takes the recency along (sequences.attach); "
     "lives and dies with the cache",
 )
@@ -78,7 +71,7 @@ def kv_cache_methods() -> None:
     "transformers",
     "generate calls prepare_inputs_for_generation before and _update_model_kwargs_for_generation after each forward, "
     "both looked up on the instance; the text model inside is called as a module, with keywords, masks and its cache.",
-    "runtime/boundaries.py runtime/gate.py gating/sequences.py",
+    "dial/steps.py dial/steps.py recency/sequences.py",
     interposes="generate, prepare_inputs_for_generation and _update_model_kwargs_for_generation of one model object "
     "(controller.close takes them off); pre- and post-forward hooks of its text model (InstalledPrior.remove)",
 )
@@ -114,7 +107,7 @@ def decoding_loop() -> None:
 @relied_on(
     "transformers",
     "Continuous batching is entered by these methods alone, generate(cache_implementation='paged') among them.",
-    "gating/install.py libraries/kv_cache.py",
+    "recency/install.py libraries/kv_cache.py",
     interposes="the three methods of a model with an ema or last prior, which raise (InstalledPrior.remove)",
 )
 def continuous_batching() -> None:

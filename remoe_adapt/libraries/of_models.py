@@ -18,7 +18,7 @@ from remoe_adapt.libraries.tiny import EXPERTS, TOP_K, model_class, no_bars, tin
     "transformers",
     "`_can_record_outputs['router_logits']` names the router class; a router returns (logits, weights, ids) of its "
     "tokens, and its 2-D weight has a row per expert.",
-    "routers/discover.py routers/families.py routers/infer.py",
+    "routers/discover.py routers/table.py routers/infer.py",
 )
 def routers() -> None:
     model = tiny_model()
@@ -43,7 +43,7 @@ def routers() -> None:
     "An experts module asks ALL_EXPERTS_FUNCTIONS for the function that experts_implementation names, and calls it "
     "with itself, hidden states, ids and weights; its class's own forward, under that, reads expert e as row e of its "
     "parameters and of nothing else.",
-    "cache/encoding.py cache/experts.py cache/store.py gating/proof.py",
+    "expert_cache/encoding.py expert_cache/experts.py expert_cache/checkpoint_store.py recency/proof.py",
     names="transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
     interposes="the registry of experts implementations, which gains 'remoe_cache' (for good: models that do not name "
     "it never see it); the __init__ of experts classes while one checkpoint is loaded (experts_left_out, undone at its "
@@ -98,7 +98,7 @@ def experts_interface() -> None:
     "transformers",
     "The conversion mapping and rename_source_key tell which keys of a checkpoint become which parameter, and a "
     "converter works on one expert.",
-    "cache/store.py export/base.py",
+    "expert_cache/checkpoint_store.py engines/base.py",
     names="transformers.conversion_mapping.get_model_conversion_mapping "
     "transformers.core_model_loading.WeightConverter transformers.core_model_loading.WeightRenaming "
     "transformers.core_model_loading.dot_natural_key transformers.core_model_loading.rename_source_key",
@@ -128,7 +128,7 @@ def conversion_mapping() -> None:
     "transformers",
     "A model saves experts one by one, loads without parameters that `_keys_to_ignore_on_load_unexpected` names, "
     "leaves modules marked `_is_hf_initialized` alone, and asks its class for save_pretrained.",
-    "runtime/cached.py cache/experts.py",
+    "expert_cache/load.py expert_cache/experts.py",
     interposes="`_keys_to_ignore_on_load_unexpected` of a model's class while one checkpoint is loaded; the class of a "
     "model with an expert cache, whose save_pretrained refuses (for the model's life)",
 )
@@ -150,7 +150,7 @@ def checkpoints() -> None:
 @relied_on(
     "transformers",
     "A folder with a single model.safetensors is loaded from it, whatever index lies beside it.",
-    "cache/shards.py export/base.py runtime/checkpoint.py",
+    "checkpoints/safetensors_files.py engines/base.py expert_cache/checkpoint.py",
 )
 def checkpoint_files() -> None:
     model = tiny_model()

@@ -30,7 +30,7 @@ def _small() -> Any:
     "peft",
     "PeftType is a str enum whose members are looked up in _member_map_ and _value2member_map_, and takes one more; "
     "register_peft_method fills the two mappings.",
-    "tuner/__init__.py doctor.py",
+    "tuner/__init__.py cli/doctor.py",
     names="peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING "
     "peft.utils.register_peft_method peft.utils.PeftType",
     interposes="PeftType gains the member REMOE (for the life of the process)",
@@ -81,7 +81,7 @@ def config_reading() -> None:
 @relied_on(
     "peft",
     "BaseTuner injects through these methods, and a tuner layer tells its state by these names.",
-    "tuner/model.py tuner/layer.py tuner/targets.py tuner/combine.py tuner/mixed_batch.py tuner/beside.py",
+    "tuner/model.py tuner/layer.py tuner/targets.py tuner/combine.py tuner/mixed_batch.py tuner/peft_compat.py",
     names="peft.tuners.tuners_utils.BaseTuner peft.tuners.tuners_utils.BaseTunerLayer "
     "peft.tuners.tuners_utils.check_target_module_exists peft.tuners.tuners_utils.onload_layer "
     "peft.tuners.tuners_utils.check_adapters_to_merge peft.utils.AuxiliaryTrainingWrapper "
@@ -124,7 +124,7 @@ def tuner_layers() -> None:
     "peft",
     "A PeftModel saves adapters under `base_model.model.` without the adapter's name, hands unknown attributes to its "
     "base, and gives the base with get_base_model.",
-    "tuner/checks.py family_files.py export/lora.py runtime/load.py",
+    "tuner/checks.py family/files.py engines/peft_lora.py dial/load.py",
     interposes="save_pretrained of a dialled model and of its base, and their attribute `controller` "
     "(controller.close takes them off)",
 )
@@ -144,8 +144,8 @@ def saved_names() -> None:
     "torch",
     "A module's own hooks are in _forward_hooks, _forward_pre_hooks, _backward_hooks and _backward_pre_hooks; "
     "functional_call runs it on other weights; _foreach_copy_ writes in place.",
-    "tuner/layer.py runtime/swap.py gating/forward.py",
-    interposes="atexit and fork handlers, and mallopt, of the process (runtime/monitor.py, forks.py, host_memory.py)",
+    "tuner/layer.py dial/swap.py gating/router_forward.py",
+    interposes="atexit and fork handlers, and mallopt, of the process (dial/monitor.py, _support/process.py, _support/host_memory.py)",
 )
 def modules() -> None:
     module = nn.Linear(2, 2, bias=False)

@@ -40,7 +40,7 @@ def trainer() -> None:
     "transformers",
     "Every Trainer calls the callbacks of transformers.trainer.DEFAULT_CALLBACKS; a causal LM names its decoder "
     "`base_model`, whose output is the last hidden state, and gives its loss as `loss`.",
-    "training/callback.py training/attached.py",
+    "tuner/attached.py tuner/attached.py",
     interposes="forward hooks on a base and its decoder while a REMOE adapter with loss weights is on it (unload takes "
     "them off); ObjectiveCallback among Trainer's default callbacks (for the process, once such an adapter was made)",
 )
@@ -79,7 +79,7 @@ def load_adapter() -> None:
 @relied_on(
     "accelerate",
     "accelerate's hooks keep the forward that they wrap as `_old_forward` of the module, and call it.",
-    "gating/install.py gating/forward.py",
+    "recency/install.py gating/router_forward.py",
     interposes="the forward of every router that has a prior, on the instance; under accelerate's hooks their "
     "_old_forward (InstalledPrior.remove)",
 )

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from remoe_adapt.pressure.files import PolledFile, count, garbage
+from remoe_adapt.pressure.proc_files import PolledFile, count, garbage
 
 # How often a process is asked which group it is in: that changes rarely, and the answer is long.
 _REFRESH_S = 1.0

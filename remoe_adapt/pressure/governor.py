@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.notices import say_once
-from remoe_adapt.pressure.policy import Decision, DecisionState, decide
+from remoe_adapt._support import say_once
+from remoe_adapt.pressure.decide import Decision, DecisionState, decide
 from remoe_adapt.pressure.reading import Reading
 from remoe_adapt.pressure.sensors import Sensors
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.untrusted import parse_json, printable
+from remoe_adapt._support import parse_json, printable
 
 UNITS = ("B", "B/s", "1/s", "share", "flag")
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import psutil
 
 from remoe_adapt.pressure.cgroups import ProcessGroups
-from remoe_adapt.pressure.files import PolledFile, Rates, count, garbage, reason
+from remoe_adapt.pressure.proc_files import PolledFile, Rates, count, garbage, reason
 from remoe_adapt.pressure.reading import Measure, Reading, merged
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")

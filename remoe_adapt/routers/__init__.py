@@ -1,6 +1,6 @@
-"""Routers: what they are (`spec`), the facts per architecture (`families`), and how to find them (`discover`)."""
+"""Routers of any transformers MoE: which modules they are, what they return, and how their weights are told apart."""
 
-from remoe_adapt.routers.discover import Routers, discover_routers, fingerprint, survey_routers
-from remoe_adapt.routers.spec import RouterOutput, RouterRef, RouterSpec
-
-__all__ = ["RouterOutput", "RouterRef", "RouterSpec", "Routers", "discover_routers", "fingerprint", "survey_routers"]
+from remoe_adapt.routers.discover import Routers, discover_routers, fingerprint, fingerprint_of_weights, survey_routers
+from remoe_adapt.routers.infer import infer_facts
+from remoe_adapt.routers.spec import PEFT_PREFIX, RouterRef, RouterSpec, STANDARD_RETURNS, best_ids, plain_name
+from remoe_adapt.routers.table import Facts, GGUF_ARCH, GGUF_CORRECTION_BIAS, GGUF_LOGIT_BIAS, GGUF_LORA_IGNORED, GGUF_ROUTER_WEIGHT, Refusal, SCORING_EXAMPLES, known_facts

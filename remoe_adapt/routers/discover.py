@@ -2,6 +2,8 @@
 
 The generic rule: a class that a transformers model records as `router_logits`, else a module beside an experts module,
 is a router; the one floating 2-D weight inside it with a row per expert is its weight.
+
+One hash that says which base model an adapter belongs to: all base router weights in model order.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-
 import torch
 from torch import Tensor, nn
-
 from remoe_adapt.errors import RouterError, RouterNotFoundError, UnsupportedRouterError
-from remoe_adapt.routers.families import Facts, Refusal, known_facts
-from remoe_adapt.routers.fingerprint import fingerprint_of_weights
+from remoe_adapt.routers.table import Facts, Refusal, known_facts
 from remoe_adapt.routers.infer import infer_facts, returns_in_this_version
 from remoe_adapt.routers.spec import RouterRef, RouterSpec, plain_name
+import hashlib
+from collections.abc import Iterable
+import torch
+from torch import Tensor
+
 
 _TOP_K_NAMES = (
     "top_k",
@@ -352,3 +356,26 @@ def _has_tensor(owner: nn.Module, path: str) -> bool:
         return isinstance(getattr(owner.get_submodule(holder), leaf), torch.Tensor)
     except AttributeError:
         return False
+
+
+_SMALLEST = 2.0**-16
+
+
+def fingerprint_of_weights(weights: Iterable[Tensor]) -> str:
+    """Hash of base router weights [E, D] in model order, wherever they were read: "sha256:" and 64 hex digits.
+
+    It is the same in whichever dtype the checkpoint is loaded: values are hashed rounded to bf16, which is what loading
+    in bf16 does, and magnitudes below 2**-16 as zero, because fp16 cannot hold them all. The one exception is an fp32
+    checkpoint loaded in fp16: rounding twice is not rounding once.
+    """
+    digest = hashlib.sha256()
+    for weight_ED in weights:
+        digest.update(str(tuple(weight_ED.shape)).encode())
+        digest.update(_canonical_bytes(weight_ED.detach()))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _canonical_bytes(weight_ED: Tensor) -> bytes:
+    rounded_ED = weight_ED.to(torch.bfloat16)
+    rounded_ED = torch.where(rounded_ED.abs() < _SMALLEST, torch.zeros_like(rounded_ED), rounded_ED)
+    return rounded_ED.cpu().contiguous().view(torch.uint8).numpy().tobytes()

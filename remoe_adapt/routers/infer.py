@@ -13,7 +13,7 @@ import textwrap
 
 from torch import Tensor, nn
 
-from remoe_adapt.routers.families import Facts, Refusal
+from remoe_adapt.routers.table import Facts, Refusal
 
 
 def infer_facts(router: nn.Module, block: nn.Module, num_experts: int) -> Facts | Refusal:

@@ -1,6 +1,7 @@
-"""What one router does, as data: how it scores, what it ranks, what its forward returns.
+"""What one router does, as data: how it scores, how experts rank, what its forward returns.
 
 Shapes: T tokens (all leading axes flattened), E choices of the router, K chosen per token, D columns of its weight.
+Experts rank the same on every device: largest first, NaN above all, equals by lowest index.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
 from remoe_adapt.errors import UnsupportedRouterError
-from remoe_adapt.routers.ranking import best_ids
+import torch
+from torch import Tensor
+
 
 SCORINGS = (
     "softmax",  # p = softmax(z); top-k of p; weights p, renormalised or not
@@ -238,3 +239,22 @@ class RouterRef:
     def choice_scores(self, logits_TE: Tensor) -> Tensor:
         """`RouterSpec.choice_scores` with this router's own selection bias."""
         return self.spec.choice_scores(logits_TE, self.correction_bias_E)
+
+
+def best_ids(values_TE: Tensor, k: int) -> Tensor:
+    """Indices [T, k] of the k largest, best first; -0.0 equals 0.0, every NaN equals every other.
+
+    As CPUs sort floats. On other devices whole numbers are sorted: CUDA does not put the NaN of each bf16 row first.
+    """
+    ranked_TE = values_TE if values_TE.is_cpu else ranking_keys(values_TE)
+    return ranked_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def ranking_keys(values: Tensor) -> Tensor:
+    """Whole numbers that order as `values` do: int32, int64 for fp64."""
+    wide = values if values.dtype is torch.float64 else values.float()
+    whole = torch.int64 if wide.dtype is torch.float64 else torch.int32
+    bits = wide.view(whole)
+    largest = torch.iinfo(whole).max
+    keys = torch.where(bits < 0, bits ^ largest, bits)  # the larger a negative number's bits, the smaller it is
+    return keys.masked_fill(wide == 0, 0).masked_fill(wide.isnan(), largest)

@@ -1,1 +1,5 @@
-"""Training a router adapter: the objective, the data, and the Trainer."""
+"""Training a family: the trainer, its points, and runs that resume."""
+
+from remoe_adapt.training.options import TrainOptions
+from remoe_adapt.training.point import CHECKPOINT_MINUTES
+from remoe_adapt.training.run import held_out_documents, train_family

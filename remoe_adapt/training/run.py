@@ -20,17 +20,19 @@ from transformers import PreTrainedModel
 
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family
-from remoe_adapt.family_files import FAMILY_FILE, write_whole
-from remoe_adapt.host_memory import freed_memory_kept
-from remoe_adapt.model_paths import check_place
-from remoe_adapt.record import load_tokenizer, max_positions, on_device, usable_device
-from remoe_adapt.routers.discover import discover_routers, fingerprint
-from remoe_adapt.runtime.pretrained import load_base
-from remoe_adapt.training.data import PackedRows, data_files, pieces, read_file, tokenize_documents
+from remoe_adapt.tuner import FAMILY_FILE
+from remoe_adapt.family import write_whole
+from remoe_adapt._support import freed_memory_kept
+from remoe_adapt.checkpoints import check_place
+from remoe_adapt.checkpoints import load_tokenizer, max_positions, on_device, usable_device
+from remoe_adapt.routers import discover_routers, fingerprint
+from remoe_adapt.checkpoints import load_base
+from remoe_adapt.training.data import PackedRows
+from remoe_adapt.texts import data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
-from remoe_adapt.training.place import check_fits, check_writable
+from remoe_adapt.training.point import check_fits, check_writable
 from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, train_point
-from remoe_adapt.writing import disk_faults
+from remoe_adapt._support import disk_faults
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 

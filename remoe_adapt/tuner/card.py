@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import remoe_layers
-from remoe_adapt.untrusted import printable
+from remoe_adapt._support import printable
 
 CARD_FILE = "README.md"
 

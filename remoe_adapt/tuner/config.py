@@ -14,12 +14,12 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.notices import say_once
-from remoe_adapt.routers.discover import Routers
+from remoe_adapt._support import say_once
+from remoe_adapt.routers import Routers
 from remoe_adapt.tuner.checks import KINDS, PREFIX
 from remoe_adapt.tuner.patterns import check_pattern
 from remoe_adapt.tuner.stored import StoredAdapter
-from remoe_adapt.untrusted import printable
+from remoe_adapt._support import printable
 
 _WEIGHTS = ("reuse_weight", "kl_weight", "smooth_weight", "lag_weight", "ws_weight")
 _OBJECTIVE = (*_WEIGHTS, "distill_share")

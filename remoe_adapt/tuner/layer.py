@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from remoe_adapt.errors import AdapterConflictError, AdapterCorruptError, MergeStateError
-from remoe_adapt.routers.spec import RouterSpec, plain_name
+from remoe_adapt.routers import RouterSpec, plain_name
 from remoe_adapt.tuner.checks import check_finite
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.mixed_batch import mixed_forward

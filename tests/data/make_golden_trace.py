@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from remoe_adapt.trace import Trace
+from remoe_adapt.traces.trace import Trace
 
 LAYERS, TOKENS, TOP_K, EXPERTS = 3, 240, 4, 16
 STARTS = (0, 100, 170)

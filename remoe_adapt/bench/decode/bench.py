@@ -1,0 +1,363 @@
+"""`remoe bench decode`: what a token costs when experts come from storage, against the other ways to get them.
+
+Every way to hold the experts is a process of its own. All live at once and take turns, document by document, in an
+order that changes, over the same held-out text: a prompt at once, then one given token per step with the KV cache,
+batch 1. Times are medians over turns. Everyone reads from a disk of known read-ahead, no faster than `read_mib_per_s`,
+and where memory can be limited, our cache at 25 %, accelerate's disk offload and memory-mapped weights decode under the
+same limit, which is what ours takes: the code of libraries is in memory before, charged to nobody who is limited, so
+the limit is anonymous memory, the kernel's own, and page cache of the weights. Afterwards more text is decoded without
+the clock, the cap lifted, so that perplexity ratios are of more tokens than fit into the timed part.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remoe_adapt.bench.decode.figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio
+from remoe_adapt.bench.harness import WorkerProcess
+from remoe_adapt.bench.harness import MemoryGroup, memory_group, why_no_groups
+from remoe_adapt.bench.harness import READ_AHEAD_BYTES, evict, loop_disk, why_no_loop
+from remoe_adapt.bench.harness import checked_family, chosen_model, terminated_as_interrupted, work_folder
+from remoe_adapt.bench.harness import ReadCap, read_cap, why_no_cap
+from remoe_adapt.bench.harness import EXPERT_BYTES, widened
+from remoe_adapt.expert_cache import READ_THREADS
+from remoe_adapt.errors import DataError, RemoeError
+from remoe_adapt.checkpoints import load_with_tokenizer
+from remoe_adapt.expert_cache import pack_experts
+from remoe_adapt.evaluation import held_out
+
+BUDGET = 0.25
+PROMPT_TOKENS = 16
+# Shorter documents have no step worth timing.
+_LEAST_STEPS = 16
+_REHEARSAL_STEPS = 16
+_MOST_BURSTS = 100
+# What others offer for the same memory, by arm: the regime.
+_OTHERS = {"accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped"}
+_SCORED = ("stock", "cache25", "cache25_prior")
+# Our total memory is measured with caches full; a longer document needs a little more.
+_LIMIT_SLACK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """What to decode and how; None means the default that is described at the command line."""
+
+    model: str | Path | None = None
+    family: str | Path | None = None
+    data: Sequence[str | Path] = ()
+    tokens: int = 520
+    quality_tokens: int = 900
+    strengths: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 1.0)
+    gains: Sequence[float] = (0.1, 0.15, 0.2, 0.3)
+    work: Path | None = None
+    keep: bool = False
+    threads: int = 1
+    read_threads: int = READ_THREADS
+    dtype: torch.dtype = torch.float32
+    expert_bytes: int = EXPERT_BYTES
+    direct_io: bool = True
+    prefetch: bool = False
+    pack: bool = True
+    limits: bool = True
+    read_mib_per_s: float = 300.0
+    turn_seconds: float = 3.0
+    max_seconds: float = 400.0
+
+
+@dataclass
+class _Arm:
+    name: str
+    worker: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+    nll: dict[tuple[int, int], float] = field(default_factory=dict)
+
+
+def quickly(options: DecodeOptions) -> DecodeOptions:
+    """The same in seconds: small experts, few arms and tokens, no limits; its figures say little."""
+    return replace(
+        options, tokens=110, quality_tokens=60, strengths=(1.0,), gains=(0.2,), expert_bytes=1 << 18, limits=False
+    )
+
+
+def run_decode(
+    options: DecodeOptions,
+    *,
+    on_start: Callable[[int], object] | None = None,
+    on_tokens: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Key `arms` by name (see `decode_figures.arm_row`, or `{skipped: reason}`), `bars`, `raw_bandwidth_bytes_per_s`,
+    `limit_ms`, `memory_limit_bytes`, `workers` (what each process said of itself), `storage`, and the settings.
+
+    Raises ConfigError and DataError for a model, family, text or work folder that cannot be used. Disk, groups and
+    processes are gone afterwards, whatever happens.
+    """
+    started_s = time.perf_counter()
+    model, work = chosen_model(options.model), work_folder(options.work)
+    timed, more = _documents(model, options)
+    family = checked_family(model, options.family)
+    bench = _Bench(options, family, (timed, more), on_start, on_tokens)
+    with terminated_as_interrupted():
+        wide = widened(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes)
+        try:
+            with ExitStack() as undo:
+                result = bench.run(wide, work, undo)
+        finally:
+            if not options.keep:
+                for folder in (wide, wide.with_name(f"{wide.name}.pack")):
+                    shutil.rmtree(folder, ignore_errors=True)
+    return {
+        "model": str(model),
+        "family": family,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "threads": options.threads,
+        "read_threads": options.read_threads,
+        "direct_io": options.direct_io,
+        "prefetch": options.prefetch,
+        "pack": options.pack,
+        "read_mib_per_s": options.read_mib_per_s,
+        **result,
+        "seconds": round(time.perf_counter() - started_s, 1),
+    }
+
+
+class _Bench:
+    """One run: its arms, its worker processes, and what they found."""
+
+    def __init__(
+        self,
+        options: DecodeOptions,
+        family: str | None,
+        documents: tuple[list[list[int]], list[list[int]]],
+        on_start: Callable[[int], object] | None,
+        on_tokens: Callable[[int], object] | None,
+    ) -> None:
+        self._options, self._family = options, family
+        self._documents, self._more = documents
+        self._on_start, self._on_tokens = on_start, on_tokens
+        self._arms = [_Arm("stock", "stock"), _Arm("cache100_s0", "cache100", {"strength": 0.0})]
+        strengths = (0.0, *(options.strengths if family else ()))
+        self._arms += [_Arm(f"cache25_s{round(100 * s)}", "cache25", {"strength": s}) for s in strengths]
+        top = max(options.gains, default=0.0)
+        self._arms += [
+            _Arm(f"cache25_prior{round(100 * gain)}", "cache25_prior", {"strength": gain / top})
+            for gain in options.gains
+        ]
+        self._arms += [_Arm(name, name) for name in _OTHERS]
+        self._decoded = 0
+        self._skipped: dict[str, str] = {}
+        self._workers: dict[str, WorkerProcess] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._raw: dict[str, Any] = {}
+
+    def run(self, wide: Path, work: Path, undo: ExitStack) -> dict[str, Any]:
+        why = ("left out of this run" if not self._options.limits else None) or why_no_loop() or why_no_groups()
+        folder, storage, cap = _storage(wide, work, undo, why, self._options.read_mib_per_s)
+        groups: dict[str, MemoryGroup] = {}
+        limited = ("cache25", *_OTHERS)
+        if why is None:
+            groups = {name: undo.enter_context(memory_group(name)) for name in limited}
+        else:
+            self._skipped |= dict.fromkeys(_OTHERS, why)
+        plans = {name: plan for name, plan in self._plans(folder).items() if name not in self._skipped}
+        for name in (*plans, "raw"):  # all at once: most of a start is imports
+            self._workers[name] = WorkerProcess(name, groups.get(name), cap=cap)
+            undo.callback(self._workers[name].close)
+        raw = self._workers.pop("raw")
+        for name, (regime, settings) in plans.items():
+            self._load(name, regime, settings, folder)
+        limit = self._limit(groups)
+        largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        reads = {"file": str(largest), "read_bytes": self._facts["cache25"]["expert_bytes"]}
+        if cap is not None:
+            cap.hold(self._options.read_mib_per_s * (1 << 20))
+        self._take_turns(lambda bursts: raw.ask("read", bursts=bursts, threads=self._options.read_threads, **reads))
+        if cap is not None:
+            cap.hold(0)
+        self._decode_more()
+        for group in groups.values():
+            if group.kills():
+                raise RemoeError(f"{group.folder.name}: the kernel killed a process under the memory limit")
+        return self._result() | {"memory_limit_bytes": limit, "storage": {**storage, "direct_io": self._raw["direct"]}}
+
+    def _plans(self, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+        options = self._options
+        cache: dict[str, Any] = {"direct_io": options.direct_io, "threads": options.read_threads}
+        cache["prefetch"] = options.prefetch
+        if options.pack:
+            pack = folder.parent / f"{folder.name}.pack"
+            if not pack.exists():
+                pack_experts(str(folder), pack)
+            cache["storage"] = str(pack)
+            evict(pack)
+        cached = {"cache": cache, "family": self._family, "gain": 0.0, "dial": self._family is not None}
+        prior = {"gain": max(options.gains, default=0.0), "dial": True}
+        plans: dict[str, tuple[str, dict[str, Any]]] = {
+            "stock": ("stock", {"trial_ids": self._documents[0]}),
+            "cache100": ("cached", cached | {"budget": 1.0}),
+            "cache25": ("cached", cached | {"budget": BUDGET}),
+            "cache25_prior": ("cached", cached | prior | {"budget": BUDGET}),
+            **{name: (regime, {}) for name, regime in _OTHERS.items()},
+        }
+        return {name: plan for name, plan in plans.items() if any(arm.worker == name for arm in self._arms)}
+
+    def _load(self, name: str, regime: str, settings: dict[str, Any], folder: Path) -> None:
+        """Loaded and rehearsed, so that the code it runs is in memory; those we compare with may fail."""
+        evict(folder)
+        try:
+            self._facts[name] = self._workers[name].ask(
+                "load", regime=regime, folder=str(folder), threads=self._options.threads, options=settings
+            )
+            arm = next(arm for arm in self._arms if arm.worker == name)
+            self._decode(arm, self._documents[0][: PROMPT_TOKENS + _REHEARSAL_STEPS + 1])
+        except RemoeError as error:
+            self._skip(name, error)
+
+    def _skip(self, name: str, error: RemoeError) -> None:
+        if name not in _OTHERS:
+            raise error
+        self._workers.pop(name, None)
+        self._skipped[name] = str(error)
+
+    def _limit(self, groups: Mapping[str, MemoryGroup]) -> int | None:
+        """Put everyone under what our cache takes; its bytes, None where nothing is limited."""
+        if not groups:
+            return None
+        limit = groups["cache25"].needed_bytes() + _LIMIT_SLACK_BYTES
+        for name, group in groups.items():
+            if name in self._workers:
+                try:
+                    group.limit(limit)
+                except RemoeError as error:
+                    self._skip(name, error)
+        return limit
+
+    def _decode(self, arm: _Arm, ids: Sequence[int]) -> list[dict[str, Any]]:
+        seconds = self._options.turn_seconds if arm.worker in _OTHERS else self._options.max_seconds
+        answer = self._workers[arm.worker].ask(
+            "decode", arm=arm.settings, ids=list(ids), prompt=PROMPT_TOKENS, max_seconds=seconds
+        )
+        facts = self._facts[arm.worker]
+        facts["anon_growth_bytes"] = max(facts["anon_growth_bytes"], answer["anon_growth_bytes"])
+        steps: list[dict[str, Any]] = answer["steps"]
+        return steps
+
+    def _take_turns(self, read: Callable[[list[int]], dict[str, Any]]) -> None:
+        arms = [arm for arm in self._arms if arm.worker in self._workers]
+        if self._on_start is not None:
+            timed, more = (sum(map(len, documents)) for documents in (self._documents, self._more))
+            self._on_start(len(arms) * timed + len(self._scored()) * more)
+        started_s = time.perf_counter()
+        for number, ids in enumerate(self._documents):
+            # A document that is begun is decoded by all.
+            if number and (time.perf_counter() - started_s) * (number + 1) / number > self._options.max_seconds:
+                break
+            self._decoded = number + 1
+            at = number * len(arms) // max(1, len(self._documents))
+            order = [*arms[at:], *arms[:at]]
+            for arm in order if number % 2 == 0 else reversed(order):
+                if arm.worker not in self._workers:
+                    continue
+                try:
+                    steps = self._decode(arm, ids)
+                except RemoeError as error:
+                    self._skip(arm.worker, error)
+                    continue
+                arm.steps |= {(number, place): step for place, step in enumerate(steps)}
+                if arm.name == "cache25_s0":
+                    self._raw = read(miss_bursts(steps)[:_MOST_BURSTS])
+                if self._on_tokens is not None:
+                    self._on_tokens(len(ids))
+
+    def _scored(self) -> list[tuple[_Arm, str]]:
+        """Arms that more text is decoded for, each with its process: with all experts in RAM where that is the same."""
+        whole = {"cache25": "cache100"}
+        return [(arm, whole.get(arm.worker, arm.worker)) for arm in self._arms if arm.worker in _SCORED]
+
+    def _decode_more(self) -> None:
+        for number, ids in enumerate(self._more, start=len(self._documents)):
+            for arm, worker in self._scored():
+                steps = self._decode(replace(arm, worker=worker), ids)
+                arm.nll |= {(number, place): step["nll"] for place, step in enumerate(steps)}
+                if self._on_tokens is not None:
+                    self._on_tokens(len(ids))
+
+    def _result(self) -> dict[str, Any]:
+        arms = {arm.name: arm for arm in self._arms if arm.worker in self._workers and arm.steps}
+        steps = {name: arm.steps for name, arm in arms.items()}
+        nll = {name: arm.nll | {key: step["nll"] for key, step in arm.steps.items()} for name, arm in arms.items()}
+        rows = {
+            name: arm_row(steps[name], self._facts[arm.worker]) | {"ppl_ratio": ppl_ratio(nll[name], nll["stock"])}
+            for name, arm in arms.items()
+        }
+        speed = self._raw["bytes_per_s"]
+        limit = limit_ms(rows["cache25_s0"]["bytes_per_token"], speed, rows["cache100_s0"]["tpot_ms"])
+        return {
+            "tokens": len(steps["stock"]),
+            "documents": self._decoded,
+            "quality_tokens": len(nll["stock"]),
+            "arms": {arm.name: rows.get(arm.name) or {"skipped": self._skipped[arm.worker]} for arm in self._arms},
+            "bars": bars(steps, rows, limit, self._facts),
+            "raw_bandwidth_bytes_per_s": speed,
+            "raw_read_bytes": self._raw["read_bytes"],
+            "limit_ms": limit,
+            "workers": self._facts,
+        }
+
+
+def _documents(model: str | Path, options: DecodeOptions) -> tuple[list[list[int]], list[list[int]]]:
+    """Held-out documents of about `tokens` tokens in all, and others of about `quality_tokens`, in an order that is
+    random but the same in every run."""
+    _, tokenizer = load_with_tokenizer(model, device="cpu")
+    # The prompts of the shipped text are too short to be timed, but count as tokens there.
+    wanted = 2 * (options.tokens + options.quality_tokens) + 1024
+    found = held_out(Path(model), tokenizer, wanted, options.data).documents
+    long = [ids for ids in found if len(ids) > PROMPT_TOKENS + _LEAST_STEPS]
+    random.Random(0).shuffle(long)  # whatever is left out for time, all sources have had their turn
+    left = iter(long)
+    timed, more = _some(left, options.tokens), _some(left, options.quality_tokens)
+    if not timed:
+        raise DataError(
+            f"nothing to decode in {options.tokens} tokens: give --data FILE with documents of more than "
+            f"{PROMPT_TOKENS + _LEAST_STEPS} tokens, and a higher --tokens"
+        )
+    return timed, more
+
+
+def _some(documents: Iterator[list[int]], tokens: int) -> list[list[int]]:
+    chosen: list[list[int]] = []
+    while (left := tokens - sum(map(len, chosen))) > PROMPT_TOKENS + _LEAST_STEPS:
+        ids = next(documents, None)
+        if ids is None:
+            break
+        chosen.append(ids[:left])
+    return chosen
+
+
+def _storage(
+    wide: Path, work: Path, undo: ExitStack, why: str | None, read_mib_per_s: float
+) -> tuple[Path, dict[str, Any], ReadCap | None]:
+    """The folder that everyone reads from, what it is on, and the group of those whose reads are capped."""
+    if why is not None:
+        return wide, {"kind": "the disk of the work folder", "why": why}, None
+    size = sum(path.stat().st_size for path in wide.iterdir())
+    # The checkpoint, its pack, and what the others make of its experts.
+    disk = undo.enter_context(loop_disk(work, (3 + len(_OTHERS)) * size + (128 << 20)))
+    folder = disk.folder / wide.name
+    shutil.copytree(wide, folder)
+    disk.forget()
+    kind = {"kind": "loop device", "read_ahead_bytes": READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
+    why_not = why_no_cap()
+    if not read_mib_per_s or why_not:
+        return folder, kind | {"read_mib_per_s": None, "why": why_not or "left out of this run"}, None
+    return folder, kind | {"read_mib_per_s": read_mib_per_s}, undo.enter_context(read_cap(disk.device))

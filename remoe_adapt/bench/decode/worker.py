@@ -1,0 +1,132 @@
+"""A process that holds one regime of `remoe bench decode` and decodes what it is told: JSON lines in, JSON lines out.
+
+Its stdout is the protocol's alone; what libraries print goes to stderr. It ends when its stdin does.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
+from torch import Tensor
+
+from remoe_adapt.bench.harness import RawReads
+from remoe_adapt.bench.decode.regimes import REGIMES, Regime
+from remoe_adapt.bench.harness import serve_lines, speak
+from remoe_adapt.evaluation import Decoder
+
+
+class Worker:
+    """Answers requests: `load` once, then any number of `decode`; or any number of `read`, for the raw bandwidth."""
+
+    def __init__(self) -> None:
+        self._regime: Regime | None = None
+        self._before_bytes = 0
+        self._raw: RawReads | None = None
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What a request found; errors are for the caller to report."""
+        if request["op"] == "load":
+            return self._load(request)
+        if request["op"] == "read":
+            return self._read(request)
+        assert request["op"] == "decode", request
+        return self._decode(request)
+
+    def _read(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if self._raw is None:
+            self._raw = RawReads(Path(request["file"]), request["read_bytes"], request["threads"])
+        self._raw.replay(request["bursts"])
+        return {"bytes_per_s": self._raw.bytes_per_s, "direct": self._raw.direct, "read_bytes": self._raw.read_bytes}
+
+    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        torch.set_num_threads(request["threads"])
+        self._before_bytes = anonymous_bytes()
+        self._regime = REGIMES[request["regime"]](Path(request["folder"]), request["options"])
+        self._regime.model.eval()
+        gc.collect()
+        gc.freeze()
+        return {**self._regime.facts, "anon_growth_bytes": anonymous_bytes() - self._before_bytes}
+
+    def _decode(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Feeds `prompt` tokens at once, then one at a time until `max_seconds` are over; the last is only a target.
+
+        `steps` holds for each token fed: `s`, `nll` of the next one (nats), what the kernel read from disk for this
+        process (`io_bytes`) and its major faults, and with a cache `hits`, `misses` of each layer, `bytes`, `stall_s`.
+        """
+        regime, ids, prompt = self._regime, request["ids"], request["prompt"]
+        assert regime is not None and 0 < prompt < len(ids) - 1
+        regime.use(request["arm"])
+        gc.collect()
+        gc.disable()
+        steps: list[dict[str, Any]] = []
+        with torch.inference_mode():
+            decoder = Decoder(regime.model)
+            with regime.between_steps():
+                decoder.feed(ids[:prompt])
+            deadline_s = time.perf_counter() + request["max_seconds"]
+            counted = self._counters()
+            for token, target in zip(ids[prompt:-1], ids[prompt + 1 :], strict=True):
+                begin_s = time.perf_counter()
+                if begin_s > deadline_s and steps:
+                    break
+                with regime.between_steps():
+                    logits_V = decoder.feed([token])
+                took_s = time.perf_counter() - begin_s
+                before, counted = counted, self._counters()
+                steps.append({"s": took_s, "nll": _nll(logits_V, target), **_difference(counted, before)})
+        gc.enable()
+        return {"steps": steps, "anon_growth_bytes": anonymous_bytes() - self._before_bytes}
+
+    def _counters(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"io_bytes": _read_from_disk(), "major_faults": _major_faults()}
+        if self._regime is not None and self._regime.cache is not None:
+            stats = self._regime.cache.stats()
+            found |= {key: stats[key] for key in ("hits", "bytes", "stall_s")}
+            found["misses"] = [layer["misses"] for layer in stats["layers"]]
+            found["prefetch_hits"] = stats.get("prefetch_hits", 0)
+        return found
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process, by the kernel's account."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
+
+
+def _read_from_disk() -> int:
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+
+
+def _major_faults() -> int:
+    # proc(5): the twelfth field; the second may hold spaces and ends with the last parenthesis.
+    return int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[9])
+
+
+def _nll(logits_V: Tensor, target: int) -> float:
+    logits_V = logits_V.float()
+    return float(logits_V.logsumexp(dim=-1) - logits_V[target])
+
+
+def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    def since(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [after - then for after, then in zip(value, before[key], strict=True)]
+        return value - before[key]
+
+    return {key: since(key, value) for key, value in now.items()}
+
+
+def serve(requests: TextIO, replies: TextIO) -> None:
+    """Answer each line of `requests` with one of `replies`, see `serve_lines`."""
+    serve_lines(requests, replies, Worker().answer)
+
+
+if __name__ == "__main__":
+    speak(Worker().answer)

@@ -1,0 +1,362 @@
+"""Results as tables and sentences (callers get renderables), and as `plots`. Progress bars go to standard error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from remoe_adapt._support import size_text
+from remoe_adapt._support import flatten
+from remoe_adapt.cli.plots import plot_frontier
+from remoe_adapt.cli.plots import plot_log
+from remoe_adapt.cli.rows import arm_rows
+from remoe_adapt._support import printable
+
+Row = Mapping[str, Any]
+
+KL_MEANING = "KL: mean over tokens of KL(base || point) of the next-token distributions, in nats."
+HIT_RATE_MEANING = (
+    "policy@c: share of expert look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a "
+    "document begins; all look-ups of a token see the cache as the previous token left it. policy@c/lookup: each "
+    "look-up sees it as the look-up before left it, the figure that others publish."
+)
+
+
+def hit_keys(row: Row) -> list[str]:
+    """The `policy@cache` keys of a row, in order."""
+    return [key for key in row if "@" in key]
+
+
+def eval_table(result: Mapping[str, Any]) -> Table:
+    """The rows of `evaluate` as a table."""
+    table = _table(
+        f"{result['tokens']} tokens of {', '.join(result.get('data', ())) or 'the given text'}, "
+        f"windows of {result['window']}",
+        "strength", "CE", "ppl", "ratio to base", "to control", "KL", "EOR", *hit_keys(result["base"]), "load entropy",
+    )  # fmt: skip
+    for label, row in arm_rows(result):
+        table.add_row(
+            label,
+            f"{row['ce']:.4f}",
+            f"{row['ppl']:.3f}",
+            f"{row['ppl_ratio']:.4f}",
+            _optional(row["ppl_ratio_control"], ".4f"),
+            f"{row['kl']:.4f}",
+            _change(row["eor"], result["base"]["eor"]),
+            *(_percent(row[key]) for key in hit_keys(result["base"])),
+            f"{row['load_entropy']:.3f}",
+        )
+    table.caption = f"{KL_MEANING} {HIT_RATE_MEANING}"
+    return table
+
+
+def layer_table(rows: Sequence[tuple[str, Row]]) -> Table:
+    """The `per_layer` of (label, row) pairs."""
+    keys = [key for key in rows[0][1]["per_layer"][0] if key != "layer"]
+    table = _table("layers", "of", "layer", *(key.replace("_", " ") for key in keys))
+    for label, row in rows:
+        for layer in row["per_layer"]:
+            table.add_row(Text(label), str(layer["layer"]), *(f"{layer[key]:.3f}" for key in keys))
+    return table
+
+
+def simulate_table(title: str, result: Row) -> Table:
+    """What `summarise` says."""
+    table = figures_table(title, {key: value for key, value in result.items() if key != "per_layer"})
+    table.caption = HIT_RATE_MEANING
+    return table
+
+
+def task_table(result: Mapping[str, Any]) -> Table:
+    """Task scores of `evaluate_tasks`, one column per arm."""
+    arms = [("base", result["base"]), *([("control", result["control"])] if result["control"] else [])]
+    arms += [(f"{row['strength']:.2f}", row) for row in result["points"]]
+    table = _table("task scores (lm-eval)", "task", "metric", *(label for label, _ in arms))
+    for task, metrics in result["base"]["tasks"].items():
+        for metric in metrics:
+            table.add_row(task, metric, *(_optional(row["tasks"][task].get(metric), ".4f") for _, row in arms))
+    return table
+
+
+def demo_table(result: Mapping[str, Any]) -> Table:
+    """The rows of the demo: what a newcomer should see first."""
+    stopped = (
+        ""
+        if result["stopped_after_s"] is None
+        else (f" (of {result['tokens_asked']}: stopped after {result['stopped_after_s']:g} s, see --max-seconds)")
+    )
+    table = _table(
+        f"{result['tokens']} tokens of held-out text{stopped}, decoded one at a time, at every strength",
+        "strength", "EOR", "ppl", "ratio to base", "to control", "hit rate", "KiB read/token", "stall", "TPOT, ms",
+        "load entropy",
+    )  # fmt: skip
+    for label, row in arm_rows(result):
+        read = row["bytes_per_token"]
+        table.add_row(
+            label,
+            _change(row["eor"], result["base"]["eor"]),
+            f"{row['ppl']:.3f}",
+            f"{row['ppl_ratio']:.4f}",
+            _optional(row["ppl_ratio_control"], ".4f"),
+            _percent(_hit_rate(row)),
+            "" if read is None else f"{read / 1024:.0f}",
+            "" if row["stall_share"] is None else _percent(row["stall_share"]),
+            _optional(row["tpot_ms"], ".2f"),
+            f"{row['load_entropy']:.3f}",
+        )
+    cache = result["expert_cache"]
+    measured = (
+        "replayed LRU cache of 25 % of experts, recorded decode"
+        if cache is None
+        else f"expert cache of {cache['share']:.0%} of the experts ({cache['policy']}), empty when a document begins, "
+        "reads past the page cache. Stall: share of the time spent waiting for reads"
+    )
+    table.caption = f"EOR: expert overlap of neighbouring tokens. Hit rate: {measured}. TPOT: median time per token."
+    return table
+
+
+def _hit_rate(row: Row) -> float:
+    # A model that cannot have an expert cache is replayed instead, as the table's caption says.
+    measured: float | None = row["hit_rate"]
+    return row["lru@0.25"] if measured is None else measured
+
+
+def figures_table(title: str, result: Row) -> Table:
+    """A result's figures, one per line; nested ones are flattened with dots."""
+    table = _table(title, "figure", "value")
+    for key, value in flatten(result):
+        table.add_row(key, _plain(value))
+    return table
+
+
+def doctor_table(rows: Sequence[Row]) -> Table:
+    """The probes of `doctor`."""
+    table = Table(title="what is usable here", show_lines=False)
+    for name in ("", "check", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        # Text objects throughout: rich would read brackets in a path or a message as markup.
+        mark = Text("ok", "green") if row["ok"] else Text("missing", "red" if row["required"] else "yellow")
+        table.add_row(mark, Text(row["name"]), Text(row["value"]), Text(row["remedy"]))
+    return table
+
+
+def contracts_table(result: Row) -> Table:
+    """What we rely on in other libraries, and whether it is so in the installed ones."""
+    installed = ", ".join(f"{library} {version}" for library, version in result["versions"].items())
+    table = Table(title=f"what we rely on in {installed}", show_lines=False)
+    for name in ("", "library", "what must be so", "what we put there", "why it is not so"):
+        table.add_column(name, overflow="fold")
+    for row in result["rows"]:
+        mark = Text("ok", "green") if row["ok"] else Text("broken", "red")
+        fault = f"{row['fault']} Look at {', '.join(row['used_in'])}." if row["fault"] else ""
+        table.add_row(mark, row["library"], Text(row["relies_on"]), Text(row["interposes"]), Text(printable(fault)))
+    return table
+
+
+def profile_table(profiles: Mapping[str, Row]) -> Table:
+    """Known profiles, what they promise, and where they come from."""
+    table = Table(title="device profiles")
+    for name in ("name", "description", "memory", "experts kept", "file"):
+        table.add_column(name, overflow="fold")
+    for name, facts in profiles.items():
+        if facts["faults"]:
+            cells = (f"{facts['faults']} fault(s): see `remoe profiles check {name}`", "", "")
+        else:
+            budget_bytes = facts["memory"]["budget_bytes"]
+            memory = "all there is" if budget_bytes is None else size_text(budget_bytes)
+            cells = (facts["description"], memory, f"{facts['expert_cache']['share']:.0%}")
+        table.add_row(Text(name), *map(Text, (*cells, facts["file"])))
+    return table
+
+
+def status_line(status: Row) -> str:
+    """The controller's state in one line."""
+    experts = status["expert_cache"]
+    read = "" if experts is None else f"hit rate with the prompt {experts['hit_rate']:.1%}, {_read(experts)} | "
+    return f"strength {status['strength']:.2f} | {status['swaps']} swap(s) | {read}{status['reason']}"
+
+
+def _read(experts: Row) -> str:
+    ahead = f" ({experts['prefetch_hits']} read ahead)" if experts.get("prefetch_hits") else ""
+    return f"{experts['bytes'] / (1 << 20):.1f} MiB read{ahead}, {experts['stall_s']:.1f} s stalled"
+
+
+def run_summary(result: Row) -> Table:
+    """What a `remoe run` did."""
+    keys = ("prompt_tokens", "tokens", "ttft_ms", "tpot_ms", "eor")
+    status = result["status"]
+    figures = {key: result[key] for key in keys} | {key: status[key] for key in ("strength", "swaps", "reason")}
+    if status["expert_cache"] is not None:
+        read = result["bytes_per_token"]
+        figures |= {
+            "hit_rate": result["hit_rate"],
+            "read per token": None if read is None else size_text(read),
+            "stall_share": result["stall_share"],
+        }
+    table = figures_table("summary", figures)
+    if status["expert_cache"] is not None:
+        table.caption = (
+            "hit_rate, read per token and stall_share are of the decode steps after the first token; the line above "
+            "counts from the start, the prompt included."
+        )
+    return table
+
+
+def demo_samples(result: Mapping[str, Any]) -> list[Text]:
+    """Prompts with what the model wrote at each strength."""
+    texts = []
+    for sample in result["samples"]:
+        text = Text(f"\nstrength {sample['strength']:g}: ", "bold")
+        texts.append(text.append(sample["prompt"], "dim").append(sample["text"], "default"))
+    return texts
+
+
+@contextmanager
+def progress(title: str, total: int | None = None) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar of tokens on standard error: (set the total, advance)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+    with _bar(title, total, *columns, TimeElapsedColumn(), TimeRemainingColumn()) as both:
+        yield both
+
+
+@contextmanager
+def byte_progress(title: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar of bytes on standard error: (set the total, advance)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    with _bar(title, None, *columns, TimeRemainingColumn()) as both:
+        yield both
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[], None]]:
+    """A count on standard error of things whose number is not known."""
+    with _bar(title, None, TextColumn("{task.completed} {task.description}"), TimeElapsedColumn()) as (_, advance):
+        yield lambda: advance(1)
+
+
+@contextmanager
+def _bar(
+    title: str, total: int | None, *columns: ProgressColumn
+) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """Shown from the first advance on: work that fails before it leaves its error alone on the screen."""
+    # On standard error, so that --json leaves one object alone on standard output.
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(title, total=total)
+
+    def advance(count: int) -> None:
+        if not bar.live.is_started:
+            # Time that passed before the first advance (loading, mostly) would spoil the estimate of what is left.
+            bar.reset(task)
+            bar.start()
+        bar.advance(task, count)
+
+    try:
+        yield (lambda count: bar.update(task, total=count)), advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def quiet_libraries() -> None:
+    """For a command that loads a model: transformers' own bars and warnings off; bars of downloads stay.
+
+    TRANSFORMERS_VERBOSITY, when it asks for more than errors, says otherwise.
+    """
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    if os.environ.get("TRANSFORMERS_VERBOSITY", "error") != "error":
+        return
+    # transformers switches the hub's bars off together with its own, and a download without a bar looks like a hang.
+    downloads = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+
+
+def gating_table(result: Mapping[str, Any]) -> Table:
+    """The rows of `run_gating`."""
+    names = ("what", "device", "family", "type", "T", "E", "K", "D", "prior", "us", "baseline", "ratio", "bar")
+    table = _table("gates: median time, and its ratio to the baseline's in the same run", *names)
+    for row in result["rows"]:
+        bar = "" if row["bar"] is None else f"{row['bar_of']} <= {row['bar']:.3g}: {'met' if row['met'] else 'missed'}"
+        table.add_row(
+            row["what"], row["device"], row["family"], row["dtype"], str(row["T"]), str(row["E"]), str(row["K"]),
+            _optional(row["D"], "d"), row["prior"] or "", f"{row['us']:.2f}",
+            "" if row["baseline"] is None else f"{row['baseline']} ({row['baseline_us']:.2f})",
+            _optional(row["ratio"], ".2f"), bar,
+        )  # fmt: skip
+    if result["skipped"]:
+        table.caption = "; ".join(f"{what}: {why}" for what, why in result["skipped"].items())
+    return table
+
+
+def demo_meaning(result: Mapping[str, Any]) -> str:
+    """One sentence that says what the demo's table means, from its own figures."""
+    base = result["base"]
+    if not result["points"]:
+        return "This family holds no point above strength 0: nothing to compare."
+    best = max(result["points"], key=_hit_rate)
+    before, after = _hit_rate(base), _hit_rate(best)
+    # Fetches are misses, so their ratio is what a reader saves; hit rates would understate it.
+    fewer = 1 - (1 - after) / (1 - before) if before < 1 else 0.0
+    price = best["ppl_ratio"] - 1
+    share = 0.25 if result["expert_cache"] is None else result["expert_cache"]["share"]
+    return (
+        f"With a cache for {share:.0%} of the experts, the base finds {before:.1%} of the experts it needs; at "
+        f"strength {best['strength']:g} it finds {after:.1%}: {fewer:.0%} fewer to fetch from storage, for "
+        f"{abs(price):.1%} {'higher' if price >= 0 else 'lower'} perplexity and the same work per token."
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _plain(value: Any) -> Text:
+    return Text("" if value is None else printable(_rounded(value)))
+
+
+def _rounded(value: Any) -> str:
+    """Numbers as a reader wants them, wherever they stand."""
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(f"({_rounded(item)})" if isinstance(item, list | tuple) else _rounded(item) for item in value)
+    return str(value)
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _change(value: float, base: float) -> str:
+    """A share, and its change relative to the base's."""
+    # Relative to 0 there is no change to tell.
+    return _percent(value) if value == base or not base else f"{_percent(value)} ({value / base - 1:+.0%})"

@@ -1,0 +1,181 @@
+"""`remoe train` and `remoe eval`: families of router adapters made, and measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import typer
+from rich.console import RenderableType
+
+from remoe_adapt.cli import options as opt
+from remoe_adapt.cli import report, rows
+from remoe_adapt.cli.app import app, command
+from remoe_adapt.cli.options import CommandResult
+from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt._support import check_extra, check_file
+from remoe_adapt.recency_settings import DEFAULT_MODE, Recency
+from remoe_adapt.cli.report import progress, quiet_libraries
+from remoe_adapt.cli.rows import arm_rows
+
+
+@command(app, "train")
+def train(
+    model: opt.Model, data: opt.Data, out: opt.FamilyOut, strengths: opt.Strengths = "0.25,0.5,1.0",
+    reuse_weight: opt.ReuseWeight = None, smooth_weight: opt.SmoothWeight = None, lag_weight: opt.LagWeight = None,
+    ws_weight: opt.WsWeight = None, kl_weight: opt.KlWeight = None, distill_share: opt.DistillShare = None,
+    steps: opt.Steps = None, batch: opt.Batch = None,
+    accumulate: opt.Accumulate = None, length: opt.Length = None, lr: opt.Lr = None, mode: opt.Mode = None,
+    recency: opt.Recency = None, recency_gain: opt.FullGain = None, recency_decay: opt.RecencyDecay = None,
+    rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
+    checkpoint_minutes: opt.CheckpointMinutes = None,
+    device: opt.Device = None, as_json: opt.Json = False,
+) -> CommandResult:  # fmt: skip
+    """Train a family of router adapters, and the control that shows what training alone would do."""
+    recency = recency or (None if recency_gain is None else DEFAULT_MODE)
+    given: dict[str, Any] = dict(locals())
+    if mode == "local" and distill_share:
+        raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
+    from remoe_adapt.evaluation import LEAST_CERTIFIED_TOKENS, certify
+    from remoe_adapt.evaluation import evaluate as measure
+    from remoe_adapt.checkpoints import load_with_tokenizer
+    from remoe_adapt.training import CHECKPOINT_MINUTES
+    from remoe_adapt.training import TrainOptions, held_out_documents, train_family
+
+    quiet_libraries()
+    options = TrainOptions(**{f.name: given[f.name] for f in fields(TrainOptions) if given.get(f.name) is not None})
+    family = train_family(
+        model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device,
+        checkpoint_minutes=CHECKPOINT_MINUTES if checkpoint_minutes is None else checkpoint_minutes,
+    )  # fmt: skip
+    base, tokenizer = load_with_tokenizer(model, device=device)
+    result: dict[str, Any] = {"family": str(out), "strengths": list(family.strengths), "control": None}
+    documents = held_out_documents(data, tokenizer, base, options)
+    # Of the processes of a distributed run one measures.
+    if not documents or int(os.environ.get("RANK", "0")):
+        unmeasured = [] if documents else ["no certificate: the data leave no text to hold out"]
+        return result, [f"family written to {out}", *unmeasured]
+    with progress("measuring on held-out parts of the data") as (total, advance):
+        total(sum(map(len, documents)) * (1 + len(family.points) + (family.control is not None)))
+        measured = measure(base, documents, family=family, on_tokens=advance)
+    measured["data"] = [f"held-out part of {path.name}" for path in data]
+    shown: list[RenderableType] = [report.eval_table(measured), f"family written to {out}"]
+    measured["certified"] = measured["tokens"] >= LEAST_CERTIFIED_TOKENS
+    if not measured["certified"]:
+        shown.append(
+            f"no certificate: {measured['tokens']} held-out tokens, {LEAST_CERTIFIED_TOKENS} are needed; measure it on "
+            "more text with `remoe eval --certify`"
+        )
+    else:
+        certify(family, measured)
+    return result | measured, shown
+
+
+@command(app, "eval", rows.of_arms)
+def evaluate(
+    model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
+    policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
+    recency: opt.Recency = None, recency_gain: opt.RecencyGains = None, recency_decay: opt.RecencyDecay = None,
+    tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
+    plot: opt.Plot = None, per_layer: opt.PerLayer = False, certified: opt.Certify = False, device: opt.Device = None,
+    dtype: opt.Dtype = "auto", force: opt.Force = False, csv: opt.Csv = None, as_json: opt.Json = False,
+) -> CommandResult:  # fmt: skip
+    """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores.
+
+    KL is the mean over tokens of KL(base || point) of the next-token distributions, in nats. policy@c is the share of
+    expert look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a document begins; all
+    look-ups of a token see the cache as the previous token left it. policy@c/lookup, the figure that others publish:
+    each look-up sees the cache as the look-up before left it.
+    """
+    if not data and not tasks:
+        raise typer.BadParameter("give --data FILE (repeat for more), or --tasks")
+    from remoe_adapt.eviction import check_replay
+    from remoe_adapt.cli.plots import check_plot, plot_frontier
+
+    check_replay(policy, cache)
+    if recency is None and (recency_gain is not None or recency_decay is not None):
+        recency = DEFAULT_MODE
+    gains = [] if recency is None else numbers("0.1,0.2,0.3" if recency_gain is None else recency_gain)
+    if plot is not None:
+        check_plot(plot, "--plot")
+    if tasks:
+        check_extra("lm_eval", "eval", "task scores need lm-eval")
+
+    from remoe_adapt.evaluation import check_priors
+    from remoe_adapt.evaluation import LEAST_CERTIFIED_TOKENS, certify, check_certifiable, check_data, evaluate_tasks, task_manager
+    from remoe_adapt.texts import read_shared
+    from remoe_adapt.evaluation import evaluate as measure
+    from remoe_adapt.family import Family
+    from remoe_adapt.checkpoints import load_with_tokenizer
+
+    quiet_libraries()
+    priors = [Recency.of(recency, gain, recency_decay) for gain in gains]
+    points = None if family is None else Family.load(family)
+    check_priors(points, priors)
+    if data:
+        check_data(data, max_tokens)
+    if tasks:
+        task_manager(words(tasks), task_folder)
+    if certified and max_tokens is not None and max_tokens <= LEAST_CERTIFIED_TOKENS:
+        raise ConfigError(
+            f"--max-tokens {max_tokens} is too few to --certify, which needs {LEAST_CERTIFIED_TOKENS} scored tokens: "
+            "give more, or measure without --certify."
+        )
+    if certified and points is not None:
+        check_file(points.path / "family.json", "--certify: family.json of --family")
+    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype)
+    result: dict[str, Any] = {"model": model, "family": family}
+    shown: list[RenderableType] = []
+
+    def afterwards(action: Callable[[], object], done: str) -> None:
+        """What was measured is shown all the same when this fails."""
+        try:
+            action()
+            shown.append(done)
+        except RemoeError as error:
+            result.update(ok=False, error=str(error))
+            shown.append(f"error: {error}")
+
+    if data:
+        documents = read_shared(data, tokenizer, max_tokens)
+        if certified and points is not None:
+            check_certifiable(sum(len(ids) - 1 for ids in documents))  # the first of a document has nothing to score it
+        arms = 1 + len(priors) + (0 if points is None else len(points.points) + (points.control is not None))
+        with progress("scoring", sum(map(len, documents)) * arms) as (_, advance):
+            result |= measure(
+                base, documents, family=points, policies=policy, caches=cache, window=window, priors=priors,
+                force=force, per_layer=per_layer, on_tokens=advance,
+            )  # fmt: skip
+        result["data"] = [path.name for path in data]
+        shown.append(report.eval_table(result))
+        if per_layer:
+            shown.append(report.layer_table(arm_rows(result)))
+        if plot is not None:
+            afterwards(lambda: plot_frontier(result, plot), f"plot written to {plot}")
+        if certified and points is not None:
+            afterwards(lambda: certify(points, result), f"certificates written to {points.path}")
+    if tasks:
+
+        def score() -> None:
+            scores = evaluate_tasks(base, tokenizer, points, words(tasks), folder=task_folder, limit=limit, force=force)
+            result["tasks"] = scores
+            shown.append(report.task_table(scores))
+
+        if data:
+            afterwards(score, "task scores by lm-eval")
+        else:
+            score()
+    return result, shown
+
+
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in words(text) or [text]]
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error

@@ -1,0 +1,256 @@
+"""`remoe watch`: the controller's policy at the dial of an engine that somebody else runs."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remoe_adapt.device_profile import DeviceProfile
+from remoe_adapt.errors import ConfigError, ExportError, FamilyError, MissingDependencyError, ServerDownError, ServerError
+from remoe_adapt.engines.gguf import GgufFile
+from remoe_adapt.engines.gguf import LiveRouters
+from remoe_adapt.engines.gguf import FINGERPRINT_KEY, STRENGTH_KEY
+from remoe_adapt.family import Family
+from remoe_adapt.family import family_folder, read_family_json
+from remoe_adapt.pressure import Governor
+from remoe_adapt.dial import Engine, turn
+from remoe_adapt.engines.llamacpp.client import Address
+from remoe_adapt.engines.llamacpp.process import ServerProcess, ServerSensors, WatchedProcess
+from remoe_adapt.engines.llamacpp.server import HOLD_S, LlamaServer
+from remoe_adapt.engines.llamacpp.process import MappingProcess
+from remoe_adapt.engines.llamacpp.live import LlamaFile
+
+if TYPE_CHECKING:
+    from remoe_adapt.engines.llamacpp.proxy import Proxy
+
+_SAME_STRENGTH = 1e-5
+# Of a decision, what concerns no server.
+_INSIDE = ("budgets", "moves", "why", "calm", "floors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """interval_s: None: the profile's sample_hz; proxy: (host, port) to listen on; max_body_bytes: of
+    a request there, None: the proxy's own bound; keep: leave the strength as it is at
+    the end, instead of going back to the base; live: the split GGUF to rewrite instead of asking a server, base: what
+    to compare its routers with."""
+
+    interval_s: float | None = None
+    pid: int | None = None
+    proxy: tuple[str, int] | None = None
+    hold_s: float = HOLD_S
+    max_body_bytes: int | None = None
+    reuse_prompts: bool = False
+    dry_run: bool = False
+    keep: bool = False
+    api_key: str | None = None
+    live: Path | None = None
+    base: str | None = None
+
+
+class Watch:
+    """One server (None: `options.live` without one), one family, one profile. `events` runs it.
+
+    Raises FamilyError for the family, ConfigError for an address whose pressure cannot be seen from here, and for a
+    live file as `LiveRouters`; MissingDependencyError for a proxy without aiohttp.
+    """
+
+    def __init__(self, server: str | None, family: str, profile: DeviceProfile, options: WatchOptions) -> None:
+        self.options, self.profile = options, profile
+        self._awake, self._ended = threading.Event(), False
+        self.address = None if server is None else Address.parse(server)
+        self.process: WatchedProcess
+        self.live: LlamaFile | None = None
+        self.proxy: Proxy | None = None
+        if options.live is not None:
+            self.engine: Engine
+            self.engine = self.live = self._at_a_file(options.live, family)
+        else:
+            self.engine = self._at_a_server(family)
+        self.governor = Governor(ServerSensors(self.process), profile)
+
+    def _at_a_file(self, path: Path, family: str) -> LlamaFile:
+        options = self.options
+        if options.proxy is not None:
+            raise ConfigError("--live swaps for whoever maps the file, --proxy sets single requests: give one of them.")
+        if self.address is not None:
+            self.process = ServerProcess(self.address, options.pid)
+        else:
+            self.process = MappingProcess(path, options.pid)
+        loaded = Family.load(family)
+        routers = LiveRouters(path, loaded, base=options.base, read_only=options.dry_run)
+        named = self.address is not None or options.pid is not None
+        return LlamaFile(routers, self.process, loaded.strengths, required=named, dry_run=options.dry_run)
+
+    def _at_a_server(self, family: str) -> LlamaServer:
+        options = self.options
+        if self.address is None:
+            raise ConfigError("nothing to drive: give --server URL, or --live FILE of a split GGUF.")
+        self.process = ServerProcess(self.address, options.pid)
+        points = FamilyPoints(family)
+        server = LlamaServer(
+            self.address, self.process, points.strengths, lambda path: points.strength_of(path, self.process.folder),
+            per_request=options.proxy is not None, reuse_prompts=options.reuse_prompts, dry_run=options.dry_run,
+            api_key=options.api_key,
+        )  # fmt: skip
+        if options.proxy is not None and not options.dry_run:
+            self.proxy = self._proxy(server, self.address, *options.proxy)
+        return server
+
+    def _proxy(self, server: LlamaServer, address: Address, host: str, port: int) -> Proxy:
+        try:
+            from remoe_adapt.engines.llamacpp.proxy import Bounds
+            from remoe_adapt.engines.llamacpp.proxy import Proxy
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"--proxy needs aiohttp ({error}): pip install 'remoe-adapt[serve]'"
+            ) from error
+        options, bounds = self.options, Bounds()
+        if options.max_body_bytes is not None:
+            bounds = Bounds(
+                body_bytes=options.max_body_bytes, held_bytes=max(bounds.held_bytes, options.max_body_bytes)
+            )
+        return Proxy(
+            address, server.setting, lambda: self._lost(server), host=host, port=port, hold_s=options.hold_s,
+            reuse_prompts=options.reuse_prompts, bounds=bounds,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """End `events` soon; from any thread or a signal handler."""
+        self._ended = True
+        self._awake.set()
+
+    def once(self) -> dict[str, Any]:
+        """Look for as long as pressure needs to count, set what follows, and go. Raises as `LlamaServer.sync`."""
+        self.engine.sync()
+        seconds = self._interval_s()
+        for _ in range(math.ceil(self.profile.controller.rise_s / seconds) + 2):
+            event = self._tick()
+            self._pause(seconds)
+        self.engine.sync()
+        return {**event, "event": "once", "live": not self.options.dry_run}
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Runs until `stop`; yields what happens, JSON-ready: "warning" (of a live file), "start", then "strength",
+        "up", "down" and "wrong" (the server cannot be driven: why), then "end". The first sync raises ServerError where
+        it finds a server that it cannot drive; one that is down may come later."""
+        seconds, down = self._interval_s(), ""
+        if self.live and not self.options.dry_run:
+            yield {"event": "warning", "text": self.live.hazard()}
+        with ExitStack() as ending:
+            port = None
+            if self.proxy:
+                # Before the server is touched: the port may be taken. Requests wait until the server is met.
+                port = self.proxy.start()
+                ending.callback(self.proxy.stop)
+            try:
+                self.engine.sync()
+            except ServerDownError as error:
+                down = str(error)
+            try:
+                yield {"event": "start", **self.status(), "proxy_port": port}
+                if down:
+                    yield {"event": "down", "reason": down}
+                while not self._ended:
+                    event = self._tick()
+                    if event["changed"]:
+                        yield event
+                    up = not down
+                    down = yield from self._sync(down)
+                    if down and up:
+                        what = "wrong" if down.startswith(_WRONG) else "down"
+                        yield {"event": what, "reason": down.removeprefix(_WRONG)}
+                    self._pause(seconds)
+            finally:
+                ending.close()
+                kept = self.engine.close(self.options.keep)
+        yield {"event": "end", **self.status(), "left_at": kept}
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "server": None if self.address is None else str(self.address),
+            "live_file": str(self.live.routers.path) if self.live else None,
+            "pid": self.process.pid,
+            "strength": self.engine.target,
+            "profile": self.profile.name,
+            "per_request": self.options.proxy is not None,
+            "dry_run": self.options.dry_run,
+            "met": self.engine.met,
+            "posts": self.engine.swaps,
+            "swap_ms": self.engine.status()["swap_ms"],
+            "requests": dict(self.proxy.counts) if self.proxy else None,
+        }
+
+    def _interval_s(self) -> float:
+        return self.options.interval_s or 1 / self.profile.controller.sample_hz
+
+    def _tick(self) -> dict[str, Any]:
+        decision = self.governor.tick(None, self.engine.target)
+        turn(self.engine, decision)
+        return {"event": "strength", **{k: v for k, v in decision.as_dict().items() if k not in _INSIDE}}
+
+    def _sync(self, down: str) -> Generator[dict[str, Any], None, str]:
+        """The new reason why the server cannot be driven, "" when it is; yields that it is back."""
+        before = self.engine.met
+        try:
+            ready = self.engine.sync()
+        except ServerDownError as error:
+            return str(error)
+        except ServerError as error:
+            return _WRONG + str(error)
+        if ready and (down or self.engine.met > before):
+            yield {"event": "up", **self.status()}
+        return "" if ready else down
+
+    def _pause(self, seconds: float) -> None:
+        if self._awake.wait(seconds) and not self._ended:
+            self._awake.clear()
+
+    def _lost(self, server: LlamaServer) -> None:
+        server.lost()
+        self._awake.set()
+
+
+_WRONG = "wrong: "
+
+
+class FamilyPoints:
+    """A family's strengths, and which of them a LoRA file is. Deltas are not read.
+
+    Raises FamilyError as `Family.load`.
+    """
+
+    def __init__(self, family: str) -> None:
+        folder = family_folder(family)
+        entries = read_family_json(folder)
+        self.path, self.fingerprint = folder, entries["base"]["fingerprint"]
+        self._names = {entry["adapter"]: float(entry["strength"]) for entry in entries["points"]}
+        if not self._names:
+            raise FamilyError(f"{folder} has no points: add one with `remoe train`.")
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Rising."""
+        return tuple(sorted(self._names.values()))
+
+    def strength_of(self, path: str, folder: Path | None) -> float | None:
+        """Strength of a loaded LoRA by what its file says, where it can be read, else by its name (as s050.gguf); None
+        when it is not of this family. folder: what `path` is relative to."""
+        file = Path(path) if folder is None else folder / path
+        values: dict[str, Any] = {}
+        with suppress(ExportError, OSError, ValueError):  # the path is whatever a server says
+            if file.is_file():
+                values = GgufFile(file).values
+        if STRENGTH_KEY in values:
+            stated = values[STRENGTH_KEY]
+            if values.get(FINGERPRINT_KEY) != self.fingerprint or not isinstance(stated, int | float):
+                return None
+            return next((s for s in self.strengths if abs(s - stated) < _SAME_STRENGTH), None)
+        exported = {Family.adapter_name(strength): strength for strength in self.strengths}
+        return exported.get(file.stem)

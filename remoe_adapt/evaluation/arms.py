@@ -1,0 +1,145 @@
+"""The arms of a comparison: base, control, every point of a family, and recency priors on the base, for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from remoe_adapt.errors import AdapterConflictError, ConfigError
+from remoe_adapt.family import Family, FamilyPoint, original_weights
+from remoe_adapt.recency import InstalledPrior
+from remoe_adapt._support import say_once
+from remoe_adapt.recency_settings import MODES, Recency
+from remoe_adapt.routers import survey_routers
+from remoe_adapt.tuner import remoe_layers
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """Router weights to run the model with: `strength` 0 is the base, None the control; live weights in model order.
+
+    recency: the prior that it runs under, with a gain of each router; None: without a prior.
+    """
+
+    strength: float | None
+    live: tuple[Tensor, ...]
+    recency: Recency | None = None
+
+
+def check_priors(family: Family | None, priors: Sequence[Recency]) -> Recency | None:
+    """One of the points' priors and `priors`, which all have its mode and decay; None without any.
+
+    Raises ConfigError when they differ in mode or decay, and for a prior on the base that prefers what an expert cache
+    holds: an evaluation has none, so it would do nothing.
+    """
+    for prior in priors:
+        if prior.kind.needs_expert_cache:
+            others = " or ".join(sorted(name for name, mode in MODES.items() if not mode.needs_expert_cache))
+            raise ConfigError(
+                f"recency {prior.mode!r} acts on an expert cache, and an evaluation has none: use {others}."
+            )
+    found = [*priors, *(point.recency for point in (family.points if family else ()) if point.recency)]
+    kinds = {(recency.mode, recency.decay) for recency in found}
+    if len(kinds) > 1:
+        listed = ", ".join(f"{mode} (decay {decay:g})" for mode, decay in sorted(kinds))
+        raise ConfigError(f"recency priors of one evaluation must be of one kind, not {listed}.")
+    if found and found[0].kind.needs_expert_cache:
+        say_once(f"The points' recency prior is `{found[0].mode}`: without an expert cache, as here, it does nothing.")
+    return found[0] if found else None
+
+
+class Arms:
+    """The base, the control (when the family has one), every stored point of a family, and `priors` on the base.
+
+    `use(arm)` writes an arm's weights into the model's own router weights, whose storage never moves, and sets its
+    recency gains. Without a family the model as it is counts as the base.
+    """
+
+    def __init__(
+        self, model: nn.Module, family: Family | None, *, priors: Sequence[Recency] = (), force: bool = False
+    ) -> None:
+        """Raises FingerprintMismatchError for another base (unless `force`), AdapterConflictError when the model's
+        routers run adapters already, ConfigError when priors and points differ in mode or decay."""
+        self._installed: InstalledPrior | None = None
+        self._weights = [weight_ED.detach() for weight_ED in survey_routers(model).weights.values()]
+        self._found = tuple(weight_ED.clone() for weight_ED in self._weights)
+        self.base = Arm(0.0, self._found)
+        self.control: Arm | None = None
+        self.points: tuple[Arm, ...] = ()
+        self.priors: tuple[Arm, ...] = ()
+        self._use_family(model, family, force)
+        kind = check_priors(family, priors)
+        if kind is not None:
+            self._installed = InstalledPrior(model, kind.mode, kind.decay)
+            self.priors = tuple(Arm(0.0, self.base.live, prior) for prior in priors)
+
+    def _use_family(self, model: nn.Module, family: Family | None, force: bool) -> None:
+        if family is None:
+            return
+        for name, layer in remoe_layers(model).items():
+            if layer.active_adapters and not layer.disable_adapters:
+                raise AdapterConflictError(
+                    f"router {name} runs the adapter {', '.join(layer.active_adapters)} already: evaluate a family on "
+                    "its base (unload or disable the adapter first)"
+                )
+        family.check(model, force=force)
+        original = original_weights(model)
+        self.base = Arm(0.0, tuple(weight_ED.detach().clone() for weight_ED in original.values()))
+        self.points = tuple(
+            Arm(point.strength, _live(family, point.strength, original), point.recency) for point in family.points
+        )
+        if family.control is not None:
+            # As a family of one point, so that `live` stays the only place where weights are made.
+            whole = FamilyPoint(1.0, family.control.adapter, family.control.deltas)
+            alone = Family(family.path, family.base_id, family.fingerprint, (whole,))
+            self.control = Arm(None, _live(alone, 1.0, original))
+
+    def __iter__(self) -> Iterator[Arm]:
+        """The base first: what it scored is what the others are compared with."""
+        yield from (self.base, *(() if self.control is None else (self.control,)), *self.points, *self.priors)
+
+    def use(self, arm: Arm) -> None:
+        """Runs the model with this arm's weights and gains from now on."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._weights, list(arm.live))
+        if self._installed is not None:
+            self._installed.enable(arm.recency is not None)
+            if arm.recency is not None:
+                self._installed.set_gains(arm.recency.gain)
+
+    def recency_of(self, arm: Arm) -> dict[str, str | float]:
+        """Keys `recency` (mode) and `recency_gain` (mean over the routers that have it) of an arm with a prior."""
+        if self._installed is None or arm.recency is None:
+            return {}
+        per_router = arm.recency.gains(self._installed.num_routers)
+        gains = [per_router[place] for place in self._installed.layers]
+        return {"recency": arm.recency.mode, "recency_gain": sum(gains) / max(1, len(gains))}
+
+    def restore(self) -> None:
+        """Brings back the weights that were found, bit for bit, and takes a prior out."""
+        if self._installed is not None:
+            self._installed.remove()
+        with torch.no_grad():
+            torch._foreach_copy_(self._weights, list(self._found))
+
+
+def _live(family: Family, strength: float, original: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Weights of all routers in model order; those that the family leaves alone are the base's."""
+    live = family.live(strength, original)
+    return tuple(live.get(name, weight_ED.detach()) for name, weight_ED in original.items())
+
+
+@contextmanager
+def arms_of(
+    model: nn.Module, family: Family | None, *, priors: Sequence[Recency] = (), force: bool = False
+) -> Iterator[Arms]:
+    """The arms of a family; whatever happens, the model is as before afterwards. Raises as `Arms`."""
+    arms = Arms(model, family, priors=priors, force=force)
+    try:
+        yield arms
+    finally:
+        arms.restore()

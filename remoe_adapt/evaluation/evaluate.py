@@ -1,0 +1,349 @@
+"""What each operating point of a family costs and saves: the evaluation protocol, certificates, and task scores.
+
+Protocol: windows of min(max positions, 1024) tokens, stride half, each token scored once, documents never joined; a
+token's routing is taken from the window that scores it; EOR and cache replay run in text order, reset per document.
+For each batch of windows the base runs once and every point after it, so no logits outlive their batch.
+
+Shapes: B windows of a batch, T tokens of a window, S scored targets of it, V vocabulary, N rows of B * S.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import math
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+import numpy as np
+import torch
+from torch import Tensor, nn
+from remoe_adapt.evaluation.arms import Arm, Arms, arms_of
+from remoe_adapt.eviction import check_replay, hit_rates, layer_rows
+from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.family import Family
+from remoe_adapt._support import freed_memory_kept
+from remoe_adapt.traces import eor, load_entropy, switch_rate
+from remoe_adapt._support import check_extra
+from remoe_adapt.recency_settings import Recency
+from remoe_adapt.evaluation.record import Recorder, Window, inference, make_trace, record_forward, window_tokens, windows
+from remoe_adapt.checkpoints import device_of
+from remoe_adapt.traces import Trace
+from remoe_adapt.texts import data_files, read_file, tokenize_documents
+
+
+# Of two operating points the loss of a token differs by about 0.3 nats (standard deviation): over this many tokens the
+# perplexity ratio is known to about 1 %, which is what points of a family differ by.
+LEAST_CERTIFIED_TOKENS = 1000
+POLICIES, CACHES = ("lru",), (0.25, 0.5)
+# The most fp32 values that one batch of logits has, and one piece of it while it is scored: 128 and 16 MiB.
+_BATCH_VALUES, _PIECE_VALUES = 1 << 25, 1 << 22
+_MAX_BATCH_TOKENS = 1 << 14
+
+
+@dataclass(eq=False)
+class Tally:
+    """Sums of one arm over scored tokens, and its routing by (document, first token)."""
+
+    nll_nats: float = 0.0
+    kl_nats: float = 0.0
+    tokens: int = 0
+    ids: dict[tuple[int, int], np.ndarray[Any, np.dtype[np.int16]]] = field(default_factory=dict)
+
+    def add(self, logits_NV: Tensor, targets_N: Tensor, base_logits_NV: Tensor | None) -> None:
+        """Scores N next-token distributions; without base logits these are the base's own, at divergence 0."""
+        # Piece by piece, as the fp32 copies of a whole batch of logits would be several times its size.
+        step = max(1, _PIECE_VALUES // logits_NV.shape[-1])
+        for begin in range(0, len(targets_N), step):
+            part = slice(begin, begin + step)
+            base_part_NV = None if base_logits_NV is None else base_logits_NV[part]
+            nll_N, kl_N = score(logits_NV[part], targets_N[part], base_part_NV)
+            # Summed in fp64: over a hundred thousand tokens fp32 sums lose the digits in which points differ.
+            self.nll_nats += float(nll_N.double().sum())
+            self.kl_nats += float(kl_N.double().sum())
+        self.tokens += len(targets_N)
+
+    def trace(self, num_experts: int, phase: str = "prefill") -> Trace:
+        """The recorded routing in text order."""
+        documents: dict[int, list[Any]] = {}
+        # Batches are by window length, so windows of one document may have been scored in any order.
+        for (document, _), ids_LTK in sorted(self.ids.items(), key=lambda item: item[0]):
+            documents.setdefault(document, []).append(ids_LTK)
+        joined = [np.concatenate(parts, axis=1) for parts in documents.values()]
+        return make_trace(joined, num_experts, phase=phase)
+
+    def row(
+        self, strength: float | None, base: Tally, control: Tally | None, trace: Trace,
+        policies: Sequence[str] = POLICIES, caches: Sequence[float] = CACHES, per_layer: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The keys of `remoe eval --json`: see `evaluate`."""
+        ce = self.nll_nats / self.tokens
+        to_control = None if control is None else math.exp(ce - control.nll_nats / control.tokens)
+        return {
+            "strength": strength,
+            "ce": ce,
+            "ppl": math.exp(ce),
+            "ppl_ratio": math.exp(ce - base.nll_nats / base.tokens),
+            "ppl_ratio_control": to_control,
+            "kl": self.kl_nats / self.tokens,
+            "eor": eor(trace),
+            "switch_rate": switch_rate(trace),
+            **hit_rates(trace, policies, caches),
+            "load_entropy": load_entropy(trace),
+            **({"per_layer": layer_rows(trace, policies, caches)} if per_layer else {}),
+        }
+
+
+def score(logits_NV: Tensor, targets_N: Tensor, base_logits_NV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of the targets and KL(P_base || P) of the whole distributions, both fp32 [N] in nats.
+
+    The logsumexp form: `F.cross_entropy` takes many times as long on a CPU. The divergence is taken as
+    <P_base, z_base - z> - (log Z_base - log Z), which is exactly 0 for equal logits.
+    """
+    logits_NV = logits_NV.float()
+    log_z_N = logits_NV.logsumexp(dim=-1)
+    nll_N = log_z_N - logits_NV.gather(-1, targets_N[:, None])[:, 0]
+    if base_logits_NV is None:
+        return nll_N, torch.zeros_like(nll_N)
+    base_NV = base_logits_NV.float()
+    base_log_z_N = base_NV.logsumexp(dim=-1)
+    base_p_NV = (base_NV - base_log_z_N[:, None]).exp()
+    # A vocabulary entry that both models mask with -inf would make NaN of the sum, though it has probability 0.
+    gap_NV = (base_NV - logits_NV).nan_to_num_(nan=0.0)
+    return nll_N, (base_p_NV * gap_NV).sum(dim=-1) - (base_log_z_N - log_z_N)
+
+
+def evaluate(
+    model: nn.Module,
+    documents: Sequence[Sequence[int]],
+    *,
+    family: Family | None = None,
+    policies: Sequence[str] = POLICIES,
+    caches: Sequence[float] = CACHES,
+    window: int | None = None,
+    priors: Sequence[Recency] = (),
+    force: bool = False,
+    per_layer: bool = False,
+    on_tokens: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Measures the base, the control, every stored point and `priors` on the base over token documents:
+    `{"base", "control", "points", "priors"}`.
+
+    Each row holds `strength` (0 for the base, None for the control), `ce` (nats per token), `ppl`, `ppl_ratio` (to the
+    base), `ppl_ratio_control` (to the control; None without one), `kl` (mean over scored tokens of
+    KL(P_base || P_point) of the next-token distributions, nats), `eor`, `switch_rate`, hit rates `policy@cache` and
+    `policy@cache/lookup` (see `cache.simulate`) and `load_entropy`, with `per_layer` the rows of `layer_rows` under
+    that name, and with a recency prior `recency` and (mean) `recency_gain`; beside them `tokens` (scored),
+    `documents` and `window`. The model's weights are the same afterwards, bit for bit. `window` shortens the
+    protocol's windows; `on_tokens` hears of tokens done, over all arms.
+
+    Raises:
+        ConfigError: a window below 2 tokens, an unknown policy or a bad cache fraction.
+        DataError: no document has two tokens.
+        FingerprintMismatchError: the family is of another base.
+    """
+    check_replay(policies, caches)
+    length = window_tokens(model, window)
+    plan = windows([len(ids) for ids in documents], length)
+    if not plan:
+        raise DataError("nothing to score: no document has two tokens; give more text or a higher --max-tokens")
+    with (
+        arms_of(model, family, priors=priors, force=force) as arms,
+        record_forward(model) as recorder,
+        inference(model),
+        freed_memory_kept(device_of(model).type),
+    ):
+        tallies = {arm: Tally() for arm in arms}
+        for batch in _batches(plan, _vocabulary(model)):
+            _run_batch(model, documents, batch, arms, tallies, recorder)
+            if on_tokens is not None:
+                on_tokens(sum(part.end - part.fresh for part in batch) * len(tallies))
+        base = tallies[arms.base]
+        control = None if arms.control is None else tallies[arms.control]
+        rows = {
+            arm: tally.row(arm.strength, base, control, tally.trace(recorder.num_experts), policies, caches, per_layer)
+            | arms.recency_of(arm)
+            for arm, tally in tallies.items()
+        }
+    return {
+        "base": rows[arms.base],
+        "control": None if arms.control is None else rows[arms.control],
+        "points": [rows[arm] for arm in arms.points],
+        "priors": [rows[arm] for arm in arms.priors],
+        "tokens": base.tokens,
+        "documents": len({part.document for part in plan}),
+        "window": length,
+    }
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)
+
+
+def _batches(plan: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
+    """Windows of equal length and equal share of targets together, so that nothing is padded."""
+    alike: dict[tuple[int, int], list[Window]] = {}
+    for part in plan:
+        alike.setdefault((part.end - part.begin, part.scored), []).append(part)
+    for (length, scored), parts in alike.items():
+        # The vocabulary bounds the batch too: logits are its largest tensor by far.
+        size = max(1, min(_MAX_BATCH_TOKENS // length, _BATCH_VALUES // ((scored + 1) * vocabulary)))
+        for begin in range(0, len(parts), size):
+            yield parts[begin : begin + size]
+
+
+def _run_batch(
+    model: nn.Module,
+    documents: Sequence[Sequence[int]],
+    batch: Sequence[Window],
+    arms: Arms,
+    tallies: Mapping[Arm, Tally],
+    recorder: Recorder,
+) -> None:
+    ids_BT = torch.tensor([documents[part.document][part.begin : part.end] for part in batch], device=device_of(model))
+    scored = batch[0].scored
+    targets_N = ids_BT[:, ids_BT.shape[1] - scored :].flatten()
+    base_logits_NV: Tensor | None = None
+    for arm, tally in tallies.items():
+        arms.use(arm)
+        logits_NV = next_token_logits(model, ids_BT, scored).flatten(0, 1)
+        # All arms run on one batch before the next, so that the base's logits need not be kept for the whole text.
+        ids_LBTK = recorder.take().unflatten(1, ids_BT.shape)
+        for row, part in enumerate(batch):
+            # Only the tokens that this window owns: the others were recorded with more context by the window before.
+            tally.ids[part.document, part.fresh] = ids_LBTK[:, row, part.fresh - part.begin :].numpy()
+        tally.add(logits_NV, targets_N, base_logits_NV)
+        if base_logits_NV is None:
+            base_logits_NV = logits_NV
+
+
+def next_token_logits(model: nn.Module, ids_BT: Tensor, scored: int) -> Tensor:
+    """Logits [B, S, V] that predict the last `scored` tokens of each row; earlier ones are not computed if possible."""
+    # The head over a large vocabulary costs more than the model itself, and most windows score only their second half.
+    keep = {"logits_to_keep": scored + 1} if _keeps_logits(type(model)) else {}
+    logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False, **keep).logits
+    return logits_BTV[:, logits_BTV.shape[1] - scored - 1 : -1]
+
+
+def _keeps_logits(cls: type[nn.Module]) -> bool:
+    return "logits_to_keep" in inspect.signature(cls.forward).parameters
+
+
+
+
+def check_data(paths: Sequence[str | Path], max_tokens: int | None = None) -> None:
+    """Before a model is loaded: raises DataError for files that are not there, ConfigError for fewer tokens than
+    `read_shared` can share among them."""
+    files = data_files(paths)
+    if max_tokens is not None and max_tokens < 2 * len(files):
+        raise ConfigError(f"--max-tokens {max_tokens} is too few for {len(files)} data file(s): each needs two tokens.")
+
+
+@cache
+def commit() -> str | None:
+    """Commit of the checkout this package runs from, with "+" when it has changes; None outside a checkout.
+
+    As it was when first asked: results are files of the checkout themselves.
+    """
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
+        return None
+    # `--exclude=*` leaves tags out: a result names the commit itself, which a moved tag cannot falsify.
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def check_certifiable(scored_tokens: int) -> None:
+    """Raises DataError when a certificate needs more scored tokens than these."""
+    if scored_tokens < LEAST_CERTIFIED_TOKENS:
+        raise DataError(
+            f"{scored_tokens} scored tokens are too few for a certificate, which needs {LEAST_CERTIFIED_TOKENS} to "
+            "know a perplexity ratio to about 1 %: give more text"
+        )
+
+
+def certify(family: Family, result: Mapping[str, Any]) -> None:
+    """Writes what `evaluate` measured into the family: one certificate per point and one of the control.
+
+    `result["data"]` (names of the data) goes into each, beside the scored tokens, the version and the commit.
+
+    Raises:
+        DataError: fewer tokens were scored than a certificate needs.
+        FamilyError: the family has no such point.
+    """
+    check_certifiable(result["tokens"])
+    facts = {key: result[key] for key in ("data", "tokens", "window") if key in result}
+    # Version and commit go into each certificate, since points of one family may be measured at different times.
+    facts |= {"remoe_adapt": importlib.metadata.version("remoe-adapt"), "commit": commit()}
+    rows = [*result["points"], *([result["control"]] if result["control"] else [])]
+    for row in rows:
+        measured = {key: value for key, value in row.items() if key not in ("strength", "per_layer")}
+        family.set_certificate(row["strength"], measured | facts)
+
+
+def task_manager(tasks: Sequence[str], folder: str | Path | None = None) -> Any:
+    """lm-eval's index of tasks, which knows all of `tasks`; `folder` holds task files beside its own.
+
+    Raises:
+        ConfigError: no task is named.
+        DataError: lm-eval does not know a task.
+        MissingDependencyError: lm-eval is not installed.
+    """
+    if not tasks:
+        raise ConfigError("--tasks names none: write them as arc_easy,gsm8k")
+    check_extra("lm_eval", "eval", "task scores need lm-eval")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise DataError(f"lm-eval has no task {', '.join(map(repr, unknown))}: see `lm-eval ls tasks`")
+    return manager
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    family: Family | None,
+    tasks: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Scores of lm-eval tasks per arm: `{"base", "control", "points"}` of `{strength, tasks: {task: {metric: value}}}`.
+
+    `folder` holds task files of your own beside those that lm-eval knows; `limit` is examples per task.
+
+    Raises as `task_manager`; FingerprintMismatchError when the family is of another base (unless `force`).
+    """
+    manager = task_manager(tasks, folder)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    rows: dict[Arm, dict[str, Any]] = {}
+    with arms_of(model, family, force=force) as arms, inference(model):
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        for arm in arms:
+            arms.use(arm)
+            found = lm_eval.simple_evaluate(
+                model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+            )
+            scores = {
+                task: {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+                for task, metrics in found["results"].items()
+            }
+            rows[arm] = {"strength": arm.strength, "tasks": scores}
+    return {
+        "base": rows[arms.base],
+        "control": None if arms.control is None else rows[arms.control],
+        "points": [rows[arm] for arm in arms.points],
+    }

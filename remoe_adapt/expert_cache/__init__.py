@@ -1,0 +1,12 @@
+"""The live expert cache: experts from storage to RAM to GPU as tokens want them, within a budget of bytes."""
+
+from remoe_adapt.expert_cache.cache import ExpertCache, READ_THREADS
+from remoe_adapt.expert_cache.checkpoint import Checkpoint, LOADING, find_checkpoint
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
+from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader
+from remoe_adapt.expert_cache.experts import cached_layer, expert_cache_of
+from remoe_adapt.expert_cache.load import OWN_PLACEMENT, load_with_expert_cache, pack_experts
+from remoe_adapt.expert_cache.memory import map_pages
+from remoe_adapt.expert_cache.pack import PackedStore
+from remoe_adapt.expert_cache.prefetch import bind_prefetch
+from remoe_adapt.expert_cache.types import check_budget, domains_of, least_budget

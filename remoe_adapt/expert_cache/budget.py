@@ -1,0 +1,128 @@
+"""Who may take how much of a cache's budget, what of it is leased, and how far a smaller one has come into force."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+
+from remoe_adapt.eviction import Policy, make_policy
+from remoe_adapt.expert_cache.types import ExpertSource, Key, Lease, domains_of, shares_of
+
+
+class Shares:
+    """Bookkeeping of an expert cache, under its lock.
+
+    A domain is a group of layers with a policy and a limit in bytes: all of them (scope "global"), or one each. pins:
+    how many leases and reads hold an expert. budget_bytes: in force; asked_bytes: the one asked for last, which
+    `shrink` brings into force; in_force: it is; requests: how often `ask` was called.
+
+    Raises ConfigError when a domain could not hold one expert of each of its layers.
+    """
+
+    def __init__(self, source: ExpertSource, budget_bytes: int, policy: str, scope: str) -> None:
+        self._source = source
+        self._domains = domains_of(source, scope)
+        self._domain_of = [0 if scope == "global" else layer for layer in range(len(source.layers))]
+        self.limits = shares_of(budget_bytes, source, self._domains)
+        self.policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self.limits]
+        self.budget_bytes = self.asked_bytes = budget_bytes
+        self.in_force, self.requests = True, 0
+        self.pins: Counter[Key] = Counter()
+        # Of each open lease, by its id: itself, its thread, its experts.
+        self._leases: dict[int, tuple[weakref.ref[Lease], int, list[Key]]] = {}
+        self._tokens, self._last_layer = [0] * len(self._domains), [-1] * len(self._domains)
+
+    def policy_of(self, layer: int) -> Policy[Key]:
+        return self.policies[self._domain_of[layer]]
+
+    def limit_of(self, layer: int) -> int:
+        return self.limits[self._domain_of[layer]]
+
+    def with_limit_of(self, layer: int, keys: Iterable[Key]) -> list[Key]:
+        """Those of the keys that share this layer's limit."""
+        return [key for key in keys if self._domain_of[key[0]] == self._domain_of[layer]]
+
+    def tick(self, layer: int, continues: bool) -> int:
+        """The token that a use by `layer` belongs to, as its policy counts them."""
+        domain = self._domain_of[layer]
+        if not continues:
+            # One policy over all layers: a new token has come when the layers start again.
+            self._tokens[domain] += layer <= self._last_layer[domain]
+            self._last_layer[domain] = layer
+        return self._tokens[domain]
+
+    # Leases
+
+    def open(self, lease: Lease, keys: list[Key]) -> None:
+        """From now on these experts are held by it."""
+        if (dead := self._leases.pop(id(lease), None)) is not None:
+            self.unpin(dead[2])
+        self._leases[id(lease)] = weakref.ref(lease), threading.get_ident(), keys
+        self.pins.update(keys)
+
+    def held_by(self, lease: Lease) -> list[Key]:
+        """Its experts; none when it is closed."""
+        ref, _, keys = self._leases.get(id(lease), (None, 0, []))
+        return keys if ref is not None and ref() is lease else []
+
+    def close(self, lease: Lease) -> None:
+        """Its experts are given back; once is enough."""
+        if keys := self.held_by(lease):
+            del self._leases[id(lease)]
+            self.unpin(keys)
+
+    def close_lost(self, *, of_this_thread: bool = False) -> bool:
+        """Close leases that nobody has any more.
+
+        of_this_thread: the calling thread's too, which is about to wait for room: it would wait for itself (an
+            interrupt kept it from closing them). Their tensors live on as long as it holds them.
+        """
+        closing = threading.get_ident() if of_this_thread else None
+        lost = [at for at, (ref, thread, _) in self._leases.items() if thread == closing or ref() is None]
+        for at in lost:
+            self.unpin(self._leases.pop(at)[2])
+        return bool(lost)
+
+    def close_all(self) -> None:
+        """Forget all leases and reads: in the child of a fork nobody closes those of its parent."""
+        self._leases.clear()
+        self.pins.clear()
+
+    def unpin(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self.pins[key] -= 1
+            if self.pins[key] <= 0:
+                del self.pins[key]
+
+    def fits(self, layer: int, keys: list[Key]) -> bool:
+        """Whether these experts of it can be leased beside what is leased and read ahead now."""
+        domain = self._domain_of[layer]
+        capacity, limit = self.policies[domain].capacity, self.limits[domain]
+        return (not self.pins and capacity == limit) or self._pinned_bytes(domain, keys) <= min(limit, capacity)
+
+    def _pinned_bytes(self, domain: int, more: Iterable[Key] = ()) -> int:
+        pinned = {key for key in self.pins if self._domain_of[key[0]] == domain}.union(more)
+        return sum(self._source.expert_bytes[layer] for layer, _ in pinned)
+
+    # Another budget
+
+    def ask(self, budget_bytes: int) -> int:
+        """New leases keep to this budget from now on; the number of the request.
+
+        Raises as the constructor, and changes nothing then.
+        """
+        self.limits = shares_of(budget_bytes, self._source, self._domains)
+        self.asked_bytes, self.in_force = budget_bytes, False
+        self.requests += 1
+        return self.requests
+
+    def shrink(self) -> list[Key]:
+        """Evict down to the budget asked for, as far as leases allow; returns what was evicted."""
+        dropped = []
+        for domain, (policy, limit) in enumerate(zip(self.policies, self.limits, strict=True)):
+            dropped += policy.resize(max(limit, self._pinned_bytes(domain)), self.pins)
+        if all(policy.capacity == limit for policy, limit in zip(self.policies, self.limits, strict=True)):
+            self.budget_bytes, self.in_force = self.asked_bytes, True
+        return dropped

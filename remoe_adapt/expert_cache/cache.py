@@ -1,0 +1,470 @@
+"""The experts held in memory: slots under a budget in bytes, filled from storage, given up by a policy.
+
+One policy rules all layers, or each layer has its own share of the budget. A lease holds the experts that are computed
+with now; what is leased is never evicted. Experts may be read ahead of their lease, while no lease waits for a read.
+
+How slots of an expert cache come to be filled: the reads that are under way, those ahead among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+import torch
+from remoe_adapt.expert_cache.reads import AbandonedError, Arrival
+from remoe_adapt.expert_cache.budget import Shares
+from remoe_adapt.expert_cache.types import ExpertSource, Key, LayerCounters, Lease, budget_in_bytes, check_budget, check_options, counted
+from remoe_adapt.errors import ConfigError
+from remoe_adapt._support import return_freed_memory
+from remoe_adapt._support import handle_pending, held_back
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from remoe_adapt.expert_cache.reads import ReadAheads
+from remoe_adapt.expert_cache.reads import AbandonedError, Arrival, outcome, read_all
+from remoe_adapt.eviction import Policy
+from remoe_adapt.expert_cache.residency import ResidentMasks
+from remoe_adapt.expert_cache.budget import Shares
+from remoe_adapt.expert_cache.types import ExpertSource, Key, LayerCounters, Slot
+from remoe_adapt.errors import ConfigError
+from remoe_adapt._support import mend_after_fork
+from remoe_adapt._support import HeldCondition
+
+
+_MISS_S_RATE = 0.1
+
+
+class Filling:
+    """What an expert cache holds and awaits, and the threads that read.
+
+    One lock (`_changed`) guards all of it. A method whose name ends in `_locked` is called with the lock held; the
+    others take it themselves, and none waits for a read while it has it.
+    """
+
+    def __init__(
+        self, source: ExpertSource, shares: Shares, threads: int, ahead_threads: int, device: torch.device
+    ) -> None:
+        self.source = source
+        # Seconds that a lease waits for each expert it misses: a mean over the last ten or so.
+        self.miss_s = 0.0
+        self._shares = shares
+        self._counters = [LayerCounters() for _ in source.layers]
+        self._slots: dict[Key, Slot] = {}
+        self._resident = ResidentMasks(source.num_experts, device)
+        self.resident_masks = self._resident.masks
+        self._threads, self._ahead_threads = threads, ahead_threads
+        self._start()
+        mend_after_fork(self)
+
+    def _start(self) -> None:
+        """With a new lock and new threads, no leases, and no reads under way."""
+        self._changed = HeldCondition()
+        self._loading: dict[Key, Arrival] = {}
+        self._shares.close_all()
+        # _waiting: leases that wait for a read now. Read-aheads begin only while there are none.
+        self._ahead, self._waiting = ReadAheads(), 0
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-read")
+        self._ahead_pool = ThreadPoolExecutor(self._ahead_threads, thread_name_prefix="expert-read-ahead")
+
+    def after_fork(self) -> None:
+        """The child has none of its parent's threads: nobody there ends their reads or closes their leases."""
+        for key in [key for policy in self._shares.policies for key in policy if key not in self._slots]:
+            self._shares.policy_of(key[0]).discard(key)
+        # An eviction that was under way has left the policy already, and perhaps not the slots.
+        known = {key for policy in self._shares.policies for key in policy}
+        self._drop_locked([key for key in self._slots if key not in known])
+        self._start()
+        self._shrink_locked()
+
+    def _begin_locked(
+        self, layer: int, keys: list[Key], begun: dict[Key, Arrival]
+    ) -> tuple[dict[Key, Arrival], dict[int, Slot]]:
+        """Of these leased experts: those still to come (`begun` of them are the caller's to read), and the others."""
+        policy, size, ahead = self._shares.policy_of(layer), self.source.expert_bytes[layer], self._ahead
+        for key in keys:
+            if key in ahead.queued:  # it has its room already, and this lease makes the read
+                begun[key] = self._loading[key]
+                ahead.forget(key)
+                self._shares.unpin((key,))
+            elif key not in policy:
+                self._make_room_locked(policy, size)
+                policy.admit(key, size)
+                begun[key] = self._loading[key] = Arrival()
+        awaited = {key: self._loading[key] for key in keys if key in self._loading} if self._loading else {}
+        return awaited, {key[1]: self._slots[key] for key in keys if key not in awaited}
+
+    def _wait_for_room_locked(self) -> None:
+        if self._shares.close_lost(of_this_thread=True):
+            self._shrink_locked()
+            self._changed.notify_all()
+        else:
+            self._changed.wait()
+
+    def _shrink_locked(self) -> bool:
+        """Evict down to the budget asked for, as far as leases allow; whether that has brought it into force."""
+        if self._shares.in_force:
+            return False
+        self._drop_locked(self._shares.shrink())
+        self._resident.show()
+        self._changed.notify_all()
+        return self._shares.in_force
+
+    def _make_room_locked(self, policy: Policy[Key], size: int) -> None:
+        if self._ahead.expected:
+            try:
+                self._drop_locked(policy.make_room(size, self._shares.pins.keys() | self._ahead.expected))
+                return
+            except ConfigError:  # what is predicted yields to what is asked for
+                pass
+        self._drop_locked(policy.make_room(size, self._shares.pins))
+
+    def _cancel_locked(self, keys: list[Key]) -> bool:
+        """Call off read-aheads that have not begun; whether there were any."""
+        for key in keys:
+            self._changed.notify_all()
+            self._ahead.forget(key)
+            self._shares.unpin((key,))
+            del self._loading[key]
+            self._shares.policy_of(key[0]).discard(key)
+        return bool(keys)
+
+    def _drop_locked(self, keys: Iterable[Key]) -> None:
+        """These have left their policy: their slots go too."""
+        for key in keys:
+            if self._slots.pop(key, None) is not None:
+                self._resident.write(*key, False)
+                self._ahead.unused.discard(key)
+
+    def _await(self, layer: int, awaited: dict[Key, Arrival], begun: dict[Key, Arrival]) -> dict[int, Slot]:
+        """The slots of these experts once they have come. Raises what the first failed read raises."""
+        started, reads, slots = time.perf_counter(), len(begun), dict[int, Slot]()
+        try:
+            while awaited:
+                read_all(self._fetch, list(begun.items()), self._pool)
+                failures = {key: outcome(arrival) for key, arrival in awaited.items()}  # waits
+                lost = [key for key, failure in failures.items() if isinstance(failure, AbandonedError)]
+                slots |= {key[1]: awaited[key].result() for key in awaited if key not in lost}
+                begun.clear()
+                awaited = {}
+                if lost:  # the threads that read them were interrupted: this lease reads them
+                    with self._changed:
+                        awaited, there = self._begin_locked(layer, lost, begun)
+                    slots |= there
+        finally:
+            with self._changed:
+                stall_s = time.perf_counter() - started
+                self._counters[layer].stall_s += stall_s
+                if reads:
+                    self.miss_s += _MISS_S_RATE * (stall_s / reads - self.miss_s)
+                self._waiting -= 1
+                self._resident.show()
+                self._changed.notify_all()
+        return slots
+
+    def _read_ahead(self, key: Key) -> None:
+        with self._changed:
+            while self._waiting and key in self._ahead.queued:
+                self._changed.wait()
+            if key not in self._ahead.queued:
+                return
+            self._ahead.begin(key)
+            arrival = self._loading[key]
+        self._fetch(key, arrival, ahead=True)
+
+    def _fetch(self, key: Key, arrival: Arrival, *, ahead: bool = False) -> None:
+        """Read an expert, unless another thread does: see Arrival for the states that it goes through."""
+        if arrival.done() or not arrival.claim():
+            return
+        while True:
+            result: Slot | BaseException
+            try:
+                result = self.source.read(*key)
+            except Exception as error:
+                result = error
+            except BaseException:  # an interrupt is this thread's alone: leases that wait read it themselves
+                self._end_read(key, arrival, AbandonedError(), ahead)
+                raise
+            if self._end_read(key, arrival, result, ahead):
+                return
+            ahead = False
+
+    def _end_read(self, key: Key, arrival: Arrival, result: Slot | BaseException, ahead: bool) -> bool:
+        """Keep what a read has brought, or hand on why it failed. False when it must be made again: it was ahead and
+        has failed, but a lease waits for it by now, and is owed a read of its own."""
+        failed = isinstance(result, BaseException)
+        with self._changed:
+            is_awaited = ahead and self._shares.pins[key] > 1
+            if ahead:
+                self._ahead.end(key, came=not failed)
+                self._shares.unpin((key,))
+                self._counters[key[0]].prefetched += not failed
+            is_over = not (failed and is_awaited) or isinstance(result, AbandonedError)
+            if is_over:
+                self._arrive_locked(key, arrival, result)
+            if ahead:
+                self._resident.show()
+            self._shrink_locked()
+        return is_over
+
+    def _arrive_locked(self, key: Key, arrival: Arrival, result: Slot | BaseException) -> None:
+        is_current, policy = self._loading.get(key) is arrival, self._shares.policy_of(key[0])
+        if isinstance(result, BaseException):
+            if is_current:
+                policy.discard(key)
+                self._drop_locked([key])
+            arrival.set_exception(result)
+        else:
+            if key in policy:  # else the lease that asked for it was interrupted, and took it back
+                self._slots[key] = result
+                self._resident.write(*key, True)
+                self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
+            arrival.set_result(result)
+        if is_current:
+            del self._loading[key]
+        self._changed.notify_all()
+
+
+READ_THREADS = 4
+# Read-aheads at a time: few, because a wrong one that has begun takes the device until it ends.
+AHEAD_THREADS = 2
+# Read-aheads, queued and under way, take at most 1 / _AHEAD_PART of a budget.
+_AHEAD_PART = 2
+
+
+class ExpertCache(Filling):
+    """Slots for at most `budget_bytes` of a source's experts; any number of threads at once.
+
+    `resident_masks` are of each layer a tensor [1, E], kept up to date in place: 1 where the expert is in its slot, 0
+    elsewhere.
+
+    source: where experts are read from.
+    budget_bytes: of all slots.
+    policy: "lru", "lfu" or "lrfu".
+    scope: "global", one budget over all layers, or "layer", each layer its share.
+    threads: reads at a time.
+    below: the tier that the source reads from, for `stats` and `clear`.
+    released: called in the thread that gives a lease back, before anything of it can be evicted.
+    device: of `resident_masks`; None: the CPU.
+
+    Raises ConfigError for an unknown policy or scope, and for a budget that does not hold one expert (of each layer
+    with scope "layer").
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        budget_bytes: int,
+        *,
+        policy: str = "lrfu",
+        scope: str = "global",
+        threads: int = READ_THREADS,
+        below: ExpertCache | None = None,
+        released: Callable[[], None] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        check_options(policy, scope, threads)
+        self.policy, self.scope, self.below, self._released = policy, scope, below, released
+        shares = Shares(source, budget_bytes, policy, scope)
+        super().__init__(source, shares, threads, AHEAD_THREADS, device or torch.device("cpu"))
+
+    def __deepcopy__(self, memo: object) -> ExpertCache:
+        """A copied model computes on the same slots."""
+        return self
+
+    @property
+    def budget_bytes(self) -> int:
+        """In force: a smaller one counts once `resize` has brought the slots below it."""
+        return self._shares.budget_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the slots, those that are being filled among them."""
+        return sum(policy.used for policy in self._shares.policies)
+
+    def resident(self) -> list[Key]:
+        """The (layer, expert) pairs whose bytes are there."""
+        with self._changed:
+            return sorted(self._slots)
+
+    def lease(self, layer: int, experts: Iterable[int], *, continues: bool = False) -> Lease:
+        """The first of these distinct experts, in their order: as many as the budget holds at a time, at least one.
+
+        Those that are missing are read now, in parallel. continues: more experts of the last lease's token. While
+        leases of other threads leave too little room this waits; those of this thread are given back before.
+
+        Raises what the source raises, once every read of this call has ended; the cache then holds what could be read.
+        A signal whose handler raises (Ctrl-C) does so once the read under way in this thread has ended.
+        """
+        wanted, lease, begun = list(experts), Lease(self._end), dict[Key, Arrival]()
+        try:
+            with held_back():
+                try:
+                    awaited = self._open(lease, layer, wanted, continues, begun)
+                    if awaited:
+                        lease.slots |= self._await(layer, awaited, begun)
+                    handle_pending()
+                except BaseException:
+                    self._abandon(lease, begun)
+                    raise
+        except BaseException:  # of a signal that came at the very end, too
+            lease.release()
+            raise
+        return lease
+
+    def _open(
+        self, lease: Lease, layer: int, wanted: list[int], continues: bool, begun: dict[Key, Arrival]
+    ) -> dict[Key, Arrival]:
+        """Those that are still to come; `begun` of them are the caller's to read."""
+        with self._changed:
+            shares, ahead = self._shares, self._ahead
+            shares.close_lost()
+            if ahead.expected and not continues:
+                self._cancel_locked(ahead.look_up(layer, wanted))
+            while True:
+                most = max(1, shares.limit_of(layer) // self.source.expert_bytes[layer])
+                keys = [(layer, expert) for expert in wanted[:most]]
+                if shares.fits(layer, keys):
+                    break
+                if not self._cancel_locked(shares.with_limit_of(layer, ahead.queued)):
+                    self._wait_for_room_locked()
+            shares.open(lease, keys)
+            shares.policy_of(layer).touch(keys, shares.tick(layer, continues))
+            awaited, lease.slots = self._begin_locked(layer, keys, begun)
+            counters = self._counters[layer]
+            counters.hits += len(keys) - len(begun)
+            counters.misses += len(begun)
+            counters.prefetch_hits += ahead.use(keys)
+            self._waiting += bool(awaited)
+        return awaited
+
+    def _abandon(self, lease: Lease, begun: dict[Key, Arrival]) -> None:
+        """The one undo of a lease, from its first pin on: nobody shall wait for what nobody reads."""
+        with self._changed:
+            for key, arrival in begun.items():
+                if arrival.claim() and not arrival.done():
+                    self._arrive_locked(key, arrival, AbandonedError())
+            for key in self._shares.held_by(lease):
+                if key not in self._slots and key not in self._loading:
+                    self._shares.policy_of(key[0]).discard(key)
+        lease.release()
+
+    def prefetch(self, layer: int, experts: Iterable[int]) -> None:
+        """Read those of these experts that are missing, in their order, before a lease asks for them. Never waits.
+
+        Until the layer's next lease none of them is evicted for another one's sake; that lease calls off the reads that
+        it does not want and that have not begun. Nothing is read that needs the room of a leased or expected expert,
+        or half of the budget. A read that fails leaves no trace: a lease reads again, and raises.
+        """
+        with self._changed:
+            shares, size, ahead = self._shares, self.source.expert_bytes[layer], self._ahead
+            policy, limit = shares.policy_of(layer), shares.limit_of(layer)
+            keys = [(layer, expert) for expert in experts]
+            ahead.expected.update(keys)
+            for key in keys:
+                if key in policy:
+                    continue
+                reading = sum(self.source.expert_bytes[at] for at, _ in shares.with_limit_of(layer, ahead.reading))
+                if policy.capacity != limit or reading + size > limit // _AHEAD_PART:
+                    break
+                try:
+                    self._drop_locked(policy.make_room(size, shares.pins.keys() | ahead.expected))
+                except ConfigError:
+                    break
+                policy.admit(key, size)
+                self._loading[key] = Arrival()
+                shares.pins[key] += 1
+                ahead.queue(key)
+                try:
+                    self._ahead_pool.submit(self._read_ahead, key)
+                except RuntimeError:  # it can have no thread
+                    self._cancel_locked([key])
+
+    def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those of these experts that are neither there nor being read, in their order."""
+        with self._changed:
+            policy = self._shares.policy_of(layer)
+            return [expert for expert in experts if (layer, expert) not in policy]
+
+    def is_whole(self, layer: int) -> bool:
+        """All experts of this layer are there."""
+        return self._resident.is_whole(layer)
+
+    def clear(self) -> None:
+        """Drop all experts that are not leased, here and in the tiers below; their memory goes back to the system.
+
+        Counters and the policy's memory of uses stay.
+        """
+        with self._changed:
+            self._shares.close_lost()
+            self._cancel_locked(list(self._ahead.queued))
+            begun = set(self._ahead.begun)
+            while begun & self._ahead.begun:
+                self._changed.wait()
+            self._ahead.expected.clear()
+            for policy in self._shares.policies:
+                for key in [key for key in policy if key not in self._shares.pins]:
+                    policy.discard(key)
+                    self._drop_locked([key])
+            self._resident.show()
+        if self.below is not None:
+            self.below.clear()
+        self._give_back()
+
+    def resize(self, budget: str | int | float, *, wait: bool = True) -> None:
+        """Another budget from now on: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0).
+
+        What no longer fits goes at once, what is leased when its lease ends, and its memory goes back to the system.
+        wait: return when all of it has gone; leases of this thread are given back then. Else the last lease in the way
+        brings the budget into force.
+
+        Raises ConfigError as the constructor, and for what is no such budget; it is unchanged then.
+        """
+        check_budget("expert cache budget", budget)
+        experts = zip(self.source.num_experts, self.source.expert_bytes, strict=True)
+        budget_bytes = budget_in_bytes(budget, sum(count * size for count, size in experts))
+        with self._changed:
+            before = self.resident_bytes
+            request = self._shares.ask(budget_bytes)
+            self._cancel_locked(list(self._ahead.queued))
+            self._shrink_locked()
+            # A later call asks for another budget: this one's never comes into force then.
+            while wait and not self._shares.in_force and self._shares.requests == request:
+                self._wait_for_room_locked()
+        if self.resident_bytes < before:
+            self._give_back()
+
+    def stats(self, *, layers: bool = True) -> dict[str, Any]:
+        """JSON-ready: settings, what is resident, counters summed up and, unless turned off, those of each layer
+        (`layers`). `asked_bytes`: the budget in force, or the smaller one that leases are in the way of. `below`: the
+        same of the tier below; None without one.
+        """
+        with self._changed:
+            sizes = {"budget_bytes": self.budget_bytes, "asked_bytes": self._shares.asked_bytes}
+            found = sizes | {"resident_bytes": self.resident_bytes} | counted(self._counters, layers)
+        below = None if self.below is None else self.below.stats(layers=layers)
+        return {"policy": self.policy, "scope": self.scope, **found, "below": below}
+
+    def reset_stats(self) -> None:
+        """Counters start again at 0, those of the tiers below too; slots and the policy's memory of uses stay."""
+        with self._changed:
+            self._counters = [LayerCounters() for _ in self._counters]
+        if self.below is not None:
+            self.below.reset_stats()
+
+    def _end(self, lease: Lease) -> None:
+        """A lease calls it when it is released; once is enough."""
+        try:
+            if self._released is not None:
+                self._released()
+        finally:
+            with self._changed:
+                self._shares.close(lease)
+                has_shrunk = self._shrink_locked()
+                self._changed.notify_all()
+        if has_shrunk:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self.source.give_back()
+        return_freed_memory()

@@ -1,0 +1,170 @@
+"""How an expert is encoded: its bytes in the files and in its slot, and the arithmetic that computes with them.
+
+A new encoding is an Encoding in a file of its own, and one call of `register`. The store, packs, slots, tiers and the
+experts modules know it by this protocol alone: they see tensors with names, shapes and types.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from remoe_adapt.checkpoints import Extent
+from remoe_adapt.errors import UncacheableError
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Indices and masks, which files may hold beside experts of any encoding.
+_NO_WEIGHTS = (torch.int64, torch.bool)
+# What transformers loads quantised weights with to make plain ones of them.
+_DEQUANTISED = {"fp8": "FineGrainedFP8Config(dequantize=True)", "mxfp4": "Mxfp4Config(dequantize=True)"}
+
+
+class ChosenSlots(Protocol):
+    """The slots of the experts that one forward of a layer chose: each maps names of parameters to tensors."""
+
+    @property
+    def slots(self) -> Mapping[int, Mapping[str, Tensor]]:
+        """Those that are there now, by expert in any order: all of them where the budget holds all."""
+        ...
+
+    def slot(self, expert: int) -> Mapping[str, Tensor]:
+        """That of one expert, asked for in rising order: the others may have to go for it."""
+        ...
+
+    def groups(self) -> Iterator[Mapping[int, Mapping[str, Tensor]]]:
+        """All of them, as many at a time as the budget holds; the experts of a group are below those of the next."""
+        ...
+
+
+class Arithmetic(Protocol):
+    """Computes one layer's experts on their slots.
+
+    module: the experts module, which has no parameters.
+    hidden_TD, ids_TK, weights_TK: what its forward is called with.
+    chosen: the slots of all experts that `ids_TK` names.
+    """
+
+    def __call__(
+        self, module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenSlots
+    ) -> Tensor: ...
+
+
+class Encoding(Protocol):
+    """How the experts of some checkpoints are encoded, in their files and in slots."""
+
+    @property
+    def method(self) -> str | None:
+        """The `quant_method` of configurations whose experts are encoded so; None: of those without one."""
+        ...
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Computes with slots of this encoding."""
+        ...
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Give the experts modules of a model on the meta device the parameters [E, ...] that the files hold.
+
+        One row of each is what a slot holds of one expert: its bytes are counted by them.
+        """
+        ...
+
+    def check_files(self, folder: Path, extents: Iterable[Extent]) -> None:
+        """Raises UncacheableError for an expert's tensor in a format that is not of this encoding."""
+        ...
+
+
+class _Rows:
+    """Stands for a parameter [E, ...]: row e is read from the slot of expert e."""
+
+    __slots__ = ("_chosen", "_param")
+
+    def __init__(self, chosen: ChosenSlots, param: str) -> None:
+        self._chosen, self._param = chosen, param
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        return self._chosen.slot(int(expert))[self._param]
+
+
+def eager_arithmetic(
+    module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenSlots
+) -> Tensor:
+    """The eager function of the module's class, which computes one expert after another in rising order.
+
+    So every bit of the result is transformers' own, also when the experts come in several groups.
+    """
+    # The function reads its parameters from `self`: it gets a shallow copy of the module that has rows in their place.
+    # A copy for each call needs no lock and no thread-local, and shares the submodules.
+    copied: Any = object.__new__(type(module))
+    fields = vars(copied)
+    fields.update(vars(module))
+    for slot in chosen.slots.values():
+        for param in slot:
+            fields[param] = _Rows(chosen, param)
+        break
+    return eager_function(type(module))(copied, hidden_TD, ids_TK, weights_TK)
+
+
+def eager_function(cls: type[nn.Module]) -> Callable[..., Tensor]:
+    """The forward of an experts class below transformers' choice of an implementation."""
+    found: Callable[..., Tensor] = inspect.unwrap(cls.forward)
+    return found
+
+
+class Floats:
+    """Plain numbers: the parameters of transformers' experts modules, computed by their eager function."""
+
+    method: str | None = None
+    arithmetic = staticmethod(eager_arithmetic)
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """As of Encoding: the modules hold these parameters already."""
+
+    def check_files(self, folder: Path, extents: Iterable[Extent]) -> None:
+        """As of Encoding."""
+        for extent in extents:
+            if "expert" in extent.tensor and extent.dtype not in (*_FLOATS, *_NO_WEIGHTS):
+                raise UncacheableError(
+                    f"{folder}: {extent.tensor} is quantised; the expert cache reads experts in F64, F32, F16 or BF16. "
+                    "Give it the checkpoint that this was made from, or a dequantised copy of it."
+                )
+
+
+FLOATS = Floats()
+_ENCODINGS: dict[str | None, Encoding] = {None: FLOATS}
+
+
+def register(encoding: Encoding) -> None:
+    """From now on, checkpoints whose configuration names its `method` are read so."""
+    _ENCODINGS[encoding.method] = encoding
+
+
+def encoding_of(name: str, config: PretrainedConfig) -> Encoding:
+    """The encoding of a checkpoint's experts.
+
+    name: of the checkpoint, for the error.
+
+    Raises UncacheableError when its configuration names one that nobody has registered.
+    """
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings is None:
+            continue
+        told = settings if isinstance(settings, Mapping) else vars(settings)
+        method = str(getattr(told.get("quant_method"), "value", told.get("quant_method")) or "no method named")
+        if (found := _ENCODINGS.get(method)) is not None:
+            return found
+        remedy = "give the checkpoint that it was made from"
+        if method in _DEQUANTISED:
+            remedy = (
+                f"load it with from_pretrained(..., quantization_config={_DEQUANTISED[method]}), save_pretrained that "
+                "to a folder, and give the folder"
+            )
+        raise UncacheableError(f"{name!r} is quantised ({method}): experts are cached as plain numbers; {remedy}.")
+    return FLOATS

@@ -1,0 +1,270 @@
+"""Experts modules of transformers that compute on the slots of a cache instead of parameters of their own.
+
+A model enters by transformers' own door: it is loaded with `experts_implementation="remoe_cache"`, a function in the
+registry that every experts class asks when it is called. The function leases the slots of all experts that are asked
+for, and hands them to the layer's arithmetic.
+
+Two classes of quantised experts have doors beside this one. `FP8Experts` asks a registry of its own
+(`transformers.integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS`). `remoe_cache`, registered there too, serves it
+as it is: FP8's eager function reads weights and scales row by row, and the slots hold both under the names of its
+parameters. `Mxfp4GptOssExperts` asks none: its forward is one Triton kernel over the experts in one tensor. An encoding
+for it (cache/encoding.py) leaves `GptOssExperts` in the model, which asks this registry, and brings an arithmetic of
+its own, which hands the blocks and scales of the chosen experts to such a kernel.
+
+The leased slots that one forward of a layer computes with; a ChosenSlots of cache/encoding.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from remoe_adapt.expert_cache.encoding import FLOATS, Arithmetic, eager_function
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.errors import ConfigError, UncacheableError
+from remoe_adapt._support import held_back, let_through
+from remoe_adapt.tuner import plain_base
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+import torch
+from torch import Tensor
+from remoe_adapt.expert_cache.types import Lease, Slot
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt._support import held_back
+
+
+class _Saved(NamedTuple):
+    """A view of a slot that backward needs. The slot is leased again then, so no graph exceeds the budget."""
+
+    expert: int
+    param: str
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class ChosenExperts:
+    """The experts that one forward of one layer computes with, in rising order.
+
+    All are leased at once where the budget holds them. Else as many are leased at a time as it holds, and the slots of
+    one group are given back before the next group is leased.
+
+    expert_cache: the cache. layer: the layer in it. experts: distinct, in rising order.
+    """
+
+    def __init__(self, expert_cache: ExpertCache, layer: int, experts: Sequence[int]) -> None:
+        self._cache, self._layer, self._later = expert_cache, layer, experts
+        self._lease: Lease | None = None
+        self._is_first = True
+        self.slots: Mapping[int, Slot] = {}
+        self._places: dict[int, tuple[int, str]] | None = None
+
+    def lease_next(self) -> None:
+        """Lease the next group: `slots` holds it, and it alone."""
+        with held_back():
+            self.release()
+            self._lease = self._cache.lease(self._layer, self._later, continues=not self._is_first)
+            self._is_first, self.slots, self._places = False, self._lease.slots, None
+            self._later = self._later[len(self.slots) :]
+
+    def slot(self, expert: int) -> Slot:
+        """The slot of a chosen expert, for a caller that asks in rising order."""
+        while expert not in self.slots:
+            if not self._later:
+                raise KeyError(expert)
+            self.lease_next()
+        return self.slots[expert]
+
+    def groups(self) -> Iterator[Mapping[int, Slot]]:
+        """The slots by expert, group after group: a single one where the budget holds all of them."""
+        if self.slots:
+            yield self.slots
+        while self._later:
+            self.lease_next()
+            yield self.slots
+
+    def release(self) -> None:
+        """Give back what is leased; once is enough."""
+        lease, self._lease, self.slots = self._lease, None, {}
+        if lease is not None:
+            lease.release()
+
+    def pack(self, tensor: Tensor) -> Tensor | _Saved:
+        """For saved_tensors_hooks: a view of a slot is saved as its place."""
+        if self._places is None:
+            self._places = {
+                param.untyped_storage().data_ptr(): (expert, name)
+                for expert, slot in self.slots.items()
+                for name, param in slot.items()
+            }
+        place = self._places.get(tensor.untyped_storage().data_ptr()) if self._lease is not None else None
+        if place is None:
+            return tensor
+        return _Saved(*place, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+    def unpack(self, saved: Tensor | _Saved) -> Tensor:
+        """For saved_tensors_hooks, in backward."""
+        if isinstance(saved, Tensor):
+            return saved
+        with held_back(), self._cache.lease(self._layer, [saved.expert], continues=True) as lease:
+            whole = lease.slots[saved.expert][saved.param]
+        return whole.as_strided(saved.size, saved.stride, saved.offset)
+
+
+# What `experts_implementation` is of a model whose experts are in a cache.
+IMPLEMENTATION = "remoe_cache"
+_FORWARD_INPUTS = 3
+_CPU = torch.device("cpu")
+
+
+class Predictor(Protocol):
+    """Looks a layer ahead of the forwards of a model; see cache/prefetch.py."""
+
+    def score(self, layer: int, experts: Sequence[int]) -> None:
+        """This layer asks for these experts now."""
+        ...
+
+    def read_ahead(self, layer: int, hidden_TD: Tensor) -> None:
+        """This layer computes on this input from now on."""
+        ...
+
+
+class CachedExperts:
+    """The experts of one layer: what its module has instead of parameters. Any number of threads at once.
+
+    expert_cache: where they are. layer: which layer of it. dtype, device: of the hidden states that they compute with.
+    arithmetic: computes them.
+    """
+
+    def __init__(
+        self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype, device: torch.device, arithmetic: Arithmetic
+    ) -> None:
+        self.cache, self.layer, self._dtype, self._device = expert_cache, layer, dtype, device
+        self.predictor: Predictor | None = None
+        self._arithmetic = arithmetic
+        self._num_experts = expert_cache.source.num_experts[layer]
+
+    def __deepcopy__(self, memo: object) -> CachedExperts:
+        """A copied model computes on the same slots."""
+        return self
+
+    def run(self, module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """What the module's forward returns, computed on the slots."""
+        if hidden_TD.device != self._device:
+            raise ConfigError(
+                f"hidden states on {hidden_TD.device}, the cached experts on {self._device}: choose device= when the "
+                "model is loaded instead of moving it."
+            )
+        if hidden_TD.dtype != self._dtype and not torch.is_autocast_enabled(self._device.type):
+            raise ConfigError(
+                f"hidden states are {hidden_TD.dtype}, the cached experts {self._dtype}: choose dtype= when the model "
+                "is loaded instead of converting it."
+            )
+        count, predictor = self._num_experts, self.predictor
+        needed = sorted(expert for expert in set(ids_TK.flatten().tolist()) if 0 <= expert < count)
+        has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
+        with held_back():
+            if predictor is not None:
+                predictor.score(self.layer, needed)
+            chosen = ChosenExperts(self.cache, self.layer, needed)
+            try:
+                if needed:
+                    chosen.lease_next()
+                    if predictor is not None:
+                        predictor.read_ahead(self.layer, hidden_TD)
+                with saved_tensors_hooks(chosen.pack, chosen.unpack) if has_graph else nullcontext(), let_through():
+                    return self._arithmetic(module, hidden_TD, ids_TK, weights_TK, chosen)
+            finally:
+                chosen.release()
+
+
+# How many experts there are, and which, depends on the data: torch.compile must not trace it.
+@torch.compiler.disable
+def remoe_cache(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts implementation of this name. The parameters' names are those of transformers' own."""
+    found: CachedExperts | None = vars(module).get("cached_experts")
+    if found is None:  # a stock model, made from the configuration of a cached one
+        return eager_function(type(module))(module, hidden_states, top_k_index, top_k_weights)
+    return found.run(module, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remoe_cache)
+
+
+def check_experts(modules: dict[str, nn.Module]) -> None:
+    """Raises UncacheableError for a module whose eager function is not one of (hidden states, ids, weights)."""
+    for name, module in modules.items():
+        if len(inspect.signature(eager_function(type(module))).parameters) != _FORWARD_INPUTS + 1:
+            raise UncacheableError(
+                f"{name} ({type(module).__name__}) takes other inputs than experts do: it cannot be cached."
+            )
+
+
+@contextmanager
+def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
+    """Within, in this thread: modules of these very classes are made without parameters, to be bound to a cache.
+
+    The classes are changed meanwhile: one thread at a time.
+    """
+    thread = threading.get_ident()
+
+    def patched(cls: type[nn.Module], original: Callable[..., None]) -> Callable[..., None]:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if type(self) is cls and threading.get_ident() == thread:
+                for name in list(self._parameters):
+                    delattr(self, name)
+                # transformers would initialise what is missing in the files; here nothing is missing.
+                vars(self)["_is_hf_initialized"] = True
+
+        return init
+
+    before: dict[Any, Any] = {cls: vars(cls).get("__init__") for cls in classes}
+    try:
+        for cls in classes:
+            cls.__init__ = patched(cls, cls.__init__)  # type: ignore[method-assign]
+        yield
+    finally:
+        with held_back():
+            for cls, own in before.items():
+                if own is None:
+                    del cls.__init__
+                else:
+                    cls.__init__ = own
+
+
+def bind_experts(
+    model: nn.Module,
+    expert_cache: ExpertCache,
+    dtype: torch.dtype,
+    device: torch.device = _CPU,
+    arithmetic: Arithmetic = FLOATS.arithmetic,
+) -> None:
+    """Let the modules made under `experts_left_out` compute on a cache.
+
+    model: loaded with the experts implementation "remoe_cache".
+    expert_cache: its layers are named as the modules.
+    dtype, device: of the model's hidden states.
+    arithmetic: computes the experts of each layer.
+    """
+    for layer, name in enumerate(expert_cache.source.layers):
+        module: Any = model.get_submodule(name)
+        module.cached_experts = CachedExperts(expert_cache, layer, dtype, device, arithmetic)
+
+
+def expert_cache_of(model: nn.Module) -> ExpertCache | None:
+    """The cache that a model (the base of a PeftModel) computes with; None without."""
+    found = vars(plain_base(model)).get("expert_cache")
+    return found if isinstance(found, ExpertCache) else None
+
+
+def cached_layer(block: nn.Module) -> int | None:
+    """Which layer of the cache the experts of a router's block are; None where the block has none, or several."""
+    found = [vars(module)["cached_experts"].layer for module in block.modules() if "cached_experts" in vars(module)]
+    return found[0] if len(found) == 1 else None

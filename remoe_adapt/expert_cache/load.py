@@ -1,0 +1,281 @@
+"""`load_with_expert_cache`: a model whose experts stay in storage, and come to memory when they are needed.
+
+`pack_experts`: a pack of the experts of a model by path or hub id.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from remoe_adapt.expert_cache.gpu import find_device, make_cache
+from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
+from remoe_adapt.expert_cache.pack import PackedStore
+from remoe_adapt.expert_cache.prefetch import bind_prefetch
+from remoe_adapt.expert_cache.direct_io import Reader
+from remoe_adapt.expert_cache.types import budget_in_bytes, check_budget, check_options
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
+from remoe_adapt.expert_cache.cache import READ_THREADS
+from remoe_adapt.device_profile import parse_size
+from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
+from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, find_checkpoint
+from remoe_adapt.checkpoints import CACHE_OPTIONS, check_flags, check_memory, check_names, check_path, unknown_option
+from remoe_adapt.checkpoints import HUB_OPTIONS
+from remoe_adapt._support import printable
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+import torch
+from remoe_adapt.expert_cache.experts import check_experts
+from remoe_adapt.expert_cache.pack import write_pack
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.expert_cache.checkpoint import LOADING, find_checkpoint
+from remoe_adapt.checkpoints import HUB_OPTIONS
+
+
+_KV_CACHE_PART = 16
+_KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
+# Options of from_pretrained that place, make, quantise or find weights in ways of their own.
+OWN_PLACEMENT = {
+    "device_map",
+    "quantization_config",
+    "experts_implementation",
+    "state_dict",
+    "tp_plan",
+    "gguf_file",
+    "config",
+    "variant",
+    "subfolder",
+    "key_mapping",
+    "use_safetensors",
+    "transformers_weights",
+}
+
+
+def load_with_expert_cache(
+    path: str | os.PathLike[str],
+    expert_cache: str | int | float = 0.25,
+    *,
+    device: str | torch.device = "cpu",
+    ram_budget: str | int | float | None = None,
+    memory: str | int | None = None,
+    storage: str | os.PathLike[str] | None = None,
+    policy: str = "lrfu",
+    scope: str = "global",
+    prefetch: bool = False,
+    direct_io: bool = False,
+    dtype: str | torch.dtype | None = None,
+    threads: int = READ_THREADS,
+    reader: Reader = os.preadv,
+    **from_pretrained_kwargs: Any,
+) -> PreTrainedModel:
+    """The model of a checkpoint folder or hub id, with `.expert_cache`: the ExpertCache of its experts.
+
+    Its memory is the dense part and the slots, nothing mapped. It computes what `from_pretrained` would with
+    `experts_implementation="eager"`, generates, and takes PEFT adapters; its experts are frozen.
+
+    path: of the folder, or the hub id.
+    expert_cache: the budget: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0).
+    device: the CPU, or a CUDA device, which holds the dense part and the slots of that budget. Below them come slots in
+        pinned RAM, filled from storage.
+    ram_budget: of the slots in pinned RAM, like expert_cache; None: twice as much, at most all experts.
+    memory: what the dense part and the slots may take together, with a sixteenth left for the KV cache; it lowers the
+        budget.
+    storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
+    policy, scope, threads: see ExpertCache.
+    prefetch: predict each next layer's experts, and read ahead where that pays (see cache/prefetch.py).
+    direct_io, reader: see ExpertStore.
+    dtype: as in from_pretrained; None: the checkpoint's (torch_dtype, its old name, counts too).
+    from_pretrained_kwargs: other options of from_pretrained, but those that place, quantise or make weights.
+
+    Raises ConfigError for options that cannot work or nobody knows, UncacheableError for models whose experts cannot be
+    cached (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
+    """
+    check_names(from_pretrained_kwargs, _KNOWN)
+    check_path("path", path, "a model folder or a hub id")
+    check_budget("expert_cache", expert_cache)
+    if ram_budget is not None:
+        check_budget("ram_budget", ram_budget)
+    if memory is not None:
+        check_memory(memory)
+    if storage is not None:
+        check_path("storage", storage, "a folder that `remoe pack` made of this model, or None")
+    check_options(policy, scope, threads)
+    check_flags(prefetch=prefetch, direct_io=direct_io)
+    if not callable(reader):
+        raise ConfigError(f"reader {reader!r}: give something that reads as os.preadv does.")
+    refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs))
+    if refused:
+        raise ConfigError(
+            f"{', '.join(refused)}: an expert cache places the model itself (device=), unquantised, eager, and reads "
+            "the folder's own safetensors files."
+        )
+    old_name = from_pretrained_kwargs.pop("torch_dtype", None)
+    dtype = old_name if dtype is None else dtype
+    checkpoint = find_checkpoint(path, dtype, from_pretrained_kwargs)
+    folder, wanted, loader = checkpoint.folder, checkpoint.dtype, checkpoint.loader
+    kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in HUB_OPTIONS}
+    place = find_device(device)
+    with LOADING:
+        skeleton = checkpoint.skeleton()
+        modules = experts_modules(skeleton)
+        check_experts(modules)
+        store = _store(checkpoint, skeleton, storage, direct_io=direct_io, reader=reader)
+        try:
+            budget_bytes = budget_in_bytes(expert_cache, store.total_bytes)
+            if memory is not None:
+                budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
+            cache = make_cache(
+                store,
+                budget_bytes,
+                device=place,
+                ram_budget_bytes=None if ram_budget is None else budget_in_bytes(ram_budget, store.total_bytes),
+                policy=policy,
+                scope=scope,
+                threads=threads,
+            )
+            left_out = [
+                f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
+            ]
+            with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
+                model = loader.from_pretrained(folder, dtype=wanted, experts_implementation=IMPLEMENTATION, **kwargs)
+        except BaseException as error:
+            store.close()
+            unknown = unknown_option(error, _KNOWN) if isinstance(error, TypeError) else None
+            if unknown is not None:
+                raise unknown from error
+            if isinstance(error, OSError | SafetensorError) and not isinstance(error, RemoeError):
+                raise ExpertReadError(f"{folder} cannot be loaded ({printable(error)}): fetch it again.") from error
+            raise
+    assert isinstance(model, PreTrainedModel)
+    _own(model, place)
+    model.config._name_or_path = model.name_or_path = os.fspath(path)
+    bind_experts(model, cache, wanted, place, checkpoint.encoding.arithmetic)
+    if prefetch:
+        bind_prefetch(model, cache)
+    # Not through setattr of nn.Module: it is no part of the model's state.
+    model.__dict__["expert_cache"] = cache
+    # By its class: attributes of the model are hooked and unhooked by others.
+    cls = type(model)
+    own = {"save_pretrained": _no_saving, "set_experts_implementation": _no_other_experts}
+    model.__class__ = type(cls.__name__, (cls,), {**own, "__module__": cls.__module__})
+    return model
+
+
+def _own(model: PreTrainedModel, device: torch.device) -> None:
+    """Move the dense part from the mapped files, whose pages come and go with memory pressure, to memory of its own."""
+    if device.type != "cpu":
+        model.to(device)  # type: ignore[arg-type]
+        return
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def _no_saving(*args: object, **kwargs: object) -> NoReturn:
+    raise MergeStateError(
+        "this model's experts are in its checkpoint, not in the model, so saving it would lose them. Save adapters "
+        "with the PeftModel's save_pretrained; to save the whole model, load it with from_pretrained first."
+    )
+
+
+def _no_other_experts(*args: object, **kwargs: object) -> NoReturn:
+    raise ConfigError(
+        f"this model's experts are in a cache, which computes them as experts_implementation={IMPLEMENTATION!r} alone: "
+        "for another implementation load the model with from_pretrained."
+    )
+
+
+def _store(
+    checkpoint: Checkpoint,
+    skeleton: PreTrainedModel,
+    storage: str | os.PathLike[str] | None,
+    *,
+    direct_io: bool,
+    reader: Reader,
+) -> ExpertStore | PackedStore:
+    if storage is None:
+        return ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=direct_io, reader=reader)
+    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding)
+    try:
+        return PackedStore(storage, source, direct_io=direct_io, reader=reader)
+    finally:
+        source.close()
+
+
+def _dense_bytes(skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:
+    left_out = {id(param) for module in experts.values() for param in module.parameters(recurse=False)}
+    tensors = itertools.chain(skeleton.parameters(), skeleton.buffers())
+    return sum(tensor.nbytes for tensor in tensors if id(tensor) not in left_out)
+
+
+def _under(memory: str | int, dense_bytes: int) -> int:
+    """Bytes left for slots."""
+    memory_bytes = parse_size(memory) if isinstance(memory, str) else memory
+    left = memory_bytes - memory_bytes // _KV_CACHE_PART - dense_bytes
+    if left <= 0:
+        raise ConfigError(
+            f"memory {memory!r}: the dense part alone takes {dense_bytes / (1 << 20):.0f} MiB, and a sixteenth is left "
+            "for the KV cache; give more, or a smaller model."
+        )
+    return left
+
+
+@contextmanager
+def _unexpected(cls: type[PreTrainedModel], names: list[str]) -> Iterator[None]:
+    """Within, models of `cls` do not report these parameters as left over in their checkpoints."""
+    before = vars(cls).get("_keys_to_ignore_on_load_unexpected")
+    prefix = f"{cls.base_model_prefix}."
+    patterns = [re.escape(name.removeprefix(prefix)) + "$" for name in names]
+    cls._keys_to_ignore_on_load_unexpected = [*(cls._keys_to_ignore_on_load_unexpected or ()), *patterns]
+    try:
+        yield
+    finally:
+        if before is None:
+            del cls._keys_to_ignore_on_load_unexpected
+        else:
+            cls._keys_to_ignore_on_load_unexpected = before
+
+
+def pack_experts(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    on_start: Callable[[int], None] = lambda total_bytes: None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Copy the experts of a checkpoint folder or hub id to the folder `out`, for load_with_expert_cache(storage=out).
+
+    path: of the checkpoint, or its hub id.
+    out: the folder of the pack.
+    dtype: of the copy, which must be that of the model in memory; None: the checkpoint's.
+    overwrite, on_start, on_bytes, and what is returned and raised: see cache.packing.write_pack.
+    options: of from_pretrained, for the hub.
+
+    Raises ConfigError and UncacheableError as load_with_expert_cache, ConfigError also for other options.
+    """
+    if unknown := sorted(options.keys() - {*HUB_OPTIONS, "trust_remote_code"}):
+        raise ConfigError(
+            f"{', '.join(unknown)}: a pack is made of the folder's own safetensors files; give dtype, overwrite, "
+            f"trust_remote_code, {', '.join(HUB_OPTIONS)} alone."
+        )
+    checkpoint = find_checkpoint(path, dtype, options)
+    with LOADING:
+        skeleton = checkpoint.skeleton()
+    check_experts(experts_modules(skeleton))
+    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=True)
+    name = Path(checkpoint.name).resolve().name if Path(checkpoint.name).is_dir() else checkpoint.name
+    try:
+        return write_pack(source, out, model_id=name, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes)
+    finally:
+        source.close()

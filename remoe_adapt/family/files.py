@@ -1,0 +1,228 @@
+"""The files of a family: `family.json` (format 1), read strictly, and folders and files written all or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from remoe_adapt.errors import FamilyError
+from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, mode_words
+from remoe_adapt.tuner import FAMILY_FILE
+from remoe_adapt._support import first_line, printable, read_json
+
+FORMAT = 1
+_MAX_BYTES, _MAX_NAME = 16 << 20, 64
+# What an object of family.json is called in errors -> (keys that it must have, keys that it may have).
+_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "the family": ({"format", "base", "points"}, {"control"}),
+    "base": ({"id", "fingerprint"}, set()),
+    "a point": ({"strength", "adapter"}, {"recency", "certificate"}),
+    "control": ({"adapter"}, {"certificate"}),
+}
+
+
+def read_recency(entry: Any, where: str) -> Recency | None:
+    """The recency prior of an operating point from its JSON object, None for the mode "none".
+
+    Raises FamilyError naming `where` and the fault.
+    """
+    if not isinstance(entry, Mapping) or set(entry) != {"mode", "decay", "gain_per_layer"}:
+        raise FamilyError(f"{where}: recency must hold mode, decay and gain_per_layer, not {_shown(entry)}.")
+    mode, decay, gains = (entry[key] for key in ("mode", "decay", "gain_per_layer"))
+    if mode not in mode_words():
+        raise FamilyError(f"{where}: recency mode {_shown(mode)} is not one of {', '.join(mode_words())}.")
+    if not _is_number(decay) or not 0.0 <= decay < 1.0:
+        raise FamilyError(f"{where}: recency decay {_shown(decay)} must be at least 0 and below 1.")
+    if not isinstance(gains, list | tuple) or not all(_is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
+        raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
+    return None if mode == NO_PRIOR else Recency(mode, tuple(float(gain) for gain in gains), float(decay))
+
+
+def recency_entry(recency: Recency) -> dict[str, Any]:
+    """The JSON object that `read_recency` reads."""
+    return {"mode": recency.mode, "decay": recency.decay, "gain_per_layer": recency.gain}
+
+
+def usable_path(path: str | os.PathLike[str]) -> Path:
+    """A path that may be there or not. Raises FamilyError for one that no disk can have."""
+    try:
+        found = Path(path)
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, TypeError) as error:
+        raise FamilyError(f"{printable(repr(path))} can be no folder of a family ({printable(error)}).") from error
+    return found
+
+
+def family_folder(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """An existing folder as it is; "owner/name" from the hub or its cache. Raises FamilyError when neither has it."""
+    path = usable_path(path_or_hub_id).expanduser()
+    text = os.fspath(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if not isinstance(path_or_hub_id, str) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise FamilyError(f"no family folder {text}: give the folder that holds family.json, or a hub id owner/name.")
+    try:
+        # Only what a family needs: a hub repository may hold a whole model as well.
+        files = [FAMILY_FILE, "*/adapter_config.json", "*/adapter_model.safetensors"]
+        return Path(snapshot_download(text, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FamilyError(
+            f"no folder {text} here, and the hub gave no family of that id ({first_line(error)}): check the spelling; "
+            "offline, download it where there is a network and give its folder."
+        ) from error
+
+
+def read_family_json(folder: Path) -> dict[str, Any]:
+    """The checked content of `family.json`; adapter folders are named, not opened.
+
+    Raises FamilyError naming the file and the first fault.
+    """
+    path = folder / FAMILY_FILE
+    if not path.is_file():
+        raise FamilyError(f"{printable(folder)} has no {FAMILY_FILE}: it is no family (a lone adapter loads by PEFT).")
+    entries = read_json(path, FamilyError, max_bytes=_MAX_BYTES)
+    version = entries.get("format") if isinstance(entries, dict) else None
+    # True == 1 in Python, and "format": true is no version.
+    if version != FORMAT or isinstance(version, bool):
+        raise FamilyError(f"{path} has format {_shown(version)}, this version reads {FORMAT}: update remoe-adapt.")
+    _check_keys(path, "the family", entries)
+    _check_keys(path, "base", entries["base"])
+    for key in ("id", "fingerprint"):
+        if not isinstance(entries["base"][key], str) or not entries["base"][key]:
+            raise FamilyError(f"{path}: base {key} {_shown(entries['base'][key])} must be text.")
+    if not isinstance(entries["points"], list):
+        raise FamilyError(f"{path}: points must be a list.")
+    strengths = []
+    for point in entries["points"]:
+        _check_keys(path, "a point", point)
+        _check_adapter(path, point)
+        if not _is_number(point["strength"]) or not 0.0 < point["strength"] <= 1.0:
+            raise FamilyError(f"{path}: strength {_shown(point['strength'])} must be a number above 0 and at most 1.")
+        strengths.append(point["strength"])
+    # Interpolation looks for neighbours, so points are in order and none is there twice.
+    if strengths != sorted(set(strengths)):
+        raise FamilyError(f"{path}: strengths {printable(strengths)} must rise from point to point.")
+    if "control" in entries:
+        _check_keys(path, "control", entries["control"])
+        _check_adapter(path, entries["control"])
+    return dict(entries)
+
+
+def json_text(path: Path, entries: Mapping[str, Any]) -> str:
+    """The text of a JSON file. Raises FamilyError for what JSON cannot hold."""
+    try:
+        return json.dumps(entries, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FamilyError(f"{path}: a certificate holds what JSON cannot ({error}): use finite numbers.") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one piece: readers see the old one or the new one. Raises FamilyError when the disk refuses."""
+    write_together({path: text})
+
+
+def write_together(texts: Mapping[Path, str]) -> None:
+    """Write files, none before all of them are on the disk; folders are made. Raises FamilyError when it refuses."""
+    # The process number keeps two writers apart; a leading dot hides a draft that a kill left.
+    drafts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    try:
+        for path, draft in drafts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(texts[path], encoding="utf-8")
+        for path, draft in drafts.items():
+            draft.replace(path)
+    except OSError as error:
+        raise _refused(next(iter(texts)).parent, error) from error
+    finally:
+        for draft in drafts.values():
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def placed(copies: Mapping[Path, Path]) -> Iterator[None]:
+    """Folders copied from key to value for the time of the block, and for good when it succeeds; otherwise nothing was
+    there and what was there is again. Raises FamilyError when the disk refuses."""
+    asides = []
+    with ExitStack() as undo:
+        try:
+            for source, target in copies.items():
+                for folder in reversed([target.parent, *target.parent.parents]):
+                    if not folder.exists():
+                        undo.callback(_remove_empty, folder)
+                        folder.mkdir()
+                draft, aside = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+                # Registered before the copy begins, so that half a copy is removed as well.
+                undo.callback(_take_back, draft, aside, target, target.exists())
+                shutil.copytree(source, draft)
+                if target.exists():
+                    target.rename(aside)
+                    asides.append(aside)
+                draft.rename(target)
+        except OSError as error:
+            raise _refused(next(iter(copies.values())).parent, error) from error
+        yield
+        # From here on the folders stay: what was written by the block refers to them.
+        undo.pop_all()
+    for aside in asides:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_back(draft: Path, aside: Path, target: Path, existed: bool) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    if not existed:
+        shutil.rmtree(target, ignore_errors=True)
+    elif aside.exists():
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _refused(folder: Path, error: OSError) -> FamilyError:
+    reason = error.strerror or printable(error)
+    return FamilyError(f"{printable(folder)} cannot be written: {reason}. The family there is as it was.")
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_keys(path: Path, what: str, entry: Any) -> None:
+    required, optional = _KEYS[what]
+    if not isinstance(entry, dict):
+        raise FamilyError(f"{path}: {what} must be an object with {', '.join(sorted(required))}, not {_shown(entry)}.")
+    if missing := sorted(required - entry.keys()):
+        raise FamilyError(f"{path}: {what} lacks {', '.join(missing)}.")
+    if unknown := sorted(entry.keys() - required - optional):
+        raise FamilyError(
+            f"{path}: {what} has unknown keys {printable(unknown)}; known are {sorted(required | optional)}."
+        )
+    if not isinstance(entry.get("certificate", {}), dict):
+        raise FamilyError(f"{path}: the certificate of {what} must be an object, not {_shown(entry['certificate'])}.")
+
+
+def _check_adapter(path: Path, entry: dict[str, Any]) -> None:
+    """An adapter is named by one folder beside family.json: never a path out of the family."""
+    name = entry["adapter"]
+    plain = isinstance(name, str) and name.isprintable() and len(name) <= _MAX_NAME and name not in ("", ".", "..")
+    if not plain or "/" in name or "\\" in name:
+        raise FamilyError(f"{path}: adapter {_shown(name)} must be the name of a folder beside {FAMILY_FILE}.")

@@ -1,0 +1,131 @@
+"""The gate of one token on a CPU, where every torch call costs as much as its arithmetic: the fewest calls.
+
+Tensors are one row, [1, E] or [1, K]. A Python number given to a tensor operation is made a tensor at every call, so
+constants are kept as tensors.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_float
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, topk_gating
+from remoe_adapt.routers import best_ids
+from remoe_adapt.routers import RouterSpec
+
+
+class Scratch(dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]]):
+    """Memory for what leaves no trace, by number of experts: both ends of a span [2], each of them, ranked values
+    [1, E]. One for the routers of a forward, since they run one after another."""
+
+    def __missing__(self, experts: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        with torch.inference_mode(False):
+            ends_2 = torch.empty(2)
+            lowest, highest = ends_2.unbind()
+            row = self[experts] = ends_2, (lowest, highest), torch.empty((1, experts))
+        return row
+
+
+def one_token(
+    logits_1E: Tensor, k: int, spec: RouterSpec, prior: PriorStep, gain: float, bias_E: Tensor | None,
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`topk_gating` of a single row, to the bit, but for the recency: that stays (see `RecencyState.move`).
+
+    `gain` is that of the prior, already read. Gradients and values without a finite span go the long way.
+    """
+    if logits_1E.requires_grad:
+        return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
+    z_1E = logits_1E if logits_1E.dtype is torch.float32 else logits_1E.float()
+    scores_1E: Tensor | None = None
+    if spec.ranks_logits:
+        spread_1E = choice_1E = z_1E
+    else:
+        if spec.scoring == "logit_bias_sigmoid":
+            choice_1E = z_1E
+        else:
+            choice_1E = scores_1E = spec.scores(z_1E)
+        if bias_E is not None and spec.scoring != "sigmoid":
+            choice_1E = choice_1E + (bias_E if bias_E.dtype is torch.float32 else bias_E.float())
+            choice_1E = choice_1E if choice_1E.dim() == 2 else choice_1E.reshape(1, -1)
+        spread_1E = choice_1E
+        if spec.group_score is not None:
+            choice_1E, spread_1E = _best_groups(choice_1E, spec)
+        if choice_1E.requires_grad:  # of the bias
+            return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
+    experts = spec.num_experts
+    ends_2, ends, ranked_1E = scratch[experts]
+    torch.aminmax(spread_1E, out=ends)
+    lowest, highest = ends_2.tolist()
+    span = highest - lowest
+    if not span <= MAX_SPAN:  # infinite, or NaN
+        return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
+    # Rounded to fp32 where tensors are; `add` rounds the product and takes it in at once, as `addcmul` does.
+    scale = c_float(span).value * gain
+    torch.add(choice_1E, prior.recency_BE, alpha=scale, out=ranked_1E)
+    if k < experts:  # `_best`, without a call
+        values_1K, ids_1K = ranked_1E.topk(k + 1)
+        ids_1K = ids_1K.resize_(1, k) if len(set(values_1K.tolist()[0])) > k else best_ids(ranked_1E, k)
+    else:
+        ids_1K = best_ids(ranked_1E, k)
+    if spec.is_chosen_softmax and spec.scaling == 1.0:
+        return z_1E.take(ids_1K).softmax(-1), ids_1K
+    return _weights(z_1E, scores_1E, ids_1K, spec), ids_1K
+
+
+def _still(prior: PriorStep) -> PriorStep:
+    return PriorStep(prior.recency_BE, prior.gain, None)
+
+
+def _best(values_1N: Tensor, k: int, count: int) -> Tensor:
+    """`best_ids` of `count` values by way of the faster `topk`; its order among equal values is not told, so with any
+    the long way."""
+    if k >= count:
+        return best_ids(values_1N, k)
+    values_1K, ids_1K = values_1N.topk(k + 1)
+    if len(set(values_1K.tolist()[0])) <= k:
+        return best_ids(values_1N, k)
+    return ids_1K.resize_(1, k)
+
+
+def _best_groups(choice_1E: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """(choice with the other groups at the fill, the values that the span is taken of)."""
+    groups_GE = choice_1E.view(spec.n_group, -1)
+    if spec.group_score == "max":
+        score_G = groups_GE.amax(dim=-1)
+    else:
+        score_G = groups_GE.topk(2, dim=-1).values.sum(dim=-1)
+    kept = _best(score_G.view(1, -1), spec.topk_group, spec.n_group).view(-1)
+    kept_GE = groups_GE.index_select(0, kept)
+    filled_GE = torch.full_like(groups_GE, spec.group_fill).index_copy_(0, kept, kept_GE)
+    filled_1E = filled_GE.view(1, -1)
+    return filled_1E, kept_GE if spec.group_fill == -torch.inf else filled_1E
+
+
+def _weights(z_1E: Tensor, scores_1E: Tensor | None, ids_1K: Tensor, spec: RouterSpec) -> Tensor:
+    """`RouterSpec.expert_weights`, with the scores that are known."""
+    if spec.is_chosen_softmax:
+        weights_1K = z_1E.take(ids_1K).softmax(-1)
+    elif spec.weight_rule != "score":
+        return spec.expert_weights(z_1E, ids_1K)
+    else:
+        if scores_1E is not None:
+            weights_1K = scores_1E.take(ids_1K)
+        elif spec.score == "softmax":
+            weights_1K = z_1E.softmax(-1).take(ids_1K)
+        else:
+            weights_1K = spec.scores(z_1E.take(ids_1K))
+        if spec.normalize:
+            total_11 = weights_1K.sum(-1, keepdim=True)
+            weights_1K = weights_1K / (total_11 + _constant(spec.normalize_eps) if spec.normalize_eps else total_11)
+    return weights_1K if spec.scaling == 1.0 else weights_1K * _constant(spec.scaling)
+
+
+@lru_cache
+def _constant(value: float) -> Tensor:
+    """Not of inference mode, whatever the caller is in."""
+    with torch.inference_mode(False):
+        return torch.tensor(value)

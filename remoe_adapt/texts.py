@@ -1,0 +1,273 @@
+"""Text files to documents, documents to token rows; masks know where each document begins."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from remoe_adapt.errors import DataError
+from remoe_adapt.objective import IGNORED_LABEL
+from remoe_adapt._support import parse_json, printable
+import importlib.metadata
+import inspect
+import math
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+import numpy as np
+import torch
+from torch import Tensor, nn
+from remoe_adapt.evaluation import Arm, Arms, arms_of
+from remoe_adapt.eviction import check_replay, hit_rates, layer_rows
+from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.family import Family
+from remoe_adapt._support import freed_memory_kept
+from remoe_adapt.traces import eor, load_entropy, switch_rate
+from remoe_adapt._support import check_extra
+from remoe_adapt.recency_settings import Recency
+from remoe_adapt.evaluation import Recorder, Window, inference, make_trace, record_forward, window_tokens, windows
+from remoe_adapt.checkpoints import device_of
+from remoe_adapt.traces import Trace
+
+
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+# A gzip file may expand to this much, or to this many times its size: text packs 3 to 10 times, gzip at most 1030.
+_FREE_BYTES, _MOST_EXPANSION = 16 << 20, 100
+_RECORD_CHARS, _FILE_CHARS = 64 << 20, 1 << 30
+_RECORDS = (("text",), ("question", "answer"), ("prompt", "canonical_solution"))
+
+
+def data_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The data files named by `paths`, folders expanded (recursively, in name order).
+
+    Raises:
+        DataError: nothing named, a path is absent, has another suffix, or a folder holds no data file.
+    """
+    if not paths:
+        raise DataError(f"no data given: name files or folders of {', '.join(SUFFIXES)}")
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+            if not inside:
+                raise DataError(f"{path} holds no data file: expected {', '.join(SUFFIXES)}")
+            files += inside
+        elif not path.exists():
+            raise DataError(f"{printable(path)} does not exist: give a file or folder of {', '.join(SUFFIXES)}")
+        elif not path.is_file():
+            raise DataError(f"{printable(path)} is a pipe, socket or device: copy its text into a file")
+        elif not path.name.endswith(SUFFIXES):
+            raise DataError(f"{path} is not a data file: its name must end in one of {', '.join(SUFFIXES)}")
+        else:
+            files.append(path)
+    return files
+
+
+def read_documents(paths: Sequence[str | Path], tokenizer: Any = None) -> Iterator[str]:
+    """Documents of all files in order. A .txt file is one document; a line of .jsonl is one record: `text`,
+    `question` + `answer`, `prompt` + `canonical_solution`, or chat `messages`, which the tokenizer's chat template
+    writes out.
+
+    Raises:
+        DataError: see `data_files`; also a file that is not UTF-8, not gzip or expands as no text does, or a record
+            without text, with its line.
+    """
+    for path in data_files(paths):
+        yield from read_file(path, tokenizer)
+
+
+def read_file(path: Path, tokenizer: Any = None) -> Iterator[str]:
+    """Documents of one file; blank ones are left out. Raises DataError as `read_documents`."""
+    try:
+        with path.open("rb") as stored:
+            packed = path.name.endswith(".gz")
+            raw: Any = io.BufferedReader(_Unpacked(stored, path)) if packed else stored
+            # newline="\n", because a record may hold lone carriage returns; -sig, because Windows writes a byte order
+            # mark, which would be part of the first word.
+            with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n") as file:
+                if path.name.removesuffix(".gz").endswith(".txt"):
+                    documents: Iterable[str] = (_whole_file(file, path),)
+                else:
+                    documents = _records(file, path, tokenizer)
+                yield from (text for text in documents if text.strip())
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"cannot read {printable(path)}: {error}") from error
+
+
+class _Unpacked(io.RawIOBase):
+    """A gzip file's contents, as long as they may be text: an expansion that no text has is refused early on."""
+
+    def __init__(self, stored: Any, path: Path) -> None:
+        self._stored, self._path, self._given = stored, path, 0
+        self._file = gzip.GzipFile(fileobj=stored)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        # gzip reads ahead of what it gives, so the position in the file counts a little more than was expanded.
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._given += len(data)
+        if self._given > max(_FREE_BYTES, _MOST_EXPANSION * self._stored.tell()):
+            raise DataError(
+                f"{printable(self._path)} expands to more than {_MOST_EXPANSION} times its size, which no text does: "
+                "unpack it and look"
+            )
+        return len(data)
+
+
+def _whole_file(file: Any, path: Path) -> str:
+    # Piece by piece, because a single read of the limit would take that much memory for any file.
+    parts: list[str] = []
+    length = 0
+    while part := file.read(1 << 20):
+        parts.append(part)
+        length += len(part)
+        if length > _FILE_CHARS:
+            raise DataError(
+                f"{printable(path)} has more than {_FILE_CHARS >> 20} Mi characters, and a text file is one document: "
+                "split it"
+            )
+    return "".join(parts)
+
+
+def _records(file: Any, path: Path, tokenizer: Any) -> Iterator[str]:
+    number = 0
+    # With a limit: a file without line ends would be one record of its whole size.
+    while line := file.readline(_RECORD_CHARS + 1):
+        number += 1
+        if len(line) > _RECORD_CHARS:
+            raise DataError(
+                f"{printable(path)}, line {number} has more than {_RECORD_CHARS >> 20} Mi characters: a record is one "
+                "document, split it"
+            )
+        if line.strip():
+            yield _record_text(line, f"{path}, line {number}", tokenizer)
+
+
+def _record_text(line: str, where: str, tokenizer: Any) -> str:
+    record = parse_json(line, where, DataError)
+    if isinstance(record, dict):
+        if not isinstance(record.get("text"), str) and "messages" in record:
+            return _whole(chat_text(record, tokenizer, printable(where)))
+        for keys in _RECORDS:
+            parts = [record.get(key) for key in keys]
+            if all(isinstance(part, str) for part in parts):
+                # HumanEval's solution continues its prompt; an answer starts on a new line
+                return _whole(("" if keys[-1] == "canonical_solution" else "\n").join(map(str, parts)))
+    found = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
+    raise DataError(
+        f"{printable(where)}: no text in this record (found {printable(found)}); give 'text', or 'question' + "
+        "'answer', or 'prompt' + 'canonical_solution', or chat 'messages'"
+    )
+
+
+def _whole(text: str) -> str:
+    """Without halves of characters, which JSON's escapes can hold and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def chat_text(record: Mapping[str, Any], tokenizer: Any, where: str) -> str:
+    """A record's `messages` (and `tools`, if any) as the tokenizer's chat template writes them.
+
+    A message has a `role` and a `content`: text, or a list of `{"type": "text", "text": ...}`; other keys are the
+    template's.
+
+    Raises:
+        DataError: no template, messages of another form, or ones that the template refuses.
+    """
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: 'messages' must be a list of at least one message, not {printable(messages)}")
+    plain = []
+    for index, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or not role:
+            raise DataError(f"{where}: message {index} must be an object with a 'role' and a 'content'")
+        content = message.get("content")
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise DataError(
+                f"{where}: the content of message {index} must be text, or a list of parts of type 'text', not "
+                f"{printable(content)}"
+            )
+        # Only the content is made plain; a template may use any other key.
+        plain.append({**message, "content": content})
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{where}: chat 'messages' are written out by the tokenizer's chat template, and this one has none: use "
+            "the tokenizer of the model's chat version, or records of 'text'"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(plain, tools=record.get("tools"), tokenize=False)
+    except Exception as error:  # a template is a program of others
+        raise DataError(f"{where}: the chat template refuses these messages ({printable(error)})") from error
+    return text
+
+
+def tokenize_documents(
+    documents: Iterable[str], tokenizer: Any, max_tokens: int | None = None, chunk_chars: int = 1 << 20
+) -> list[list[int]]:
+    """Token ids of each document, without special tokens; stops once `max_tokens` are reached (the last one is cut).
+
+    Text is encoded in pieces of at most `chunk_chars` characters, cut at line ends, so one huge file costs no more
+    memory or time than it must.
+    """
+    rows: list[list[int]] = []
+    left = max_tokens
+    for text in documents:
+        ids: list[int] = []
+        # When few tokens are wanted, a piece of 16 characters a token is enough; a whole book need not be encoded for
+        # them.
+        for piece in pieces(text, chunk_chars if left is None else min(chunk_chars, max(1024, left * 16))):
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            if left is not None and len(ids) >= left:
+                break
+        ids = ids[:left]
+        if ids:
+            rows.append(ids)
+        if left is not None:
+            left -= len(ids)
+            if left <= 0:
+                break
+    return rows
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """`text` in order, in pieces of at most `size` characters, cut behind line ends where there are any."""
+    start = 0
+    while start < len(text):
+        end = len(text)
+        if end - start > size:
+            newline = text.rfind("\n", start, start + size)
+            end = newline if newline > start else start + size
+        yield text[start:end]
+        start = end
+
+
+def read_shared(paths: Sequence[str | Path], tokenizer: Any, max_tokens: int | None = None) -> list[list[int]]:
+    """Token ids of the documents of all files; `max_tokens` is shared evenly among the files.
+
+    Raises:
+        DataError: a file cannot be read, or there are more files than tokens.
+    """
+    files = data_files(paths)
+    if max_tokens is not None and max_tokens < 2 * len(files):
+        raise DataError(f"{max_tokens} tokens are too few for {len(files)} data file(s): raise --max-tokens")
+    share = None if max_tokens is None else max_tokens // len(files)
+    return [ids for file in files for ids in tokenize_documents(read_file(file, tokenizer), tokenizer, share)]

@@ -1,0 +1,292 @@
+"""Two tiers of experts, one over the other: on the CPU everything but CUDA's own calls, on a GPU the real thing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from expert_support import EXPERTS, LAYERS, Source
+from prefetch_support import always, decoded, in_threads
+from tiny_checkpoints import Faults, save_tiny, stock
+
+from remoe_adapt import load_with_expert_cache
+from remoe_adapt.expert_cache import gpu as devices
+from remoe_adapt.expert_cache.memory import Blocks
+from remoe_adapt.expert_cache.gpu import DeviceBlocks, DeviceSource, PinnedBlock, find_device, make_cache
+from remoe_adapt.expert_cache.experts import bind_experts
+from remoe_adapt.expert_cache.prefetch import bind_prefetch
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.errors import ConfigError, ExpertReadError
+
+IDS = torch.randint(3, 96, (1, 10), generator=torch.Generator().manual_seed(0))
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model") / "model", "qwen2_moe")
+
+
+def allocated() -> int:
+    """Bytes on the device without cuBLAS's workspaces (33 MB each), which the first product on a stream allocates."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
+
+
+def two_tiers(source: Any, budget: int, below_budget: int, **options: Any) -> ExpertCache:
+    below = ExpertCache(source, below_budget, threads=2)
+    return ExpertCache(DeviceSource(below), budget, threads=2, below=below, **options)
+
+
+def over_two_tiers(folder: Path, budget: float, below_budget: float, **options: Any) -> Any:
+    """A model on the CPU whose cache is as on a GPU."""
+    model: Any = load_with_expert_cache(folder, **options)
+    store = model.expert_cache.source
+    cache = two_tiers(store, int(budget * store.total_bytes), int(below_budget * store.total_bytes))
+    bind_experts(model, cache, model.dtype)
+    model.__dict__["expert_cache"] = cache
+    return model
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_two_tiers_compute_what_the_stock_model_does(folder: Path, prefetch: bool) -> None:
+    expected = decoded(stock(folder), IDS)
+    model = over_two_tiers(folder, 0.3, 0.6)
+    cache = model.expert_cache
+    if prefetch:
+        bind_prefetch(model, cache)
+        always(model)
+    for share in (0.3, 0.15, 1.0):
+        cache.resize(int(share * cache.source.below.source.total_bytes))
+        assert torch.equal(decoded(model, IDS), expected)
+    stats = cache.stats()
+    below = stats["below"]
+    assert below["below"] is None and below["hits"] + below["misses"] == stats["misses"] + stats["prefetched"]
+    assert below["hits"] > 0 and (stats["prefetched"] > 0) == prefetch
+    cache.clear()
+    assert cache.resident_bytes == cache.below.resident_bytes == 0
+    cache.reset_stats()
+    assert torch.equal(decoded(model, IDS), expected)
+    assert cache.stats()["below"]["misses"] == len(cache.resident()), "each expert came from storage once"
+
+
+def test_router_adapters_train_through_both_tiers(folder: Path) -> None:
+    gradients = []
+    for model in (stock(folder), over_two_tiers(folder, 0.1, 0.2)):
+        weight = model.get_submodule("model.layers.0.mlp.gate").weight.requires_grad_()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_threads_never_exceed_either_budget(scope: str) -> None:
+    source = Source(delay_s=0.0002)
+    cache = two_tiers(source, source.total // 3, source.total // 2, scope=scope)
+    source.cache = below = cache.below
+    assert below is not None
+
+    def step(number: int, random_of: random.Random) -> None:
+        layer = number % LAYERS
+        with cache.lease(layer, random_of.sample(range(EXPERTS), 2)) as lease:
+            cache.prefetch((layer + 1) % LAYERS, random_of.sample(range(EXPERTS), 2))
+            assert cache.resident_bytes <= source.total // 2
+            for expert, slot in lease.slots.items():
+                assert float(slot["w"][0]) == 10 * layer + expert
+
+    with in_threads(step, threads=3, steps=80):
+        for number in range(9):
+            cache.resize(source.total // (2 + number % 2))
+            below.resize(source.total // (3 + number % 3))
+            if number % 4 == 3:
+                cache.clear()
+    cache.clear()
+    assert not cache._shares.pins and not below._shares.pins and cache.resident_bytes == below.resident_bytes == 0
+
+
+def test_faults_leave_both_tiers_consistent(folder: Path) -> None:
+    source = Source()
+    cache = two_tiers(source, source.total // 2, source.total)
+    source.broken = {(1, 3)}
+    for _ in range(2):
+        with pytest.raises(ExpertReadError, match="expert 3 of layer 1"):
+            cache.lease(1, [2, 3])
+    assert cache.below is not None and cache.resident() == cache.below.resident() == [(1, 2)]
+    source.broken = set()
+    cache.lease(1, [2, 3]).release()
+
+    @contextmanager
+    def full() -> Iterator[None]:
+        raise torch.OutOfMemoryError("the device is full")
+        yield
+
+    broken = ExpertCache(DeviceSource(cache.below, copies=full), source.total, below=cache.below)
+    with pytest.raises(torch.OutOfMemoryError):
+        broken.lease(0, [1])
+    assert broken.resident() == [] and (0, 1) in cache.below.resident() and not cache.below._shares.pins
+
+    faults = Faults(os.preadv)
+    model = over_two_tiers(folder, 0.3, 0.5, reader=faults)
+    expected = decoded(stock(folder), IDS)
+    assert torch.equal(decoded(model, IDS), expected)
+    faults.always = "eio"
+    model.expert_cache.clear()
+    with pytest.raises(ExpertReadError, match="Input/output error"):
+        decoded(model, IDS)
+    faults.always = ""
+    assert torch.equal(decoded(model, IDS), expected)
+
+
+def test_the_tier_below_counts_tokens_not_experts() -> None:
+    source = Source()
+    cache = two_tiers(source, source.total // 2, source.total)
+    assert cache.below is not None
+    for _ in range(3):
+        for layer in range(LAYERS):
+            cache.lease(layer, [0, 1, 2]).release()
+        cache.clear()
+    assert cache.below._shares._tokens == [2]
+
+
+def test_a_block_serves_again_once_nothing_uses_it() -> None:
+    blocks = Blocks()
+    first = blocks.empty((8, 4), torch.float32)
+    address, view = first.data_ptr(), first[2:].t()
+    del first
+    second = blocks.empty((8, 4), torch.float32)
+    assert second.data_ptr() != address, "a view is a use"
+    del view
+    assert blocks.empty((16, 4), torch.bfloat16).data_ptr() == address
+
+
+def test_pinned_memory_is_registered_in_its_size_and_let_go_before_it_is_unmapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: dict[int, int] = {}
+    code = 0
+
+    def register(address: int, size: int, flags: int) -> int:
+        held[address] = size
+        return code
+
+    def unregister(address: int) -> int:
+        ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+        assert any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
+        del held[address]
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    device = torch.device("cuda", 0)
+    blocks = Blocks(lambda size: PinnedBlock(size, device))
+    tensors = [blocks.empty((3, 1000), torch.float32) for _ in range(2)]
+    assert sorted(held) == sorted(tensor.data_ptr() for tensor in tensors) and set(held.values()) == {12000}
+    tensors.pop()
+    assert len(held) == 2, "kept for the next"
+    blocks.give_back()
+    assert list(held) == [tensors[0].data_ptr()]
+    tensors.clear()
+    del blocks
+    gc.collect()
+    assert not held
+    code = 2
+    with pytest.raises(ConfigError, match=r"4096 more bytes of RAM cannot be pinned .* lower ram_budget"):
+        PinnedBlock(4096, device)
+
+
+def test_options_of_devices_are_checked(folder: Path) -> None:
+    for name in ("cuda:99", "mps", "toaster"):
+        with pytest.raises(ConfigError, match="for the CPU or a CUDA device of this machine"):
+            load_with_expert_cache(folder, device=name)
+    with pytest.raises(ConfigError, match="ram_budget is for a model on a GPU"):
+        load_with_expert_cache(folder, ram_budget=0.5)
+    model = load_with_expert_cache(folder, device=torch.device("cpu"))
+    assert model.expert_cache.stats()["below"] is None
+    with pytest.raises(ConfigError, match="choose device= when the model is loaded"):
+        rows: Any = model.get_submodule(model.expert_cache.source.layers[0])
+        rows(torch.empty(1, 32, device="meta"), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2))
+
+
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("prefetch", [False, True])
+    @pytest.mark.parametrize("name", ["qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+    def test_the_stock_models_bits(self, name: str, prefetch: bool, tmp_path: Path) -> None:
+        folder = save_tiny(tmp_path / name, name)
+        expected = decoded(stock(folder).to("cuda"), IDS.cuda())  # type: ignore[arg-type]
+        model = load_with_expert_cache(folder, 0.4, device="cuda", ram_budget=0.6, prefetch=prefetch)
+        if prefetch:
+            always(model)
+        cache = model.expert_cache
+        for share in (0.4, 0.2, 1.0):
+            cache.resize(int(share * cache.below.source.total_bytes))
+            assert torch.equal(decoded(model, IDS.cuda()), expected)
+            assert cache.resident_bytes <= cache.budget_bytes
+            assert cache.below.resident_bytes <= cache.below.budget_bytes
+        assert (cache.stats()["prefetched"] > 0) == prefetch
+
+    def test_memory_of_the_device_is_the_budget(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 256, "moe_intermediate_size": 1024, "num_experts": 16}
+        folder = save_tiny(tmp_path / "big", "qwen2_moe", shards="50MB", **sizes)
+        before = allocated()
+        model = load_with_expert_cache(folder, 0.5, device="cuda", ram_budget=1.0)
+        dense = sum(param.nbytes for param in model.parameters())
+        decoded(model, IDS.cuda())
+        cache = model.expert_cache
+        assert allocated() - before <= 1.02 * (dense + cache.budget_bytes) + (1 << 20)
+        cache.resize(max(cache.source.expert_bytes))
+        assert allocated() - before <= dense + 2 * cache.budget_bytes + (1 << 20)
+        pinned = [tensor for slot in cache.below._slots.values() for tensor in slot.values()]
+        assert pinned and all(tensor.is_pinned() for tensor in pinned)
+        with pytest.raises(ConfigError, match="bytes of experts on cuda"):
+            make_cache(cache.below.source, 1 << 50, device=find_device("cuda"))
+
+    def test_a_copy_waits_for_kernels_that_read_the_block(self) -> None:
+        device = find_device("cuda")
+        blocks, copies = DeviceBlocks(device), devices.CopyStream(device)
+        with copies():
+            block = blocks.empty((1 << 20,), torch.float32).fill_(1.0)
+        address = block.data_ptr()
+        torch.cuda._sleep(200_000_000)
+        read = block.clone()
+        blocks.computed()
+        del block
+        with copies():
+            poisoned = blocks.empty((1 << 20,), torch.float32).fill_(float("nan"))
+        assert poisoned.data_ptr() == address, "the same memory"
+        torch.cuda.synchronize()
+        assert bool((read == 1.0).all())
+
+    def test_decoding_never_reads_a_block_that_is_written(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected = decoded(stock(folder).to("cuda"), IDS.cuda())  # type: ignore[arg-type]
+        empty = DeviceBlocks.empty
+
+        def poisoned(self: DeviceBlocks, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return empty(self, shape, dtype).fill_(float("nan"))
+
+        monkeypatch.setattr(DeviceBlocks, "empty", poisoned)
+        model = always(load_with_expert_cache(folder, 0.15, device="cuda", ram_budget=0.3, prefetch=True))
+        for name in model.expert_cache.source.layers:
+            model.get_submodule(name).register_forward_pre_hook(lambda *_: torch.cuda._sleep(2_000_000))
+        for _ in range(3):
+            assert torch.equal(decoded(model, IDS.cuda()), expected)
+
+    def test_gradients_are_the_stock_models(self, folder: Path) -> None:
+        gradients = []
+        for model in (stock(folder).to("cuda"), load_with_expert_cache(folder, 0.1, device="cuda")):  # type: ignore[arg-type]
+            weight = model.get_submodule("model.layers.0.mlp.gate").weight.requires_grad_()
+            model(input_ids=IDS.cuda(), labels=IDS.cuda()).loss.backward()
+            gradients.append(weight.grad)
+        assert torch.equal(*gradients)
