@@ -26,8 +26,8 @@ from remoe_adapt.bench.harness.process import WorkerProcess
 from remoe_adapt.bench.harness.results import REPO_ROOT
 from remoe_adapt.engines.gguf.live import LiveRouters
 from remoe_adapt.engines.gguf.split import split_gguf
-from remoe_adapt.family.family import Family
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel
+from remoe_adapt.family.family import Family
 
 FAMILY = REPO_ROOT / "examples" / "tiny_moe" / "family"
 STRENGTHS = (0.0, 1.0)

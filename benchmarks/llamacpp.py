@@ -27,18 +27,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remoe_adapt.bench.harness import process as protocol
-from remoe_adapt.bench.harness.process import WorkerProcess
+from remoe_adapt.bench.harness.disk import loop_disk, read_cap, why_no_cap, why_no_loop
 from remoe_adapt.bench.harness.memory_group import memory_group, why_no_groups
-from remoe_adapt.bench.harness.disk import loop_disk, why_no_loop
-from remoe_adapt.bench.harness.disk import read_cap, why_no_cap
+from remoe_adapt.bench.harness.process import WorkerProcess
 from remoe_adapt.bench.harness.results import REPO_ROOT
 from remoe_adapt.bench.harness.widen import widened
-from remoe_adapt.engines.gguf.patch import export_gguf
 from remoe_adapt.engines.gguf.lora import export_gguf_lora
+from remoe_adapt.engines.gguf.patch import export_gguf
 from remoe_adapt.engines.gguf.split import split_gguf
-from remoe_adapt.family.family import Family
-from remoe_adapt.engines.llamacpp.in_process import LlamaModel
 from remoe_adapt.engines.llamacpp.client import ScaleMap
+from remoe_adapt.engines.llamacpp.in_process import LlamaModel
+from remoe_adapt.family.family import Family
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
 TEXT = REPO_ROOT.parent / "shared" / "data" / "heldout" / "wikitext2_valid.txt.gz"
@@ -93,7 +92,7 @@ def counters() -> dict[str, int]:
 
 def prepare(options: Options) -> tuple[Path, list[tuple[float, str]]]:
     """The widened model as GGUF and the LoRAs of its family, in the working folder, made once."""
-    sys.path.insert(0, str(REPO_ROOT / "tests"))  # the converter is the tests' own
+    sys.path.insert(0, str(REPO_ROOT / "tests" / "support"))  # the converter is the tests' own
     write_gguf = importlib.import_module("gguf_writer").write_gguf
 
     folder = widened(

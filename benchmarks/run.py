@@ -16,8 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from remoe_adapt.bench.harness.results import terminated_as_interrupted
-from remoe_adapt.bench.harness.results import REPO_ROOT, append_row, environment
+from remoe_adapt.bench.harness.results import REPO_ROOT, append_row, environment, terminated_as_interrupted
 from remoe_adapt.errors import RemoeError
 
 HELD_OUT = ("wikitext2_valid.txt.gz", "gsm8k_test.jsonl.gz", "humaneval.jsonl.gz")

@@ -22,9 +22,9 @@ from remoe_adapt.bench.controller.process import ArmProcess, Setup
 from remoe_adapt.bench.harness.memory_group import MemoryGroup
 from remoe_adapt.bench.harness.results import checked_family, chosen_model, work_folder
 from remoe_adapt.bench.harness.widen import widened
-from remoe_adapt.expert_cache.cache import READ_THREADS
-from remoe_adapt.evaluation.shipped import held_out
 from remoe_adapt.checkpoints.load import load_tokenizer
+from remoe_adapt.evaluation.shipped import held_out
+from remoe_adapt.expert_cache.cache import READ_THREADS
 from remoe_adapt.expert_cache.load import pack_experts
 
 ARMS = ("adaptive", "no_controller")

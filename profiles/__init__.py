@@ -1,1 +1,1 @@
-"""Data folder: one YAML file per device, installed as `remoe_adapt.profiles`; read by `remoe_adapt.device_profile.profile`."""
+"""Data folder: a YAML file per device, installed as `remoe_adapt.profiles` read by `remoe_adapt.device_profile`."""

@@ -4,41 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
-import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from remoe_adapt.errors import DataError
-from remoe_adapt.objective import IGNORED_LABEL
-from remoe_adapt._support import parse_json, printable
-import importlib.metadata
-import inspect
-import math
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Any
-import numpy as np
-import torch
-from torch import Tensor, nn
-from remoe_adapt.evaluation import Arm, Arms, arms_of
-from remoe_adapt.eviction import check_replay, hit_rates, layer_rows
-from remoe_adapt.errors import ConfigError, DataError
-from remoe_adapt.family import Family
-from remoe_adapt._support import freed_memory_kept
-from remoe_adapt.traces import eor, load_entropy, switch_rate
-from remoe_adapt._support import check_extra
-from remoe_adapt.recency_settings import Recency
-from remoe_adapt.evaluation import Recorder, Window, inference, make_trace, record_forward, window_tokens, windows
-from remoe_adapt.checkpoints import device_of
-from remoe_adapt.traces import Trace
 
+from remoe_adapt._support import parse_json, printable
+from remoe_adapt.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 # A gzip file may expand to this much, or to this many times its size: text packs 3 to 10 times, gzip at most 1030.

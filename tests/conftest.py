@@ -27,9 +27,9 @@ from tiny_families import tiny_family
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
-from remoe_adapt.family.family import Family
 from remoe_adapt._support.process import say_once
 from remoe_adapt.dial.load import get_remoe_model
+from remoe_adapt.family.family import Family
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remoe_adapt.errors import RemoeError
 from remoe_adapt._support.untrusted import printable
+from remoe_adapt.errors import RemoeError
 
 # What numpy writes; its readers of later versions take a header of 4 GiB.
 _NPY_VERSION = (1, 0)

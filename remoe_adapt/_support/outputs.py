@@ -16,15 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from remoe_adapt.errors import ConfigError, MissingDependencyError
-from remoe_adapt._support.untrusted import printable
-import contextlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+
 from safetensors import SafetensorError
-from remoe_adapt.errors import RemoeError, WriteError
+
 from remoe_adapt._support.untrusted import first_line, printable
+from remoe_adapt.errors import ConfigError, MissingDependencyError, RemoeError, WriteError
 
 
 def check_file(path: Path, option: str, suffixes: Sequence[str] = (), *, new_folders: bool = False) -> None:

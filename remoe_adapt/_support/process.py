@@ -6,15 +6,15 @@ torch before it goes.
 
 from __future__ import annotations
 
+import logging
 import os
-import weakref
-from typing import Protocol
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-import logging
 from functools import lru_cache
+from typing import Protocol
 
 
 def usable_cores() -> int:

@@ -8,41 +8,36 @@ its experts are a hole in the file, which no exporter reads.
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
+import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import torch
-from remoe_adapt.expert_cache import map_pages
-from remoe_adapt.expert_cache import PackedStore
-from remoe_adapt.expert_cache import BLOCK, ExtentReader
-from remoe_adapt.checkpoints import Extent, open_checkpoint
-from remoe_adapt.expert_cache import ExpertStore
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.expert_cache import LOADING, find_checkpoint
-import os
-import struct
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-import torch
-from remoe_adapt.errors import ConfigError, ExportError
-from remoe_adapt.engines import clone_or_copy
-from remoe_adapt.engines.gguf import export_gguf, patch_in_place, undo_in_place
-from remoe_adapt.engines.gguf import entry_bytes, header_bytes
-from remoe_adapt.engines.gguf import LiveRouters
-from remoe_adapt.engines.gguf import split_gguf
-from remoe_adapt.family import Family, FamilyPoint
-from remoe_adapt.routers import GGUF_ARCH, GGUF_ROUTER_WEIGHT
-from remoe_adapt.routers import fingerprint_of_weights
-from remoe_adapt._support import disk_faults
 
+from remoe_adapt._support import disk_faults
+from remoe_adapt.checkpoints import Extent, open_checkpoint
+from remoe_adapt.engines import clone_or_copy
+from remoe_adapt.engines.gguf import (
+    LiveRouters,
+    entry_bytes,
+    export_gguf,
+    header_bytes,
+    patch_in_place,
+    split_gguf,
+    undo_in_place,
+)
+from remoe_adapt.errors import ConfigError, ExportError
+from remoe_adapt.expert_cache import BLOCK, LOADING, ExpertStore, ExtentReader, PackedStore, find_checkpoint, map_pages
+from remoe_adapt.family import Family, FamilyPoint
+from remoe_adapt.routers import GGUF_ARCH, GGUF_ROUTER_WEIGHT, fingerprint_of_weights
 
 # Reads at a time; each round of an arm is so many reads of each thread.
 THREADS, READS_EACH = (1, 2, 4), 2

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe_adapt.bench.gating_cpu import cpu_rows
-from remoe_adapt.gating import kernel_rule, spec_text
-from remoe_adapt.gating import PriorStep, topk_gating
+from remoe_adapt.gating import PriorStep, kernel_rule, spec_text, topk_gating
 from remoe_adapt.routers import RouterSpec
 
 Row = dict[str, Any]

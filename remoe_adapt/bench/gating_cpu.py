@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from remoe_adapt.bench.swap import random_family
-from remoe_adapt.routers import discover_routers
-from remoe_adapt.routers import SCORING_EXAMPLES
 from remoe_adapt.dial import get_remoe_model
+from remoe_adapt.routers import SCORING_EXAMPLES, discover_routers
 
 Row = dict[str, Any]
 _K, _COLUMNS, _EXPERTS = 8, 2048, (64, 128)

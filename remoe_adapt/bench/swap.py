@@ -18,10 +18,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from remoe_adapt.bench.harness import REPO_ROOT
+from remoe_adapt.checkpoints import load_base
+from remoe_adapt.dial import get_remoe_model
 from remoe_adapt.family import Family, FamilyPoint, original_weights
 from remoe_adapt.routers import fingerprint
-from remoe_adapt.dial import get_remoe_model
-from remoe_adapt.checkpoints import load_base
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
 _STRENGTHS = (0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.35, 0.65)

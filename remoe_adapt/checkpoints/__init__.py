@@ -1,7 +1,36 @@
 """Checkpoints on disk: which files count, how a base is loaded, and what may be asked for."""
 
 from remoe_adapt.checkpoints.conversion import stored_sources
-from remoe_adapt.checkpoints.load import HUB_OPTIONS, auto_class, checkpoint_folder, device_of, load_base, load_tokenizer, load_with_tokenizer, max_positions, model_config, on_device, read_config, usable_device
-from remoe_adapt.checkpoints.options import CACHE_OPTIONS, check_device, check_flags, check_memory, check_names, check_path, unknown_option
+from remoe_adapt.checkpoints.load import (
+    HUB_OPTIONS,
+    auto_class,
+    checkpoint_folder,
+    device_of,
+    load_base,
+    load_tokenizer,
+    load_with_tokenizer,
+    max_positions,
+    model_config,
+    on_device,
+    read_config,
+    usable_device,
+)
+from remoe_adapt.checkpoints.options import (
+    CACHE_OPTIONS,
+    check_device,
+    check_flags,
+    check_memory,
+    check_names,
+    check_path,
+    unknown_option,
+)
 from remoe_adapt.checkpoints.paths import check_place
-from remoe_adapt.checkpoints.safetensors_files import Extent, SAFETENSORS_DTYPES, checkpoint_dtype, chosen_file, file_inside, open_checkpoint, tensors_of
+from remoe_adapt.checkpoints.safetensors_files import (
+    SAFETENSORS_DTYPES,
+    Extent,
+    checkpoint_dtype,
+    chosen_file,
+    file_inside,
+    open_checkpoint,
+    tensors_of,
+)

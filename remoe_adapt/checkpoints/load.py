@@ -5,36 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+
 import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
-import remoe_adapt.tuner  # noqa: F401 (transformers asks PEFT for the type of an adapter)
-from remoe_adapt.errors import ConfigError, RemoeError
-from remoe_adapt.checkpoints.paths import check_place
-from remoe_adapt.checkpoints.options import CACHE_OPTIONS, unknown_option
-from remoe_adapt._support import first_line, printable
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import AutoTokenizer
-from remoe_adapt.errors import ConfigError, TraceError
-from remoe_adapt.libraries import cache_keyword, returned_cache
-from remoe_adapt.checkpoints.paths import check_place
-from remoe_adapt.routers import discover_routers
-from remoe_adapt.routers import RouterRef
-from remoe_adapt.traces import Trace
-from remoe_adapt._support import first_line, printable
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
 
+import remoe_adapt.tuner  # noqa: F401 (transformers asks PEFT for the type of an adapter)
+from remoe_adapt._support import first_line, printable
+from remoe_adapt.checkpoints.options import CACHE_OPTIONS, unknown_option
+from remoe_adapt.checkpoints.paths import check_place
+from remoe_adapt.errors import ConfigError, RemoeError
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")

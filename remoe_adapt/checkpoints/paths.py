@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt._support import first_line, printable
+from remoe_adapt.errors import ConfigError, RemoeError
 
 # The hub is asked once, and not long, before anything is downloaded.
 _ASK_S = 10.0

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt._support import parse_json, printable, read_json
+from remoe_adapt.errors import ConfigError, ExpertReadError
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # https://github.com/huggingface/safetensors: 8 bytes with the length of the header, the header (JSON), the bytes.

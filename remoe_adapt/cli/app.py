@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.text import Text
 
 from remoe_adapt import __version__
+from remoe_adapt._support import check_file, write_csv
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli.options import CommandLines, CommandResult
 from remoe_adapt.cli.rules import check_options
 from remoe_adapt.errors import ConfigError, RemoeError, UncacheableError
-from remoe_adapt._support import check_file, write_csv
 
 app = typer.Typer(
     name="remoe",

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, bench_app, command
 from remoe_adapt.cli.options import CommandResult
-from remoe_adapt.cli.report import counting, quiet_libraries
-from collections.abc import Mapping
-from typing import Any
-from rich.table import Table
-from remoe_adapt.cli import options as opt
-from remoe_adapt.cli import rows
-from remoe_adapt.cli.app import bench_app, command
-from remoe_adapt.cli.options import CommandResult
-from remoe_adapt.cli.report import progress, quiet_libraries
-from collections.abc import Mapping
-from typing import Any
-from rich.table import Table
-from remoe_adapt.cli import options as opt
-from remoe_adapt.cli import rows
-from remoe_adapt.cli.app import bench_app, command
-from remoe_adapt.cli.options import CommandResult
-from remoe_adapt.cli.report import progress, quiet_libraries
+from remoe_adapt.cli.report import counting, progress, quiet_libraries
 
 
 @command(app, "doctor", rows.of_rows)
@@ -125,9 +114,6 @@ def bars_table(result: Mapping[str, Any]) -> Table:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-_MIB = 1 << 20
 
 
 @command(bench_app, "controller", rows.of_named_arms)

@@ -17,17 +17,14 @@ from typing import Any
 
 import torch
 
+from remoe_adapt._support import size_text, usable_cores
 from remoe_adapt.device_profile import list_profiles, read_profile
+from remoe_adapt.dial import GpuMemory
 from remoe_adapt.errors import ConfigError
-from remoe_adapt._support import usable_cores
+from remoe_adapt.evaluation import example_folder
 from remoe_adapt.gating import explain
 from remoe_adapt.libraries import contracts, versions
-from remoe_adapt._support import size_text
-from remoe_adapt.pressure import Measure
-from remoe_adapt.pressure import Sensors, os_sensors
-from remoe_adapt.pressure import unfit
-from remoe_adapt.dial import GpuMemory
-from remoe_adapt.evaluation import example_folder
+from remoe_adapt.pressure import Measure, Sensors, os_sensors, unfit
 
 # Seconds between the two readings that rates are taken from.
 _RATES_S = 0.2

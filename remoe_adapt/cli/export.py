@@ -1,18 +1,15 @@
-"""`remoe export` and `remoe pack`: the same adapter for engines that do not have this package, experts in one piece each."""
+"""`remoe export` and `remoe pack`: the adapter for engines without this package, experts in one piece each."""
 
 from __future__ import annotations
 
 import typer
+
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report
-from remoe_adapt.cli.app import command, export_app
-from remoe_adapt.cli.options import CommandResult
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.cli.report import byte_progress
-from remoe_adapt.cli import options as opt
-from remoe_adapt.cli.app import app, command
+from remoe_adapt.cli.app import app, command, export_app
 from remoe_adapt.cli.options import CommandResult
 from remoe_adapt.cli.report import byte_progress, quiet_libraries
+from remoe_adapt.errors import ConfigError
 
 
 @command(export_app, "merged")
@@ -54,8 +51,7 @@ def gguf(
 
     A split model has its routers in a small first part. Other strengths exported from it write that part alone.
     """
-    from remoe_adapt.engines.gguf import export_gguf, patch_in_place, undo_in_place
-    from remoe_adapt.engines.gguf import split_gguf
+    from remoe_adapt.engines.gguf import export_gguf, patch_in_place, split_gguf, undo_in_place
     from remoe_adapt.family import Family
 
     if undo:

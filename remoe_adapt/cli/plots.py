@@ -8,9 +8,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from remoe_adapt._support import check_extra, check_file, parse_json, printable
 from remoe_adapt.errors import ConfigError, DataError
-from remoe_adapt._support import check_extra, check_file
-from remoe_adapt._support import parse_json, printable
 
 _MAX_LINE_BYTES = 1 << 20
 _ALWAYS = ("time_s", "strength")

@@ -22,12 +22,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from remoe_adapt._support import size_text
-from remoe_adapt._support import flatten
-from remoe_adapt.cli.plots import plot_frontier
-from remoe_adapt.cli.plots import plot_log
+from remoe_adapt._support import flatten, printable, size_text
 from remoe_adapt.cli.rows import arm_rows
-from remoe_adapt._support import printable
 
 Row = Mapping[str, Any]
 

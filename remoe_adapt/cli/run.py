@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from remoe_adapt._support import check_appendable, check_extra
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, command, live_text, note
 from remoe_adapt.cli.options import CommandResult
-from remoe_adapt.errors import RemoeError
-from remoe_adapt._support import check_appendable, check_extra
 from remoe_adapt.cli.report import progress, quiet_libraries
+from remoe_adapt.errors import RemoeError
 
 
 @command(app, "demo", rows.of_arms)
@@ -52,10 +52,9 @@ def run(
         check_plot(plot, "--plot")
     if metrics_port is not None:
         check_extra("prometheus_client", "metrics", "metrics need prometheus-client")
-    from remoe_adapt.evaluation import generate_text
     from remoe_adapt.checkpoints import load_tokenizer
-    from remoe_adapt.dial import get_remoe_model
-    from remoe_adapt.dial import serve_metrics
+    from remoe_adapt.dial import get_remoe_model, serve_metrics
+    from remoe_adapt.evaluation import generate_text
 
     quiet_libraries()
     base = _base_for(model, profile, expert_cache, storage, device, dtype)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from remoe_adapt._support import check_file
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, command
 from remoe_adapt.cli.options import CommandResult
-from remoe_adapt.errors import ConfigError
-from remoe_adapt._support import check_file
 from remoe_adapt.cli.report import progress, quiet_libraries
+from remoe_adapt.errors import ConfigError
 
 
 @command(app, "trace")
@@ -27,11 +27,10 @@ def trace(
         if device is not None or dtype != "auto":
             raise ConfigError("--device and --dtype are for models that transformers runs, not for a GGUF.")
         return _trace_gguf(model, data, out, decode, max_tokens)
-    from remoe_adapt.eviction import summarise
-    from remoe_adapt.evaluation import check_data
-    from remoe_adapt.texts import read_shared
     from remoe_adapt.checkpoints import load_with_tokenizer
-    from remoe_adapt.evaluation import prompts_from, record_decode, record_prefill
+    from remoe_adapt.evaluation import check_data, prompts_from, record_decode, record_prefill
+    from remoe_adapt.eviction import summarise
+    from remoe_adapt.texts import read_shared
 
     check_data(data, max_tokens)
     quiet_libraries()
@@ -54,10 +53,10 @@ def trace(
 
 def _trace_gguf(model: str, data: list[Path], out: Path, decode: int | None, max_tokens: int) -> CommandResult:
     """Record which experts every router of a GGUF model chooses over given text, in llama.cpp itself."""
-    from remoe_adapt.eviction import summarise
-    from remoe_adapt.evaluation import check_data
-    from remoe_adapt.texts import read_shared
     from remoe_adapt.engines.llamacpp import GgufTokenizer, open_gguf, record_gguf
+    from remoe_adapt.evaluation import check_data
+    from remoe_adapt.eviction import summarise
+    from remoe_adapt.texts import read_shared
 
     if decode is not None:
         raise ConfigError("--decode is for models that transformers runs; of a GGUF given text is recorded.")

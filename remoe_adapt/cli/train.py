@@ -10,15 +10,15 @@ from typing import Any
 import typer
 from rich.console import RenderableType
 
+from remoe_adapt._support import check_extra, check_file
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, command
 from remoe_adapt.cli.options import CommandResult
-from remoe_adapt.errors import ConfigError, RemoeError
-from remoe_adapt._support import check_extra, check_file
-from remoe_adapt.recency_settings import DEFAULT_MODE, Recency
 from remoe_adapt.cli.report import progress, quiet_libraries
 from remoe_adapt.cli.rows import arm_rows
+from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.recency_settings import DEFAULT_MODE, Recency
 
 
 @command(app, "train")
@@ -38,11 +38,10 @@ def train(
     given: dict[str, Any] = dict(locals())
     if mode == "local" and distill_share:
         raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
+    from remoe_adapt.checkpoints import load_with_tokenizer
     from remoe_adapt.evaluation import LEAST_CERTIFIED_TOKENS, certify
     from remoe_adapt.evaluation import evaluate as measure
-    from remoe_adapt.checkpoints import load_with_tokenizer
-    from remoe_adapt.training import CHECKPOINT_MINUTES
-    from remoe_adapt.training import TrainOptions, held_out_documents, train_family
+    from remoe_adapt.training import CHECKPOINT_MINUTES, TrainOptions, held_out_documents, train_family
 
     quiet_libraries()
     options = TrainOptions(**{f.name: given[f.name] for f in fields(TrainOptions) if given.get(f.name) is not None})
@@ -91,8 +90,8 @@ def evaluate(
     """
     if not data and not tasks:
         raise typer.BadParameter("give --data FILE (repeat for more), or --tasks")
-    from remoe_adapt.eviction import check_replay
     from remoe_adapt.cli.plots import check_plot, plot_frontier
+    from remoe_adapt.eviction import check_replay
 
     check_replay(policy, cache)
     if recency is None and (recency_gain is not None or recency_decay is not None):
@@ -103,12 +102,19 @@ def evaluate(
     if tasks:
         check_extra("lm_eval", "eval", "task scores need lm-eval")
 
-    from remoe_adapt.evaluation import check_priors
-    from remoe_adapt.evaluation import LEAST_CERTIFIED_TOKENS, certify, check_certifiable, check_data, evaluate_tasks, task_manager
-    from remoe_adapt.texts import read_shared
+    from remoe_adapt.checkpoints import load_with_tokenizer
+    from remoe_adapt.evaluation import (
+        LEAST_CERTIFIED_TOKENS,
+        certify,
+        check_certifiable,
+        check_data,
+        check_priors,
+        evaluate_tasks,
+        task_manager,
+    )
     from remoe_adapt.evaluation import evaluate as measure
     from remoe_adapt.family import Family
-    from remoe_adapt.checkpoints import load_with_tokenizer
+    from remoe_adapt.texts import read_shared
 
     quiet_libraries()
     priors = [Recency.of(recency, gain, recency_decay) for gain in gains]

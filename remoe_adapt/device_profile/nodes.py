@@ -19,8 +19,8 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
-from remoe_adapt.errors import ConfigError
 from remoe_adapt._support import printable
+from remoe_adapt.errors import ConfigError
 
 # A shipped profile has 1 KiB and about 60 values; a file beyond these bounds was made to use up memory or time.
 _MOST_BYTES, _MOST_NODES, _MOST_LEVELS, _MOST_DIGITS = 1 << 18, 10_000, 20, 64

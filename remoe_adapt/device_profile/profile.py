@@ -17,13 +17,13 @@ from typing import Any
 
 import yaml
 
+from remoe_adapt._support import printable
 from remoe_adapt.device_profile import values as of
-from remoe_adapt.eviction import ONLINE
-from remoe_adapt.errors import ConfigError, ProfileError
 from remoe_adapt.device_profile.nodes import Problem, Source, did_you_mean, is_map, shown
 from remoe_adapt.device_profile.values import ContradictionError, key_of, parse_size, read_section
+from remoe_adapt.errors import ConfigError, ProfileError
+from remoe_adapt.eviction import ONLINE
 from remoe_adapt.recency_settings import MAX_GAIN, MODES, NO_PRIOR, Recency, mode_words
-from remoe_adapt._support import printable
 
 __all__ = [
     "CACHE_SCOPES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile", "MemoryProfile", "PressureProfile",

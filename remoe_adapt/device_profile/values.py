@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from remoe_adapt.errors import ConfigError
 from remoe_adapt.device_profile.nodes import Source, did_you_mean, is_list, is_map, shown
+from remoe_adapt.errors import ConfigError
 
 Reader = Callable[[Source, yaml.Node, str], Any]
 _UNIT_BYTES = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}

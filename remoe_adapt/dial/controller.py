@@ -16,22 +16,21 @@ from typing import Any, NoReturn
 
 from peft import PeftModel
 
-from remoe_adapt.expert_cache import expert_cache_of
+from remoe_adapt._support import EXIT, mend_after_fork
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import DialError
-from remoe_adapt.family import Family
-from remoe_adapt._support import mend_after_fork
-from remoe_adapt.libraries import Overrides
-from remoe_adapt.pressure import Decision
 from remoe_adapt.dial.engine import turn
 from remoe_adapt.dial.events import SENSORS, Events, Swap, Target, rounded, unit
-from remoe_adapt.dial.steps import wrap_steps
 from remoe_adapt.dial.guards import Guards
-from remoe_adapt._support import EXIT
 from remoe_adapt.dial.monitor import Monitor, what_sensors_say
 from remoe_adapt.dial.recency import DialPrior
 from remoe_adapt.dial.staging import Staging
+from remoe_adapt.dial.steps import wrap_steps
 from remoe_adapt.dial.swap import ResidentRouters
+from remoe_adapt.errors import DialError
+from remoe_adapt.expert_cache import expert_cache_of
+from remoe_adapt.family import Family
+from remoe_adapt.libraries import Overrides
+from remoe_adapt.pressure import Decision
 from remoe_adapt.tuner import RemoeModel
 
 _OPEN: weakref.WeakSet[Controller] = weakref.WeakSet()

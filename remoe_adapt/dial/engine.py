@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from remoe_adapt.pressure import Decision
 from remoe_adapt.dial.events import SENSORS, Target
+from remoe_adapt.pressure import Decision
 
 
 class Engine(Protocol):

@@ -14,10 +14,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from remoe_adapt.errors import DialError, MergeStateError
-from remoe_adapt.libraries import Overrides
 from remoe_adapt.dial.recency import DialPrior
 from remoe_adapt.dial.swap import ResidentRouters
+from remoe_adapt.errors import DialError, MergeStateError
+from remoe_adapt.libraries import Overrides
 from remoe_adapt.tuner import RemoeLayer
 
 

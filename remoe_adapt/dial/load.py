@@ -12,22 +12,25 @@ from weakref import WeakKeyDictionary
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from remoe_adapt.expert_cache import expert_cache_of
-from remoe_adapt.expert_cache import bind_prefetch
-from remoe_adapt.expert_cache import check_budget
-from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
-from remoe_adapt.errors import AdapterConflictError, ConfigError, DialError, FamilyError, UncacheableError
-from remoe_adapt.family import Family
 from remoe_adapt._support import say_once
-from remoe_adapt.checkpoints import on_device, usable_device
-from remoe_adapt.routers import Routers, survey_routers
-from remoe_adapt.expert_cache import OWN_PLACEMENT, load_with_expert_cache
+from remoe_adapt.checkpoints import (
+    CACHE_OPTIONS,
+    check_device,
+    check_flags,
+    check_names,
+    check_path,
+    load_base,
+    on_device,
+    usable_device,
+)
+from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_profile
 from remoe_adapt.dial.controller import Controller
-from remoe_adapt.checkpoints import CACHE_OPTIONS, check_device, check_flags, check_names, check_path
-from remoe_adapt.checkpoints import load_base
 from remoe_adapt.dial.recency import AskedRecency, DialPrior, RecencyPlan, plan_recency, training_free_family
-from remoe_adapt.tuner import RemoeConfig, remoe_layers, wrap_or_inject
-from remoe_adapt.tuner import plain_base
+from remoe_adapt.errors import AdapterConflictError, ConfigError, DialError, FamilyError, UncacheableError
+from remoe_adapt.expert_cache import OWN_PLACEMENT, bind_prefetch, check_budget, expert_cache_of, load_with_expert_cache
+from remoe_adapt.family import Family
+from remoe_adapt.routers import Routers, survey_routers
+from remoe_adapt.tuner import RemoeConfig, plain_base, remoe_layers, wrap_or_inject
 
 _DEFAULT_RESERVE_BYTES = 1 << 30
 _DIALLED: WeakKeyDictionary[nn.Module, _Dialled] = WeakKeyDictionary()

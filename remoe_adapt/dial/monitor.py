@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from remoe_adapt.expert_cache import expert_cache_of
-from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt._support import say_once
-from remoe_adapt.pressure import Governor
-from remoe_adapt.pressure import Decision
+from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.dial.sensors import CacheUse, model_sensors
+from remoe_adapt.expert_cache import expert_cache_of
+from remoe_adapt.pressure import Decision, Governor
 
 _log = logging.getLogger("remoe_adapt")
 # Monitors of models with an expert cache: they give memory back in equal parts.

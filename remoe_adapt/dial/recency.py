@@ -9,15 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.expert_cache import cached_layer, expert_cache_of
+from remoe_adapt._support import printable, say_once
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError, FamilyError
+from remoe_adapt.expert_cache import cached_layer, expert_cache_of
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency import InstalledPrior
-from remoe_adapt._support import say_once
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers import Routers, survey_routers
-from remoe_adapt._support import printable
 
 # At full strength without training; on the shipped model it costs under 1 % perplexity and doubles the overlap.
 TRAINING_FREE_GAIN = 0.3

@@ -9,12 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from remoe_adapt.expert_cache import expert_cache_of
-from remoe_adapt.expert_cache import domains_of, least_budget
-from remoe_adapt.expert_cache import ExpertCache
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.pressure import Measure, Reading
-from remoe_adapt.pressure import CGROUPS, FIRST_SAMPLE, PROC, Sensor, Sensors, os_sensors
+from remoe_adapt.expert_cache import ExpertCache, domains_of, expert_cache_of, least_budget
+from remoe_adapt.pressure import CGROUPS, FIRST_SAMPLE, PROC, Measure, Reading, Sensor, Sensors, os_sensors
 
 # Rates of the cache are of the last second: at some tokens per second a shorter time holds no token.
 WINDOW_S = 1.0

@@ -15,12 +15,11 @@ from collections import deque
 from enum import Enum
 from typing import Any
 
-from remoe_adapt.errors import DialError
-from remoe_adapt._support import say_once
+from remoe_adapt._support import EXIT, say_once
 from remoe_adapt.dial.events import HAND, SENSORS, Events, Swap, Target, unit
 from remoe_adapt.dial.steps import StepLock
-from remoe_adapt._support import EXIT
 from remoe_adapt.dial.swap import ResidentRouters, Staged
+from remoe_adapt.errors import DialError
 
 # So many of the last swaps count for the medians of their times.
 _KEPT = 1000

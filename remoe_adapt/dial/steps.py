@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
+from remoe_adapt._support import EXIT
 from remoe_adapt.errors import DialError
 from remoe_adapt.libraries import Overrides
-from remoe_adapt._support import EXIT
 
 # No forward waits longer than this for another one to end, so no chain of waiting threads can lock up.
 PATIENCE_S = 1.0

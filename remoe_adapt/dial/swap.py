@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from remoe_adapt.errors import DialError, RouterNotFoundError
-from remoe_adapt.family import Family
 from remoe_adapt._support import say_once
 from remoe_adapt.dial.recency import DialPrior
+from remoe_adapt.errors import DialError, RouterNotFoundError
+from remoe_adapt.family import Family
 from remoe_adapt.tuner import RemoeLayer, remoe_layers
 
 Placement = tuple[tuple[torch.device, torch.dtype], ...]

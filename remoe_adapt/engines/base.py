@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.checkpoints import stored_sources
-from remoe_adapt.checkpoints import Extent, checkpoint_dtype, open_checkpoint
-from remoe_adapt.errors import ExpertReadError, ExportError, FamilyError, FingerprintMismatchError
-from remoe_adapt.engines.files import read_at
-from remoe_adapt.family import Family
-from remoe_adapt.routers import discover_routers
-from remoe_adapt.routers import fingerprint_of_weights
-from remoe_adapt.routers import RouterSpec
-from remoe_adapt.expert_cache import LOADING, Checkpoint
-from remoe_adapt.checkpoints import checkpoint_folder, read_config
 from remoe_adapt._support import printable
+from remoe_adapt.checkpoints import (
+    Extent,
+    checkpoint_dtype,
+    checkpoint_folder,
+    open_checkpoint,
+    read_config,
+    stored_sources,
+)
+from remoe_adapt.engines.files import read_at
+from remoe_adapt.errors import ExpertReadError, ExportError, FamilyError, FingerprintMismatchError
+from remoe_adapt.expert_cache import LOADING, Checkpoint
+from remoe_adapt.family import Family
+from remoe_adapt.routers import RouterSpec, discover_routers, fingerprint_of_weights
 
 
 @dataclass(frozen=True, slots=True)

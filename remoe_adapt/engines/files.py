@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from remoe_adapt._support import disk_faults, made_parents, printable
 from remoe_adapt.errors import ConfigError, RemoeError, WriteError
-from remoe_adapt._support import printable
-from remoe_adapt._support import disk_faults, made_parents
 
 OnBytes = Callable[[int], object]
 _CHUNK_BYTES = 8 << 20

@@ -12,12 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.checkpoints import SAFETENSORS_DTYPES, Extent, chosen_file, file_inside
-from remoe_adapt.errors import ConfigError, ExportError
-from remoe_adapt.engines.base import BaseFiles, tensor_bytes
-from remoe_adapt.engines.files import OnBytes, clone_or_copy, copy_range, ignore_bytes, link_or_copy, new_folder, read_at, write_at
-from remoe_adapt.family import Family
 from remoe_adapt._support import parse_json, read_json
+from remoe_adapt.checkpoints import SAFETENSORS_DTYPES, Extent, chosen_file, file_inside
+from remoe_adapt.engines.base import BaseFiles, tensor_bytes
+from remoe_adapt.engines.files import (
+    OnBytes,
+    clone_or_copy,
+    copy_range,
+    ignore_bytes,
+    link_or_copy,
+    new_folder,
+    read_at,
+    write_at,
+)
+from remoe_adapt.errors import ConfigError, ExportError
+from remoe_adapt.family import Family
 
 PROVENANCE = "remoe_export.json"
 # Files with these endings are left out of the copy: they hold the base's routers in other formats, and an engine that

@@ -20,10 +20,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from remoe_adapt.errors import ConfigError, UnsupportedRouterError
 from remoe_adapt.engines.base import BaseFiles, StoredRouter
 from remoe_adapt.engines.files import new_folder
 from remoe_adapt.engines.merged import left_out
+from remoe_adapt.errors import ConfigError, UnsupportedRouterError
 from remoe_adapt.family import Family
 from remoe_adapt.tuner import plain_key
 

@@ -2,7 +2,30 @@
 
 from remoe_adapt.evaluation.arms import Arm, Arms, arms_of, check_priors
 from remoe_adapt.evaluation.demo import run_demo
-from remoe_adapt.evaluation.evaluate import LEAST_CERTIFIED_TOKENS, certify, check_certifiable, check_data, commit, evaluate, evaluate_tasks, score, task_manager
+from remoe_adapt.evaluation.evaluate import (
+    LEAST_CERTIFIED_TOKENS,
+    certify,
+    check_certifiable,
+    check_data,
+    commit,
+    evaluate,
+    evaluate_tasks,
+    score,
+    task_manager,
+)
 from remoe_adapt.evaluation.generation import generate_text
-from remoe_adapt.evaluation.record import Decoder, MAX_WINDOW, Recorder, Window, inference, make_trace, prompts_from, record_decode, record_forward, record_prefill, window_tokens, windows
+from remoe_adapt.evaluation.record import (
+    MAX_WINDOW,
+    Decoder,
+    Recorder,
+    Window,
+    inference,
+    make_trace,
+    prompts_from,
+    record_decode,
+    record_forward,
+    record_prefill,
+    window_tokens,
+    windows,
+)
 from remoe_adapt.evaluation.shipped import example_folder, held_out

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from remoe_adapt._support import say_once
 from remoe_adapt.errors import AdapterConflictError, ConfigError
 from remoe_adapt.family import Family, FamilyPoint, original_weights
 from remoe_adapt.recency import InstalledPrior
-from remoe_adapt._support import say_once
 from remoe_adapt.recency_settings import MODES, Recency
 from remoe_adapt.routers import survey_routers
 from remoe_adapt.tuner import remoe_layers

@@ -14,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.evaluation.arms import Arm, Arms, arms_of
-from remoe_adapt.expert_cache import expert_cache_of
-from remoe_adapt.expert_cache import ExpertCache
-from remoe_adapt.errors import ConfigError, UncacheableError
-from remoe_adapt.evaluation.evaluate import Tally
-from remoe_adapt.family import Family
-from remoe_adapt.evaluation.generation import COUNTED, cache_figures, generate_text, room_for_reads
 from remoe_adapt._support import say_once
-from remoe_adapt.evaluation.record import Decoder, Recorder, inference, record_forward
 from remoe_adapt.checkpoints import device_of, load_tokenizer, load_with_tokenizer
-from remoe_adapt.expert_cache import load_with_expert_cache
+from remoe_adapt.errors import ConfigError, UncacheableError
+from remoe_adapt.evaluation.arms import Arm, Arms, arms_of
+from remoe_adapt.evaluation.evaluate import Tally
+from remoe_adapt.evaluation.generation import COUNTED, cache_figures, generate_text, room_for_reads
+from remoe_adapt.evaluation.record import Decoder, Recorder, inference, record_forward
 from remoe_adapt.evaluation.shipped import example_folder, held_out
+from remoe_adapt.expert_cache import ExpertCache, expert_cache_of, load_with_expert_cache
+from remoe_adapt.family import Family
 
 CACHES = (0.25,)
 # Steps of a document that are not timed: caches and allocator are still warming up.

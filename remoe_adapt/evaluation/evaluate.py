@@ -18,22 +18,29 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
-from remoe_adapt.evaluation.arms import Arm, Arms, arms_of
-from remoe_adapt.eviction import check_replay, hit_rates, layer_rows
-from remoe_adapt.errors import ConfigError, DataError
-from remoe_adapt.family import Family
-from remoe_adapt._support import freed_memory_kept
-from remoe_adapt.traces import eor, load_entropy, switch_rate
-from remoe_adapt._support import check_extra
-from remoe_adapt.recency_settings import Recency
-from remoe_adapt.evaluation.record import Recorder, Window, inference, make_trace, record_forward, window_tokens, windows
-from remoe_adapt.checkpoints import device_of
-from remoe_adapt.traces import Trace
-from remoe_adapt.texts import data_files, read_file, tokenize_documents
 
+from remoe_adapt._support import check_extra, freed_memory_kept
+from remoe_adapt.checkpoints import device_of
+from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.evaluation.arms import Arm, Arms, arms_of
+from remoe_adapt.evaluation.record import (
+    Recorder,
+    Window,
+    inference,
+    make_trace,
+    record_forward,
+    window_tokens,
+    windows,
+)
+from remoe_adapt.eviction import check_replay, hit_rates, layer_rows
+from remoe_adapt.family import Family
+from remoe_adapt.recency_settings import Recency
+from remoe_adapt.texts import data_files
+from remoe_adapt.traces import Trace, eor, load_entropy, switch_rate
 
 # Of two operating points the loss of a token differs by about 0.3 nats (standard deviation): over this many tokens the
 # perplexity ratio is known to about 1 %, which is what points of a family differ by.
@@ -233,8 +240,6 @@ def _keeps_logits(cls: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(cls.forward).parameters
 
 
-
-
 def check_data(paths: Sequence[str | Path], max_tokens: int | None = None) -> None:
     """Before a model is loaded: raises DataError for files that are not there, ConfigError for fewer tokens than
     `read_shared` can share among them."""
@@ -249,7 +254,7 @@ def commit() -> str | None:
 
     As it was when first asked: results are files of the checkout themselves.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():
         return None
     # `--exclude=*` leaves tags out: a result names the commit itself, which a moved tag cannot falsify.

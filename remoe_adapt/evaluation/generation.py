@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from remoe_adapt.expert_cache import expert_cache_of
-from remoe_adapt.expert_cache import ExpertCache
-from remoe_adapt.errors import ConfigError
 from remoe_adapt._support import usable_cores
-from remoe_adapt.traces import eor
-from remoe_adapt.evaluation.record import check_seed, inference, make_trace, record_forward
 from remoe_adapt.checkpoints import device_of, max_positions
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.evaluation.record import check_seed, inference, make_trace, record_forward
+from remoe_adapt.expert_cache import ExpertCache, expert_cache_of
+from remoe_adapt.traces import eor
 
 
 @contextmanager

@@ -8,23 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+
+from remoe_adapt.checkpoints import device_of, max_positions
 from remoe_adapt.errors import ConfigError, TraceError
 from remoe_adapt.libraries import cache_keyword, returned_cache
-from remoe_adapt.checkpoints import check_place
-from remoe_adapt.routers import discover_routers
-from remoe_adapt.routers import RouterRef
-from remoe_adapt.checkpoints import load_base, model_config
+from remoe_adapt.routers import RouterRef, discover_routers
 from remoe_adapt.traces import Trace
-from remoe_adapt._support import first_line, printable
-from remoe_adapt.checkpoints import device_of, max_positions
-
 
 MAX_WINDOW = 1024
 
@@ -109,22 +104,10 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-
-
-
-
-
-
-
-
 def check_seed(seed: int) -> None:
     """Raises ConfigError for what torch's generators do not take."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 64:
         raise ConfigError(f"seed {seed!r} is out of range: use a whole number from 0 to {(1 << 64) - 1}")
-
-
-
-
 
 
 def window_tokens(model: nn.Module, limit: int | None = None) -> int:

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from remoe_adapt._support import printable, read_json
 from remoe_adapt.errors import DataError
 from remoe_adapt.texts import read_shared
-from remoe_adapt._support import printable, read_json
 
 PIECE_TOKENS = 128
 
 
 def example_folder() -> Path:
     """Where the shipped model lies in a checkout; absent in a wheel."""
-    return Path(__file__).resolve().parent.parent / "examples" / "tiny_moe"
+    return Path(__file__).resolve().parents[2] / "examples" / "tiny_moe"
 
 
 @dataclass(frozen=True)

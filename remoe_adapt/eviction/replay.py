@@ -22,11 +22,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction.policy import LRFU_DECAY, LRU, check_policy, make_policy
 from remoe_adapt.eviction.replay_scored import SCORES, count_scored_misses
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.traces import eor, eor_L, load_entropy, load_entropy_L, reuse_distance, switch_rate, switch_rate_L
-from remoe_adapt.traces import Trace
+from remoe_adapt.traces import (
+    Trace,
+    eor,
+    eor_L,
+    load_entropy,
+    load_entropy_L,
+    reuse_distance,
+    switch_rate,
+    switch_rate_L,
+)
 
 BY_LOOKUP = "/lookup"
 

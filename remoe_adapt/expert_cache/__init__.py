@@ -1,7 +1,7 @@
 """The live expert cache: experts from storage to RAM to GPU as tokens want them, within a budget of bytes."""
 
-from remoe_adapt.expert_cache.cache import ExpertCache, READ_THREADS
-from remoe_adapt.expert_cache.checkpoint import Checkpoint, LOADING, find_checkpoint
+from remoe_adapt.expert_cache.cache import READ_THREADS, ExpertCache
+from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, find_checkpoint
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
 from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader
 from remoe_adapt.expert_cache.experts import cached_layer, expert_cache_of

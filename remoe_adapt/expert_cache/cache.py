@@ -8,29 +8,30 @@ How slots of an expert cache come to be filled: the reads that are under way, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
-import torch
-from remoe_adapt.expert_cache.reads import AbandonedError, Arrival
-from remoe_adapt.expert_cache.budget import Shares
-from remoe_adapt.expert_cache.types import ExpertSource, Key, LayerCounters, Lease, budget_in_bytes, check_budget, check_options, counted
-from remoe_adapt.errors import ConfigError
-from remoe_adapt._support import return_freed_memory
-from remoe_adapt._support import handle_pending, held_back
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-import torch
-from remoe_adapt.expert_cache.reads import ReadAheads
-from remoe_adapt.expert_cache.reads import AbandonedError, Arrival, outcome, read_all
-from remoe_adapt.eviction import Policy
-from remoe_adapt.expert_cache.residency import ResidentMasks
-from remoe_adapt.expert_cache.budget import Shares
-from remoe_adapt.expert_cache.types import ExpertSource, Key, LayerCounters, Slot
-from remoe_adapt.errors import ConfigError
-from remoe_adapt._support import mend_after_fork
-from remoe_adapt._support import HeldCondition
+from typing import Any
 
+import torch
+
+from remoe_adapt._support import HeldCondition, handle_pending, held_back, mend_after_fork, return_freed_memory
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.eviction import Policy
+from remoe_adapt.expert_cache.budget import Shares
+from remoe_adapt.expert_cache.reads import AbandonedError, Arrival, ReadAheads, outcome, read_all
+from remoe_adapt.expert_cache.residency import ResidentMasks
+from remoe_adapt.expert_cache.types import (
+    ExpertSource,
+    Key,
+    LayerCounters,
+    Lease,
+    Slot,
+    budget_in_bytes,
+    check_budget,
+    check_options,
+    counted,
+)
 
 _MISS_S_RATE = 0.1
 

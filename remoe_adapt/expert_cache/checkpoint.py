@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
-from remoe_adapt.checkpoints import checkpoint_dtype
-from remoe_adapt.errors import ConfigError, UncacheableError
-from remoe_adapt.checkpoints import check_place
-from remoe_adapt.checkpoints import HUB_OPTIONS, auto_class, checkpoint_folder, read_config
 from remoe_adapt._support import printable
+from remoe_adapt.checkpoints import (
+    HUB_OPTIONS,
+    auto_class,
+    check_place,
+    checkpoint_dtype,
+    checkpoint_folder,
+    read_config,
+)
+from remoe_adapt.errors import ConfigError, UncacheableError
+from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
 
 # Default dtype and classes of experts change for the whole process while a model is made.
 LOADING = threading.Lock()

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
-from remoe_adapt.expert_cache.memory import Blocks
-from remoe_adapt.checkpoints import stored_sources
-from remoe_adapt.expert_cache.encoding import FLOATS, Encoding
-from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
-from remoe_adapt.checkpoints import Extent, open_checkpoint
+from remoe_adapt.checkpoints import Extent, open_checkpoint, stored_sources
 from remoe_adapt.errors import ConfigError, UncacheableError
+from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
+from remoe_adapt.expert_cache.encoding import FLOATS, Encoding
+from remoe_adapt.expert_cache.memory import Blocks
 
 # Parameters lie at multiples of so many bytes, as torch's tensors do: elsewhere some kernels compute other last bits.
 ALIGNMENT = 64

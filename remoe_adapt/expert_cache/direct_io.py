@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remoe_adapt.expert_cache.memory import map_pages
+from remoe_adapt._support import say_once
 from remoe_adapt.checkpoints import Extent
 from remoe_adapt.errors import ExpertReadError
-from remoe_adapt._support import say_once
+from remoe_adapt.expert_cache.memory import map_pages
 
 # As os.preadv: (file descriptor, buffers, offset) -> bytes read.
 Reader = Callable[[int, Sequence[memoryview], int], int]

@@ -18,25 +18,21 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from remoe_adapt.expert_cache.encoding import FLOATS, Arithmetic, eager_function
-from remoe_adapt.expert_cache.cache import ExpertCache
-from remoe_adapt.errors import ConfigError, UncacheableError
+
 from remoe_adapt._support import held_back, let_through
-from remoe_adapt.tuner import plain_base
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
-import torch
-from torch import Tensor
-from remoe_adapt.expert_cache.types import Lease, Slot
+from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.cache import ExpertCache
-from remoe_adapt._support import held_back
+from remoe_adapt.expert_cache.encoding import FLOATS, Arithmetic, eager_function
+from remoe_adapt.expert_cache.types import Lease, Slot
+from remoe_adapt.tuner import plain_base
 
 
 class _Saved(NamedTuple):

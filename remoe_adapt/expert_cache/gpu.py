@@ -18,10 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.expert_cache.cache import READ_THREADS, ExpertCache
 from remoe_adapt.expert_cache.memory import Block, Blocks
 from remoe_adapt.expert_cache.types import ExpertSource, Slot
-from remoe_adapt.expert_cache.cache import READ_THREADS, ExpertCache
-from remoe_adapt.errors import ConfigError
 
 # The RAM tier is so many times the GPU's budget: it holds what the GPU holds, and as much again for its next misses.
 RAM_TO_GPU = 2

@@ -8,38 +8,36 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
+
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from remoe_adapt.expert_cache.gpu import find_device, make_cache
-from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
-from remoe_adapt.expert_cache.pack import PackedStore
-from remoe_adapt.expert_cache.prefetch import bind_prefetch
-from remoe_adapt.expert_cache.direct_io import Reader
-from remoe_adapt.expert_cache.types import budget_in_bytes, check_budget, check_options
-from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
-from remoe_adapt.expert_cache.cache import READ_THREADS
+
+from remoe_adapt._support import printable
+from remoe_adapt.checkpoints import (
+    CACHE_OPTIONS,
+    HUB_OPTIONS,
+    check_flags,
+    check_memory,
+    check_names,
+    check_path,
+    unknown_option,
+)
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
+from remoe_adapt.expert_cache.cache import READ_THREADS
 from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, find_checkpoint
-from remoe_adapt.checkpoints import CACHE_OPTIONS, check_flags, check_memory, check_names, check_path, unknown_option
-from remoe_adapt.checkpoints import HUB_OPTIONS
-from remoe_adapt._support import printable
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-import torch
-from remoe_adapt.expert_cache.experts import check_experts
-from remoe_adapt.expert_cache.pack import write_pack
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.expert_cache.checkpoint import LOADING, find_checkpoint
-from remoe_adapt.checkpoints import HUB_OPTIONS
-
+from remoe_adapt.expert_cache.direct_io import Reader
+from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
+from remoe_adapt.expert_cache.gpu import find_device, make_cache
+from remoe_adapt.expert_cache.pack import PackedStore, write_pack
+from remoe_adapt.expert_cache.prefetch import bind_prefetch
+from remoe_adapt.expert_cache.types import budget_in_bytes, check_budget, check_options
 
 _KV_CACHE_PART = 16
 _KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)

@@ -10,38 +10,27 @@ Writes packs: streaming, one expert in memory at a time; what a killed run has f
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
-import torch
-from torch import Tensor
-from remoe_adapt.expert_cache.memory import Blocks
-from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
-from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
-from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
-from remoe_adapt.errors import ConfigError, ExpertReadError
-from remoe_adapt._support import printable, read_json
 import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
 import numpy as np
 import torch
-from remoe_adapt.expert_cache.direct_io import BLOCK
-from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
-from remoe_adapt.errors import ConfigError, ExpertReadError
-from remoe_adapt._support import size_text
-from remoe_adapt._support import read_json
-from remoe_adapt._support import disk_faults, made_parents
+from torch import Tensor
 
+from remoe_adapt._support import disk_faults, made_parents, printable, read_json, size_text
+from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
+from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
+from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
+from remoe_adapt.expert_cache.memory import Blocks
 
 FORMAT, MANIFEST = 1, "experts.json"
 # Numbers of each parameter of the first and the last expert of every layer that are compared with the checkpoint.

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remoe_adapt.expert_cache.experts import CachedExperts, cached_layer
-from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt._support import say_once
-from remoe_adapt.routers import Routers, survey_routers
-from remoe_adapt.routers import RouterRef
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.experts import CachedExperts, cached_layer
+from remoe_adapt.routers import RouterRef, Routers, survey_routers
 
 # Forwards of more tokens are not predicted: they ask for most experts anyway, and their reads fill the device.
 MAX_TOKENS = 8

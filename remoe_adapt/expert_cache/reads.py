@@ -6,12 +6,11 @@ Which experts are being read ahead, and which of those that were have not been a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future
-from remoe_adapt.expert_cache.types import Key, Slot
+
 from remoe_adapt._support import POLL_S, handle_pending
-from collections.abc import Collection, Sequence
-from remoe_adapt.expert_cache.types import Key
+from remoe_adapt.expert_cache.types import Key, Slot
 
 
 class AbandonedError(Exception):

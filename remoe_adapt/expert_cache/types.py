@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from remoe_adapt.eviction import ONLINE
+from remoe_adapt._support import held_back
 from remoe_adapt.device_profile import CACHE_SCOPES, parse_size
 from remoe_adapt.errors import ConfigError
-from remoe_adapt._support import held_back
+from remoe_adapt.eviction import ONLINE
 
 # (layer, expert)
 Key = tuple[int, int]

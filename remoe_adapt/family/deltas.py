@@ -9,10 +9,9 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
-from remoe_adapt.tuner import KINDS, by_router, check_finite, is_router_key
-from remoe_adapt.tuner import read_adapter
 from remoe_adapt._support import printable, read_json
+from remoe_adapt.errors import AdapterCorruptError, FamilyError, FingerprintMismatchError
+from remoe_adapt.tuner import KINDS, by_router, check_finite, is_router_key, read_adapter
 
 # The most values that a router's delta may have: 8192 experts at a hidden size of 8192. The largest routers there are
 # have a quarter of that; a forged rank could ask for terabytes.

@@ -16,17 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from remoe_adapt._support import printable
 from remoe_adapt.errors import FamilyError, FingerprintMismatchError
 from remoe_adapt.family.card import card_text, is_our_card
 from remoe_adapt.family.deltas import read_deltas, shapes_of
-from remoe_adapt.tuner import FAMILY_FILE
-from remoe_adapt.family.files import FORMAT, family_folder, json_text, placed, read_family_json, read_recency, recency_entry, usable_path, write_together
+from remoe_adapt.family.files import (
+    FORMAT,
+    family_folder,
+    json_text,
+    placed,
+    read_family_json,
+    read_recency,
+    recency_entry,
+    usable_path,
+    write_together,
+)
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers import Routers, survey_routers
-from remoe_adapt.routers import plain_name
-from remoe_adapt.tuner import CARD_FILE
-from remoe_adapt.tuner import stays_usable
-from remoe_adapt._support import printable
+from remoe_adapt.routers import Routers, plain_name, survey_routers
+from remoe_adapt.tuner import CARD_FILE, FAMILY_FILE, stays_usable
 
 __all__ = ["Control", "Family", "FamilyPoint", "original_weights"]
 

@@ -14,10 +14,10 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from remoe_adapt._support import first_line, printable, read_json
 from remoe_adapt.errors import FamilyError
 from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, mode_words
 from remoe_adapt.tuner import FAMILY_FILE
-from remoe_adapt._support import first_line, printable, read_json
 
 FORMAT = 1
 _MAX_BYTES, _MAX_NAME = 16 << 20, 64

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, topk_gating
-from remoe_adapt.routers import best_ids
-from remoe_adapt.routers import RouterSpec
+from remoe_adapt.routers import RouterSpec, best_ids
 
 
 class Scratch(dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]]):

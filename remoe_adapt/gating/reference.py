@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.routers import best_ids
-from remoe_adapt.routers import RouterSpec
+from remoe_adapt.routers import RouterSpec, best_ids
 from remoe_adapt.triton_kernels import rule
 
 # Flags of a token, and where a span of choice values is cut: the kernels' own numbers.

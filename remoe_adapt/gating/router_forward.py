@@ -17,9 +17,7 @@ from torch.nn import functional as F
 
 from remoe_adapt.gating.reference import topk_gating
 from remoe_adapt.gating.verify import bare_twin, disagreement, near, perturb, random_hidden
-from remoe_adapt.routers import Facts, Refusal, known_facts
-from remoe_adapt.routers import infer_facts
-from remoe_adapt.routers import STANDARD_RETURNS, RouterRef, RouterSpec
+from remoe_adapt.routers import STANDARD_RETURNS, Facts, Refusal, RouterRef, RouterSpec, infer_facts, known_facts
 
 # (layer, logits_TE, k, spec, bias_E) -> fp32 weights and int64 ids [T, K], best first.
 Gate = Callable[[int, Tensor, int, RouterSpec, Tensor | None], tuple[Tensor, Tensor]]

@@ -8,18 +8,26 @@ object with a way back.
 
 from __future__ import annotations
 
-from remoe_adapt.libraries.table import Contract, versions
-from remoe_adapt.libraries.kv_cache import CONTINUOUS_BATCHING, cache_argument, cache_keyword, cache_length, can_carry_state, handed_cache, is_counted, returned_cache, unknown_cache_argument
+from remoe_adapt.libraries.kv_cache import (
+    CONTINUOUS_BATCHING,
+    cache_argument,
+    cache_keyword,
+    cache_length,
+    can_carry_state,
+    handed_cache,
+    is_counted,
+    returned_cache,
+    unknown_cache_argument,
+)
 from remoe_adapt.libraries.patching import Overrides
-from remoe_adapt.libraries.table import versions
-
+from remoe_adapt.libraries.table import Contract, versions
 
 __all__ = ["Contract", "contracts", "versions"]
 
 
 def contracts() -> tuple[Contract, ...]:
     """All rows of the table, in its order."""
-    from remoe_adapt.libraries import of_generation, of_models, of_peft, of_training  # noqa: F401 (they fill the table)
+    from remoe_adapt.libraries import of_generation, of_models, of_peft, of_training
     from remoe_adapt.libraries.table import CONTRACTS
 
     return tuple(CONTRACTS)

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.libraries.kv_cache import CONTINUOUS_BATCHING, cache_argument, cache_length, can_carry_state, is_counted, returned_cache
+from remoe_adapt.libraries.kv_cache import (
+    CONTINUOUS_BATCHING,
+    cache_argument,
+    cache_length,
+    can_carry_state,
+    is_counted,
+    returned_cache,
+)
 from remoe_adapt.libraries.patching import Override
 from remoe_adapt.libraries.table import hold, relied_on
 from remoe_adapt.libraries.tiny import IDS, ids, tiny_model

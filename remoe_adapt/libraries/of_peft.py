@@ -145,7 +145,7 @@ def saved_names() -> None:
     "A module's own hooks are in _forward_hooks, _forward_pre_hooks, _backward_hooks and _backward_pre_hooks; "
     "functional_call runs it on other weights; _foreach_copy_ writes in place.",
     "tuner/layer.py dial/swap.py gating/router_forward.py",
-    interposes="atexit and fork handlers, and mallopt, of the process (dial/monitor.py, _support/process.py, _support/host_memory.py)",
+    interposes="atexit and fork handlers, and mallopt, of the process (dial/monitor.py, _support/)",
 )
 def modules() -> None:
     module = nn.Linear(2, 2, bias=False)

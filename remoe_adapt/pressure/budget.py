@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt._support import size_text
+from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.pressure.signals import Place, Weighed, notes_of
 
 # Parts of the reserve: given back beyond what is lacking, and to spare before the cache grows.

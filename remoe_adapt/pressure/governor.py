@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from remoe_adapt._support import say_once
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.errors import ConfigError
-from remoe_adapt._support import say_once
 from remoe_adapt.pressure.decide import Decision, DecisionState, decide
 from remoe_adapt.pressure.reading import Reading
 from remoe_adapt.pressure.sensors import Sensors

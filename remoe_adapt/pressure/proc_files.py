@@ -6,8 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from remoe_adapt._support import say_once
-from remoe_adapt._support import printable
+from remoe_adapt._support import printable, say_once
 
 # The largest of them, memory.stat, has some 2 KiB.
 _READ_BYTES = 1 << 16

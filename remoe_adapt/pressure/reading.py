@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from remoe_adapt.errors import ConfigError
 from remoe_adapt._support import parse_json, printable
+from remoe_adapt.errors import ConfigError
 
 UNITS = ("B", "B/s", "1/s", "share", "flag")
 

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt._support import size_text
+from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.pressure.reading import Measure, Reading
 
 # A reserve larger than this part of the memory there is cannot be kept (a profile of another machine).

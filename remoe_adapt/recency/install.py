@@ -8,17 +8,15 @@ from typing import Any
 
 from torch import nn
 
+from remoe_adapt._support import say_once
 from remoe_adapt.errors import RouterError
 from remoe_adapt.gating import RouterForward, router_forward
+from remoe_adapt.libraries import CONTINUOUS_BATCHING, Overrides, unknown_cache_argument
 from remoe_adapt.recency.prior import RecencyPrior
 from remoe_adapt.recency.proof import why_without_effect
 from remoe_adapt.recency.sequences import SequenceHooks, text_model
-from remoe_adapt.libraries import CONTINUOUS_BATCHING, unknown_cache_argument
-from remoe_adapt.libraries import Overrides
-from remoe_adapt._support import say_once
 from remoe_adapt.recency_settings import Mode, Recency
-from remoe_adapt.routers import Routers, survey_routers
-from remoe_adapt.routers import RouterRef
+from remoe_adapt.routers import RouterRef, Routers, survey_routers
 
 # Where accelerate's hooks keep the forward that they wrap.
 _WRAPPED = "_old_forward"

@@ -7,9 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating import BACKENDS, ENVIRONMENT, backend, explain, set_backend
-from remoe_adapt.gating import fused_gating
-from remoe_adapt.gating import PriorStep, topk_gating
+from remoe_adapt.gating import (
+    BACKENDS,
+    ENVIRONMENT,
+    PriorStep,
+    backend,
+    explain,
+    fused_gating,
+    set_backend,
+    topk_gating,
+)
 from remoe_adapt.routers import RouterSpec
 
 __all__ = ["BACKENDS", "ENVIRONMENT", "backend", "explain", "gate_of", "set_backend"]

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.recency.prior import RecencyPrior
+from remoe_adapt._support import first_line, say_once
 from remoe_adapt.libraries import cache_argument, can_carry_state, returned_cache
-from remoe_adapt._support import say_once
+from remoe_adapt.recency.prior import RecencyPrior
 from remoe_adapt.recency_settings import MAX_GAIN
 from remoe_adapt.routers import RouterRef, RouterSpec
-from remoe_adapt._support import first_line
 
 # transformers' own names for the inputs of an experts module, from 5.0 on.
 _EXPERTS_INPUTS = ("top_k_index", "top_k_weights")

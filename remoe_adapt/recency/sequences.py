@@ -13,12 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from remoe_adapt.errors import RouterError
-from remoe_adapt.recency.prior import RecencyPrior
-from remoe_adapt.gating import PADDING, RESTART
-from remoe_adapt.recency.state import RecencyState
-from remoe_adapt.libraries import cache_argument, cache_length, can_carry_state, handed_cache, is_counted, returned_cache
 from remoe_adapt._support import say_once
+from remoe_adapt.errors import RouterError
+from remoe_adapt.gating import PADDING, RESTART
+from remoe_adapt.libraries import (
+    cache_argument,
+    cache_length,
+    can_carry_state,
+    handed_cache,
+    is_counted,
+    returned_cache,
+)
+from remoe_adapt.recency.prior import RecencyPrior
+from remoe_adapt.recency.state import RecencyState
 
 _STATE = "remoe_recency"
 

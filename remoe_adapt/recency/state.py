@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.recency.history import History
 from remoe_adapt.gating import PADDING, RESTART, PriorStep, update_recency
+from remoe_adapt.recency.history import History
 
 if TYPE_CHECKING:
     from remoe_adapt.recency.prior import RecencyPrior

@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating import backend
-from remoe_adapt.gating import Scratch, one_token
+from remoe_adapt.gating import PriorStep, Scratch, StepGate, backend, fused_route, one_token
 from remoe_adapt.recency.layer_gate import gate_of
-from remoe_adapt.gating import StepGate
-from remoe_adapt.gating import fused_route
-from remoe_adapt.gating import PriorStep
 from remoe_adapt.recency.state import RecencyState
 from remoe_adapt.routers import RouterSpec
 

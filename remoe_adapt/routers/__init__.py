@@ -2,5 +2,15 @@
 
 from remoe_adapt.routers.discover import Routers, discover_routers, fingerprint, fingerprint_of_weights, survey_routers
 from remoe_adapt.routers.infer import infer_facts
-from remoe_adapt.routers.spec import PEFT_PREFIX, RouterRef, RouterSpec, STANDARD_RETURNS, best_ids, plain_name
-from remoe_adapt.routers.table import Facts, GGUF_ARCH, GGUF_CORRECTION_BIAS, GGUF_LOGIT_BIAS, GGUF_LORA_IGNORED, GGUF_ROUTER_WEIGHT, Refusal, SCORING_EXAMPLES, known_facts
+from remoe_adapt.routers.spec import PEFT_PREFIX, STANDARD_RETURNS, RouterRef, RouterSpec, best_ids, plain_name
+from remoe_adapt.routers.table import (
+    GGUF_ARCH,
+    GGUF_CORRECTION_BIAS,
+    GGUF_LOGIT_BIAS,
+    GGUF_LORA_IGNORED,
+    GGUF_ROUTER_WEIGHT,
+    SCORING_EXAMPLES,
+    Facts,
+    Refusal,
+    known_facts,
+)

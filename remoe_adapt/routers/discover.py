@@ -8,22 +8,20 @@ One hash that says which base model an adapter belongs to: all base router weigh
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
 import torch
 from torch import Tensor, nn
+
 from remoe_adapt.errors import RouterError, RouterNotFoundError, UnsupportedRouterError
-from remoe_adapt.routers.table import Facts, Refusal, known_facts
 from remoe_adapt.routers.infer import infer_facts, returns_in_this_version
 from remoe_adapt.routers.spec import RouterRef, RouterSpec, plain_name
-import hashlib
-from collections.abc import Iterable
-import torch
-from torch import Tensor
-
+from remoe_adapt.routers.table import Facts, Refusal, known_facts
 
 _TOP_K_NAMES = (
     "top_k",

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from remoe_adapt.errors import UnsupportedRouterError
-import torch
-from torch import Tensor
 
+from remoe_adapt.errors import UnsupportedRouterError
 
 SCORINGS = (
     "softmax",  # p = softmax(z); top-k of p; weights p, renormalised or not

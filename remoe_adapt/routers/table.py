@@ -23,8 +23,8 @@ class Facts:
     `normalize` None means: as the module's `norm_topk_prob` says. `top_k` None means: as module or config say.
     `shared_rows` and `null_experts` name the attribute (router, block or config) that counts them, or are counts.
 
-    The rest is what `gating/router_forward.py` needs beside a RouterSpec to be the class's own forward. `product` takes the
-    logits: "native" (as F.linear does), "fp32" (operands cast to fp32), "fp32_result" (native, then cast),
+    The rest is what `gating/router_forward.py` needs beside a RouterSpec to be the class's own forward. `product` takes
+    the logits: "native" (as F.linear does), "fp32" (operands cast to fp32), "fp32_result" (native, then cast),
     "fp32_output" (fp32, on a GPU without gradients by one product of half-precision operands), "weight_dtype" (input
     cast to the weight's dtype). `autocast` False: never under autocast. `before` names attributes applied to the input
     in order: a module is called, a tensor or number multiplies. `logit_cap` and `logit_factor` name the number c of

@@ -19,10 +19,8 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from remoe_adapt._support import parse_json, printable, read_arrays, replacing
 from remoe_adapt.errors import TraceError
-from remoe_adapt._support import read_arrays
-from remoe_adapt._support import replacing
-from remoe_adapt._support import parse_json, printable
 
 # The numbers that the CSV of a phone run has for the phases.
 PHASES = {"prefill": 0, "decode": 1}

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import random
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
 from remoe_adapt.errors import DataError
 from remoe_adapt.objective import IGNORED_LABEL
-from remoe_adapt._support import parse_json, printable
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):

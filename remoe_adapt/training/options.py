@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from remoe_adapt._support import printable, read_json
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.training.trainer import MODES, Mode
 from remoe_adapt.tuner import RemoeConfig
-from remoe_adapt._support import printable, read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

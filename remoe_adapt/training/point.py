@@ -6,34 +6,29 @@ Where a training runs and writes, checked before the work: the device, the folde
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from remoe_adapt.errors import DataError
+
+from remoe_adapt._support import parse_json, printable
+from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.family import write_whole
+from remoe_adapt.routers import discover_routers
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.trainer import RemoeTrainer
 from remoe_adapt.tuner import wrap_or_inject
-from remoe_adapt._support import parse_json
-import os
-import shutil
-from pathlib import Path
-from torch import nn
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.routers import discover_routers
-from remoe_adapt.training.options import TrainOptions
-from remoe_adapt._support import printable
-
 
 ADAPTER = "adapter"
 CHECKPOINT_MINUTES = 5.0

@@ -18,21 +18,16 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from remoe_adapt._support import disk_faults, freed_memory_kept
+from remoe_adapt.checkpoints import check_place, load_base, load_tokenizer, max_positions, on_device, usable_device
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
-from remoe_adapt.family import Family
-from remoe_adapt.tuner import FAMILY_FILE
-from remoe_adapt.family import write_whole
-from remoe_adapt._support import freed_memory_kept
-from remoe_adapt.checkpoints import check_place
-from remoe_adapt.checkpoints import load_tokenizer, max_positions, on_device, usable_device
+from remoe_adapt.family import Family, write_whole
 from remoe_adapt.routers import discover_routers, fingerprint
-from remoe_adapt.checkpoints import load_base
-from remoe_adapt.training.data import PackedRows
 from remoe_adapt.texts import data_files, pieces, read_file, tokenize_documents
+from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
-from remoe_adapt.training.point import check_fits, check_writable
-from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, train_point
-from remoe_adapt._support import disk_faults
+from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, check_fits, check_writable, train_point
+from remoe_adapt.tuner import FAMILY_FILE
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 

@@ -13,13 +13,30 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.tuner import computed_elsewhere
-from remoe_adapt.tuner import ObjectiveCallback
-from remoe_adapt.objective import document_numbers
-from remoe_adapt.objective import IGNORED_LABEL, LossWeights, RouterTerms, distillation_losses, next_token_losses, warm_up
-from remoe_adapt.tuner import WORKING_RATE, relative_rates, router_rates
-from remoe_adapt.tuner import RouterCall, active_configs, row_shares, terms_of_call, weights_of, without_jitter
-from remoe_adapt.tuner import RemoeLayer, remoe_layers
+from remoe_adapt.objective import (
+    IGNORED_LABEL,
+    LossWeights,
+    RouterTerms,
+    distillation_losses,
+    document_numbers,
+    next_token_losses,
+    warm_up,
+)
+from remoe_adapt.tuner import (
+    WORKING_RATE,
+    ObjectiveCallback,
+    RemoeLayer,
+    RouterCall,
+    active_configs,
+    computed_elsewhere,
+    relative_rates,
+    remoe_layers,
+    router_rates,
+    row_shares,
+    terms_of_call,
+    weights_of,
+    without_jitter,
+)
 
 # To mypy the mixin is a Trainer; when it runs it inherits from none, so that it can stand before any Trainer class.
 if TYPE_CHECKING:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
+
 from remoe_adapt.errors import AdapterConflictError
 from remoe_adapt.routers import fingerprint
-from remoe_adapt.tuner.peft_compat import wrap_or_inject
-from remoe_adapt.tuner.config import RemoeConfig
-from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
-from remoe_adapt.tuner.loading import guard_loaders
-from remoe_adapt.tuner.model import RemoeModel
-from remoe_adapt.tuner.targets import NoRouterMatchedError
 from remoe_adapt.tuner.attached import ObjectiveCallback, computed_elsewhere
 from remoe_adapt.tuner.card import CARD_FILE, code, literal
 from remoe_adapt.tuner.checks import KINDS, by_router, check_finite, is_router_key, plain_key, stays_usable
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
+from remoe_adapt.tuner.loading import guard_loaders
 from remoe_adapt.tuner.model import RemoeModel
 from remoe_adapt.tuner.peft_compat import plain_base, wrap_or_inject
 from remoe_adapt.tuner.rates import WORKING_RATE, relative_rates, router_rates
 from remoe_adapt.tuner.stored import FAMILY_FILE, read_adapter
+from remoe_adapt.tuner.targets import NoRouterMatchedError
 from remoe_adapt.tuner.terms import RouterCall, active_configs, row_shares, terms_of_call, weights_of, without_jitter
-
 
 __all__ = [
     "NoRouterMatchedError",

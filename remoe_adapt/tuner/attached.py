@@ -19,25 +19,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+
 import torch
 from peft.config import PeftConfig
 from torch import Tensor, nn
-from remoe_adapt.errors import ConfigError
-from remoe_adapt._support import say_once
-from remoe_adapt.objective import PADDING, document_numbers
-from remoe_adapt.objective import LossWeights
-from remoe_adapt.tuner.terms import ATTACHED, RouterCall, row_shares, terms_of_call, weights_of
-from remoe_adapt.tuner.config import RemoeConfig
-from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
-from typing import Any
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
-from remoe_adapt._support import say_once
-from remoe_adapt.tuner.rates import slowest_reach
-from remoe_adapt.tuner.terms import ATTACHED
-from remoe_adapt.tuner.layer import remoe_layers
 
+from remoe_adapt._support import say_once
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.objective import PADDING, LossWeights, document_numbers
+from remoe_adapt.tuner.config import RemoeConfig
+from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
+from remoe_adapt.tuner.rates import slowest_reach
+from remoe_adapt.tuner.terms import ATTACHED, RouterCall, row_shares, terms_of_call, weights_of
 
 _elsewhere: ContextVar[bool] = ContextVar("remoe_objective_elsewhere", default=False)
 

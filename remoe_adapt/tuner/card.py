@@ -8,9 +8,9 @@ from typing import Any
 
 from peft import PeftModel
 
+from remoe_adapt._support import printable
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import remoe_layers
-from remoe_adapt._support import printable
 
 CARD_FILE = "README.md"
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from remoe_adapt._support import printable
 from remoe_adapt.errors import AdapterCorruptError
 from remoe_adapt.routers import PEFT_PREFIX
-from remoe_adapt._support import printable
 
 PREFIX = "remoe_"
 KINDS = ("remoe_delta", "remoe_A", "remoe_B")

@@ -13,13 +13,12 @@ from typing import Any, Optional, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from remoe_adapt._support import printable, say_once
 from remoe_adapt.errors import ConfigError
-from remoe_adapt._support import say_once
 from remoe_adapt.routers import Routers
 from remoe_adapt.tuner.checks import KINDS, PREFIX
 from remoe_adapt.tuner.patterns import check_pattern
 from remoe_adapt.tuner.stored import StoredAdapter
-from remoe_adapt._support import printable
 
 _WEIGHTS = ("reuse_weight", "kl_weight", "smooth_weight", "lag_weight", "ws_weight")
 _OBJECTIVE = (*_WEIGHTS, "distill_share")

@@ -8,13 +8,21 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from remoe_adapt._support import printable
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
 from remoe_adapt.routers import PEFT_PREFIX
-from remoe_adapt.tuner.checks import by_router, check_finite, check_router, check_shapes, check_types, plain_key, stays_usable
+from remoe_adapt.tuner.checks import (
+    by_router,
+    check_finite,
+    check_router,
+    check_shapes,
+    check_types,
+    plain_key,
+    stays_usable,
+)
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.stored import StoredAdapter
-from remoe_adapt._support import printable
 
 
 def check_rank(rank: int | None, targets: Mapping[str, Tensor]) -> None:

@@ -22,14 +22,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
+from remoe_adapt._support import printable, read_json, say_once
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
-from remoe_adapt._support import say_once
 from remoe_adapt.tuner.card import write_card
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.fitting import copy_modules
-from remoe_adapt.tuner.stored import FAMILY_FILE, StoredAdapter, find_adapter, find_file, warn_of_missing_prior
 from remoe_adapt.tuner.peft_compat import Snapshot
-from remoe_adapt._support import printable, read_json
+from remoe_adapt.tuner.stored import FAMILY_FILE, StoredAdapter, find_adapter, find_file, warn_of_missing_prior
 
 _ALLOW = "allow_other_base"
 _MAX_CONFIG_BYTES = 16 << 20

@@ -15,10 +15,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
-from remoe_adapt.routers import survey_routers
-from remoe_adapt.routers import RouterSpec
+from remoe_adapt.routers import RouterSpec, survey_routers
 from remoe_adapt.tuner.attached import attach_objective, detach_objective
-from remoe_adapt.tuner.peft_compat import AdapterConfigs, check_free_name, check_name, path_parts, plain_base
 from remoe_adapt.tuner.checks import check_finite, check_shapes
 from remoe_adapt.tuner.combine import add_weighted_adapter
 from remoe_adapt.tuner.config import RemoeConfig
@@ -26,8 +24,8 @@ from remoe_adapt.tuner.fitting import check_distinct, check_given, check_loaded,
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.loading import current_load
 from remoe_adapt.tuner.mixed_batch import mixed_batch
+from remoe_adapt.tuner.peft_compat import AdapterConfigs, Snapshot, check_free_name, check_name, path_parts, plain_base
 from remoe_adapt.tuner.targets import NoRouterMatchedError, check_base, resolve_targets
-from remoe_adapt.tuner.peft_compat import Snapshot
 
 
 class RemoeModel(BaseTuner):

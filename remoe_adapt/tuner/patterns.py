@@ -13,8 +13,8 @@ import sys
 import warnings
 from collections.abc import Iterable
 
-from remoe_adapt.errors import ConfigError
 from remoe_adapt._support import printable
+from remoe_adapt.errors import ConfigError
 
 # Names of ten thousand modules take 20 ms; the rest is for a busy machine to start the child.
 _SECONDS = 8.0

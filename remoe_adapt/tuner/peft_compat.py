@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, PeftType
-from torch import nn
+from torch import Tensor, nn
+
 from remoe_adapt.errors import AdapterConflictError
 from remoe_adapt.routers import Routers
 from remoe_adapt.tuner.checks import KINDS
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer
-from collections.abc import Iterable
-from typing import Any
-import torch
-from torch import Tensor, nn
-
 
 # Parts of the paths that PEFT and we make.
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)

@@ -16,10 +16,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from remoe_adapt._support import parse_json, printable, read_json, say_once
 from remoe_adapt.errors import AdapterCorruptError, FamilyError
-from remoe_adapt._support import say_once
 from remoe_adapt.tuner.checks import PREFIX, is_router_key, plain_key
-from remoe_adapt._support import parse_json, printable, read_json
 
 # Two tensors for each of ten thousand routers.
 _MAX_HEADER_BYTES = 4 << 20

@@ -11,12 +11,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
-from remoe_adapt.errors import AdapterConflictError, ConfigError, FingerprintMismatchError, RouterError, RouterNotFoundError, UnsupportedRouterError
-from remoe_adapt.routers import Routers
-from remoe_adapt.routers import RouterRef
+from remoe_adapt._support import printable
+from remoe_adapt.errors import (
+    AdapterConflictError,
+    ConfigError,
+    FingerprintMismatchError,
+    RouterError,
+    RouterNotFoundError,
+    UnsupportedRouterError,
+)
+from remoe_adapt.routers import RouterRef, Routers
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.patterns import matching
-from remoe_adapt._support import printable
 
 _SHOWN_DIGITS = 19
 

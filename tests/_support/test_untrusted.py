@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from remoe_adapt.errors import FamilyError
 from remoe_adapt._support.untrusted import parse_json, printable, read_json
+from remoe_adapt.errors import FamilyError
 
 
 @pytest.mark.parametrize(

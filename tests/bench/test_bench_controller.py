@@ -14,18 +14,27 @@ from typing import Any
 import pytest
 import torch
 
-from remoe_adapt.bench.controller.bench import ControllerOptions, quickly, run_controller
 from remoe_adapt.bench.controller.arms import bench_profile, kinds
-from remoe_adapt.bench.controller.figures import Phase, arm_row, bars, calm_ratio, monitoring, return_s, rise_s, strengths, why_void
+from remoe_adapt.bench.controller.bench import ControllerOptions, Replay, quickly, run_controller
+from remoe_adapt.bench.controller.figures import (
+    Phase,
+    arm_row,
+    bars,
+    calm_ratio,
+    monitoring,
+    return_s,
+    rise_s,
+    strengths,
+    why_void,
+)
 from remoe_adapt.bench.controller.process import ArmProcess
-from remoe_adapt.bench.controller.bench import Replay
 from remoe_adapt.bench.controller.worker import COLUMNS, Worker
-from remoe_adapt.bench.harness.process import WorkerProcess
-from remoe_adapt.bench.harness.memory_group import memory_group, why_no_groups
 from remoe_adapt.bench.harness.disk import PacedReads
+from remoe_adapt.bench.harness.memory_group import memory_group, why_no_groups
+from remoe_adapt.bench.harness.process import WorkerProcess
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.expert_cache.load import pack_experts
 from remoe_adapt.evaluation.shipped import example_folder
+from remoe_adapt.expert_cache.load import pack_experts
 
 MIB = 1 << 20
 SETTLE_S = 0.5

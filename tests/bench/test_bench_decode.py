@@ -20,19 +20,25 @@ import torch
 from tiny_checkpoints import save_tiny
 from transformers import AutoModelForCausalLM
 
-from remoe_adapt.bench.harness import widen as widening
-from remoe_adapt.bench.harness.disk import RawReads
 from remoe_adapt.bench.decode.bench import DecodeOptions, quickly, run_decode
 from remoe_adapt.bench.decode.figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio, times_faster
-from remoe_adapt.bench.harness.process import WorkerProcess
 from remoe_adapt.bench.decode.worker import serve
+from remoe_adapt.bench.harness import widen as widening
+from remoe_adapt.bench.harness.disk import (
+    READ_AHEAD_BYTES,
+    RawReads,
+    evict,
+    loop_disk,
+    read_cap,
+    why_no_cap,
+    why_no_loop,
+)
 from remoe_adapt.bench.harness.memory_group import memory_group, why_no_groups
-from remoe_adapt.bench.harness.disk import READ_AHEAD_BYTES, evict, loop_disk, why_no_loop
-from remoe_adapt.bench.harness.disk import read_cap, why_no_cap
+from remoe_adapt.bench.harness.process import WorkerProcess
 from remoe_adapt.bench.harness.widen import check_same, save_whole, widen
-from remoe_adapt.expert_cache.checkpoint_store import experts_modules
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.evaluation.shipped import example_folder
+from remoe_adapt.expert_cache.checkpoint_store import experts_modules
 
 MIB = 1 << 20
 

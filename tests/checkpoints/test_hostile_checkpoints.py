@@ -21,16 +21,15 @@ from tiny_family import byte_tokenizer
 from torch import Tensor
 
 from remoe_adapt import Family, get_remoe_model
-from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore
-from remoe_adapt.checkpoints.safetensors_files import INDEX, SINGLE, file_extents, open_checkpoint
-from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
-from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, WriteError
-from remoe_adapt.engines.base import BaseFiles
-from remoe_adapt.engines.peft_lora import export_lora
-from remoe_adapt.engines.merged import export_merged
 from remoe_adapt.checkpoints.load import load_with_tokenizer
-from remoe_adapt.expert_cache.load import load_with_expert_cache
-from remoe_adapt.expert_cache.load import pack_experts
+from remoe_adapt.checkpoints.safetensors_files import INDEX, SINGLE, file_extents, open_checkpoint
+from remoe_adapt.engines.base import BaseFiles
+from remoe_adapt.engines.merged import export_merged
+from remoe_adapt.engines.peft_lora import export_lora
+from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, WriteError
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
+from remoe_adapt.expert_cache.load import load_with_expert_cache, pack_experts
+from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore
 from remoe_adapt.training.run import train_family
 
 IDS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -13,9 +13,9 @@ from tiny_families import tiny_family
 from tiny_models import tiny_model
 
 from remoe_adapt import get_remoe_model, load_with_expert_cache
-from remoe_adapt.errors import ConfigError, DialError
-from remoe_adapt.checkpoints.options import CACHE_OPTIONS
 from remoe_adapt.checkpoints.load import load_base
+from remoe_adapt.checkpoints.options import CACHE_OPTIONS
+from remoe_adapt.errors import ConfigError, DialError
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,16 @@ import pytest
 from huggingface_hub import constants
 from tiny_checkpoints import save_tiny
 
-from remoe_adapt.evaluation import record
-from remoe_adapt.errors import ConfigError, FamilyError
-from remoe_adapt.engines.base import BaseFiles
+from remoe_adapt.checkpoints.load import checkpoint_folder, load_base, load_tokenizer, load_with_tokenizer
 from remoe_adapt.checkpoints.paths import check_place, is_path
-from remoe_adapt.expert_cache.checkpoint import find_checkpoint
 from remoe_adapt.dial.load import get_remoe_model
+from remoe_adapt.engines.base import BaseFiles
+from remoe_adapt.errors import ConfigError, FamilyError
+from remoe_adapt.expert_cache.checkpoint import find_checkpoint
 from remoe_adapt.expert_cache.load import pack_experts
-from remoe_adapt.checkpoints.load import checkpoint_folder, load_base
 from remoe_adapt.training.run import train_family
 
-TEXT = Path(__file__).with_name("data") / "readings-squeeze.jsonl"
+TEXT = Path(__file__).parents[1] / "data" / "readings-squeeze.jsonl"
 
 PATHS = ["./no/such", "no/such/folder", "/no/such", "~/models/no-such", "../no", "no\\such", "a/", "."]
 
@@ -46,8 +45,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     "load",
     [
         load_base,
-        record.load_with_tokenizer,
-        record.load_tokenizer,
+        load_with_tokenizer,
+        load_tokenizer,
         find_checkpoint,
         checkpoint_folder,
         BaseFiles,
@@ -77,7 +76,7 @@ def test_what_can_only_be_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_id_of_the_hub_is_asked_for_once_and_quickly(asked: list[Any]) -> None:
-    for load in (load_base, record.load_with_tokenizer, find_checkpoint, BaseFiles):
+    for load in (load_base, load_with_tokenizer, find_checkpoint, BaseFiles):
         with pytest.raises(ConfigError, match=r"'somebody/no-such' cannot be found: .* the hub cannot be asked"):
             load("somebody/no-such")
     assert 1 <= len(asked) <= 8

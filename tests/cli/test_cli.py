@@ -19,11 +19,11 @@ from tiny_family import save_base, save_family
 
 from remoe_adapt import Family, Trace, __version__
 from remoe_adapt.bench import gating_cpu
-from remoe_adapt.eviction.replay import hit_rates, simulate
-from remoe_adapt.evaluation.evaluate import evaluate
-from remoe_adapt.texts import read_shared
 from remoe_adapt.checkpoints.load import load_with_tokenizer
+from remoe_adapt.evaluation.evaluate import evaluate
+from remoe_adapt.eviction.replay import hit_rates, simulate
 from remoe_adapt.routers.table import SCORING_EXAMPLES
+from remoe_adapt.texts import read_shared
 
 TEXT = "It was the best of times, it was the worst of times. " * 12
 

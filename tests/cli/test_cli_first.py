@@ -18,13 +18,14 @@ from tiny_family import save_base, save_family
 from typer.testing import CliRunner, Result
 
 from remoe_adapt import Trace
-from remoe_adapt.cli import rules as cli_rules, rows
+from remoe_adapt._support.outputs import check_appendable, check_file, write_csv
+from remoe_adapt.cli import rows
+from remoe_adapt.cli import rules as cli_rules
+from remoe_adapt.cli.app import app
+from remoe_adapt.cli.plots import check_plot
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluation import evaluate, record
 from remoe_adapt.eviction.replay import layer_rows
-from remoe_adapt.cli.app import app
-from remoe_adapt.errors import ConfigError
-from remoe_adapt._support.outputs import check_appendable, check_file, write_csv
-from remoe_adapt.cli.plots import check_plot
 
 TEXT = "It was the best of times, it was the worst of times. " * 8
 HEAVY = ("torch", "transformers", "peft", "numpy", "accelerate")

@@ -12,11 +12,11 @@ import torch
 from fake_cgroups import below, fake_machine, psi, v2_group
 
 from remoe_adapt.cli import doctor
-from remoe_adapt.device_profile.profile import list_profiles
 from remoe_adapt.cli.doctor import Probe, as_result, examine, shown
+from remoe_adapt.cli.report import doctor_table
+from remoe_adapt.device_profile.profile import list_profiles
 from remoe_adapt.gating import backend as backends
 from remoe_adapt.pressure.reading import Measure
-from remoe_adapt.cli.report import doctor_table
 
 GIB = 1 << 30
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from remoe_adapt.cli import report
-from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.cli.plots import hit_rates, plot_frontier, plot_log, read_samples
+from remoe_adapt.errors import ConfigError, DataError
 
 
 def sample(time_s: float, hits: int | None, misses: int | None) -> dict[str, Any]:

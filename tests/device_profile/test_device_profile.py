@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from remoe_adapt.eviction.policy import ONLINE
-from remoe_adapt.device_profile.profile import DeviceProfile, PressureProfile, check_profile, list_profiles, load_profile, user_profile_dir
+from remoe_adapt.device_profile.profile import (
+    DeviceProfile,
+    PressureProfile,
+    check_profile,
+    list_profiles,
+    load_profile,
+    user_profile_dir,
+)
 from remoe_adapt.device_profile.values import parse_size
 from remoe_adapt.errors import ConfigError, ProfileError, RemoeError
+from remoe_adapt.eviction.policy import ONLINE
 from remoe_adapt.recency_settings import Recency
 
 SHIPPED = ("laptop-16gb", "orin-8gb", "orin-nx-16gb", "rpi5-8gb", "rtx-24gb", "rtx-8gb", "server")

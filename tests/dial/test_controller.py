@@ -19,10 +19,10 @@ from transformers import DynamicCache
 from watched_decoding import IDS, Watch, each, generate, run_all
 
 from remoe_adapt import load_profile
-from remoe_adapt.errors import ConfigError, DialError
-from remoe_adapt.family.family import Family, original_weights
 from remoe_adapt.dial.controller import Controller
 from remoe_adapt.dial.load import get_remoe_model
+from remoe_adapt.errors import ConfigError, DialError
+from remoe_adapt.family.family import Family, original_weights
 from remoe_adapt.tuner.layer import remoe_layers
 
 

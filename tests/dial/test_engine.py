@@ -14,19 +14,19 @@ from llama_child import LlamaChild
 from tiny_families import tiny_family
 from tiny_models import tiny_model
 
-from remoe_adapt.errors import ConfigError, DialError
-from remoe_adapt.family.family import Family
-from remoe_adapt.pressure.decide import Decision
 from remoe_adapt.dial.engine import Engine, turn
 from remoe_adapt.dial.events import SENSORS, Events, Target
-from remoe_adapt.engines.llamacpp.server import LlamaServer
 from remoe_adapt.dial.load import profile_of
 from remoe_adapt.dial.staging import Staging, State
 from remoe_adapt.dial.swap import ResidentRouters
+from remoe_adapt.engines.llamacpp.live import LlamaFile
+from remoe_adapt.engines.llamacpp.server import LlamaServer
+from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions
+from remoe_adapt.errors import ConfigError, DialError
+from remoe_adapt.family.family import Family
+from remoe_adapt.pressure.decide import Decision
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.peft_compat import wrap_or_inject
-from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions
-from remoe_adapt.engines.llamacpp.live import LlamaFile
 
 MEMBERS: tuple[type[Engine], ...] = (Staging, LlamaServer, LlamaFile)  # that is mypy's to judge
 

@@ -10,8 +10,8 @@ import pytest
 from peft import PeftModel
 from watched_decoding import Watch, each, generate, run_all
 
-from remoe_adapt.family.family import Family
 from remoe_adapt.dial.steps import StepLock
+from remoe_adapt.family.family import Family
 from remoe_adapt.tuner.layer import remoe_layers
 
 

@@ -18,12 +18,21 @@ from remoe_adapt import load_profile
 from remoe_adapt.bench import swap as swap_bench
 from remoe_adapt.bench.harness.results import append_row, environment
 from remoe_adapt.bench.swap import run_swap
-from remoe_adapt.errors import AdapterConflictError, ConfigError, DialError, FamilyError, FingerprintMismatchError, ProfileError, RouterNotFoundError, UncacheableError
+from remoe_adapt.dial.load import get_remoe_model, load_base_under, profile_of
+from remoe_adapt.errors import (
+    AdapterConflictError,
+    ConfigError,
+    DialError,
+    FamilyError,
+    FingerprintMismatchError,
+    ProfileError,
+    RouterNotFoundError,
+    UncacheableError,
+)
 from remoe_adapt.family.family import Family, original_weights
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.signals import weigh
 from remoe_adapt.routers.discover import fingerprint
-from remoe_adapt.dial.load import get_remoe_model, load_base_under, profile_of
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import remoe_layers
 

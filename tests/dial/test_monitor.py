@@ -21,10 +21,10 @@ from watched_decoding import Watch, each, generate, run_all, run_alone
 
 from remoe_adapt import load_profile
 from remoe_adapt.device_profile.profile import DeviceProfile
-from remoe_adapt.errors import ConfigError, DialError
-from remoe_adapt.family.family import Family
 from remoe_adapt.dial.events import Swap
 from remoe_adapt.dial.load import get_remoe_model
+from remoe_adapt.errors import ConfigError, DialError
+from remoe_adapt.family.family import Family
 
 
 @pytest.fixture

@@ -16,16 +16,16 @@ from tiny_models import tiny_model
 from watched_decoding import run_all
 
 from remoe_adapt import load_profile
+from remoe_adapt._support.process import size_text
 from remoe_adapt.device_profile.profile import DeviceProfile
+from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.errors import DialError
 from remoe_adapt.family.family import Family
-from remoe_adapt._support.process import size_text
-from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.decide import DecisionState, decide
+from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.sensors import Sensors, os_sensors
 from remoe_adapt.pressure.signals import losses, weigh
-from remoe_adapt.dial.load import get_remoe_model
 
 GIB = 1 << 30
 

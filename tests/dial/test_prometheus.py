@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from remoe_adapt import get_remoe_model
 from remoe_adapt.cli.app import app
-from remoe_adapt.errors import ConfigError
 from remoe_adapt.dial.prometheus import ControllerCollector, serve_metrics
+from remoe_adapt.errors import ConfigError
 
 client = pytest.importorskip("prometheus_client", reason="the extra `metrics` is not installed")
 

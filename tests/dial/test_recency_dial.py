@@ -14,8 +14,9 @@ from recency_support import LONGER, PROMPT, chosen, decode, routing_matters
 from tiny_families import tiny_family
 
 from remoe_adapt import load_profile
-from remoe_adapt.evaluation.arms import arms_of
+from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.evaluation.arms import arms_of
 from remoe_adapt.evaluation.evaluate import evaluate
 from remoe_adapt.family.family import Family
 from remoe_adapt.gating.router_forward import RouterForward
@@ -23,7 +24,6 @@ from remoe_adapt.recency.install import recency_prior
 from remoe_adapt.recency.sequences import _STATE
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.dial.load import get_remoe_model
 
 GAINS = (0.1, 0.2, 0.3, 0.4)
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_checkpoints import save_tiny
 
-from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.device_profile.profile import MemoryProfile, load_profile
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.pressure.governor import Governor
-from remoe_adapt.expert_cache.load import load_with_expert_cache
 from remoe_adapt.dial.sensors import CacheUse, GpuMemory, model_sensors
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.load import load_with_expert_cache
+from remoe_adapt.pressure.governor import Governor
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from tiny_models import tiny_model
 from waiting import until
 from watched_decoding import IDS, Watch, each, generate, run_all
 
-from remoe_adapt.family.family import Family, original_weights
 from remoe_adapt.dial.load import get_remoe_model
+from remoe_adapt.family.family import Family, original_weights
 from remoe_adapt.tuner.layer import remoe_layers
 
 

@@ -14,10 +14,9 @@ from peft import get_peft_model
 from tiny_models import tiny_model
 
 from remoe_adapt import RemoeConfig, get_remoe_model
-from remoe_adapt.routers import discover as fingerprint
-from remoe_adapt.routers.discover import survey_routers
-from remoe_adapt.routers.discover import fingerprint_of_weights
 from remoe_adapt.dial.load import load_base_under, profile_of
+from remoe_adapt.routers import discover as fingerprint
+from remoe_adapt.routers.discover import fingerprint_of_weights, survey_routers
 from remoe_adapt.tuner.layer import remoe_layers
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "tiny_moe"

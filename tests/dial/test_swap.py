@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import PreTrainedModel
 
+from remoe_adapt.dial.swap import ResidentRouters
 from remoe_adapt.errors import DialError, FamilyError, MergeStateError, RouterNotFoundError
 from remoe_adapt.family.family import Family, original_weights
 from remoe_adapt.routers.discover import fingerprint
-from remoe_adapt.dial.swap import ResidentRouters
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import remoe_layers
 from remoe_adapt.tuner.peft_compat import wrap_or_inject

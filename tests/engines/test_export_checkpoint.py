@@ -19,11 +19,11 @@ from tiny_families import tiny_family
 from torch import Tensor
 
 from remoe_adapt import Family
-from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError, UnsupportedRouterError
 from remoe_adapt.engines import files as export_files
 from remoe_adapt.engines.base import BaseFiles
-from remoe_adapt.engines.peft_lora import export_lora
 from remoe_adapt.engines.merged import export_merged
+from remoe_adapt.engines.peft_lora import export_lora
+from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError, UnsupportedRouterError
 from remoe_adapt.family.family import original_weights
 from remoe_adapt.routers.discover import fingerprint
 

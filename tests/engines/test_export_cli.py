@@ -12,9 +12,9 @@ from export_support import Home, holds
 from gguf_writer import small_model
 
 from remoe_adapt import Trace
-from remoe_adapt.family.family import original_weights
-from remoe_adapt.evaluation.record import record_prefill
 from remoe_adapt.checkpoints.load import load_base
+from remoe_adapt.evaluation.record import record_prefill
+from remoe_adapt.family.family import original_weights
 
 
 @pytest.fixture(scope="module")

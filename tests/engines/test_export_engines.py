@@ -17,14 +17,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
-from remoe_adapt.engines.gguf.patch import export_gguf
 from remoe_adapt.engines.gguf.lora import export_gguf_lora
+from remoe_adapt.engines.gguf.patch import export_gguf
 from remoe_adapt.engines.gguf.split import split_gguf
-from remoe_adapt.engines.peft_lora import export_lora
 from remoe_adapt.engines.merged import export_merged
-from remoe_adapt.family.family import original_weights
+from remoe_adapt.engines.peft_lora import export_lora
+from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
 from remoe_adapt.evaluation.record import inference, record_forward, record_prefill
+from remoe_adapt.family.family import original_weights
 
 pytest.importorskip("xllamacpp", reason="llama.cpp in this process (extra: llamacpp)")
 from remoe_adapt.engines.llamacpp.in_process import VERSION, LlamaModel, library

@@ -17,14 +17,14 @@ from killed import killed_at_write
 from tiny_checkpoints import save_tiny, stock
 from tiny_families import tiny_family
 
-from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError, UnsupportedRouterError
 from remoe_adapt.engines.base import BaseFiles, read_tensor
-from remoe_adapt.engines.gguf.patch import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.engines.gguf.file import GgufFile
 from remoe_adapt.engines.gguf.lora import check_applied, export_gguf_lora, factor
+from remoe_adapt.engines.gguf.patch import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.split import split_gguf
 from remoe_adapt.engines.gguf.undo import undo_path
+from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError, UnsupportedRouterError
 from remoe_adapt.family.family import original_weights
 from remoe_adapt.routers.table import GGUF_ARCH, GGUF_CORRECTION_BIAS, GGUF_LORA_IGNORED, GGUF_ROUTER_WEIGHT
 

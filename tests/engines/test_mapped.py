@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from remoe_adapt.errors import ConfigError
 from remoe_adapt.engines.llamacpp.process import MappingProcess, mapped_by, mapped_spans
+from remoe_adapt.errors import ConfigError
 
 
 def test_lines_of_another_form_hide_no_others(tmp_path: Path) -> None:

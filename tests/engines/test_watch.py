@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from remoe_adapt.engines.llamacpp.client import Address, LoadedLora, ScaleMap, call, loaded_loras
+from remoe_adapt.engines.llamacpp.process import ServerProcess, ServerSensors
+from remoe_adapt.engines.llamacpp.watch import FamilyPoints
 from remoe_adapt.errors import ConfigError, FamilyError, ServerDownError, ServerError
 from remoe_adapt.family.family import Family
-from remoe_adapt.engines.llamacpp.client import Address, call
-from remoe_adapt.engines.llamacpp.process import ServerProcess, ServerSensors
-from remoe_adapt.engines.llamacpp.client import LoadedLora, ScaleMap, loaded_loras
-from remoe_adapt.engines.llamacpp.watch import FamilyPoints
 
 POINTS = ScaleMap(((0.25, 4), (0.5, 2), (1.0, 7)), others=((9, 0.3),))
 

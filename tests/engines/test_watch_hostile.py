@@ -16,14 +16,12 @@ import pytest
 from typer.testing import CliRunner
 
 from remoe_adapt.cli.app import app
-from remoe_adapt.errors import ConfigError, MissingDependencyError, ServerDownError, ServerError
-from remoe_adapt.engines.llamacpp.client import Address, call
-from remoe_adapt.engines.llamacpp.client import reuses_prompts
-from remoe_adapt.engines.llamacpp.process import ServerProcess
-from remoe_adapt.engines.llamacpp.client import loaded_loras
-from remoe_adapt.engines.llamacpp.server import LlamaServer
 from remoe_adapt.dial.load import profile_of
+from remoe_adapt.engines.llamacpp.client import Address, call, loaded_loras, reuses_prompts
+from remoe_adapt.engines.llamacpp.process import ServerProcess
+from remoe_adapt.engines.llamacpp.server import LlamaServer
 from remoe_adapt.engines.llamacpp.watch import FamilyPoints, Watch, WatchOptions
+from remoe_adapt.errors import ConfigError, MissingDependencyError, ServerDownError, ServerError
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 

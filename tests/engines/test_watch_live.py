@@ -28,19 +28,19 @@ from llama_child import LlamaChild
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from watched_server import PlayedSensors, quick
 
-from remoe_adapt.errors import ConfigError, ServerError
-from remoe_adapt.engines.gguf import split as gguf_split
+from remoe_adapt.dial.load import profile_of
 from remoe_adapt.engines.files import ignore_bytes
-from remoe_adapt.engines.gguf.patch import patch_in_place, undo_in_place
+from remoe_adapt.engines.gguf import split as gguf_split
 from remoe_adapt.engines.gguf.file import GgufFile
 from remoe_adapt.engines.gguf.live import LiveRouters
+from remoe_adapt.engines.gguf.patch import patch_in_place, undo_in_place
 from remoe_adapt.engines.gguf.split import split_gguf
 from remoe_adapt.engines.gguf.undo import undo_path
-from remoe_adapt.family.family import Family, original_weights
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel
-from remoe_adapt.dial.load import profile_of
 from remoe_adapt.engines.llamacpp.process import MappingProcess, covers, mapped_by, mapped_spans
 from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions
+from remoe_adapt.errors import ConfigError, ServerError
+from remoe_adapt.family.family import Family, original_weights
 
 
 class Shipped:

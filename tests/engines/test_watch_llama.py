@@ -27,14 +27,14 @@ from transformers import AutoModelForCausalLM
 from waiting import until
 
 from remoe_adapt.bench.harness.memory_group import memory_group, why_no_groups
-from remoe_adapt.errors import ConfigError, ServerError
-from remoe_adapt.engines.gguf.lora import export_gguf_lora
-from remoe_adapt.family.family import Family
 from remoe_adapt.dial.events import Target
+from remoe_adapt.dial.load import profile_of
+from remoe_adapt.engines.gguf.lora import export_gguf_lora
 from remoe_adapt.engines.llamacpp.client import Address, call
 from remoe_adapt.engines.llamacpp.proxy import DIALLED
-from remoe_adapt.dial.load import profile_of
 from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions
+from remoe_adapt.errors import ConfigError, ServerError
+from remoe_adapt.family.family import Family
 
 NO_CACHES = {"cache_prompt": False, "cache_ram_mib": 0}
 

@@ -18,9 +18,8 @@ pytest.importorskip("aiohttp", reason="the proxy (extra: serve)")
 from proxied import OK, SETTING, Upstream, connect, error_of, posted, proxied, request, said, until_closed
 from waiting import until
 
+from remoe_adapt.engines.llamacpp.proxy import HEADER, Bounds, Proxy
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.engines.llamacpp.proxy import Bounds
-from remoe_adapt.engines.llamacpp.proxy import HEADER, Proxy
 
 SHORT = Bounds(head_s=0.5, body_s=0.5, stall_s=1.0, body_bytes=1 << 20, held_bytes=3 << 20, connections=300)
 

@@ -18,8 +18,7 @@ from proxied import OK, SETTING, Upstream, connect, error_of, posted, proxied, r
 from waiting import until
 
 from remoe_adapt.engines.llamacpp.client import Address
-from remoe_adapt.engines.llamacpp.proxy import Bounds
-from remoe_adapt.engines.llamacpp.proxy import HEADER, Proxy
+from remoe_adapt.engines.llamacpp.proxy import HEADER, Bounds, Proxy
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
 

@@ -15,14 +15,14 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from remoe_adapt import Family
-from remoe_adapt.evaluation import demo
 from remoe_adapt.cli import report
-from remoe_adapt.evaluation.demo import run_demo
 from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.evaluation import demo
+from remoe_adapt.evaluation.demo import run_demo
 from remoe_adapt.evaluation.evaluate import evaluate
 from remoe_adapt.evaluation.generation import generate_text
-from remoe_adapt.expert_cache.load import load_with_expert_cache
 from remoe_adapt.evaluation.shipped import example_folder, held_out
+from remoe_adapt.expert_cache.load import load_with_expert_cache
 
 PROMPTS = ["Once there was", "def f(x):"]
 

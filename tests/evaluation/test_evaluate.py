@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt import Family, RemoeConfig, discover_routers
-from remoe_adapt.evaluation.arms import arms_of
 from remoe_adapt.errors import AdapterConflictError, DataError, FingerprintMismatchError, MissingDependencyError
+from remoe_adapt.evaluation.arms import arms_of
 from remoe_adapt.evaluation.evaluate import _batches, certify, commit, evaluate, evaluate_tasks, score
-from remoe_adapt.texts import read_shared
-from remoe_adapt.family.family import original_weights
-from remoe_adapt.traces.metrics import eor, load_entropy
 from remoe_adapt.evaluation.record import record_prefill, windows
+from remoe_adapt.family.family import original_weights
+from remoe_adapt.texts import read_shared
+from remoe_adapt.traces.metrics import eor, load_entropy
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt import RemoeConfig, discover_routers
-from remoe_adapt.errors import ConfigError, RouterNotFoundError, TraceError
-from remoe_adapt.evaluation.record import Decoder, Window, inference, record_decode, record_forward, record_prefill, window_tokens, windows
-from remoe_adapt.checkpoints.load import load_with_tokenizer, max_positions
+from remoe_adapt.checkpoints.load import load_base, load_with_tokenizer, max_positions
 from remoe_adapt.dial.load import get_remoe_model
-from remoe_adapt.checkpoints.load import load_base
+from remoe_adapt.errors import ConfigError, RouterNotFoundError, TraceError
+from remoe_adapt.evaluation.record import (
+    Decoder,
+    Window,
+    inference,
+    record_decode,
+    record_forward,
+    record_prefill,
+    window_tokens,
+    windows,
+)
 from remoe_adapt.tuner.layer import remoe_layers
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from remoe_adapt.eviction.policy import LRU, ONLINE, POLICIES, Policy, register
-from remoe_adapt.eviction.replay import count_misses, replay, simulate
-from remoe_adapt.expert_cache.types import check_options
-from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.device_profile.profile import load_profile
 from remoe_adapt.errors import ConfigError, ProfileError
+from remoe_adapt.eviction.policy import LRU, ONLINE, POLICIES, Policy, register
+from remoe_adapt.eviction.replay import count_misses, replay, simulate
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.types import check_options
 from remoe_adapt.traces.trace import Trace
 
 PROFILE = """\

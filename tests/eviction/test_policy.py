@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction.policy import LFU, LRFU, LRU, POLICIES, Belady, Policy, make_policy
 from remoe_adapt.eviction.replay import replay
-from remoe_adapt.errors import ConfigError
 
-_spec = importlib.util.spec_from_file_location("cache_reference", Path(__file__).parent / "cache_reference.py")
+_spec = importlib.util.spec_from_file_location(
+    "cache_reference", Path(__file__).parents[1] / "support" / "cache_reference.py"
+)
 assert _spec is not None and _spec.loader is not None
 reference = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(reference)

@@ -10,12 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remoe_adapt.eviction.policy import POLICIES
-from remoe_adapt.eviction.replay import cache_capacity, count_misses, hit_rates, layer_rows, one_lookup_each, replay, simulate, summarise
 from remoe_adapt.errors import ConfigError, TraceError
+from remoe_adapt.eviction.policy import POLICIES
+from remoe_adapt.eviction.replay import (
+    cache_capacity,
+    count_misses,
+    hit_rates,
+    layer_rows,
+    one_lookup_each,
+    replay,
+    simulate,
+    summarise,
+)
 from remoe_adapt.traces.trace import Trace
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 # Misses on the golden trace by cache size, one number per layer.
 GOLDEN = {
@@ -34,7 +43,7 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-reference = load_module(HERE / "cache_reference.py")
+reference = load_module(HERE / "support" / "cache_reference.py")
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from torch import Tensor
 from waiting import HANGS_S, in_thread, until
 
 from remoe_adapt import get_remoe_model
-from remoe_adapt.expert_cache.memory import HUGE_PAGE, Blocks
-from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.device_profile.profile import MemoryProfile
 from remoe_adapt.dial.sensors import CacheUse
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.memory import HUGE_PAGE, Blocks
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 

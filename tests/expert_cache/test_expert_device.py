@@ -18,13 +18,13 @@ from prefetch_support import always, decoded, in_threads
 from tiny_checkpoints import Faults, save_tiny, stock
 
 from remoe_adapt import load_with_expert_cache
-from remoe_adapt.expert_cache import gpu as devices
-from remoe_adapt.expert_cache.memory import Blocks
-from remoe_adapt.expert_cache.gpu import DeviceBlocks, DeviceSource, PinnedBlock, find_device, make_cache
-from remoe_adapt.expert_cache.experts import bind_experts
-from remoe_adapt.expert_cache.prefetch import bind_prefetch
-from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.expert_cache import gpu as devices
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.experts import bind_experts
+from remoe_adapt.expert_cache.gpu import DeviceBlocks, DeviceSource, PinnedBlock, find_device, make_cache
+from remoe_adapt.expert_cache.memory import Blocks
+from remoe_adapt.expert_cache.prefetch import bind_prefetch
 
 IDS = torch.randint(3, 96, (1, 10), generator=torch.Generator().manual_seed(0))
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -23,10 +23,10 @@ from transformers import DynamicCache
 from waiting import HANGS_S, in_thread, until
 
 from remoe_adapt._support import interrupts
-from remoe_adapt.expert_cache.gpu import DeviceSource
-from remoe_adapt.expert_cache.cache import ExpertCache
-from remoe_adapt.errors import ExpertReadError
 from remoe_adapt._support.interrupts import held_back, let_through
+from remoe_adapt.errors import ExpertReadError
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.gpu import DeviceSource
 from remoe_adapt.expert_cache.load import load_with_expert_cache
 
 IDS = torch.randint(3, 96, (1, 2), generator=torch.Generator().manual_seed(0))

@@ -34,6 +34,8 @@ cache.resize(max(cache.source.expert_bytes))
 print(grown, dense, cache.stats()["bytes"], int(0.25 * cache.source.total_bytes), anonymous() - before)
 """
 
+SUPPORT = Path(__file__).parents[1] / "support"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("io", ["direct", "buffered"])
@@ -45,7 +47,7 @@ def test_memory_is_the_dense_part_and_the_slots(tmp_path: Path, io: str) -> None
     assert sum(file.stat().st_size for file in big.glob("*.safetensors")) > 190e6
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, big, small, io],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(SUPPORT)},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     grown, dense, _, slots, after_shrinking = map(int, run.stdout.split())

@@ -23,13 +23,12 @@ from tiny_checkpoints import Faults, save_tiny, skeleton, stock
 from typer.testing import CliRunner
 
 from remoe_adapt import load_with_expert_cache
-from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore
-from remoe_adapt.expert_cache.pack import write_pack
-from remoe_adapt.expert_cache.direct_io import ATTEMPTS, BLOCK
-from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
 from remoe_adapt.cli.app import app
 from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
+from remoe_adapt.expert_cache.direct_io import ATTEMPTS, BLOCK
 from remoe_adapt.expert_cache.load import pack_experts
+from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore, write_pack
 
 # Experts in tensors of their own, packed with biases, interleaved.
 LAYOUTS = ("qwen2_moe", "gpt_oss", "inkling2")

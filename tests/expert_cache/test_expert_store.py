@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Faults, save_tiny, skeleton, stock
 from tiny_models import tiny_model
 
-from remoe_adapt.expert_cache.direct_io import ATTEMPTS, CHUNK, ExtentReader
 from remoe_adapt.checkpoints.safetensors_files import Extent
-from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
 from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.checkpoint import find_checkpoint
+from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
+from remoe_adapt.expert_cache.direct_io import ATTEMPTS, CHUNK, ExtentReader
 
 # Experts in tensors of their own, under other names, packed with biases, interleaved, without gate, packed.
 LAYOUTS = ("qwen2_moe", "mixtral", "gpt_oss", "inkling2", "nemotron_h", "granitemoe")

@@ -12,11 +12,11 @@ import pytest
 from expert_support import EXPERTS, LAYERS, Key, Source, leased_soon
 from tiny_checkpoints import save_tiny, skeleton
 
-from remoe_adapt.eviction.policy import LRFU_DECAY
-from remoe_adapt.expert_cache.types import ExpertSource
-from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
-from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.eviction.policy import LRFU_DECAY
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
+from remoe_adapt.expert_cache.types import ExpertSource
 
 
 class Reference:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating import backend as backends
-from remoe_adapt.recency.layer_gate import gate_of
 from remoe_adapt.gating.backend import set_backend
 from remoe_adapt.gating.ops import fused_gating, fused_route
+from remoe_adapt.recency.layer_gate import gate_of
 from remoe_adapt.recency.prior import RecencyPrior
 from remoe_adapt.recency.tokens import IdleTokens, SingleToken
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from remoe_adapt.gating.router_forward import PlainGate, RouterForward, router_forward
-from remoe_adapt.routers.spec import RouterRef, RouterSpec
 from remoe_adapt.routers.discover import survey_routers
+from remoe_adapt.routers.spec import RouterRef, RouterSpec
 
 # Folders whose routers keep their own forward, and a word of the reason; those refused by discovery have no routers.
 OWN_FORWARD = {

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.gating.ops import fused_gating, fused_route, kernel_rule, spec_of_text, spec_text, unsupported, weights_backward
+from remoe_adapt.gating.ops import (
+    fused_gating,
+    fused_route,
+    kernel_rule,
+    spec_of_text,
+    spec_text,
+    unsupported,
+    weights_backward,
+)
 from remoe_adapt.gating.reference import PriorStep, topk_gating
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -12,8 +12,7 @@ from torch import Tensor
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.one_token import Scratch, one_token
 from remoe_adapt.gating.reference import PADDING, RESTART, PriorStep, topk_gating
-from remoe_adapt.routers.spec import best_ids, ranking_keys
-from remoe_adapt.routers.spec import RouterSpec
+from remoe_adapt.routers.spec import RouterSpec, best_ids, ranking_keys
 
 INF, NAN = math.inf, math.nan
 

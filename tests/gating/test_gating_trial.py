@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remoe_adapt import RemoeConfig
-from remoe_adapt.gating.router_forward import PlainGate, RouterForward, router_forward, verify
 from remoe_adapt.gating.reference import topk_gating
-from remoe_adapt.routers.spec import RouterRef, RouterSpec
+from remoe_adapt.gating.router_forward import PlainGate, RouterForward, router_forward, verify
 from remoe_adapt.routers.discover import discover_routers
+from remoe_adapt.routers.spec import RouterRef, RouterSpec
 
 DIM = 32
 KINDS = [

@@ -27,7 +27,7 @@ import remoe_adapt
 from remoe_adapt import list_profiles, load_profile
 from remoe_adapt.cli.app import app
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # What a clone has and the pages speak of.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from remoe_adapt.libraries.table import Contract, versions
 from remoe_adapt.libraries import contracts
+from remoe_adapt.libraries.table import Contract, versions
 
 INSTALLED = ", ".join(f"{name} {version}" for name, version in versions().items())
 # Names that the documentation of these libraries offers to everybody, so that no row must vouch for them.

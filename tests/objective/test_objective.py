@@ -9,7 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe_adapt.objective.losses import LossWeights, distillation_losses, lag_loss, next_token_losses, overlap, pair_mask, reuse_loss, reused_mass, router_terms, row_mean, smooth_loss, trust_loss, warm_up, window_entropy_loss
+from remoe_adapt.objective.losses import (
+    LossWeights,
+    distillation_losses,
+    lag_loss,
+    next_token_losses,
+    overlap,
+    pair_mask,
+    reuse_loss,
+    reused_mass,
+    router_terms,
+    row_mean,
+    smooth_loss,
+    trust_loss,
+    warm_up,
+    window_entropy_loss,
+)
 
 LN2, LN3 = math.log(2.0), math.log(3.0)
 # Three tokens over three experts: P_1 = (1/2, 1/4, 1/4), P_2 = (1/4, 1/2, 1/4), P_3 = (1/4, 1/4, 1/2).

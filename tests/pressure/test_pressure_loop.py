@@ -12,8 +12,8 @@ from squeezed_cache import MIB, SqueezedCache, reversals
 from remoe_adapt.device_profile.profile import DeviceProfile, MemoryProfile, PressureProfile, load_profile
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.pressure import sensors
-from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.decide import Decision
+from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.sensors import Sensors
 

@@ -19,7 +19,7 @@ from remoe_adapt.pressure.reading import Measure, Reading
 from remoe_adapt.pressure.signals import weigh
 
 GIB = 1 << 30
-RECORDED = Path(__file__).parent / "data" / "readings-squeeze.jsonl"
+RECORDED = Path(__file__).parents[1] / "data" / "readings-squeeze.jsonl"
 # Measure: its value in calm, the worst there is, its unit. Pressure grows from the first to the second.
 SENSORS = {
     "memory.available": (16.0 * GIB, 0.0, "B"),

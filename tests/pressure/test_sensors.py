@@ -20,10 +20,18 @@ from fake_cgroups import below, fake_machine, psi, v1_group, v2_group, write
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.pressure.reading import Measure, Reading, merged
-from remoe_adapt.pressure.sensors import CGROUPS, CgroupMemory, MachineMemory, PressureStall, ProcessUse, Sensors, os_sensors
+from remoe_adapt.pressure.sensors import (
+    CGROUPS,
+    CgroupMemory,
+    MachineMemory,
+    PressureStall,
+    ProcessUse,
+    Sensors,
+    os_sensors,
+)
 
 GIB, MIB = 1 << 30, 1 << 20
-RECORDED = Path(__file__).parent / "data" / "readings-squeeze.jsonl"
+RECORDED = Path(__file__).parents[1] / "data" / "readings-squeeze.jsonl"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from remoe_adapt import get_remoe_model, recency_prior
-from remoe_adapt.traces.metrics import eor
 from remoe_adapt.evaluation.record import record_decode
+from remoe_adapt.traces.metrics import eor
 
 PROMPTS = [list(range(40 * place + 5, 40 * place + 25)) for place in range(6)]
 # Every way of ours into a model, in a process of its own: transformers tells a deprecation once.

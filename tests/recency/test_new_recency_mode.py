@@ -13,16 +13,15 @@ from tiny_families import tiny_family
 from tiny_models import tiny_model
 from typer.testing import CliRunner
 
+from remoe_adapt.checkpoints.load import load_base, load_tokenizer
 from remoe_adapt.cli.app import app
 from remoe_adapt.device_profile.profile import load_profile
+from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.errors import ConfigError, FamilyError, ProfileError
+from remoe_adapt.evaluation.record import record_forward
 from remoe_adapt.family.family import Family
 from remoe_adapt.recency.install import recency_prior
 from remoe_adapt.recency_settings import MODES, Mode, Recency, register
-from remoe_adapt.checkpoints.load import load_tokenizer
-from remoe_adapt.evaluation.record import record_forward
-from remoe_adapt.dial.load import get_remoe_model
-from remoe_adapt.checkpoints.load import load_base
 from remoe_adapt.training.options import TrainOptions
 
 PROFILE = """\

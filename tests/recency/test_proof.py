@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from remoe_adapt import recency_prior
-from remoe_adapt.expert_cache.experts import expert_cache_of
 from remoe_adapt.errors import RouterError
-from remoe_adapt.libraries import kv_cache
+from remoe_adapt.expert_cache.experts import expert_cache_of
 from remoe_adapt.expert_cache.load import load_with_expert_cache
+from remoe_adapt.libraries import kv_cache
 
 MODES = ("ema", "last", "resident")
 IDS = torch.tensor([[3, 9, 4, 30]])

@@ -12,14 +12,14 @@ from recency_support import HYBRIDS, LONGER, PROMPT, chosen, decode, left_padded
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
+from remoe_adapt.dial.load import get_remoe_model
+from remoe_adapt.dial.recency import TRAINING_FREE_GAIN
+from remoe_adapt.evaluation.record import record_forward
 from remoe_adapt.gating.router_forward import RouterForward
 from remoe_adapt.recency.install import recency_prior
 from remoe_adapt.recency.sequences import _STATE
 from remoe_adapt.recency_settings import Ema
-from remoe_adapt.evaluation.record import record_forward
 from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.dial.load import get_remoe_model
-from remoe_adapt.dial.recency import TRAINING_FREE_GAIN
 
 # One router each of what the families rank: probabilities, logits with a bias, grouped scores, scores with a bias of
 # the block, products in another dtype, results without ids, classes that keep autocast out.

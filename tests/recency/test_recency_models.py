@@ -11,10 +11,10 @@ from recency_support import HYBRIDS, LONGER, PROMPT, chosen, decode, left_padded
 from tiny_models import model_class, moe_folders
 
 from remoe_adapt.errors import UnsupportedRouterError
+from remoe_adapt.evaluation.record import record_forward
 from remoe_adapt.recency.install import recency_prior
 from remoe_adapt.recency.sequences import _STATE
 from remoe_adapt.recency_settings import Ema
-from remoe_adapt.evaluation.record import record_forward
 from remoe_adapt.routers.discover import discover_routers
 
 # Without a layer of attention, transformers itself cannot decode these.

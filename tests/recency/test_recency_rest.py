@@ -13,10 +13,10 @@ from recency_support import LONGER, PROMPT, chosen, routing_matters
 from torch import Tensor
 from transformers import DynamicCache
 
+from remoe_adapt.gating.reference import PriorStep, topk_gating
 from remoe_adapt.gating.router_forward import RouterForward
 from remoe_adapt.recency.install import recency_prior
 from remoe_adapt.recency.prior import RecencyPrior
-from remoe_adapt.gating.reference import PriorStep, topk_gating
 from remoe_adapt.recency.sequences import _STATE
 from remoe_adapt.recency.state import RecencyState, _pass_over
 from remoe_adapt.routers.discover import discover_routers

@@ -11,8 +11,8 @@ from tiny_models import NUM_EXPERTS, TOP_K, moe_folders, tiny_model
 from torch import Tensor
 
 from remoe_adapt.errors import UnsupportedRouterError
-from remoe_adapt.routers.spec import RouterOutput, RouterRef, RouterSpec
 from remoe_adapt.routers.discover import discover_routers
+from remoe_adapt.routers.spec import RouterOutput, RouterRef, RouterSpec
 
 
 def used_experts(ref: RouterRef, loss: Tensor) -> set[int]:

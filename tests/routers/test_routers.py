@@ -13,11 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from remoe_adapt import RemoeConfig
 from remoe_adapt.errors import RouterNotFoundError, UnsupportedRouterError
-from remoe_adapt.routers.spec import RouterRef
 from remoe_adapt.routers.discover import discover_routers, survey_routers
-from remoe_adapt.routers.table import known_facts
 from remoe_adapt.routers.infer import infer_facts
-from remoe_adapt.routers.spec import SCORINGS
+from remoe_adapt.routers.spec import SCORINGS, RouterRef
+from remoe_adapt.routers.table import known_facts
 
 # Scoring family -> "folder:routers in its tiny language model/in the class that wraps all it has (where they differ)".
 _BY_FAMILY = {

@@ -8,8 +8,8 @@ import time
 import torch
 from torch import Tensor
 
-from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.errors import ExpertReadError
+from remoe_adapt.expert_cache.cache import ExpertCache
 
 Key = tuple[int, int]
 LAYERS, EXPERTS = 3, 8

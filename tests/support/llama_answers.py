@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from remoe_adapt.family.family import Family
 from remoe_adapt.engines.llamacpp.client import Address, call
+from remoe_adapt.family.family import Family
 
 TOKENS = 6
 # Between answers at different strengths the first differences are 0.01 to 1; rounding by a batch's neighbours, 1e-4.

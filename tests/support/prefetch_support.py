@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from kv import kv, returned_cache
 
-from remoe_adapt.expert_cache.prefetch import Prefetcher
 from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.prefetch import Prefetcher
 
 IDS = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0))
 

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from remoe_adapt.engines.llamacpp.client import Address
+from remoe_adapt.engines.llamacpp.client import Address, ScaleMap
 from remoe_adapt.engines.llamacpp.proxy import Proxy
-from remoe_adapt.engines.llamacpp.client import ScaleMap
 from remoe_adapt.engines.llamacpp.server import Setting
 
 SETTING = Setting(0.5, ScaleMap(((0.5, 0), (1.0, 1)), ((2, 0.25),)))

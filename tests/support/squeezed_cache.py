@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.decide import Decision
+from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.reading import Measure, Reading
 
 MIB = 1 << 20

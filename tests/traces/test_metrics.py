@@ -10,10 +10,18 @@ import numpy as np
 import pytest
 
 from remoe_adapt.errors import TraceError
-from remoe_adapt.traces.metrics import eor, eor_L, load_entropy, load_entropy_L, reuse_distance, switch_rate, switch_rate_L
+from remoe_adapt.traces.metrics import (
+    eor,
+    eor_L,
+    load_entropy,
+    load_entropy_L,
+    reuse_distance,
+    switch_rate,
+    switch_rate_L,
+)
 from remoe_adapt.traces.trace import Trace
 
-GOLDEN = Path(__file__).parent / "data" / "golden_trace.npz"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden_trace.npz"
 
 
 def make(experts: list[Any], num_experts: int, starts: tuple[int, ...] = (0,)) -> Trace:

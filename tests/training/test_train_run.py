@@ -14,11 +14,11 @@ from tiny_family import byte_tokenizer, save_base
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family.family import Family
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import fingerprint
-from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.training import run as train_run
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.point import PointLog

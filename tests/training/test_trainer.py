@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.tuner.attached import computed_elsewhere
 from remoe_adapt.objective.losses import LossWeights, next_token_losses, router_terms
+from remoe_adapt.routers.discover import discover_routers
 from remoe_adapt.training.trainer import RemoeTrainer
+from remoe_adapt.tuner.attached import computed_elsewhere
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import remoe_layers
 from remoe_adapt.tuner.peft_compat import wrap_or_inject

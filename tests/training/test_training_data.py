@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny_family import byte_tokenizer
 
-from remoe_adapt.errors import DataError
 from remoe_adapt import texts as data
-from remoe_adapt.training.data import PackedRows
+from remoe_adapt.errors import DataError
 from remoe_adapt.texts import data_files, read_documents, tokenize_documents
+from remoe_adapt.training.data import PackedRows
 
 
 def lines(*records: object) -> str:

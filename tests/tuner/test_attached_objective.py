@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.tuner.attached import computed_elsewhere
 from remoe_adapt.training.trainer import RemoeTrainer
+from remoe_adapt.tuner.attached import computed_elsewhere
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import remoe_layers
 from remoe_adapt.tuner.peft_compat import wrap_or_inject

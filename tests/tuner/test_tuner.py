@@ -18,8 +18,8 @@ import remoe_adapt.tuner
 from remoe_adapt import RemoeConfig
 from remoe_adapt.errors import AdapterConflictError, AdapterCorruptError
 from remoe_adapt.routers.discover import discover_routers
-from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 from remoe_adapt.tuner import register
+from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 
 FOLDERS = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "jetmoe", "dbrx"]
 IDS_BT = torch.tensor([[5, 7, 9, 11, 23], [31, 8, 44, 17, 60]])

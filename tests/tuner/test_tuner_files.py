@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from remoe_adapt import RemoeConfig
 from remoe_adapt.errors import AdapterCorruptError, FingerprintMismatchError, RouterError
-from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 from remoe_adapt.routers.discover import fingerprint
+from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 
 IDS_BT = torch.tensor([[5, 7, 9, 11, 23], [31, 8, 44, 17, 60]])
 WEIGHTS = "adapter_model.safetensors"

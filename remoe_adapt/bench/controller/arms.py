@@ -14,13 +14,16 @@ from typing import Any
 from torch import nn
 
 from remoe_adapt.bench.harness import PacedReads
-from remoe_adapt.expert_cache import expert_cache_of
-from remoe_adapt.device_profile import ControllerProfile, DeviceProfile, ExpertCacheProfile, MemoryProfile, StrengthProfile
+from remoe_adapt.device_profile import (
+    ControllerProfile,
+    DeviceProfile,
+    ExpertCacheProfile,
+    MemoryProfile,
+    StrengthProfile,
+)
+from remoe_adapt.dial import Controller, Monitor, get_remoe_model
+from remoe_adapt.expert_cache import expert_cache_of, load_with_expert_cache
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.expert_cache import load_with_expert_cache
-from remoe_adapt.dial import Controller
-from remoe_adapt.dial import get_remoe_model
-from remoe_adapt.dial import Monitor
 from remoe_adapt.tuner import RemoeLayer
 
 # The dial turns both levers: the family's routers and, up to this gain at strength 1, a recency prior. The prior

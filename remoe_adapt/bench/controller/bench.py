@@ -21,34 +21,40 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-import torch
-from remoe_adapt.bench.controller.arms import PRIOR_GAIN, SAMPLE_HZ, bench_profile, kinds
-from remoe_adapt.bench.controller.figures import CALM_AFTER, CALM_BEFORE, SQUEEZE, Phase, arm_row, bars, monitoring, rise_s, strengths, why_void
-from remoe_adapt.bench.controller.process import ArmProcess, DiedError, Setup
-from remoe_adapt.bench.controller.squeezes import count_kills
-from remoe_adapt.bench.controller.worker import COLUMNS
-from remoe_adapt.bench.harness import why_no_groups
-from remoe_adapt.bench.harness import evict
-from remoe_adapt.bench.harness import checked_family, chosen_model, terminated_as_interrupted, work_folder
-from remoe_adapt.bench.harness import widened
-from remoe_adapt.expert_cache import READ_THREADS
-from remoe_adapt.errors import ConfigError, DataError
-from remoe_adapt.recency_settings import Recency
-from remoe_adapt.checkpoints import load_tokenizer
-from remoe_adapt.expert_cache import pack_experts
-from remoe_adapt.evaluation import held_out
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any
+
 import torch
 from torch import Tensor
-from remoe_adapt.bench.controller.arms import bench_profile, dialled
-from remoe_adapt.bench.controller.worker import Text
-from remoe_adapt.evaluation import score
-from remoe_adapt.evaluation import Decoder
-from remoe_adapt.checkpoints import load_with_tokenizer
 
+from remoe_adapt.bench.controller.arms import PRIOR_GAIN, SAMPLE_HZ, bench_profile, dialled, kinds
+from remoe_adapt.bench.controller.figures import (
+    CALM_AFTER,
+    CALM_BEFORE,
+    SQUEEZE,
+    Phase,
+    arm_row,
+    bars,
+    monitoring,
+    rise_s,
+    strengths,
+    why_void,
+)
+from remoe_adapt.bench.controller.process import ArmProcess, DiedError, Setup
+from remoe_adapt.bench.controller.squeezes import count_kills
+from remoe_adapt.bench.controller.worker import COLUMNS, Text
+from remoe_adapt.bench.harness import (
+    checked_family,
+    chosen_model,
+    evict,
+    terminated_as_interrupted,
+    why_no_groups,
+    widened,
+    work_folder,
+)
+from remoe_adapt.checkpoints import load_tokenizer, load_with_tokenizer
+from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.evaluation import Decoder, held_out, score
+from remoe_adapt.expert_cache import READ_THREADS, pack_experts
+from remoe_adapt.recency_settings import Recency
 
 _PHASES = 3
 _TURN_TOKENS = 50

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from remoe_adapt.bench.controller.arms import Kind, bench_profile
-from remoe_adapt.bench.harness import WorkerProcess
-from remoe_adapt.bench.harness import MemoryGroup, memory_group
+from remoe_adapt.bench.harness import MemoryGroup, WorkerProcess, memory_group
 from remoe_adapt.errors import RemoeError
 
 _WORKER = (sys.executable, "-m", "remoe_adapt.bench.controller.worker")

@@ -23,17 +23,29 @@ from typing import Any
 import torch
 
 from remoe_adapt.bench.decode.figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio
-from remoe_adapt.bench.harness import WorkerProcess
-from remoe_adapt.bench.harness import MemoryGroup, memory_group, why_no_groups
-from remoe_adapt.bench.harness import READ_AHEAD_BYTES, evict, loop_disk, why_no_loop
-from remoe_adapt.bench.harness import checked_family, chosen_model, terminated_as_interrupted, work_folder
-from remoe_adapt.bench.harness import ReadCap, read_cap, why_no_cap
-from remoe_adapt.bench.harness import EXPERT_BYTES, widened
-from remoe_adapt.expert_cache import READ_THREADS
-from remoe_adapt.errors import DataError, RemoeError
+from remoe_adapt.bench.harness import (
+    EXPERT_BYTES,
+    READ_AHEAD_BYTES,
+    MemoryGroup,
+    ReadCap,
+    WorkerProcess,
+    checked_family,
+    chosen_model,
+    evict,
+    loop_disk,
+    memory_group,
+    read_cap,
+    terminated_as_interrupted,
+    why_no_cap,
+    why_no_groups,
+    why_no_loop,
+    widened,
+    work_folder,
+)
 from remoe_adapt.checkpoints import load_with_tokenizer
-from remoe_adapt.expert_cache import pack_experts
+from remoe_adapt.errors import DataError, RemoeError
 from remoe_adapt.evaluation import held_out
+from remoe_adapt.expert_cache import READ_THREADS, pack_experts
 
 BUDGET = 0.25
 PROMPT_TOKENS = 16

@@ -17,17 +17,13 @@ from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from remoe_adapt.bench.harness import evict
-from remoe_adapt.expert_cache import expert_cache_of
-from remoe_adapt.expert_cache import BLOCK
-from remoe_adapt.expert_cache import experts_modules
-from remoe_adapt.expert_cache import ExpertCache
+from remoe_adapt.checkpoints import auto_class, load_base
+from remoe_adapt.dial import get_remoe_model
+from remoe_adapt.evaluation import Decoder
+from remoe_adapt.expert_cache import BLOCK, ExpertCache, expert_cache_of, experts_modules, load_with_expert_cache
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.evaluation import Decoder
 from remoe_adapt.routers import discover_routers, fingerprint
-from remoe_adapt.expert_cache import load_with_expert_cache
-from remoe_adapt.dial import get_remoe_model
-from remoe_adapt.checkpoints import auto_class, load_base
 
 # Where a model has them: transformers' own ways to compute experts.
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")

@@ -15,9 +15,8 @@ import torch
 import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
 from torch import Tensor
 
-from remoe_adapt.bench.harness import RawReads
 from remoe_adapt.bench.decode.regimes import REGIMES, Regime
-from remoe_adapt.bench.harness import serve_lines, speak
+from remoe_adapt.bench.harness import RawReads, serve_lines, speak
 from remoe_adapt.evaluation import Decoder
 
 

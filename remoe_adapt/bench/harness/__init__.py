@@ -1,7 +1,23 @@
 """What benchmarks share: worker processes, memory groups, disks with a limit, wider models, result files."""
 
-from remoe_adapt.bench.harness.disk import PacedReads, READ_AHEAD_BYTES, RawReads, ReadCap, evict, loop_disk, read_cap, why_no_cap, why_no_loop
+from remoe_adapt.bench.harness.disk import (
+    READ_AHEAD_BYTES,
+    PacedReads,
+    RawReads,
+    ReadCap,
+    evict,
+    loop_disk,
+    read_cap,
+    why_no_cap,
+    why_no_loop,
+)
 from remoe_adapt.bench.harness.memory_group import MemoryGroup, memory_group, why_no_groups
 from remoe_adapt.bench.harness.process import WorkerProcess, serve_lines, speak
-from remoe_adapt.bench.harness.results import REPO_ROOT, checked_family, chosen_model, terminated_as_interrupted, work_folder
+from remoe_adapt.bench.harness.results import (
+    REPO_ROOT,
+    checked_family,
+    chosen_model,
+    terminated_as_interrupted,
+    work_folder,
+)
 from remoe_adapt.bench.harness.widen import EXPERT_BYTES, widened

@@ -12,32 +12,20 @@ A slower device than there is, for every read of its own: no slices of time, in 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from remoe_adapt.bench.harness.widen import check_space, sync_files
-from remoe_adapt.errors import ConfigError
-import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-import os
-import random
-import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import TracebackType
-from remoe_adapt.expert_cache import map_pages
-from remoe_adapt.expert_cache import BLOCK
-import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
 
+from remoe_adapt.bench.harness.widen import check_space, sync_files
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.expert_cache import BLOCK, map_pages
 
 READ_AHEAD_BYTES = 128 << 10
 _SECTOR = 512

@@ -11,17 +11,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from typing import Any
-from remoe_adapt.bench.harness.memory_group import MemoryGroup
-from remoe_adapt.bench.harness.disk import ReadCap
-from remoe_adapt.errors import RemoeError
-import json
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from remoe_adapt.bench.harness.disk import ReadCap
+from remoe_adapt.bench.harness.memory_group import MemoryGroup
+from remoe_adapt.errors import RemoeError
 
 DECODE_WORKER = (sys.executable, "-m", "remoe_adapt.bench.decode.worker")
 

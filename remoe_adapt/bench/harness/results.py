@@ -10,26 +10,23 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-import torch
-from remoe_adapt.evaluation import commit
-from remoe_adapt._support import usable_cores
-import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.family import Family
+from typing import Any
+
+import torch
+
+from remoe_adapt._support import usable_cores
 from remoe_adapt.checkpoints import load_with_tokenizer
-from remoe_adapt.evaluation import example_folder
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.evaluation import commit, example_folder
+from remoe_adapt.family import Family
 
-
-REPO_ROOT = Path(__file__).resolve().parents[2]
+REPO_ROOT = Path(__file__).resolve().parents[3]
 
 
 def environment() -> dict[str, str]:

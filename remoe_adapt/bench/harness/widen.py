@@ -18,11 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remoe_adapt.expert_cache import experts_modules
+from remoe_adapt.checkpoints import auto_class, load_base, load_tokenizer, load_with_tokenizer
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.checkpoints import load_tokenizer, load_with_tokenizer
-from remoe_adapt.checkpoints import load as pretrained
-from remoe_adapt.checkpoints import auto_class
+from remoe_adapt.expert_cache import experts_modules
 
 # A huge page and a little more: devices read into those in fewer requests.
 EXPERT_BYTES = 2 << 20
@@ -91,7 +89,7 @@ def widen(model: Any, expert_bytes: int = EXPERT_BYTES) -> Any:
 
 def check_same(folder: Path, model: Any) -> None:
     """Raises ConfigError when the checkpoint does not compute what `model` does, to rounding."""
-    wide, ids_BT = pretrained.load_base(folder), torch.arange(2, 18)[None]
+    wide, ids_BT = load_base(folder), torch.arange(2, 18)[None]
     with torch.inference_mode():
         gap = (wide(input_ids=ids_BT).logits.float() - model(input_ids=ids_BT).logits.float()).abs().max()
     if not gap <= _MOST_GAP[model.dtype == torch.float32]:

@@ -18,9 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from remoe_adapt._support import is_file, printable
 from remoe_adapt.errors import ExportError
-from remoe_adapt._support import printable
-from remoe_adapt._support import is_file
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT_KEY, DEFAULT_ALIGNMENT = "general.alignment", 32

@@ -12,15 +12,14 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from remoe_adapt.errors import ConfigError, ExportError
+from remoe_adapt._support import disk_faults, printable
 from remoe_adapt.engines import write_pieces
-from remoe_adapt.engines.gguf.patch import Base, locked, refuse_links
 from remoe_adapt.engines.gguf.parts import ROUTERS_KEY
+from remoe_adapt.engines.gguf.patch import Base, locked, refuse_links
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.undo import Undo, digest
+from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.family import Family
-from remoe_adapt._support import printable
-from remoe_adapt._support import disk_faults
 
 _STAYS = "the originals are in the undo file beside it; `remoe export gguf ... --undo` puts them back"
 

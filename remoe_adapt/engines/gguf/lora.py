@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedRouterError
-from remoe_adapt.engines import new_files
-from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base
+from remoe_adapt._support import disk_faults, printable
+from remoe_adapt.engines import left_out, new_files
 from remoe_adapt.engines.gguf.parts import FINGERPRINT_KEY, STRENGTH_KEY
+from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base
 from remoe_adapt.engines.gguf.routers import GgufModel
-from remoe_adapt.engines import left_out
+from remoe_adapt.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedRouterError
 from remoe_adapt.family import Family
 from remoe_adapt.routers import GGUF_ARCH, GGUF_LORA_IGNORED
-from remoe_adapt._support import printable
-from remoe_adapt._support import disk_faults
 
 
 def export_gguf_lora(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from remoe_adapt.errors import ExportError
-from remoe_adapt.engines.gguf.file import GgufFile
 from remoe_adapt._support import printable
+from remoe_adapt.engines.gguf.file import GgufFile
+from remoe_adapt.errors import ExportError
 
 ARCHITECTURE_KEY = "general.architecture"
 NUMBER_KEY, COUNT_KEY, TENSORS_KEY = SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")

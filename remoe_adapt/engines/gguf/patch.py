@@ -11,15 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from remoe_adapt.errors import ConfigError, ExportError
-from remoe_adapt.engines import OnBytes, clone_or_copy, ignore_bytes, link_or_copy, new_files, write_at
+from remoe_adapt._support import disk_faults, is_file, printable
+from remoe_adapt.engines import OnBytes, clone_or_copy, ignore_bytes, left_out, link_or_copy, new_files, write_at
 from remoe_adapt.engines.gguf.file import GgufFile, shard_name
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.undo import Undo, undo_path
-from remoe_adapt.engines import left_out
+from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.family import Family
-from remoe_adapt._support import printable
-from remoe_adapt._support import disk_faults, is_file
 
 Base = str | os.PathLike[str] | None
 NOTHING_LEFT = "nothing of it was left behind; make room there, or give another place"

@@ -10,17 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError, UnsupportedRouterError
-from remoe_adapt.engines import BaseFiles, read_tensor, tensor_bytes
-from remoe_adapt.engines import read_at
+from remoe_adapt._support import disk_faults, is_file, printable
+from remoe_adapt.engines import BaseFiles, read_at, read_tensor, tensor_bytes
 from remoe_adapt.engines.gguf.file import GgufFile, GgufTensor, shard_paths
 from remoe_adapt.engines.gguf.parts import ARCHITECTURE_KEY, check_parts
 from remoe_adapt.engines.gguf.undo import Undo
+from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError, UnsupportedRouterError
 from remoe_adapt.family import Family
-from remoe_adapt.routers import GGUF_ARCH, GGUF_CORRECTION_BIAS, GGUF_LOGIT_BIAS, GGUF_ROUTER_WEIGHT
-from remoe_adapt.routers import fingerprint_of_weights
-from remoe_adapt._support import printable
-from remoe_adapt._support import disk_faults, is_file
+from remoe_adapt.routers import (
+    GGUF_ARCH,
+    GGUF_CORRECTION_BIAS,
+    GGUF_LOGIT_BIAS,
+    GGUF_ROUTER_WEIGHT,
+    fingerprint_of_weights,
+)
 
 # Types that hold a router without quantisation, as ggml numbers them.
 DTYPES = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}

@@ -8,17 +8,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from remoe_adapt.errors import ConfigError, ExportError
-from remoe_adapt.engines import OnBytes, copy_range, ignore_bytes, new_files, read_at
-from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base, target_stem
-from remoe_adapt.engines.gguf.file import ALIGNMENT_KEY, INT32, UINT16, GgufFile, GgufTensor, entry_bytes, header_bytes, shard_name, text_entry
+from remoe_adapt._support import disk_faults, printable
+from remoe_adapt.engines import OnBytes, copy_range, ignore_bytes, left_out, new_files, read_at
+from remoe_adapt.engines.gguf.file import (
+    ALIGNMENT_KEY,
+    INT32,
+    UINT16,
+    GgufFile,
+    GgufTensor,
+    entry_bytes,
+    header_bytes,
+    shard_name,
+    text_entry,
+)
 from remoe_adapt.engines.gguf.parts import ARCHITECTURE_KEY, DIGEST_KEYS, MODEL_KEY, ROUTERS_KEY, SPLIT_KEYS
+from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base, target_stem
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.undo import digest
-from remoe_adapt.engines import left_out
+from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.family import Family
-from remoe_adapt._support import printable
-from remoe_adapt._support import disk_faults
 
 _SAMPLE_BYTES = 4096
 

@@ -22,11 +22,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from remoe_adapt.errors import ExportError
+from remoe_adapt._support import printable
 from remoe_adapt.engines import read_at, replace_file, sync, write_at
 from remoe_adapt.engines.gguf.file import GgufFile, GgufTensor
 from remoe_adapt.engines.gguf.parts import ROUTERS_KEY
-from remoe_adapt._support import printable
+from remoe_adapt.errors import ExportError
 
 _SUFFIX, _FORMAT = ".remoe-undo", "remoe-undo 2"
 _LIVE = "live"

@@ -17,27 +17,19 @@ from __future__ import annotations
 
 import http.client
 import json
+import secrets
 import socket
 import threading
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
-from remoe_adapt.errors import ConfigError, ServerDownError, ServerError
-from remoe_adapt._support import parse_json, printable
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-from remoe_adapt.errors import DialError, ServerError
-from remoe_adapt.dial import HAND, SENSORS, Target, unit
-from remoe_adapt._support import printable
-import secrets
-from collections.abc import Callable
-from typing import Any
-from remoe_adapt.errors import ServerError
-from remoe_adapt._support import printable
 
+from remoe_adapt._support import parse_json, printable
+from remoe_adapt.dial import HAND, SENSORS, Target, unit
+from remoe_adapt.errors import ConfigError, DialError, ServerDownError, ServerError
 
 # The server answers these calls between two decode steps, which may be slow on a thrashing machine.
 TIMEOUT_S = 30.0

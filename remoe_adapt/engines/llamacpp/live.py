@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from remoe_adapt.errors import ServerDownError, ServerError
-from remoe_adapt.engines.gguf import LiveRouters
-from remoe_adapt.engines.gguf import undo_path
 from remoe_adapt.dial import Target
-from remoe_adapt.engines.llamacpp.process import WatchedProcess
+from remoe_adapt.engines.gguf import LiveRouters, undo_path
 from remoe_adapt.engines.llamacpp.client import rounded_strength
-from remoe_adapt.engines.llamacpp.process import covers, mapped_by, mapped_spans
+from remoe_adapt.engines.llamacpp.process import WatchedProcess, covers, mapped_by, mapped_spans
+from remoe_adapt.errors import ServerDownError, ServerError
 
 CHECK_S = 2.0
 

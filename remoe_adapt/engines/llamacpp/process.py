@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import abc
 import ipaddress
-import socket
-from pathlib import Path
-import psutil
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.pressure import Reading, merged
-from remoe_adapt.pressure import CGROUPS, PROC, MachineMemory, Sensors, os_sensors
-from remoe_adapt.engines.llamacpp.client import Address
 import os
 import re
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
 import psutil
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.pressure import PROC
+
 from remoe_adapt._support import printable
+from remoe_adapt.engines.llamacpp.client import Address
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.pressure import CGROUPS, PROC, MachineMemory, Reading, Sensors, merged, os_sensors
 
 
 class WatchedProcess(abc.ABC):

@@ -12,32 +12,27 @@ go on, and errors as that server words them.
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Future
-from contextlib import suppress
-from typing import Any
-import aiohttp
-from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
-from yarl import URL
-from remoe_adapt.errors import ConfigError
-from remoe_adapt.engines.llamacpp.client import Address
-from remoe_adapt.engines.llamacpp.server import HOLD_S, Setting
-from remoe_adapt._support import printable
-import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Set
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
-from aiohttp import web
-from multidict import CIMultiDict
-from remoe_adapt.errors import RemoeError
-from remoe_adapt._support import parse_json, printable
 
+import aiohttp
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
+from multidict import CIMultiDict
+from yarl import URL
+
+from remoe_adapt._support import parse_json, printable
+from remoe_adapt.engines.llamacpp.client import Address
+from remoe_adapt.engines.llamacpp.server import HOLD_S, Setting
+from remoe_adapt.errors import ConfigError, RemoeError
 
 HEADER = "x-remoe-strength"
 _CONNECT_S, _LOOK_S, _DRAIN_S = 5.0, 0.05, 10.0

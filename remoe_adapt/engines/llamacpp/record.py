@@ -1,4 +1,4 @@
-"""A GGUF model's run in llama.cpp -> Trace: the routing of the engine itself, by the protocol of `evaluation/record.py`."""
+"""A GGUF model's run in llama.cpp -> Trace: the engine's own routing, by the protocol of `evaluation/record.py`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from remoe_adapt.errors import TraceError
 from remoe_adapt._support import usable_cores
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel
+from remoe_adapt.errors import TraceError
 from remoe_adapt.evaluation import MAX_WINDOW, make_trace, windows
 from remoe_adapt.traces import Trace
 

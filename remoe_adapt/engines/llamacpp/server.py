@@ -12,13 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from remoe_adapt.errors import ServerDownError, ServerError
-from remoe_adapt.dial import Target
-from remoe_adapt.engines.llamacpp.client import Address, call
-from remoe_adapt.engines.llamacpp.client import restores_other_scales, reuses_prompts
-from remoe_adapt.engines.llamacpp.process import ServerProcess
-from remoe_adapt.engines.llamacpp.client import LoadedLora, ScaleMap, loaded_loras, rounded_strength
 from remoe_adapt._support import printable
+from remoe_adapt.dial import Target
+from remoe_adapt.engines.llamacpp.client import (
+    Address,
+    LoadedLora,
+    ScaleMap,
+    call,
+    loaded_loras,
+    restores_other_scales,
+    reuses_prompts,
+    rounded_strength,
+)
+from remoe_adapt.engines.llamacpp.process import ServerProcess
+from remoe_adapt.errors import ServerDownError, ServerError
 
 CHECK_S = 2.0
 # How long a request waits for a server that is down.

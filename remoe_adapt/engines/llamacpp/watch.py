@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.errors import ConfigError, ExportError, FamilyError, MissingDependencyError, ServerDownError, ServerError
-from remoe_adapt.engines.gguf import GgufFile
-from remoe_adapt.engines.gguf import LiveRouters
-from remoe_adapt.engines.gguf import FINGERPRINT_KEY, STRENGTH_KEY
-from remoe_adapt.family import Family
-from remoe_adapt.family import family_folder, read_family_json
-from remoe_adapt.pressure import Governor
 from remoe_adapt.dial import Engine, turn
+from remoe_adapt.engines.gguf import FINGERPRINT_KEY, STRENGTH_KEY, GgufFile, LiveRouters
 from remoe_adapt.engines.llamacpp.client import Address
-from remoe_adapt.engines.llamacpp.process import ServerProcess, ServerSensors, WatchedProcess
-from remoe_adapt.engines.llamacpp.server import HOLD_S, LlamaServer
-from remoe_adapt.engines.llamacpp.process import MappingProcess
 from remoe_adapt.engines.llamacpp.live import LlamaFile
+from remoe_adapt.engines.llamacpp.process import MappingProcess, ServerProcess, ServerSensors, WatchedProcess
+from remoe_adapt.engines.llamacpp.server import HOLD_S, LlamaServer
+from remoe_adapt.errors import (
+    ConfigError,
+    ExportError,
+    FamilyError,
+    MissingDependencyError,
+    ServerDownError,
+    ServerError,
+)
+from remoe_adapt.family import Family, family_folder, read_family_json
+from remoe_adapt.pressure import Governor
 
 if TYPE_CHECKING:
     from remoe_adapt.engines.llamacpp.proxy import Proxy
@@ -104,8 +107,7 @@ class Watch:
 
     def _proxy(self, server: LlamaServer, address: Address, host: str, port: int) -> Proxy:
         try:
-            from remoe_adapt.engines.llamacpp.proxy import Bounds
-            from remoe_adapt.engines.llamacpp.proxy import Proxy
+            from remoe_adapt.engines.llamacpp.proxy import Bounds, Proxy
         except ImportError as error:
             raise MissingDependencyError(
                 f"--proxy needs aiohttp ({error}): pip install 'remoe-adapt[serve]'"
