@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from remoe_adapt.libraries.kv_cache import (
     is_counted,
     returned_cache,
 )
-from remoe_adapt.libraries.patching import Override
+from remoe_adapt.libraries.patching import Patches, become, hook, override
 from remoe_adapt.libraries.table import hold, relied_on
 from remoe_adapt.libraries.tiny import IDS, ids, tiny_model
 
@@ -58,9 +59,8 @@ def kv_cache_methods() -> None:
         made = returned_cache(model(ids(), use_cache=True))
         hold(is_counted(cache_length(made), made), "a DynamicCache tells its length by no number.")
         hold(cache_length(made) == len(IDS), f"a DynamicCache of {len(IDS)} tokens counts {cache_length(made)}.")
-        kind = type(made)
         # This is what sequences.attach does, so that crop and reorder reach the recency as well.
-        made.__class__ = type(kind.__name__, (kind,), {})
+        become(made, type("Mixin", (), {}))
         made.note = "kept"
         hold(copy.deepcopy(made).note == "kept", "a deep copy of a KV cache loses what hangs on it.")
         made.crop(-2)  # to a length, as before 5.24, is refused now
@@ -93,20 +93,17 @@ def decoding_loop() -> None:
         return call
 
     names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-    overrides = [Override(model, name, around(name)) for name in names]
 
-    def hook(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def on_text(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         called.append("text")
         taken = cache_argument(model.model.forward)
         hold(taken in kwargs, f"generate's forward hands the text model no {taken!r} as a keyword.")
         hold("attention_mask" in kwargs, "generate's forward hands the text model no attention_mask as a keyword.")
         hold("input_ids" in kwargs or args, "generate's forward hands the text model no input_ids.")
 
-    handle = model.model.register_forward_pre_hook(hook, with_kwargs=True)
-    model.generate(ids(), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    handle.remove()
-    for override in overrides:
-        override.undo()
+    with Patches(*(override(model, name, around(name)) for name in names)) as patches:
+        patches.add(hook(model.model, "forward_pre", on_text, with_kwargs=True))
+        model.generate(ids(), max_new_tokens=3, do_sample=False, eos_token_id=None)
     step = [names[0], "text", names[1]]
     hold(called == step * 3, f"three steps of generate called {called}, not {step} each.")
 
@@ -126,13 +123,8 @@ def continuous_batching() -> None:
         called.append("stopped")
         raise InterruptedError
 
-    override = Override(model, CONTINUOUS_BATCHING[0], stop)
-    try:
+    with override(model, CONTINUOUS_BATCHING[0], stop), suppress(InterruptedError):
         model.generate(ids(), cache_implementation="paged", max_new_tokens=1)
-    except InterruptedError:
-        pass
-    finally:
-        override.undo()
     hold(called, "generate(cache_implementation='paged') does not come by generate_batch.")
     source = inspect.getsource(getattr(type(model), CONTINUOUS_BATCHING[0]))
     hold(CONTINUOUS_BATCHING[1] in source or CONTINUOUS_BATCHING[2] in source, "generate_batch begins otherwise now.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from remoe_adapt.libraries.patching import put_on, register_entry
 from remoe_adapt.libraries.table import hold, relied_on
 from remoe_adapt.libraries.tiny import EXPERTS, TOP_K, model_class, no_bars, tiny_config, tiny_model
 
@@ -59,12 +60,9 @@ def experts_interface() -> None:
         return torch.zeros_like(inputs[1])
 
     hold(callable(getattr(ALL_EXPERTS_FUNCTIONS, "register", None)), "ALL_EXPERTS_FUNCTIONS takes no functions now.")
-    ALL_EXPERTS_FUNCTIONS["remoe_contract"] = listening
-    try:
+    with register_entry(ALL_EXPERTS_FUNCTIONS, "remoe_contract", listening):
         model = model_class()._from_config(tiny_config(), experts_implementation="remoe_contract").eval()
         model(input_ids=torch.tensor([[1, 2]]))
-    finally:
-        del ALL_EXPERTS_FUNCTIONS["remoe_contract"]
     experts = model.model.layers[0].mlp.experts
     hold(bool(asked) and asked[0][0] is experts and len(asked[0]) == 4, "experts modules do not ask the registry.")
     eager = inspect.unwrap(type(experts).forward)
@@ -87,8 +85,7 @@ def experts_interface() -> None:
 
     wholes = {name: experts._parameters[name].detach() for name in params}
     for name in params:
-        delattr(experts, name)
-        setattr(experts, name, Rows(wholes[name]))
+        put_on(experts, name, Rows(wholes[name]))
     found = eager(experts, hidden, ids, weights)
     hold(torch.equal(found, expected), "the eager experts function computes otherwise on rows handed one by one.")
     hold(set(read) == {1, 5}, f"for experts 5 and 1 the eager function read rows {sorted(set(read))}.")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from remoe_adapt.libraries.patching import hook
 from remoe_adapt.libraries.table import hold, relied_on
 
 
@@ -151,7 +152,7 @@ def modules() -> None:
     module = nn.Linear(2, 2, bias=False)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         hold(not getattr(module, name), f"a module without hooks has something in {name}.")
-    module.register_forward_hook(lambda *_: None)
+    hook(module, "forward", lambda *_: None)
     hold(module._forward_hooks, "a forward hook is not in _forward_hooks.")
     weight = torch.ones(2, 2)
     found = torch.func.functional_call(module, {"weight": weight}, (torch.ones(1, 2),))

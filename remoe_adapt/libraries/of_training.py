@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import nn
 
+from remoe_adapt.libraries.patching import put_on
 from remoe_adapt.libraries.table import hold, relied_on
 from remoe_adapt.libraries.tiny import ids, tiny_model
 
@@ -90,10 +91,8 @@ def accelerate_hooks() -> None:
     add_hook_to_module(module, ModelHook())
     hold("_old_forward" in vars(module), "a module under accelerate's hooks has no _old_forward.")
     # This is how a prior is put into a router that accelerate has placed on a device.
-    vars(module)["_old_forward"] = lambda hidden: hidden + 1.0
-    hold(torch.equal(module(torch.zeros(1)), torch.ones(1)), "accelerate's hooks do not call _old_forward.")
-    del vars(module)["_old_forward"]
-    vars(module)["_old_forward"] = type(module).forward.__get__(module)
+    with put_on(module, "_old_forward", lambda hidden: hidden + 1.0):
+        hold(torch.equal(module(torch.zeros(1)), torch.ones(1)), "accelerate's hooks do not call _old_forward.")
     remove_hook_from_module(module)
 
 
