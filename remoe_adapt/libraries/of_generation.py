@@ -46,8 +46,9 @@ def kv_cache_names() -> None:
     "A KV cache counts its tokens, crops, reorders, selects and repeats by methods of these names; a cache for "
     "compiled steps says so and holds its length as a tensor.",
     "recency/sequences.py libraries/kv_cache.py",
-    interposes="the class of a KV cache object becomes a subclass that takes the recency along (sequences.attach); "
-    "lives and dies with the cache",
+    interposes="the class of a KV cache object becomes a subclass that takes the recency along (sequences.attach), "
+    "which hangs on the object; both live and die with the cache",
+    patches="recency/sequences.py:become recency/sequences.py:carry",
 )
 def kv_cache_methods() -> None:
     from transformers import DynamicCache, StaticCache
@@ -78,9 +79,10 @@ def kv_cache_methods() -> None:
     "transformers",
     "generate calls prepare_inputs_for_generation before and _update_model_kwargs_for_generation after each forward, "
     "both looked up on the instance; the text model inside is called as a module, with keywords, masks and its cache.",
-    "dial/steps.py dial/steps.py recency/sequences.py",
+    "dial/steps.py recency/sequences.py",
     interposes="generate, prepare_inputs_for_generation and _update_model_kwargs_for_generation of one model object "
     "(controller.close takes them off); pre- and post-forward hooks of its text model (InstalledPrior.remove)",
+    patches="dial/steps.py:override recency/sequences.py:hook",
 )
 def decoding_loop() -> None:
     model, called = tiny_model(), []
@@ -113,6 +115,7 @@ def decoding_loop() -> None:
     "Continuous batching is entered by these methods alone, generate(cache_implementation='paged') among them.",
     "recency/install.py libraries/kv_cache.py",
     interposes="the three methods of a model with an ema or last prior, which raise (InstalledPrior.remove)",
+    patches="recency/install.py:override",
 )
 def continuous_batching() -> None:
     model, called = tiny_model(), []

@@ -48,7 +48,10 @@ def routers() -> None:
     names="transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS",
     interposes="the registry of experts implementations, which gains 'remoe_cache' (for good: models that do not name "
     "it never see it); the __init__ of experts classes while one checkpoint is loaded (experts_left_out, undone at its "
-    "end)",
+    "end), which leaves the modules made by it without parameters and bound to the cache (for the model's life); their "
+    "forward while an installed prior is tried (undone at once)",
+    patches="expert_cache/experts.py:register_entry expert_cache/experts.py:override expert_cache/experts.py:put_on "
+    "recency/proof.py:put_on",
 )
 def experts_interface() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -127,7 +130,9 @@ def conversion_mapping() -> None:
     "leaves modules marked `_is_hf_initialized` alone, and asks its class for save_pretrained.",
     "expert_cache/load.py expert_cache/experts.py",
     interposes="`_keys_to_ignore_on_load_unexpected` of a model's class while one checkpoint is loaded; the class of a "
-    "model with an expert cache, whose save_pretrained refuses (for the model's life)",
+    "model with an expert cache, whose save_pretrained refuses, and its attribute `expert_cache` (both for the model's "
+    "life)",
+    patches="expert_cache/load.py:class_attribute expert_cache/load.py:become expert_cache/load.py:put_on",
 )
 def checkpoints() -> None:
     from safetensors import safe_open

@@ -41,9 +41,11 @@ def trainer() -> None:
     "transformers",
     "Every Trainer calls the callbacks of transformers.trainer.DEFAULT_CALLBACKS; a causal LM names its decoder "
     "`base_model`, whose output is the last hidden state, and gives its loss as `loss`.",
-    "tuner/attached.py tuner/attached.py",
+    "tuner/attached.py",
     interposes="forward hooks on a base and its decoder while a REMOE adapter with loss weights is on it (unload takes "
-    "them off); ObjectiveCallback among Trainer's default callbacks (for the process, once such an adapter was made)",
+    "them off), and its attribute; ObjectiveCallback among Trainer's default callbacks (for the process, once such an "
+    "adapter was made)",
+    patches="tuner/attached.py:hook tuner/attached.py:put_on tuner/attached.py:append_entry",
 )
 def any_training_loop() -> None:
     from transformers import trainer
@@ -66,6 +68,7 @@ def any_training_loop() -> None:
     "tuner/loading.py",
     names="transformers.integrations.peft.PeftAdapterMixin",
     interposes="PeftAdapterMixin.load_adapter undoes a load of a REMOE adapter that fails (for the process)",
+    patches="tuner/loading.py:override",
 )
 def load_adapter() -> None:
     from transformers import PreTrainedModel
@@ -83,6 +86,7 @@ def load_adapter() -> None:
     "recency/install.py gating/router_forward.py",
     interposes="the forward of every router that has a prior, on the instance; under accelerate's hooks their "
     "_old_forward (InstalledPrior.remove)",
+    patches="recency/install.py:put_on",
 )
 def accelerate_hooks() -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
