@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
 LIBRARIES = ("transformers", "peft")
-TESTS = ("tests/test_contracts.py", "tests/test_proof.py", "tests/test_decode.py")
+TESTS = ("tests/libraries/test_contracts.py", "tests/recency/test_proof.py", "tests/recency/test_decode.py")
 # What transformers needs in another version than a newer one does; everything else is taken as it is installed.
 BESIDE = {"transformers": ("huggingface_hub", "tokenizers")}
 _BOUNDS = r'"{library}>=([0-9.]+),<([0-9.]+)"'

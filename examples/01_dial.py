@@ -21,7 +21,8 @@ HERE = Path(__file__).parent / "tiny_moe"
 
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(HERE)
-    base = load_with_expert_cache(HERE, budget=0.25)  # experts stay in the checkpoint; slots for 25 % of them in memory
+    # Experts stay in the checkpoint; slots for 25 % of them are in memory.
+    base = load_with_expert_cache(HERE, expert_cache=0.25)
     model = get_remoe_model(base, family=HERE / "family", monitor=False)  # no sensors: this script plays their part
     prompt = json.loads((HERE / "demo.json").read_text(encoding="utf-8"))["prompts"][0]
     inputs = tokenizer(prompt, return_tensors="pt")

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent / "tiny_moe"
 
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(HERE)
-    model = load_with_expert_cache(HERE, budget=0.25).eval()
+    model = load_with_expert_cache(HERE, expert_cache=0.25).eval()
     # The model was trained on Python's standard library, but never saw this module.
     ids = tokenizer(inspect.getsource(textwrap)[:900], return_tensors="pt")["input_ids"]
 

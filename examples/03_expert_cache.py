@@ -29,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     expected = stock.generate(**inputs, **options)
 
-    model = load_with_expert_cache(HERE, budget=1.0).eval()
+    model = load_with_expert_cache(HERE, expert_cache=1.0).eval()
     total = model.expert_cache.budget_bytes
     print("cache  MiB  hit rate  KiB read per token  ms per token  same text as transformers")
     for share in (1.0, 0.5, 0.25, 0.125):

@@ -7,6 +7,7 @@ nobody, and then its `remoe` lines are parsed and its Python is compiled.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -200,6 +201,42 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page}: {name}"
 
 
+def missing_files(page: Path) -> list[str]:
+    """Source files that a page names, and folders by their path from the root, that are not there.
+
+    A file is written from the root, from `remoe_adapt/`, or by its name alone. NAME stands for any.
+    """
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w/.$~<-])((?:[\w.-]+/)+[\w.-]*\w\.py|\w+\.py)\b", text)
+    named += re.findall(r"(?<![\w/.])((?:remoe_adapt|triton_kernels|tests|benchmarks|docs)/[\w./-]*[\w/])", text)
+    tops = ("remoe_adapt", "triton_kernels", "tests", "benchmarks", "docs", "examples", ".ci")
+    files = {path.name for top in tops for path in (ROOT / top).rglob("*.py")}
+    return [
+        name
+        for name in dict.fromkeys(named)
+        if "NAME" not in name
+        and not any((place / name).exists() for place in (ROOT, ROOT / "remoe_adapt", page.parent))
+        and not ("/" not in name and name in files)
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_source_files_that_a_page_names_are_there(page: Path) -> None:
+    assert not missing_files(page), page
+
+
+def test_the_map_is_the_order_of_the_rooms() -> None:
+    """The page that a reader takes for the order and the table that the tests go by."""
+    tree = ast.parse((ROOT / "tests" / "house" / "test_rooms.py").read_text(encoding="utf-8"))
+    (rooms,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ROOMS"
+    )
+    drawn = next(block for block in blocks(ROOT / "docs" / "architecture.md") if block.language == "text")
+    assert tuple(line.split("  ")[0] for line in drawn.code.splitlines()) == rooms
+
+
 def test_every_page_is_in_the_menu() -> None:
     def pages(menu: Any) -> Iterator[str]:
         for entry in menu:
@@ -229,6 +266,10 @@ def test_a_wrong_page_is_caught(tmp_path: Path) -> None:
     page.write_text("# A title\n\n[x](#no-title) ![p](none.svg)\n\n```bash\nremoe nothing\n```\n\n```\nx\n```\n")
     assert [block.language for block in blocks(page)] == ["bash", ""]
     assert links(page) == {"#no-title", "none.svg"} and anchors(page) == {"a-title"}
+    page.write_text(
+        page.read_text() + "`cache/slots.py`, `no_such.py`, remoe_adapt/runtime/, `dial/swap.py`, `swap.py`\n"
+    )
+    assert missing_files(page) == ["cache/slots.py", "no_such.py", "remoe_adapt/runtime/"]
     with pytest.raises(AssertionError, match="no command remoe nothing"):
         parse(["remoe", "nothing"])
     with pytest.raises(Exception, match="No such option"):

@@ -98,7 +98,11 @@ def install(folder: Path, *what: str | Path, root: str) -> dict[str, Any]:
 def test_wheel_holds_kernels_and_profiles_inside_the_package(wheel: Path, repo_root: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"remoe_adapt/profiles/{name}.yaml" for name in PROFILES} <= names
-    assert {"remoe_adapt/py.typed", "remoe_adapt/triton_kernels/__init__.py", "remoe_adapt/cache/__init__.py"} <= names
+    assert {
+        "remoe_adapt/py.typed",
+        "remoe_adapt/triton_kernels/__init__.py",
+        "remoe_adapt/expert_cache/__init__.py",
+    } <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"remoe_adapt"}
     for folder, inside in (("remoe_adapt", ""), ("triton_kernels", "triton_kernels/"), ("profiles", "profiles/")):
         for path in (repo_root / folder).rglob("*.py"):

@@ -26,9 +26,9 @@ def test_a_plugin_that_warns_at_the_start_stops_nothing(tmp_path: Path, repo_roo
     (tmp_path / "pytest_noisy.py").write_text(PLUGIN)
     (tmp_path / "test_it.py").write_text(WARNS)
     pytest = Path(sys.executable).with_name("pytest")
-    options = ["-q", "-p", "pytest_noisy", "-p", "no:cacheprovider", "-c", str(repo_root / "pyproject.toml")]
+    options = ["-q", "-n0", "-p", "pytest_noisy", "-p", "no:cacheprovider", "-c", str(repo_root / "pyproject.toml")]
     done = subprocess.run(
-        [pytest, *options, str(tmp_path / "test_it.py"), "tests/test_untrusted.py"],
+        [pytest, *options, str(tmp_path / "test_it.py"), "tests/_support/test_untrusted.py"],
         cwd=repo_root,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
