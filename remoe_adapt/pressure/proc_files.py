@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from remoe_adapt._support import printable, say_once
+from remoe_adapt.pressure.reading import Measure
 
 # The largest of them, memory.stat, has some 2 KiB.
 _READ_BYTES = 1 << 16
+FIRST_SAMPLE = "a rate needs a second sample"
+Measures = dict[str, Measure]
+Missing = dict[str, str]
 
 
 class PolledFile:
@@ -56,6 +61,16 @@ class Rates:
         if min(grown.values(), default=0.0) < 0:
             return None
         return {name: count / (now_s - before[0]) for name, count in grown.items()}
+
+    def add(self, now_s: float, counters: Mapping[str, float], unit: str, measures: Measures, missing: Missing) -> None:
+        """Put the rates among the measures by their counters' names, or say why there are none. No share is above 1."""
+        rates = self.per_second(now_s, counters)
+        if rates is None:
+            missing.update(dict.fromkeys(counters, FIRST_SAMPLE))
+            return
+        # A counter may run ahead of the clock that it is divided by, so that a share of time would be 1.01.
+        most = 1.0 if unit == "share" else math.inf
+        measures.update({name: Measure(min(most, rate), unit, now_s) for name, rate in rates.items()})
 
 
 def count(text: str, path: Path) -> int:

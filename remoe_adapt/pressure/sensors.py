@@ -18,20 +18,17 @@ from typing import Protocol
 import psutil
 
 from remoe_adapt.pressure.cgroups import ProcessGroups
-from remoe_adapt.pressure.proc_files import PolledFile, Rates, count, garbage, reason
+from remoe_adapt.pressure.proc_files import Measures, Missing, PolledFile, Rates, count, garbage, reason
 from remoe_adapt.pressure.reading import Measure, Reading, merged
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-FIRST_SAMPLE = "a rate needs a second sample"
-# Numbers end at 19 digits: longer ones no kernel counts, and no float holds.
+# Numbers end at 19 digits: no kernel counts longer ones, and no float holds them.
 _STALLS = re.compile(r"^(some|full) avg10=(\d{1,3}(?:\.\d{1,9})?) .*\btotal=(\d{1,19})$", re.MULTILINE | re.ASCII)
 # Of files and, since Linux 5.9, of anonymous memory.
 _REFAULTS = re.compile(r"^workingset_refault(?:_anon|_file)? (\d{1,19})$", re.MULTILINE | re.ASCII)
 _MEMINFO = re.compile(r"^(MemTotal|MemAvailable|SwapTotal|SwapFree): +(\d{1,19}) kB$", re.MULTILINE | re.ASCII)
 _SWAPPED = re.compile(r"^(pswpin|pswpout) (\d{1,19})$", re.MULTILINE | re.ASCII)
 _READ = re.compile(r"^read_bytes: (\d{1,19})$", re.MULTILINE | re.ASCII)
-
-
 _SWAP_RATES = ("swap.in", "swap.out")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -74,10 +71,9 @@ class MachineMemory:
         measures = {name: Measure(value, "B", now_s) for name, value in found.items()}
         if not swapped:
             return Reading(now_s, measures, dict.fromkeys(_SWAP_RATES, "this machine has no swap"))
-        rates = self._rates.per_second(now_s, swapped)
-        if rates is None:
-            return Reading(now_s, measures, dict.fromkeys(_SWAP_RATES, FIRST_SAMPLE))
-        return Reading(now_s, measures | {name: Measure(rate, "B/s", now_s) for name, rate in rates.items()})
+        missing: Missing = {}
+        self._rates.add(now_s, swapped, "B/s", measures, missing)
+        return Reading(now_s, measures, missing)
 
     def _from_kernel(self) -> tuple[dict[str, float], dict[str, float]]:
         """Sizes, and bytes swapped since the machine started; the latter empty without swap."""
@@ -154,7 +150,7 @@ class PressureStall:
         self._rates: dict[str, Rates] = {}
 
     def read(self, now_s: float) -> Reading:
-        missing: dict[str, str] = {}
+        missing: Missing = {}
         try:
             if self._groups.refresh(now_s):
                 self._open_group_files()
@@ -162,14 +158,9 @@ class PressureStall:
                 missing["psi.cgroup"] = "no v2 group with pressure files; the machine's own count"
         except (OSError, ValueError) as error:
             missing["psi.cgroup"] = f"no cgroup can be read ({_why(error)})"
-        measures: dict[str, Measure] = {}
+        measures: Measures = {}
         for prefix, file in (self._machine | self._group_files).items():
-            try:
-                text = file.read()
-            except OSError as error:
-                missing[prefix] = f"{_why(error)}; Linux says it with CONFIG_PSI (boot with psi=1)"
-            else:
-                self._read_one(prefix, file.path, text, now_s, measures, missing)
+            self._read_one(now_s, prefix, file, measures, missing)
         return Reading(now_s, measures, missing)
 
     def _open_group_files(self) -> None:
@@ -183,27 +174,19 @@ class PressureStall:
         self._group_files = {f"psi.cgroup.{kind}": PolledFile(path) for kind, path in files.items() if path.is_file()}
         self._rates = {prefix: rates for prefix, rates in self._rates.items() if prefix in self._machine}
 
-    def _read_one(
-        self,
-        prefix: str,
-        path: Path,
-        text: str,
-        now_s: float,
-        measures: dict[str, Measure],
-        missing: dict[str, str],
-    ) -> None:
-        totals: dict[str, float] = {}
-        for kind, average, total_us in _STALLS.findall(text):
+    def _read_one(self, now_s: float, prefix: str, file: PolledFile, measures: Measures, missing: Missing) -> None:
+        try:
+            found = _STALLS.findall(text := file.read())
+        except OSError as error:
+            missing[prefix] = f"{_why(error)}; Linux says it with CONFIG_PSI (boot with psi=1)"
+            return
+        if not found:
+            missing[prefix] = f"{garbage(file.path, text)}: it is no pressure file"
+        for kind, average, _ in found:
             measures[f"{prefix}.{kind}_avg10"] = Measure(min(1.0, float(average) / 100), "share", now_s)
-            totals[kind] = float(total_us) * 1e-6
-        if not totals:
-            missing[prefix] = f"{garbage(path, text)}: it is no pressure file"
-        shares = self._rates.setdefault(prefix, Rates()).per_second(now_s, totals)
-        for kind in totals:
-            if shares is None:
-                missing[f"{prefix}.{kind}"] = FIRST_SAMPLE
-            else:
-                measures[f"{prefix}.{kind}"] = Measure(min(1.0, shares[kind]), "share", now_s)
+        # The kernel counts microseconds, so that their growth per second is a share of the time.
+        totals = {f"{prefix}.{kind}": float(total_us) * 1e-6 for kind, _, total_us in found}
+        self._rates.setdefault(prefix, Rates()).add(now_s, totals, "share", measures, missing)
 
     def close(self) -> None:
         self._groups.close()
@@ -225,59 +208,50 @@ class ProcessUse:
         self._fault_rates, self._read_rates, self._refault_rates = Rates(), Rates(), Rates()
 
     def read(self, now_s: float) -> Reading:
-        measures: dict[str, Measure] = {}
-        missing: dict[str, str] = {}
-        try:
-            _, *pages = self._statm.read().split()[:3]
-            resident, shared = (count(one, self._statm.path) for one in pages)
-            measures["process.private"] = Measure((resident - shared) * _PAGE_BYTES, "B", now_s)
-        except (OSError, ValueError) as error:
-            missing["process.private"] = _why(error)
-        rates: tuple[tuple[str, str, Rates, Callable[[], float]], ...] = (
-            ("process.faults", "1/s", self._fault_rates, self._count_faults),
-            ("process.read", "B/s", self._read_rates, self._count_read),
-        )
-        for name, unit, keeper, counted in rates:
+        measures: Measures = {}
+        missing: Missing = {}
+        # In this order, for pages that are read again are counted only while there are faults.
+        looks = {
+            "process.private": self._add_private,
+            "process.faults": self._add_faults,
+            "process.read": self._add_read,
+            "process.refaults": self._add_refaults,
+        }
+        for name, add in looks.items():
+            # A file that cannot be read, or holds something else, costs what it tells and nothing else.
             try:
-                rate = keeper.per_second(now_s, {name: counted()})
+                add(now_s, measures, missing)
             except (OSError, ValueError, IndexError) as error:
                 missing[name] = _why(error)
-                continue
-            if rate is None:
-                missing[name] = FIRST_SAMPLE
-            else:
-                measures[name] = Measure(rate[name], unit, now_s)
-        if "process.faults" in measures:
-            if measures["process.faults"].value > 0:
-                self._read_refaults(now_s, measures, missing)
-            else:
-                self._refault_rates = Rates()
         return Reading(now_s, measures, missing)
 
-    def _read_refaults(self, now_s: float, measures: dict[str, Measure], missing: dict[str, str]) -> None:
-        try:
-            counts = _REFAULTS.findall(self._vmstat.read())
-        except (OSError, ValueError) as error:
-            missing["process.refaults"] = _why(error)
-            return
-        if not counts:
-            missing["process.refaults"] = "this kernel does not count them"
-            return
-        rate = self._refault_rates.per_second(now_s, {"all": float(sum(map(int, counts)))})
-        if rate is None:
-            missing["process.refaults"] = FIRST_SAMPLE
-        else:
-            measures["process.refaults"] = Measure(rate["all"], "1/s", now_s)
+    def _add_private(self, now_s: float, measures: Measures, missing: Missing) -> None:
+        _, *pages = self._statm.read().split()[:3]
+        resident, shared = (count(one, self._statm.path) for one in pages)
+        measures["process.private"] = Measure((resident - shared) * _PAGE_BYTES, "B", now_s)
 
-    def _count_faults(self) -> float:
+    def _add_faults(self, now_s: float, measures: Measures, missing: Missing) -> None:
         # proc(5): field 12; the name in field 2 may hold spaces and brackets.
-        return float(count(self._stat.read().rpartition(")")[2].split()[9], self._stat.path))
+        faults = count(self._stat.read().rpartition(")")[2].split()[9], self._stat.path)
+        self._fault_rates.add(now_s, {"process.faults": faults}, "1/s", measures, missing)
 
-    def _count_read(self) -> float:
-        text = self._io.read()
-        if (found := _READ.search(text)) is None:
+    def _add_read(self, now_s: float, measures: Measures, missing: Missing) -> None:
+        if (found := _READ.search(text := self._io.read())) is None:
             raise garbage(self._io.path, text)
-        return float(found[1])
+        self._read_rates.add(now_s, {"process.read": int(found[1])}, "B/s", measures, missing)
+
+    def _add_refaults(self, now_s: float, measures: Measures, missing: Missing) -> None:
+        faults = measures.get("process.faults")
+        if faults is None:
+            return
+        if not faults.value:
+            # The next count must not be held against one of long ago: it would be a rate over the calm between.
+            self._refault_rates = Rates()
+        elif counts := _REFAULTS.findall(self._vmstat.read()):
+            total = {"process.refaults": sum(map(int, counts))}
+            self._refault_rates.add(now_s, total, "1/s", measures, missing)
+        else:
+            missing["process.refaults"] = "this kernel does not count them"
 
     def close(self) -> None:
         for file in (self._stat, self._io, self._statm, self._vmstat):
