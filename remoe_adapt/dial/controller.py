@@ -133,7 +133,7 @@ class Controller:
         strength = unit("strength", strength)
         self._staging.post(Target(strength, None, f"strength {strength:g} was set by hand"))
 
-    def pause(self) -> AbstractContextManager[None]:
+    def pause(self) -> AbstractContextManager[object]:
         """Sample no more: strength and cache budget stay where they are, until `resume`, or until the end of a
         `with` block of it, where it was sampled before and no other pause is open.
 

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class Monitor:
     def _new_switch(self) -> None:
         # Held only for moments, and never while something is waited for: a sample under way may ask for a pause.
         self._switch = threading.Lock()
-        self._wanted, self._pauses = False, set[Pause]()
+        self._wanted, self._pauses = False, set[ExitStack]()
         self._stop: threading.Event | None = None
         self._threads: list[threading.Thread] = []
 
@@ -115,22 +115,16 @@ class Monitor:
             self._start_if_wanted()
             return self._wanted
 
-    def pause(self) -> Pause:
+    def pause(self) -> ExitStack:
         """Sample no more, until the pause is closed (and every other one) or `resume`; waits for a sample under way,
         unless called by it."""
-        pause = Pause(self)
+        pause = ExitStack()
+        pause.callback(self._end_pause, pause)
         with self._switch:
             self._pauses.add(pause)
             threads = self._end()
         _join(threads)
         return pause
-
-    def end_pause(self, pause: Pause) -> None:
-        """One pause fewer; nothing for one that has ended."""
-        with self._switch:
-            if pause in self._pauses:
-                self._pauses.discard(pause)
-                self._start_if_wanted()
 
     def stop(self) -> None:
         """Sample no more; waits for a sample under way, unless called by it."""
@@ -167,6 +161,12 @@ class Monitor:
         self._stop = stop
         _RUNNING.add(self)
 
+    def _end_pause(self, pause: ExitStack) -> None:
+        with self._switch:
+            if pause in self._pauses:  # else `resume` has ended it, and what was asked for since counts
+                self._pauses.discard(pause)
+                self._start_if_wanted()
+
     def _end(self) -> list[threading.Thread]:
         if self._stop is not None:
             self._stop.set()
@@ -178,16 +178,6 @@ class Monitor:
                 self._governor.warn()
         except Exception as error:  # as in a sample, which comes all the same
             _say_failed(error)
-
-
-class Pause(AbstractContextManager[None]):
-    """Of a monitor, until it is left or the monitor is resumed."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
-
-    def __exit__(self, *error: object) -> None:
-        self._monitor.end_pause(self)
 
 
 def _join(threads: list[threading.Thread]) -> None:

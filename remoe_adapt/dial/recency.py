@@ -16,7 +16,7 @@ from remoe_adapt.expert_cache import cached_layer, expert_cache_of
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency import InstalledPrior
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers import Routers, survey_routers
+from remoe_adapt.routers import Routers
 
 # At full strength without training; on the shipped model it costs under 1 % perplexity and doubles the overlap.
 TRAINING_FREE_GAIN = 0.3
@@ -96,12 +96,11 @@ def training_free_family(routers: Routers, base_id: str, *, own_gain: bool = Tru
 class DialPrior:
     """The prior on a model, with its gains at any strength of a family."""
 
-    def __init__(self, model: nn.Module, family: Family, plan: RecencyPlan, routers: Routers | None = None) -> None:
-        """routers: those of `model`, where they are known already.
+    def __init__(self, model: nn.Module, family: Family, plan: RecencyPlan, routers: Routers) -> None:
+        """routers: those of `model`.
 
         Raises as InstalledPrior, and ConfigError when a point has gains for another number of routers.
         """
-        routers = routers or survey_routers(model)
         count = len(routers.usable())
         for point in family.points:
             if point.recency is not None and len(point.recency.gains()) != count:
@@ -130,6 +129,10 @@ class DialPrior:
             )
         elif needs_cache:
             say_once(f"the {plan.always.mode} prior has no effect until an expert cache writes what it holds.")
+
+    def place(self) -> None:
+        """Bring what the prior keeps to where the routers are now."""
+        self.installed.place_prior()
 
     def switch(self, on: bool) -> None:
         """Off: the routers run their own forwards, until it is on again. Nothing where it is so already."""

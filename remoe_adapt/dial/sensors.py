@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.expert_cache import ExpertCache, domains_of, expert_cache_of, least_budget
-from remoe_adapt.pressure import CGROUPS, FIRST_SAMPLE, PROC, Measure, Reading, Sensor, Sensors, os_sensors
+from remoe_adapt.expert_cache import ExpertCache, domains_of, least_budget
+from remoe_adapt.pressure import FIRST_SAMPLE, PROC, Measure, Reading, Sensor, Sensors, os_sensors
 
 # Rates of the cache are of the last second: at some tokens per second a shorter time holds no token.
 WINDOW_S = 1.0
@@ -62,16 +62,15 @@ class CacheUse:
     cache.budget, cache.allowed, cache.resident (B), cache.on_gpu (flag); below.budget, .allowed, .resident of the RAM
     tier under a GPU's.
 
-    allowed_bytes: the budget that counts as whole; None: what it was at first, or what others than `resize` here have
-    set since (a budget set by hand is no loss, and is not grown beyond). It may be set later, as may
-    `below_allowed_bytes`.
+    `allowed_bytes` is the budget that counts as whole; None: what it was at first, or what others than `resize` here
+    have set since (a budget set by hand is no loss, and is not grown beyond).
     """
 
     name = "cache"
 
-    def __init__(self, cache: ExpertCache, *, allowed_bytes: int | None = None, window_s: float = WINDOW_S) -> None:
-        self._cache, self._window_s = cache, window_s
-        self.allowed_bytes, self.below_allowed_bytes = allowed_bytes, None
+    def __init__(self, cache: ExpertCache) -> None:
+        self._cache = cache
+        self.allowed_bytes: int | None = None
         # By tier: the whole budget, and the one that is expected.
         self._whole: dict[str, int] = {}
         self._expected: dict[str, int] = {}
@@ -81,7 +80,7 @@ class CacheUse:
         stats = self._cache.stats(layers=False)
         measures = self._sizes("cache", stats, self.allowed_bytes, now_s)
         if stats.get("below"):
-            measures |= self._sizes("below", stats["below"], self.below_allowed_bytes, now_s)
+            measures |= self._sizes("below", stats["below"], None, now_s)
             measures["cache.on_gpu"] = Measure(1.0, "flag", now_s)
         missing: dict[str, str] = {}
         grown, passed_s = self._grown({name: float(stats[name]) for name in _COUNTERS}, now_s)
@@ -111,7 +110,7 @@ class CacheUse:
         if samples and (now_s <= samples[-1][0] or min(counters[n] - samples[-1][1][n] for n in _COUNTERS) < 0):
             samples.clear()  # the clock went back, or the counters started again
         samples.append((now_s, counters))
-        while len(samples) > 2 and now_s - samples[1][0] >= self._window_s - 1e-9:
+        while len(samples) > 2 and now_s - samples[1][0] >= WINDOW_S - 1e-9:
             samples.popleft()
         if len(samples) < 2:
             return None, math.nan
@@ -132,18 +131,12 @@ class CacheUse:
         self._expected[tier] = budget_bytes
 
 
-def model_sensors(
-    model: nn.Module, proc: Path = PROC, cgroups: Path = CGROUPS, *, cache_use: CacheUse | None = None
-) -> Sensors:
-    """Every sensor that says something about a model: the system's, its GPU's, its expert cache's (`cache_use`, or one
-    made here)."""
-    sensors: list[Sensor] = os_sensors(proc, cgroups)
+def model_sensors(model: nn.Module, *, cache_use: CacheUse | None) -> Sensors:
+    """Every sensor that says something about a model: the system's, its GPU's, and that of its expert cache."""
+    sensors: list[Sensor] = os_sensors()
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
     if device is not None:
-        sensors.append(GpuMemory(device, proc))
-    cache = expert_cache_of(model)
-    if cache_use is None and cache is not None:
-        cache_use = CacheUse(cache)
+        sensors.append(GpuMemory(device))
     if cache_use is not None:
         sensors.append(cache_use)
     return Sensors(sensors)

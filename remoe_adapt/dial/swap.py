@@ -53,7 +53,8 @@ class ResidentRouters:
         if not layers:
             raise RouterNotFoundError(f"{type(model).__name__} has no wrapped router: use get_remoe_model.")
         self.family, self._prior = family, prior
-        self._layers: dict[str, RemoeLayer] = layers
+        # In model order, by their name inside the base model.
+        self.layers: dict[str, RemoeLayer] = layers
         self._placement: Placement = ()
         self._points: dict[float, tuple[Tensor, ...]] = {}
         self._addresses: list[int] = []
@@ -78,11 +79,6 @@ class ResidentRouters:
         self._addresses = [weight.data_ptr() for weight in self.weights]
 
     @property
-    def layers(self) -> dict[str, RemoeLayer]:
-        """The wrapped routers in model order, by their name inside the base model."""
-        return self._layers
-
-    @property
     def moved(self) -> bool:
         """The live tensors are others than those written last: the model was moved or cast, or they were replaced."""
         if self.fault() is not None or self._reach is None:
@@ -92,7 +88,7 @@ class ResidentRouters:
     @property
     def weights(self) -> list[Tensor]:
         """The live weights [E, D], in model order."""
-        return [layer.base_weight_ED for layer in self._layers.values()]
+        return [layer.base_weight_ED for layer in self.layers.values()]
 
     def stage(self, strength: float) -> Staged:
         """Weights of `strength`, computed (or looked up, for the base and the stored points) but not yet live.
@@ -130,12 +126,12 @@ class ResidentRouters:
                     value.record_stream(torch.cuda.current_stream(value.device))
         if not alone:
             _finish_queued_work(staged.placement)
-        self.strength, self._addresses = staged.strength, [weight.data_ptr() for weight in live[: len(self._layers)]]
+        self.strength, self._addresses = staged.strength, [weight.data_ptr() for weight in live[: len(self.layers)]]
 
     def release(self, *, keep_live: bool = False) -> None:
         """Leave resident mode: with the base weights bit for bit, or with the live ones as the new base."""
         with _writing(self.weights[0].is_inference()):
-            for layer in self._layers.values():
+            for layer in self.layers.values():
                 layer.release(keep_live=keep_live)
         if self._prior is not None:
             self._prior.remove()
@@ -163,17 +159,17 @@ class ResidentRouters:
         if self._reach is not None and self._reach.holds():
             return None
         inside = set(self._model.modules())
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             fault = _unreached(layer) or (None if layer in inside else "another module is in its place")
             if fault is not None:
                 self._reach = None
                 return f"router {name} cannot be turned: {fault}"
-        self._reach = _Reach(self._model, list(self._layers.values()))
+        self._reach = _Reach(self._model, list(self.layers.values()))
         return None
 
     def check_restorable(self) -> None:
         """Raises DialError when the base's weights cannot be written back into every router."""
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             if self.strength and (fault := _unreached(layer)) is not None:
                 raise DialError(
                     f"router {name} cannot be given its base weight back: {fault}. Undo that first: as by "
@@ -181,11 +177,11 @@ class ResidentRouters:
                 )
 
     def _base(self) -> dict[str, Tensor]:
-        return {name: layer.original_weight_ED for name, layer in self._layers.items()}
+        return {name: layer.original_weight_ED for name, layer in self.layers.items()}
 
     def _precompute(self) -> None:
         if self._prior is not None:
-            self._prior.installed.place_prior()
+            self._prior.place()
         # The kept originals themselves.
         self._points = {0.0: (*self._base().values(), *self._gains(0.0))}
         self._points |= {s: self._values(s) for s in self.family.strengths}
@@ -199,7 +195,7 @@ class ResidentRouters:
         return [] if self._prior is None else self._prior.gains(strength)
 
     def _live(self) -> list[Tensor]:
-        if not all(layer.resident for layer in self._layers.values()):
+        if not all(layer.resident for layer in self.layers.values()):
             raise DialError("the dial has let go of these routers: call get_remoe_model again.")
         return self.weights if self._prior is None else [*self.weights, *self._prior.live]
 
