@@ -247,7 +247,4 @@ class Staging:
 
 def _last_and_median(key: str, kept: deque[float]) -> dict[str, float | None]:
     values = list(kept)
-    return {
-        key: values[-1] if values else None,
-        f"{key}_median": statistics.median(values) if values else None,
-    }
+    return {key: values[-1] if values else None, f"{key}_median": statistics.median(values) if values else None}

@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from remoe_adapt._support import disk_faults, made_parents, printable
-from remoe_adapt.errors import ConfigError, RemoeError, WriteError
+from remoe_adapt.errors import ConfigError
 
 OnBytes = Callable[[int], object]
 _CHUNK_BYTES = 8 << 20
@@ -80,6 +81,13 @@ def write_pieces(fd: int, pieces: Iterable[tuple[int, bytes]]) -> None:
             offset, view = offset + written, view[written:]
 
 
+def append(file: BinaryIO, data: bytes) -> None:
+    """All of the data, to a file that has no buffer: the system may take a part and says so by its length alone."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
 def read_at(path: Path, offset: int, size: int) -> bytearray:
     """`size` bytes of a file from `offset` on. Raises OSError when it ends before."""
     data = bytearray(size)
@@ -91,13 +99,13 @@ def read_at(path: Path, offset: int, size: int) -> bytearray:
 
 
 @contextmanager
-def new_folder(out: Path, error: type[RemoeError] = WriteError) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` at the end; after an error or a kill nothing of that name exists, nor folders
     that were made for it.
 
-    Raises ConfigError when `out` exists and is not an empty folder, `error` when it cannot be written.
+    Raises ConfigError when `out` exists and is not an empty folder, WriteError when it cannot be written.
     """
-    with disk_faults(out, error, what="written"), made_parents(out):
+    with disk_faults(out, what="written"), made_parents(out):
         if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{printable(out)} exists already: give a new folder, or remove it.")
         draft = _draft(out)
@@ -125,28 +133,22 @@ def new_files(outs: Sequence[Path]) -> Iterator[list[Path]]:
         raise ConfigError(f"{printable(there[0])} exists already: give another name, or remove it.")
     if twice := [out for out in outs if outs.count(out) > 1]:
         raise ConfigError(f"{printable(twice[0])} would be written twice: give each its own name.")
-    folder = outs[0].parent
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    drafts: list[Path] = []
-    done: list[Path] = []
-    try:
-        drafts += [_draft(out) for out in outs]
-        yield drafts
-        for draft in drafts:
-            sync(draft)
-        # The first file is what an engine is given, so it appears last, when the others are there already.
-        for out, draft in reversed(list(zip(outs, drafts, strict=True))):
-            draft.replace(out)
-            done.append(out)
-            sync(folder)
-    except BaseException:
-        # Also those that have their names already: half a split model would load in no engine.
-        for path in done + drafts:
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            for parent in made:
-                parent.rmdir()
-        raise
+    with made_parents(outs[0]):
+        drafts, done = [_draft(out) for out in outs], list[Path]()
+        try:
+            yield drafts
+            for draft in drafts:
+                sync(draft)
+            # The first file is what an engine is given, so it appears last, when the others are there already.
+            for out, draft in reversed(list(zip(outs, drafts, strict=True))):
+                draft.replace(out)
+                done.append(out)
+                sync(out.parent)
+        except BaseException:
+            # Also those that have their names already: half a split model would load in no engine.
+            for path in done + drafts:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -173,7 +175,6 @@ def sync(path: Path) -> None:
 
 def _draft(out: Path) -> Path:
     """A name beside `out`; what killed processes left there under such names is removed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     pattern = re.compile(re.escape(f".{out.name}.") + r"([0-9]{1,9})\.tmp")
     for path in out.parent.iterdir():
         match = pattern.fullmatch(path.name)

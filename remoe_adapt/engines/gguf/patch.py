@@ -56,7 +56,7 @@ def export_gguf(
                 write_at(draft, model.placed(pieces[file.path], file.path))
             else:
                 how[target.name] = link_or_copy(file.path, draft, on_bytes)
-    return _result(model, family, strength, str(targets[0])) | {"files": how}
+    return export_facts(model, family, strength, targets[0]) | {"files": how}
 
 
 def patch_in_place(
@@ -96,7 +96,7 @@ def patch_in_place(
                 kept.append(str(undo.path))
             for file in changed if strength else ():
                 write_at(file.path, model.placed(pieces[file.path], file.path))
-    return _result(model, family, strength, str(source)) | {"undo": kept, "recovered": torn}
+    return export_facts(model, family, strength, path) | {"undo": kept, "recovered": torn}
 
 
 def undo_in_place(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -150,9 +150,10 @@ def _all_or_nothing(model: GgufModel) -> Iterator[None]:
         raise
 
 
-def _result(model: GgufModel, family: Family, strength: float, out: str) -> dict[str, Any]:
+def export_facts(model: GgufModel, family: Family, strength: float, out: Path) -> dict[str, Any]:
+    """What every export of a model's routers tells of itself."""
     return {
-        "out": out,
+        "out": str(out),
         "base": family.base_id,
         "strength": strength,
         "architecture": printable(model.architecture),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from remoe_adapt._support import disk_faults, printable
-from remoe_adapt.engines import OnBytes, copy_range, ignore_bytes, left_out, new_files, read_at
+from remoe_adapt.engines import OnBytes, append, copy_range, ignore_bytes, new_files, read_at
 from remoe_adapt.engines.gguf.file import (
     ALIGNMENT_KEY,
     INT32,
@@ -22,7 +23,7 @@ from remoe_adapt.engines.gguf.file import (
     text_entry,
 )
 from remoe_adapt.engines.gguf.parts import ARCHITECTURE_KEY, DIGEST_KEYS, MODEL_KEY, ROUTERS_KEY, SPLIT_KEYS
-from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base, target_stem
+from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base, export_facts, target_stem
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.undo import digest
 from remoe_adapt.errors import ConfigError, ExportError
@@ -85,17 +86,8 @@ def split_gguf(
         entries = [entry for key, entry in first.entries.items() if key not in anew]
         _write(drafts[0], first, [*entries, *_place(0, count, total), *digests], routers, replaced, on_bytes)
     sizes = [path.stat().st_size for path in paths]
-    return {
-        "out": str(paths[0]),
-        "base": family.base_id,
-        "strength": strength,
-        "architecture": printable(model.architecture),
-        "routers": len(model.weights),
-        "first_part_bytes": sizes[0],
-        "bytes": sum(sizes),
-        "files": [path.name for path in paths],
-        **left_out(family, strength),
-    }
+    parts = {"first_part_bytes": sizes[0], "bytes": sum(sizes), "files": [path.name for path in paths]}
+    return export_facts(model, family, strength, paths[0]) | parts
 
 
 def _place(number: int, count: int, total: int) -> list[bytes]:
@@ -134,25 +126,15 @@ def _write(
         end += tensor.span + -tensor.span % like.alignment
     header = header_bytes(entries, [(t.name, t.shape, t.type, offset) for t, offset in placed], like.alignment)
     with target.open("xb", buffering=0) as new:
-        _append(new, header)
-        sources: dict[Path, BinaryIO] = {}
-        try:
+        append(new, header)
+        with ExitStack() as opened:
+            sources: dict[Path, BinaryIO] = {}
             for tensor, _ in placed:
                 if tensor.path not in sources:
-                    sources[tensor.path] = tensor.path.open("rb")
-                source = sources[tensor.path].fileno()
+                    sources[tensor.path] = opened.enter_context(tensor.path.open("rb"))
                 data = replaced.get(tensor.name, b"")
-                _append(new, data)
+                append(new, data)
                 # What is left of the span is padding where the tensor was replaced, else the whole tensor.
-                copy_range(source, tensor.offset + len(data), tensor.span - len(data), new.fileno(), on_bytes)
-                _append(new, b"\0" * (-tensor.span % like.alignment))
-        finally:
-            for file in sources.values():
-                file.close()
-
-
-def _append(file: BinaryIO, data: bytes) -> None:
-    """All of it: a disk that is nearly full takes a part, and says so at the next call only."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+                rest = tensor.span - len(data)
+                copy_range(sources[tensor.path].fileno(), tensor.offset + len(data), rest, new.fileno(), on_bytes)
+                append(new, b"\0" * (-tensor.span % like.alignment))

@@ -38,10 +38,20 @@ _INSIDE = ("budgets", "moves", "why", "calm", "floors")
 
 @dataclass(frozen=True, kw_only=True)
 class WatchOptions:
-    """interval_s: None: the profile's sample_hz; proxy: (host, port) to listen on; max_body_bytes: of
-    a request there, None: the proxy's own bound; keep: leave the strength as it is at
-    the end, instead of going back to the base; live: the split GGUF to rewrite instead of asking a server, base: what
-    to compare its routers with."""
+    """How a server is watched.
+
+    interval_s: between two samples, None: the profile's sample_hz.
+    pid: of the process, None: it is looked for.
+    proxy: (host, port) to listen on, None: the server's own scales are set.
+    hold_s: how long the proxy holds a request while the server is down.
+    max_body_bytes: of a request there, None: the proxy's own bound.
+    reuse_prompts: clients of the proxy may use the server's prompt cache.
+    dry_run: nothing is set.
+    keep: leave the strength as it is at the end, instead of going back to the base.
+    api_key: the server's.
+    live: the split GGUF to rewrite instead of asking a server.
+    base: what to compare its routers with.
+    """
 
     interval_s: float | None = None
     pid: int | None = None
@@ -65,19 +75,18 @@ class Watch:
 
     def __init__(self, server: str | None, family: str, profile: DeviceProfile, options: WatchOptions) -> None:
         self.options, self.profile = options, profile
+        self._interval_s = options.interval_s or 1 / profile.controller.sample_hz
         self._awake, self._ended = threading.Event(), False
         self.address = None if server is None else Address.parse(server)
         self.process: WatchedProcess
         self.live: LlamaFile | None = None
         self.proxy: Proxy | None = None
-        if options.live is not None:
-            self.engine: Engine
-            self.engine = self.live = self._at_a_file(options.live, family)
-        else:
-            self.engine = self._at_a_server(family)
+        self.engine: Engine = (
+            self._at_a_server(family) if options.live is None else self._at_a_file(options.live, family)
+        )
         self.governor = Governor(ServerSensors(self.process), profile)
 
-    def _at_a_file(self, path: Path, family: str) -> LlamaFile:
+    def _at_a_file(self, path: Path, family: str) -> Engine:
         options = self.options
         if options.proxy is not None:
             raise ConfigError("--live swaps for whoever maps the file, --proxy sets single requests: give one of them.")
@@ -88,7 +97,8 @@ class Watch:
         loaded = Family.load(family)
         routers = LiveRouters(path, loaded, base=options.base, read_only=options.dry_run)
         named = self.address is not None or options.pid is not None
-        return LlamaFile(routers, self.process, loaded.strengths, required=named, dry_run=options.dry_run)
+        self.live = LlamaFile(routers, self.process, loaded.strengths, required=named, dry_run=options.dry_run)
+        return self.live
 
     def _at_a_server(self, family: str) -> LlamaServer:
         options = self.options
@@ -113,10 +123,9 @@ class Watch:
                 f"--proxy needs aiohttp ({error}): pip install 'remoe-adapt[serve]'"
             ) from error
         options, bounds = self.options, Bounds()
-        if options.max_body_bytes is not None:
-            bounds = Bounds(
-                body_bytes=options.max_body_bytes, held_bytes=max(bounds.held_bytes, options.max_body_bytes)
-            )
+        if (body_bytes := options.max_body_bytes) is not None:
+            # All bodies together must have room for one.
+            bounds = Bounds(body_bytes=body_bytes, held_bytes=max(bounds.held_bytes, body_bytes))
         return Proxy(
             address, server.setting, lambda: self._lost(server), host=host, port=port, hold_s=options.hold_s,
             reuse_prompts=options.reuse_prompts, bounds=bounds,
@@ -130,10 +139,9 @@ class Watch:
     def once(self) -> dict[str, Any]:
         """Look for as long as pressure needs to count, set what follows, and go. Raises as `LlamaServer.sync`."""
         self.engine.sync()
-        seconds = self._interval_s()
-        for _ in range(math.ceil(self.profile.controller.rise_s / seconds) + 2):
+        for _ in range(math.ceil(self.profile.controller.rise_s / self._interval_s) + 2):
             event = self._tick()
-            self._pause(seconds)
+            self._pause()
         self.engine.sync()
         return {**event, "event": "once", "live": not self.options.dry_run}
 
@@ -141,7 +149,7 @@ class Watch:
         """Runs until `stop`; yields what happens, JSON-ready: "warning" (of a live file), "start", then "strength",
         "up", "down" and "wrong" (the server cannot be driven: why), then "end". The first sync raises ServerError where
         it finds a server that it cannot drive; one that is down may come later."""
-        seconds, down = self._interval_s(), ""
+        down = ""
         if self.live and not self.options.dry_run:
             yield {"event": "warning", "text": self.live.hazard()}
         with ExitStack() as ending:
@@ -167,7 +175,7 @@ class Watch:
                     if down and up:
                         what = "wrong" if down.startswith(_WRONG) else "down"
                         yield {"event": what, "reason": down.removeprefix(_WRONG)}
-                    self._pause(seconds)
+                    self._pause()
             finally:
                 ending.close()
                 kept = self.engine.close(self.options.keep)
@@ -189,9 +197,6 @@ class Watch:
             "requests": dict(self.proxy.counts) if self.proxy else None,
         }
 
-    def _interval_s(self) -> float:
-        return self.options.interval_s or 1 / self.profile.controller.sample_hz
-
     def _tick(self) -> dict[str, Any]:
         decision = self.governor.tick(None, self.engine.target)
         turn(self.engine, decision)
@@ -210,8 +215,8 @@ class Watch:
             yield {"event": "up", **self.status()}
         return "" if ready else down
 
-    def _pause(self, seconds: float) -> None:
-        if self._awake.wait(seconds) and not self._ended:
+    def _pause(self) -> None:
+        if self._awake.wait(self._interval_s) and not self._ended:
             self._awake.clear()
 
     def _lost(self, server: LlamaServer) -> None:
