@@ -293,6 +293,6 @@ def _leave_in_order() -> None:
     found = list(_OPEN)
     for controller in found:
         controller._monitor.stop()
-    EXIT.leave()
+    EXIT.begin()
     for controller in found:
         controller._events.flush(EXIT_FLUSH_S)

@@ -110,7 +110,7 @@ def get_remoe_model(
         model = plain_base(base)
         routers = survey_routers(model)
     else:
-        model, routers = _load_surveyed(chosen, base, expert_cache, device=device, **from_pretrained_kwargs)
+        model, routers = _load_surveyed(chosen, base, expert_cache, device, from_pretrained_kwargs)
     operating = known or training_free_family(routers, _base_id(base), own_gain=asked == AskedRecency())
     plan = plan_recency(operating, chosen, asked)
     operating.check(model, force=force, routers=routers)
@@ -166,16 +166,11 @@ def load_base_under(
 
     Raises ConfigError when it cannot be loaded, ExpertReadError when its experts cannot be read.
     """
-    return _load_surveyed(profile, base, expert_cache, device=device, **kwargs)[0]
+    return _load_surveyed(profile, base, expert_cache, device, kwargs)[0]
 
 
 def _load_surveyed(
-    profile: DeviceProfile,
-    base: str | os.PathLike[str],
-    expert_cache: str | int | float | None,
-    *,
-    device: str | None,
-    **kwargs: Any,
+    profile: DeviceProfile, base: str | os.PathLike[str], expert_cache: Any, device: str | None, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Routers]:
     if device is not None:
         usable_device(device)
@@ -320,7 +315,7 @@ def _family(family: str | os.PathLike[str] | Family | None, profile: DeviceProfi
         return None
     if not isinstance(family, Family):
         check_path("family", family, "a folder, a hub id or a Family")
-    loaded = family if isinstance(family, Family) else Family.load(family)
-    if not loaded.points:
-        raise FamilyError(f"{loaded} has no points yet: add one with add_point, or train it with `remoe train`.")
-    return loaded
+        family = Family.load(family)
+    if not family.points:
+        raise FamilyError(f"{family} has no points yet: add one with add_point, or train it with `remoe train`.")
+    return family

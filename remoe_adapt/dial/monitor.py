@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -41,7 +42,7 @@ class Monitor:
         use = None if cache is None else CacheUse(cache)
         sensors = model_sensors(model, cache_use=use)
         self._governor = Governor(sensors, profile, resize=None if use is None else use.resize)
-        self._tick = tick
+        self.tick = tick or partial(self.sample, None, 0.0, pinned=True)
         self._period_s = 1.0 / profile.controller.sample_hz
         self._lock = threading.Lock()
         self._new_switch()
@@ -67,13 +68,6 @@ class Monitor:
     def decision(self) -> Decision | None:
         """The last one."""
         return None if self._decided is None else self._decided[0]
-
-    def tick(self) -> None:
-        """What the thread does each time."""
-        if self._tick is None:
-            self.sample(None, 0.0, pinned=True)
-        else:
-            self._tick()
 
     def sample(self, now_s: float | None, strength: float, *, pinned: bool) -> Decision:
         """One sample and the decision, for a dial at `strength`, in the calling thread; see `Governor.tick`."""

@@ -102,7 +102,7 @@ class Staging:
         gives_way = target.by == SENSORS and not unpin
         if gives_way and self._changes_nothing(target):
             return
-        with EXIT.inside():
+        with EXIT.working():
             with self.steps.lock:
                 if gives_way and (self.pinned or self.closed):
                     return

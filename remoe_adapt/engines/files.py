@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import re
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+import psutil
 
 from remoe_adapt._support import disk_faults, made_parents, printable
 from remoe_adapt.errors import ConfigError
@@ -184,12 +185,6 @@ def _draft(out: Path) -> Path:
 
 
 def _runs(process: int) -> bool:
-    if process == os.getpid():
-        return False  # numbers are used again: an earlier process had ours, and died
-    # A process of another user cannot be asked, so it counts as running and its draft stays.
-    with contextlib.suppress(PermissionError):
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return False
-    return True
+    # Numbers are used again: an earlier process had ours, and died. One of another user cannot be asked, counts as
+    # running, and its draft stays.
+    return process != os.getpid() and psutil.pid_exists(process)

@@ -261,16 +261,16 @@ class ProcessUse:
 class Sensors:
     """Several sensors read together, as one reading; a sensor that fails is a reason in it."""
 
-    def __init__(self, sensors: Iterable[Sensor], clock: Callable[[], float] = time.monotonic) -> None:
-        self.sensors, self._clock = tuple(sensors), clock
+    def __init__(self, sensors: Iterable[Sensor]) -> None:
+        self.sensors = tuple(sensors)
 
     def now(self) -> float:
         """The clock's time in seconds."""
-        return self._clock()
+        return time.monotonic()
 
     def read(self, now_s: float | None = None) -> Reading:
         """One sample of all; now_s: the time it is given, None: the clock's."""
-        now_s = self._clock() if now_s is None else now_s
+        now_s = self.now() if now_s is None else now_s
         return merged(now_s, [_guarded(sensor, now_s) for sensor in self.sensors])
 
     def is_free(self, floors: Mapping[str, float], now_s: float) -> bool:

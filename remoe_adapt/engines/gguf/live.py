@@ -45,22 +45,19 @@ class LiveRouters:
         with ExitStack() as ending, disk_faults(Path(source), ExportError, "give another file"):
             if not read_only:
                 self._fd = ending.enter_context(locked(Path(source)))
-            self._look(GgufModel(source), base)
+            self._model = GgufModel(source)
+            self._file = self._model.files[0]
+            self.path = self._file.path
+            self._refuse_what_is_not_apart()
+            refuse_links([self._file])
+            self._layers = self._model.check(family, base)
+            self._originals = self._model.originals(self.path)
+            weights = self._model.weights.values()
+            self.spans = [(t.offset, t.offset + len(self._originals[t.name])) for t in weights]
+            self.swap_s: float | None = None
+            self.strength = self._found()
             # From here on the lock is held until `close`; an error above has released it.
             self._ending = ending.pop_all()
-
-    def _look(self, model: GgufModel, base: Base) -> None:
-        self._model = model
-        self._file = self._model.files[0]
-        self.path = self._file.path
-        self._refuse_what_is_not_apart()
-        refuse_links([self._file])
-        self._layers = model.check(self._family, base)
-        weights = model.weights.values()
-        self._originals = self._model.originals(self.path)
-        self.spans = [(t.offset, t.offset + len(self._originals[t.name])) for t in weights]
-        self.swap_s: float | None = None
-        self.strength = self._found()
 
     def write(self, strength: float) -> None:
         """Replace all routers, layer by layer, one call each; the page cache has them then, the disk later."""
