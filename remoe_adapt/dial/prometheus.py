@@ -9,7 +9,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from remoe_adapt.errors import ConfigError, MissingDependencyError
+from remoe_adapt._support import check_extra
+from remoe_adapt.errors import ConfigError
 
 # Name, what it is, and where it is in the status.
 _GAUGES = (
@@ -101,10 +102,7 @@ def serve_metrics(controller: HasStatus, port: int = 9400, *, address: str = "12
 
 
 def _library() -> Any:
-    try:
-        import prometheus_client.core
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"metrics need prometheus-client ({error}): pip install 'remoe-adapt[metrics]'"
-        ) from error
+    check_extra("prometheus_client", "metrics", "metrics need prometheus-client")
+    import prometheus_client.core
+
     return prometheus_client

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt._support import disk_faults, printable
+from remoe_adapt._support import check_extra, disk_faults, printable
 from remoe_adapt.engines import left_out, new_files
 from remoe_adapt.engines.gguf.parts import FINGERPRINT_KEY, STRENGTH_KEY
 from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base
 from remoe_adapt.engines.gguf.routers import GgufModel
-from remoe_adapt.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedRouterError
+from remoe_adapt.errors import ConfigError, ExportError, UnsupportedRouterError
 from remoe_adapt.family import Family
 from remoe_adapt.routers import GGUF_ARCH, GGUF_LORA_IGNORED
 
@@ -115,10 +115,9 @@ def factor(delta_ED: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
 def _write(
     target: Path, architecture: str, family: Family, strength: float, factors: dict[str, tuple[Tensor, Tensor]]
 ) -> None:
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingDependencyError("GGUF LoRAs need the gguf package: pip install 'remoe-adapt[export]'") from error
+    check_extra("gguf", "export", "GGUF LoRAs need the gguf package")
+    import gguf
+
     writer = gguf.GGUFWriter(target, architecture)
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from remoe_adapt._support import check_extra
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.dial import Engine, turn
 from remoe_adapt.engines.gguf import FINGERPRINT_KEY, STRENGTH_KEY, GgufFile, LiveRouters
@@ -21,7 +22,6 @@ from remoe_adapt.errors import (
     ConfigError,
     ExportError,
     FamilyError,
-    MissingDependencyError,
     ServerDownError,
     ServerError,
 )
@@ -116,12 +116,9 @@ class Watch:
         return server
 
     def _proxy(self, server: LlamaServer, address: Address, host: str, port: int) -> Proxy:
-        try:
-            from remoe_adapt.engines.llamacpp.proxy import Bounds, Proxy
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"--proxy needs aiohttp ({error}): pip install 'remoe-adapt[serve]'"
-            ) from error
+        check_extra("aiohttp", "serve", "--proxy needs aiohttp")
+        from remoe_adapt.engines.llamacpp.proxy import Bounds, Proxy
+
         options, bounds = self.options, Bounds()
         if (body_bytes := options.max_body_bytes) is not None:
             # All bodies together must have room for one.
