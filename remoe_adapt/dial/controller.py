@@ -33,7 +33,9 @@ from remoe_adapt.libraries import Overrides
 from remoe_adapt.pressure import Decision
 from remoe_adapt.tuner import RemoeModel
 
+# Weak, so that a model which somebody drops without `close` takes its controller along.
 _OPEN: weakref.WeakSet[Controller] = weakref.WeakSet()
+# A callback that hangs must not keep the interpreter from ending for longer than this.
 EXIT_FLUSH_S = 0.5
 # Of a status: what may be given back to `set_strength` and `set_pressure`, and what is compared with the family's.
 _AS_THEY_ARE = ("strength", "target", "pressure", "points")
@@ -80,10 +82,14 @@ class Controller:
         self._hooks = Overrides()
         self._monitor = Monitor(self._base, profile, self.tick)
         self._guards = Guards(self._model, self._routers, prior)
+        # PEFT's own ways out (unload, merge_and_unload) would else leave the routers in resident mode, under a dial
+        # that goes on writing into them.
         tuner.before_unload = self.release
         wrap_steps(self._hooks, self._base, self._steps)
+        # A forked child inherits locks in whatever state other threads of the parent held them.
         mend_after_fork(self)
         _OPEN.add(self)
+        # A status that is asked for before the first sample has a reason to show.
         self.set_pressure(None)
         if monitored:
             self._monitor.resume()
@@ -114,6 +120,7 @@ class Controller:
         """
         if pressure is None:
             said = self._monitor.decision
+            # Silent sensors are no reason to degrade: pressure 0 until one of them speaks.
             counts = 0.0 if said is None else said.pressure
             strength = self.profile.strength_at(counts)
             words = "no sensor has spoken yet" if said is None else what_sensors_say(said)
@@ -160,6 +167,7 @@ class Controller:
         DialError after `close`.
         """
         self._staging.check_open()
+        # The file is opened before the sample is taken, which then is its first line.
         self._events.write_to(path)
         self._sample_now()
 
@@ -174,6 +182,7 @@ class Controller:
         As `with controller.step(): model(...)`, no swap of any thread falls into that forward. After the first call,
         targets set by other threads wait for the next one. Inside `generate` it is not needed.
         """
+        # The swap is made here and not when the block is entered, so that a loop that never uses `with` gets it too.
         self._steps.step()
         return self._steps.forward()
 
@@ -223,6 +232,7 @@ class Controller:
         """
         if self._staging.closed:
             return
+        # Whatever cannot be given back refuses before anything is undone.
         self._guards.check_leaving(keep_live)
         # Before the lock is taken, for forwards would wait with it until a sample under way has ended.
         self._sample_now()
@@ -231,12 +241,15 @@ class Controller:
             if self._staging.closed:  # by another thread meanwhile
                 return
             self._staging.close(keep_live)
+            # From here on PEFT's unload is not to come back to a dial that is gone.
             self._tuner.before_unload = None
             self._hooks.remove()
             self._guards.remove()
             for owner in (self._model, self._base):
+                # A later dial on the same base has put its own controller there.
                 if owner.__dict__.get("controller") is self:
                     del owner.__dict__["controller"]
+        # Outside of the lock, for both wait for threads of ours, and those may want it.
         _OPEN.discard(self)
         self._monitor.close()
         self._events.close()
@@ -263,6 +276,7 @@ class Controller:
 
     def tick(self, now_s: float | None = None) -> Decision:
         """One sample of the sensors (at `now_s`, None: now), and the target that follows unless it is pinned."""
+        # The target and not the live strength: a swap that waits for a step is decided already.
         decision = self._monitor.sample(now_s, self.target, pinned=self.pinned)
         turn(self._staging, decision)
         if self._events.recording:
@@ -293,6 +307,7 @@ def _leave_in_order() -> None:
     found = list(_OPEN)
     for controller in found:
         controller._monitor.stop()
+    # Monitors are stopped first, for a sample that is under way may be inside torch.
     EXIT.begin()
     for controller in found:
         controller._events.flush(EXIT_FLUSH_S)

@@ -33,6 +33,7 @@ from remoe_adapt.routers import Routers, survey_routers
 from remoe_adapt.tuner import RemoeConfig, plain_base, remoe_layers, wrap_or_inject
 
 _DEFAULT_RESERVE_BYTES = 1 << 30
+# By base and not by wrapper: `release` has to work where only the base is at hand, as after `del model`.
 _DIALLED: WeakKeyDictionary[nn.Module, _Dialled] = WeakKeyDictionary()
 # fmt: off
 _OPTIONS = (
@@ -105,6 +106,7 @@ def get_remoe_model(
         _check_free(base)
     known, asked = _family(family, chosen, _base_id(base)), AskedRecency(recency, recency_gain, recency_decay)
     if known is not None:
+        # Loading takes minutes, and what the family cannot do is known before.
         plan_recency(known, chosen, asked)  # refuse before anything is loaded
     if isinstance(base, nn.Module):
         model = plain_base(base)
@@ -113,6 +115,7 @@ def get_remoe_model(
         model, routers = _load_surveyed(chosen, base, expert_cache, device, from_pretrained_kwargs)
     operating = known or training_free_family(routers, _base_id(base), own_gain=asked == AskedRecency())
     plan = plan_recency(operating, chosen, asked)
+    # Before the model is wrapped, so that an error leaves it as it was.
     operating.check(model, force=force, routers=routers)
     return _under_dial(model, routers, operating, chosen, plan, adapter_name, force, monitor)
 
@@ -127,6 +130,7 @@ def release(model: nn.Module) -> nn.Module:
     Raises DialError inside a forward, and when the weights cannot be written back (offloaded since).
     """
     base = plain_base(model)
+    # Through __dict__: a model's own attribute lookup would find a submodule of that name.
     controller = base.__dict__.get("controller")
     if controller is not None:
         controller.close()
@@ -136,6 +140,7 @@ def release(model: nn.Module) -> nn.Module:
         return base
     for name, layer in remoe_layers(base).items():
         if put.adapter_name in layer.adapters:
+            # Adapters of others on the same routers stay, and so does the wrapper that runs them.
             layer.delete_adapter(put.adapter_name)
             if not layer.adapters:
                 base.set_submodule(name, layer.base_layer)
@@ -175,6 +180,7 @@ def _load_surveyed(
     if device is not None:
         usable_device(device)
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
+    # Taken out, for what is left goes to from_pretrained, which knows none of these.
     of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
     if expert_cache is None and not of_cache:
         whole = settings.share == 1.0 and memory_bytes is None
@@ -247,6 +253,7 @@ def _under_dial(
     except BaseException:
         if prior is not None:
             prior.remove()
+        # The adapter is on the model already, and a second try would be refused for it.
         release(model)
         raise
     # Not through setattr of nn.Module: the controller is no part of the model's state.
@@ -279,6 +286,7 @@ def profile_of(profile: str | os.PathLike[str] | DeviceProfile | None) -> Device
 
 def _check_free(base: nn.Module) -> None:
     model = plain_base(base)
+    # A dial that is closed has removed itself, so that only an open one stands here.
     if "controller" in model.__dict__:
         raise DialError("this model has a dial already: take it off with remoe_adapt.release(model) first.")
     if layers := remoe_layers(model):

@@ -23,8 +23,10 @@ from remoe_adapt.pressure import Decision, Governor
 
 _log = logging.getLogger("remoe_adapt")
 # Monitors of models with an expert cache: they give memory back in equal parts.
+# They are weak, so that a monitor which somebody forgets counts no more.
 _SHARING: weakref.WeakSet[Monitor] = weakref.WeakSet()
 _RUNNING: weakref.WeakSet[Monitor] = weakref.WeakSet()
+# A sample that hangs in a driver must not hang whoever pauses: the thread is a daemon and is left to itself.
 _STOP_S = 2.0
 
 
@@ -71,6 +73,7 @@ class Monitor:
 
     def sample(self, now_s: float | None, strength: float, *, pinned: bool) -> Decision:
         """One sample and the decision, for a dial at `strength`, in the calling thread; see `Governor.tick`."""
+        # Samples of the thread and of `log_to` would else interleave in the policy's state.
         with self._lock:
             self._governor.share = 1.0 / max(1, len(_SHARING)) if self in _SHARING else 1.0
             decision = self._governor.tick(now_s, strength, pinned=pinned)
@@ -102,6 +105,7 @@ class Monitor:
 
     def resume(self) -> bool:
         """Sample from now on, whatever pauses are open; False after `close`."""
+        # Before the switch, since reading the sensors takes milliseconds and logs.
         self._warn()
         with self._switch:
             self._pauses.clear()
@@ -129,10 +133,12 @@ class Monitor:
 
     def close(self) -> None:
         """For good."""
+        # First, so that a pause which ends meanwhile starts no new thread.
         self._closed = True
         self.stop()
         _SHARING.discard(self)
         with self._lock:
+            # Under the lock of samples: one that outlived `_STOP_S` would open its files again, for nobody.
             self._governor.sensors.close()
 
     def after_fork(self) -> None:
@@ -192,6 +198,7 @@ def what_sensors_say(decision: Decision) -> str:
 
 
 def _run(monitor: weakref.ref[Monitor], stop: threading.Event, period_s: float) -> None:
+    # Waiting first gives the caller of `resume` time to go on before its model is sampled.
     while not stop.wait(period_s):
         found = monitor()
         if found is None:
@@ -202,6 +209,7 @@ def _run(monitor: weakref.ref[Monitor], stop: threading.Event, period_s: float) 
             if stop.is_set():  # the dial was closed meanwhile
                 return
             _say_failed(error)
+        # Else the loop's variable would keep the model alive through the next wait.
         del found
 
 

@@ -93,6 +93,7 @@ def serve_metrics(controller: HasStatus, port: int = 9400, *, address: str = "12
     Raises MissingDependencyError without prometheus-client, ConfigError when the port cannot be had.
     """
     client = _library()
+    # Not the global registry: two controllers of a process would collide in it.
     registry = client.CollectorRegistry(auto_describe=False)
     registry.register(ControllerCollector(controller))
     try:

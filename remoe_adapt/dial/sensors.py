@@ -15,6 +15,7 @@ from remoe_adapt.pressure import FIRST_SAMPLE, PROC, Measure, Reading, Sensor, S
 
 # Rates of the cache are of the last second: at some tokens per second a shorter time holds no token.
 WINDOW_S = 1.0
+# These only grow, so that their differences are what happened in between.
 _COUNTERS = ("hits", "misses", "bytes", "stall_s")
 
 
@@ -37,16 +38,19 @@ class GpuMemory:
         free, total = torch.cuda.mem_get_info(self._device)
         allocated = torch.cuda.memory_allocated(self._device)
         sizes = {"free": free, "total": total, "allocated": allocated}
+        # What torch's allocator keeps counts as free for us, though the driver says that it is taken.
         sizes["reusable"] = max(0, torch.cuda.memory_reserved(self._device) - allocated)
         found = {f"gpu.{name}": Measure(size, "B", now_s) for name, size in sizes.items()}
         return Reading(now_s, found | {"gpu.unified": Measure(float(self._is_unified()), "flag", now_s)})
 
     def free_bytes(self, now_s: float) -> float:
         """What a tensor could take: gpu.free and gpu.reusable."""
+        # One call of the driver; the rest is torch's own count.
         free, _ = torch.cuda.mem_get_info(self._device)
         return float(free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device))
 
     def _is_unified(self) -> bool:
+        # Older torch does not say it, and a Tegra's device tree does.
         facts = torch.cuda.get_device_properties(self._device)
         try:
             return bool(getattr(facts, "is_integrated", 0)) or b"tegra" in self._compatible.read_bytes()
@@ -90,6 +94,7 @@ class CacheUse:
         measures["cache.read"] = Measure(grown["bytes"] / passed_s, "B/s", now_s)
         # Several threads wait at a time, and a wait that began before the window counts where it ends.
         measures["cache.stall_share"] = Measure(min(1.0, grown["stall_s"] / passed_s), "share", now_s)
+        # Without a look-up there is no rate, and 0 would read as if nothing were missed.
         look_ups = grown["hits"] + grown["misses"]
         if look_ups:
             measures["cache.miss_rate"] = Measure(grown["misses"] / look_ups, "share", now_s)
@@ -99,6 +104,7 @@ class CacheUse:
 
     def _sizes(self, tier: str, stats: dict[str, int], allowed: int | None, now_s: float) -> dict[str, Measure]:
         budget, asked = stats["budget_bytes"], stats["asked_bytes"]
+        # Somebody else has called `resize`: what a user set is whole from now on, and no loss to be regrown.
         if asked != self._expected.get(tier):
             self._whole[tier] = self._expected[tier] = asked
         found = {"budget": budget, "allowed": allowed or self._whole[tier], "resident": stats["resident_bytes"]}
@@ -110,6 +116,7 @@ class CacheUse:
         if samples and (now_s <= samples[-1][0] or min(counters[n] - samples[-1][1][n] for n in _COUNTERS) < 0):
             samples.clear()  # the clock went back, or the counters started again
         samples.append((now_s, counters))
+        # One sample at or before the window's begin stays, else the window would be a sample too short.
         while len(samples) > 2 and now_s - samples[1][0] >= WINDOW_S - 1e-9:
             samples.popleft()
         if len(samples) < 2:
@@ -126,8 +133,10 @@ class CacheUse:
         cache = self._cache if tier == "cache" else getattr(self._cache, "below", None)
         if cache is None:
             raise ConfigError(f"this expert cache has no tier {tier!r}")
+        # A cache that cannot hold one expert would refuse, and the policy would ask for the same again at every sample.
         budget_bytes = max(budget_bytes, least_budget(cache.source, domains_of(cache.source, cache.scope)))
         cache.resize(budget_bytes, wait=False)
+        # After the call: what the cache refuses is no budget of ours.
         self._expected[tier] = budget_bytes
 
 

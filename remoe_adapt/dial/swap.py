@@ -56,10 +56,13 @@ class ResidentRouters:
         # In model order, by their name inside the base model.
         self.layers: dict[str, RemoeLayer] = layers
         self._placement: Placement = ()
+        # Strengths that were trained are computed once: staging one of them copies nothing.
         self._points: dict[float, tuple[Tensor, ...]] = {}
         self._addresses: list[int] = []
         self._reach: _Reach | None = None
         self._check_reached()
+        # Those that have entered resident mode leave it when a later one refuses, so that a failed dial changes
+        # nothing.
         held: list[RemoeLayer] = []
         try:
             with _writing(False):
@@ -98,6 +101,7 @@ class ResidentRouters:
         """
         self._check_reached()
         with _writing(False):
+            # The model was moved or cast since: kept points are of the old device or dtype.
             if self._placement != _placement(self._live()):
                 self._precompute()
             values = self._points.get(strength)
@@ -112,11 +116,13 @@ class ResidentRouters:
         alone: all forwards queued on an accelerator were queued by this thread; else the device is waited for.
         """
         live = self._live()
+        # Copying onto another device in the decoding thread would stall it for a transfer over the bus, or fail.
         if staged.placement != _placement(live):  # the model was moved or cast after staging
             staged = self.stage(staged.strength)
         if not alone:
             _finish_queued_work(staged.placement)
         with _writing(live[0].is_inference()):
+            # One call for all routers: a launch for each would cost more than the copies.
             torch._foreach_copy_(live, list(staged.values))
         if self._prior is not None:
             self._prior.committed(staged.strength)
@@ -158,6 +164,7 @@ class ResidentRouters:
         """Which router the dial does not reach, and why."""
         if self._reach is not None and self._reach.holds():
             return None
+        # A layer that is wrapped but no longer part of the model would be written, and nobody would read it.
         inside = set(self._model.modules())
         for name, layer in self.layers.items():
             fault = _unreached(layer) or (None if layer in inside else "another module is in its place")
@@ -186,6 +193,7 @@ class ResidentRouters:
         self._points = {0.0: (*self._base().values(), *self._gains(0.0))}
         self._points |= {s: self._values(s) for s in self.family.strengths}
         self._placement = _placement(self._live())
+        # What is staged is read by another thread's stream, which does not wait for the kernels of this one.
         _finish_queued_work(self._placement)
 
     def _values(self, strength: float) -> tuple[Tensor, ...]:
@@ -209,12 +217,14 @@ def _unreached(layer: RemoeLayer) -> str | None:
         kept: Any = layer.original_weight_ED
     except AttributeError:
         return f"its {layer.spec.weight_name} is gone"
+    # Before the tensor is looked at: a parametrization makes a new one at every access, all of them plausible.
     if parametrize.is_parametrized(owner, leaf):
         return f"its {leaf} is computed by a parametrization"
     if not isinstance(weight, Tensor) or weight.shape != kept.shape:
         return f"its {leaf} is no tensor {list(kept.shape)} any more"
     if weight.is_meta:
         return f"its {leaf} is offloaded and has no values between forwards (accelerate's hooks do that)"
+    # Identity and not equality: a property that returns a copy has the same values and takes no writes.
     if not any(weight is held.get(leaf) for held in (owner._parameters, owner._buffers)):
         return f"its {leaf} is made anew for each forward"
     return None
@@ -227,6 +237,7 @@ class _Reach:
     """
 
     def __init__(self, model: nn.Module, layers: list[RemoeLayer]) -> None:
+        # Routers share most of the way from the model's root, and each link needs one look alone.
         links: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
         names = {module: name for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
         for layer in layers:

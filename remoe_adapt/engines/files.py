@@ -156,6 +156,7 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write a small file in one piece, and wait until it is on the disk under its name."""
     draft = _draft(path)
     try:
+        # "x": a draft that is there already is another thread's.
         with draft.open("xb") as file:
             file.write(data)
         sync(draft)
@@ -177,6 +178,7 @@ def sync(path: Path) -> None:
 def _draft(out: Path) -> Path:
     """A name beside `out`; what killed processes left there under such names is removed."""
     pattern = re.compile(re.escape(f".{out.name}.") + r"([0-9]{1,9})\.tmp")
+    # A kill leaves a draft of gigabytes, under a name that nobody would look for.
     for path in out.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match and not _runs(int(match[1])):

@@ -68,6 +68,7 @@ def export_merged(
     changed: defaultdict[Path, dict[str, Tensor]] = defaultdict(dict)
     for router in files.routers:
         changed[router.weight.path][router.weight.tensor] = live[router.name]
+    # Every file of weights, for a base of several shards has files without a router too.
     shards = sorted({extent.path for extent in files.extents.values()})
     # The folder would replace itself, and its linked shards would be gone.
     if target.resolve() == files.folder.resolve():
@@ -79,6 +80,7 @@ def export_merged(
         for shard in shards:
             name = str(shard.relative_to(files.folder))
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            # Resolved, for under these names the hub's cache has symbolic links alone.
             if shard in changed:
                 _rewrite(shard.resolve(strict=True), draft / name, files.extents, changed[shard], on_bytes)
                 how["rewritten"].append(name)
@@ -111,6 +113,7 @@ def _rewrite(
     # A safetensors file is: length of the header (8 bytes), header as JSON, data; offsets count from the data.
     data = 8 + int.from_bytes(read_at(shard, 0, 8), "little")
     header: dict[str, Any] = parse_json(bytes(read_at(shard, 8, data - 8)), f"the header of {shard}", ExportError)
+    # Routers that grow from bf16 to fp32 move every tensor behind them, so the header is written anew.
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header_tensors = ((name, entry) for name, entry in header.items() if name != "__metadata__")
     tensors = sorted(header_tensors, key=lambda tensor: int(tensor[1]["data_offsets"][0]))

@@ -84,6 +84,7 @@ class _Level:
 
     def read(self, faults: dict[Path, Exception]) -> Usage | None:
         """None without a limit. What cannot be read of one file goes to `faults`, and the others count."""
+        # memory.high throttles before memory.max kills, so the lower of the two is the limit that is felt.
         limit = min((self._limit(file, faults) for file in self._limits), default=UNLIMITED_BYTES)
         if limit >= UNLIMITED_BYTES:
             return None
@@ -134,6 +135,7 @@ class ProcessGroups:
 
     def refresh(self, now_s: float) -> bool:
         """Look where the process is, once a second; True when that has changed. Raises OSError without cgroups."""
+        # A clock that went back asks again, instead of never.
         if self._looked_s is not None and self._looked_s <= now_s < self._looked_s + _REFRESH_S:
             return False
         membership = self._membership.read()
@@ -147,6 +149,7 @@ class ProcessGroups:
             for folder in _binding(path)
             if (folder / ("memory.limit_in_bytes" if version == "v1" else "memory.max")).is_file()
         ]
+        # Files of the old group may be gone, and would be read as if it were ours.
         self.close()
         self._seen, self.folders, self._levels, self._looked_s = membership, folders, levels, now_s
         return True

@@ -21,6 +21,7 @@ from remoe_adapt.pressure.cgroups import ProcessGroups
 from remoe_adapt.pressure.proc_files import Measures, Missing, PolledFile, Rates, count, garbage, reason
 from remoe_adapt.pressure.reading import Measure, Reading, merged
 
+# Tests give folders of their own instead.
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Numbers end at 19 digits: no kernel counts longer ones, and no float holds them.
 _STALLS = re.compile(r"^(some|full) avg10=(\d{1,3}(?:\.\d{1,9})?) .*\btotal=(\d{1,19})$", re.MULTILINE | re.ASCII)
@@ -67,6 +68,7 @@ class MachineMemory:
         try:
             found, swapped = self._from_kernel()
         except (OSError, ValueError, KeyError):  # another system, or a kernel without MemAvailable
+            # This costs ten times as much, and is right wherever psutil runs.
             found, swapped = _from_psutil()
         measures = {name: Measure(value, "B", now_s) for name, value in found.items()}
         if not swapped:
@@ -81,6 +83,7 @@ class MachineMemory:
         total, swap = sizes["MemTotal"], sizes["SwapTotal"]
         found = {"memory.available": min(sizes["MemAvailable"], total), "memory.total": total}
         found |= {"swap.used": swap - sizes["SwapFree"], "swap.total": swap}
+        # The long file of counters is not read where nothing can be swapped.
         if not swap:
             return found, {}
         pages = {name: int(count) for name, count in _SWAPPED.findall(self._vmstat.read())}
@@ -124,12 +127,14 @@ class CgroupMemory:
             )
             return Reading(now_s, {}, {self.name: why})
         found = ("limit", "usage", "reclaimable", "headroom")
+        # One unreadable file of a group is said beside the measures of the others.
         broken = {f"cgroup.{path.name}": _why(error) for path, error in self._groups.faults.items()}
         measures = {f"cgroup.{name}": Measure(getattr(tightest, name), "B", now_s) for name in found}
         return Reading(now_s, measures, broken)
 
     def free_bytes(self, now_s: float) -> float:
         """cgroup.headroom, without end where nothing is limited. Raises OSError."""
+        # Where nothing is limited, the machine's own memory decides alone.
         tightest = self._groups.tightest(now_s)
         return math.inf if tightest is None else tightest.headroom
 
@@ -172,12 +177,14 @@ class PressureStall:
         folder = groups[0] if is_group else None
         files = {} if folder is None else {kind: folder / f"{kind}.pressure" for kind in ("memory", "io")}
         self._group_files = {f"psi.cgroup.{kind}": PolledFile(path) for kind, path in files.items() if path.is_file()}
+        # Counts of the old group are none of the new one's.
         self._rates = {prefix: rates for prefix, rates in self._rates.items() if prefix in self._machine}
 
     def _read_one(self, now_s: float, prefix: str, file: PolledFile, measures: Measures, missing: Missing) -> None:
         try:
             found = _STALLS.findall(text := file.read())
         except OSError as error:
+            # Many distributions compile PSI in and leave it off.
             missing[prefix] = f"{_why(error)}; Linux says it with CONFIG_PSI (boot with psi=1)"
             return
         if not found:
@@ -241,6 +248,7 @@ class ProcessUse:
         self._read_rates.add(now_s, {"process.read": int(found[1])}, "B/s", measures, missing)
 
     def _add_refaults(self, now_s: float, measures: Measures, missing: Missing) -> None:
+        # Without faults of this process, what the machine reads again is the business of others.
         faults = measures.get("process.faults")
         if faults is None:
             return
@@ -271,6 +279,7 @@ class Sensors:
     def read(self, now_s: float | None = None) -> Reading:
         """One sample of all; now_s: the time it is given, None: the clock's."""
         now_s = self.now() if now_s is None else now_s
+        # Later sensors win where two have one name, so that the order of the list is part of the meaning.
         return merged(now_s, [_guarded(sensor, now_s) for sensor in self.sensors])
 
     def is_free(self, floors: Mapping[str, float], now_s: float) -> bool:

@@ -76,6 +76,7 @@ class LiveRouters:
         """Put the originals back, or leave the strength as it is, with its undo file; on the disk, either way."""
         undo = self._model.undos.get(self.path)
         with self._ending, disk_faults(self.path, ExportError, _STAYS):
+            # What was live for a while becomes an ordinary patch, so that `--undo` knows what it will find.
             if undo is not None and keep and self.strength:
                 new = self._model.live(self._family, self.strength, self._layers)[self.path]
                 os.fsync(self._fd)

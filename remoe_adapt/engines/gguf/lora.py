@@ -54,6 +54,7 @@ def export_gguf_lora(
         raise ConfigError(f"rank {rank} is impossible: use 1 or more, or leave it out for the delta as it is.")
     # A LoRA is added to the product, so a model whose routers are changed already would get the delta twice.
     layers = model.check(family, base, force=force)
+    # Stored points are enough: the server adds two of them up for a strength between.
     chosen = family.strengths if strengths is None else tuple(strengths)
     targets = [folder / f"{Family.adapter_name(strength)}.gguf" for strength in chosen]
     # Two strengths may differ by less than their file names show.

@@ -50,6 +50,7 @@ def export_gguf(
     on_total(sum(file.size for file in model.files))
     how = {}
     with disk_faults(targets[0], ExportError, NOTHING_LEFT), new_files(targets) as drafts:
+        # Backwards, so that the small part with the routers is written when the large ones are there.
         for file, target, draft in reversed(list(zip(model.files, targets, drafts, strict=True))):
             if file.path in pieces:
                 how[target.name] = clone_or_copy(file.path.resolve(), draft, on_bytes)

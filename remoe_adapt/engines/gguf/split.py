@@ -66,6 +66,7 @@ def split_gguf(
         )
     live = model.live(family, strength, model.check(family, base, force=force))
     replaced = {name: data for pieces in live.values() for name, data in pieces.items()}
+    # One part more: the routers' own, which comes first.
     count, total = len(model.files) + 1, sum(len(file.tensors) for file in model.files)
     paths = [target.with_name(shard_name(target_stem(target), number, count)) for number in range(1, count + 1)]
     on_total(sum(file.size for file in model.files))
@@ -91,6 +92,7 @@ def split_gguf(
 
 
 def _place(number: int, count: int, total: int) -> list[bytes]:
+    # The types that llama.cpp's own splitter writes; it refuses others.
     values = ((UINT16, number), (UINT16, count), (INT32, total))
     return [entry_bytes(key, kind, value) for key, (kind, value) in zip(SPLIT_KEYS, values, strict=True)]
 

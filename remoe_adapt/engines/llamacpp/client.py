@@ -90,6 +90,7 @@ def call(
         headers["Content-Type"] = "application/json"
     status, text = _exchange(address, "GET" if sent is None else "POST", path, sent, headers, timeout_s)
     found = parse_json(text, f"what {where} answers, with status {status} (is it a llama-server?),", ServerError)
+    # llama-server answers 503 until its model is loaded: that is a server to wait for, not a broken one.
     if status == _LOADING:
         raise ServerDownError(f"{address}: {_message(found)}")
     if status != http.client.OK:
@@ -104,6 +105,7 @@ def _exchange(
     """Status and body of the answer."""
     connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
     late = threading.Event()
+    # A daemon, so that an interpreter that ends does not wait for a server.
     timer = threading.Timer(timeout_s, lambda: _cut(sock, late))
     timer.daemon = True
     try:

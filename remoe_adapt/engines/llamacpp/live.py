@@ -52,6 +52,7 @@ class LlamaFile(OutsideEngine):
             self._met_pid = None
             if self._required:
                 raise ServerDownError(self.process.why_unknown or "the watched process does not run")
+        # The maps of a process are long, so they are read again only now and then.
         elif pid != self._met_pid or time.monotonic() >= self._check_s:
             self._check(pid)
         wanted = self.target

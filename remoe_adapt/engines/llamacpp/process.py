@@ -68,6 +68,7 @@ class WatchedProcess(abc.ABC):
         """Whether the process found last still runs; another one under the same number is not it. Costs 50 us."""
         try:
             process = self._process
+            # A zombie keeps its number until its parent has asked for it, and serves nobody.
             return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
@@ -115,6 +116,7 @@ class ServerProcess(WatchedProcess):
         if not on_port:
             self.why_unknown = f"nothing listens on port {self._address.port}"
             return None
+        # One server may listen on IPv4 and IPv6, which is one process twice.
         pids = {c.pid for c in on_port if c.pid is not None}
         if len(pids) != 1:
             reason = "several processes listen there" if pids else "it belongs to another user"
@@ -160,6 +162,7 @@ class ServerSensors(Sensors):
         self._process.find()
         pid = self._process.pid or _NOBODY
         if pid != self._sensed_pid:
+            # New sensors, since the counters of one process must not be held against those of another.
             self.close()
             self.sensors, self._sensed_pid = tuple(os_sensors(PROC, CGROUPS, pid)), pid
         reading = super().read(now_s)

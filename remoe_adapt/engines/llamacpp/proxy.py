@@ -121,6 +121,7 @@ class Proxy:
         self._setting, self._lost = setting, lost
         self._hold_s, self._reuse_prompts, self.bounds = hold_s, reuse_prompts, bounds or Bounds()
         self.counts: Counter[str] = Counter()
+        # Bytes of bodies that are held now, of all requests.
         self._held, self._drain_s = 0, _DRAIN_S
 
     def start(self) -> int:
@@ -162,6 +163,7 @@ class Proxy:
             connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         ) as self._session:  # fmt: skip
+            # Made inside the loop's thread, for aiohttp binds its server to the loop that runs.
             server = _Server(self)
             sockets = await self._loop.create_server(server, self.host, self.port)
             listening.set_result(int(sockets.sockets[0].getsockname()[1]))
@@ -329,6 +331,8 @@ class _Sending:
             if self.setting is None:
                 self.just_gone = True
                 raise ConnectionError
+            # Only here, when the connection takes the body: the strength that the answer states is the one it was asked
+            # at.
             parts = with_lora(self._body, self.setting.scales.as_list(self.setting.strength, self._scales))
         # In pieces so small that sending one holds nobody up.
         for part in parts:

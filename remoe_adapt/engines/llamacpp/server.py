@@ -109,11 +109,13 @@ class LlamaServer(OutsideEngine):
             return False
         if self.process.find() or (self.process.known and not self.process.alive()):
             self.lost()
+        # A server that loads a model for a minute is not asked twenty times a second.
         if self._scales is None and now_s < self._retry_s:
             return False
         try:
             if self._scales is None:
                 self._meet()
+            # Behind a proxy the server's own scales stay those of strength 0, whatever is wanted.
             elif not self.per_request and self._wanted != self._live:
                 self._set(self._scales)
             elif now_s >= self._check_s and not self._unchanged(self._scales):
@@ -156,6 +158,7 @@ class LlamaServer(OutsideEngine):
             if self._wanted is None:
                 self._wanted = found if found is not None and not self.per_request else 0.0
             self._live = found
+        # Requests are let in (`setting`) only when the server is at the strength that they would be told.
         if self._live != self._target():
             self._set(scales)
         with self._lock:
@@ -172,6 +175,7 @@ class LlamaServer(OutsideEngine):
             self._send("/lora-adapters", scales.as_list(target))
             self.swaps += 1
             loras = self.loras()
+            # Another program may set scales too, and neither would notice.
             if not scales.matches(loras, target):
                 scales_now = printable([lora.scale for lora in loras])
                 raise ServerError(
@@ -184,6 +188,7 @@ class LlamaServer(OutsideEngine):
     def _unchanged(self, scales: ScaleMap) -> bool:
         """Whether the server is as it was left: adapters under their numbers, all scales as they were."""
         loras = self.loras()
+        # A server restarted between two looks may number its adapters otherwise.
         if ScaleMap.of(loras, self.points, self._recognise) != scales:
             return False
         return self.dry_run or self._live is None or scales.matches(loras, self._live)

@@ -155,6 +155,7 @@ class Watch:
                 # Before the server is touched: the port may be taken. Requests wait until the server is met.
                 port = self.proxy.start()
                 ending.callback(self.proxy.stop)
+            # The first look raises what cannot be driven; a server that is down may come later.
             try:
                 self.engine.sync()
             except ServerDownError as error:
@@ -214,6 +215,7 @@ class Watch:
 
     def _pause(self) -> None:
         if self._awake.wait(self._interval_s) and not self._ended:
+            # It was woken by a lost server and not by the end: the next look comes at once, later ones in time.
             self._awake.clear()
 
     def _lost(self, server: LlamaServer) -> None:
@@ -256,5 +258,7 @@ class FamilyPoints:
             if values.get(FINGERPRINT_KEY) != self.fingerprint or not isinstance(stated, int | float):
                 return None
             return next((s for s in self.strengths if abs(s - stated) < _SAME_STRENGTH), None)
+        # A file that cannot be read from here (another user's, another container's) is known by the name that the
+        # export gave it.
         exported = {Family.adapter_name(strength): strength for strength in self.strengths}
         return exported.get(file.stem)
