@@ -106,7 +106,9 @@ class StepLock:
         """Around a whole generate call. What it runs before its first step (an encoder) counts as a forward."""
         self._local.step_began_s = None  # what lies between two calls is no step
         with EXIT.working():
-            session = self._enter()
+            session = Session(self._local.sessions)
+            with self.lock:
+                self._sessions.add(session)
             try:
                 self._next_forward(session)
                 yield
@@ -228,7 +230,7 @@ class StepLock:
             EXIT.register_loop()
             self._local.exit_knows = True
 
-    # All below is called under the lock, but for `_enter` and `_leave`, which take it.
+    # All below is called under the lock, but for `_leave`, which takes it.
 
     def _swap_or_wait(self) -> None:
         if self._inside_a_forward():
@@ -262,12 +264,6 @@ class StepLock:
             self._writer.swap(alone=alone)
         finally:
             self._notify()
-
-    def _enter(self) -> Session:
-        session = Session(self._local.sessions)
-        with self.lock:
-            self._sessions.add(session)
-        return session
 
     def _leave(self, session: Session) -> None:
         session.stack.remove(session)  # of the thread that entered, whichever leaves

@@ -131,7 +131,8 @@ class ProcessGroups:
         self._looked_s: float | None = None
         self.folders: dict[str, list[Path]] = {}
         self.faults: dict[Path, Exception] = {}
-        self._levels: list[_Level] = []
+        # Groups whose memory somebody may limit; none where there is no memory controller.
+        self.levels: list[_Level] = []
 
     def refresh(self, now_s: float) -> bool:
         """Look where the process is, once a second; True when that has changed. Raises OSError without cgroups."""
@@ -151,7 +152,7 @@ class ProcessGroups:
         ]
         # Files of the old group may be gone, and would be read as if it were ours.
         self.close()
-        self._seen, self.folders, self._levels, self._looked_s = membership, folders, levels, now_s
+        self._seen, self.folders, self.levels, self._looked_s = membership, folders, levels, now_s
         return True
 
     def tightest(self, now_s: float) -> Usage | None:
@@ -171,18 +172,13 @@ class ProcessGroups:
 
     def _tightest(self) -> Usage | None:
         self.faults = {}
-        limited = [usage for level in self._levels if (usage := level.read(self.faults)) is not None]
+        limited = [usage for level in self.levels if (usage := level.read(self.faults)) is not None]
         return min(limited, key=lambda usage: usage.headroom, default=None)
 
-    @property
-    def has_controller(self) -> bool:
-        """Whether any hierarchy can limit memory here."""
-        return bool(self._levels)
-
     def close(self) -> None:
-        for level in self._levels:
+        for level in self.levels:
             level.close()
-        self._levels, self._seen, self._looked_s = [], None, None
+        self.levels, self._seen, self._looked_s = [], None, None
         self._membership.close()
 
 

@@ -88,6 +88,8 @@ def garbage(path: Path, text: str) -> ValueError:
     return ValueError(f"{where} holds {printable(text[:40])!r}, which is no count")
 
 
-def reason(error: OSError) -> str:
+def reason(error: Exception) -> str:
     """Why a file could not be read, in words."""
-    return f"{error.filename or 'the file'}: {error.strerror or error}"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the file'}: {error.strerror or error}"
+    return f"{type(error).__name__}: {error}"

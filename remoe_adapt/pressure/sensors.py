@@ -120,15 +120,14 @@ class CgroupMemory:
         try:
             tightest = self._groups.tightest(now_s)
         except (OSError, ValueError) as error:
-            return Reading(now_s, {}, {self.name: f"no cgroup can be read ({_why(error)})"})
+            return Reading(now_s, {}, {self.name: f"no cgroup can be read ({reason(error)})"})
         if tightest is None:
-            why = (
-                "no group on this process's path has a limit" if self._groups.has_controller else "no memory controller"
-            )
+            limitable = bool(self._groups.levels)
+            why = "no group on this process's path has a limit" if limitable else "no memory controller"
             return Reading(now_s, {}, {self.name: why})
         found = ("limit", "usage", "reclaimable", "headroom")
         # One unreadable file of a group is said beside the measures of the others.
-        broken = {f"cgroup.{path.name}": _why(error) for path, error in self._groups.faults.items()}
+        broken = {f"cgroup.{path.name}": reason(error) for path, error in self._groups.faults.items()}
         measures = {f"cgroup.{name}": Measure(getattr(tightest, name), "B", now_s) for name in found}
         return Reading(now_s, measures, broken)
 
@@ -162,7 +161,7 @@ class PressureStall:
             if not self._group_files:
                 missing["psi.cgroup"] = "no v2 group with pressure files; the machine's own count"
         except (OSError, ValueError) as error:
-            missing["psi.cgroup"] = f"no cgroup can be read ({_why(error)})"
+            missing["psi.cgroup"] = f"no cgroup can be read ({reason(error)})"
         measures: Measures = {}
         for prefix, file in (self._machine | self._group_files).items():
             self._read_one(now_s, prefix, file, measures, missing)
@@ -174,8 +173,7 @@ class PressureStall:
         groups = self._groups.folders.get("v2", [])
         # The root of all groups is the machine; a container's own root has events.
         is_group = len(groups) > 1 or (len(groups) == 1 and (groups[0] / "cgroup.events").is_file())
-        folder = groups[0] if is_group else None
-        files = {} if folder is None else {kind: folder / f"{kind}.pressure" for kind in ("memory", "io")}
+        files = {kind: groups[0] / f"{kind}.pressure" for kind in ("memory", "io")} if is_group else {}
         self._group_files = {f"psi.cgroup.{kind}": PolledFile(path) for kind, path in files.items() if path.is_file()}
         # Counts of the old group are none of the new one's.
         self._rates = {prefix: rates for prefix, rates in self._rates.items() if prefix in self._machine}
@@ -185,7 +183,7 @@ class PressureStall:
             found = _STALLS.findall(text := file.read())
         except OSError as error:
             # Many distributions compile PSI in and leave it off.
-            missing[prefix] = f"{_why(error)}; Linux says it with CONFIG_PSI (boot with psi=1)"
+            missing[prefix] = f"{reason(error)}; Linux says it with CONFIG_PSI (boot with psi=1)"
             return
         if not found:
             missing[prefix] = f"{garbage(file.path, text)}: it is no pressure file"
@@ -229,7 +227,7 @@ class ProcessUse:
             try:
                 add(now_s, measures, missing)
             except (OSError, ValueError, IndexError) as error:
-                missing[name] = _why(error)
+                missing[name] = reason(error)
         return Reading(now_s, measures, missing)
 
     def _add_private(self, now_s: float, measures: Measures, missing: Missing) -> None:
@@ -315,7 +313,3 @@ def _guarded(sensor: Sensor, now_s: float) -> Reading:
 
 def _process_folder(proc: Path, pid: int | None) -> Path:
     return proc / ("self" if pid is None else str(pid))
-
-
-def _why(error: Exception) -> str:
-    return reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

@@ -55,7 +55,10 @@ class LiveRouters:
             weights = self._model.weights.values()
             self.spans = [(t.offset, t.offset + len(self._originals[t.name])) for t in weights]
             self.swap_s: float | None = None
-            self.strength = self._found()
+            undo = self._model.undos.get(self.path)
+            found = "original" if undo is None else undo.state(self._file)
+            # What a killed session left is torn or live, and of no known strength.
+            self.strength = {"original": 0.0, "patched": undo.strength if undo else None}.get(found)
             # From here on the lock is held until `close`; an error above has released it.
             self._ending = ending.pop_all()
 
@@ -63,7 +66,9 @@ class LiveRouters:
         """Replace all routers, layer by layer, one call each; the page cache has them then, the disk later."""
         pieces = self._model.placed(self._model.live(self._family, strength, self._layers)[self.path], self.path)
         with disk_faults(self.path, ExportError, _STAYS):
-            if self._model.undos.get(self.path) is None or not self._ours:
+            undo = self._model.undos.get(self.path)
+            # An undo file of a live session has no one strength, so it holds NaN; one of `patch_in_place` has a number.
+            if undo is None or not math.isnan(undo.strength):
                 # Before the first byte of a router changes, since a kill in between could not be put right otherwise.
                 self._model.undos[self.path] = Undo.write(self._file, self._originals, None, math.nan)
             self.strength = None
@@ -89,17 +94,6 @@ class LiveRouters:
                 del self._model.undos[self.path]
                 self.strength = 0.0
         self._fd = -1
-
-    @property
-    def _ours(self) -> bool:
-        # An undo file of a live session has no one strength, so it holds NaN; one of `patch_in_place` has a number.
-        return math.isnan(self._model.undos[self.path].strength)
-
-    def _found(self) -> float | None:
-        undo = self._model.undos.get(self.path)
-        if undo is None:
-            return 0.0
-        return {"original": 0.0, "patched": undo.strength}.get(undo.state(self._file))
 
     def _refuse_what_is_not_apart(self) -> None:
         model = self._model

@@ -164,17 +164,16 @@ def export_facts(model: GgufModel, family: Family, strength: float, out: Path) -
     }
 
 
-def target_stem(out: Path) -> str:
-    """A split GGUF's name without the part's number and the ending."""
-    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", out.name)
+def part_paths(out: Path, count: int) -> list[Path]:
+    """The files of a split GGUF that is called `out`, with or without a part's number."""
+    stem = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", out.name)
+    return [out.with_name(shard_name(stem, number, count)) for number in range(1, count + 1)]
 
 
 def _targets(out: Path, count: int) -> list[Path]:
     if out.suffix != ".gguf":
         raise ConfigError(f"{printable(out)} must end in .gguf: engines know the format by that.")
-    if count == 1:
-        return [out]
-    return [out.with_name(shard_name(target_stem(out), number, count)) for number in range(1, count + 1)]
+    return [out] if count == 1 else part_paths(out, count)
 
 
 def refuse_links(files: Iterable[GgufFile]) -> None:

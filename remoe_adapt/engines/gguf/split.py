@@ -19,11 +19,10 @@ from remoe_adapt.engines.gguf.file import (
     GgufTensor,
     entry_bytes,
     header_bytes,
-    shard_name,
     text_entry,
 )
 from remoe_adapt.engines.gguf.parts import ARCHITECTURE_KEY, DIGEST_KEYS, MODEL_KEY, ROUTERS_KEY, SPLIT_KEYS
-from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base, export_facts, target_stem
+from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base, export_facts, part_paths
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.undo import digest
 from remoe_adapt.errors import ConfigError, ExportError
@@ -54,7 +53,7 @@ def split_gguf(
     Raises ConfigError when a file to write exists or the source's routers are alone already, ExportError when one
     cannot be written, else as `GgufModel`, `GgufModel.check` and `GgufModel.live`.
     """
-    model, target = GgufModel(source), Path(out)
+    model = GgufModel(source)
     routers = model.router_tensors()
     apart = {tensor.path for tensor in routers}
     names = {tensor.name for tensor in routers}
@@ -68,7 +67,7 @@ def split_gguf(
     replaced = {name: data for pieces in live.values() for name, data in pieces.items()}
     # One part more: the routers' own, which comes first.
     count, total = len(model.files) + 1, sum(len(file.tensors) for file in model.files)
-    paths = [target.with_name(shard_name(target_stem(target), number, count)) for number in range(1, count + 1)]
+    paths = part_paths(Path(out), count)
     on_total(sum(file.size for file in model.files))
     first = model.files[0]
     with disk_faults(paths[0], ExportError, NOTHING_LEFT), new_files(paths) as drafts:

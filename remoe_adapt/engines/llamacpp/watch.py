@@ -168,11 +168,7 @@ class Watch:
                     event = self._tick()
                     if event["changed"]:
                         yield event
-                    up = not down
                     down = yield from self._sync(down)
-                    if down and up:
-                        what = "wrong" if down.startswith(_WRONG) else "down"
-                        yield {"event": what, "reason": down.removeprefix(_WRONG)}
                     self._pause()
             finally:
                 ending.close()
@@ -201,17 +197,23 @@ class Watch:
         return {"event": "strength", **{k: v for k, v in decision.as_dict().items() if k not in _INSIDE}}
 
     def _sync(self, down: str) -> Generator[dict[str, Any], None, str]:
-        """The new reason why the server cannot be driven, "" when it is; yields that it is back."""
-        before = self.engine.met
+        """Yields what has changed; the new reason why the server cannot be driven, "" when it is.
+
+        down: the reason before. One reason after another is said once, for as long as it lasts.
+        """
+        before, what, reason = self.engine.met, "", ""
         try:
-            ready = self.engine.sync()
+            if not self.engine.sync():  # it is not time to try again
+                return down
         except ServerDownError as error:
-            return str(error)
+            what, reason = "down", str(error)
         except ServerError as error:
-            return _WRONG + str(error)
-        if ready and (down or self.engine.met > before):
+            what, reason = "wrong", str(error)
+        if what and not down:
+            yield {"event": what, "reason": reason}
+        elif not what and (down or self.engine.met > before):
             yield {"event": "up", **self.status()}
-        return "" if ready else down
+        return reason
 
     def _pause(self) -> None:
         if self._awake.wait(self._interval_s) and not self._ended:
@@ -221,9 +223,6 @@ class Watch:
     def _lost(self, server: LlamaServer) -> None:
         server.lost()
         self._awake.set()
-
-
-_WRONG = "wrong: "
 
 
 class FamilyPoints:
