@@ -291,16 +291,13 @@ def _check_free(base: nn.Module) -> None:
         raise DialError("this model has a dial already: take it off with remoe_adapt.release(model) first.")
     if layers := remoe_layers(model):
         names = sorted(set().union(*(layer.adapters for layer in layers.values())))
+        put = _DIALLED.get(model)
+        closed = put is not None and put.adapter_name in names
+        way_off = "remoe_adapt.release(model)" if closed else "unload() of the PeftModel that holds them"
         raise AdapterConflictError(
             f"REMOE adapters ({', '.join(names)}) are on this model, and a family replaces them: take them off first, "
-            f"with {_way_off(model, names)}."
+            f"with {way_off}."
         )
-
-
-def _way_off(base: nn.Module, names: list[str]) -> str:
-    put = _DIALLED.get(base)
-    is_dial = put is not None and put.adapter_name in names  # one that was closed
-    return "remoe_adapt.release(model)" if is_dial else "unload() of the PeftModel that holds them"
 
 
 def _configs(base: nn.Module) -> dict[str, Any]:

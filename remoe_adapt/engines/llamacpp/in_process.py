@@ -25,7 +25,7 @@ _TOP_K = "ffn_moe_topk-"
 _LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1}
 _LOG_LINES = 8
 
-_Pointer = C.c_void_p
+_Pointer, _Ints, _Floats = C.c_void_p, C.POINTER(C.c_int32), C.POINTER(C.c_float)
 _OnEval = C.CFUNCTYPE(C.c_bool, _Pointer, C.c_bool, _Pointer)
 _OnLog = C.CFUNCTYPE(None, C.c_int, C.c_char_p, _Pointer)
 
@@ -67,11 +67,11 @@ class _ContextParams(C.Structure):
 class _Batch(C.Structure):
     _fields_ = (
         ("n_tokens", C.c_int32),
-        ("token", C.POINTER(C.c_int32)),
-        ("embd", C.POINTER(C.c_float)),
-        ("pos", C.POINTER(C.c_int32)),
-        ("n_seq_id", C.POINTER(C.c_int32)),
-        ("seq_id", C.POINTER(C.POINTER(C.c_int32))),
+        ("token", _Ints),
+        ("embd", _Floats),
+        ("pos", _Ints),
+        ("n_seq_id", _Ints),
+        ("seq_id", C.POINTER(_Ints)),
         ("logits", C.POINTER(C.c_int8)),
     )
 
@@ -92,19 +92,16 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_model_free": ([_Pointer], None),
     "llama_free": ([_Pointer], None),
     "llama_decode": ([_Pointer, _Batch], C.c_int32),
-    "llama_get_logits": ([_Pointer], C.POINTER(C.c_float)),
+    "llama_get_logits": ([_Pointer], _Floats),
     "llama_model_get_vocab": ([_Pointer], _Pointer),
     "llama_vocab_n_tokens": ([_Pointer], C.c_int32),
-    "llama_tokenize": (
-        [_Pointer, C.c_char_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32, C.c_bool, C.c_bool],
-        C.c_int32,
-    ),
+    "llama_tokenize": ([_Pointer, C.c_char_p, C.c_int32, _Ints, C.c_int32, C.c_bool, C.c_bool], C.c_int32),
     "llama_model_n_ctx_train": ([_Pointer], C.c_int32),
     "llama_model_meta_val_str": ([_Pointer, C.c_char_p, C.c_char_p, C.c_size_t], C.c_int32),
     "llama_get_memory": ([_Pointer], _Pointer),
     "llama_memory_clear": ([_Pointer, C.c_bool], None),
     "llama_adapter_lora_init": ([_Pointer, C.c_char_p], _Pointer),
-    "llama_set_adapters_lora": ([_Pointer, C.POINTER(_Pointer), C.c_size_t, C.POINTER(C.c_float)], C.c_int32),
+    "llama_set_adapters_lora": ([_Pointer, C.POINTER(_Pointer), C.c_size_t, _Floats], C.c_int32),
     "ggml_get_name": ([_Pointer], C.c_char_p),
     "ggml_backend_tensor_get": ([_Pointer, _Pointer, C.c_size_t, C.c_size_t], None),
 }
@@ -221,15 +218,15 @@ class LlamaModel:
             raise TraceError(
                 f"cannot decode {count} tokens after {self.position}: the context has {self.context_tokens}"
             )
-        one = (C.c_int32 * 1)(0)
-        sequence = C.cast(one, C.POINTER(C.c_int32))
+        # All tokens are of sequence 0, the only one that this context has.
+        sequence = C.cast((C.c_int32 * 1)(0), _Ints)
         batch = _Batch(
             count,
             (C.c_int32 * count)(*ids),
             None,
             (C.c_int32 * count)(*range(self.position, self.position + count)),
             (C.c_int32 * count)(*[1] * count),
-            (C.POINTER(C.c_int32) * count)(*[sequence] * count),
+            (_Ints * count)(*[sequence] * count),
             # All, for the engine leaves out what no logits depend on: the last layer's experts.
             (C.c_int8 * count)(*[1] * count),
         )
