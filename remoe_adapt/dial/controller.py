@@ -2,7 +2,7 @@
 
 A monitor thread samples the sensors and posts targets; a user's hand pins them. Any thread may post a target; the
 latest wins. Posting stages the weights in the calling thread (`staging`); the swap itself is made by the step lock
-(`gate`): between the steps of `generate` or at `controller.step()`.
+(`steps`): between the steps of `generate` or at `controller.step()`.
 """
 
 from __future__ import annotations

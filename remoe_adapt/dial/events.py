@@ -58,8 +58,14 @@ def unit(what: str, value: object) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One swap. time_s: when, since the epoch; before, after: strengths; pressure: that `after` answers, None where a
-    strength was set by hand; by: "hand" or "sensors"; reason: in words; swap_ms: what it took of the decoding thread.
+    """One swap.
+
+    time_s: when, since the epoch.
+    before, after: strengths.
+    pressure: that `after` answers, None where a strength was set by hand.
+    by: "hand" or "sensors".
+    reason: in words.
+    swap_ms: what it took of the decoding thread.
     """
 
     time_s: float

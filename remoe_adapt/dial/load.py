@@ -72,14 +72,19 @@ def get_remoe_model(
     """A PeftModel over the base object with `.controller`, which turns its strength as the sensors say.
 
     base: a model, a PeftModel (its base object gets the dial, its adapters stay and keep working), a path or a hub id,
-    loaded with `from_pretrained_kwargs`: behind an expert cache where the profile has one and the model can, see
-    `load_base_under`. profile: a name, a path or a DeviceProfile; None: strength equal to pressure, see `profile_of`.
+        loaded with `from_pretrained_kwargs`: behind an expert cache where the profile has one and the model can, see
+        `load_base_under`.
+    profile: a name, a path or a DeviceProfile; None: strength equal to pressure, see `profile_of`.
     family: a folder, a hub id or a Family; None: what the profile's `families` name for the base's id, else
-    training-free operating points (recency prior only), which is logged once. recency: "last", "ema" or "resident", a
-    prior on top of what the points have, with `recency_gain` (default 0.2) at every strength and `recency_decay`
-    (default 0.7, for ema). expert_cache: the budget of the cache instead of the profile's. device: where a base that is
-    loaded computes; None: where from_pretrained puts it. monitor: False leaves the dial to your calls until
-    `controller.resume()`. force: accept a family of another base, if names and shapes fit.
+        training-free operating points (recency prior only), which is logged once.
+    recency: "last", "ema" or "resident", a prior on top of what the points have.
+    recency_gain: of that prior, at every strength (default 0.2).
+    recency_decay: of that prior (default 0.7, for ema).
+    expert_cache: the budget of the cache instead of the profile's.
+    device: where a base that is loaded computes; None: where from_pretrained puts it.
+    monitor: False leaves the dial to your calls until `controller.resume()`.
+    adapter_name: of the adapter that puts the wrappers on the routers.
+    force: accept a family of another base, if names and shapes fit.
 
     Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
     DialError when the model has a dial already (see `release`), AdapterConflictError when REMOE adapters or the

@@ -62,7 +62,7 @@ class GpuMemory:
 
 
 class CacheUse:
-    """Of an expert cache: cache.miss_rate, cache.stall_share (share), cache.read (B/s) over the last second, and
+    """What an expert cache does: cache.miss_rate, cache.stall_share (share), cache.read (B/s) over the last second, and
     cache.budget, cache.allowed, cache.resident (B), cache.on_gpu (flag); below.budget, .allowed, .resident of the RAM
     tier under a GPU's.
 

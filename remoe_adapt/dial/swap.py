@@ -37,9 +37,10 @@ class Staged:
 class ResidentRouters:
     """The wrapped routers of one model under one family. Not thread-safe: the controller decides who calls when.
 
-    model: its routers are RemoeLayers without merged adapters; they enter resident mode. The points of the family and
-    the base are kept precomputed in the dtype and on the device of the model, which may be moved or cast later. prior:
-    the recency prior on the model, whose gains are swapped together with the weights.
+    model: its routers are RemoeLayers without merged adapters; they enter resident mode.
+    family: its points and the base are kept precomputed in the dtype and on the device of the model, which may be moved
+        or cast later.
+    prior: the recency prior on the model, whose gains are swapped together with the weights.
 
     Raises RouterNotFoundError when nothing is wrapped, MergeStateError when adapters are merged or another dial is on,
     DialError when the live weights are not those that the forward reads, FamilyError when the family has routers that

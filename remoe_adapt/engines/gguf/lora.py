@@ -35,9 +35,13 @@ def export_gguf_lora(
 ) -> dict[str, Any]:
     """Write LoRAs for the model `source` into the folder `out`, one for each of `strengths` (None: the stored points).
 
+    rank: None keeps the delta as it is; else the nearest of that rank, and `relative_error` is the largest
+        |delta - BA| / |delta| (Frobenius) of a router.
+    base: what the routers are compared with, see `GgufModel.check`.
+    force: also for a model that seems to be of another base, or an architecture that is not known.
+
     A server adds scale times the delta, so between two points p < q the strength s is the scales (q - s) / (q - p) and
-    (s - p) / (q - p), below the first point s / p. rank: None keeps the delta as it is; else the nearest of that rank,
-    and `relative_error` is the largest |delta - BA| / |delta| (Frobenius) of a router.
+    (s - p) / (q - p), below the first point s / p.
 
     After an error nothing is left of what was written. Raises UnsupportedRouterError for architectures whose routers
     ignore a LoRA or are not known to use one, MissingDependencyError without the gguf package, ConfigError for a rank

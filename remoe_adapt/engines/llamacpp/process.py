@@ -48,7 +48,7 @@ class WatchedProcess(abc.ABC):
 
     @property
     def pid(self) -> int | None:
-        """Of the server that runs now; None when none is known."""
+        """The number of the process that runs now; None when none is known."""
         return self._process.pid if self.alive() and self._process is not None else None
 
     @property

@@ -72,9 +72,12 @@ _KINDS = {501: "not_supported_error", 503: "unavailable_error"}
 class Bounds:
     """What clients may take.
 
-    head_s: seconds until a head has come, also of a next request on the same connection; body_s: seconds without any
-    more of a body, and beyond what it takes at 16 KiB/s; stall_s: seconds in which a client takes nothing of its
-    answer; body_bytes: of one request; held_bytes: of all bodies together; connections: open at once.
+    head_s: seconds until a head has come, also that of a next request on the same connection.
+    body_s: seconds without any more of a body, and beyond what it takes at 16 KiB/s.
+    stall_s: seconds in which a client takes nothing of its answer.
+    body_bytes: of one request.
+    held_bytes: of all bodies together.
+    connections: open at once.
     """
 
     head_s: float = 10.0
@@ -100,9 +103,16 @@ class _CutOffError(ConnectionError):
 class Proxy:
     """Listens from `start` to `stop`, in a thread of its own.
 
-    setting: what requests should say now, None while there is no server; lost: called when the server did not take or
-    finish a request. reuse_prompts: leave a client's `cache_prompt` as it is. counts: requests by how they ended
-    ("answered", "refused", "unavailable", "lost", "left": the client went first, or took nothing of its answer).
+    address: of the server.
+    setting: what requests should say now, None while there is no server.
+    lost: called when the server did not take or finish a request.
+    host, port: where it listens.
+    hold_s: how long a request that generates waits for a server that is down.
+    reuse_prompts: leave a client's `cache_prompt` as it is.
+    bounds: what clients may take.
+
+    `counts` are requests by how they ended ("answered", "refused", "unavailable", "lost", "left": the client went
+    first, or took nothing of its answer).
     """
 
     def __init__(
@@ -371,7 +381,7 @@ class _Server(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    """Of one client. What is no HTTP gets an answer of our form."""
+    """The connection of one client. What is no HTTP gets an answer of our form."""
 
     def __init__(self, server: _Server) -> None:
         # The time of keep-alive also bounds the first head. Bodies go on as they are: nothing is unpacked.
@@ -420,7 +430,7 @@ def error_answer(status: int, message: str) -> web.Response:
 
 
 def plain_error(status: int, message: str) -> bytes:
-    """The same for a connection on which there is no request to answer."""
+    """`error_answer` for a connection on which there is no request to answer."""
     body = error_answer(status, message).body
     assert isinstance(body, bytes)
     first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
