@@ -71,7 +71,7 @@ class Exit:
         # No clock is asked before there is an exit: this runs at every step.
         return bool(self.until_s) and time.monotonic() < self.until_s and threading.get_ident() != self._leaver
 
-    def stay_out(self) -> None:
+    def wait_if_leaving(self) -> None:
         """A boundary: returns at once, unless the exit has begun."""
         if self.begun:
             me = threading.get_ident()
@@ -80,30 +80,30 @@ class Exit:
             self._asleep.discard(me)
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
+    def working(self) -> Iterator[None]:
         """Around work in torch, with or without boundaries within; may be nested."""
-        self.stay_out()
+        self.wait_if_leaving()
         me = threading.get_ident()
         self._count(me, 1)
         try:
             yield
         finally:
             self._count(me, -1)  # whichever thread leaves
-            self.stay_out()
+            self.wait_if_leaving()
 
-    def loops(self) -> None:
+    def register_loop(self) -> None:
         """The calling thread will pass boundaries, and may be inside torch between any two of them."""
         thread = threading.current_thread()
         if thread.daemon and self._loops.get(threading.get_ident()) is not thread:
             self._loops = {me: other for me, other in self._loops.items() if other.is_alive()}
             self._loops[threading.get_ident()] = thread
 
-    def leave(self) -> None:
+    def begin(self) -> None:
         """The exit begins, in the calling thread, which goes wherever it likes. Waits WAIT_S at most until all others
         sleep or are outside."""
         self._leaver, begin_s = threading.get_ident(), time.monotonic()
         self.until_s = begin_s + STAY_S
-        while self._inside() - self._asleep and time.monotonic() < begin_s + WAIT_S:
+        while self._at_work() - self._asleep and time.monotonic() < begin_s + WAIT_S:
             time.sleep(_LOOK_S)
 
     def after_fork(self) -> None:
@@ -118,7 +118,7 @@ class Exit:
             if self._depths[me] <= 0:
                 del self._depths[me]
 
-    def _inside(self) -> set[int]:
+    def _at_work(self) -> set[int]:
         loops = {me for me, thread in list(self._loops.items()) if thread.is_alive()}
         return {*list(self._depths), *loops} - {self._leaver}
 

@@ -2,7 +2,7 @@
 
 A monitor thread samples the sensors and posts targets; a user's hand pins them. Any thread may post a target; the
 latest wins. Posting stages the weights in the calling thread (`staging`); the swap itself is made by the step lock
-(`gate`): between the steps of `generate` or at `controller.step()`.
+(`steps`): between the steps of `generate` or at `controller.step()`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from remoe_adapt.libraries import Patches, put_on
 from remoe_adapt.pressure import Decision
 from remoe_adapt.tuner import RemoeModel
 
+# Weak, so that a model which somebody drops without `close` takes its controller along.
 _OPEN: weakref.WeakSet[Controller] = weakref.WeakSet()
+# A callback that hangs must not keep the interpreter from ending for longer than this.
 EXIT_FLUSH_S = 0.5
 # Of a status: what may be given back to `set_strength` and `set_pressure`, and what is compared with the family's.
 _AS_THEY_ARE = ("strength", "target", "pressure", "points")
@@ -79,10 +81,14 @@ class Controller:
         self._steps = self._staging.steps
         self._monitor = Monitor(self._base, profile, self.tick)
         self._guards = Guards(self._model, self._routers, prior)
+        # PEFT's own ways out (unload, merge_and_unload) would else leave the routers in resident mode, under a dial
+        # that goes on writing into them.
         tuner.before_unload = self.release
         self._patches = Patches(wrap_steps(self._base, self._steps))
+        # A forked child inherits locks in whatever state other threads of the parent held them.
         mend_after_fork(self)
         _OPEN.add(self)
+        # A status that is asked for before the first sample has a reason to show.
         self.set_pressure(None)
         self._patches.add(*(put_on(owner, "controller", self) for owner in (peft_model, self._base)))
         if monitored:
@@ -114,6 +120,7 @@ class Controller:
         """
         if pressure is None:
             said = self._monitor.decision
+            # Silent sensors are no reason to degrade: pressure 0 until one of them speaks.
             counts = 0.0 if said is None else said.pressure
             strength = self.profile.strength_at(counts)
             words = "no sensor has spoken yet" if said is None else what_sensors_say(said)
@@ -133,7 +140,7 @@ class Controller:
         strength = unit("strength", strength)
         self._staging.post(Target(strength, None, f"strength {strength:g} was set by hand"))
 
-    def pause(self) -> AbstractContextManager[None]:
+    def pause(self) -> AbstractContextManager[object]:
         """Sample no more: strength and cache budget stay where they are, until `resume`, or until the end of a
         `with` block of it, where it was sampled before and no other pause is open.
 
@@ -160,6 +167,7 @@ class Controller:
         DialError after `close`.
         """
         self._staging.check_open()
+        # The file is opened before the sample is taken, which then is its first line.
         self._events.write_to(path)
         self._sample_now()
 
@@ -174,6 +182,7 @@ class Controller:
         As `with controller.step(): model(...)`, no swap of any thread falls into that forward. After the first call,
         targets set by other threads wait for the next one. Inside `generate` it is not needed.
         """
+        # The swap is made here and not when the block is entered, so that a loop that never uses `with` gets it too.
         self._steps.step()
         return self._steps.forward()
 
@@ -223,6 +232,7 @@ class Controller:
         """
         if self._staging.closed:
             return
+        # Whatever cannot be given back refuses before anything is undone.
         self._guards.check_leaving(keep_live)
         # Before the lock is taken, for forwards would wait with it until a sample under way has ended.
         self._sample_now()
@@ -231,9 +241,11 @@ class Controller:
             if self._staging.closed:  # by another thread meanwhile
                 return
             self._staging.close(keep_live)
+            # From here on PEFT's unload is not to come back to a dial that is gone.
             self._tuner.before_unload = None
             self._patches.remove()
             self._guards.remove()
+        # Outside of the lock, for both wait for threads of ours, and those may want it.
         _OPEN.discard(self)
         self._monitor.close()
         self._events.close()
@@ -260,6 +272,7 @@ class Controller:
 
     def tick(self, now_s: float | None = None) -> Decision:
         """One sample of the sensors (at `now_s`, None: now), and the target that follows unless it is pinned."""
+        # The target and not the live strength: a swap that waits for a step is decided already.
         decision = self._monitor.sample(now_s, self.target, pinned=self.pinned)
         turn(self._staging, decision)
         if self._events.recording:
@@ -290,6 +303,7 @@ def _leave_in_order() -> None:
     found = list(_OPEN)
     for controller in found:
         controller._monitor.stop()
-    EXIT.leave()
+    # Monitors are stopped first, for a sample that is under way may be inside torch.
+    EXIT.begin()
     for controller in found:
         controller._events.flush(EXIT_FLUSH_S)

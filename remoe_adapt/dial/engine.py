@@ -3,12 +3,13 @@
 | engine | where | a target takes effect | by |
 |---|---|---|---|
 | transformers | this process | at the next step | `staging.Staging` |
-| llama-server | HTTP | at the next request, or the server's next batch | `llama_server.LlamaServer` |
-| mapped file | the page cache under any llama.cpp | at once, in the midst of a token | `watch_live.LlamaFile` |
+| llama-server | HTTP | at the next request, or the server's next batch | `llamacpp.server.LlamaServer` |
+| mapped file | the page cache under any llama.cpp | at once, in the midst of a token | `llamacpp.live.LlamaFile` |
 
 To add one: write a class with these members (nothing is inherited), give it to whoever has the clock (`Controller` for
-an engine in this process, `Watch` for one outside), add its row above and its maker to `ENGINES` of
-tests/test_engine.py, whose tests then hold for it. It need not be fast: only `post` runs where the sensors are read.
+an engine in this process, `Watch` for one outside, which may start from `llamacpp.outside.OutsideEngine`), add its row
+above and its maker to `ENGINES` of tests/dial/test_engine.py, whose tests then hold for it. It need not be fast: only
+`post` runs where the sensors are read.
 """
 
 from __future__ import annotations

@@ -58,8 +58,14 @@ def unit(what: str, value: object) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One swap. time_s: when, since the epoch; before, after: strengths; pressure: that `after` answers, None where a
-    strength was set by hand; by: "hand" or "sensors"; reason: in words; swap_ms: what it took of the decoding thread.
+    """One swap.
+
+    time_s: when, since the epoch.
+    before, after: strengths.
+    pressure: that `after` answers, None where a strength was set by hand.
+    by: "hand" or "sensors".
+    reason: in words.
+    swap_ms: what it took of the decoding thread.
     """
 
     time_s: float
@@ -116,6 +122,7 @@ class Events:
 
     def swap(self, swap: Swap) -> None:
         """A swap was made."""
+        # This runs in the decoding thread between two steps: one append, one put, no I/O.
         self._swaps.append(swap)
         if self._callbacks or self._file is not None:
             self._put(Event(swap=swap))
@@ -150,6 +157,7 @@ class Events:
         except (OSError, ValueError, TypeError) as error:
             why = getattr(error, "strerror", None) or error
             raise ConfigError(f"log {str(path)!r} cannot be written ({why}): give another file.") from error
+        # What was queued for the old file is written to it before it is closed.
         self.flush()
         before, self._file = self._file, opened
         if before is not None:
@@ -160,6 +168,7 @@ class Events:
         with self._lock:
             thread = self._thread
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            # A marker in the queue: when it comes out, everything before it has been delivered.
             done = threading.Event()
             self._queue.put(Event(done=done))
             done.wait(timeout_s)
@@ -172,6 +181,7 @@ class Events:
         self.flush()
         self._callbacks.clear()
         self.write_to(None)
+        # The thread ends by a message, since it may be blocked in `get` for ever otherwise.
         self._queue.put(Event(last=True))
 
     def after_fork(self) -> None:
@@ -194,6 +204,7 @@ class Events:
     def _put(self, event: Event) -> None:
         self._queue.put(event)
         if self._thread is None:
+            # Two swaps of two threads must not start two deliverers, which would mix up the order.
             with self._lock:
                 if self._thread is None:
                     self._thread = threading.Thread(
@@ -212,6 +223,7 @@ class Events:
     def _deliver(self, event: Event) -> None:
         self._write(event)
         if event.swap is not None:
+            # A copy, for a callback may remove itself.
             for callback in list(self._callbacks):
                 try:
                     callback(event.swap)
@@ -241,6 +253,7 @@ def _run(log_ref: weakref.ref[Events], queued: queue.SimpleQueue[Event]) -> None
     """The delivering thread; it holds the log only while it delivers, so that a model nobody needs can go."""
     while True:
         event = queued.get()
+        # Only now, after the wait: a reference held while waiting would keep every dropped model alive.
         log = log_ref()
         if log is not None:
             log._deliver(event)

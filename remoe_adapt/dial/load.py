@@ -34,6 +34,7 @@ from remoe_adapt.routers import Routers, survey_routers
 from remoe_adapt.tuner import RemoeConfig, plain_base, remoe_layers, wrap_or_inject
 
 _DEFAULT_RESERVE_BYTES = 1 << 30
+# By base and not by wrapper: `release` has to work where only the base is at hand, as after `del model`.
 _DIALLED: WeakKeyDictionary[nn.Module, _Dialled] = WeakKeyDictionary()
 # fmt: off
 _OPTIONS = (
@@ -72,14 +73,19 @@ def get_remoe_model(
     """A PeftModel over the base object with `.controller`, which turns its strength as the sensors say.
 
     base: a model, a PeftModel (its base object gets the dial, its adapters stay and keep working), a path or a hub id,
-    loaded with `from_pretrained_kwargs`: behind an expert cache where the profile has one and the model can, see
-    `load_base_under`. profile: a name, a path or a DeviceProfile; None: strength equal to pressure, see `profile_of`.
+        loaded with `from_pretrained_kwargs`: behind an expert cache where the profile has one and the model can, see
+        `load_base_under`.
+    profile: a name, a path or a DeviceProfile; None: strength equal to pressure, see `profile_of`.
     family: a folder, a hub id or a Family; None: what the profile's `families` name for the base's id, else
-    training-free operating points (recency prior only), which is logged once. recency: "last", "ema" or "resident", a
-    prior on top of what the points have, with `recency_gain` (default 0.2) at every strength and `recency_decay`
-    (default 0.7, for ema). expert_cache: the budget of the cache instead of the profile's. device: where a base that is
-    loaded computes; None: where from_pretrained puts it. monitor: False leaves the dial to your calls until
-    `controller.resume()`. force: accept a family of another base, if names and shapes fit.
+        training-free operating points (recency prior only), which is logged once.
+    recency: "last", "ema" or "resident", a prior on top of what the points have.
+    recency_gain: of that prior, at every strength (default 0.2).
+    recency_decay: of that prior (default 0.7, for ema).
+    expert_cache: the budget of the cache instead of the profile's.
+    device: where a base that is loaded computes; None: where from_pretrained puts it.
+    monitor: False leaves the dial to your calls until `controller.resume()`.
+    adapter_name: of the adapter that puts the wrappers on the routers.
+    force: accept a family of another base, if names and shapes fit.
 
     Raises FamilyError when the family cannot be used, FingerprintMismatchError for another base's (see `force`),
     DialError when the model has a dial already (see `release`), AdapterConflictError when REMOE adapters or the
@@ -106,14 +112,16 @@ def get_remoe_model(
         _check_free(base)
     known, asked = _family(family, chosen, _base_id(base)), AskedRecency(recency, recency_gain, recency_decay)
     if known is not None:
+        # Loading takes minutes, and what the family cannot do is known before.
         plan_recency(known, chosen, asked)  # refuse before anything is loaded
     if isinstance(base, nn.Module):
         model = plain_base(base)
         routers = survey_routers(model)
     else:
-        model, routers = _load_surveyed(chosen, base, expert_cache, device=device, **from_pretrained_kwargs)
+        model, routers = _load_surveyed(chosen, base, expert_cache, device, from_pretrained_kwargs)
     operating = known or training_free_family(routers, _base_id(base), own_gain=asked == AskedRecency())
     plan = plan_recency(operating, chosen, asked)
+    # Before the model is wrapped, so that an error leaves it as it was.
     operating.check(model, force=force, routers=routers)
     return _under_dial(model, routers, operating, chosen, plan, adapter_name, force, monitor)
 
@@ -128,6 +136,7 @@ def release(model: nn.Module) -> nn.Module:
     Raises DialError inside a forward, and when the weights cannot be written back (offloaded since).
     """
     base = plain_base(model)
+    # Through vars: a model's own attribute lookup would find a submodule of that name.
     controller = vars(base).get("controller")
     if controller is not None:
         controller.close()
@@ -137,6 +146,7 @@ def release(model: nn.Module) -> nn.Module:
         return base
     for name, layer in remoe_layers(base).items():
         if put.adapter_name in layer.adapters:
+            # Adapters of others on the same routers stay, and so does the wrapper that runs them.
             layer.delete_adapter(put.adapter_name)
             if not layer.adapters:
                 replace_module(base, name, layer.base_layer)
@@ -167,20 +177,16 @@ def load_base_under(
 
     Raises ConfigError when it cannot be loaded, ExpertReadError when its experts cannot be read.
     """
-    return _load_surveyed(profile, base, expert_cache, device=device, **kwargs)[0]
+    return _load_surveyed(profile, base, expert_cache, device, kwargs)[0]
 
 
 def _load_surveyed(
-    profile: DeviceProfile,
-    base: str | os.PathLike[str],
-    expert_cache: str | int | float | None,
-    *,
-    device: str | None,
-    **kwargs: Any,
+    profile: DeviceProfile, base: str | os.PathLike[str], expert_cache: Any, device: str | None, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Routers]:
     if device is not None:
         usable_device(device)
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
+    # Taken out, for what is left goes to from_pretrained, which knows none of these.
     of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
     if expert_cache is None and not of_cache:
         whole = settings.share == 1.0 and memory_bytes is None
@@ -253,6 +259,7 @@ def _under_dial(
     except BaseException:
         if prior is not None:
             prior.remove()
+        # The adapter is on the model already, and a second try would be refused for it.
         release(model)
         raise
     return wrapped
@@ -283,20 +290,18 @@ def profile_of(profile: str | os.PathLike[str] | DeviceProfile | None) -> Device
 
 def _check_free(base: nn.Module) -> None:
     model = plain_base(base)
+    # A dial that is closed has removed itself, so that only an open one stands here.
     if "controller" in vars(model):
         raise DialError("this model has a dial already: take it off with remoe_adapt.release(model) first.")
     if layers := remoe_layers(model):
         names = sorted(set().union(*(layer.adapters for layer in layers.values())))
+        put = _DIALLED.get(model)
+        closed = put is not None and put.adapter_name in names
+        way_off = "remoe_adapt.release(model)" if closed else "unload() of the PeftModel that holds them"
         raise AdapterConflictError(
             f"REMOE adapters ({', '.join(names)}) are on this model, and a family replaces them: take them off first, "
-            f"with {_way_off(model, names)}."
+            f"with {way_off}."
         )
-
-
-def _way_off(base: nn.Module, names: list[str]) -> str:
-    put = _DIALLED.get(base)
-    is_dial = put is not None and put.adapter_name in names  # one that was closed
-    return "remoe_adapt.release(model)" if is_dial else "unload() of the PeftModel that holds them"
 
 
 def _configs(base: nn.Module) -> dict[str, Any]:
@@ -319,7 +324,7 @@ def _family(family: str | os.PathLike[str] | Family | None, profile: DeviceProfi
         return None
     if not isinstance(family, Family):
         check_path("family", family, "a folder, a hub id or a Family")
-    loaded = family if isinstance(family, Family) else Family.load(family)
-    if not loaded.points:
-        raise FamilyError(f"{loaded} has no points yet: add one with add_point, or train it with `remoe train`.")
-    return loaded
+        family = Family.load(family)
+    if not family.points:
+        raise FamilyError(f"{family} has no points yet: add one with add_point, or train it with `remoe train`.")
+    return family

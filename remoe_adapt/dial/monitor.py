@@ -8,8 +8,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,8 +23,10 @@ from remoe_adapt.pressure import Decision, Governor
 
 _log = logging.getLogger("remoe_adapt")
 # Monitors of models with an expert cache: they give memory back in equal parts.
+# They are weak, so that a monitor which somebody forgets counts no more.
 _SHARING: weakref.WeakSet[Monitor] = weakref.WeakSet()
 _RUNNING: weakref.WeakSet[Monitor] = weakref.WeakSet()
+# A sample that hangs in a driver must not hang whoever pauses: the thread is a daemon and is left to itself.
 _STOP_S = 2.0
 
 
@@ -41,7 +44,7 @@ class Monitor:
         use = None if cache is None else CacheUse(cache)
         sensors = model_sensors(model, cache_use=use)
         self._governor = Governor(sensors, profile, resize=None if use is None else use.resize)
-        self._tick = tick
+        self.tick = tick or partial(self.sample, None, 0.0, pinned=True)
         self._period_s = 1.0 / profile.controller.sample_hz
         self._lock = threading.Lock()
         self._new_switch()
@@ -53,7 +56,7 @@ class Monitor:
     def _new_switch(self) -> None:
         # Held only for moments, and never while something is waited for: a sample under way may ask for a pause.
         self._switch = threading.Lock()
-        self._wanted, self._pauses = False, set[Pause]()
+        self._wanted, self._pauses = False, set[ExitStack]()
         self._stop: threading.Event | None = None
         self._threads: list[threading.Thread] = []
 
@@ -68,15 +71,9 @@ class Monitor:
         """The last one."""
         return None if self._decided is None else self._decided[0]
 
-    def tick(self) -> None:
-        """What the thread does each time."""
-        if self._tick is None:
-            self.sample(None, 0.0, pinned=True)
-        else:
-            self._tick()
-
     def sample(self, now_s: float | None, strength: float, *, pinned: bool) -> Decision:
         """One sample and the decision, for a dial at `strength`, in the calling thread; see `Governor.tick`."""
+        # Samples of the thread and of `log_to` would else interleave in the policy's state.
         with self._lock:
             self._governor.share = 1.0 / max(1, len(_SHARING)) if self in _SHARING else 1.0
             decision = self._governor.tick(now_s, strength, pinned=pinned)
@@ -108,6 +105,7 @@ class Monitor:
 
     def resume(self) -> bool:
         """Sample from now on, whatever pauses are open; False after `close`."""
+        # Before the switch, since reading the sensors takes milliseconds and logs.
         self._warn()
         with self._switch:
             self._pauses.clear()
@@ -115,22 +113,16 @@ class Monitor:
             self._start_if_wanted()
             return self._wanted
 
-    def pause(self) -> Pause:
+    def pause(self) -> ExitStack:
         """Sample no more, until the pause is closed (and every other one) or `resume`; waits for a sample under way,
         unless called by it."""
-        pause = Pause(self)
+        pause = ExitStack()
+        pause.callback(self._end_pause, pause)
         with self._switch:
             self._pauses.add(pause)
             threads = self._end()
         _join(threads)
         return pause
-
-    def end_pause(self, pause: Pause) -> None:
-        """One pause fewer; nothing for one that has ended."""
-        with self._switch:
-            if pause in self._pauses:
-                self._pauses.discard(pause)
-                self._start_if_wanted()
 
     def stop(self) -> None:
         """Sample no more; waits for a sample under way, unless called by it."""
@@ -141,10 +133,12 @@ class Monitor:
 
     def close(self) -> None:
         """For good."""
+        # First, so that a pause which ends meanwhile starts no new thread.
         self._closed = True
         self.stop()
         _SHARING.discard(self)
         with self._lock:
+            # Under the lock of samples: one that outlived `_STOP_S` would open its files again, for nobody.
             self._governor.sensors.close()
 
     def after_fork(self) -> None:
@@ -167,6 +161,12 @@ class Monitor:
         self._stop = stop
         _RUNNING.add(self)
 
+    def _end_pause(self, pause: ExitStack) -> None:
+        with self._switch:
+            if pause in self._pauses:  # else `resume` has ended it, and what was asked for since counts
+                self._pauses.discard(pause)
+                self._start_if_wanted()
+
     def _end(self) -> list[threading.Thread]:
         if self._stop is not None:
             self._stop.set()
@@ -178,16 +178,6 @@ class Monitor:
                 self._governor.warn()
         except Exception as error:  # as in a sample, which comes all the same
             _say_failed(error)
-
-
-class Pause(AbstractContextManager[None]):
-    """Of a monitor, until it is left or the monitor is resumed."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
-
-    def __exit__(self, *error: object) -> None:
-        self._monitor.end_pause(self)
 
 
 def _join(threads: list[threading.Thread]) -> None:
@@ -208,6 +198,7 @@ def what_sensors_say(decision: Decision) -> str:
 
 
 def _run(monitor: weakref.ref[Monitor], stop: threading.Event, period_s: float) -> None:
+    # Waiting first gives the caller of `resume` time to go on before its model is sampled.
     while not stop.wait(period_s):
         found = monitor()
         if found is None:
@@ -218,6 +209,7 @@ def _run(monitor: weakref.ref[Monitor], stop: threading.Event, period_s: float) 
             if stop.is_set():  # the dial was closed meanwhile
                 return
             _say_failed(error)
+        # Else the loop's variable would keep the model alive through the next wait.
         del found
 
 

@@ -6,10 +6,11 @@ Nothing is counted here: every scrape asks `controller.status()`, so decoding pa
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Protocol
 
-from remoe_adapt.errors import ConfigError, MissingDependencyError
+from remoe_adapt._support import check_extra
+from remoe_adapt.errors import ConfigError
 
 # Name, what it is, and where it is in the status.
 _GAUGES = (
@@ -25,11 +26,7 @@ _CACHE_GAUGES = (
 _LAYER_COUNTERS = (
     ("remoe_expert_cache_hits", "Look-ups that found their expert in a slot.", "hits"),
     ("remoe_expert_cache_misses", "Look-ups that had to read their expert.", "misses"),
-    (
-        "remoe_expert_cache_prefetch_hits",
-        "Those of the hits that had been read ahead.",
-        "prefetch_hits",
-    ),
+    ("remoe_expert_cache_prefetch_hits", "Those of the hits that had been read ahead.", "prefetch_hits"),
     ("remoe_expert_cache_read_bytes", "Bytes read, those read ahead among them.", "bytes"),
     ("remoe_expert_cache_stall_seconds", "Seconds spent waiting for reads.", "stall_s"),
 )
@@ -41,41 +38,34 @@ class HasStatus(Protocol):
     def status(self) -> dict[str, Any]: ...
 
 
-def metric_families(status: Mapping[str, Any]) -> Iterator[Any]:
-    """The metric families of one status.
-
-    Raises MissingDependencyError without prometheus-client.
-    """
-    core = _library("core")
-    for name, text, key in _GAUGES:
-        if status[key] is not None:
-            yield core.GaugeMetricFamily(name, text, value=float(status[key]))
-    yield core.CounterMetricFamily("remoe_swaps", "Swaps of the strength.", value=status["swaps"])
-    cache = status["expert_cache"]
-    if cache is None:
-        return
-    for name, text, key in _CACHE_GAUGES:
-        yield core.GaugeMetricFamily(name, text, value=cache[key])
-    for name, text, key in _LAYER_COUNTERS:
-        family = core.CounterMetricFamily(name, text, labels=["layer"])
-        for number, layer in enumerate(cache["layers"]):
-            family.add_metric([str(number)], layer[key])
-        yield family
-
-
 class ControllerCollector:
     """A collector for a registry of prometheus_client: `REGISTRY.register(ControllerCollector(model.controller))`."""
 
     def __init__(self, controller: HasStatus) -> None:
-        _library("core")
+        self._core = _library().core
         self._controller = controller
 
     def collect(self) -> Iterator[Any]:
-        """Called by the registry, at a scrape."""
-        yield from metric_families(self._controller.status())
+        """The metric families of one status; called by the registry, at a scrape."""
+        status, core = self._controller.status(), self._core
+        for name, text, key in _GAUGES:
+            if status[key] is not None:
+                yield core.GaugeMetricFamily(name, text, value=float(status[key]))
+        yield core.CounterMetricFamily("remoe_swaps", "Swaps of the strength.", value=status["swaps"])
+        cache = status["expert_cache"]
+        if cache is None:
+            return
+        for name, text, key in _CACHE_GAUGES:
+            yield core.GaugeMetricFamily(name, text, value=cache[key])
+        for name, text, key in _LAYER_COUNTERS:
+            family = core.CounterMetricFamily(name, text, labels=["layer"])
+            for number, layer in enumerate(cache["layers"]):
+                family.add_metric([str(number)], layer[key])
+            yield family
 
     def describe(self) -> Iterator[Any]:
-        """Called once, when registered: nothing is asked of the controller then."""
+        """Called once, when registered."""
+        # A registry without this method would scrape to learn the names, and ask the controller before it is ready.
         return iter(())
 
 
@@ -102,7 +92,8 @@ def serve_metrics(controller: HasStatus, port: int = 9400, *, address: str = "12
 
     Raises MissingDependencyError without prometheus-client, ConfigError when the port cannot be had.
     """
-    client = _library("")
+    client = _library()
+    # Not the global registry: two controllers of a process would collide in it.
     registry = client.CollectorRegistry(auto_describe=False)
     registry.register(ControllerCollector(controller))
     try:
@@ -111,12 +102,8 @@ def serve_metrics(controller: HasStatus, port: int = 9400, *, address: str = "12
         raise ConfigError(f"metrics cannot be served at {address}:{port} ({error}): choose another port.") from error
 
 
-def _library(part: str) -> Any:
-    try:
-        import prometheus_client
-        from prometheus_client import core
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"metrics need prometheus-client ({error}): pip install 'remoe-adapt[metrics]'"
-        ) from error
-    return core if part == "core" else prometheus_client
+def _library() -> Any:
+    check_extra("prometheus_client", "metrics", "metrics need prometheus-client")
+    import prometheus_client.core
+
+    return prometheus_client

@@ -16,7 +16,7 @@ from remoe_adapt.expert_cache import cached_layer, expert_cache_of
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency import InstalledPrior
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers import Routers, survey_routers
+from remoe_adapt.routers import Routers
 
 # At full strength without training; on the shipped model it costs under 1 % perplexity and doubles the overlap.
 TRAINING_FREE_GAIN = 0.3
@@ -56,8 +56,10 @@ def plan_recency(family: Family, profile: DeviceProfile, asked: AskedRecency) ->
     Raises ConfigError for values out of range, or for a mode or decay other than that of the family's points.
     """
     # What cannot be is refused, whether it is used below or not.
+    # Settings that the family overrides are checked all the same, or a typo would be silent.
     Recency.of(asked.mode, 0.0 if asked.gain is None else asked.gain, asked.decay)
     of_points = next((point.recency for point in family.points if point.recency), None)
+    # A profile whose gains are all 0 says nothing; a prior of gain 0 would cost its state for no effect.
     of_profile = profile.recency if profile.recency and any(profile.recency.gains()) else None
     if of_points is not None:
         for what, wanted, has in (("mode", asked.mode, of_points.mode), ("decay", asked.decay, of_points.decay)):
@@ -96,12 +98,11 @@ def training_free_family(routers: Routers, base_id: str, *, own_gain: bool = Tru
 class DialPrior:
     """The prior on a model, with its gains at any strength of a family."""
 
-    def __init__(self, model: nn.Module, family: Family, plan: RecencyPlan, routers: Routers | None = None) -> None:
-        """routers: those of `model`, where they are known already.
+    def __init__(self, model: nn.Module, family: Family, plan: RecencyPlan, routers: Routers) -> None:
+        """routers: those of `model`.
 
         Raises as InstalledPrior, and ConfigError when a point has gains for another number of routers.
         """
-        routers = routers or survey_routers(model)
         count = len(routers.usable())
         for point in family.points:
             if point.recency is not None and len(point.recency.gains()) != count:
@@ -111,6 +112,7 @@ class DialPrior:
                 )
         self.plan, self._family = plan, family
         self.installed = InstalledPrior(model, plan.always.mode, plan.always.decay, routers)
+        # Only now is it known which routers can have the prior: it depends on their forwards.
         if not self.installed.layers and not family.points[0].deltas:
             self.installed.remove()
             reason = next(iter(self.installed.own_forward.values()))
@@ -124,12 +126,17 @@ class DialPrior:
         needs_cache = plan.always.kind.needs_expert_cache
         cache = expert_cache_of(model) if needs_cache else None
         if cache is not None:
+            # Masks of the cache are by its own layers, the prior's by the routers that have it.
             layers = {layer: cached_layer(routers.refs[at].block) for layer, at in enumerate(self.installed.layers)}
             self.installed.prior.read_residency(
                 {layer: cache.resident_masks[at] for layer, at in layers.items() if at is not None}
             )
         elif needs_cache:
             say_once(f"the {plan.always.mode} prior has no effect until an expert cache writes what it holds.")
+
+    def place(self) -> None:
+        """Bring what the prior keeps to where the routers are now."""
+        self.installed.place_prior()
 
     def switch(self, on: bool) -> None:
         """Off: the routers run their own forwards, until it is on again. Nothing where it is so already."""
@@ -153,6 +160,7 @@ class DialPrior:
 
     def committed(self, strength: float) -> None:
         """`live` was written with the gains of this strength: so much is known without asking a device."""
+        # Reading a gain from a GPU would wait for the device in the midst of decoding.
         self.installed.prior.know(self._values(strength))
 
     def _values(self, strength: float) -> list[float]:

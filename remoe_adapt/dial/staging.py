@@ -41,6 +41,7 @@ class Staging:
     events: is told of every swap.
     """
 
+    # The engine is this process, which is met once and never restarts.
     name = "transformers"
     met = 1
     takes_effect = "at the next step of generate or of controller.step(); at once where no forward is announced"
@@ -50,6 +51,7 @@ class Staging:
         self.steps = StepLock(self)
         self.state = State.IDLE
         self.asked = Target(0.0, None, "", SENSORS)
+        # Counts posts, so that a staging which a later post has overtaken knows it.
         self._posts = self.swaps = 0
         self._staged: tuple[Staged, Target] | None = None
         # Freeing weights takes as long as copying them, so the swap leaves that to the next staging.
@@ -98,12 +100,15 @@ class Staging:
 
         Raises ConfigError for a strength outside [0, 1], DialError after `close`, and as `ResidentRouters.stage`.
         """
+        # Refused before any state changes, whoever posts.
         unit("strength", target.strength)
         gives_way = target.by == SENSORS and not unpin
         if gives_way and self._changes_nothing(target):
             return
-        with EXIT.inside():
+        # Staging runs torch in a thread that may be the sensors', and the exit of the interpreter has to wait for it.
+        with EXIT.working():
             with self.steps.lock:
+                # Asked again under the lock: a hand may have pinned the dial since the first look.
                 if gives_way and (self.pinned or self.closed):
                     return
                 self.check_open()
@@ -118,6 +123,7 @@ class Staging:
                     except BaseException as error:
                         self._fall_back(post, before, error)
                         raise
+            # The monitor's thread never swaps by itself, since it cannot see a plain forward of another thread.
             if not gives_way:
                 self.steps.swap_if_idle()
 
@@ -130,6 +136,7 @@ class Staging:
         """What is staged: its copy has begun, and counts as cut short until `commit`. Under the lock of the steps."""
         if self._staged is None:
             return None
+        # If the copy fails half-way, SWAPPING stays, and the same strength is staged again though it seems to be live.
         self.state = State.SWAPPING
         return self._staged[0]
 
@@ -216,6 +223,7 @@ class Staging:
             same = self.asked.strength == target.strength
             if same:
                 self.asked = target
+            # Most samples ask for the strength of the one before, and cost this look alone.
             return same
 
     def _stage(self, target: Target, post: int) -> None:
@@ -228,6 +236,7 @@ class Staging:
         # Without the lock: staging takes as long as tens of steps.
         begin_s = time.perf_counter()
         staged = self._routers.stage(target.strength)
+        # A later post may have been staged meanwhile; what was computed here is dropped then.
         stage_ms = (time.perf_counter() - begin_s) * 1e3
         with self.steps.lock:
             self._stage_ms.append(stage_ms)
@@ -247,7 +256,4 @@ class Staging:
 
 def _last_and_median(key: str, kept: deque[float]) -> dict[str, float | None]:
     values = list(kept)
-    return {
-        key: values[-1] if values else None,
-        f"{key}_median": statistics.median(values) if values else None,
-    }
+    return {key: values[-1] if values else None, f"{key}_median": statistics.median(values) if values else None}

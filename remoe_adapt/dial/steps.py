@@ -105,8 +105,10 @@ class StepLock:
     def generating(self) -> Iterator[None]:
         """Around a whole generate call. What it runs before its first step (an encoder) counts as a forward."""
         self._local.step_began_s = None  # what lies between two calls is no step
-        with EXIT.inside():
-            session = self._enter()
+        with EXIT.working():
+            session = Session(self._local.sessions)
+            with self.lock:
+                self._sessions.add(session)
             try:
                 self._next_forward(session)
                 yield
@@ -130,7 +132,7 @@ class StepLock:
         if stack:
             with self.lock:
                 self._end_forward(stack[-1])
-            EXIT.stay_out()
+            EXIT.wait_if_leaving()
 
     # Hand-written loops
 
@@ -203,7 +205,7 @@ class StepLock:
     def _pass_boundary(self, session: Session | None) -> None:
         """Make or await a swap, then begin the forward of `session`, if any."""
         while True:
-            EXIT.stay_out()
+            EXIT.wait_if_leaving()
             with self.lock:
                 self._swap_or_wait()
                 if EXIT.begun:  # while it waited
@@ -225,10 +227,10 @@ class StepLock:
 
     def _notify_exit(self) -> None:
         if not self._local.exit_knows:
-            EXIT.loops()
+            EXIT.register_loop()
             self._local.exit_knows = True
 
-    # All below is called under the lock, but for `_enter` and `_leave`, which take it.
+    # All below is called under the lock, but for `_leave`, which takes it.
 
     def _swap_or_wait(self) -> None:
         if self._inside_a_forward():
@@ -262,12 +264,6 @@ class StepLock:
             self._writer.swap(alone=alone)
         finally:
             self._notify()
-
-    def _enter(self) -> Session:
-        session = Session(self._local.sessions)
-        with self.lock:
-            self._sessions.add(session)
-        return session
 
     def _leave(self, session: Session) -> None:
         session.stack.remove(session)  # of the thread that entered, whichever leaves
@@ -308,13 +304,13 @@ class _Forward(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         if EXIT.until_s:
-            EXIT.stay_out()
+            EXIT.wait_if_leaving()
         self._session = self._lock._begin()
 
     def __exit__(self, *error: object) -> None:
         self._lock._leave(self._session)
         if EXIT.until_s:
-            EXIT.stay_out()
+            EXIT.wait_if_leaving()
 
 
 def wrap_steps(model: Any, lock: StepLock) -> Handle:

@@ -37,9 +37,10 @@ class Staged:
 class ResidentRouters:
     """The wrapped routers of one model under one family. Not thread-safe: the controller decides who calls when.
 
-    model: its routers are RemoeLayers without merged adapters; they enter resident mode. The points of the family and
-    the base are kept precomputed in the dtype and on the device of the model, which may be moved or cast later. prior:
-    the recency prior on the model, whose gains are swapped together with the weights.
+    model: its routers are RemoeLayers without merged adapters; they enter resident mode.
+    family: its points and the base are kept precomputed in the dtype and on the device of the model, which may be moved
+        or cast later.
+    prior: the recency prior on the model, whose gains are swapped together with the weights.
 
     Raises RouterNotFoundError when nothing is wrapped, MergeStateError when adapters are merged or another dial is on,
     DialError when the live weights are not those that the forward reads, FamilyError when the family has routers that
@@ -53,12 +54,16 @@ class ResidentRouters:
         if not layers:
             raise RouterNotFoundError(f"{type(model).__name__} has no wrapped router: use get_remoe_model.")
         self.family, self._prior = family, prior
-        self._layers: dict[str, RemoeLayer] = layers
+        # In model order, by their name inside the base model.
+        self.layers: dict[str, RemoeLayer] = layers
         self._placement: Placement = ()
+        # Strengths that were trained are computed once: staging one of them copies nothing.
         self._points: dict[float, tuple[Tensor, ...]] = {}
         self._addresses: list[int] = []
         self._reach: _Reach | None = None
         self._check_reached()
+        # Those that have entered resident mode leave it when a later one refuses, so that a failed dial changes
+        # nothing.
         held: list[RemoeLayer] = []
         try:
             with _writing(False):
@@ -78,11 +83,6 @@ class ResidentRouters:
         self._addresses = [weight.data_ptr() for weight in self.weights]
 
     @property
-    def layers(self) -> dict[str, RemoeLayer]:
-        """The wrapped routers in model order, by their name inside the base model."""
-        return self._layers
-
-    @property
     def moved(self) -> bool:
         """The live tensors are others than those written last: the model was moved or cast, or they were replaced."""
         if self.fault() is not None or self._reach is None:
@@ -92,7 +92,7 @@ class ResidentRouters:
     @property
     def weights(self) -> list[Tensor]:
         """The live weights [E, D], in model order."""
-        return [layer.base_weight_ED for layer in self._layers.values()]
+        return [layer.base_weight_ED for layer in self.layers.values()]
 
     def stage(self, strength: float) -> Staged:
         """Weights of `strength`, computed (or looked up, for the base and the stored points) but not yet live.
@@ -102,6 +102,7 @@ class ResidentRouters:
         """
         self._check_reached()
         with _writing(False):
+            # The model was moved or cast since: kept points are of the old device or dtype.
             if self._placement != _placement(self._live()):
                 self._precompute()
             values = self._points.get(strength)
@@ -116,11 +117,13 @@ class ResidentRouters:
         alone: all forwards queued on an accelerator were queued by this thread; else the device is waited for.
         """
         live = self._live()
+        # Copying onto another device in the decoding thread would stall it for a transfer over the bus, or fail.
         if staged.placement != _placement(live):  # the model was moved or cast after staging
             staged = self.stage(staged.strength)
         if not alone:
             _finish_queued_work(staged.placement)
         with _writing(live[0].is_inference()):
+            # One call for all routers: a launch for each would cost more than the copies.
             torch._foreach_copy_(live, list(staged.values))
         if self._prior is not None:
             self._prior.committed(staged.strength)
@@ -130,12 +133,12 @@ class ResidentRouters:
                     value.record_stream(torch.cuda.current_stream(value.device))
         if not alone:
             _finish_queued_work(staged.placement)
-        self.strength, self._addresses = staged.strength, [weight.data_ptr() for weight in live[: len(self._layers)]]
+        self.strength, self._addresses = staged.strength, [weight.data_ptr() for weight in live[: len(self.layers)]]
 
     def release(self, *, keep_live: bool = False) -> None:
         """Leave resident mode: with the base weights bit for bit, or with the live ones as the new base."""
         with _writing(self.weights[0].is_inference()):
-            for layer in self._layers.values():
+            for layer in self.layers.values():
                 layer.release(keep_live=keep_live)
         if self._prior is not None:
             self._prior.remove()
@@ -162,18 +165,19 @@ class ResidentRouters:
         """Which router the dial does not reach, and why."""
         if self._reach is not None and self._reach.holds():
             return None
+        # A layer that is wrapped but no longer part of the model would be written, and nobody would read it.
         inside = set(self._model.modules())
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             fault = _unreached(layer) or (None if layer in inside else "another module is in its place")
             if fault is not None:
                 self._reach = None
                 return f"router {name} cannot be turned: {fault}"
-        self._reach = _Reach(self._model, list(self._layers.values()))
+        self._reach = _Reach(self._model, list(self.layers.values()))
         return None
 
     def check_restorable(self) -> None:
         """Raises DialError when the base's weights cannot be written back into every router."""
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             if self.strength and (fault := _unreached(layer)) is not None:
                 raise DialError(
                     f"router {name} cannot be given its base weight back: {fault}. Undo that first: as by "
@@ -181,15 +185,16 @@ class ResidentRouters:
                 )
 
     def _base(self) -> dict[str, Tensor]:
-        return {name: layer.original_weight_ED for name, layer in self._layers.items()}
+        return {name: layer.original_weight_ED for name, layer in self.layers.items()}
 
     def _precompute(self) -> None:
         if self._prior is not None:
-            self._prior.installed.place_prior()
+            self._prior.place()
         # The kept originals themselves.
         self._points = {0.0: (*self._base().values(), *self._gains(0.0))}
         self._points |= {s: self._values(s) for s in self.family.strengths}
         self._placement = _placement(self._live())
+        # What is staged is read by another thread's stream, which does not wait for the kernels of this one.
         _finish_queued_work(self._placement)
 
     def _values(self, strength: float) -> tuple[Tensor, ...]:
@@ -199,7 +204,7 @@ class ResidentRouters:
         return [] if self._prior is None else self._prior.gains(strength)
 
     def _live(self) -> list[Tensor]:
-        if not all(layer.resident for layer in self._layers.values()):
+        if not all(layer.resident for layer in self.layers.values()):
             raise DialError("the dial has let go of these routers: call get_remoe_model again.")
         return self.weights if self._prior is None else [*self.weights, *self._prior.live]
 
@@ -213,12 +218,14 @@ def _unreached(layer: RemoeLayer) -> str | None:
         kept: Any = layer.original_weight_ED
     except AttributeError:
         return f"its {layer.spec.weight_name} is gone"
+    # Before the tensor is looked at: a parametrization makes a new one at every access, all of them plausible.
     if parametrize.is_parametrized(owner, leaf):
         return f"its {leaf} is computed by a parametrization"
     if not isinstance(weight, Tensor) or weight.shape != kept.shape:
         return f"its {leaf} is no tensor {list(kept.shape)} any more"
     if weight.is_meta:
         return f"its {leaf} is offloaded and has no values between forwards (accelerate's hooks do that)"
+    # Identity and not equality: a property that returns a copy has the same values and takes no writes.
     if not any(weight is held.get(leaf) for held in (owner._parameters, owner._buffers)):
         return f"its {leaf} is made anew for each forward"
     return None
@@ -231,6 +238,7 @@ class _Reach:
     """
 
     def __init__(self, model: nn.Module, layers: list[RemoeLayer]) -> None:
+        # Routers share most of the way from the model's root, and each link needs one look alone.
         links: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
         names = {module: name for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
         for layer in layers:

@@ -3,6 +3,7 @@
 from remoe_adapt.engines.base import BaseFiles, read_tensor, tensor_bytes
 from remoe_adapt.engines.files import (
     OnBytes,
+    append,
     clone_or_copy,
     copy_range,
     ignore_bytes,

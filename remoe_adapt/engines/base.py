@@ -62,6 +62,7 @@ class BaseFiles:
                 ref.name,
                 ref.spec,
                 self._weight(f"{ref.name}.{ref.spec.weight_name}", tuple(ref.weight_ED.shape), stored),
+                # Biases are compared and never written, so a missing one is no error here.
                 next(iter(stored.get(_bias_name(ref.name, ref.spec), ())), (None, None))[1],
             )
             for ref in discover_routers(self.skeleton)
@@ -79,6 +80,7 @@ class BaseFiles:
     def check(self, family: Family, *, force: bool = False) -> None:
         """Raises FingerprintMismatchError when the family was made for another base (unless `force`), FamilyError
         when its deltas do not fit these routers."""
+        # Values decide and not names: a fine-tuning of the base has the same ones.
         found = fingerprint_of_weights(self.weights.values())
         if found != family.fingerprint and not force:
             raise FingerprintMismatchError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import re
@@ -10,9 +9,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+import psutil
 
 from remoe_adapt._support import disk_faults, made_parents, printable
-from remoe_adapt.errors import ConfigError, RemoeError, WriteError
+from remoe_adapt.errors import ConfigError
 
 OnBytes = Callable[[int], object]
 _CHUNK_BYTES = 8 << 20
@@ -80,6 +82,13 @@ def write_pieces(fd: int, pieces: Iterable[tuple[int, bytes]]) -> None:
             offset, view = offset + written, view[written:]
 
 
+def append(file: BinaryIO, data: bytes) -> None:
+    """All of the data, to a file that has no buffer: the system may take a part and says so by its length alone."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
 def read_at(path: Path, offset: int, size: int) -> bytearray:
     """`size` bytes of a file from `offset` on. Raises OSError when it ends before."""
     data = bytearray(size)
@@ -91,13 +100,13 @@ def read_at(path: Path, offset: int, size: int) -> bytearray:
 
 
 @contextmanager
-def new_folder(out: Path, error: type[RemoeError] = WriteError) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` at the end; after an error or a kill nothing of that name exists, nor folders
     that were made for it.
 
-    Raises ConfigError when `out` exists and is not an empty folder, `error` when it cannot be written.
+    Raises ConfigError when `out` exists and is not an empty folder, WriteError when it cannot be written.
     """
-    with disk_faults(out, error, what="written"), made_parents(out):
+    with disk_faults(out, what="written"), made_parents(out):
         if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{printable(out)} exists already: give a new folder, or remove it.")
         draft = _draft(out)
@@ -125,34 +134,29 @@ def new_files(outs: Sequence[Path]) -> Iterator[list[Path]]:
         raise ConfigError(f"{printable(there[0])} exists already: give another name, or remove it.")
     if twice := [out for out in outs if outs.count(out) > 1]:
         raise ConfigError(f"{printable(twice[0])} would be written twice: give each its own name.")
-    folder = outs[0].parent
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    drafts: list[Path] = []
-    done: list[Path] = []
-    try:
-        drafts += [_draft(out) for out in outs]
-        yield drafts
-        for draft in drafts:
-            sync(draft)
-        # The first file is what an engine is given, so it appears last, when the others are there already.
-        for out, draft in reversed(list(zip(outs, drafts, strict=True))):
-            draft.replace(out)
-            done.append(out)
-            sync(folder)
-    except BaseException:
-        # Also those that have their names already: half a split model would load in no engine.
-        for path in done + drafts:
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            for parent in made:
-                parent.rmdir()
-        raise
+    with made_parents(outs[0]):
+        drafts, done = [_draft(out) for out in outs], list[Path]()
+        try:
+            yield drafts
+            for draft in drafts:
+                sync(draft)
+            # The first file is what an engine is given, so it appears last, when the others are there already.
+            for out, draft in reversed(list(zip(outs, drafts, strict=True))):
+                draft.replace(out)
+                done.append(out)
+                sync(out.parent)
+        except BaseException:
+            # Also those that have their names already: half a split model would load in no engine.
+            for path in done + drafts:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a small file in one piece, and wait until it is on the disk under its name."""
     draft = _draft(path)
     try:
+        # "x": a draft that is there already is another thread's.
         with draft.open("xb") as file:
             file.write(data)
         sync(draft)
@@ -173,8 +177,8 @@ def sync(path: Path) -> None:
 
 def _draft(out: Path) -> Path:
     """A name beside `out`; what killed processes left there under such names is removed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     pattern = re.compile(re.escape(f".{out.name}.") + r"([0-9]{1,9})\.tmp")
+    # A kill leaves a draft of gigabytes, under a name that nobody would look for.
     for path in out.parent.iterdir():
         match = pattern.fullmatch(path.name)
         if match and not _runs(int(match[1])):
@@ -183,12 +187,6 @@ def _draft(out: Path) -> Path:
 
 
 def _runs(process: int) -> bool:
-    if process == os.getpid():
-        return False  # numbers are used again: an earlier process had ours, and died
-    # A process of another user cannot be asked, so it counts as running and its draft stays.
-    with contextlib.suppress(PermissionError):
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return False
-    return True
+    # Numbers are used again: an earlier process had ours, and died. One of another user cannot be asked, counts as
+    # running, and its draft stays.
+    return process != os.getpid() and psutil.pid_exists(process)

@@ -17,6 +17,7 @@ from remoe_adapt.checkpoints import SAFETENSORS_DTYPES, Extent, chosen_file, fil
 from remoe_adapt.engines.base import BaseFiles, tensor_bytes
 from remoe_adapt.engines.files import (
     OnBytes,
+    append,
     clone_or_copy,
     copy_range,
     ignore_bytes,
@@ -67,6 +68,7 @@ def export_merged(
     changed: defaultdict[Path, dict[str, Tensor]] = defaultdict(dict)
     for router in files.routers:
         changed[router.weight.path][router.weight.tensor] = live[router.name]
+    # Every file of weights, for a base of several shards has files without a router too.
     shards = sorted({extent.path for extent in files.extents.values()})
     # The folder would replace itself, and its linked shards would be gone.
     if target.resolve() == files.folder.resolve():
@@ -78,6 +80,7 @@ def export_merged(
         for shard in shards:
             name = str(shard.relative_to(files.folder))
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            # Resolved, for under these names the hub's cache has symbolic links alone.
             if shard in changed:
                 _rewrite(shard.resolve(strict=True), draft / name, files.extents, changed[shard], on_bytes)
                 how["rewritten"].append(name)
@@ -110,8 +113,10 @@ def _rewrite(
     # A safetensors file is: length of the header (8 bytes), header as JSON, data; offsets count from the data.
     data = 8 + int.from_bytes(read_at(shard, 0, 8), "little")
     header: dict[str, Any] = parse_json(bytes(read_at(shard, 8, data - 8)), f"the header of {shard}", ExportError)
+    # Routers that grow from bf16 to fp32 move every tensor behind them, so the header is written anew.
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    tensors = sorted((entry for entry in header.items() if entry[0] != "__metadata__"), key=_first_byte)
+    header_tensors = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+    tensors = sorted(header_tensors, key=lambda tensor: int(tensor[1]["data_offsets"][0]))
     sources, end = {name: entry["data_offsets"] for name, entry in tensors}, 0
     for name, entry in tensors:
         if name in changed:
@@ -124,18 +129,14 @@ def _rewrite(
     # The header is padded so that the data stay aligned, as the format asks.
     text += b" " * (-len(text) % 8)
     with shard.open("rb") as old, target.open("xb", buffering=0) as new:
-        new.write(len(text).to_bytes(8, "little") + text)
+        append(new, len(text).to_bytes(8, "little") + text)
         for name, _ in tensors:
             first, last = sources[name]
             if name in changed:
-                new.write(tensor_bytes(changed[name]))
+                append(new, tensor_bytes(changed[name]))
                 on_bytes(last - first)
             else:
                 copy_range(old.fileno(), data + first, last - first, new.fileno(), on_bytes)
-
-
-def _first_byte(entry: tuple[str, dict[str, Any]]) -> int:
-    return int(entry[1]["data_offsets"][0])
 
 
 def _count_in_index(index: Path, grown: int) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +156,7 @@ def _check_reached(skeleton: nn.Module, weight_names: dict[str, str]) -> None:
 
 def _keys(skeleton: nn.Module, config: LoraConfig) -> list[str]:
     """The names under which PEFT looks for the tensors of this adapter."""
-    with _quiet(), torch.device("meta"):
+    # PEFT warns of a model without weights, and that is what this one is for.
+    with warnings.catch_warnings(action="ignore"), torch.device("meta"):
         model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
         return list(get_peft_model_state_dict(model))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """PEFT warns of a model without weights, which is what this is about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

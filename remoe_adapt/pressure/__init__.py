@@ -2,15 +2,7 @@
 
 from remoe_adapt.pressure.decide import Decision
 from remoe_adapt.pressure.governor import Governor
+from remoe_adapt.pressure.proc_files import FIRST_SAMPLE
 from remoe_adapt.pressure.reading import Measure, Reading, merged
-from remoe_adapt.pressure.sensors import (
-    CGROUPS,
-    FIRST_SAMPLE,
-    OS_SENSORS,
-    PROC,
-    MachineMemory,
-    Sensor,
-    Sensors,
-    os_sensors,
-)
+from remoe_adapt.pressure.sensors import CGROUPS, OS_SENSORS, PROC, MachineMemory, Sensor, Sensors, os_sensors
 from remoe_adapt.pressure.signals import unfit

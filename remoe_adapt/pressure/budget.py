@@ -65,6 +65,7 @@ def move(
     share: the part of what is lacking or to spare that is this model's.
     """
     place, settings = tier.place, profile.expert_cache
+    # A cache that is below its floor already is not grown by giving back.
     floor = min(tier.budget, settings.floor * tier.allowed)
     others = place.free + tier.resident
     # What others took since the last reading, they may take again before the next one.
@@ -73,6 +74,7 @@ def move(
     lacking = place.lacking + min(taken, place.reserve)
     squeeze = max((s.pressure for s in weighed.memory if s.name in _SQUEEZING), default=0.0)
     if lacking > 0:
+        # From what is resident and not from the budget: slots that are empty give nothing back.
         wanted = max(floor, tier.resident - share * (lacking + _SLACK * place.reserve))
         return _shrunk(tier, clock_s, state, wanted, f"{size_text(lacking)} of memory are lacking, or will be")
     if squeeze >= 0.5:
@@ -82,10 +84,13 @@ def move(
         return state._replace(calm_s=None, moved_s=clock_s), None, ""
     calm_s = clock_s if state.calm_s is None else state.calm_s
     waiting = clock_s - calm_s < settings.regrow_s / 2
+    # Growth is counted from the end of the wait.
     moved_s = clock_s if waiting else state.moved_s
     if waiting or tier.budget >= tier.allowed:
         return state._replace(calm_s=calm_s, moved_s=moved_s), None, ""
+    # What the budget allows and nobody has filled yet will be taken without any growth.
     spare = share * (-place.lacking - _SPARE * place.reserve) - (tier.budget - tier.resident)
+    # The whole budget in half of `regrow_s`, so that calm of all of it restores an empty cache.
     grown = tier.allowed * (clock_s - moved_s) / max(settings.regrow_s / 2, 1e-9)
     growth = min(grown, spare, tier.allowed - tier.budget)
     if growth < min(_LEAST_STEP * tier.allowed, tier.allowed - tier.budget):

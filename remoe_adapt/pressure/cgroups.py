@@ -84,6 +84,7 @@ class _Level:
 
     def read(self, faults: dict[Path, Exception]) -> Usage | None:
         """None without a limit. What cannot be read of one file goes to `faults`, and the others count."""
+        # memory.high throttles before memory.max kills, so the lower of the two is the limit that is felt.
         limit = min((self._limit(file, faults) for file in self._limits), default=UNLIMITED_BYTES)
         if limit >= UNLIMITED_BYTES:
             return None
@@ -130,10 +131,12 @@ class ProcessGroups:
         self._looked_s: float | None = None
         self.folders: dict[str, list[Path]] = {}
         self.faults: dict[Path, Exception] = {}
-        self._levels: list[_Level] = []
+        # Groups whose memory somebody may limit; none where there is no memory controller.
+        self.levels: list[_Level] = []
 
     def refresh(self, now_s: float) -> bool:
         """Look where the process is, once a second; True when that has changed. Raises OSError without cgroups."""
+        # A clock that went back asks again, instead of never.
         if self._looked_s is not None and self._looked_s <= now_s < self._looked_s + _REFRESH_S:
             return False
         membership = self._membership.read()
@@ -147,8 +150,9 @@ class ProcessGroups:
             for folder in _binding(path)
             if (folder / ("memory.limit_in_bytes" if version == "v1" else "memory.max")).is_file()
         ]
+        # Files of the old group may be gone, and would be read as if it were ours.
         self.close()
-        self._seen, self.folders, self._levels, self._looked_s = membership, folders, levels, now_s
+        self._seen, self.folders, self.levels, self._looked_s = membership, folders, levels, now_s
         return True
 
     def tightest(self, now_s: float) -> Usage | None:
@@ -168,18 +172,13 @@ class ProcessGroups:
 
     def _tightest(self) -> Usage | None:
         self.faults = {}
-        limited = [usage for level in self._levels if (usage := level.read(self.faults)) is not None]
+        limited = [usage for level in self.levels if (usage := level.read(self.faults)) is not None]
         return min(limited, key=lambda usage: usage.headroom, default=None)
 
-    @property
-    def has_controller(self) -> bool:
-        """Whether any hierarchy can limit memory here."""
-        return bool(self._levels)
-
     def close(self) -> None:
-        for level in self._levels:
+        for level in self.levels:
             level.close()
-        self._levels, self._seen, self._looked_s = [], None, None
+        self.levels, self._seen, self._looked_s = [], None, None
         self._membership.close()
 
 

@@ -119,6 +119,7 @@ def decide(
     """
     weighed = weigh(reading, profile)
     state, step_s = _tick(state, reading, profile)
+    # Budgets come first, since what they take from the cache is pressure of this very sample.
     tiers, wanted, moves = budgets(state.tiers, weighed, state.clock_s, step_s, profile, share)
     memory = (*weighed.memory, *losses(weighed, wanted, profile))
     worst = max(memory, key=lambda signal: signal.pressure, default=_CALM)
@@ -134,6 +135,7 @@ def decide(
     changed = strength != state.strength
     signals = {signal.name: signal.pressure for signal in (*memory, *([weighed.stall] if weighed.stall else []))}
     calm = not (changed or wanted or state.held or state.stall_held or any(signals.values())) and is_whole(weighed)
+    # A strength that still has to fall needs samples, however calm they are.
     calm = calm and strength == profile.strength_at(0.0)
     decision = Decision(
         strength=strength,
@@ -159,6 +161,7 @@ def _tick(state: DecisionState, reading: Reading, profile: DeviceProfile) -> tup
     longest = max(1.0, 2 / profile.controller.sample_hz)
     if not math.isfinite(reading.time_s):
         return state._replace(samples=state.samples[:-1]), 0.0
+    # A machine that slept for an hour has not seen an hour of calm.
     step_s = 0.0 if state.time_s is None else min(longest, max(0.0, reading.time_s - state.time_s))
     # Two samples at one time are one: the later counts.
     samples = state.samples if step_s > 0 else state.samples[:-1]
@@ -175,6 +178,7 @@ def _weigh_stalls(state: DecisionState, present: float, memory: float, profile: 
     controller, now_s = profile.controller, state.clock_s
     samples = (*state.samples, (now_s, memory, present))
     sustained = min(present, _sustained(samples, 2, _patience_s(profile)))
+    # The hold that doubles is what makes looks rarer.
     hold_s = state.stall_hold * controller.fall_s
     if sustained > max(memory, state.stall_held + SAME_PRESSURE):
         again = now_s - state.stall_released_s < 2 * hold_s + controller.fall_s
@@ -227,6 +231,7 @@ def _hold(
         return state._replace(held=level, held_at_s=now_s, cause=worst.name), waits
     if present == 0.0 and state.held <= SAME_PRESSURE:  # what is left is nothing, and must not count for ever
         return state._replace(held=0.0, cause=""), ""
+    # Pressure that is nearly as high as before is the same trouble, and the hold starts anew.
     if present >= HOLDING_SHARE * state.held:
         return state._replace(held_at_s=now_s), waits
     calm_s = now_s - state.held_at_s
@@ -248,6 +253,7 @@ def _strength(state: DecisionState, worst: Signal, why_not: str, profile: Device
     ends = (profile.strength_at(0.0), profile.strength_at(1.0))
     if target == now or (abs(target - now) < controller.deadband and target not in ends):
         return now, f"{what}; strength stays {now:.2f}"
+    # Rising waits for the limit of swaps alone: memory that runs out does not wait.
     pause_s = 1 / controller.max_swaps_per_s
     if target < now:
         pause_s = max(pause_s, controller.dwell_s)

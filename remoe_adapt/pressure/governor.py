@@ -71,14 +71,17 @@ class Governor:
         if (calm := self._still_calm(now_s, strength)) is not None:
             return calm
         reading = self.sensors.read(now_s)
+        # A hand's swap is none of the policy's, and must not start its pause between swaps.
         swapped_at_s = self.state.swapped_at_s
         self.state, decision = decide(self.state._replace(strength=strength), reading, self.profile, share=self.share)
         self.reading = reading
         self._log_notes(decision)
+        # Without floors a glance would look at nothing, and find it free.
         self._calm = decision if decision.calm and decision.floors else None
         if pinned:
             self.state = self.state._replace(swapped_at_s=swapped_at_s)
             decision = replace(decision, strength=strength, changed=False)
+        # Nobody was asked to move, so the decision says nothing of moves.
         if self._resize is None:
             return replace(decision, budgets={}, moves=())
         for tier, budget_bytes in decision.budgets.items():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from remoe_adapt._support import printable, say_once
+from remoe_adapt.pressure.reading import Measure
 
 # The largest of them, memory.stat, has some 2 KiB.
 _READ_BYTES = 1 << 16
+FIRST_SAMPLE = "a rate needs a second sample"
+Measures = dict[str, Measure]
+Missing = dict[str, str]
 
 
 class PolledFile:
@@ -43,19 +48,24 @@ class PolledFile:
 
 
 class Rates:
-    """Counters -> growth per second since the last call; None at first, after a counter or the clock went back."""
+    """Counters -> growth per second since the last call; none at first, after a counter or the clock went back."""
 
     def __init__(self) -> None:
         self._before: tuple[float, dict[str, float]] | None = None
 
-    def per_second(self, now_s: float, counters: Mapping[str, float]) -> dict[str, float] | None:
+    def add(self, now_s: float, counters: Mapping[str, float], unit: str, measures: Measures, missing: Missing) -> None:
+        """Put the rates among the measures by their counters' names, or say why there are none. No share is above 1."""
         before, self._before = self._before, (now_s, dict(counters))
-        if before is None or not now_s > before[0] or before[1].keys() != counters.keys():
-            return None
-        grown = {name: count - before[1][name] for name, count in counters.items()}
-        if min(grown.values(), default=0.0) < 0:
-            return None
-        return {name: count / (now_s - before[0]) for name, count in grown.items()}
+        grown: dict[str, float] = {}
+        if before is not None and now_s > before[0] and before[1].keys() == counters.keys():
+            grown = {name: counter - before[1][name] for name, counter in counters.items()}
+        if before is None or not grown or min(grown.values()) < 0:
+            missing.update(dict.fromkeys(counters, FIRST_SAMPLE))
+            return
+        # A counter may run ahead of the clock that it is divided by, so that a share of time would be 1.01.
+        most = 1.0 if unit == "share" else math.inf
+        for name, more in grown.items():
+            measures[name] = Measure(min(most, more / (now_s - before[0])), unit, now_s)
 
 
 def count(text: str, path: Path) -> int:
@@ -73,6 +83,8 @@ def garbage(path: Path, text: str) -> ValueError:
     return ValueError(f"{where} holds {printable(text[:40])!r}, which is no count")
 
 
-def reason(error: OSError) -> str:
+def reason(error: Exception) -> str:
     """Why a file could not be read, in words."""
-    return f"{error.filename or 'the file'}: {error.strerror or error}"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the file'}: {error.strerror or error}"
+    return f"{type(error).__name__}: {error}"

@@ -36,6 +36,7 @@ class Reading:
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # A copy behind a read-only view: a reading that the policy remembers must not change under it.
         object.__setattr__(self, "measures", MappingProxyType(dict(self.measures)))
         object.__setattr__(self, "missing", MappingProxyType(dict(self.missing)))
 

@@ -18,20 +18,18 @@ from typing import Protocol
 import psutil
 
 from remoe_adapt.pressure.cgroups import ProcessGroups
-from remoe_adapt.pressure.proc_files import PolledFile, Rates, count, garbage, reason
+from remoe_adapt.pressure.proc_files import Measures, Missing, PolledFile, Rates, count, garbage, reason
 from remoe_adapt.pressure.reading import Measure, Reading, merged
 
+# Tests give folders of their own instead.
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-FIRST_SAMPLE = "a rate needs a second sample"
-# Numbers end at 19 digits: longer ones no kernel counts, and no float holds.
+# Numbers end at 19 digits: no kernel counts longer ones, and no float holds them.
 _STALLS = re.compile(r"^(some|full) avg10=(\d{1,3}(?:\.\d{1,9})?) .*\btotal=(\d{1,19})$", re.MULTILINE | re.ASCII)
 # Of files and, since Linux 5.9, of anonymous memory.
 _REFAULTS = re.compile(r"^workingset_refault(?:_anon|_file)? (\d{1,19})$", re.MULTILINE | re.ASCII)
 _MEMINFO = re.compile(r"^(MemTotal|MemAvailable|SwapTotal|SwapFree): +(\d{1,19}) kB$", re.MULTILINE | re.ASCII)
 _SWAPPED = re.compile(r"^(pswpin|pswpout) (\d{1,19})$", re.MULTILINE | re.ASCII)
 _READ = re.compile(r"^read_bytes: (\d{1,19})$", re.MULTILINE | re.ASCII)
-
-
 _SWAP_RATES = ("swap.in", "swap.out")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -70,14 +68,14 @@ class MachineMemory:
         try:
             found, swapped = self._from_kernel()
         except (OSError, ValueError, KeyError):  # another system, or a kernel without MemAvailable
+            # This costs ten times as much, and is right wherever psutil runs.
             found, swapped = _from_psutil()
         measures = {name: Measure(value, "B", now_s) for name, value in found.items()}
         if not swapped:
             return Reading(now_s, measures, dict.fromkeys(_SWAP_RATES, "this machine has no swap"))
-        rates = self._rates.per_second(now_s, swapped)
-        if rates is None:
-            return Reading(now_s, measures, dict.fromkeys(_SWAP_RATES, FIRST_SAMPLE))
-        return Reading(now_s, measures | {name: Measure(rate, "B/s", now_s) for name, rate in rates.items()})
+        missing: Missing = {}
+        self._rates.add(now_s, swapped, "B/s", measures, missing)
+        return Reading(now_s, measures, missing)
 
     def _from_kernel(self) -> tuple[dict[str, float], dict[str, float]]:
         """Sizes, and bytes swapped since the machine started; the latter empty without swap."""
@@ -85,6 +83,7 @@ class MachineMemory:
         total, swap = sizes["MemTotal"], sizes["SwapTotal"]
         found = {"memory.available": min(sizes["MemAvailable"], total), "memory.total": total}
         found |= {"swap.used": swap - sizes["SwapFree"], "swap.total": swap}
+        # The long file of counters is not read where nothing can be swapped.
         if not swap:
             return found, {}
         pages = {name: int(count) for name, count in _SWAPPED.findall(self._vmstat.read())}
@@ -121,19 +120,20 @@ class CgroupMemory:
         try:
             tightest = self._groups.tightest(now_s)
         except (OSError, ValueError) as error:
-            return Reading(now_s, {}, {self.name: f"no cgroup can be read ({_why(error)})"})
+            return Reading(now_s, {}, {self.name: f"no cgroup can be read ({reason(error)})"})
         if tightest is None:
-            why = (
-                "no group on this process's path has a limit" if self._groups.has_controller else "no memory controller"
-            )
+            limitable = bool(self._groups.levels)
+            why = "no group on this process's path has a limit" if limitable else "no memory controller"
             return Reading(now_s, {}, {self.name: why})
         found = ("limit", "usage", "reclaimable", "headroom")
-        broken = {f"cgroup.{path.name}": _why(error) for path, error in self._groups.faults.items()}
+        # One unreadable file of a group is said beside the measures of the others.
+        broken = {f"cgroup.{path.name}": reason(error) for path, error in self._groups.faults.items()}
         measures = {f"cgroup.{name}": Measure(getattr(tightest, name), "B", now_s) for name in found}
         return Reading(now_s, measures, broken)
 
     def free_bytes(self, now_s: float) -> float:
         """cgroup.headroom, without end where nothing is limited. Raises OSError."""
+        # Where nothing is limited, the machine's own memory decides alone.
         tightest = self._groups.tightest(now_s)
         return math.inf if tightest is None else tightest.headroom
 
@@ -154,22 +154,17 @@ class PressureStall:
         self._rates: dict[str, Rates] = {}
 
     def read(self, now_s: float) -> Reading:
-        missing: dict[str, str] = {}
+        missing: Missing = {}
         try:
             if self._groups.refresh(now_s):
                 self._open_group_files()
             if not self._group_files:
                 missing["psi.cgroup"] = "no v2 group with pressure files; the machine's own count"
         except (OSError, ValueError) as error:
-            missing["psi.cgroup"] = f"no cgroup can be read ({_why(error)})"
-        measures: dict[str, Measure] = {}
+            missing["psi.cgroup"] = f"no cgroup can be read ({reason(error)})"
+        measures: Measures = {}
         for prefix, file in (self._machine | self._group_files).items():
-            try:
-                text = file.read()
-            except OSError as error:
-                missing[prefix] = f"{_why(error)}; Linux says it with CONFIG_PSI (boot with psi=1)"
-            else:
-                self._read_one(prefix, file.path, text, now_s, measures, missing)
+            self._read_one(now_s, prefix, file, measures, missing)
         return Reading(now_s, measures, missing)
 
     def _open_group_files(self) -> None:
@@ -178,32 +173,25 @@ class PressureStall:
         groups = self._groups.folders.get("v2", [])
         # The root of all groups is the machine; a container's own root has events.
         is_group = len(groups) > 1 or (len(groups) == 1 and (groups[0] / "cgroup.events").is_file())
-        folder = groups[0] if is_group else None
-        files = {} if folder is None else {kind: folder / f"{kind}.pressure" for kind in ("memory", "io")}
+        files = {kind: groups[0] / f"{kind}.pressure" for kind in ("memory", "io")} if is_group else {}
         self._group_files = {f"psi.cgroup.{kind}": PolledFile(path) for kind, path in files.items() if path.is_file()}
+        # Counts of the old group are none of the new one's.
         self._rates = {prefix: rates for prefix, rates in self._rates.items() if prefix in self._machine}
 
-    def _read_one(
-        self,
-        prefix: str,
-        path: Path,
-        text: str,
-        now_s: float,
-        measures: dict[str, Measure],
-        missing: dict[str, str],
-    ) -> None:
-        totals: dict[str, float] = {}
-        for kind, average, total_us in _STALLS.findall(text):
+    def _read_one(self, now_s: float, prefix: str, file: PolledFile, measures: Measures, missing: Missing) -> None:
+        try:
+            found = _STALLS.findall(text := file.read())
+        except OSError as error:
+            # Many distributions compile PSI in and leave it off.
+            missing[prefix] = f"{reason(error)}; Linux says it with CONFIG_PSI (boot with psi=1)"
+            return
+        if not found:
+            missing[prefix] = f"{garbage(file.path, text)}: it is no pressure file"
+        for kind, average, _ in found:
             measures[f"{prefix}.{kind}_avg10"] = Measure(min(1.0, float(average) / 100), "share", now_s)
-            totals[kind] = float(total_us) * 1e-6
-        if not totals:
-            missing[prefix] = f"{garbage(path, text)}: it is no pressure file"
-        shares = self._rates.setdefault(prefix, Rates()).per_second(now_s, totals)
-        for kind in totals:
-            if shares is None:
-                missing[f"{prefix}.{kind}"] = FIRST_SAMPLE
-            else:
-                measures[f"{prefix}.{kind}"] = Measure(min(1.0, shares[kind]), "share", now_s)
+        # The kernel counts microseconds, so that their growth per second is a share of the time.
+        totals = {f"{prefix}.{kind}": float(total_us) * 1e-6 for kind, _, total_us in found}
+        self._rates.setdefault(prefix, Rates()).add(now_s, totals, "share", measures, missing)
 
     def close(self) -> None:
         self._groups.close()
@@ -225,59 +213,51 @@ class ProcessUse:
         self._fault_rates, self._read_rates, self._refault_rates = Rates(), Rates(), Rates()
 
     def read(self, now_s: float) -> Reading:
-        measures: dict[str, Measure] = {}
-        missing: dict[str, str] = {}
-        try:
-            _, *pages = self._statm.read().split()[:3]
-            resident, shared = (count(one, self._statm.path) for one in pages)
-            measures["process.private"] = Measure((resident - shared) * _PAGE_BYTES, "B", now_s)
-        except (OSError, ValueError) as error:
-            missing["process.private"] = _why(error)
-        rates: tuple[tuple[str, str, Rates, Callable[[], float]], ...] = (
-            ("process.faults", "1/s", self._fault_rates, self._count_faults),
-            ("process.read", "B/s", self._read_rates, self._count_read),
-        )
-        for name, unit, keeper, counted in rates:
+        measures: Measures = {}
+        missing: Missing = {}
+        # In this order, for pages that are read again are counted only while there are faults.
+        looks = {
+            "process.private": self._add_private,
+            "process.faults": self._add_faults,
+            "process.read": self._add_read,
+            "process.refaults": self._add_refaults,
+        }
+        for name, add in looks.items():
+            # A file that cannot be read, or holds something else, costs what it tells and nothing else.
             try:
-                rate = keeper.per_second(now_s, {name: counted()})
+                add(now_s, measures, missing)
             except (OSError, ValueError, IndexError) as error:
-                missing[name] = _why(error)
-                continue
-            if rate is None:
-                missing[name] = FIRST_SAMPLE
-            else:
-                measures[name] = Measure(rate[name], unit, now_s)
-        if "process.faults" in measures:
-            if measures["process.faults"].value > 0:
-                self._read_refaults(now_s, measures, missing)
-            else:
-                self._refault_rates = Rates()
+                missing[name] = reason(error)
         return Reading(now_s, measures, missing)
 
-    def _read_refaults(self, now_s: float, measures: dict[str, Measure], missing: dict[str, str]) -> None:
-        try:
-            counts = _REFAULTS.findall(self._vmstat.read())
-        except (OSError, ValueError) as error:
-            missing["process.refaults"] = _why(error)
-            return
-        if not counts:
-            missing["process.refaults"] = "this kernel does not count them"
-            return
-        rate = self._refault_rates.per_second(now_s, {"all": float(sum(map(int, counts)))})
-        if rate is None:
-            missing["process.refaults"] = FIRST_SAMPLE
-        else:
-            measures["process.refaults"] = Measure(rate["all"], "1/s", now_s)
+    def _add_private(self, now_s: float, measures: Measures, missing: Missing) -> None:
+        _, *pages = self._statm.read().split()[:3]
+        resident, shared = (count(one, self._statm.path) for one in pages)
+        measures["process.private"] = Measure((resident - shared) * _PAGE_BYTES, "B", now_s)
 
-    def _count_faults(self) -> float:
+    def _add_faults(self, now_s: float, measures: Measures, missing: Missing) -> None:
         # proc(5): field 12; the name in field 2 may hold spaces and brackets.
-        return float(count(self._stat.read().rpartition(")")[2].split()[9], self._stat.path))
+        faults = count(self._stat.read().rpartition(")")[2].split()[9], self._stat.path)
+        self._fault_rates.add(now_s, {"process.faults": faults}, "1/s", measures, missing)
 
-    def _count_read(self) -> float:
-        text = self._io.read()
-        if (found := _READ.search(text)) is None:
+    def _add_read(self, now_s: float, measures: Measures, missing: Missing) -> None:
+        if (found := _READ.search(text := self._io.read())) is None:
             raise garbage(self._io.path, text)
-        return float(found[1])
+        self._read_rates.add(now_s, {"process.read": int(found[1])}, "B/s", measures, missing)
+
+    def _add_refaults(self, now_s: float, measures: Measures, missing: Missing) -> None:
+        # Without faults of this process, what the machine reads again is the business of others.
+        faults = measures.get("process.faults")
+        if faults is None:
+            return
+        if not faults.value:
+            # The next count must not be held against one of long ago: it would be a rate over the calm between.
+            self._refault_rates = Rates()
+        elif counts := _REFAULTS.findall(self._vmstat.read()):
+            total = {"process.refaults": sum(map(int, counts))}
+            self._refault_rates.add(now_s, total, "1/s", measures, missing)
+        else:
+            missing["process.refaults"] = "this kernel does not count them"
 
     def close(self) -> None:
         for file in (self._stat, self._io, self._statm, self._vmstat):
@@ -287,16 +267,17 @@ class ProcessUse:
 class Sensors:
     """Several sensors read together, as one reading; a sensor that fails is a reason in it."""
 
-    def __init__(self, sensors: Iterable[Sensor], clock: Callable[[], float] = time.monotonic) -> None:
-        self.sensors, self._clock = tuple(sensors), clock
+    def __init__(self, sensors: Iterable[Sensor]) -> None:
+        self.sensors = tuple(sensors)
 
     def now(self) -> float:
         """The clock's time in seconds."""
-        return self._clock()
+        return time.monotonic()
 
     def read(self, now_s: float | None = None) -> Reading:
         """One sample of all; now_s: the time it is given, None: the clock's."""
-        now_s = self._clock() if now_s is None else now_s
+        now_s = self.now() if now_s is None else now_s
+        # Later sensors win where two have one name, so that the order of the list is part of the meaning.
         return merged(now_s, [_guarded(sensor, now_s) for sensor in self.sensors])
 
     def is_free(self, floors: Mapping[str, float], now_s: float) -> bool:
@@ -332,7 +313,3 @@ def _guarded(sensor: Sensor, now_s: float) -> Reading:
 
 def _process_folder(proc: Path, pid: int | None) -> Path:
     return proc / ("self" if pid is None else str(pid))
-
-
-def _why(error: Exception) -> str:
-    return reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"

@@ -77,6 +77,8 @@ class Weighed:
 
 def weigh(reading: Reading, profile: DeviceProfile) -> Weighed:
     """The pressure of every sensor in a reading."""
+    # Everything below sees finite, fresh and possible values alone, so that no sensor can make pressure out of an
+    # error.
     values, unusable = _usable(reading, _STALE_SAMPLES / profile.controller.sample_hz)
     places = _places(values, profile)
     signals = [_headroom(place, where, values, profile) for where, place in places.items()]
@@ -93,6 +95,7 @@ def ease_floors(weighed: Weighed) -> dict[str, float]:
     """By sensor, the bytes that have to be free for its memory to be at ease: the reserve and half of it."""
     floors = {where: (1 + _EASE) * place.reserve for where, place in weighed.places.items()}
     sensors = {"memory.available": ("memory", "host"), "cgroup.headroom": ("cgroup", "host")}
+    # A GPU that shares the host's memory is no place of its own.
     sensors |= {"gpu.free": ("gpu", "device")} if "device" in floors else {}
     return {sensor: floors[where] for measure, (sensor, where) in sensors.items() if measure in weighed.values}
 
@@ -104,6 +107,7 @@ def losses(weighed: Weighed, budgets: Mapping[str, float], profile: DeviceProfil
     for tier, name in (("cache", "cache loss"), ("below", "RAM tier loss")):
         now, allowed = weighed.values.get(f"{tier}.budget"), weighed.values.get(f"{tier}.allowed")
         if now is not None and allowed:
+            # The budget that is about to be set, so that strength follows in the same sample.
             budget = budgets.get(tier, now)
             pressure = ramp(max(0.0, 1.0 - budget / allowed), profile.pressure.cache_loss)
             signals.append(
@@ -156,9 +160,11 @@ def _places(values: Mapping[str, float], profile: DeviceProfile) -> dict[str, Pl
     used = values.get("process.private")
     gpu_used = values.get("gpu.allocated")
     if used is not None and shared:
+        # What the GPU holds is not in the process's own pages, though it is the same memory.
         used += gpu_used or 0.0
     free = [values[name] for name in ("memory.available", "cgroup.headroom") if name in values]
     total = [values[name] for name in ("memory.total", "cgroup.limit") if values.get(name)]
+    # A Jetson's memory would else count twice, with one reserve each.
     has_card = not shared and "gpu.free" in values
     places: dict[str, Place] = {}
     if free:
@@ -174,6 +180,7 @@ def _place(seen: list[float], total: float, used: float | None, profile: DeviceP
     free = min(seen)
     reserve = min(float(profile.memory.reserve_bytes), _LARGEST_RESERVE * total)
     budget = profile.memory.budget_bytes
+    # Without a budget only what is free can be lacking.
     over = -math.inf if used is None or budget is None else used - budget
     return Place(free, reserve, max(reserve - free, over), len(seen), total, used, name)
 
@@ -205,6 +212,7 @@ def _beyond(total: float, name: str, has_budget: bool, profile: DeviceProfile) -
 
 
 def _headroom(place: Place, where: str, values: Mapping[str, float], profile: DeviceProfile) -> Signal:
+    # Full pressure comes half a reserve beyond, so that the strongest setting is live before memory is gone.
     pressure = min(1.0, max(0.0, place.lacking / max(place.reserve / 2, 1.0)))
     if place.lacking > place.reserve - place.free:
         words = f"the model takes {size_text(place.used or 0)} of {place.name}, its budget is "
@@ -222,6 +230,7 @@ def _rates(values: Mapping[str, float], profile: DeviceProfile) -> list[Signal]:
         whose = "psi.cgroup" if f"psi.cgroup.{kind}.some" in values else "psi"
         some, full = (values.get(f"{whose}.{kind}.{part}") for part in ("some", "full"))
         if some is not None or full is not None:
+            # When all tasks stall nothing is done at all, which weighs twice as much as when some do.
             stalled = max(some or 0.0, 2 * (full or 0.0))
             words = f"tasks stalled on {kind} {some or 0.0:.0%} of the time, all of them {full or 0.0:.0%}"
             signals.append(Signal(f"psi {kind}", ramp(stalled, limits), words))
@@ -242,6 +251,7 @@ def _stall(values: Mapping[str, float], profile: DeviceProfile) -> Signal | None
     if share is None:
         return None
     missed = values.get("cache.miss_rate", 1.0)
+    # Strength can only turn misses into hits, so stalls without misses are not its business.
     pressure = ramp(share, profile.pressure.stall) * min(1.0, missed / _MISSES_THAT_EXPLAIN)
     words = f"tokens wait {share:.0%} of the time for experts, {missed:.0%} of look-ups miss"
     if values.get("cache.resident", math.inf) < _FILLED * values.get("cache.budget", 0.0):

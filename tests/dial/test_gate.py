@@ -1,4 +1,4 @@
-"""The gate between forwards and swaps: nothing torn, nothing starved, nothing left hanging."""
+"""The step lock between forwards and swaps: nothing torn, nothing starved, nothing left hanging."""
 
 from __future__ import annotations
 

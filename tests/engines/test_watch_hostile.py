@@ -174,8 +174,7 @@ def test_a_server_that_cannot_be_driven_leaves_no_proxy_behind(repo_root: Path) 
 
 def test_without_aiohttp_only_the_proxy_is_missing(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
-    for name in ("llama_proxy", "llama_messages"):
-        monkeypatch.delitem(sys.modules, f"remoe_adapt.runtime.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, "remoe_adapt.engines.llamacpp.proxy", raising=False)
     with saying(HEAD + b"[]") as address:
         with pytest.raises(MissingDependencyError, match=r"remoe-adapt\[serve\]"):
             watched(repo_root, address, proxy=("127.0.0.1", 0))

@@ -100,6 +100,9 @@ class GgufFile:
     def _damaged(self, fault: str) -> ExportError:
         return ExportError(f"{printable(self.path)}: {fault}: is the file damaged?")
 
+    def _cut_off(self, where: str) -> ExportError:
+        return ExportError(f"{printable(self.path)} ends at byte {self.size}, {where}: fetch it again.")
+
     def _parse(self, reader: _Reader) -> None:
         if (magic := reader.take(4)) != MAGIC:
             raise ExportError(f"{printable(self.path)} is no GGUF file: it starts with {magic!r}.")
@@ -150,8 +153,7 @@ class GgufFile:
                 raise self._damaged(f"tensor {printable(name)} starts at {offset}, no multiple of {self.alignment}")
             sizes.append(self._size_of(name, shape, kind))
         if infos and data + max(offset for *_, offset in infos) >= self.size:
-            where = f"ends at byte {self.size}, before its last tensor"
-            raise ExportError(f"{printable(self.path)} {where}: fetch it again.")
+            raise self._cut_off("before its last tensor")
         # By place in the file: an overlap can only be with the neighbour.
         order = sorted(range(len(infos)), key=lambda number: infos[number][3])
         spans = [0] * len(infos)
@@ -160,8 +162,7 @@ class GgufFile:
             end = self.size if successor is None else data + infos[successor][3]
             spans[number] = end - start
             if start + sizes[number] > self.size:
-                where = f"ends at byte {self.size}, inside tensor {name}, which goes on to byte {start + sizes[number]}"
-                raise ExportError(f"{printable(self.path)} {where}: fetch it again.")
+                raise self._cut_off(f"inside tensor {name}, which goes on to byte {start + sizes[number]}")
             if successor is not None and start + sizes[number] > end:
                 raise self._damaged(f"tensors {name} and {printable(infos[successor][0])} overlap")
         return [

@@ -45,28 +45,30 @@ class LiveRouters:
         with ExitStack() as ending, disk_faults(Path(source), ExportError, "give another file"):
             if not read_only:
                 self._fd = ending.enter_context(locked(Path(source)))
-            self._look(GgufModel(source), base)
+            self._model = GgufModel(source)
+            self._file = self._model.files[0]
+            self.path = self._file.path
+            self._refuse_what_is_not_apart()
+            refuse_links([self._file])
+            self._layers = self._model.check(family, base)
+            self._originals = self._model.originals(self.path)
+            weights = self._model.weights.values()
+            self.spans = [(t.offset, t.offset + len(self._originals[t.name])) for t in weights]
+            self.swap_s: float | None = None
+            undo = self._model.undos.get(self.path)
+            found = "original" if undo is None else undo.state(self._file)
+            # What a killed session left is torn or live, and of no known strength.
+            self.strength = {"original": 0.0, "patched": undo.strength if undo else None}.get(found)
             # From here on the lock is held until `close`; an error above has released it.
             self._ending = ending.pop_all()
-
-    def _look(self, model: GgufModel, base: Base) -> None:
-        self._model = model
-        self._file = self._model.files[0]
-        self.path = self._file.path
-        self._refuse_what_is_not_apart()
-        refuse_links([self._file])
-        self._layers = model.check(self._family, base)
-        weights = model.weights.values()
-        self._originals = self._model.originals(self.path)
-        self.spans = [(t.offset, t.offset + len(self._originals[t.name])) for t in weights]
-        self.swap_s: float | None = None
-        self.strength = self._found()
 
     def write(self, strength: float) -> None:
         """Replace all routers, layer by layer, one call each; the page cache has them then, the disk later."""
         pieces = self._model.placed(self._model.live(self._family, strength, self._layers)[self.path], self.path)
         with disk_faults(self.path, ExportError, _STAYS):
-            if self._model.undos.get(self.path) is None or not self._ours:
+            undo = self._model.undos.get(self.path)
+            # An undo file of a live session has no one strength, so it holds NaN; one of `patch_in_place` has a number.
+            if undo is None or not math.isnan(undo.strength):
                 # Before the first byte of a router changes, since a kill in between could not be put right otherwise.
                 self._model.undos[self.path] = Undo.write(self._file, self._originals, None, math.nan)
             self.strength = None
@@ -79,6 +81,7 @@ class LiveRouters:
         """Put the originals back, or leave the strength as it is, with its undo file; on the disk, either way."""
         undo = self._model.undos.get(self.path)
         with self._ending, disk_faults(self.path, ExportError, _STAYS):
+            # What was live for a while becomes an ordinary patch, so that `--undo` knows what it will find.
             if undo is not None and keep and self.strength:
                 new = self._model.live(self._family, self.strength, self._layers)[self.path]
                 os.fsync(self._fd)
@@ -91,17 +94,6 @@ class LiveRouters:
                 del self._model.undos[self.path]
                 self.strength = 0.0
         self._fd = -1
-
-    @property
-    def _ours(self) -> bool:
-        # An undo file of a live session has no one strength, so it holds NaN; one of `patch_in_place` has a number.
-        return math.isnan(self._model.undos[self.path].strength)
-
-    def _found(self) -> float | None:
-        undo = self._model.undos.get(self.path)
-        if undo is None:
-            return 0.0
-        return {"original": 0.0, "patched": undo.strength}.get(undo.state(self._file))
 
     def _refuse_what_is_not_apart(self) -> None:
         model = self._model

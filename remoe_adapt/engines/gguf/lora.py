@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt._support import disk_faults, printable
+from remoe_adapt._support import check_extra, disk_faults, printable
 from remoe_adapt.engines import left_out, new_files
 from remoe_adapt.engines.gguf.parts import FINGERPRINT_KEY, STRENGTH_KEY
 from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base
 from remoe_adapt.engines.gguf.routers import GgufModel
-from remoe_adapt.errors import ConfigError, ExportError, MissingDependencyError, UnsupportedRouterError
+from remoe_adapt.errors import ConfigError, ExportError, UnsupportedRouterError
 from remoe_adapt.family import Family
 from remoe_adapt.routers import GGUF_ARCH, GGUF_LORA_IGNORED
 
@@ -35,9 +35,13 @@ def export_gguf_lora(
 ) -> dict[str, Any]:
     """Write LoRAs for the model `source` into the folder `out`, one for each of `strengths` (None: the stored points).
 
+    rank: None keeps the delta as it is; else the nearest of that rank, and `relative_error` is the largest
+        |delta - BA| / |delta| (Frobenius) of a router.
+    base: what the routers are compared with, see `GgufModel.check`.
+    force: also for a model that seems to be of another base, or an architecture that is not known.
+
     A server adds scale times the delta, so between two points p < q the strength s is the scales (q - s) / (q - p) and
-    (s - p) / (q - p), below the first point s / p. rank: None keeps the delta as it is; else the nearest of that rank,
-    and `relative_error` is the largest |delta - BA| / |delta| (Frobenius) of a router.
+    (s - p) / (q - p), below the first point s / p.
 
     After an error nothing is left of what was written. Raises UnsupportedRouterError for architectures whose routers
     ignore a LoRA or are not known to use one, MissingDependencyError without the gguf package, ConfigError for a rank
@@ -54,6 +58,7 @@ def export_gguf_lora(
         raise ConfigError(f"rank {rank} is impossible: use 1 or more, or leave it out for the delta as it is.")
     # A LoRA is added to the product, so a model whose routers are changed already would get the delta twice.
     layers = model.check(family, base, force=force)
+    # Stored points are enough: the server adds two of them up for a strength between.
     chosen = family.strengths if strengths is None else tuple(strengths)
     targets = [folder / f"{Family.adapter_name(strength)}.gguf" for strength in chosen]
     # Two strengths may differ by less than their file names show.
@@ -115,10 +120,9 @@ def factor(delta_ED: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
 def _write(
     target: Path, architecture: str, family: Family, strength: float, factors: dict[str, tuple[Tensor, Tensor]]
 ) -> None:
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingDependencyError("GGUF LoRAs need the gguf package: pip install 'remoe-adapt[export]'") from error
+    check_extra("gguf", "export", "GGUF LoRAs need the gguf package")
+    import gguf
+
     writer = gguf.GGUFWriter(target, architecture)
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)

@@ -50,13 +50,14 @@ def export_gguf(
     on_total(sum(file.size for file in model.files))
     how = {}
     with disk_faults(targets[0], ExportError, NOTHING_LEFT), new_files(targets) as drafts:
+        # Backwards, so that the small part with the routers is written when the large ones are there.
         for file, target, draft in reversed(list(zip(model.files, targets, drafts, strict=True))):
             if file.path in pieces:
                 how[target.name] = clone_or_copy(file.path.resolve(), draft, on_bytes)
                 write_at(draft, model.placed(pieces[file.path], file.path))
             else:
                 how[target.name] = link_or_copy(file.path, draft, on_bytes)
-    return _result(model, family, strength, str(targets[0])) | {"files": how}
+    return export_facts(model, family, strength, targets[0]) | {"files": how}
 
 
 def patch_in_place(
@@ -96,7 +97,7 @@ def patch_in_place(
                 kept.append(str(undo.path))
             for file in changed if strength else ():
                 write_at(file.path, model.placed(pieces[file.path], file.path))
-    return _result(model, family, strength, str(source)) | {"undo": kept, "recovered": torn}
+    return export_facts(model, family, strength, path) | {"undo": kept, "recovered": torn}
 
 
 def undo_in_place(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -150,9 +151,10 @@ def _all_or_nothing(model: GgufModel) -> Iterator[None]:
         raise
 
 
-def _result(model: GgufModel, family: Family, strength: float, out: str) -> dict[str, Any]:
+def export_facts(model: GgufModel, family: Family, strength: float, out: Path) -> dict[str, Any]:
+    """What every export of a model's routers tells of itself."""
     return {
-        "out": out,
+        "out": str(out),
         "base": family.base_id,
         "strength": strength,
         "architecture": printable(model.architecture),
@@ -162,17 +164,16 @@ def _result(model: GgufModel, family: Family, strength: float, out: str) -> dict
     }
 
 
-def target_stem(out: Path) -> str:
-    """A split GGUF's name without the part's number and the ending."""
-    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", out.name)
+def part_paths(out: Path, count: int) -> list[Path]:
+    """The files of a split GGUF that is called `out`, with or without a part's number."""
+    stem = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", out.name)
+    return [out.with_name(shard_name(stem, number, count)) for number in range(1, count + 1)]
 
 
 def _targets(out: Path, count: int) -> list[Path]:
     if out.suffix != ".gguf":
         raise ConfigError(f"{printable(out)} must end in .gguf: engines know the format by that.")
-    if count == 1:
-        return [out]
-    return [out.with_name(shard_name(target_stem(out), number, count)) for number in range(1, count + 1)]
+    return [out] if count == 1 else part_paths(out, count)
 
 
 def refuse_links(files: Iterable[GgufFile]) -> None:

@@ -181,27 +181,20 @@ class GgufModel:
         return {layer: found[layer] for layer in sorted(found) if layer < self.num_blocks}
 
     def _check_shapes(self) -> None:
-        experts = self._number("expert_count")
-        expected = (experts, self._number("embedding_length"))
-        for tensor in self.weights.values():
+        experts, hidden = self._number("expert_count"), self._number("embedding_length")
+        of_shape: list[tuple[GgufTensor, tuple[int, ...]]]
+        of_shape = [(tensor, (experts, hidden)) for tensor in self.weights.values()]
+        of_shape += [(tensor, (experts,)) for tensor in self.correction_biases.values()]
+        for tensor, expected in of_shape:
             if tensor.type not in DTYPES:
                 raise UnsupportedRouterError(
-                    f"{printable(self.path)}: router {tensor.name} is quantised ({_type_name(tensor.type)}), which "
-                    "would round the deltas away: give a GGUF whose routers are F32, BF16 or F16, as llama.cpp's tools "
-                    "leave them."
+                    f"{printable(self.path)}: {tensor.name} is quantised ({_type_name(tensor.type)}), which would "
+                    "round the deltas away: give a GGUF whose routers are F32, BF16 or F16, as llama.cpp's tools leave "
+                    "them."
                 )
-            self._check_shape(tensor, expected)
-        for tensor in self.correction_biases.values():
-            if tensor.type not in DTYPES:
-                kind = _type_name(tensor.type)
-                raise UnsupportedRouterError(f"{printable(self.path)}: {tensor.name} is quantised ({kind}).")
-            self._check_shape(tensor, (experts,))
-
-    def _check_shape(self, tensor: GgufTensor, expected: tuple[int, ...]) -> None:
-        if tensor.shape != expected:
-            raise ExportError(
-                f"{printable(self.path)}: {tensor.name} is {list(tensor.shape)}, its metadata says {list(expected)}."
-            )
+            if tensor.shape != expected:
+                found = f"{tensor.name} is {list(tensor.shape)}, its metadata says {list(expected)}"
+                raise ExportError(f"{printable(self.path)}: {found}.")
 
     def _check_finite(self, name: str, weight_ED: Tensor) -> None:
         if not torch.isfinite(weight_ED).all():
@@ -230,13 +223,11 @@ class GgufModel:
                     f"{self.weights[layer].name} of {printable(self.path)} is not {router.name} of {base.folder} "
                     f"rounded to {weights[layer].dtype}: it was made from another base, or changed since."
                 )
-            bias = self.correction_biases.get(layer)
-            stored = router.correction_bias
-            if (bias is None) != (stored is None) or (
-                bias
-                and stored
-                and not torch.equal(self._read(bias), read_tensor(stored).to(DTYPES[bias.type]).flatten())
-            ):
+            bias, stored = self.correction_biases.get(layer), router.correction_bias
+            same = bias is None and stored is None
+            if bias and stored:
+                same = torch.equal(self._read(bias), read_tensor(stored).to(DTYPES[bias.type]).flatten())
+            if not same:
                 raise FingerprintMismatchError(
                     f"the selection bias of layer {layer} of {printable(self.path)} is not that of {base.folder}."
                 )

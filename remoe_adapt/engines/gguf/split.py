@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from remoe_adapt._support import disk_faults, printable
-from remoe_adapt.engines import OnBytes, copy_range, ignore_bytes, left_out, new_files, read_at
+from remoe_adapt.engines import OnBytes, append, copy_range, ignore_bytes, new_files, read_at
 from remoe_adapt.engines.gguf.file import (
     ALIGNMENT_KEY,
     INT32,
@@ -18,11 +19,10 @@ from remoe_adapt.engines.gguf.file import (
     GgufTensor,
     entry_bytes,
     header_bytes,
-    shard_name,
     text_entry,
 )
 from remoe_adapt.engines.gguf.parts import ARCHITECTURE_KEY, DIGEST_KEYS, MODEL_KEY, ROUTERS_KEY, SPLIT_KEYS
-from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base, target_stem
+from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base, export_facts, part_paths
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.undo import digest
 from remoe_adapt.errors import ConfigError, ExportError
@@ -53,7 +53,7 @@ def split_gguf(
     Raises ConfigError when a file to write exists or the source's routers are alone already, ExportError when one
     cannot be written, else as `GgufModel`, `GgufModel.check` and `GgufModel.live`.
     """
-    model, target = GgufModel(source), Path(out)
+    model = GgufModel(source)
     routers = model.router_tensors()
     apart = {tensor.path for tensor in routers}
     names = {tensor.name for tensor in routers}
@@ -65,8 +65,9 @@ def split_gguf(
         )
     live = model.live(family, strength, model.check(family, base, force=force))
     replaced = {name: data for pieces in live.values() for name, data in pieces.items()}
+    # One part more: the routers' own, which comes first.
     count, total = len(model.files) + 1, sum(len(file.tensors) for file in model.files)
-    paths = [target.with_name(shard_name(target_stem(target), number, count)) for number in range(1, count + 1)]
+    paths = part_paths(Path(out), count)
     on_total(sum(file.size for file in model.files))
     first = model.files[0]
     with disk_faults(paths[0], ExportError, NOTHING_LEFT), new_files(paths) as drafts:
@@ -85,20 +86,12 @@ def split_gguf(
         entries = [entry for key, entry in first.entries.items() if key not in anew]
         _write(drafts[0], first, [*entries, *_place(0, count, total), *digests], routers, replaced, on_bytes)
     sizes = [path.stat().st_size for path in paths]
-    return {
-        "out": str(paths[0]),
-        "base": family.base_id,
-        "strength": strength,
-        "architecture": printable(model.architecture),
-        "routers": len(model.weights),
-        "first_part_bytes": sizes[0],
-        "bytes": sum(sizes),
-        "files": [path.name for path in paths],
-        **left_out(family, strength),
-    }
+    parts = {"first_part_bytes": sizes[0], "bytes": sum(sizes), "files": [path.name for path in paths]}
+    return export_facts(model, family, strength, paths[0]) | parts
 
 
 def _place(number: int, count: int, total: int) -> list[bytes]:
+    # The types that llama.cpp's own splitter writes; it refuses others.
     values = ((UINT16, number), (UINT16, count), (INT32, total))
     return [entry_bytes(key, kind, value) for key, (kind, value) in zip(SPLIT_KEYS, values, strict=True)]
 
@@ -134,25 +127,15 @@ def _write(
         end += tensor.span + -tensor.span % like.alignment
     header = header_bytes(entries, [(t.name, t.shape, t.type, offset) for t, offset in placed], like.alignment)
     with target.open("xb", buffering=0) as new:
-        _append(new, header)
-        sources: dict[Path, BinaryIO] = {}
-        try:
+        append(new, header)
+        with ExitStack() as opened:
+            sources: dict[Path, BinaryIO] = {}
             for tensor, _ in placed:
                 if tensor.path not in sources:
-                    sources[tensor.path] = tensor.path.open("rb")
-                source = sources[tensor.path].fileno()
+                    sources[tensor.path] = opened.enter_context(tensor.path.open("rb"))
                 data = replaced.get(tensor.name, b"")
-                _append(new, data)
+                append(new, data)
                 # What is left of the span is padding where the tensor was replaced, else the whole tensor.
-                copy_range(source, tensor.offset + len(data), tensor.span - len(data), new.fileno(), on_bytes)
-                _append(new, b"\0" * (-tensor.span % like.alignment))
-        finally:
-            for file in sources.values():
-                file.close()
-
-
-def _append(file: BinaryIO, data: bytes) -> None:
-    """All of it: a disk that is nearly full takes a part, and says so at the next call only."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+                rest = tensor.span - len(data)
+                copy_range(sources[tensor.path].fileno(), tensor.offset + len(data), rest, new.fileno(), on_bytes)
+                append(new, b"\0" * (-tensor.span % like.alignment))

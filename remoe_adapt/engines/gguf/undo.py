@@ -28,6 +28,7 @@ from remoe_adapt.engines.gguf.file import GgufFile, GgufTensor
 from remoe_adapt.engines.gguf.parts import ROUTERS_KEY
 from remoe_adapt.errors import ExportError
 
+# The number is raised when a reader of today would misread a file of tomorrow.
 _SUFFIX, _FORMAT = ".remoe-undo", "remoe-undo 2"
 _LIVE = "live"
 _MAX_NAMES_BYTES = 16 << 20
@@ -111,6 +112,7 @@ class Undo:
             "strength": repr(strength),
             "digest": undo._seal(),
         }
+        # One row for each set of bytes: the originals, and what replaces them.
         rows = [undo.originals] if undo.new is None else [undo.originals, undo.new]
         arrays = {name: np.stack([np.frombuffer(row[name], np.uint8) for row in rows]) for name in undo.originals}
         replace_file(undo.path, save(arrays, metadata=facts))
@@ -159,6 +161,7 @@ def digest(pieces: Mapping[str, bytes]) -> str:
 
 
 def _mixed(now: bytes, original: bytes, new: bytes) -> bool:
+    # Byte by byte, since a write may stop anywhere.
     found, one, other = (np.frombuffer(data, np.uint8) for data in (now, original, new))
     return bool(((found == one) | (found == other)).all())
 

@@ -1,16 +1,10 @@
-"""Small JSON calls to a llama-server: one connection each, so a server that was restarted never meets an old one.
+"""How a llama-server is spoken to: calls with JSON, strength as scales of its LoRAs, and probes of its prompt caches.
 
-Strength in the language of llama-server: a scale for each loaded LoRA, one LoRA for each operating point.
+The server has one LoRA loaded for each operating point. `Family.live` is linear between neighbouring points; so are
+scales, and adapters add up: between the points p < q the strength s is p at (q - s) / (q - p) and q at
+(s - p) / (q - p); below the first point it is that point at s / p.
 
-`Family.live` is linear between neighbouring points; so are scales, and adapters add up: between the points p < q the
-strength s is p at (q - s) / (q - p) and q at (s - p) / (q - p); below the first point it is that point at s / p.
-
-Which prompt caches of a llama-server are on, found out by asking it: no call says so.
-
-What was measured (llama.cpp 0.6-dev, random prompts, 4 clients, scales that change): a server that reuses prompts gives
-answers of mixed scales after POST /lora-adapters (136 of 160 wrong); with `--no-cache-prompt` none, with any
---cache-ram. With `lora` in every request, its RAM prompt cache still restores another scale's state (18 of 160 wrong);
-with `--cache-ram 0`, or `cache_prompt: false` in every request, none.
+No call of the server says which of its prompt caches are on, so it is asked for completions, whose timings tell.
 """
 
 from __future__ import annotations
@@ -28,8 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from remoe_adapt._support import parse_json, printable
-from remoe_adapt.dial import HAND, SENSORS, Target, unit
-from remoe_adapt.errors import ConfigError, DialError, ServerDownError, ServerError
+from remoe_adapt.errors import ConfigError, ServerDownError, ServerError
 
 # The server answers these calls between two decode steps, which may be slow on a thrashing machine.
 TIMEOUT_S = 30.0
@@ -37,6 +30,15 @@ TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 16 << 20
 _PIECE_BYTES = 64 << 10
 _LOADING = 503
+# The server keeps scales in fp32, so that what it answers is not what was sent to all digits.
+_SAME = 1e-5
+# A server may have hundreds of adapters loaded, and a message should fit on a screen: it names so many.
+_SHOWN = 20
+# A prompt of so many random words is new to any server.
+_WORDS = 12
+
+# POST with a body -> the JSON answer.
+Post = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ def call(
         headers["Content-Type"] = "application/json"
     status, text = _exchange(address, "GET" if sent is None else "POST", path, sent, headers, timeout_s)
     found = parse_json(text, f"what {where} answers, with status {status} (is it a llama-server?),", ServerError)
+    # llama-server answers 503 until its model is loaded: that is a server to wait for, not a broken one.
     if status == _LOADING:
         raise ServerDownError(f"{address}: {_message(found)}")
     if status != http.client.OK:
@@ -102,6 +105,7 @@ def _exchange(
     """Status and body of the answer."""
     connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
     late = threading.Event()
+    # A daemon, so that an interpreter that ends does not wait for a server.
     timer = threading.Timer(timeout_s, lambda: _cut(sock, late))
     timer.daemon = True
     try:
@@ -144,28 +148,6 @@ def _cut(sock: socket.socket, late: threading.Event) -> None:
 def _message(found: Any) -> str:
     error = found.get("error") if isinstance(found, dict) else None
     return printable(error.get("message", error) if isinstance(error, dict) else found)
-
-
-# The server keeps scales in fp32.
-_SAME = 1e-5
-# Adapters of a server that a message names.
-_SHOWN = 20
-# Strengths are set, and stated, to so many digits.
-STEP_DIGITS = 4
-
-
-def rounded_strength(target: Target, now: float, closed: bool) -> float | None:
-    """The strength of a target, to STEP_DIGITS; None: nothing changes, see `Engine.post`.
-
-    now: the strength posted last; where the sensors stay with it, what the server is found at is kept, to all digits.
-
-    Raises ConfigError for a strength outside [0, 1], DialError for a hand's target where the engine is closed.
-    """
-    strength = unit("strength", target.strength)
-    if closed and target.by == HAND:
-        raise DialError("this engine is closed, and was left as it is: start `remoe watch` again.")
-    same = target.by == SENSORS and strength == now
-    return None if closed or same else round(strength, STEP_DIGITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,17 +244,14 @@ class ScaleMap:
         return all(abs(present[number] - wanted[number]) <= _SAME for _, number in self.points)
 
 
-# POST with a body -> the JSON answer.
-Post = Callable[[str, Any], Any]
-_WORDS = 12
-
-
 def reuses_prompts(post: Post, slots: int) -> bool:
     """Whether a request that says nothing about caches may start from what an earlier one left behind.
 
-    The same prompt once more than there are slots: whichever way slots are chosen, one has seen it. No slot is named:
-    with a RAM prompt cache, that spoils what other slots are generating (34 of 200 answers, at constant scales).
+    Measured with llama.cpp 0.6-dev (random prompts, 4 clients, scales that change): where it may, answers after POST
+    /lora-adapters are of mixed scales (136 of 160 wrong); with `--no-cache-prompt` none, with any --cache-ram.
     """
+    # Whichever way slots are chosen, one of them gets the same prompt twice. No slot is named, for with a RAM prompt
+    # cache that spoils what other slots are generating (34 of 200 answers, at constant scales).
     prompt = _prompt()
     return any(_reused(post, prompt, {}) > 0 for _ in range(slots + 1))
 
@@ -280,9 +259,11 @@ def reuses_prompts(post: Post, slots: int) -> bool:
 def restores_other_scales(post: Post, slots: int, scales: ScaleMap) -> bool:
     """Whether a request may start from a state that was computed at other scales, although it names its own.
 
-    More prompts than slots push each other out of them; where they go on living outside (--cache-ram), the first answer
-    at another strength finds some of its prompt known already.
+    Measured as above, with `lora` in every request: the RAM prompt cache restores another scale's state (18 of 160
+    answers wrong); with `--cache-ram 0`, or `cache_prompt: false` in every request, none.
     """
+    # More prompts than slots push each other out of them; where they go on living outside (--cache-ram), the first
+    # answer at another strength finds some of its prompt known already.
     prompts = [_prompt() for _ in range(slots + 1)]
     for prompt in prompts:
         _reused(post, prompt, {"lora": scales.as_list(0.0), "cache_prompt": True})

@@ -22,10 +22,10 @@ from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
 VERSION = "2026.10.11549"
 # llama.cpp calls the ids of the chosen experts of a layer so; the layer's number follows.
 _TOP_K = "ffn_moe_topk-"
-_LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1, "dio": 4}
+_LOAD_MODES = {"auto": -1, "none": 0, "mmap": 1}
 _LOG_LINES = 8
 
-_Pointer = C.c_void_p
+_Pointer, _Ints, _Floats = C.c_void_p, C.POINTER(C.c_int32), C.POINTER(C.c_float)
 _OnEval = C.CFUNCTYPE(C.c_bool, _Pointer, C.c_bool, _Pointer)
 _OnLog = C.CFUNCTYPE(None, C.c_int, C.c_char_p, _Pointer)
 
@@ -67,11 +67,11 @@ class _ContextParams(C.Structure):
 class _Batch(C.Structure):
     _fields_ = (
         ("n_tokens", C.c_int32),
-        ("token", C.POINTER(C.c_int32)),
-        ("embd", C.POINTER(C.c_float)),
-        ("pos", C.POINTER(C.c_int32)),
-        ("n_seq_id", C.POINTER(C.c_int32)),
-        ("seq_id", C.POINTER(C.POINTER(C.c_int32))),
+        ("token", _Ints),
+        ("embd", _Floats),
+        ("pos", _Ints),
+        ("n_seq_id", _Ints),
+        ("seq_id", C.POINTER(_Ints)),
         ("logits", C.POINTER(C.c_int8)),
     )
 
@@ -92,19 +92,16 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_model_free": ([_Pointer], None),
     "llama_free": ([_Pointer], None),
     "llama_decode": ([_Pointer, _Batch], C.c_int32),
-    "llama_get_logits": ([_Pointer], C.POINTER(C.c_float)),
+    "llama_get_logits": ([_Pointer], _Floats),
     "llama_model_get_vocab": ([_Pointer], _Pointer),
     "llama_vocab_n_tokens": ([_Pointer], C.c_int32),
-    "llama_tokenize": (
-        [_Pointer, C.c_char_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32, C.c_bool, C.c_bool],
-        C.c_int32,
-    ),
+    "llama_tokenize": ([_Pointer, C.c_char_p, C.c_int32, _Ints, C.c_int32, C.c_bool, C.c_bool], C.c_int32),
     "llama_model_n_ctx_train": ([_Pointer], C.c_int32),
     "llama_model_meta_val_str": ([_Pointer, C.c_char_p, C.c_char_p, C.c_size_t], C.c_int32),
     "llama_get_memory": ([_Pointer], _Pointer),
     "llama_memory_clear": ([_Pointer, C.c_bool], None),
     "llama_adapter_lora_init": ([_Pointer, C.c_char_p], _Pointer),
-    "llama_set_adapters_lora": ([_Pointer, C.POINTER(_Pointer), C.c_size_t, C.POINTER(C.c_float)], C.c_int32),
+    "llama_set_adapters_lora": ([_Pointer, C.POINTER(_Pointer), C.c_size_t, _Floats], C.c_int32),
     "ggml_get_name": ([_Pointer], C.c_char_p),
     "ggml_backend_tensor_get": ([_Pointer, _Pointer, C.c_size_t, C.c_size_t], None),
 }
@@ -143,7 +140,7 @@ class LlamaModel:
     `with`.
 
     `routes` holds, when `trace`, the chosen experts int32 [T, K] of every call of each layer since it was last
-    cleared. repack: let the engine rearrange quantised weights in memory of their own.
+    cleared.
 
     Raises MissingDependencyError without the wheel, ConfigError when llama.cpp refuses the file.
     """
@@ -156,14 +153,13 @@ class LlamaModel:
         threads: int = 1,
         trace: bool = False,
         load_mode: str = "auto",
-        repack: bool = True,
     ) -> None:
         self._lib = library()
         self._model = self._context = None
         self.routes: dict[int, list[NDArray[np.int32]]] = {}
         self.position, self.context_tokens = 0, context_tokens
         params = self._lib.llama_model_default_params()
-        params.load_mode, params.n_gpu_layers, params.use_extra_bufts = _LOAD_MODES[load_mode], 0, repack
+        params.load_mode, params.n_gpu_layers = _LOAD_MODES[load_mode], 0
         self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise ConfigError(f"llama.cpp cannot load {os.fspath(path)}: {_last_words()}")
@@ -222,15 +218,15 @@ class LlamaModel:
             raise TraceError(
                 f"cannot decode {count} tokens after {self.position}: the context has {self.context_tokens}"
             )
-        one = (C.c_int32 * 1)(0)
-        sequence = C.cast(one, C.POINTER(C.c_int32))
+        # All tokens are of sequence 0, the only one that this context has.
+        sequence = C.cast((C.c_int32 * 1)(0), _Ints)
         batch = _Batch(
             count,
             (C.c_int32 * count)(*ids),
             None,
             (C.c_int32 * count)(*range(self.position, self.position + count)),
             (C.c_int32 * count)(*[1] * count),
-            (C.POINTER(C.c_int32) * count)(*[sequence] * count),
+            (_Ints * count)(*[sequence] * count),
             # All, for the engine leaves out what no logits depend on: the last layer's experts.
             (C.c_int8 * count)(*[1] * count),
         )

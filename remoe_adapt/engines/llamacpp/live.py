@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from remoe_adapt.dial import Target
 from remoe_adapt.engines.gguf import LiveRouters, undo_path
-from remoe_adapt.engines.llamacpp.client import rounded_strength
+from remoe_adapt.engines.llamacpp.outside import CHECK_S, OutsideEngine
 from remoe_adapt.engines.llamacpp.process import WatchedProcess, covers, mapped_by, mapped_spans
 from remoe_adapt.errors import ServerDownError, ServerError
 
-CHECK_S = 2.0
 
-
-class LlamaFile:
-    """Holds a mapped file at a strength; an `Engine`.
+class LlamaFile(OutsideEngine):
+    """Holds a mapped file at a strength.
 
     routers: of the file.
     process: who is watched.
     points: the family's strengths, rising.
     required: the process was named (by address or number), so nothing is written while it does not map the routers.
     dry_run: nothing is ever written; the routers may be read-only.
-    clock: seconds, for the pauses between looks.
     """
 
     name = "mapped file"
@@ -34,32 +29,15 @@ class LlamaFile:
         self,
         routers: LiveRouters,
         process: WatchedProcess,
-        points: Sequence[float] = (),
+        points: Sequence[float],
         *,
         required: bool,
         dry_run: bool = False,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.routers, self.process, self.dry_run = routers, process, dry_run
-        self.points, self._required, self._clock = tuple(points), required, clock
-        self._lock = threading.Lock()
+        super().__init__(process, points, routers.strength or 0.0, dry_run=dry_run)
+        self.routers, self._required = routers, required
         self._met_pid: int | None = None
         self._check_s = -1.0
-        self.met = self.swaps = 0
-        self._wanted, self._closed = routers.strength or 0.0, False
-
-    def post(self, target: Target) -> None:
-        """Want this strength, in steps of 0.0001; `sync` brings it about. See `Engine.post`."""
-        wanted = rounded_strength(target, self.target, self._closed)
-        if wanted is not None:
-            with self._lock:
-                self._wanted = wanted
-
-    @property
-    def target(self) -> float:
-        """The strength wanted last; before the first, what the file was found at (0 where that is not known)."""
-        with self._lock:
-            return self._wanted
 
     def sync(self) -> bool:
         """Look whether the process maps the routers (every CHECK_S), and bring the file to the strength wanted.
@@ -74,41 +52,15 @@ class LlamaFile:
             self._met_pid = None
             if self._required:
                 raise ServerDownError(self.process.why_unknown or "the watched process does not run")
-        elif pid != self._met_pid or self._clock() >= self._check_s:
+        # The maps of a process are long, so they are read again only now and then.
+        elif pid != self._met_pid or time.monotonic() >= self._check_s:
             self._check(pid)
         wanted = self.target
         if wanted != self.routers.strength and not self.dry_run:
             self.routers.write(wanted)
+            self.swap_ms = 1e3 * (self.routers.swap_s or 0.0)
             self.swaps += 1
         return True
-
-    def status(self) -> dict[str, Any]:
-        """See `Engine.status`."""
-        return {
-            "engine": self.name,
-            "strength": self.routers.strength,
-            "target": self.target,
-            "ready": not self._closed and (self._met_pid is not None or not self._required),
-            "met": self.met,
-            "swaps": self.swaps,
-            "swap_ms": self.swap_ms,
-            "points": list(self.points),
-            "closed": self._closed,
-        }
-
-    def close(self, keep: bool = False) -> float | None:
-        """Originals back and the undo file gone, unless `keep`. See `Engine.close`."""
-        if not self._closed:
-            if not self.dry_run:
-                self.routers.close(keep)
-                self.post(Target(self.routers.strength or 0.0))
-            self._closed = True
-        return self.routers.strength
-
-    @property
-    def swap_ms(self) -> float | None:
-        """How long the last swap wrote; None before the first."""
-        return None if self.routers.swap_s is None else 1e3 * self.routers.swap_s
 
     def hazard(self) -> str:
         """What a user has to know before the first swap."""
@@ -121,8 +73,17 @@ class LlamaFile:
             f"after a kill: remoe export gguf {path} --undo"
         )
 
-    # A server that has read the file into memory would go on with the old routers, and nobody would see it.
+    def _live_and_ready(self) -> tuple[float | None, bool]:
+        return self.routers.strength, self._met_pid is not None or not self._required
+
+    def _leave(self, keep: bool) -> float | None:
+        if not self.dry_run:
+            self.routers.close(keep)
+            self.post(Target(self.routers.strength or 0.0))
+        return self.routers.strength
+
     def _check(self, pid: int) -> None:
+        """A server that has read the file into memory would go on with the old routers, and nobody would see it."""
         before, self._met_pid = self._met_pid, None
         path = self.routers.path
         try:
@@ -139,5 +100,5 @@ class LlamaFile:
                 f"process {pid} maps {how} {path}, so it would not see a swap: start llama-server on this file, "
                 "without --no-mmap or direct I/O, and with its routers on the CPU."
             )
-        self._met_pid, self._check_s = pid, self._clock() + CHECK_S
+        self._met_pid, self._check_s = pid, time.monotonic() + CHECK_S
         self.met += before != pid

@@ -1,6 +1,6 @@
-"""The process behind a server's port on this machine: found, recognised when it is another one, and read by sensors.
+"""The process that is watched: found by its port or by a file that it maps, followed through restarts, read by sensors.
 
-Which processes have a file memory-mapped, and how much of it: what Linux says in /proc/PID/maps.
+What a process maps is what Linux says in /proc/PID/maps.
 """
 
 from __future__ import annotations
@@ -19,14 +19,24 @@ import psutil
 from remoe_adapt._support import printable
 from remoe_adapt.engines.llamacpp.client import Address
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.pressure import CGROUPS, PROC, MachineMemory, Reading, Sensors, merged, os_sensors
+from remoe_adapt.pressure import CGROUPS, PROC, Reading, Sensors, merged, os_sensors
+
+# Asking every process what it maps reads a long file of each, so nobody is looked for more often than this.
+_LOOK_S = 2.0
+# No process has this number, so whatever is asked of it is missing, and never that of our own process.
+_NOBODY = 0
+# begin-end of the addresses, rights, offset in the file, device, inode, name; of anonymous memory, no name.
+_LINE = re.compile(
+    r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (?P<device>[0-9a-f]+:[0-9a-f]+) (?P<inode>[0-9]+)(?: +(?P<name>.+)| *)",
+    re.ASCII,
+)
 
 
 class WatchedProcess(abc.ABC):
     """A process, through its restarts. pid: given by hand, it is never looked for. Raises ConfigError when there is no
     such process."""
 
-    def __init__(self, pid: int | None = None) -> None:
+    def __init__(self, pid: int | None) -> None:
         self._fixed = pid is not None
         self.why_unknown = ""
         self._process: psutil.Process | None = None
@@ -38,7 +48,7 @@ class WatchedProcess(abc.ABC):
 
     @property
     def pid(self) -> int | None:
-        """Of the server that runs now; None when none is known."""
+        """The number of the process that runs now; None when none is known."""
         return self._process.pid if self.alive() and self._process is not None else None
 
     @property
@@ -58,6 +68,7 @@ class WatchedProcess(abc.ABC):
         """Whether the process found last still runs; another one under the same number is not it. Costs 50 us."""
         try:
             process = self._process
+            # A zombie keeps its number until its parent has asked for it, and serves nobody.
             return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
@@ -105,6 +116,7 @@ class ServerProcess(WatchedProcess):
         if not on_port:
             self.why_unknown = f"nothing listens on port {self._address.port}"
             return None
+        # One server may listen on IPv4 and IPv6, which is one process twice.
         pids = {c.pid for c in on_port if c.pid is not None}
         if len(pids) != 1:
             reason = "several processes listen there" if pids else "it belongs to another user"
@@ -114,46 +126,50 @@ class ServerProcess(WatchedProcess):
         return pids.pop()
 
 
+class MappingProcess(WatchedProcess):
+    """The one process that maps a file, unless `pid` is given. None is known while there are none, or several."""
+
+    def __init__(self, path: Path, pid: int | None = None) -> None:
+        super().__init__(pid)
+        self._path, self._next_s = path, -1.0
+
+    def _look(self) -> int | None:
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return None
+        self._next_s = now_s + _LOOK_S
+        try:
+            pids = mapped_by(self._path)
+        except ConfigError as error:
+            self.why_unknown = str(error)
+            return None
+        several = f"several processes map {printable(self._path)} ({', '.join(map(str, pids))}): give --pid of one"
+        self.why_unknown = "" if len(pids) == 1 else several if pids else f"no process maps {printable(self._path)}"
+        return pids[0] if len(pids) == 1 else None
+
+
 class ServerSensors(Sensors):
     """The sensors of this machine, and of the server's process: its cgroup, stalls, faults and bytes read.
 
-    While there is no such process they say so, and only the machine counts.
+    While there is no such process, the sensors of the machine alone say something, those that anybody adds among them.
     """
 
-    def __init__(self, process: WatchedProcess, proc: Path = PROC, cgroups: Path = CGROUPS) -> None:
-        super().__init__([MachineMemory()])
-        self._process, self._roots = process, (proc, cgroups)
-        self._of: int | None = None
+    def __init__(self, process: WatchedProcess) -> None:
+        super().__init__(os_sensors(PROC, CGROUPS, _NOBODY))
+        self._process, self._sensed_pid = process, _NOBODY
 
     def read(self, now_s: float | None = None) -> Reading:
         self._process.find()
-        pid = self._process.pid
-        if pid != self._of:
+        pid = self._process.pid or _NOBODY
+        if pid != self._sensed_pid:
+            # New sensors, since the counters of one process must not be held against those of another.
             self.close()
-            self._of = pid
-            self.sensors = tuple(os_sensors(*self._roots, pid)) if pid is not None else (MachineMemory(),)
+            self.sensors, self._sensed_pid = tuple(os_sensors(PROC, CGROUPS, pid)), pid
         reading = super().read(now_s)
-        if pid is not None:
+        if pid != _NOBODY:
             return reading
         why = self._process.why_unknown or "the server does not run"
         return merged(reading.time_s, [reading, Reading(reading.time_s, {}, dict.fromkeys(("cgroup", "process"), why))])
-
-
-def _is_local(host: str) -> bool:
-    local = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
-    try:
-        names = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"{host!r} is no host that is known here ({error}): give the server's address.") from error
-    return all(name in local or ipaddress.ip_address(name).is_loopback for name in names)
-
-
-_LOOK_S = 2.0
-# begin-end of the addresses, rights, offset in the file, device, inode, name; of anonymous memory, no name.
-_LINE = re.compile(
-    r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (?P<device>[0-9a-f]+:[0-9a-f]+) (?P<inode>[0-9]+)(?: +(?P<name>.+)| *)",
-    re.ASCII,
-)
 
 
 def mapped_spans(pid: int, path: Path, proc: Path = PROC) -> list[tuple[int, int]]:
@@ -182,35 +198,22 @@ def covers(spans: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]]) 
     return all(any(begin <= first and last <= end for begin, end in spans) for first, last in wanted)
 
 
-def mapped_by(path: Path, proc: Path = PROC) -> list[int]:
+def mapped_by(path: Path) -> list[int]:
     """Processes that map any of the file, as far as this user may know. Raises ConfigError when it is gone."""
     found = []
     for pid in psutil.pids():
         try:
-            if mapped_spans(pid, path, proc):
+            if mapped_spans(pid, path):
                 found.append(pid)
         except OSError:
             continue
     return found
 
 
-class MappingProcess(WatchedProcess):
-    """The one process that maps a file, unless `pid` is given. None is known while there are none, or several."""
-
-    def __init__(self, path: Path, pid: int | None = None) -> None:
-        super().__init__(pid)
-        self._path, self._next_s = path, -1.0
-
-    def _look(self) -> int | None:
-        now_s = time.monotonic()
-        if now_s < self._next_s:
-            return None
-        self._next_s = now_s + _LOOK_S
-        try:
-            pids = mapped_by(self._path)
-        except ConfigError as error:
-            self.why_unknown = str(error)
-            return None
-        several = f"several processes map {printable(self._path)} ({', '.join(map(str, pids))}): give --pid of one"
-        self.why_unknown = "" if len(pids) == 1 else several if pids else f"no process maps {printable(self._path)}"
-        return pids[0] if len(pids) == 1 else None
+def _is_local(host: str) -> bool:
+    local = {address.address.partition("%")[0] for found in psutil.net_if_addrs().values() for address in found}
+    try:
+        names = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{host!r} is no host that is known here ({error}): give the server's address.") from error
+    return all(name in local or ipaddress.ip_address(name).is_loopback for name in names)

@@ -5,8 +5,8 @@ stream. While the server is down, requests that generate wait for it, then get a
 lost gets a 502, or is cut off where its answer had begun. Requests are read whole before the server sees them, so that
 a slow client never holds one of its threads. Needs aiohttp (extra: serve).
 
-Single messages of a proxy in front of a llama-server: bodies within bounds, `lora` in their JSON, the headers that
-go on, and errors as that server words them.
+From the top down: bounds and errors, the proxy, its connections, and single messages (bodies within bounds, `lora` in
+their JSON, the headers that go on, errors as llama-server words them).
 """
 
 from __future__ import annotations
@@ -53,6 +53,47 @@ HARMLESS = {
     "/v1/chat/completions/input_tokens", "/v1/responses/input_tokens", "/v1/chat/completions/control",
 }  # fmt: skip
 _READING = {"GET", "HEAD", "OPTIONS"}
+_HOP_BY_HOP = {
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade",
+}  # fmt: skip
+# A body that comes more slowly on average is given up.
+_SLOWEST_BYTES_PER_S = 16 << 10
+# Python's parser holds the interpreter lock while it reads lists and strings, and the collector walks all of the heap
+# for so many new ones: 40 MB of `[],` hold up every thread for 15 s, and take 1 GB. So much weight at most, by the
+# characters that stand before values: lists and objects weigh four times as much.
+_MAX_WEIGHT = 1 << 20
+_WEIGHTS = {b",": 1, b"\\": 1, b"[": 4, b"{": 4}
+_PIECE_BYTES = 256 << 10
+_KINDS = {501: "not_supported_error", 503: "unavailable_error"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What clients may take.
+
+    head_s: seconds until a head has come, also that of a next request on the same connection.
+    body_s: seconds without any more of a body, and beyond what it takes at 16 KiB/s.
+    stall_s: seconds in which a client takes nothing of its answer.
+    body_bytes: of one request.
+    held_bytes: of all bodies together.
+    connections: open at once.
+    """
+
+    head_s: float = 10.0
+    body_s: float = 10.0
+    stall_s: float = 60.0
+    body_bytes: int = 64 << 20
+    held_bytes: int = 256 << 20
+    connections: int = 400
+
+
+class RequestError(RemoeError):
+    """A request that is answered here: message and status."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class _CutOffError(ConnectionError):
@@ -62,9 +103,16 @@ class _CutOffError(ConnectionError):
 class Proxy:
     """Listens from `start` to `stop`, in a thread of its own.
 
-    setting: what requests should say now, None while there is no server; lost: called when the server did not take or
-    finish a request. reuse_prompts: leave a client's `cache_prompt` as it is. counts: requests by how they ended
-    ("answered", "refused", "unavailable", "lost", "left": the client went first, or took nothing of its answer).
+    address: of the server.
+    setting: what requests should say now, None while there is no server.
+    lost: called when the server did not take or finish a request.
+    host, port: where it listens.
+    hold_s: how long a request that generates waits for a server that is down.
+    reuse_prompts: leave a client's `cache_prompt` as it is.
+    bounds: what clients may take.
+
+    `counts` are requests by how they ended ("answered", "refused", "unavailable", "lost", "left": the client went
+    first, or took nothing of its answer).
     """
 
     def __init__(
@@ -83,6 +131,7 @@ class Proxy:
         self._setting, self._lost = setting, lost
         self._hold_s, self._reuse_prompts, self.bounds = hold_s, reuse_prompts, bounds or Bounds()
         self.counts: Counter[str] = Counter()
+        # Bytes of bodies that are held now, of all requests.
         self._held, self._drain_s = 0, _DRAIN_S
 
     def start(self) -> int:
@@ -124,6 +173,7 @@ class Proxy:
             connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         ) as self._session:  # fmt: skip
+            # Made inside the loop's thread, for aiohttp binds its server to the loop that runs.
             server = _Server(self)
             sockets = await self._loop.create_server(server, self.host, self.port)
             listening.set_result(int(sockets.sockets[0].getsockname()[1]))
@@ -214,10 +264,7 @@ class Proxy:
                     self._lost()
                 except (aiohttp.ClientError, OSError) as error:
                     if not sending.just_gone:
-                        self._lost()
-                        raise RequestError(
-                            f"{self.address} took this request and lost it ({printable(error)})", 502
-                        ) from error
+                        raise self._lost_request(printable(error)) from error
                     why = "it has just gone"
                 except ValueError as error:
                     raise RequestError(f"this head cannot be passed on ({printable(error)})") from error
@@ -225,13 +272,14 @@ class Proxy:
                     if answer.status >= 200:
                         return answer, sending.setting
                     answer.close()
-                    self._lost()
-                    raise RequestError(
-                        f"{self.address} took this request and lost it (it answers {answer.status})", 502
-                    )
+                    raise self._lost_request(f"it answers {answer.status}")
             if self._loop.time() >= end_s:
                 raise RequestError(f"{self.address} is not ready ({why}): try again later", 503)
             await asyncio.sleep(_LOOK_S)
+
+    def _lost_request(self, how: str) -> RequestError:
+        self._lost()
+        return RequestError(f"{self.address} took this request and lost it ({how})", 502)
 
     async def _relay(
         self, request: web.BaseRequest, upstream: aiohttp.ClientResponse, setting: Setting | None
@@ -293,9 +341,13 @@ class _Sending:
             if self.setting is None:
                 self.just_gone = True
                 raise ConnectionError
+            # Only here, when the connection takes the body: the strength that the answer states is the one it was asked
+            # at.
             parts = with_lora(self._body, self.setting.scales.as_list(self.setting.strength, self._scales))
-        async for piece in in_pieces(*parts):
-            yield piece
+        # In pieces so small that sending one holds nobody up.
+        for part in parts:
+            for start in range(0, len(part), _PIECE_BYTES):
+                yield part[start : start + _PIECE_BYTES]
 
 
 class _Server(web.Server):
@@ -329,7 +381,7 @@ class _Server(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    """Of one client. What is no HTTP gets an answer of our form."""
+    """The connection of one client. What is no HTTP gets an answer of our form."""
 
     def __init__(self, server: _Server) -> None:
         # The time of keep-alive also bounds the first head. Bodies go on as they are: nothing is unpacked.
@@ -367,46 +419,6 @@ class _Connection(web.RequestHandler):
         return error_answer(status, f"this is no HTTP/1.1 request ({printable((message or '').partition(chr(10))[0])})")
 
 
-_HOP_BY_HOP = {
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade",
-}  # fmt: skip
-# A body that comes more slowly on average is given up.
-_SLOWEST_BYTES_PER_S = 16 << 10
-# Python's parser holds the interpreter lock while it reads lists and strings, and the collector walks all of the heap
-# for so many new ones: 40 MB of `[],` hold up every thread for 15 s, and take 1 GB. So much weight at most, by the
-# characters that stand before values: lists and objects weigh four times as much.
-_MAX_WEIGHT = 1 << 20
-_WEIGHTS = {b",": 1, b"\\": 1, b"[": 4, b"{": 4}
-_PIECE_BYTES = 256 << 10
-_KINDS = {501: "not_supported_error", 503: "unavailable_error"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """What clients may take.
-
-    head_s: seconds until a head has come, also of a next request on the same connection; body_s: seconds without any
-    more of a body, and beyond what it takes at 16 KiB/s; stall_s: seconds in which a client takes nothing of its
-    answer; body_bytes: of one request; held_bytes: of all bodies together; connections: open at once.
-    """
-
-    head_s: float = 10.0
-    body_s: float = 10.0
-    stall_s: float = 60.0
-    body_bytes: int = 64 << 20
-    held_bytes: int = 256 << 20
-    connections: int = 400
-
-
-class RequestError(RemoeError):
-    """A request that is answered here: message and status."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 def error_answer(status: int, message: str) -> web.Response:
     """An answer of our own, in the form of llama-server's errors; its connection is closed afterwards."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -418,7 +430,7 @@ def error_answer(status: int, message: str) -> web.Response:
 
 
 def plain_error(status: int, message: str) -> bytes:
-    """The same for a connection on which there is no request to answer."""
+    """`error_answer` for a connection on which there is no request to answer."""
     body = error_answer(status, message).body
     assert isinstance(body, bytes)
     first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
@@ -474,16 +486,8 @@ def without_lora(body: bytes, reuse_prompts: bool) -> tuple[bytes, dict[int, flo
 
 def with_lora(body: bytes, lora: list[dict[str, float]]) -> tuple[bytes, bytes]:
     """What `without_lora` left, with this `lora`, in two parts."""
-    return b'{"lora": ' + json.dumps(lora).encode() + (b"}" if body == b"{}" else b", "), body[
-        1:
-    ] if body != b"{}" else b""
-
-
-async def in_pieces(*parts: bytes) -> AsyncIterator[bytes]:
-    """Small enough that sending one holds nobody up."""
-    for part in parts:
-        for start in range(0, len(part), _PIECE_BYTES):
-            yield part[start : start + _PIECE_BYTES]
+    first = b'{"lora": ' + json.dumps(lora).encode()
+    return first if body == b"{}" else first + b", ", body[1:]
 
 
 def passed_on(headers: Mapping[str, str], others: Set[str]) -> CIMultiDict[str]:

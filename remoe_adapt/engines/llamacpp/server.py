@@ -6,7 +6,6 @@ request, which a proxy in front adds (`per_request`; the server's own scales are
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,11 @@ from remoe_adapt.engines.llamacpp.client import (
     loaded_loras,
     restores_other_scales,
     reuses_prompts,
-    rounded_strength,
 )
+from remoe_adapt.engines.llamacpp.outside import CHECK_S, OutsideEngine
 from remoe_adapt.engines.llamacpp.process import ServerProcess
 from remoe_adapt.errors import ServerDownError, ServerError
 
-CHECK_S = 2.0
 # How long a request waits for a server that is down.
 HOLD_S = 30.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
@@ -45,8 +43,8 @@ class Setting:
     scales: ScaleMap
 
 
-class LlamaServer:
-    """Holds one server at a strength; an `Engine`.
+class LlamaServer(OutsideEngine):
+    """Holds one server at a strength.
 
     address: where it listens.
     process: that listens there, whose restarts are seen.
@@ -56,7 +54,6 @@ class LlamaServer:
     reuse_prompts: per_request alone; clients may use the server's prompt cache.
     dry_run: nothing is ever set.
     api_key: the server's.
-    clock: seconds, for the pauses between looks.
     """
 
     name = "llama-server"
@@ -72,38 +69,18 @@ class LlamaServer:
         reuse_prompts: bool = False,
         dry_run: bool = False,
         api_key: str | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.address, self.process = address, process
-        self.per_request, self.reuse_prompts, self.dry_run = per_request, reuse_prompts, dry_run
-        self.points, self._recognise = tuple(points), recognise
-        self._api_key, self._clock = api_key, clock
-        self._lock = threading.Lock()
-        self._wanted: float | None = None
+        super().__init__(process, points, dry_run=dry_run)
+        self.address, self.per_request, self.reuse_prompts = address, per_request, reuse_prompts
+        self._recognise, self._api_key = recognise, api_key
         self._scales: ScaleMap | None = None
         self._live: float | None = None
         self._retry_s, self._pause_s, self._check_s = -1.0, 0.0, -1.0
-        self.met = self.swaps = 0
-        self._closed = False
-        self._left_at: float | None = None
 
     @property
     def takes_effect(self) -> str:
         """In words."""
         return "at the next request" if self.per_request else "at the server's next batch of tokens"
-
-    def post(self, target: Target) -> None:
-        """Want this strength, in steps of 0.0001; `sync` brings it about. See `Engine.post`."""
-        wanted = rounded_strength(target, self.target, self._closed)
-        if wanted is not None:
-            with self._lock:
-                self._wanted = wanted
-
-    @property
-    def target(self) -> float:
-        """The strength wanted last; before the first, what the server was found at (0 where that is no strength)."""
-        with self._lock:
-            return self._wanted or 0.0
 
     def setting(self) -> Setting | None:
         """What a request should say now; None while the server is down, or another one whose adapters are unknown."""
@@ -127,16 +104,18 @@ class LlamaServer:
 
         Raises ServerError for a server that cannot be driven, ServerDownError where it does not answer.
         """
-        now_s = self._clock()
+        now_s = time.monotonic()
         if self._closed:
             return False
         if self.process.find() or (self.process.known and not self.process.alive()):
             self.lost()
+        # A server that loads a model for a minute is not asked twenty times a second.
         if self._scales is None and now_s < self._retry_s:
             return False
         try:
             if self._scales is None:
                 self._meet()
+            # Behind a proxy the server's own scales stay those of strength 0, whatever is wanted.
             elif not self.per_request and self._wanted != self._live:
                 self._set(self._scales)
             elif now_s >= self._check_s and not self._unchanged(self._scales):
@@ -145,35 +124,17 @@ class LlamaServer:
         except ServerError:
             self.lost()
             self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
-            self._retry_s = self._clock() + self._pause_s
+            self._retry_s = time.monotonic() + self._pause_s
             raise
         if now_s >= self._check_s:
-            self._check_s = self._clock() + CHECK_S
+            self._check_s = time.monotonic() + CHECK_S
         self._pause_s = 0.0
         return True
 
-    def status(self) -> dict[str, Any]:
-        """See `Engine.status`; strength: that requests get, as far as it is known."""
+    def _live_and_ready(self) -> tuple[float | None, bool]:
         with self._lock:
             known, live = self._scales is not None, self._wanted if self.per_request else self._live
-        return {
-            "engine": self.name,
-            "strength": live if known else None,
-            "target": self.target,
-            "ready": known and not self._closed,
-            "met": self.met,
-            "swaps": self.swaps,
-            "swap_ms": None,
-            "points": list(self.points),
-            "closed": self._closed,
-        }
-
-    def close(self, keep: bool = False) -> float | None:
-        """Back to the base, unless `keep`, or nothing of the server's was set. See `Engine.close`."""
-        if not self._closed:
-            self._left_at = self._leave(keep)
-            self._closed = True
-        return self._left_at
+        return live if known else None, known
 
     def _leave(self, keep: bool) -> float | None:
         if self.dry_run or self.per_request or keep:
@@ -197,6 +158,7 @@ class LlamaServer:
             if self._wanted is None:
                 self._wanted = found if found is not None and not self.per_request else 0.0
             self._live = found
+        # Requests are let in (`setting`) only when the server is at the strength that they would be told.
         if self._live != self._target():
             self._set(scales)
         with self._lock:
@@ -213,6 +175,7 @@ class LlamaServer:
             self._send("/lora-adapters", scales.as_list(target))
             self.swaps += 1
             loras = self.loras()
+            # Another program may set scales too, and neither would notice.
             if not scales.matches(loras, target):
                 scales_now = printable([lora.scale for lora in loras])
                 raise ServerError(
@@ -225,6 +188,7 @@ class LlamaServer:
     def _unchanged(self, scales: ScaleMap) -> bool:
         """Whether the server is as it was left: adapters under their numbers, all scales as they were."""
         loras = self.loras()
+        # A server restarted between two looks may number its adapters otherwise.
         if ScaleMap.of(loras, self.points, self._recognise) != scales:
             return False
         return self.dry_run or self._live is None or scales.matches(loras, self._live)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from remoe_adapt._support import check_extra
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.dial import Engine, turn
 from remoe_adapt.engines.gguf import FINGERPRINT_KEY, STRENGTH_KEY, GgufFile, LiveRouters
@@ -21,7 +22,6 @@ from remoe_adapt.errors import (
     ConfigError,
     ExportError,
     FamilyError,
-    MissingDependencyError,
     ServerDownError,
     ServerError,
 )
@@ -38,10 +38,20 @@ _INSIDE = ("budgets", "moves", "why", "calm", "floors")
 
 @dataclass(frozen=True, kw_only=True)
 class WatchOptions:
-    """interval_s: None: the profile's sample_hz; proxy: (host, port) to listen on; max_body_bytes: of
-    a request there, None: the proxy's own bound; keep: leave the strength as it is at
-    the end, instead of going back to the base; live: the split GGUF to rewrite instead of asking a server, base: what
-    to compare its routers with."""
+    """How a server is watched.
+
+    interval_s: between two samples, None: the profile's sample_hz.
+    pid: of the process, None: it is looked for.
+    proxy: (host, port) to listen on, None: the server's own scales are set.
+    hold_s: how long the proxy holds a request while the server is down.
+    max_body_bytes: of a request there, None: the proxy's own bound.
+    reuse_prompts: clients of the proxy may use the server's prompt cache.
+    dry_run: nothing is set.
+    keep: leave the strength as it is at the end, instead of going back to the base.
+    api_key: the server's.
+    live: the split GGUF to rewrite instead of asking a server.
+    base: what to compare its routers with.
+    """
 
     interval_s: float | None = None
     pid: int | None = None
@@ -65,19 +75,18 @@ class Watch:
 
     def __init__(self, server: str | None, family: str, profile: DeviceProfile, options: WatchOptions) -> None:
         self.options, self.profile = options, profile
+        self._interval_s = options.interval_s or 1 / profile.controller.sample_hz
         self._awake, self._ended = threading.Event(), False
         self.address = None if server is None else Address.parse(server)
         self.process: WatchedProcess
         self.live: LlamaFile | None = None
         self.proxy: Proxy | None = None
-        if options.live is not None:
-            self.engine: Engine
-            self.engine = self.live = self._at_a_file(options.live, family)
-        else:
-            self.engine = self._at_a_server(family)
+        self.engine: Engine = (
+            self._at_a_server(family) if options.live is None else self._at_a_file(options.live, family)
+        )
         self.governor = Governor(ServerSensors(self.process), profile)
 
-    def _at_a_file(self, path: Path, family: str) -> LlamaFile:
+    def _at_a_file(self, path: Path, family: str) -> Engine:
         options = self.options
         if options.proxy is not None:
             raise ConfigError("--live swaps for whoever maps the file, --proxy sets single requests: give one of them.")
@@ -88,7 +97,8 @@ class Watch:
         loaded = Family.load(family)
         routers = LiveRouters(path, loaded, base=options.base, read_only=options.dry_run)
         named = self.address is not None or options.pid is not None
-        return LlamaFile(routers, self.process, loaded.strengths, required=named, dry_run=options.dry_run)
+        self.live = LlamaFile(routers, self.process, loaded.strengths, required=named, dry_run=options.dry_run)
+        return self.live
 
     def _at_a_server(self, family: str) -> LlamaServer:
         options = self.options
@@ -106,17 +116,13 @@ class Watch:
         return server
 
     def _proxy(self, server: LlamaServer, address: Address, host: str, port: int) -> Proxy:
-        try:
-            from remoe_adapt.engines.llamacpp.proxy import Bounds, Proxy
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"--proxy needs aiohttp ({error}): pip install 'remoe-adapt[serve]'"
-            ) from error
+        check_extra("aiohttp", "serve", "--proxy needs aiohttp")
+        from remoe_adapt.engines.llamacpp.proxy import Bounds, Proxy
+
         options, bounds = self.options, Bounds()
-        if options.max_body_bytes is not None:
-            bounds = Bounds(
-                body_bytes=options.max_body_bytes, held_bytes=max(bounds.held_bytes, options.max_body_bytes)
-            )
+        if (body_bytes := options.max_body_bytes) is not None:
+            # All bodies together must have room for one.
+            bounds = Bounds(body_bytes=body_bytes, held_bytes=max(bounds.held_bytes, body_bytes))
         return Proxy(
             address, server.setting, lambda: self._lost(server), host=host, port=port, hold_s=options.hold_s,
             reuse_prompts=options.reuse_prompts, bounds=bounds,
@@ -130,10 +136,9 @@ class Watch:
     def once(self) -> dict[str, Any]:
         """Look for as long as pressure needs to count, set what follows, and go. Raises as `LlamaServer.sync`."""
         self.engine.sync()
-        seconds = self._interval_s()
-        for _ in range(math.ceil(self.profile.controller.rise_s / seconds) + 2):
+        for _ in range(math.ceil(self.profile.controller.rise_s / self._interval_s) + 2):
             event = self._tick()
-            self._pause(seconds)
+            self._pause()
         self.engine.sync()
         return {**event, "event": "once", "live": not self.options.dry_run}
 
@@ -141,7 +146,7 @@ class Watch:
         """Runs until `stop`; yields what happens, JSON-ready: "warning" (of a live file), "start", then "strength",
         "up", "down" and "wrong" (the server cannot be driven: why), then "end". The first sync raises ServerError where
         it finds a server that it cannot drive; one that is down may come later."""
-        seconds, down = self._interval_s(), ""
+        down = ""
         if self.live and not self.options.dry_run:
             yield {"event": "warning", "text": self.live.hazard()}
         with ExitStack() as ending:
@@ -150,6 +155,7 @@ class Watch:
                 # Before the server is touched: the port may be taken. Requests wait until the server is met.
                 port = self.proxy.start()
                 ending.callback(self.proxy.stop)
+            # The first look raises what cannot be driven; a server that is down may come later.
             try:
                 self.engine.sync()
             except ServerDownError as error:
@@ -162,12 +168,8 @@ class Watch:
                     event = self._tick()
                     if event["changed"]:
                         yield event
-                    up = not down
                     down = yield from self._sync(down)
-                    if down and up:
-                        what = "wrong" if down.startswith(_WRONG) else "down"
-                        yield {"event": what, "reason": down.removeprefix(_WRONG)}
-                    self._pause(seconds)
+                    self._pause()
             finally:
                 ending.close()
                 kept = self.engine.close(self.options.keep)
@@ -189,37 +191,38 @@ class Watch:
             "requests": dict(self.proxy.counts) if self.proxy else None,
         }
 
-    def _interval_s(self) -> float:
-        return self.options.interval_s or 1 / self.profile.controller.sample_hz
-
     def _tick(self) -> dict[str, Any]:
         decision = self.governor.tick(None, self.engine.target)
         turn(self.engine, decision)
         return {"event": "strength", **{k: v for k, v in decision.as_dict().items() if k not in _INSIDE}}
 
     def _sync(self, down: str) -> Generator[dict[str, Any], None, str]:
-        """The new reason why the server cannot be driven, "" when it is; yields that it is back."""
-        before = self.engine.met
-        try:
-            ready = self.engine.sync()
-        except ServerDownError as error:
-            return str(error)
-        except ServerError as error:
-            return _WRONG + str(error)
-        if ready and (down or self.engine.met > before):
-            yield {"event": "up", **self.status()}
-        return "" if ready else down
+        """Yields what has changed; the new reason why the server cannot be driven, "" when it is.
 
-    def _pause(self, seconds: float) -> None:
-        if self._awake.wait(seconds) and not self._ended:
+        down: the reason before. One reason after another is said once, for as long as it lasts.
+        """
+        before, what, reason = self.engine.met, "", ""
+        try:
+            if not self.engine.sync():  # it is not time to try again
+                return down
+        except ServerDownError as error:
+            what, reason = "down", str(error)
+        except ServerError as error:
+            what, reason = "wrong", str(error)
+        if what and not down:
+            yield {"event": what, "reason": reason}
+        elif not what and (down or self.engine.met > before):
+            yield {"event": "up", **self.status()}
+        return reason
+
+    def _pause(self) -> None:
+        if self._awake.wait(self._interval_s) and not self._ended:
+            # It was woken by a lost server and not by the end: the next look comes at once, later ones in time.
             self._awake.clear()
 
     def _lost(self, server: LlamaServer) -> None:
         server.lost()
         self._awake.set()
-
-
-_WRONG = "wrong: "
 
 
 class FamilyPoints:
@@ -254,5 +257,7 @@ class FamilyPoints:
             if values.get(FINGERPRINT_KEY) != self.fingerprint or not isinstance(stated, int | float):
                 return None
             return next((s for s in self.strengths if abs(s - stated) < _SAME_STRENGTH), None)
+        # A file that cannot be read from here (another user's, another container's) is known by the name that the
+        # export gave it.
         exported = {Family.adapter_name(strength): strength for strength in self.strengths}
         return exported.get(file.stem)
