@@ -6,14 +6,11 @@ its own with its own group and its own second process. A cycle is a calm phase, 
 tokens each, the same ones for every arm. The arms take turns, in an order that changes: of some 50 tokens in the first
 calm phase, so that a machine whose speed changes by the minute is the same one for all; then each its squeeze and what
 follows. Who waits for its turn neither decodes nor samples. Quality is measured afterwards, by decoding each arm's
-tokens at its strengths with all in RAM.
-
-What an arm of `remoe bench controller` cost in quality: its tokens again at its strengths, beside the base.
+tokens at its strengths with all in RAM, beside the base.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -45,9 +42,8 @@ from remoe_adapt.bench.harness import (
     checked_family,
     chosen_model,
     evict,
-    terminated_as_interrupted,
     why_no_groups,
-    widened,
+    wide_copy,
     work_folder,
 )
 from remoe_adapt.checkpoints import load_tokenizer, load_with_tokenizer
@@ -57,8 +53,10 @@ from remoe_adapt.expert_cache import READ_THREADS, pack_experts
 from remoe_adapt.recency_settings import Recency
 
 _PHASES = 3
+# Of a turn in calm: long enough that its median is of warm caches, short enough that all arms see one machine.
 _TURN_TOKENS = 50
 _NO_STEPS: dict[str, list[float]] = {column: [] for column in COLUMNS}
+# The most that is watched in one turn; others may want the machine in between.
 _WATCH_S = 30.0
 _MIB = 1 << 20
 Turn = Callable[[], AbstractContextManager[object]]
@@ -101,8 +99,8 @@ def run_controller(
     options: ControllerOptions,
     *,
     turn: Turn = nullcontext,
-    on_start: Callable[[int], object] | None = None,
-    on_tokens: Callable[[int], object] | None = None,
+    on_start: Callable[[int], object] = lambda total: None,
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
     """Key `arms` by name, each `{squeeze_p95_ms, calm_tpot_ms, kl, swaps, oom_kills}` and more, None where it died;
     `monitor_cpu_share`; `bars`; `void`: why the run proves nothing, or None; `ok`; `squeezes`, and the settings.
@@ -121,12 +119,8 @@ def run_controller(
     if family is None:
         raise ConfigError(f"{model} has no family beside it: give --family")
     documents = _documents(model, options)
-    with terminated_as_interrupted(), ExitStack() as undo:
-        wide = widened(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes)
-        pack = work / f"{wide.name}.pack"
-        if not options.keep:
-            undo.callback(shutil.rmtree, wide, ignore_errors=True)
-            undo.callback(shutil.rmtree, pack, ignore_errors=True)
+    wide_model = wide_copy(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep)
+    with wide_model as (wide, pack):
         if not pack.is_dir():
             pack_experts(wide, pack, dtype=options.dtype)
         evict(wide)
@@ -169,8 +163,8 @@ class _Run:
         options: ControllerOptions,
         setup: Setup,
         turn: Turn,
-        on_start: Callable[[int], object] | None,
-        on_tokens: Callable[[int], object] | None,
+        on_start: Callable[[int], object],
+        on_tokens: Callable[[int], object],
     ) -> None:
         self._options, self._setup, self._turn = options, setup, turn
         self._on_start, self._on_tokens = on_start, on_tokens
@@ -184,13 +178,12 @@ class _Run:
         options = self._options
         with ExitStack() as undo:
             arms = [ArmProcess(name, kind, self._setup, undo) for name, kind in kinds(options.strengths).items()]
-            for arm in arms:
+            for arm in arms:  # all at once: most of a start is imports
                 arm.spawn()
             for arm in arms:
                 arm.start()
             self._phases = {arm.name: [] for arm in arms}
-            if self._on_start is not None:
-                self._on_start(len(arms) * options.cycles * _PHASES * options.tokens)
+            self._on_start(len(arms) * options.cycles * _PHASES * options.tokens)
             for cycle in range(options.cycles):
                 at = cycle * len(arms) // options.cycles
                 order = [*arms[at:], *arms[:at]]
@@ -244,8 +237,7 @@ class _Run:
         if arm.name == "adaptive":
             for key in self._monitor:
                 self._monitor[key] += answer[key]
-        if self._on_tokens is not None:
-            self._on_tokens(tokens)
+        self._on_tokens(tokens)
 
     def _compare(self, arm: ArmProcess, _cycle: int) -> None:
         """The dial at rest and no dial, in one process and its memory."""

@@ -35,11 +35,10 @@ from remoe_adapt.bench.harness import (
     loop_disk,
     memory_group,
     read_cap,
-    terminated_as_interrupted,
     why_no_cap,
     why_no_groups,
     why_no_loop,
-    widened,
+    wide_copy,
     work_folder,
 )
 from remoe_adapt.checkpoints import load_with_tokenizer
@@ -52,12 +51,15 @@ PROMPT_TOKENS = 16
 # Shorter documents have no step worth timing.
 _LEAST_STEPS = 16
 _REHEARSAL_STEPS = 16
+# Raw reads of a turn: enough for a rate, and short beside the turns of the arms.
 _MOST_BURSTS = 100
 # What others offer for the same memory, by arm: the regime.
 _OTHERS = {"accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped"}
 _SCORED = ("stock", "cache25", "cache25_prior")
 # Our total memory is measured with caches full; a longer document needs a little more.
 _LIMIT_SLACK_BYTES = 8 << 20
+# Options that a result states, beside those that it states in other words.
+_SETTINGS = ("threads", "read_threads", "direct_io", "prefetch", "pack", "read_mib_per_s")
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,10 @@ def quickly(options: DecodeOptions) -> DecodeOptions:
 def run_decode(
     options: DecodeOptions,
     *,
-    on_start: Callable[[int], object] | None = None,
-    on_tokens: Callable[[int], object] | None = None,
+    on_start: Callable[[int], object] = lambda total: None,
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """Key `arms` by name (see `decode_figures.arm_row`, or `{skipped: reason}`), `bars`, `raw_bandwidth_bytes_per_s`,
+    """Key `arms` by name (see `figures.arm_row`, or `{skipped: reason}`), `bars`, `raw_bandwidth_bytes_per_s`,
     `limit_ms`, `memory_limit_bytes`, `workers` (what each process said of itself), `storage`, and the settings.
 
     Raises ConfigError and DataError for a model, family, text or work folder that cannot be used. Disk, groups and
@@ -119,25 +121,16 @@ def run_decode(
     timed, more = _documents(model, options)
     family = checked_family(model, options.family)
     bench = _Bench(options, family, (timed, more), on_start, on_tokens)
-    with terminated_as_interrupted():
-        wide = widened(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes)
-        try:
-            with ExitStack() as undo:
-                result = bench.run(wide, work, undo)
-        finally:
-            if not options.keep:
-                for folder in (wide, wide.with_name(f"{wide.name}.pack")):
-                    shutil.rmtree(folder, ignore_errors=True)
+    with (
+        wide_copy(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep) as (wide, _),
+        ExitStack() as undo,
+    ):
+        result = bench.run(wide, work, undo)
     return {
         "model": str(model),
         "family": family,
         "dtype": str(options.dtype).removeprefix("torch."),
-        "threads": options.threads,
-        "read_threads": options.read_threads,
-        "direct_io": options.direct_io,
-        "prefetch": options.prefetch,
-        "pack": options.pack,
-        "read_mib_per_s": options.read_mib_per_s,
+        **{name: getattr(options, name) for name in _SETTINGS},
         **result,
         "seconds": round(time.perf_counter() - started_s, 1),
     }
@@ -151,8 +144,8 @@ class _Bench:
         options: DecodeOptions,
         family: str | None,
         documents: tuple[list[list[int]], list[list[int]]],
-        on_start: Callable[[int], object] | None,
-        on_tokens: Callable[[int], object] | None,
+        on_start: Callable[[int], object],
+        on_tokens: Callable[[int], object],
     ) -> None:
         self._options, self._family = options, family
         self._documents, self._more = documents
@@ -266,15 +259,15 @@ class _Bench:
 
     def _take_turns(self, read: Callable[[list[int]], dict[str, Any]]) -> None:
         arms = [arm for arm in self._arms if arm.worker in self._workers]
-        if self._on_start is not None:
-            timed, more = (sum(map(len, documents)) for documents in (self._documents, self._more))
-            self._on_start(len(arms) * timed + len(self._scored()) * more)
+        timed, more = (sum(map(len, documents)) for documents in (self._documents, self._more))
+        self._on_start(len(arms) * timed + len(self._scored()) * more)
         started_s = time.perf_counter()
         for number, ids in enumerate(self._documents):
             # A document that is begun is decoded by all.
             if number and (time.perf_counter() - started_s) * (number + 1) / number > self._options.max_seconds:
                 break
             self._decoded = number + 1
+            # Who comes first differs from document to document, since the machine's speed drifts.
             at = number * len(arms) // max(1, len(self._documents))
             order = [*arms[at:], *arms[:at]]
             for arm in order if number % 2 == 0 else reversed(order):
@@ -288,8 +281,7 @@ class _Bench:
                 arm.steps |= {(number, place): step for place, step in enumerate(steps)}
                 if arm.name == "cache25_s0":
                     self._raw = read(miss_bursts(steps)[:_MOST_BURSTS])
-                if self._on_tokens is not None:
-                    self._on_tokens(len(ids))
+                self._on_tokens(len(ids))
 
     def _scored(self) -> list[tuple[_Arm, str]]:
         """Arms that more text is decoded for, each with its process: with all experts in RAM where that is the same."""
@@ -301,8 +293,7 @@ class _Bench:
             for arm, worker in self._scored():
                 steps = self._decode(replace(arm, worker=worker), ids)
                 arm.nll |= {(number, place): step["nll"] for place, step in enumerate(steps)}
-                if self._on_tokens is not None:
-                    self._on_tokens(len(ids))
+                self._on_tokens(len(ids))
 
     def _result(self) -> dict[str, Any]:
         arms = {arm.name: arm for arm in self._arms if arm.worker in self._workers and arm.steps}
