@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import POLICIES
 from remoe_adapt.recency_settings import DEFAULT_MODE, MODES
 
@@ -200,3 +201,16 @@ ReusePrompts = Annotated[
 KeepPoint = Annotated[bool, typer.Option("--keep", help="At the end, leave the strength as it is; default: the base.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="The server's --api-key.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+
+def words(text: str) -> list[str]:
+    """What commas separate."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str) -> list[float]:
+    """The same as numbers. Raises ConfigError."""
+    try:
+        return [float(word) for word in words(text) or [text]]
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error

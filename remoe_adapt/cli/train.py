@@ -14,7 +14,7 @@ from remoe_adapt._support import check_extra, check_file
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, command
-from remoe_adapt.cli.options import CommandResult
+from remoe_adapt.cli.options import CommandResult, numbers, words
 from remoe_adapt.cli.report import progress, quiet_libraries
 from remoe_adapt.cli.rows import arm_rows
 from remoe_adapt.errors import ConfigError, RemoeError
@@ -174,14 +174,3 @@ def evaluate(
         else:
             score()
     return result, shown
-
-
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def numbers(text: str) -> list[float]:
-    try:
-        return [float(word) for word in words(text) or [text]]
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from remoe_adapt.recency import InstalledPrior
 from remoe_adapt.recency_settings import MODES, Recency
 from remoe_adapt.routers import survey_routers
 from remoe_adapt.tuner import remoe_layers
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,11 @@ class Arms:
     def __iter__(self) -> Iterator[Arm]:
         """The base first: what it scored is what the others are compared with."""
         yield from (self.base, *(() if self.control is None else (self.control,)), *self.points, *self.priors)
+
+    def by_kind(self, rows: Mapping[Arm, Row]) -> dict[str, Any]:
+        """What was found of each arm as `base`, `control` (None without one) and `points`."""
+        control = None if self.control is None else rows[self.control]
+        return {"base": rows[self.base], "control": control, "points": [rows[arm] for arm in self.points]}
 
     def use(self, arm: Arm) -> None:
         """Runs the model with this arm's weights and gains from now on."""

@@ -88,9 +88,7 @@ def run_demo(
         "tokens_asked": sum(len(ids) - 1 for ids in text.documents),
         "stopped_after_s": max_seconds if stopped else None,
         "expert_cache": _settings(expert_cache_of(loaded)),
-        "base": rows[arms.base],
-        "control": None if arms.control is None else rows[arms.control],
-        "points": [rows[arm] for arm in arms.points],
+        **arms.by_kind(rows),
         "samples": samples,
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -176,9 +176,7 @@ def evaluate(
             for arm, tally in tallies.items()
         }
     return {
-        "base": rows[arms.base],
-        "control": None if arms.control is None else rows[arms.control],
-        "points": [rows[arm] for arm in arms.points],
+        **arms.by_kind(rows),
         "priors": [rows[arm] for arm in arms.priors],
         "tokens": base.tokens,
         "documents": len({part.document for part in plan}),
@@ -347,8 +345,4 @@ def evaluate_tasks(
                 for task, metrics in found["results"].items()
             }
             rows[arm] = {"strength": arm.strength, "tasks": scores}
-    return {
-        "base": rows[arms.base],
-        "control": None if arms.control is None else rows[arms.control],
-        "points": [rows[arm] for arm in arms.points],
-    }
+    return arms.by_kind(rows)

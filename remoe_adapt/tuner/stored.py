@@ -47,17 +47,19 @@ class StoredAdapter:
     tensors: dict[str, StoredTensor]
 
     @contextmanager
-    def values(self) -> Iterator[_Values]:
+    def values(self) -> Iterator[StoredValues]:
         """The tensors' values, one at a time. Raises AdapterCorruptError when the file cannot be read."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                yield _Values(self, file)
+                yield StoredValues(self, file)
         except (SafetensorError, OSError) as error:
             raise _incomplete(self.path, error) from error
 
 
 @dataclass(frozen=True)
-class _Values:
+class StoredValues:
+    """The tensors of an open file, each read when it is asked for."""
+
     _adapter: StoredAdapter
     _file: Any
 
