@@ -6,13 +6,13 @@ import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from remoe_adapt._support.untrusted import printable
 from remoe_adapt.errors import RemoeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # What numpy writes; its readers of later versions take a header of 4 GiB.
 _NPY_VERSION = (1, 0)
@@ -43,6 +43,8 @@ def read_arrays(source: Path, limits: Mapping[str, int], error: type[RemoeError]
 def _read(
     archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, limit_bytes: int, error: type[RemoeError]
 ) -> NDArray[Any]:
+    import numpy as np  # here, because this room's face is imported before a command knows that it needs arrays
+
     if info.compress_type not in _METHODS:
         raise error(f"{name!r} is packed by method {info.compress_type}: numpy writes plain or deflated arrays")
     with archive.open(info) as member:

@@ -7,7 +7,7 @@ import functools
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from remoe_adapt.family import Family, FamilyPoint, original_weights
 from remoe_adapt.routers import fingerprint
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
+# Far apart and never twice in a row: a swap to where the weights are already would do nothing.
 _STRENGTHS = (0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.35, 0.65)
 _TOP_K = 4
 _LORAS = ("first", "second")
@@ -165,7 +166,7 @@ def _peft_swap(lora: Any, name: str) -> None:
 
 
 def _recompiles(dialed: Any, hidden_TD: Tensor) -> int:
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # what others compiled before must not count
     counter = CompileCounter()
     compiled: Callable[[Tensor], Tensor] = torch.compile(dialed, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -196,16 +197,22 @@ def forward_ratio(source: str | nn.Module, family: str | Family | None, forwards
     dialed = get_remoe_model(with_dial, family=random_family(with_dial) if family is None else family)
     dialed.controller.set_strength(1.0)
     ids = torch.tensor([[1]])
-    times: dict[nn.Module, list[float]] = {plain: [], with_dial: []}
+    runs = [functools.partial(each, input_ids=ids, use_cache=False) for each in (plain, with_dial)]
     with torch.inference_mode():
-        for i in range(forwards + 10):
-            for each in (plain, with_dial) if i % 2 else (with_dial, plain):
-                elapsed_ms = _ms(functools.partial(each, input_ids=ids, use_cache=False))
-                if i >= 10:  # warm
-                    times[each].append(elapsed_ms)
+        base_ms, dial_ms = interleaved_ms(runs, forwards)
     dialed.controller.close()
-    base_ms, dial_ms = (statistics.median(values) for values in times.values())
     return {"forward_ratio": dial_ms / base_ms, "forward_ms": dial_ms, "base_forward_ms": base_ms}
+
+
+def interleaved_ms(runs: Sequence[Callable[[], object]], calls: int) -> list[float]:
+    """Median milliseconds of each, taken in turns whose order alternates."""
+    times: list[list[float]] = [[] for _ in runs]
+    warm = min(100, calls)
+    for i in range(warm + calls):
+        # Who comes second finds the caches as the first has left them, so each of them comes first as often.
+        for run, kept in list(zip(runs, times, strict=True))[:: 1 if i % 2 else -1]:
+            kept.append(_ms(run))
+    return [statistics.median(kept[warm:]) for kept in times]
 
 
 def _ms(call: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-""""""
+"""Rows of training: documents cut into pieces of one length, in an order that a seed gives again."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""One point: an adapter trained on a base, from its last checkpoint on, and the base as it was afterwards.
-
-Where a training runs and writes, checked before the work: the device, the folder, its free space, what fits.
-"""
+"""One point: an adapter trained on a base, from its last checkpoint on, and the base as it was afterwards; and, before
+any of that, whether a run has the folder, the free space and the ranks that it needs."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from remoe_adapt._support import parse_json, printable
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.family import write_whole
-from remoe_adapt.routers import discover_routers
+from remoe_adapt.routers import Routers
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.trainer import RemoeTrainer
@@ -43,8 +41,11 @@ def train_point(
     folder: Path,
     log: PointLog,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
+    routers: Routers | None = None,
 ) -> dict[str, float]:
     """Train one adapter (strength 0: the control) and save it as `folder/adapter`; returns the last log.
+
+    routers: those of `model`, where they are known already.
 
     Goes on from the last complete checkpoint in `folder`; a finished adapter is left alone. In a distributed run every
     process calls this and the main one writes. The model is as it was, also after an error.
@@ -54,7 +55,7 @@ def train_point(
         return log.last
     with _left_as_it_was(model):
         model.requires_grad_(False)  # adapters of others on this model must not be trained along
-        peft_model = wrap_or_inject(model, options.config(strength))
+        peft_model = wrap_or_inject(model, options.config(strength), routers=routers)
         try:
             trainer = RemoeTrainer(
                 model=peft_model,
@@ -223,9 +224,9 @@ def check_writable(out: Path) -> None:
         raise ConfigError(f"{printable(out)} cannot be written: no right to write in {printable(place)}")
 
 
-def check_fits(model: nn.Module, options: TrainOptions, points: int, out: Path) -> None:
+def check_fits(routers: Routers, options: TrainOptions, points: int, out: Path) -> None:
     """Raises ConfigError for a rank above that of a router's weight, and for more than the free space of `out`."""
-    shapes = [(router.name, *router.weight_ED.shape) for router in discover_routers(model)]
+    shapes = [(router.name, *router.weight_ED.shape) for router in routers.usable()]
     for name, rows, columns in shapes:
         if options.rank is not None and options.rank > min(rows, columns):
             raise ConfigError(

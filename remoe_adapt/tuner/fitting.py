@@ -86,19 +86,23 @@ def _copies(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, str
                 yield name, source, path, held[path]
 
 
-def check_distinct(given: Mapping[str, Tensor], mapped: Mapping[str, Tensor], adapter_name: str) -> None:
-    """No two tensors of a state dict went to one place in the model. Raises AdapterCorruptError."""
-    if len(mapped) != len(given):
-        raise AdapterCorruptError(
-            f"the state dict for adapter {adapter_name!r} holds a tensor twice, with and without the adapter's name: "
-            "one of them is not meant. Save the adapter again."
-        )
+def check_loaded(
+    given: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: nn.Module, adapter_name: str
+) -> None:
+    """The same of a state dict on its way into a model that has the adapter already: whatever route it came by, this is
+    all that is copied into the model.
 
+    given: as it came.
+    tensors: with keys that carry the adapter's name.
 
-def check_loaded(tensors: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> None:
-    """The same of a state dict whose keys carry the adapter's name, for a model that has the adapter already: whatever
-    route it came by, this is all that is copied into the model. Raises AdapterCorruptError."""
+    Raises AdapterCorruptError.
+    """
     where = f"the state dict for adapter {adapter_name!r}"
+    if len(tensors) != len(given):  # two keys went to one place in the model
+        raise AdapterCorruptError(
+            f"{where} holds a tensor twice, with and without the adapter's name: one of them is not meant. Save the "
+            "adapter again."
+        )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
     ending = f".{adapter_name}"
     deltas = {

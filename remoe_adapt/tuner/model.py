@@ -20,7 +20,7 @@ from remoe_adapt.tuner.attached import attach_objective, detach_objective
 from remoe_adapt.tuner.checks import check_finite, check_shapes
 from remoe_adapt.tuner.combine import add_weighted_adapter
 from remoe_adapt.tuner.config import RemoeConfig
-from remoe_adapt.tuner.fitting import check_distinct, check_given, check_loaded, check_rank, check_stored, check_sum
+from remoe_adapt.tuner.fitting import check_given, check_loaded, check_rank, check_stored, check_sum
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.loading import current_load
 from remoe_adapt.tuner.mixed_batch import mixed_batch
@@ -316,7 +316,8 @@ class RemoeModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {key: value for key, value in tensors.items() if _is_ours(key, adapter_name)}
+        ending = f".{adapter_name}"
+        return {key: value for key, value in tensors.items() if f".{cls.prefix}" in key and key.endswith(ending)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -325,8 +326,7 @@ class RemoeModel(BaseTuner):
         """Every PEFT route to load an adapter passes here: refuse bad tensors before one is copied."""
         assert isinstance(config, RemoeConfig)
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_distinct(state_dict, tensors, adapter_name)
-        check_loaded(tensors, model, adapter_name)
+        check_loaded(state_dict, tensors, model, adapter_name)
         return tensors
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -337,7 +337,3 @@ class RemoeModel(BaseTuner):
                 check_shapes({name: value.shape}, {name: parameter.shape}, "the state dict")
                 check_finite(name, value, "the state dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _is_ours(key: str, adapter_name: str) -> bool:
-    return f".{RemoeModel.prefix}" in key and key.endswith(f".{adapter_name}")

@@ -22,30 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remoe_adapt.bench import harness
+from remoe_adapt.bench.controller import figures
 from remoe_adapt.bench.controller.arms import PRIOR_GAIN, SAMPLE_HZ, bench_profile, dialled, kinds
-from remoe_adapt.bench.controller.figures import (
-    CALM_AFTER,
-    CALM_BEFORE,
-    SQUEEZE,
-    Phase,
-    arm_row,
-    bars,
-    monitoring,
-    rise_s,
-    strengths,
-    why_void,
-)
 from remoe_adapt.bench.controller.process import ArmProcess, DiedError, Setup
 from remoe_adapt.bench.controller.squeezes import count_kills
 from remoe_adapt.bench.controller.worker import COLUMNS, Text
-from remoe_adapt.bench.harness import (
-    checked_family,
-    chosen_model,
-    evict,
-    why_no_groups,
-    wide_copy,
-    work_folder,
-)
 from remoe_adapt.checkpoints import load_tokenizer, load_with_tokenizer
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.evaluation import Decoder, held_out, score
@@ -108,23 +90,25 @@ def run_controller(
     turn: entered around everything that is timed. Raises ConfigError and DataError for a model, family, text or work
     folder that cannot be used, and where memory cannot be limited. Processes and groups are gone afterwards.
     """
-    if why := why_no_groups():
+    if why := harness.why_no_groups():
         raise ConfigError(f"this benchmark limits memory: {why}")
     if min(options.strengths) != 0.0 or list(options.strengths) != sorted(options.strengths):
         raise ConfigError(f"strengths {options.strengths}: begin with 0, and let them rise.")
     Recency.of("ema", options.gain)  # refuses a gain that cannot be
     started_s = time.perf_counter()
-    model, work = chosen_model(options.model), work_folder(options.work)
-    family = checked_family(model, options.family)
+    model, work = harness.chosen_model(options.model), harness.work_folder(options.work)
+    family = harness.checked_family(model, options.family)
     if family is None:
         raise ConfigError(f"{model} has no family beside it: give --family")
     documents = _documents(model, options)
-    wide_model = wide_copy(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep)
+    wide_model = harness.wide_copy(
+        model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep
+    )
     with wide_model as (wide, pack):
         if not pack.is_dir():
             pack_experts(wide, pack, dtype=options.dtype)
-        evict(wide)
-        evict(pack)
+        harness.evict(wide)
+        harness.evict(pack)
         run = _Run(options, _setup(options, wide, pack, family, documents), turn, on_start, on_tokens)
         result = run.run(Replay(model, family, options.gain, documents, options.dtype))
     settings = {**asdict(options), "model": str(model), "family": family, "dtype": str(options.dtype)}
@@ -168,7 +152,7 @@ class _Run:
     ) -> None:
         self._options, self._setup, self._turn = options, setup, turn
         self._on_start, self._on_tokens = on_start, on_tokens
-        self._phases: dict[str, list[Phase]] = {}
+        self._phases: dict[str, list[figures.Phase]] = {}
         self._monitor: dict[str, float] = {"monitor_cpu_s": 0.0, "seconds": 0.0}
         self._swaps: dict[str, int] = {}
         self._dead: dict[str, str] = {}
@@ -202,7 +186,7 @@ class _Run:
     def _calm(self, arms: Sequence[ArmProcess], cycle: int) -> None:
         """The first calm phase of all arms, in short turns."""
         for arm in arms:
-            self._phases[arm.name].append(Phase(cycle, CALM_BEFORE, _NO_STEPS))
+            self._phases[arm.name].append(figures.Phase(cycle, figures.CALM_BEFORE, _NO_STEPS))
         left, turns = self._options.tokens, max(1, round(self._options.tokens / _TURN_TOKENS))
         for number in range(turns):
             count = left // (turns - number)
@@ -212,9 +196,9 @@ class _Run:
 
     def _squeeze(self, arm: ArmProcess, cycle: int) -> None:
         """And the calm after it."""
-        for kind, begin in ((SQUEEZE, arm.squeeze), (CALM_AFTER, arm.relax)):
+        for kind, begin in ((figures.SQUEEZE, arm.squeeze), (figures.CALM_AFTER, arm.relax)):
             begin()
-            self._phases[arm.name].append(Phase(cycle, kind, _NO_STEPS))
+            self._phases[arm.name].append(figures.Phase(cycle, kind, _NO_STEPS))
             self._decode(arm, cycle, tokens=self._options.tokens)
 
     def _turn_of(self, arm: ArmProcess, cycle: int, what: Callable[[ArmProcess, int], None]) -> None:
@@ -255,7 +239,7 @@ class _Run:
                 with self._turn():
                     turns.append(arm.ask("watch", seconds=min(_WATCH_S, left_s)))
                 left_s -= _WATCH_S
-        return monitoring(turns, SAMPLE_HZ)
+        return figures.monitoring(turns, SAMPLE_HZ)
 
     def _result(
         self, replay: Replay, kills: Mapping[str, int], overhead: dict[str, Any], squeezes: dict[str, Any]
@@ -263,23 +247,23 @@ class _Run:
         profile = bench_profile(self._options.gain)
         rows: dict[str, dict[str, Any]] = {}
         for name, phases in self._phases.items():
-            row = arm_row(phases, died=name in self._dead)
-            recorded = strengths(phases)
+            row = figures.arm_row(phases, died=name in self._dead)
+            recorded = figures.strengths(phases)
             kl = None if name in self._dead else replay.kl(recorded) if any(recorded) else 0.0
             rows[name] = {**row, "kl": kl, "swaps": self._swaps.get(name, 0), "oom_kills": kills[name]}
         strongest = f"fixed_{round(100 * self._options.strengths[-1])}"
-        void = why_void(rows, strongest)
+        void = figures.why_void(rows, strongest)
         return {
             "ok": void is None,
             "void": void,
             "arms": rows,
             "died": self._dead,
-            "bars": bars(rows, self._phases, self._compared, overhead, squeezes, profile.recovery_s),
+            "bars": figures.bars(rows, self._phases, self._compared, overhead, squeezes, profile.recovery_s),
             "monitor_cpu_share": overhead.get("monitor_cpu_share"),
             "monitor_cpu_share_whole_run": self._monitor["monitor_cpu_s"] / max(self._monitor["seconds"], 1e-9),
             "overhead": overhead,
             "squeezes": squeezes,
-            "rise_s": rise_s(self._phases["adaptive"]),
+            "rise_s": figures.rise_s(self._phases["adaptive"]),
             "settle_s": profile.recovery_s,
             "trace": {name: self._trace(name) for name in ("fixed_0", strongest, "adaptive", "no_controller")},
         }

@@ -22,25 +22,8 @@ from typing import Any
 
 import torch
 
+from remoe_adapt.bench import harness
 from remoe_adapt.bench.decode.figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio
-from remoe_adapt.bench.harness import (
-    EXPERT_BYTES,
-    READ_AHEAD_BYTES,
-    MemoryGroup,
-    ReadCap,
-    WorkerProcess,
-    checked_family,
-    chosen_model,
-    evict,
-    loop_disk,
-    memory_group,
-    read_cap,
-    why_no_cap,
-    why_no_groups,
-    why_no_loop,
-    wide_copy,
-    work_folder,
-)
 from remoe_adapt.checkpoints import load_with_tokenizer
 from remoe_adapt.errors import DataError, RemoeError
 from remoe_adapt.evaluation import held_out
@@ -78,7 +61,7 @@ class DecodeOptions:
     threads: int = 1
     read_threads: int = READ_THREADS
     dtype: torch.dtype = torch.float32
-    expert_bytes: int = EXPERT_BYTES
+    expert_bytes: int = harness.EXPERT_BYTES
     direct_io: bool = True
     prefetch: bool = False
     pack: bool = True
@@ -117,14 +100,14 @@ def run_decode(
     processes are gone afterwards, whatever happens.
     """
     started_s = time.perf_counter()
-    model, work = chosen_model(options.model), work_folder(options.work)
+    model, work = harness.chosen_model(options.model), harness.work_folder(options.work)
     timed, more = _documents(model, options)
-    family = checked_family(model, options.family)
+    family = harness.checked_family(model, options.family)
     bench = _Bench(options, family, (timed, more), on_start, on_tokens)
-    with (
-        wide_copy(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep) as (wide, _),
-        ExitStack() as undo,
-    ):
+    wide_model = harness.wide_copy(
+        model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep
+    )
+    with wide_model as (wide, _), ExitStack() as undo:
         result = bench.run(wide, work, undo)
     return {
         "model": str(model),
@@ -161,22 +144,23 @@ class _Bench:
         self._arms += [_Arm(name, name) for name in _OTHERS]
         self._decoded = 0
         self._skipped: dict[str, str] = {}
-        self._workers: dict[str, WorkerProcess] = {}
+        self._workers: dict[str, harness.WorkerProcess] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._raw: dict[str, Any] = {}
 
     def run(self, wide: Path, work: Path, undo: ExitStack) -> dict[str, Any]:
-        why = ("left out of this run" if not self._options.limits else None) or why_no_loop() or why_no_groups()
+        left_out = None if self._options.limits else "left out of this run"
+        why = left_out or harness.why_no_loop() or harness.why_no_groups()
         folder, storage, cap = _storage(wide, work, undo, why, self._options.read_mib_per_s)
-        groups: dict[str, MemoryGroup] = {}
+        groups: dict[str, harness.MemoryGroup] = {}
         limited = ("cache25", *_OTHERS)
         if why is None:
-            groups = {name: undo.enter_context(memory_group(name)) for name in limited}
+            groups = {name: undo.enter_context(harness.memory_group(name)) for name in limited}
         else:
             self._skipped |= dict.fromkeys(_OTHERS, why)
         plans = {name: plan for name, plan in self._plans(folder).items() if name not in self._skipped}
         for name in (*plans, "raw"):  # all at once: most of a start is imports
-            self._workers[name] = WorkerProcess(name, groups.get(name), cap=cap)
+            self._workers[name] = harness.WorkerProcess(name, groups.get(name), cap=cap)
             undo.callback(self._workers[name].close)
         raw = self._workers.pop("raw")
         for name, (regime, settings) in plans.items():
@@ -204,7 +188,7 @@ class _Bench:
             if not pack.exists():
                 pack_experts(str(folder), pack)
             cache["storage"] = str(pack)
-            evict(pack)
+            harness.evict(pack)
         cached = {"cache": cache, "family": self._family, "gain": 0.0, "dial": self._family is not None}
         prior = {"gain": max(options.gains, default=0.0), "dial": True}
         plans: dict[str, tuple[str, dict[str, Any]]] = {
@@ -218,7 +202,7 @@ class _Bench:
 
     def _load(self, name: str, regime: str, settings: dict[str, Any], folder: Path) -> None:
         """Loaded and rehearsed, so that the code it runs is in memory; those we compare with may fail."""
-        evict(folder)
+        harness.evict(folder)
         try:
             self._facts[name] = self._workers[name].ask(
                 "load", regime=regime, folder=str(folder), threads=self._options.threads, options=settings
@@ -234,7 +218,7 @@ class _Bench:
         self._workers.pop(name, None)
         self._skipped[name] = str(error)
 
-    def _limit(self, groups: Mapping[str, MemoryGroup]) -> int | None:
+    def _limit(self, groups: Mapping[str, harness.MemoryGroup]) -> int | None:
         """Put everyone under what our cache takes; its bytes, None where nothing is limited."""
         if not groups:
             return None
@@ -349,18 +333,18 @@ def _some(documents: Iterator[list[int]], tokens: int) -> list[list[int]]:
 
 def _storage(
     wide: Path, work: Path, undo: ExitStack, why: str | None, read_mib_per_s: float
-) -> tuple[Path, dict[str, Any], ReadCap | None]:
+) -> tuple[Path, dict[str, Any], harness.ReadCap | None]:
     """The folder that everyone reads from, what it is on, and the group of those whose reads are capped."""
     if why is not None:
         return wide, {"kind": "the disk of the work folder", "why": why}, None
     size = sum(path.stat().st_size for path in wide.iterdir())
     # The checkpoint, its pack, and what the others make of its experts.
-    disk = undo.enter_context(loop_disk(work, (3 + len(_OTHERS)) * size + (128 << 20)))
+    disk = undo.enter_context(harness.loop_disk(work, (3 + len(_OTHERS)) * size + (128 << 20)))
     folder = disk.folder / wide.name
     shutil.copytree(wide, folder)
     disk.forget()
-    kind = {"kind": "loop device", "read_ahead_bytes": READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
-    why_not = why_no_cap()
+    kind = {"kind": "loop device", "read_ahead_bytes": harness.READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
+    why_not = harness.why_no_cap()
     if not read_mib_per_s or why_not:
         return folder, kind | {"read_mib_per_s": None, "why": why_not or "left out of this run"}, None
-    return folder, kind | {"read_mib_per_s": read_mib_per_s}, undo.enter_context(read_cap(disk.device))
+    return folder, kind | {"read_mib_per_s": read_mib_per_s}, undo.enter_context(harness.read_cap(disk.device))
