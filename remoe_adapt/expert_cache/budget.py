@@ -5,10 +5,32 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import TracebackType
 
+from remoe_adapt._support import held_back
 from remoe_adapt.eviction import Policy, make_policy
-from remoe_adapt.expert_cache.types import ExpertSource, Key, Lease, domains_of, shares_of
+from remoe_adapt.expert_cache.types import ExpertSource, Key, Slot, domains_of, shares_of
+
+
+class Lease:
+    """Experts that stay while the lease is open: `slots` maps each to its parameters. A context manager."""
+
+    def __init__(self, end: Callable[[Lease], None]) -> None:
+        self._end = end
+        self.slots: dict[int, Slot] = {}
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the experts back; once is enough."""
+        with held_back():
+            self.slots = {}
+            self._end(self)
 
 
 class Shares:

@@ -18,14 +18,13 @@ import torch
 from remoe_adapt._support import HeldCondition, handle_pending, held_back, mend_after_fork, return_freed_memory
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import Policy
-from remoe_adapt.expert_cache.budget import Shares
+from remoe_adapt.expert_cache.budget import Lease, Shares
 from remoe_adapt.expert_cache.reads import AbandonedError, Arrival, ReadAheads, outcome, read_all
 from remoe_adapt.expert_cache.residency import ResidentMasks
 from remoe_adapt.expert_cache.types import (
     ExpertSource,
     Key,
     LayerCounters,
-    Lease,
     Slot,
     budget_in_bytes,
     check_budget,
@@ -335,7 +334,8 @@ class ExpertCache(Filling):
             counters = self._counters[layer]
             counters.hits += len(keys) - len(begun)
             counters.misses += len(begun)
-            counters.prefetch_hits += ahead.use(keys)
+            if ahead.unused:
+                counters.prefetch_hits += ahead.use(keys)
             self._waiting += bool(awaited)
         return awaited
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +37,7 @@ from remoe_adapt.expert_cache.gpu import find_device, make_cache
 from remoe_adapt.expert_cache.pack import PackedStore, write_pack
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
 from remoe_adapt.expert_cache.types import budget_in_bytes, check_budget, check_options
+from remoe_adapt.libraries import Handle, become, class_attribute, put_on
 
 _KV_CACHE_PART = 16
 _KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
@@ -159,12 +159,9 @@ def load_with_expert_cache(
     bind_experts(model, cache, wanted, place, checkpoint.encoding.arithmetic)
     if prefetch:
         bind_prefetch(model, cache)
-    # Not through setattr of nn.Module: it is no part of the model's state.
-    model.__dict__["expert_cache"] = cache
+    put_on(model, "expert_cache", cache)
     # By its class: attributes of the model are hooked and unhooked by others.
-    cls = type(model)
-    own = {"save_pretrained": _no_saving, "set_experts_implementation": _no_other_experts}
-    model.__class__ = type(cls.__name__, (cls,), {**own, "__module__": cls.__module__})
+    become(model, _Cached)
     return model
 
 
@@ -177,18 +174,21 @@ def _own(model: PreTrainedModel, device: torch.device) -> None:
         tensor.data = tensor.data.clone()
 
 
-def _no_saving(*args: object, **kwargs: object) -> NoReturn:
-    raise MergeStateError(
-        "this model's experts are in its checkpoint, not in the model, so saving it would lose them. Save adapters "
-        "with the PeftModel's save_pretrained; to save the whole model, load it with from_pretrained first."
-    )
+class _Cached:
+    """What the class of a model with an expert cache becomes."""
 
+    def save_pretrained(self, *args: object, **kwargs: object) -> NoReturn:
+        raise MergeStateError(
+            "this model's experts are in its checkpoint, not in the model, so saving it would lose them. Save adapters "
+            "with the PeftModel's save_pretrained; to save the whole model, load it with from_pretrained first."
+        )
 
-def _no_other_experts(*args: object, **kwargs: object) -> NoReturn:
-    raise ConfigError(
-        f"this model's experts are in a cache, which computes them as experts_implementation={IMPLEMENTATION!r} alone: "
-        "for another implementation load the model with from_pretrained."
-    )
+    def set_experts_implementation(self, *args: object, **kwargs: object) -> NoReturn:
+        raise ConfigError(
+            "this model's experts are in a cache, which computes them as "
+            f"experts_implementation={IMPLEMENTATION!r} alone: for another implementation load the model with "
+            "from_pretrained."
+        )
 
 
 def _store(
@@ -226,20 +226,12 @@ def _under(memory: str | int, dense_bytes: int) -> int:
     return left
 
 
-@contextmanager
-def _unexpected(cls: type[PreTrainedModel], names: list[str]) -> Iterator[None]:
-    """Within, models of `cls` do not report these parameters as left over in their checkpoints."""
-    before = vars(cls).get("_keys_to_ignore_on_load_unexpected")
+def _unexpected(cls: type[PreTrainedModel], names: list[str]) -> Handle:
+    """Until it is undone, models of `cls` do not report these parameters as left over in their checkpoints."""
     prefix = f"{cls.base_model_prefix}."
     patterns = [re.escape(name.removeprefix(prefix)) + "$" for name in names]
-    cls._keys_to_ignore_on_load_unexpected = [*(cls._keys_to_ignore_on_load_unexpected or ()), *patterns]
-    try:
-        yield
-    finally:
-        if before is None:
-            del cls._keys_to_ignore_on_load_unexpected
-        else:
-            cls._keys_to_ignore_on_load_unexpected = before
+    known = cls._keys_to_ignore_on_load_unexpected or ()
+    return class_attribute(cls, "_keys_to_ignore_on_load_unexpected", [*known, *patterns])
 
 
 def pack_experts(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import TracebackType
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from remoe_adapt._support import held_back
 from remoe_adapt.device_profile import CACHE_SCOPES, parse_size
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import ONLINE
@@ -65,26 +63,6 @@ def counted(counters: Sequence[LayerCounters], layers: bool) -> dict[str, Any]:
     if layers:
         found["layers"] = [{name: getattr(layer, name) for name in _COUNTED} for layer in counters]
     return found
-
-
-class Lease:
-    """Experts that stay while the lease is open: `slots` maps each to its parameters. A context manager."""
-
-    def __init__(self, end: Callable[[Lease], None]) -> None:
-        self._end = end
-        self.slots: dict[int, Slot] = {}
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Give the experts back; once is enough."""
-        with held_back():
-            self.slots = {}
-            self._end(self)
 
 
 def check_options(policy: str, scope: str, threads: int) -> None:
