@@ -64,6 +64,7 @@ def run_file_reads(
         "checkpoint": lambda key: direct.read(*key),
         "pack": lambda key: packed.read(*key),
     }
+    # Experts of all layers: those of one may lie side by side, where a disk reads ahead.
     keys = [(layer, expert) for layer, count in enumerate(direct.num_experts) for expert in range(count)]
     rows = []
     for row in _rows(arms, keys, direct.expert_bytes[0], rounds):
@@ -74,6 +75,7 @@ def run_file_reads(
 
 def _raw(last: Extent, size: int, *, huge: bool) -> Read:
     """Reads `size` bytes (in whole blocks) somewhere in the file before the end of this extent."""
+    # Direct reads must begin and end at blocks; the place is random, as an expert's is to the disk.
     reader, whole = ExtentReader([last.path], direct_io=True), -(-size // BLOCK) * BLOCK
     memory: list[np.ndarray] = []
     if (places := (last.offset + last.size) // whole) < 1:
@@ -181,6 +183,7 @@ def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: in
 def _copy_to_disk(source: Path, target: Path) -> None:
     clone_or_copy(source, target)
     with target.open("rb") as file:
+        # Else the copy would end in the page cache, and the others, which do reach the disk, would look slow.
         os.fsync(file.fileno())
 
 
@@ -206,6 +209,7 @@ def _model(path: Path, gigabytes: float) -> tuple[Path, Family]:
         end += EXPERTS * HIDDEN * 4
         tensors.append((f"blk.{layer}.ffn_up_exps.weight", (EXPERTS, rows, HIDDEN), _Q8_0, end))
         end += int(EXPERTS * rows * HIDDEN * _Q8_0_BYTES)
+        # llama.cpp refuses tensors that do not begin at a multiple of it.
         end += -end % _ALIGNMENT
     header = gguf.header_bytes(entries, tensors, _ALIGNMENT)
     with path.open("wb") as file:

@@ -59,6 +59,7 @@ def _row(family: str, example: str, experts: int, calls: int) -> Row:
     stock = _Stack(_Block(stock_router(example, experts)) for _ in range(_LAYERS))
     dialled = copy.deepcopy(stock)
     model = get_remoe_model(dialled, family=random_family(dialled), recency="ema", recency_gain=_GAIN)
+    # The prior replaced the router's own forward, and hangs on it.
     forward: Any = vars(discover_routers(dialled)[0].module)["forward"]
     prior = forward.steps
     hidden_TD = torch.randn(1, _COLUMNS)
@@ -137,6 +138,7 @@ def stock_router(example: str, experts: int) -> nn.Module:
             setattr(config, field, value)
     router: nn.Module = getattr(modeling, name)(config)
     for parameter in router.parameters():
+        # Router classes leave their weight uninitialised; NaN and ties would take top-k another time.
         nn.init.normal_(parameter, std=_COLUMNS**-0.5)
     for buffer in router.buffers():
         nn.init.normal_(buffer, std=0.1)

@@ -102,6 +102,7 @@ def run_swap(
 
     Raises as `get_remoe_model` for a model or family that cannot be used.
     """
+    # A benchmark may be called from a program that goes on, so its threads are given back.
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -135,6 +136,7 @@ def _time_swaps(dialed: PeftModel, lora: PeftModel, swaps: int, peft_swaps: int)
     for i in range(swaps):
         poster = threading.Thread(target=controller.set_strength, args=(_STRENGTHS[i % len(_STRENGTHS)],))
         poster.start()
+        # Staging is done here, so that `step` below times the swap alone.
         poster.join()
         ours.append(_ms(controller.step))
         if i % max(1, swaps // peft_swaps) == 0:
@@ -200,6 +202,7 @@ def forward_ratio(source: str | nn.Module, family: str | Family | None, forwards
     runs = [functools.partial(each, input_ids=ids, use_cache=False) for each in (plain, with_dial)]
     with torch.inference_mode():
         base_ms, dial_ms = interleaved_ms(runs, forwards)
+    # Before the figures are returned: the model belongs to the caller.
     dialed.controller.close()
     return {"forward_ratio": dial_ms / base_ms, "forward_ms": dial_ms, "base_forward_ms": base_ms}
 

@@ -60,6 +60,7 @@ def gguf(
         return result, [report.figures_table("routers restored", result)]
     if family is None or strength is None:
         raise typer.BadParameter("give MODEL.gguf FAMILY OUT.gguf --strength S, or MODEL.gguf --undo")
+    # Equal means both or neither: one of the two says where the result goes.
     if in_place == (out is not None) or (in_place and split):
         raise typer.BadParameter("give either OUT.gguf (with or without --split) or --in-place")
     points = Family.load(family)

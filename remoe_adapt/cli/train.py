@@ -35,6 +35,7 @@ def train(
 ) -> CommandResult:  # fmt: skip
     """Train a family of router adapters, and the control that shows what training alone would do."""
     recency = recency or (None if recency_gain is None else DEFAULT_MODE)
+    # Taken before any other local is made: these are the options by their parameter names.
     given: dict[str, Any] = dict(locals())
     if mode == "local" and distill_share:
         raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
@@ -93,6 +94,7 @@ def evaluate(
     from remoe_adapt.cli.plots import check_plot, plot_frontier
     from remoe_adapt.eviction import check_replay
 
+    # Before the imports below, which take seconds, and before the model.
     check_replay(policy, cache)
     if recency is None and (recency_gain is not None or recency_decay is not None):
         recency = DEFAULT_MODE

@@ -69,6 +69,7 @@ class Arms:
         routers run adapters already, ConfigError when priors and points differ in mode or decay."""
         self._installed: InstalledPrior | None = None
         self._weights = [weight_ED.detach() for weight_ED in survey_routers(model).weights.values()]
+        # Copies, because the live weights are overwritten in place while arms take turns.
         self._found = tuple(weight_ED.clone() for weight_ED in self._weights)
         self.base = Arm(0.0, self._found)
         self.control: Arm | None = None
@@ -113,6 +114,7 @@ class Arms:
     def use(self, arm: Arm) -> None:
         """Runs the model with this arm's weights and gains from now on."""
         with torch.no_grad():
+            # In place: a compiled model and CUDA graphs hold the addresses of the weights.
             torch._foreach_copy_(self._weights, list(arm.live))
         if self._installed is not None:
             self._installed.enable(arm.recency is not None)

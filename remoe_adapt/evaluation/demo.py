@@ -68,6 +68,7 @@ def run_demo(
         raise ConfigError(f"cannot measure on {tokens} token(s): use --tokens 100 or more")
     model_path, family_path = _places(model, family)
     points = Family.load(family_path)
+    # After the family: a wrong path should not cost a load.
     loaded, tokenizer = _load(model_path, expert_cache)
     text = held_out(Path(model_path), tokenizer, tokens, data)
     with (

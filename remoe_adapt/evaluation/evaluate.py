@@ -334,12 +334,14 @@ def evaluate_tasks(
 
     rows: dict[Arm, dict[str, Any]] = {}
     with arms_of(model, family, force=force) as arms, inference(model):
+        # One at a time, so that no padding reaches the routers and a score does not depend on its neighbours.
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
         for arm in arms:
             arms.use(arm)
             found = lm_eval.simple_evaluate(
                 model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
             )
+            # lm-eval puts names and aliases among the metrics.
             scores = {
                 task: {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
                 for task, metrics in found["results"].items()

@@ -22,6 +22,7 @@ from torch import Tensor
 LAGS = (1, 2, 4, 8, 16)
 WINDOW = 16
 IGNORED_LABEL = -100
+# As in the paper: the loss of a row that reuses nothing stays finite.
 _EPS = 1e-8
 
 
@@ -142,6 +143,7 @@ def trust_loss(log_probs_BTE: Tensor, reference_log_probs_BTE: Tensor, documents
 
 def overlap(ids_BTK: Tensor, documents_BT: Tensor) -> Tensor:
     """EOR of each row: mean over pairs of |E_t & E_{t-1}| / K, [B]; no gradient."""
+    # K is small, so comparing all pairs of slots beats building sets of E.
     same = (ids_BTK[:, 1:, :, None] == ids_BTK[:, :-1, None, :]).any(dim=-1)
     return row_mean(same.float().mean(dim=-1), pair_mask(documents_BT))
 

@@ -76,6 +76,7 @@ def token_rows(
         held_out += tokenize_documents(_drawn(apart, piece_chars, seed), tokenizer, most)
     if not train:
         raise DataError(f"no text in {', '.join(map(str, files))}")
+    # One token has nothing to predict.
     return train, [row for row in held_out if len(row) > 1]
 
 
@@ -191,6 +192,7 @@ def _needed_tokens(model: PreTrainedModel, options: TrainOptions) -> int:
 def _digest(documents: Sequence[Sequence[int]]) -> str:
     digest = hashlib.sha256()
     for ids in documents:
+        # With its length before it, else two divisions of the same tokens would be equal.
         digest.update(torch.tensor([len(ids), *ids]).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
@@ -222,6 +224,7 @@ def _claim(out: Path, run: dict[str, Any], resume: bool) -> None:
 def _load(
     base: str | Path | PreTrainedModel, device: str | None, dtype: torch.dtype | str | None
 ) -> tuple[PreTrainedModel, str]:
+    # A loaded model stays where and as it is: its owner chose the device and the type.
     if isinstance(base, nn.Module):
         return base, str(getattr(base.config, "name_or_path", "") or "unnamed")
     processes = PartialState()

@@ -68,6 +68,7 @@ class RemoeModel(BaseTuner):
             super().__init__(base, configs, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         except BaseException:
             if shared is not None:
+                # The dictionary itself stays: other tuners of this base hold it.
                 shared.clear()
                 shared.update(before)
             raise

@@ -45,6 +45,7 @@ def matching(field: str, pattern: str, names: Iterable[str]) -> set[str]:
     tried = list(names)
     try:
         child = subprocess.run(
+            # Without site-packages and the user's paths: it starts faster, and nobody's file of that name is run.
             [sys.executable, "-I", "-S", "-c", _CHILD],
             input=json.dumps([pattern, tried]),
             capture_output=True,

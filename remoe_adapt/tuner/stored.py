@@ -75,6 +75,7 @@ def find_file(model_id: str | os.PathLike[str], name: str, subfolder: str | None
         return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **hub))
+    # A file that is not in the repository, no network, or a name that is none: the caller says what is missing.
     except (HfHubHTTPError, HFValidationError, OSError):
         return None
 
@@ -131,6 +132,7 @@ def _header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"its header would have {length} bytes, an adapter's has a few thousand")
+            # safetensors reads a header of up to 100 MB; an adapter's has no reason to be that long.
             entries = parse_json(file.read(length), "its header")
         # Sizes, offsets and the length of the file are compared in there.
         with safe_open(path, framework="pt") as whole:

@@ -57,6 +57,7 @@ def resolve_targets(config: RemoeConfig, model: nn.Module, survey: Routers) -> t
         )
     by_name = {router.name: router for router in survey.refs}
     refused = dict(survey.refused)
+    # What lies inside a tuner's layer is the base's router again, under a name that no configuration means.
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
     matched = _matched(config, names)

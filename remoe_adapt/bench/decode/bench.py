@@ -155,6 +155,7 @@ class _Bench:
         groups: dict[str, harness.MemoryGroup] = {}
         limited = ("cache25", *_OTHERS)
         if why is None:
+            # Made before the processes, which must be members from their first instruction on.
             groups = {name: undo.enter_context(harness.memory_group(name)) for name in limited}
         else:
             self._skipped |= dict.fromkeys(_OTHERS, why)
@@ -276,6 +277,7 @@ class _Bench:
         for number, ids in enumerate(self._more, start=len(self._documents)):
             for arm, worker in self._scored():
                 steps = self._decode(replace(arm, worker=worker), ids)
+                # Kept apart from the timed steps: these were decoded with other experts in memory, or without the cap.
                 arm.nll |= {(number, place): step["nll"] for place, step in enumerate(steps)}
                 self._on_tokens(len(ids))
 

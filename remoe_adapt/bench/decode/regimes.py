@@ -27,6 +27,7 @@ from remoe_adapt.routers import discover_routers, fingerprint
 
 # Where a model has them: transformers' own ways to compute experts.
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+# Enough for a median; the choice between three functions needs no more.
 _TRIAL_STEPS = 12
 
 
@@ -55,6 +56,7 @@ class Stock(Regime):
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         model: Any = load_base(folder)
         self.model = model
+        # Versions of transformers differ in which of them they have; eager is in no registry.
         known = [name for name in IMPLEMENTATIONS if name == "eager" or name in ALL_EXPERTS_FUNCTIONS]
         times_ms = {name: _trial_ms(model, name, options["trial_ids"]) for name in known}
         fastest = min(times_ms, key=times_ms.__getitem__)
@@ -107,6 +109,7 @@ class Mapped(Regime):
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         self.model = load_base(folder, experts_implementation="eager")
         modules = experts_modules(self.model)
+        # Beside the checkpoint, so that it lies on the same disk as what the others read.
         place = folder.parent / "mapped"
         place.mkdir()
         rows = {name: _write_rows(place / name, module) for name, module in modules.items()}
@@ -132,6 +135,7 @@ class TransformersDisk(Regime):
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         config = AutoConfig.from_pretrained(folder)
+        # Only names are needed to say what goes to disk, so no weight is made.
         with torch.device("meta"):
             places = _experts_on_disk(auto_class(config).from_config(config))
         offload = folder.parent / "transformers"
@@ -162,6 +166,7 @@ def _trial_ms(model: Any, implementation: str, ids: Sequence[int]) -> float:
             begin = time.perf_counter()
             decoder.feed([token])
             times_ms.append((time.perf_counter() - begin) * 1e3)
+    # The first two calls allocate what later ones use again.
     return statistics.median(times_ms[2:])
 
 

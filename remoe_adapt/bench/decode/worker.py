@@ -69,6 +69,7 @@ class Worker(harness.Worker):
                 with regime.between_steps():
                     logits_V = decoder.feed([token])
                 took_s = time.perf_counter() - begin_s
+                # Read outside of the timed part: each of these files takes the kernel some time.
                 before, counted = counted, self._counters()
                 steps.append(
                     {
