@@ -48,7 +48,7 @@ def check_file(path: Path, option: str, suffixes: Sequence[str] = (), *, new_fol
 
 
 def check_appendable(path: Path, option: str) -> None:
-    """As `check_file`, for a file that is added to: a device or a pipe will do."""
+    """`check_file` for a file that is added to: a device or a pipe will do."""
     if not path.exists():
         check_file(path, option)
     # A pipe must not be opened to be tried: its reader would see the end of it.

@@ -94,8 +94,10 @@ def _buffer(size: int, huge: bool) -> np.ndarray:
     if huge:
         place = map_pages(size)
     else:
+        # numpy aligns to 64 bytes, direct reads need a block.
         spare = np.empty(size + BLOCK, dtype=np.uint8)
         place = spare[-spare.ctypes.data % BLOCK :][:size]
+    # Its pages are taken now, else the first read into it would pay for them.
     place[:] = 0
     return place
 

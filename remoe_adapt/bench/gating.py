@@ -93,7 +93,6 @@ def _one_token() -> Iterator[Row]:
 
 def _route() -> Iterator[Row]:
     """One token, hidden state in: product and gate in one launch, against two, and against the compiled definition."""
-    from remoe_adapt.triton_kernels.gate import launch_gate
     from remoe_adapt.triton_kernels.route import launch_route
 
     dtype = torch.bfloat16
@@ -111,16 +110,19 @@ def _route() -> Iterator[Row]:
                 )
             )
 
-            def two_launches(
-                hidden_TD: Tensor = hidden_TD, weight_ED: Tensor = weight_ED, launch: Call = launch_gate,
-                rule: Any = rule, args: Any = args, out: Any = out,
-            ) -> object:  # fmt: skip
-                return launch(F.linear(hidden_TD, weight_ED), TOP_K, rule, None, *args, out=out)  # type: ignore[call-arg]
-
+            two_launches = functools.partial(_linear_and_gate, hidden_TD, weight_ED, rule, *args, out)
             compiled = _compiled(spec, hidden_TD, None, _prior(experts), weight_ED)
             for baseline, call in (("F.linear + own gate", two_launches), (f"F.linear + {_TWIN}", compiled)):
                 row = _row("route", "softmax", dtype, 1, experts, columns, "ema", us, baseline, graph_us(call))
                 yield row | held_to("ratio", row["ratio"], _ROUTE_BAR)
+
+
+def _linear_and_gate(
+    hidden_TD: Tensor, weight_ED: Tensor, rule: Any, recency_BE: Tensor, gain: Tensor, decay: float | None, out: Any
+) -> None:
+    from remoe_adapt.triton_kernels.gate import launch_gate
+
+    launch_gate(F.linear(hidden_TD, weight_ED), TOP_K, rule, None, recency_BE, gain, decay, out=out)
 
 
 def _many_tokens() -> Iterator[Row]:
@@ -221,6 +223,7 @@ def _compiled(
         logits_TE = input if weight_ED is None else F.linear(input, weight_ED)
         return topk_gating(logits_TE, TOP_K, spec, prior, bias_E=bias_E)
 
+    # What was compiled for other shapes counts towards dynamo's limit, beyond which it runs eagerly.
     torch._dynamo.reset()
     return functools.partial(torch.compile(gate, fullgraph=True, dynamic=False), input)
 

@@ -21,7 +21,7 @@ from remoe_adapt.bench.harness import REPO_ROOT
 from remoe_adapt.checkpoints import load_base
 from remoe_adapt.dial import get_remoe_model
 from remoe_adapt.family import Family, FamilyPoint, original_weights
-from remoe_adapt.routers import fingerprint
+from remoe_adapt.routers import survey_routers
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
 # Far apart and never twice in a row: a swap to where the weights are already would do nothing.
@@ -73,12 +73,13 @@ class RouterStack(nn.Module):
 
 def random_family(model: nn.Module, strengths: tuple[float, ...] = (0.5, 1.0)) -> Family:
     """A family in memory whose deltas are random, a tenth of the weights in size."""
-    weights = original_weights(model)
+    routers = survey_routers(model)
+    weights = routers.original_weights
     deltas = {
         name: torch.randn(weight.shape) * 0.1 * float(weight.detach().float().std()) for name, weight in weights.items()
     }
     points = tuple(FamilyPoint(s, Family.adapter_name(s), {n: d * s for n, d in deltas.items()}) for s in strengths)
-    return Family(Path("in-memory"), type(model).__name__, fingerprint(model), points)
+    return Family(Path("in-memory"), type(model).__name__, routers.fingerprint, points)
 
 
 def run_swap(
@@ -162,6 +163,7 @@ def _stock_lora(stack: Any) -> PeftModel:
 
 
 def _peft_swap(lora: Any, name: str) -> None:
+    # What PEFT offers for it: a merged adapter can be exchanged in no other way.
     lora.unmerge_adapter()
     lora.base_model.set_adapter(name)
     lora.merge_adapter()

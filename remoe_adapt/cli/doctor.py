@@ -260,7 +260,7 @@ def _profiles() -> Iterator[Probe]:
 
 
 def _most_memory() -> float:
-    """Of the machine, the cgroup or the largest GPU, whichever a model of this process could fill."""
+    """Bytes of the machine, the cgroup or the largest GPU, whichever a model of this process could fill."""
     reading = Sensors([*os_sensors(), GpuMemory()]).read()
     host = [value for name in ("memory.total", "cgroup.limit") if (value := reading.value(name)) is not None]
     return max(min(host, default=0.0), reading.value("gpu.total") or 0.0)

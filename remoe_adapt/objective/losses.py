@@ -86,6 +86,7 @@ def pair_mask(documents_BT: Tensor, lag: int = 1) -> Tensor:
 
 def row_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean over the True positions of each row, [B]; 0 for a row without any."""
+    # A row without any position has the sum 0, and 0 / 0 would be NaN.
     count_B = mask_BT.sum(dim=1).clamp_min(1)
     return values_BT.masked_fill(~mask_BT, 0.0).sum(dim=1) / count_B
 
@@ -109,6 +110,7 @@ def smooth_loss(log_probs_BTE: Tensor, documents_BT: Tensor, lag: int = 1) -> Te
     Gradient flows into both tokens. The lag is 1 in L_Smooth itself.
     """
     probs_BTE = log_probs_BTE.exp()
+    # From logarithms: a quotient of probabilities would overflow where one of them is 0.
     log_ratio = log_probs_BTE[:, lag:] - log_probs_BTE[:, :-lag]
     divergence = ((probs_BTE[:, lag:] - probs_BTE[:, :-lag]) * log_ratio).sum(dim=-1)
     return row_mean(divergence, pair_mask(documents_BT, lag))

@@ -86,6 +86,7 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
         per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=options.accumulate,
         learning_rate=options.lr,
+        # Falls to 0, so that the last steps are small ones: the last weights are kept, not an average.
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(options.steps * options.warmup)),
         logging_steps=5,
@@ -94,6 +95,7 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
         save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
+        # Pinning warns where there is no CUDA.
         dataloader_pin_memory=device_type == "cuda",
         use_cpu=device_type == "cpu",
         bf16=_native_bf16(device_type) if options.bf16 is None else options.bf16,
@@ -103,12 +105,8 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
 
 def _native_bf16(device_type: str) -> bool:
     """Whether fp32 bases gain from autocast here; on a GPU a base has the dtype that it is meant to run in."""
-    return device_type == "cpu" and bool(_cpu_features().get("avx512_bf16"))
-
-
-def _cpu_features() -> dict[str, bool]:
-    known = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.12
-    return dict(known())
+    known: Any = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.12
+    return device_type == "cpu" and bool(known().get("avx512_bf16"))
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -226,6 +224,7 @@ def check_writable(out: Path) -> None:
 
 def check_fits(routers: Routers, options: TrainOptions, points: int, out: Path) -> None:
     """Raises ConfigError for a rank above that of a router's weight, and for more than the free space of `out`."""
+    # The router's weight, not the model's size: nothing else is trained or saved.
     shapes = [(router.name, *router.weight_ED.shape) for router in routers.usable()]
     for name, rows, columns in shapes:
         if options.rank is not None and options.rank > min(rows, columns):

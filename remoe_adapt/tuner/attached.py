@@ -100,6 +100,7 @@ class AttachedObjective:
             hook(decoder, "forward_pre", self._before_decoder),
             hook(decoder, "forward", self._after_decoder, with_kwargs=True, always_call=True),
         )
+        # A model that is its own decoder has no loss of its own to weigh the terms by.
         if decoder is not base:
             self._patches.add(
                 hook(base, "forward_pre", self._before_model, with_kwargs=True),
@@ -225,6 +226,7 @@ class AttachedObjective:
             items = self._num_items
             share_B, _ = row_shares(labels_BT.to(home), items.to(home) if isinstance(items, Tensor) else items)
         else:
+            # Without labels every token that is none of padding is taken for one that is trained on.
             count_B = (documents_BT != PADDING).sum(dim=1)
             share_B = count_B / count_B.sum().clamp_min(1)
         losses = [terms_of_call(call, call[3], names[call[0]], documents_BT, weights, 1.0).loss for call in calls]

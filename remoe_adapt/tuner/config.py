@@ -196,6 +196,7 @@ class RemoeConfig(PeftConfig):
         config = copy.copy(self)
         for name, written in self._filled.items():
             setattr(config, name, written)
+        # The copy keeps notes of its own: what it is filled with next must not show in the original.
         config._filled = {}
         config._acted = config.surveyed = None
         return config

@@ -127,6 +127,7 @@ def check_sum(layers: Iterable[RemoeLayer], adapter_names: Sequence[str]) -> Non
     for layer in layers:
         names = [name for name in adapter_names if name in layer.adapters]
         weight_ED = layer.original_weight_ED
+        # One alone was checked when it was loaded; without values there is nothing to add.
         if len(names) < 2 or weight_ED.is_meta or stays_usable(weight_ED, layer.effective_weight_ED(names)):
             continue
         raise AdapterCorruptError(
@@ -181,6 +182,7 @@ def _copied_modules(config: RemoeConfig, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the modules that `modules_to_save` names, by PEFT's rule."""
     expected: dict[str, Tensor] = {}
     names = tuple(config.modules_to_save or ())
+    # What is inside a copy has the same endings as what it copies, and would be counted twice.
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
     for path, module in model.named_modules(remove_duplicate=False):
         if names and path.endswith(names) and not (inside and path.startswith(inside)):

@@ -120,6 +120,7 @@ class RemoeModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """BaseTuner.inject_adapter. A configuration object that another model has filled in is taken as it was written,
         and stays that model's: this one gets a copy unless both agree. An error leaves the model as it was."""
+        # Kept, because a copy may take its place below and the caller's object must be known again.
         given = self.peft_config[adapter_name]
         check_name(model, adapter_name)
         before = Snapshot(model)
@@ -236,6 +237,7 @@ class RemoeModel(BaseTuner):
                 layer.unmerge()
 
     def _merge(self, layers: list[RemoeLayer], safe_merge: bool, adapter_names: list[str] | None) -> None:
+        # All are checked before one is merged, so that a refusal leaves no router changed.
         if safe_merge:
             for layer in layers:
                 layer.check_mergeable(adapter_names)

@@ -40,7 +40,7 @@ def check_pattern(field: str, pattern: str) -> None:
 
 
 def matching(field: str, pattern: str, names: Iterable[str]) -> set[str]:
-    """Those of `names` that the whole expression matches. Raises ConfigError for one that takes more than 8 s."""
+    """The `names` that the whole expression matches. Raises ConfigError for one that takes more than 8 s."""
     check_pattern(field, pattern)
     tried = list(names)
     try:

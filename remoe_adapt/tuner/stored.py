@@ -107,6 +107,7 @@ def read_adapter(path: Path) -> StoredAdapter:
     tensors: dict[str, StoredTensor] = {}
     for key, dtype, shape in _header(path):
         plain = plain_key(key)
+        # Keys with and without the prefix are one to PEFT, which takes whichever comes last.
         if plain in tensors:
             raise AdapterCorruptError(
                 f"{printable(path)} holds {printable(plain)} twice, with and without 'base_model.model.': one of them "

@@ -103,6 +103,7 @@ def _of_layers(config: RemoeConfig, routers: tuple[RouterRef, ...]) -> set[str]:
     names = {router.name for router in routers}
     if config.layers_to_transform is None:
         return names
+    # PEFT's rule is asked, so that layers mean here what they mean for its other adapters.
     probe = copy.copy(config)
     probe.exclude_modules = probe.modules_to_save = None
     # PEFT asks for the layer only of names matched by suffix.

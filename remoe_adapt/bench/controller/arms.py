@@ -30,7 +30,7 @@ from remoe_adapt.tuner import RemoeLayer
 # The dial turns both levers: the family's routers and, up to this gain at strength 1, a recency prior. The prior
 # remembers which experts the last tokens had, not which are resident: a recorded run is replayed without its cache.
 PRIOR_GAIN = 0.3
-# Faster than the shipped profiles sample, since a squeeze is over in half a minute.
+# As in the profiles of the Jetsons. `figures.monitoring` counts on samples that come at a fixed period.
 SAMPLE_HZ = 5.0
 # The name that the dial gives its thread; the kernel accounts CPU time by thread, and Python knows only names.
 _MONITOR_THREAD = "remoe-monitor"
@@ -103,7 +103,7 @@ class Arm:
         gc.freeze()
 
     def fill(self) -> None:
-        """As many experts as fit, of every layer the same part."""
+        """Read as many experts as fit, of every layer the same part."""
         source, left = self.cache.source, self.cache.budget_bytes
         for expert in range(max(source.num_experts)):
             for layer, count in enumerate(source.num_experts):

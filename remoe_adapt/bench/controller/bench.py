@@ -29,7 +29,7 @@ from remoe_adapt.bench.controller.process import ArmProcess, DiedError, Setup
 from remoe_adapt.bench.controller.squeezes import count_kills
 from remoe_adapt.bench.controller.worker import COLUMNS, Text
 from remoe_adapt.checkpoints import load_tokenizer, load_with_tokenizer
-from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluation import Decoder, held_out, score
 from remoe_adapt.expert_cache import READ_THREADS, pack_experts
 from remoe_adapt.recency_settings import Recency
@@ -92,6 +92,7 @@ def run_controller(
     """
     if why := harness.why_no_groups():
         raise ConfigError(f"this benchmark limits memory: {why}")
+    # The bars compare with strength 0, and take the last fixed arm for the strongest.
     if min(options.strengths) != 0.0 or list(options.strengths) != sorted(options.strengths):
         raise ConfigError(f"strengths {options.strengths}: begin with 0, and let them rise.")
     Recency.of("ema", options.gain)  # refuses a gain that cannot be
@@ -100,7 +101,9 @@ def run_controller(
     family = harness.checked_family(model, options.family)
     if family is None:
         raise ConfigError(f"{model} has no family beside it: give --family")
-    documents = _documents(model, options)
+    # So much that no phase repeats another one's text, where there is so much.
+    wanted = _PHASES * options.cycles * options.tokens
+    documents = held_out(Path(model), load_tokenizer(str(model)), wanted, options.data).documents
     wide_model = harness.wide_copy(
         model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep
     )
@@ -128,15 +131,6 @@ def _setup(options: ControllerOptions, wide: Path, pack: Path, family: str, docu
     return Setup(
         wide, documents, min(64, options.tokens), options.threads, options.squeezed, options.take_mib_per_s * _MIB, arm
     )
-
-
-def _documents(model: str | Path, options: ControllerOptions) -> list[list[int]]:
-    """Held-out text, enough that no phase repeats another one's if there is so much."""
-    wanted = _PHASES * options.cycles * options.tokens
-    found = held_out(Path(model), load_tokenizer(str(model)), wanted, options.data).documents
-    if not found:
-        raise DataError("nothing to decode: give --data FILE")
-    return found
 
 
 class _Run:
@@ -169,6 +163,7 @@ class _Run:
             self._phases = {arm.name: [] for arm in arms}
             self._on_start(len(arms) * options.cycles * _PHASES * options.tokens)
             for cycle in range(options.cycles):
+                # Another arm is first in each cycle, so that no arm has the best of a drifting machine.
                 at = cycle * len(arms) // options.cycles
                 order = [*arms[at:], *arms[:at]]
                 self._calm(order, cycle)
@@ -226,6 +221,7 @@ class _Run:
     def _compare(self, arm: ArmProcess, _cycle: int) -> None:
         """The dial at rest and no dial, in one process and its memory."""
         found = arm.ask("compare", tokens=self._options.cycles * self._options.tokens)
+        # Fewer than a turn of tokens say nothing of a difference of one percent.
         self._compared = found if len(found["dial_s"]) >= _TURN_TOKENS else {}
 
     def _overhead(self) -> dict[str, Any]:
@@ -298,6 +294,7 @@ class Replay:
             decoded = self._decode(self._dialled, list(strengths))
             total = 0.0
             for logits_V, base_V in zip(decoded, self._base_logits_TV, strict=False):
+                # `score` wants a target; only the divergence is taken from what it returns.
                 target_1 = torch.zeros(1, dtype=torch.long)
                 total += float(score(logits_V[None], target_1, base_V[None])[1])
         return total / len(strengths)
@@ -315,6 +312,7 @@ class Replay:
     def _step(self, strength: float | None) -> AbstractContextManager[None]:
         if strength is None:
             return nullcontext()
+        # A swap to the strength that is live would be staged for nothing.
         if self._controller.target != strength:
             self._controller.set_strength(strength)
         return self._controller.step()

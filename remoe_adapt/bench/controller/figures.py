@@ -57,7 +57,7 @@ def arm_row(phases: Phases, *, died: bool) -> Row:
 
 
 def strengths(phases: Phases) -> list[float]:
-    """Of every token in the order of the text."""
+    """The strength of every token, in the order of the text."""
     return [strength for phase in phases for strength in phase.steps["strength"]]
 
 
@@ -65,6 +65,7 @@ def calm_ratio(compared: Mapping[str, Sequence[float]]) -> float:
     """Time per token with the dial at rest over that without (`Worker.do_compare`): the mean one without, and beside it
     the median difference of tokens that missed as often in both. Two processes would not do: the same work takes some
     4 % more or less in another."""
+    # A miss takes many times what the dial costs, so tokens that missed differently would hide it.
     columns = (compared[key] for key in ("dial_s", "dial_misses", "bare_s", "bare_misses"))
     alike = [dial_s - bare_s for dial_s, one, bare_s, other in zip(*columns, strict=True) if one == other]
     return float(1.0 + statistics.median(alike) / statistics.fmean(compared["bare_s"]))
@@ -77,6 +78,7 @@ def return_s(phases: Phases) -> float | None:
         if phase.kind != CALM_AFTER:
             continue
         live = [place for place in phase.places if phase.steps["strength"][place] > 0]
+        # The last step above 0 counts: strength may fall, rise again and fall for good.
         after = live[-1] + 1 if live else 0
         if after == len(phase.places):
             return None

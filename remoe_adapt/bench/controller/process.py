@@ -92,7 +92,7 @@ class ArmProcess:
         return int(lost + self.headroom_bytes - profile.memory.reserve_bytes - beyond)
 
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
-        """Of the decoder. Raises DiedError, or RemoeError for other failures."""
+        """The decoder's answer. Raises DiedError, or RemoeError for other failures."""
         assert self._worker is not None
         return self._ask(self._worker, op, request)
 

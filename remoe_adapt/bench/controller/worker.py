@@ -91,6 +91,7 @@ class Worker(harness.Worker):
         """So many tokens, and for so long at least. `steps`: a list for each of COLUMNS: seconds, seconds since this
         began, strength, the cache's budget, and misses; `monitor_cpu_s` of `seconds`."""
         arm = self.arm
+        # One list a column: rows of mappings would take more time in the loop than the counters do.
         steps: list[list[float]] = [[] for _ in COLUMNS]
         gc.collect()
         gc.disable()  # a collection would be a step that takes longer

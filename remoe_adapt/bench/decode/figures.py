@@ -40,6 +40,7 @@ def arm_row(steps: Steps, facts: Mapping[str, Any]) -> Row:
         "steps": len(steps),
     }
     if cached:
+        # Counted over all steps and divided once: steps without a look-up have no rate of their own.
         misses = sum(sum(step["misses"]) for step in steps.values())
         hits = sum(step["hits"] for step in steps.values())
         row["hit_rate"] = hits / (hits + misses)
@@ -83,6 +84,7 @@ def limit_ms(bytes_per_token: float, bytes_per_s: float, resident_tpot_ms: float
 
 def bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], limit: float, facts: Mapping[str, Row]) -> list[Row]:
     """Each bar: `{bar, value, target, at_most, met, arm}`; value and met are None without arms for it."""
+    # Both rows below are of the same cache, so that only the routing differs.
     base = steps["cache25_s0"]
     found = [
         bar("budget 100 %: TPOT / stock's", 1 / times_faster(steps["cache100_s0"], steps["stock"]), 1.10),

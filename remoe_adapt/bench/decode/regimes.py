@@ -23,7 +23,7 @@ from remoe_adapt.evaluation import Decoder
 from remoe_adapt.expert_cache import BLOCK, ExpertCache, expert_cache_of, experts_modules, load_with_expert_cache
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers import discover_routers, fingerprint
+from remoe_adapt.routers import survey_routers
 
 # Where a model has them: transformers' own ways to compute experts.
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -73,9 +73,10 @@ class Cached(Regime):
         assert cache is not None
         dial: dict[str, Any] = {"family": options["family"], "force": True}  # as checked on the model as it is stored
         if options["gain"]:
-            count = len(discover_routers(base))
-            prior = FamilyPoint(1.0, "resident", {}, Recency.of("resident", (options["gain"],) * count))
-            dial = {"family": Family(Path("resident"), str(folder), fingerprint(base), (prior,))}
+            routers = survey_routers(base)
+            gains = (options["gain"],) * len(routers.usable())
+            prior = FamilyPoint(1.0, "resident", {}, Recency.of("resident", gains))
+            dial = {"family": Family(Path("resident"), str(folder), routers.fingerprint, (prior,))}
         if options["budget"] == 1.0:  # nothing is read any more
             for layer, count in enumerate(cache.source.num_experts):
                 cache.lease(layer, range(count)).release()

@@ -93,6 +93,7 @@ class Worker(harness.Worker):
 
 def anonymous_bytes() -> int:
     """Anonymous memory of this process, by the kernel's account."""
+    # The kernel's sum over all maps; a resident size would count the page cache of mapped weights too.
     lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
 

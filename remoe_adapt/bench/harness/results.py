@@ -29,6 +29,7 @@ REPO_ROOT = Path(__file__).resolve().parents[3]
 
 def environment() -> dict[str, str]:
     """Date (UTC), machine, cores usable, torch threads, versions and commit ("unknown" outside a clone)."""
+    # A figure of one version says nothing of the next: all three have changed what a step costs.
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -46,6 +47,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.reader(file))
+    # Rows under a header of other columns could not be read any more.
     if not lines or lines[0] != list(row):
         lines = [list(row)]
     lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()])
@@ -98,6 +100,7 @@ def checked_family(model: str | Path, family: str | Path | None) -> str | None:
             return None
     # Here, because the widened copy has other names and types; it is used by force afterwards.
     Family.load(place).check(load_with_tokenizer(model, device="cpu")[0])
+    # Whole, so that it does not depend on the folder that a process runs in.
     return str(Path(place).resolve()) if Path(place).is_dir() else str(place)
 
 

@@ -167,8 +167,10 @@ def _key(model: str | Path, dtype: torch.dtype, expert_bytes: int) -> str:
 def _inner_option(model: Any) -> tuple[str, int]:
     """The option of the configuration that is the experts' inner size alone, and its value."""
     shapes = _experts_shapes(model)
+    # The option's name differs by architecture, so each candidate is tried on a model without memory.
     now = {name: tuple(param.shape) for name, param in model.named_parameters()}
     for option, value in model.config.get_text_config().to_dict().items():
+        # True is an int to isinstance, and no size.
         if isinstance(value, bool) or not isinstance(value, int) or "intermediate" not in option:
             continue
         try:
@@ -187,7 +189,7 @@ def _inner_option(model: Any) -> tuple[str, int]:
 
 
 def _experts_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of the experts' weights, by full name; their biases need not have the inner size."""
+    """Shapes of the experts' weights, by full name; their biases need not have the inner size."""
     return {
         f"{name}.{param}": tuple(value.shape)
         for name, module in experts_modules(model).items()
@@ -207,6 +209,7 @@ def _padded(value: Tensor, shape: tuple[int, ...], inner: int, *, halves: bool) 
     """`value` grown to `shape` with zeros; what holds gate and up one after the other grows in both."""
     if tuple(value.shape) == shape:
         return value
+    # More than one grown dimension would be another option than the experts' inner size.
     (dim,) = (place for place, (now, then) in enumerate(zip(value.shape, shape, strict=True)) if now != then)
     parts = value.chunk(2, dim=dim) if halves and value.shape[dim] == 2 * inner else (value,)
     more = (shape[dim] - value.shape[dim]) // len(parts)
