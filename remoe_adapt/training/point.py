@@ -145,9 +145,7 @@ class _SaveByTime(TrainerCallback):
     def __init__(self, minutes: float) -> None:
         self._seconds, self._last = 60.0 * minutes, time.monotonic()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -167,9 +165,7 @@ class PointLog(TrainerCallback):
         self._bar, self._path, self._name, self._strength = bar, path, name, strength
         self.last: dict[str, float] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Forget lines of steps that are taken again."""
         if not state.is_world_process_zero or not self._path.exists():
             return
@@ -189,12 +185,7 @@ class PointLog(TrainerCallback):
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         if not logs or "ce" not in logs:
             return
