@@ -81,7 +81,7 @@ def _round(name: str, setup: Setup, options: Options) -> Iterator[tuple[float, s
     with ExitStack() as undo:
         arm = ArmProcess(name, kinds(())[name], setup, undo)
         arm.start()
-        arm.ask("wake")
+        arm.ask("resume")
         arm.ask("decode", seconds=options.calm_s)  # the first documents after a start are slower
         begin_s = 0.0
         for phase, seconds in (("calm", options.calm_s), ("squeeze", options.squeeze_s), ("after", options.after_s)):

@@ -161,7 +161,7 @@ class HeldCondition(threading.Condition):
         release()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """As of Condition, but it ends now and then for nothing, and signals that came are handled: it may raise."""
+        """Condition's wait, but it ends now and then for nothing, and signals that came are handled: it may raise."""
         notified = super().wait(POLL_S if timeout is None else min(timeout, POLL_S))
         handle_pending()
         return notified

@@ -36,8 +36,10 @@ def check_file(path: Path, option: str, suffixes: Sequence[str] = (), *, new_fol
             if not stat.S_ISREG(path.stat().st_mode):
                 raise ConfigError(f"{option} {printable(path)} is no regular file: give the name of a file to write.")
         folder = path.absolute().parent
+        # The nearest folder that exists tells whether the others could be made below it.
         while new_folders and not folder.exists():
             folder = folder.parent
+        # Tried and not asked: os.access knows nothing of read-only mounts and quotas.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:  # ValueError: a NUL character
@@ -46,9 +48,10 @@ def check_file(path: Path, option: str, suffixes: Sequence[str] = (), *, new_fol
 
 
 def check_appendable(path: Path, option: str) -> None:
-    """As `check_file`, for a file that is added to: a device or a pipe will do."""
+    """`check_file` for a file that is added to: a device or a pipe will do."""
     if not path.exists():
         check_file(path, option)
+    # A pipe must not be opened to be tried: its reader would see the end of it.
     elif path.is_dir() or not os.access(path, os.W_OK):
         raise ConfigError(f"{option} {printable(path)} cannot be written: give a file that can.")
 
@@ -120,6 +123,7 @@ def disk_faults(
     except (OSError, SafetensorError, RuntimeError) as fault:
         if isinstance(fault, RuntimeError) and not any(word in str(fault) for word in _OF_TORCH):
             raise
+        # Errors of the system name what went wrong; those of libraries only have their text.
         strerror, named = getattr(fault, "strerror", None), getattr(fault, "filename", None)
         reason = f"{strerror}: {named}" if strerror and named else strerror or first_line(fault)
         raise error(f"{printable(path)} cannot be {what} ({printable(reason)}): {remedy}.") from fault
@@ -136,6 +140,7 @@ def is_file(path: Path) -> bool:
 @contextmanager
 def made_parents(out: Path) -> Iterator[None]:
     """The folders above `out`; after an error those that were made for it are gone, as far as they are empty."""
+    # The innermost first, the order in which they can be removed.
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

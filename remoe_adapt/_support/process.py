@@ -44,6 +44,7 @@ def _mend() -> None:
 
 
 if hasattr(os, "register_at_fork"):
+    # In the child only: the parent's threads and locks are as they were.
     os.register_at_fork(after_in_child=_mend)
 
 
@@ -94,6 +95,7 @@ class Exit:
     def register_loop(self) -> None:
         """The calling thread will pass boundaries, and may be inside torch between any two of them."""
         thread = threading.current_thread()
+        # Other threads are waited for by the interpreter itself before it ends.
         if thread.daemon and self._loops.get(threading.get_ident()) is not thread:
             self._loops = {me: other for me, other in self._loops.items() if other.is_alive()}
             self._loops[threading.get_ident()] = thread

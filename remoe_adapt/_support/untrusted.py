@@ -25,6 +25,7 @@ def read_json(path: Path, error: type[RemoeError] = ConfigError, *, max_bytes: i
     """The JSON document in a file, as `parse_json`. An unreadable or too large file raises `error` too."""
     try:
         with path.open("rb") as file:
+            # One byte more than allowed tells of a longer file, whatever its size claims to be.
             data = file.read(max_bytes + 1)
     except OSError as fault:
         raise error(f"{printable(path)} cannot be read: {fault.strerror or fault}.") from fault
@@ -43,6 +44,7 @@ def parse_json(data: str | bytes, where: str, error: type[RemoeError] = ConfigEr
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
+    # A few kilobytes of brackets are enough for it, so it is damage and not a fault of ours.
     except RecursionError:
         raise error(f"{where} is nested too deeply to be what it should be.") from None
     except ValueError as fault:  # JSONDecodeError and UnicodeDecodeError are ones
@@ -51,6 +53,7 @@ def parse_json(data: str | bytes, where: str, error: type[RemoeError] = ConfigEr
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
+    # Python keeps the last one without a word; a reader and a checker could then see different values.
     if len(found) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice!r} stands twice in one object")

@@ -24,16 +24,7 @@ import torch
 
 from remoe_adapt._support import disk_faults
 from remoe_adapt.checkpoints import Extent, open_checkpoint
-from remoe_adapt.engines import clone_or_copy
-from remoe_adapt.engines.gguf import (
-    LiveRouters,
-    entry_bytes,
-    export_gguf,
-    header_bytes,
-    patch_in_place,
-    split_gguf,
-    undo_in_place,
-)
+from remoe_adapt.engines import clone_or_copy, gguf
 from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.expert_cache import BLOCK, LOADING, ExpertStore, ExtentReader, PackedStore, find_checkpoint, map_pages
 from remoe_adapt.family import Family, FamilyPoint
@@ -73,6 +64,7 @@ def run_file_reads(
         "checkpoint": lambda key: direct.read(*key),
         "pack": lambda key: packed.read(*key),
     }
+    # Experts of all layers: those of one may lie side by side, where a disk reads ahead.
     keys = [(layer, expert) for layer, count in enumerate(direct.num_experts) for expert in range(count)]
     rows = []
     for row in _rows(arms, keys, direct.expert_bytes[0], rounds):
@@ -83,6 +75,7 @@ def run_file_reads(
 
 def _raw(last: Extent, size: int, *, huge: bool) -> Read:
     """Reads `size` bytes (in whole blocks) somewhere in the file before the end of this extent."""
+    # Direct reads must begin and end at blocks; the place is random, as an expert's is to the disk.
     reader, whole = ExtentReader([last.path], direct_io=True), -(-size // BLOCK) * BLOCK
     memory: list[np.ndarray] = []
     if (places := (last.offset + last.size) // whole) < 1:
@@ -101,8 +94,10 @@ def _buffer(size: int, huge: bool) -> np.ndarray:
     if huge:
         place = map_pages(size)
     else:
+        # numpy aligns to 64 bytes, direct reads need a block.
         spare = np.empty(size + BLOCK, dtype=np.uint8)
         place = spare[-spare.ctypes.data % BLOCK :][:size]
+    # Its pages are taken now, else the first read into it would pay for them.
     place[:] = 0
     return place
 
@@ -158,16 +153,16 @@ def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: in
         size = source.stat().st_size
         steps: dict[str, list[float]] = {"in_place_s": [], "undo_s": [], "variant_s": []}
         for strength in (1.0, 0.5, *[0.25] * repeats)[:repeats]:
-            steps["in_place_s"].append(_seconds(patch_in_place, source, family, strength))
-            steps["undo_s"].append(_seconds(undo_in_place, source))
+            steps["in_place_s"].append(_seconds(gguf.patch_in_place, source, family, strength))
+            steps["undo_s"].append(_seconds(gguf.undo_in_place, source))
         copy_s = _seconds(_copy_to_disk, source, Path(home) / "copy.gguf")
         (Path(home) / "copy.gguf").unlink()
-        split_s = _seconds(split_gguf, source, family, 0.0, Path(home) / "split" / "m.gguf")
+        split_s = _seconds(gguf.split_gguf, source, family, 0.0, Path(home) / "split" / "m.gguf")
         first = Path(home) / "split" / "m-00001-of-00002.gguf"
         for number in range(repeats):
             target = Path(home) / f"variant{number}" / "m.gguf"
-            steps["variant_s"].append(_seconds(export_gguf, first, family, 1.0 - number / 10, target))
-        routers = LiveRouters(first, family)
+            steps["variant_s"].append(_seconds(gguf.export_gguf, first, family, 1.0 - number / 10, target))
+        routers = gguf.LiveRouters(first, family)
         live_s = []
         for number in range(repeats):
             routers.write(1.0 - number / 10)
@@ -190,6 +185,7 @@ def run_patching(gigabytes: float = 3.0, folder: Path | None = None, repeats: in
 def _copy_to_disk(source: Path, target: Path) -> None:
     clone_or_copy(source, target)
     with target.open("rb") as file:
+        # Else the copy would end in the page cache, and the others, which do reach the disk, would look slow.
         os.fsync(file.fileno())
 
 
@@ -205,7 +201,7 @@ def _model(path: Path, gigabytes: float) -> tuple[Path, Family]:
     architecture = next(iter(GGUF_ARCH.values()))
     entries = [_string("general.architecture", architecture), *_vocabulary()]
     sizes = {"block_count": LAYERS, "expert_count": EXPERTS, "embedding_length": HIDDEN}
-    entries += [entry_bytes(f"{architecture}.{key}", _UINT32, value) for key, value in sizes.items()]
+    entries += [gguf.entry_bytes(f"{architecture}.{key}", _UINT32, value) for key, value in sizes.items()]
     rows = int(gigabytes * 1e9 / LAYERS / EXPERTS / HIDDEN / _Q8_0_BYTES)
     tensors: list[tuple[str, tuple[int, ...], int, int]] = []
     end, routers = 0, []
@@ -215,8 +211,9 @@ def _model(path: Path, gigabytes: float) -> tuple[Path, Family]:
         end += EXPERTS * HIDDEN * 4
         tensors.append((f"blk.{layer}.ffn_up_exps.weight", (EXPERTS, rows, HIDDEN), _Q8_0, end))
         end += int(EXPERTS * rows * HIDDEN * _Q8_0_BYTES)
+        # llama.cpp refuses tensors that do not begin at a multiple of it.
         end += -end % _ALIGNMENT
-    header = header_bytes(entries, tensors, _ALIGNMENT)
+    header = gguf.header_bytes(entries, tensors, _ALIGNMENT)
     with path.open("wb") as file:
         file.write(header)
         for offset, weight_ED in routers:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe_adapt.bench.gating_cpu import cpu_rows
+from remoe_adapt.bench.gating_cpu import TOP_K, cpu_rows, held_to, timed_row
 from remoe_adapt.gating import PriorStep, kernel_rule, spec_text, topk_gating
 from remoe_adapt.routers import RouterSpec
 
 Row = dict[str, Any]
 Call = Callable[[], object]
-_K, _DECAY = 8, 0.7
+_DECAY = 0.7
 # One token, microseconds: the best published gate without a prior takes 1.83 / 2.36 / 2.90 (SGLang on an H200).
 _GATE_BARS_US = {128: 2.0, 256: 2.6, 512: 3.2}
 _ROUTE_BAR, _SCAN_BAR = 0.6, 1 / 50
@@ -83,17 +83,16 @@ def _one_token() -> Iterator[Row]:
                     prior = _prior(experts) if mode else None
                     args = (prior.recency_BE, prior.gain, prior.decay) if prior else (None, None, None)
                     out = _outputs(1)
-                    us = graph_us(functools.partial(launch_gate, logits_TE, _K, rule, bias_E, *args, out=out))
+                    us = graph_us(functools.partial(launch_gate, logits_TE, TOP_K, rule, bias_E, *args, out=out))
                     twin_us = None
                     if dtype == torch.float32:
                         twin_us = graph_us(_compiled(spec, logits_TE, bias_E, _prior(experts) if mode else None))
                     row = _row("gate", name, dtype, 1, experts, None, mode, us, _TWIN, twin_us)
-                    yield row | (_bar("us", us, bar_us) if mode and name == "softmax" else {})
+                    yield row | (held_to("us", us, bar_us) if mode and name == "softmax" else {})
 
 
 def _route() -> Iterator[Row]:
     """One token, hidden state in: product and gate in one launch, against two, and against the compiled definition."""
-    from remoe_adapt.triton_kernels.gate import launch_gate
     from remoe_adapt.triton_kernels.route import launch_route
 
     dtype = torch.bfloat16
@@ -107,20 +106,23 @@ def _route() -> Iterator[Row]:
             logits_TE = torch.empty(1, experts, device="cuda", dtype=dtype)
             us = graph_us(
                 functools.partial(
-                    launch_route, hidden_TD, weight_ED, None, _K, rule, dtype, None, *args, out=(logits_TE, *out)
+                    launch_route, hidden_TD, weight_ED, None, TOP_K, rule, dtype, None, *args, out=(logits_TE, *out)
                 )
             )
 
-            def two_launches(
-                hidden_TD: Tensor = hidden_TD, weight_ED: Tensor = weight_ED, launch: Call = launch_gate,
-                rule: Any = rule, args: Any = args, out: Any = out,
-            ) -> object:  # fmt: skip
-                return launch(F.linear(hidden_TD, weight_ED), _K, rule, None, *args, out=out)  # type: ignore[call-arg]
-
+            two_launches = functools.partial(_linear_and_gate, hidden_TD, weight_ED, rule, *args, out)
             compiled = _compiled(spec, hidden_TD, None, _prior(experts), weight_ED)
             for baseline, call in (("F.linear + own gate", two_launches), (f"F.linear + {_TWIN}", compiled)):
                 row = _row("route", "softmax", dtype, 1, experts, columns, "ema", us, baseline, graph_us(call))
-                yield row | _bar("ratio", row["ratio"], _ROUTE_BAR)
+                yield row | held_to("ratio", row["ratio"], _ROUTE_BAR)
+
+
+def _linear_and_gate(
+    hidden_TD: Tensor, weight_ED: Tensor, rule: Any, recency_BE: Tensor, gain: Tensor, decay: float | None, out: Any
+) -> None:
+    from remoe_adapt.triton_kernels.gate import launch_gate
+
+    launch_gate(F.linear(hidden_TD, weight_ED), TOP_K, rule, None, recency_BE, gain, decay, out=out)
 
 
 def _many_tokens() -> Iterator[Row]:
@@ -129,6 +131,7 @@ def _many_tokens() -> Iterator[Row]:
     from remoe_adapt.triton_kernels.gate import launch_gate
 
     gibibyte = torch.empty(2**28, device="cuda")
+    # A GiB and not the logits: those fit into the caches of the device, which are faster than its memory.
     bytes_per_us = 2**31 / graph_us(functools.partial(torch.empty_like(gibibyte).copy_, gibibyte), calls=4)
     del gibibyte
     for tokens in (4096, 16384, 65536):
@@ -136,9 +139,11 @@ def _many_tokens() -> Iterator[Row]:
             for dtype in (torch.float32, torch.bfloat16):
                 spec = _specs(experts)["softmax"]
                 logits_TE = torch.randn(tokens, experts, device="cuda", dtype=dtype)
-                call = functools.partial(launch_gate, logits_TE, _K, kernel_rule(spec_text(spec)), out=_outputs(tokens))
+                call = functools.partial(
+                    launch_gate, logits_TE, TOP_K, kernel_rule(spec_text(spec)), out=_outputs(tokens)
+                )
                 us = graph_us(call, calls=20)
-                size = logits_TE.nbytes + tokens * _K * (4 + 8)
+                size = logits_TE.nbytes + tokens * TOP_K * (4 + 8)
                 source = torch.empty(size // 2, dtype=torch.uint8, device="cuda")
                 same_us = graph_us(functools.partial(torch.empty_like(source).copy_, source), calls=20)
                 for baseline, baseline_us in (
@@ -157,21 +162,14 @@ def _scan(sequences: int = 8, steps: int = 4096, experts: int = 128) -> Iterator
     logits_TE = torch.randn(tokens, experts, device="cuda")
     prior = _prior(experts, sequences)
     call = functools.partial(
-        launch_scan, logits_TE, _K, kernel_rule(spec_text(spec)), None, prior.recency_BE, prior.gain, _DECAY,
+        launch_scan, logits_TE, TOP_K, kernel_rule(spec_text(spec)), None, prior.recency_BE, prior.gain, _DECAY,
         out=_outputs(tokens),
     )  # fmt: skip
     us = graph_us(call, calls=1)
-    topk_gating(logits_TE[: sequences * 8], _K, spec, prior)  # warm
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    topk_gating(logits_TE, _K, spec, prior)
-    end.record()
-    end.synchronize()
-    row = _row(
-        "scan", "softmax", torch.float32, tokens, experts, None, "ema", us, "the definition, eager",
-        begin.elapsed_time(end) * 1e3,
-    )  # fmt: skip
-    yield row | _bar("ratio", row["ratio"], _SCAN_BAR) | {"ns_per_token": us * 1e3 / tokens}
+    topk_gating(logits_TE[: sequences * 8], TOP_K, spec, prior)  # warm
+    eager_us = _device_us(lambda: topk_gating(logits_TE, TOP_K, spec, prior))
+    row = _row("scan", "softmax", torch.float32, tokens, experts, None, "ema", us, "the definition, eager", eager_us)
+    yield row | held_to("ratio", row["ratio"], _SCAN_BAR) | {"ns_per_token": us * 1e3 / tokens}
 
 
 def graph_us(call: Call, calls: int = 100, replays: int = 30) -> float:
@@ -183,21 +181,24 @@ def graph_us(call: Call, calls: int = 100, replays: int = 30) -> float:
     with torch.cuda.graph(graph):
         for _ in range(calls):
             call()
-    times = []
-    for i in range(replays + 3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end) * 1e3 / calls)
+    # The first replays run while the clocks of the device still rise.
+    times = [_device_us(graph.replay) / calls for _ in range(replays + 3)][3:]
     return float(statistics.median(times))
+
+
+def _device_us(call: Call) -> float:
+    """Microseconds between two events on the device, which the host's launches do not lengthen."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end) * 1e3)
 
 
 def _specs(experts: int) -> dict[str, RouterSpec]:
     """A plain and a costly router: softmax renormalised; biased sigmoid with groups."""
-    common = {"num_experts": experts, "top_k": _K, "hidden_size": 1, "weight_name": "weight", "num_rows": experts}
+    common = {"num_experts": experts, "top_k": TOP_K, "hidden_size": 1, "weight_name": "weight", "num_rows": experts}
     grouped = {"n_group": 8, "topk_group": 4, "group_score": "top2", "normalize_eps": 1e-20, "scaling": 2.5}
     return {
         "softmax": RouterSpec(scoring="softmax", normalize=True, **common),  # type: ignore[arg-type]
@@ -210,10 +211,7 @@ def _prior(experts: int, sequences: int = 1) -> PriorStep:
 
 
 def _outputs(tokens: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(tokens, _K, device="cuda"),
-        torch.empty(tokens, _K, device="cuda", dtype=torch.int64),
-    )
+    return torch.empty(tokens, TOP_K, device="cuda"), torch.empty(tokens, TOP_K, device="cuda", dtype=torch.int64)
 
 
 def _compiled(
@@ -223,25 +221,13 @@ def _compiled(
 
     def gate(input: Tensor) -> tuple[Tensor, Tensor]:
         logits_TE = input if weight_ED is None else F.linear(input, weight_ED)
-        return topk_gating(logits_TE, _K, spec, prior, bias_E=bias_E)
+        return topk_gating(logits_TE, TOP_K, spec, prior, bias_E=bias_E)
 
+    # What was compiled for other shapes counts towards dynamo's limit, beyond which it runs eagerly.
     torch._dynamo.reset()
     return functools.partial(torch.compile(gate, fullgraph=True, dynamic=False), input)
 
 
-def _row(
-    what: str, family: str, dtype: torch.dtype, tokens: int, experts: int, columns: int | None, prior: str | None,
-    us: float, baseline: str, baseline_us: float | None,
-) -> Row:  # fmt: skip
-    """One row, all columns; `ratio` is us / baseline_us, `bar` is what `bar_of` ("us" or "ratio") may be at most."""
-    return {
-        "what": what, "backend": "triton", "device": torch.cuda.get_device_name(), "family": family,
-        "dtype": str(dtype).removeprefix("torch."), "T": tokens, "E": experts, "K": _K, "D": columns, "prior": prior,
-        "us": us, "baseline": None if baseline_us is None else baseline, "baseline_us": baseline_us,
-        "ratio": None if baseline_us is None else us / baseline_us, "bar": None, "bar_of": None, "met": None,
-        "ns_per_token": None,
-    }  # fmt: skip
-
-
-def _bar(of: str, value: float, bar: float) -> Row:
-    return {"bar": bar, "bar_of": of, "met": value <= bar}
+def _row(*values: Any) -> Row:
+    """`timed_row` on this machine's GPU."""
+    return timed_row(*values, device=torch.cuda.get_device_name())

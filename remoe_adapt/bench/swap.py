@@ -7,7 +7,7 @@ import functools
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from remoe_adapt.bench.harness import REPO_ROOT
 from remoe_adapt.checkpoints import load_base
 from remoe_adapt.dial import get_remoe_model
 from remoe_adapt.family import Family, FamilyPoint, original_weights
-from remoe_adapt.routers import fingerprint
+from remoe_adapt.routers import survey_routers
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
+# Far apart and never twice in a row: a swap to where the weights are already would do nothing.
 _STRENGTHS = (0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6, 0.35, 0.65)
 _TOP_K = 4
 _LORAS = ("first", "second")
@@ -72,12 +73,13 @@ class RouterStack(nn.Module):
 
 def random_family(model: nn.Module, strengths: tuple[float, ...] = (0.5, 1.0)) -> Family:
     """A family in memory whose deltas are random, a tenth of the weights in size."""
-    weights = original_weights(model)
+    routers = survey_routers(model)
+    weights = routers.original_weights
     deltas = {
         name: torch.randn(weight.shape) * 0.1 * float(weight.detach().float().std()) for name, weight in weights.items()
     }
     points = tuple(FamilyPoint(s, Family.adapter_name(s), {n: d * s for n, d in deltas.items()}) for s in strengths)
-    return Family(Path("in-memory"), type(model).__name__, fingerprint(model), points)
+    return Family(Path("in-memory"), type(model).__name__, routers.fingerprint, points)
 
 
 def run_swap(
@@ -101,6 +103,7 @@ def run_swap(
 
     Raises as `get_remoe_model` for a model or family that cannot be used.
     """
+    # A benchmark may be called from a program that goes on, so its threads are given back.
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -134,6 +137,7 @@ def _time_swaps(dialed: PeftModel, lora: PeftModel, swaps: int, peft_swaps: int)
     for i in range(swaps):
         poster = threading.Thread(target=controller.set_strength, args=(_STRENGTHS[i % len(_STRENGTHS)],))
         poster.start()
+        # Staging is done here, so that `step` below times the swap alone.
         poster.join()
         ours.append(_ms(controller.step))
         if i % max(1, swaps // peft_swaps) == 0:
@@ -159,13 +163,14 @@ def _stock_lora(stack: Any) -> PeftModel:
 
 
 def _peft_swap(lora: Any, name: str) -> None:
+    # What PEFT offers for it: a merged adapter can be exchanged in no other way.
     lora.unmerge_adapter()
     lora.base_model.set_adapter(name)
     lora.merge_adapter()
 
 
 def _recompiles(dialed: Any, hidden_TD: Tensor) -> int:
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # what others compiled before must not count
     counter = CompileCounter()
     compiled: Callable[[Tensor], Tensor] = torch.compile(dialed, backend=counter, fullgraph=True)
     with torch.no_grad():
@@ -196,16 +201,23 @@ def forward_ratio(source: str | nn.Module, family: str | Family | None, forwards
     dialed = get_remoe_model(with_dial, family=random_family(with_dial) if family is None else family)
     dialed.controller.set_strength(1.0)
     ids = torch.tensor([[1]])
-    times: dict[nn.Module, list[float]] = {plain: [], with_dial: []}
+    runs = [functools.partial(each, input_ids=ids, use_cache=False) for each in (plain, with_dial)]
     with torch.inference_mode():
-        for i in range(forwards + 10):
-            for each in (plain, with_dial) if i % 2 else (with_dial, plain):
-                elapsed_ms = _ms(functools.partial(each, input_ids=ids, use_cache=False))
-                if i >= 10:  # warm
-                    times[each].append(elapsed_ms)
+        base_ms, dial_ms = interleaved_ms(runs, forwards)
+    # Before the figures are returned: the model belongs to the caller.
     dialed.controller.close()
-    base_ms, dial_ms = (statistics.median(values) for values in times.values())
     return {"forward_ratio": dial_ms / base_ms, "forward_ms": dial_ms, "base_forward_ms": base_ms}
+
+
+def interleaved_ms(runs: Sequence[Callable[[], object]], calls: int) -> list[float]:
+    """Median milliseconds of each, taken in turns whose order alternates."""
+    times: list[list[float]] = [[] for _ in runs]
+    warm = min(100, calls)
+    for i in range(warm + calls):
+        # Who comes second finds the caches as the first has left them, so each of them comes first as often.
+        for run, kept in list(zip(runs, times, strict=True))[:: 1 if i % 2 else -1]:
+            kept.append(_ms(run))
+    return [statistics.median(kept[warm:]) for kept in times]
 
 
 def _ms(call: Callable[[], object]) -> float:

@@ -21,5 +21,6 @@ def main() -> None:
     # What libraries warn of is for those who write code with them, and for `python -W`; processes of ours inherit it.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    # Before transformers is imported, which reads it then; a user who set it is obeyed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app(prog_name="remoe")

@@ -73,6 +73,7 @@ def command(
             if as_json:
                 print(json.dumps(result, default=str))
             else:
+                # Where nobody looks, in a pipe or a file, a table keeps its columns whatever the terminal's width.
                 console = Console(width=None if sys.stdout.isatty() else 160)
                 for renderable in shown:
                     console.print(Text(renderable) if isinstance(renderable, str) else renderable)
@@ -108,6 +109,7 @@ def _with_context(run: Callable[..., None], function: Callable[..., Any]) -> Cal
     """`run` with the options and the help of `function`; typer hands it the context beside them."""
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     functools.update_wrapper(run, function)
+    # typer reads annotations as objects, and `from __future__ import annotations` left strings.
     signature = inspect.signature(function, eval_str=True)
     keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()]
     run.__signature__ = signature.replace(parameters=[*keywords, context])  # type: ignore[attr-defined]
@@ -133,6 +135,7 @@ def _exit_status() -> Iterator[None]:
         yield
     except (RemoeError, OSError) as error:
         note(f"error: {error}")
+        # A model that cannot be cached is no typing error: the same command may work for another one.
         usage = isinstance(error, ConfigError) and not isinstance(error, UncacheableError)
         raise typer.Exit(2 if usage else 1) from error
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, bench_app, command
 from remoe_adapt.cli.options import CommandResult
-from remoe_adapt.cli.report import counting, progress, quiet_libraries
+from remoe_adapt.cli.report import counting, optional, percent, progress, quiet_libraries
 
 
 @command(app, "doctor", rows.of_rows)
@@ -76,20 +76,18 @@ def decode(
 
 def decode_table(result: Mapping[str, Any]) -> Table:
     """The arms of `run_decode`."""
-    table = Table(
-        title=f"{result['tokens']} tokens of {result['documents']} document(s), one at a time, {result['dtype']}, "
-        f"{result['threads']} thread(s); perplexity of {result['quality_tokens']}"
-    )
-    columns = ("arm", "TPOT, ms", "95 %, ms", "hit rate", "MiB/token", "stalled", "ppl ratio", "anon. memory, MiB")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+    table = report.table(
+        f"{result['tokens']} tokens of {result['documents']} document(s), one at a time, {result['dtype']}, "
+        f"{result['threads']} thread(s); perplexity of {result['quality_tokens']}",
+        "arm", "TPOT, ms", "95 %, ms", "hit rate", "MiB/token", "stalled", "ppl ratio", "anon. memory, MiB",
+    )  # fmt: skip
     for name, row in result["arms"].items():
         if "skipped" in row:
             table.add_row(name, f"skipped: {row['skipped']}")
             continue
         table.add_row(
-            name, f"{row['tpot_ms']:.1f}", f"{row['tpot_p95_ms']:.1f}", _percent(row["hit_rate"]),
-            f"{row['bytes_per_token'] / _MIB:.1f}", _percent(row["stall_share"]), f"{row['ppl_ratio']:.4f}",
+            name, f"{row['tpot_ms']:.1f}", f"{row['tpot_p95_ms']:.1f}", percent(row["hit_rate"]),
+            f"{row['bytes_per_token'] / _MIB:.1f}", percent(row["stall_share"]), f"{row['ppl_ratio']:.4f}",
             f"+{row['anon_growth_bytes'] / _MIB:.0f}",
         )  # fmt: skip
     table.caption = (
@@ -107,13 +105,10 @@ def bars_table(result: Mapping[str, Any]) -> Table:
     for row in result["bars"]:
         verdict = {True: "met", False: "missed", None: "not measured"}[row["met"]]
         sign = "<=" if row["at_most"] else ">="
-        value = "" if row["value"] is None else f"{row['value']:.3f}"
-        table.add_row(row["bar"], row.get("arm") or "", value, f"{sign} {row['target']:g}", verdict)
+        table.add_row(
+            row["bar"], row.get("arm") or "", optional(row["value"], ".3f"), f"{sign} {row['target']:g}", verdict
+        )
     return table
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
 
 
 @command(bench_app, "controller", rows.of_named_arms)
@@ -141,23 +136,19 @@ def controller(
 def controller_table(result: Mapping[str, Any]) -> Table:
     """The arms of `run_controller`."""
     settings = result["settings"]
-    table = Table(
-        title=f"{settings['cycles']} squeezes, {settings['tokens']} tokens in each phase; room for "
+    table = report.table(
+        f"{settings['cycles']} squeezes, {settings['tokens']} tokens in each phase; room for "
         f"{100 * result['profile']['expert_cache']['share']:.0f} % of all experts in "
-        f"calm, for about {100 * settings['squeezed']:.0f} % in a squeeze"
-    )
-    columns = ("arm", "squeeze p95, ms", "squeeze, ms", "cache then, MiB", "calm, ms", "KL, nats", "swaps", "kills")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        f"calm, for about {100 * settings['squeezed']:.0f} % in a squeeze",
+        "arm", "squeeze p95, ms", "squeeze, ms", "cache then, MiB", "calm, ms", "KL, nats", "swaps", "kills",
+    )  # fmt: skip
     for name, row in result["arms"].items():
         budget = row["squeeze_budget_bytes"]
+        p95, squeeze, calm = (
+            optional(row[key], ".1f", "died") for key in ("squeeze_p95_ms", "squeeze_tpot_ms", "calm_tpot_ms")
+        )
         table.add_row(
-            name, _ms(row["squeeze_p95_ms"]), _ms(row["squeeze_tpot_ms"]),
-            "" if budget is None else f"{budget / _MIB:.0f}", _ms(row["calm_tpot_ms"]),
-            "" if row["kl"] is None else f"{row['kl']:.4f}", str(row["swaps"]), str(row["oom_kills"]),
+            name, p95, squeeze, "" if budget is None else f"{budget / _MIB:.0f}", calm, optional(row["kl"], ".4f"),
+            str(row["swaps"]), str(row["oom_kills"]),
         )  # fmt: skip
     return table
-
-
-def _ms(value: float | None) -> str:
-    return "died" if value is None else f"{value:.1f}"

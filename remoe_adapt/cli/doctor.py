@@ -89,6 +89,18 @@ def examine_contracts() -> dict[str, Any]:
     return {"ok": all(row["ok"] for row in rows), "versions": versions(), "rows": rows}
 
 
+def _found(name: str, value: str | None, missing: str, remedy: str, *, required: bool = False) -> Probe:
+    """What is there, or else (value None) what is missing and what to do."""
+    return Probe(name, value is not None, value or missing, "" if value else remedy, required)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _guarded(probe: Callable[[], Iterator[Probe]]) -> list[Probe]:
     try:
         return list(probe())
@@ -101,10 +113,8 @@ def _guarded(probe: Callable[[], Iterator[Probe]]) -> list[Probe]:
 def _packages() -> Iterator[Probe]:
     yield Probe("python", True, platform.python_version(), required=True)
     for package in ("torch", "transformers", "peft", "accelerate", "safetensors", "psutil"):
-        try:
-            yield Probe(package, True, importlib.metadata.version(package), required=True)
-        except importlib.metadata.PackageNotFoundError:
-            yield Probe(package, False, "not installed", "pip install remoe-adapt installs it", required=True)
+        remedy = "pip install remoe-adapt installs it"
+        yield _found(package, _version(package), "not installed", remedy, required=True)
 
 
 def _peft_type() -> Iterator[Probe]:
@@ -114,10 +124,8 @@ def _peft_type() -> Iterator[Probe]:
     # The package's __init__ registers the type; without it every PEFT route fails with a bare KeyError.
     member = PeftType.__members__.get("REMOE")
     tuner = None if member is None else PEFT_TYPE_TO_TUNER_MAPPING.get(member)
-    if tuner is None:
-        yield Probe("peft type REMOE", False, "not registered", "`import remoe_adapt` registers it", required=True)
-    else:
-        yield Probe("peft type REMOE", True, f"{tuner.__module__}.{tuner.__name__}", required=True)
+    name = None if tuner is None else f"{tuner.__module__}.{tuner.__name__}"
+    yield _found("peft type REMOE", name, "not registered", "`import remoe_adapt` registers it", required=True)
 
 
 def _processor() -> Iterator[Probe]:
@@ -146,13 +154,9 @@ def _cuda() -> Iterator[Probe]:
 
 
 def _triton() -> Iterator[Probe]:
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        yield Probe("triton", False, "not installed", "Linux only; without it gating runs in plain torch")
-        return
-    if torch.cuda.is_available():
-        yield Probe("triton", True, version)
+    version = _version("triton")
+    if version is None or torch.cuda.is_available():
+        yield _found("triton", version, "not installed", "Linux only; without it gating runs in plain torch")
     else:
         yield Probe("triton", False, f"{version}, but no GPU", "gating runs in plain torch on the CPU")
 
@@ -172,10 +176,7 @@ def _gating() -> Iterator[Probe]:
 
 def _compiler() -> Iterator[Probe]:
     found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
-    if found:
-        yield Probe("torch.compile on the CPU", True, found)
-    else:
-        yield Probe("torch.compile on the CPU", False, "no C++ compiler", "install g++; eager mode works without")
+    yield _found("torch.compile on the CPU", found, "no C++ compiler", "install g++; eager mode works without")
 
 
 def _sensors(proc: Path, cgroups: Path) -> Iterator[Probe]:
@@ -207,42 +208,36 @@ def shown(measure: Measure) -> str:
 
 
 def _direct_reads() -> Iterator[Probe]:
-    flag = getattr(os, "O_DIRECT", None)
+    name, flag = "direct reads (O_DIRECT)", getattr(os, "O_DIRECT", None)
     # Tried where models lie: whether direct reads work depends on the file system.
     folder = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     folder = folder if folder.is_dir() and os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
     if flag is None:
-        yield Probe("direct reads (O_DIRECT)", False, f"not on {platform.system()}", "reads go through the page cache")
+        yield Probe(name, False, f"not on {platform.system()}", "reads go through the page cache")
         return
     with tempfile.NamedTemporaryFile(dir=folder, prefix="remoe-doctor-") as file:
         file.write(os.urandom(mmap.PAGESIZE))
         file.flush()
         os.fsync(file.fileno())
         try:
-            descriptor = os.open(file.name, os.O_RDONLY | flag)
+            # Anonymous maps are page-aligned, as direct reads demand.
+            with (
+                os.fdopen(os.open(file.name, os.O_RDONLY | flag), "rb", 0) as source,
+                mmap.mmap(-1, mmap.PAGESIZE) as buffer,
+            ):
+                count = os.preadv(source.fileno(), [buffer], 0)
+            yield Probe(name, count == mmap.PAGESIZE, f"{count} bytes read from {folder}")
         except OSError as error:
             remedy = "put models on a disk file system; reads here go through the page cache"
-            yield Probe("direct reads (O_DIRECT)", False, f"{folder}: {error.strerror}", remedy)
-            return
-        try:
-            # Anonymous maps are page-aligned, as direct reads demand.
-            with mmap.mmap(-1, mmap.PAGESIZE) as buffer:
-                count = os.preadv(descriptor, [buffer], 0)
-            yield Probe("direct reads (O_DIRECT)", count == mmap.PAGESIZE, f"{count} bytes read from {folder}")
-        except OSError as error:
-            yield Probe("direct reads (O_DIRECT)", False, f"{folder}: {error.strerror}", "reads use the page cache")
-        finally:
-            os.close(descriptor)
+            yield Probe(name, False, f"{folder}: {error.strerror}", remedy)
 
 
 def _extras() -> Iterator[Probe]:
     for module, (extra, purpose) in EXTRAS.items():
         # Looked for and not imported: lm_eval and matplotlib take seconds.
-        if importlib.util.find_spec(module) is not None:
-            yield Probe(f"extra: {extra}", True, f"{module}, for {purpose}")
-        else:
-            remedy = f"pip install 'remoe-adapt[{extra}]' for {purpose}"
-            yield Probe(f"extra: {extra}", False, f"{module} is not installed", remedy)
+        found = None if importlib.util.find_spec(module) is None else f"{module}, for {purpose}"
+        remedy = f"pip install 'remoe-adapt[{extra}]' for {purpose}"
+        yield _found(f"extra: {extra}", found, f"{module} is not installed", remedy)
 
 
 def _profiles() -> Iterator[Probe]:
@@ -265,7 +260,7 @@ def _profiles() -> Iterator[Probe]:
 
 
 def _most_memory() -> float:
-    """Of the machine, the cgroup or the largest GPU, whichever a model of this process could fill."""
+    """Bytes of the machine, the cgroup or the largest GPU, whichever a model of this process could fill."""
     reading = Sensors([*os_sensors(), GpuMemory()]).read()
     host = [value for name in ("memory.total", "cgroup.limit") if (value := reading.value(name)) is not None]
     return max(min(host, default=0.0), reading.value("gpu.total") or 0.0)

@@ -7,9 +7,8 @@ import typer
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report
 from remoe_adapt.cli.app import app, command, export_app
-from remoe_adapt.cli.options import CommandResult
+from remoe_adapt.cli.options import CommandResult, numbers
 from remoe_adapt.cli.report import byte_progress, quiet_libraries
-from remoe_adapt.errors import ConfigError
 
 
 @command(export_app, "merged")
@@ -61,6 +60,7 @@ def gguf(
         return result, [report.figures_table("routers restored", result)]
     if family is None or strength is None:
         raise typer.BadParameter("give MODEL.gguf FAMILY OUT.gguf --strength S, or MODEL.gguf --undo")
+    # Equal means both or neither: one of the two says where the result goes.
     if in_place == (out is not None) or (in_place and split):
         raise typer.BadParameter("give either OUT.gguf (with or without --split) or --in-place")
     points = Family.load(family)
@@ -82,22 +82,14 @@ def gguf_lora(
     from remoe_adapt.engines.gguf import export_gguf_lora
     from remoe_adapt.family import Family
 
-    result = export_gguf_lora(
-        model, Family.load(family), out, strengths=_numbers(strength), rank=rank, base=base, force=force
-    )
+    strengths = None if strength is None else numbers(strength)
+    result = export_gguf_lora(model, Family.load(family), out, strengths=strengths, rank=rank, base=base, force=force)
     rows = {
         f"strength {row['strength']:g}": {k: v for k, v in row.items() if k != "strength"} for row in result["loras"]
     }
     # Scales add up, so none of them may start at 1.
     flags = " ".join(f"--lora-scaled {row['file']}:0" for row in result["loras"])
     return result, [report.figures_table("GGUF LoRAs", rows), f"llama-server ... {flags}"]
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(word) for word in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error
 
 
 @command(app, "pack")

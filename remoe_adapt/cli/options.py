@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import POLICIES
 from remoe_adapt.recency_settings import DEFAULT_MODE, MODES
 
@@ -80,6 +81,7 @@ RecencyGains = Annotated[
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="The figures of each layer too (JSON: per_layer).")]
 RecencyGain = Annotated[float | None, typer.Option(help="Its gain, at every strength; default 0.2.")]
 FullGain = Annotated[float | None, typer.Option("--recency-gain", help="Its gain in the point of strength 1.")]
+# From the table of modes, so that a new mode is in the help without a word here.
 _DECAYS = " or ".join(f"{mode.name}; default {mode.default_decay:g}" for mode in MODES.values() if mode.takes_decay)
 RecencyDecay = Annotated[float | None, typer.Option(help=f"Its decay in mode {_DECAYS}.")]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
@@ -200,3 +202,16 @@ ReusePrompts = Annotated[
 KeepPoint = Annotated[bool, typer.Option("--keep", help="At the end, leave the strength as it is; default: the base.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="The server's --api-key.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+
+def words(text: str) -> list[str]:
+    """What commas separate."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str) -> list[float]:
+    """The same as numbers. Raises ConfigError."""
+    try:
+        return [float(word) for word in words(text) or [text]]
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error

@@ -64,6 +64,7 @@ def plot_log(log: str | Path, path: str | Path) -> None:
     times_s = [sample["time_s"] - start_s for sample in samples]
     top, middle, room, bottom = figure.subplots(4, sharex=True)
     _curve(top, times_s, [sample["pressure"] for sample in samples], "pressure")
+    # Strength jumps at a swap; a slope between two samples would show values that never were.
     top.step(times_s, [sample["strength"] for sample in samples], where="post", label="strength")
     top.set_ylim(-0.05, 1.05)
     top.legend(loc="upper right")
@@ -115,7 +116,7 @@ def _checked(sample: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def hit_rates(samples: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """Of each sample: the share of look-ups since the one before that were hits; None where there were none, or where
+    """For each sample the share of look-ups since the one before that were hits; None where there were none, or where
     counters began again (a log holds several runs)."""
     rates: list[float | None] = [None]
     for before, after in pairwise(samples):

@@ -42,6 +42,7 @@ def check(names: opt.ProfileNames = None, as_json: opt.Json = False) -> CommandR
 
     known = list_profiles()
     for name in names or ():
+        # A bare name that is neither a profile nor a file: the loader knows which ones are like it.
         if name not in known and name == Path(name).stem and not Path(name).exists():
             load_profile(name)  # a name: says which it may have meant
     paths = [known.get(name, Path(name)) for name in names] if names else list(known.values())

@@ -42,35 +42,29 @@ def hit_keys(row: Row) -> list[str]:
 
 def eval_table(result: Mapping[str, Any]) -> Table:
     """The rows of `evaluate` as a table."""
-    table = _table(
+    found = table(
         f"{result['tokens']} tokens of {', '.join(result.get('data', ())) or 'the given text'}, "
         f"windows of {result['window']}",
         "strength", "CE", "ppl", "ratio to base", "to control", "KL", "EOR", *hit_keys(result["base"]), "load entropy",
     )  # fmt: skip
     for label, row in arm_rows(result):
-        table.add_row(
-            label,
-            f"{row['ce']:.4f}",
-            f"{row['ppl']:.3f}",
-            f"{row['ppl_ratio']:.4f}",
-            _optional(row["ppl_ratio_control"], ".4f"),
-            f"{row['kl']:.4f}",
-            _change(row["eor"], result["base"]["eor"]),
-            *(_percent(row[key]) for key in hit_keys(result["base"])),
+        found.add_row(
+            label, f"{row['ce']:.4f}", *_perplexity(row), f"{row['kl']:.4f}",
+            _change(row["eor"], result["base"]["eor"]), *(percent(row[key]) for key in hit_keys(result["base"])),
             f"{row['load_entropy']:.3f}",
-        )
-    table.caption = f"{KL_MEANING} {HIT_RATE_MEANING}"
-    return table
+        )  # fmt: skip
+    found.caption = f"{KL_MEANING} {HIT_RATE_MEANING}"
+    return found
 
 
 def layer_table(rows: Sequence[tuple[str, Row]]) -> Table:
     """The `per_layer` of (label, row) pairs."""
     keys = [key for key in rows[0][1]["per_layer"][0] if key != "layer"]
-    table = _table("layers", "of", "layer", *(key.replace("_", " ") for key in keys))
+    found = table("layers", "of", "layer", *(key.replace("_", " ") for key in keys))
     for label, row in rows:
         for layer in row["per_layer"]:
-            table.add_row(Text(label), str(layer["layer"]), *(f"{layer[key]:.3f}" for key in keys))
-    return table
+            found.add_row(Text(label), str(layer["layer"]), *(f"{layer[key]:.3f}" for key in keys))
+    return found
 
 
 def simulate_table(title: str, result: Row) -> Table:
@@ -84,39 +78,29 @@ def task_table(result: Mapping[str, Any]) -> Table:
     """Task scores of `evaluate_tasks`, one column per arm."""
     arms = [("base", result["base"]), *([("control", result["control"])] if result["control"] else [])]
     arms += [(f"{row['strength']:.2f}", row) for row in result["points"]]
-    table = _table("task scores (lm-eval)", "task", "metric", *(label for label, _ in arms))
+    found = table("task scores (lm-eval)", "task", "metric", *(label for label, _ in arms))
     for task, metrics in result["base"]["tasks"].items():
         for metric in metrics:
-            table.add_row(task, metric, *(_optional(row["tasks"][task].get(metric), ".4f") for _, row in arms))
-    return table
+            found.add_row(task, metric, *(optional(row["tasks"][task].get(metric), ".4f") for _, row in arms))
+    return found
 
 
 def demo_table(result: Mapping[str, Any]) -> Table:
     """The rows of the demo: what a newcomer should see first."""
-    stopped = (
-        ""
-        if result["stopped_after_s"] is None
-        else (f" (of {result['tokens_asked']}: stopped after {result['stopped_after_s']:g} s, see --max-seconds)")
-    )
-    table = _table(
+    asked, stopped_s = result["tokens_asked"], result["stopped_after_s"]
+    stopped = "" if stopped_s is None else f" (of {asked}: stopped after {stopped_s:g} s, see --max-seconds)"
+    found = table(
         f"{result['tokens']} tokens of held-out text{stopped}, decoded one at a time, at every strength",
         "strength", "EOR", "ppl", "ratio to base", "to control", "hit rate", "KiB read/token", "stall", "TPOT, ms",
         "load entropy",
     )  # fmt: skip
     for label, row in arm_rows(result):
         read = row["bytes_per_token"]
-        table.add_row(
-            label,
-            _change(row["eor"], result["base"]["eor"]),
-            f"{row['ppl']:.3f}",
-            f"{row['ppl_ratio']:.4f}",
-            _optional(row["ppl_ratio_control"], ".4f"),
-            _percent(_hit_rate(row)),
-            "" if read is None else f"{read / 1024:.0f}",
-            "" if row["stall_share"] is None else _percent(row["stall_share"]),
-            _optional(row["tpot_ms"], ".2f"),
+        found.add_row(
+            label, _change(row["eor"], result["base"]["eor"]), *_perplexity(row), percent(_hit_rate(row)),
+            "" if read is None else f"{read / 1024:.0f}", percent(row["stall_share"]), optional(row["tpot_ms"], ".2f"),
             f"{row['load_entropy']:.3f}",
-        )
+        )  # fmt: skip
     cache = result["expert_cache"]
     measured = (
         "replayed LRU cache of 25 % of experts, recorded decode"
@@ -124,29 +108,32 @@ def demo_table(result: Mapping[str, Any]) -> Table:
         else f"expert cache of {cache['share']:.0%} of the experts ({cache['policy']}), empty when a document begins, "
         "reads past the page cache. Stall: share of the time spent waiting for reads"
     )
-    table.caption = f"EOR: expert overlap of neighbouring tokens. Hit rate: {measured}. TPOT: median time per token."
-    return table
+    found.caption = f"EOR: expert overlap of neighbouring tokens. Hit rate: {measured}. TPOT: median time per token."
+    return found
+
+
+def _perplexity(row: Row) -> tuple[str, str, str]:
+    """Perplexity, its ratio to the base's, and to the control's."""
+    return f"{row['ppl']:.3f}", f"{row['ppl_ratio']:.4f}", optional(row["ppl_ratio_control"], ".4f")
 
 
 def _hit_rate(row: Row) -> float:
     # A model that cannot have an expert cache is replayed instead, as the table's caption says.
-    measured: float | None = row["hit_rate"]
-    return row["lru@0.25"] if measured is None else measured
+    rate: float = row["lru@0.25"] if row["hit_rate"] is None else row["hit_rate"]
+    return rate
 
 
 def figures_table(title: str, result: Row) -> Table:
     """A result's figures, one per line; nested ones are flattened with dots."""
-    table = _table(title, "figure", "value")
+    found = table(title, "figure", "value")
     for key, value in flatten(result):
-        table.add_row(key, _plain(value))
-    return table
+        found.add_row(key, _plain(value))
+    return found
 
 
 def doctor_table(rows: Sequence[Row]) -> Table:
     """The probes of `doctor`."""
-    table = Table(title="what is usable here", show_lines=False)
-    for name in ("", "check", "found", "what to do"):
-        table.add_column(name, overflow="fold")
+    table = _texts("what is usable here", "", "check", "found", "what to do")
     for row in rows:
         # Text objects throughout: rich would read brackets in a path or a message as markup.
         mark = Text("ok", "green") if row["ok"] else Text("missing", "red" if row["required"] else "yellow")
@@ -157,9 +144,9 @@ def doctor_table(rows: Sequence[Row]) -> Table:
 def contracts_table(result: Row) -> Table:
     """What we rely on in other libraries, and whether it is so in the installed ones."""
     installed = ", ".join(f"{library} {version}" for library, version in result["versions"].items())
-    table = Table(title=f"what we rely on in {installed}", show_lines=False)
-    for name in ("", "library", "what must be so", "what we put there", "why it is not so"):
-        table.add_column(name, overflow="fold")
+    table = _texts(
+        f"what we rely on in {installed}", "", "library", "what must be so", "what we put there", "why it is not so"
+    )
     for row in result["rows"]:
         mark = Text("ok", "green") if row["ok"] else Text("broken", "red")
         fault = f"{row['fault']} Look at {', '.join(row['used_in'])}." if row["fault"] else ""
@@ -169,9 +156,7 @@ def contracts_table(result: Row) -> Table:
 
 def profile_table(profiles: Mapping[str, Row]) -> Table:
     """Known profiles, what they promise, and where they come from."""
-    table = Table(title="device profiles")
-    for name in ("name", "description", "memory", "experts kept", "file"):
-        table.add_column(name, overflow="fold")
+    table = _texts("device profiles", "name", "description", "memory", "experts kept", "file")
     for name, facts in profiles.items():
         if facts["faults"]:
             cells = (f"{facts['faults']} fault(s): see `remoe profiles check {name}`", "", "")
@@ -292,18 +277,18 @@ def quiet_libraries() -> None:
 def gating_table(result: Mapping[str, Any]) -> Table:
     """The rows of `run_gating`."""
     names = ("what", "device", "family", "type", "T", "E", "K", "D", "prior", "us", "baseline", "ratio", "bar")
-    table = _table("gates: median time, and its ratio to the baseline's in the same run", *names)
+    found = table("gates: median time, and its ratio to the baseline's in the same run", *names)
     for row in result["rows"]:
         bar = "" if row["bar"] is None else f"{row['bar_of']} <= {row['bar']:.3g}: {'met' if row['met'] else 'missed'}"
-        table.add_row(
+        found.add_row(
             row["what"], row["device"], row["family"], row["dtype"], str(row["T"]), str(row["E"]), str(row["K"]),
-            _optional(row["D"], "d"), row["prior"] or "", f"{row['us']:.2f}",
+            optional(row["D"], "d"), row["prior"] or "", f"{row['us']:.2f}",
             "" if row["baseline"] is None else f"{row['baseline']} ({row['baseline_us']:.2f})",
-            _optional(row["ratio"], ".2f"), bar,
+            optional(row["ratio"], ".2f"), bar,
         )  # fmt: skip
     if result["skipped"]:
-        table.caption = "; ".join(f"{what}: {why}" for what, why in result["skipped"].items())
-    return table
+        found.caption = "; ".join(f"{what}: {why}" for what, why in result["skipped"].items())
+    return found
 
 
 def demo_meaning(result: Mapping[str, Any]) -> str:
@@ -324,11 +309,20 @@ def demo_meaning(result: Mapping[str, Any]) -> str:
     )
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
+def table(title: str, *columns: str) -> Table:
+    """For figures: the first column names what a row is of."""
+    made = Table(title=title)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    return table
+        made.add_column(column, justify="left" if number == 0 else "right")
+    return made
+
+
+def _texts(title: str, *columns: str) -> Table:
+    """For sentences: cells of several lines, because a reason or a path cut short is none."""
+    made = Table(title=title)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
 
 
 def _plain(value: Any) -> Text:
@@ -344,15 +338,17 @@ def _rounded(value: Any) -> str:
     return str(value)
 
 
-def _optional(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def optional(value: float | None, form: str, without: str = "") -> str:
+    """A number by its format specification; `without` where there is none."""
+    return without if value is None else format(value, form)
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def percent(value: float | None) -> str:
+    """A share of 1; empty where there is none."""
+    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def _change(value: float, base: float) -> str:
     """A share, and its change relative to the base's."""
     # Relative to 0 there is no change to tell.
-    return _percent(value) if value == base or not base else f"{_percent(value)} ({value / base - 1:+.0%})"
+    return percent(value) if value == base or not base else f"{percent(value)} ({value / base - 1:+.0%})"

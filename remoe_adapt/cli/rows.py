@@ -25,7 +25,7 @@ def with_layers(label: Row, row: Row) -> Iterator[Row]:
 
 
 def of_arms(result: Mapping[str, Any]) -> Iterator[Row]:
-    """Of `evaluate` (then task scores, if there are any) and of the demo."""
+    """For `evaluate` (task scores follow, if there are any) and the demo: a row for each arm and layer."""
     for compared in (result, result.get("tasks", {})):
         if "base" in compared:
             for label, row in arm_rows(compared):
@@ -33,25 +33,25 @@ def of_arms(result: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def of_trace(result: Mapping[str, Any]) -> Iterator[Row]:
-    """Of `remoe simulate`."""
+    """For `remoe simulate`: the trace, then its layers."""
     yield from with_layers({}, result)
 
 
 def of_named_arms(result: Mapping[str, Any]) -> Iterator[Row]:
-    """Of the benchmarks that decode."""
+    """For the benchmarks that decode: a row for each arm."""
     yield from ({"arm": name, **row} for name, row in result["arms"].items())
 
 
 def of_rows(result: Mapping[str, Any]) -> Iterator[Row]:
-    """Of what has rows already."""
+    """For results that have rows already."""
     yield from result["rows"]
 
 
 def of_profiles(result: Mapping[str, Any]) -> Iterator[Row]:
-    """Of `remoe profiles list`."""
+    """For `remoe profiles list`: a row for each profile."""
     yield from ({"profile": name, **row} for name, row in result["profiles"].items())
 
 
 def of_figures(result: Mapping[str, Any]) -> Iterator[Row]:
-    """Of what is one row itself."""
+    """For a result that is one row itself."""
     yield result

@@ -46,10 +46,12 @@ def check_options(
     values: by parameter name; given: whether somebody wrote it; spelled: how.
     """
     for name, value in values.items():
+        # typer's min and max let nan through, since every comparison with it is false.
         if isinstance(value, float) and math.isnan(value):
             raise ConfigError(f"{spelled(name)} nan is no number that can be used.")
     for name, others in EXCLUDES.get(command, {}).items():
         for other in others:
+            # Only what somebody wrote excludes; defaults of both are always there.
             if given(name) and given(other):
                 raise ConfigError(f"{spelled(name)} and {spelled(other)} exclude each other: give one of them.")
     mode = MODES.get(values["recency"] or DEFAULT_MODE) if given("recency_decay") else None

@@ -64,6 +64,7 @@ def run(
     )  # fmt: skip
     tokenizer = load_tokenizer(model)
     controller = dialled.controller
+    # Before generation: a port that is taken should be said before minutes of work.
     metrics = None if metrics_port is None else serve_metrics(controller, metrics_port)
     try:
         if metrics is not None:
@@ -102,6 +103,7 @@ def _base_for(
     from remoe_adapt.checkpoints import load_with_tokenizer
     from remoe_adapt.dial import load_base_under, profile_of
 
+    # Without any of them nobody asked for an expert cache, and the model is loaded as it is.
     if profile is None and budget is None and storage is None:
         return load_with_tokenizer(model, device=device, dtype=dtype)[0]
     size = None if budget is None else _budget(budget)

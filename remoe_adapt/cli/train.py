@@ -14,7 +14,7 @@ from remoe_adapt._support import check_extra, check_file
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, command
-from remoe_adapt.cli.options import CommandResult
+from remoe_adapt.cli.options import CommandResult, numbers, words
 from remoe_adapt.cli.report import progress, quiet_libraries
 from remoe_adapt.cli.rows import arm_rows
 from remoe_adapt.errors import ConfigError, RemoeError
@@ -35,6 +35,7 @@ def train(
 ) -> CommandResult:  # fmt: skip
     """Train a family of router adapters, and the control that shows what training alone would do."""
     recency = recency or (None if recency_gain is None else DEFAULT_MODE)
+    # Taken before any other local is made: these are the options by their parameter names.
     given: dict[str, Any] = dict(locals())
     if mode == "local" and distill_share:
         raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
@@ -93,6 +94,7 @@ def evaluate(
     from remoe_adapt.cli.plots import check_plot, plot_frontier
     from remoe_adapt.eviction import check_replay
 
+    # Before the imports below, which take seconds, and before the model.
     check_replay(policy, cache)
     if recency is None and (recency_gain is not None or recency_decay is not None):
         recency = DEFAULT_MODE
@@ -174,14 +176,3 @@ def evaluate(
         else:
             score()
     return result, shown
-
-
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def numbers(text: str) -> list[float]:
-    try:
-        return [float(word) for word in words(text) or [text]]
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error

@@ -74,6 +74,7 @@ def _listening(text: str) -> tuple[str, int]:
     from remoe_adapt.engines.llamacpp import Address
 
     host, _, port = text.rpartition(":")
+    # Port 0 is the system's choice to listen on, but no address to connect to, so Address refuses it.
     if port == "0" and host:
         return host.strip("[]"), 0
     address = Address.parse(text)
@@ -82,6 +83,7 @@ def _listening(text: str) -> tuple[str, int]:
 
 @contextmanager
 def _until_signalled(stop: Any) -> Iterator[None]:
+    # An exception could come in the middle of a request to the server; a stop is looked at between two samples.
     before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

@@ -1,6 +1,6 @@
 """What a strength costs and saves: recording, replaying, certificates, and the demo."""
 
-from remoe_adapt.evaluation.arms import Arm, Arms, arms_of, check_priors
+from remoe_adapt.evaluation.arms import check_priors
 from remoe_adapt.evaluation.demo import run_demo
 from remoe_adapt.evaluation.evaluate import (
     LEAST_CERTIFIED_TOKENS,
@@ -17,15 +17,10 @@ from remoe_adapt.evaluation.generation import generate_text
 from remoe_adapt.evaluation.record import (
     MAX_WINDOW,
     Decoder,
-    Recorder,
-    Window,
-    inference,
     make_trace,
     prompts_from,
     record_decode,
-    record_forward,
     record_prefill,
-    window_tokens,
     windows,
 )
 from remoe_adapt.evaluation.shipped import example_folder, held_out

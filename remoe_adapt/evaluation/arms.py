@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from remoe_adapt._support import say_once
 from remoe_adapt.errors import AdapterConflictError, ConfigError
-from remoe_adapt.family import Family, FamilyPoint, original_weights
+from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency import InstalledPrior
 from remoe_adapt.recency_settings import MODES, Recency
-from remoe_adapt.routers import survey_routers
+from remoe_adapt.routers import Routers, survey_routers
 from remoe_adapt.tuner import remoe_layers
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +68,21 @@ class Arms:
         """Raises FingerprintMismatchError for another base (unless `force`), AdapterConflictError when the model's
         routers run adapters already, ConfigError when priors and points differ in mode or decay."""
         self._installed: InstalledPrior | None = None
-        self._weights = [weight_ED.detach() for weight_ED in survey_routers(model).weights.values()]
+        routers = survey_routers(model)
+        self._weights = [weight_ED.detach() for weight_ED in routers.weights.values()]
+        # Copies, because the live weights are overwritten in place while arms take turns.
         self._found = tuple(weight_ED.clone() for weight_ED in self._weights)
         self.base = Arm(0.0, self._found)
         self.control: Arm | None = None
         self.points: tuple[Arm, ...] = ()
         self.priors: tuple[Arm, ...] = ()
-        self._use_family(model, family, force)
+        self._use_family(model, family, force, routers)
         kind = check_priors(family, priors)
         if kind is not None:
             self._installed = InstalledPrior(model, kind.mode, kind.decay)
             self.priors = tuple(Arm(0.0, self.base.live, prior) for prior in priors)
 
-    def _use_family(self, model: nn.Module, family: Family | None, force: bool) -> None:
+    def _use_family(self, model: nn.Module, family: Family | None, force: bool, routers: Routers) -> None:
         if family is None:
             return
         for name, layer in remoe_layers(model).items():
@@ -86,8 +91,8 @@ class Arms:
                     f"router {name} runs the adapter {', '.join(layer.active_adapters)} already: evaluate a family on "
                     "its base (unload or disable the adapter first)"
                 )
-        family.check(model, force=force)
-        original = original_weights(model)
+        family.check(model, force=force, routers=routers)
+        original = routers.original_weights
         self.base = Arm(0.0, tuple(weight_ED.detach().clone() for weight_ED in original.values()))
         self.points = tuple(
             Arm(point.strength, _live(family, point.strength, original), point.recency) for point in family.points
@@ -102,9 +107,15 @@ class Arms:
         """The base first: what it scored is what the others are compared with."""
         yield from (self.base, *(() if self.control is None else (self.control,)), *self.points, *self.priors)
 
+    def by_kind(self, rows: Mapping[Arm, Row]) -> dict[str, Any]:
+        """What was found of each arm as `base`, `control` (None without one) and `points`."""
+        control = None if self.control is None else rows[self.control]
+        return {"base": rows[self.base], "control": control, "points": [rows[arm] for arm in self.points]}
+
     def use(self, arm: Arm) -> None:
         """Runs the model with this arm's weights and gains from now on."""
         with torch.no_grad():
+            # In place: a compiled model and CUDA graphs hold the addresses of the weights.
             torch._foreach_copy_(self._weights, list(arm.live))
         if self._installed is not None:
             self._installed.enable(arm.recency is not None)

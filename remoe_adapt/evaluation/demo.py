@@ -20,7 +20,7 @@ from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.evaluation.arms import Arm, Arms, arms_of
 from remoe_adapt.evaluation.evaluate import Tally
 from remoe_adapt.evaluation.generation import COUNTED, cache_figures, generate_text, room_for_reads
-from remoe_adapt.evaluation.record import Decoder, Recorder, inference, record_forward
+from remoe_adapt.evaluation.record import Decoder, inference, record_forward
 from remoe_adapt.evaluation.shipped import example_folder, held_out
 from remoe_adapt.expert_cache import ExpertCache, expert_cache_of, load_with_expert_cache
 from remoe_adapt.family import Family
@@ -68,6 +68,7 @@ def run_demo(
         raise ConfigError(f"cannot measure on {tokens} token(s): use --tokens 100 or more")
     model_path, family_path = _places(model, family)
     points = Family.load(family_path)
+    # After the family: a wrong path should not cost a load.
     loaded, tokenizer = _load(model_path, expert_cache)
     text = held_out(Path(model_path), tokenizer, tokens, data)
     with (
@@ -88,9 +89,7 @@ def run_demo(
         "tokens_asked": sum(len(ids) - 1 for ids in text.documents),
         "stopped_after_s": max_seconds if stopped else None,
         "expert_cache": _settings(expert_cache_of(loaded)),
-        "base": rows[arms.base],
-        "control": None if arms.control is None else rows[arms.control],
-        "points": [rows[arm] for arm in arms.points],
+        **arms.by_kind(rows),
         "samples": samples,
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -188,14 +187,12 @@ def _decode_arms(
                 base_logits_SV = logits_SV if base_logits_SV is None else base_logits_SV
                 if on_tokens is not None:
                     on_tokens(len(ids))
-        rows = {arm: _row(arm, arms, tallies, recorder) | decoded[arm].row() for arm in arms}
+        base, control = tallies[arms.base], None if arms.control is None else tallies[arms.control]
+        rows = {}
+        for arm, tally in tallies.items():
+            trace = tally.trace(recorder.num_experts, phase="decode")
+            rows[arm] = tally.row(arm.strength, base, control, trace, caches=CACHES) | decoded[arm].row()
     return rows, tallies[arms.base].tokens, stopped
-
-
-def _row(arm: Arm, arms: Arms, tallies: Mapping[Arm, Tally], recorder: Recorder) -> dict[str, Any]:
-    control = None if arms.control is None else tallies[arms.control]
-    trace = tallies[arm].trace(recorder.num_experts, phase="decode")
-    return tallies[arm].row(arm.strength, tallies[arms.base], control, trace, caches=CACHES)
 
 
 def _teacher_forced(model: nn.Module, ids: Sequence[int]) -> tuple[Tensor, list[float]]:

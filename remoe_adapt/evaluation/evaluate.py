@@ -164,7 +164,8 @@ def evaluate(
         freed_memory_kept(device_of(model).type),
     ):
         tallies = {arm: Tally() for arm in arms}
-        for batch in _batches(plan, _vocabulary(model)):
+        config: Any = model.config
+        for batch in _batches(plan, config.get_text_config().vocab_size):
             _run_batch(model, documents, batch, arms, tallies, recorder)
             if on_tokens is not None:
                 on_tokens(sum(part.end - part.fresh for part in batch) * len(tallies))
@@ -176,19 +177,12 @@ def evaluate(
             for arm, tally in tallies.items()
         }
     return {
-        "base": rows[arms.base],
-        "control": None if arms.control is None else rows[arms.control],
-        "points": [rows[arm] for arm in arms.points],
+        **arms.by_kind(rows),
         "priors": [rows[arm] for arm in arms.priors],
         "tokens": base.tokens,
         "documents": len({part.document for part in plan}),
         "window": length,
     }
-
-
-def _vocabulary(model: nn.Module) -> int:
-    config: Any = model.config
-    return int(config.get_text_config().vocab_size)
 
 
 def _batches(plan: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
@@ -231,13 +225,10 @@ def _run_batch(
 def next_token_logits(model: nn.Module, ids_BT: Tensor, scored: int) -> Tensor:
     """Logits [B, S, V] that predict the last `scored` tokens of each row; earlier ones are not computed if possible."""
     # The head over a large vocabulary costs more than the model itself, and most windows score only their second half.
-    keep = {"logits_to_keep": scored + 1} if _keeps_logits(type(model)) else {}
+    can_leave_out = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    keep = {"logits_to_keep": scored + 1} if can_leave_out else {}
     logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False, **keep).logits
     return logits_BTV[:, logits_BTV.shape[1] - scored - 1 : -1]
-
-
-def _keeps_logits(cls: type[nn.Module]) -> bool:
-    return "logits_to_keep" in inspect.signature(cls.forward).parameters
 
 
 def check_data(paths: Sequence[str | Path], max_tokens: int | None = None) -> None:
@@ -284,6 +275,7 @@ def certify(family: Family, result: Mapping[str, Any]) -> None:
         DataError: fewer tokens were scored than a certificate needs.
         FamilyError: the family has no such point.
     """
+    # A certificate is believed without its text at hand, so few tokens must not make one.
     check_certifiable(result["tokens"])
     facts = {key: result[key] for key in ("data", "tokens", "window") if key in result}
     # Version and commit go into each certificate, since points of one family may be measured at different times.
@@ -336,19 +328,17 @@ def evaluate_tasks(
 
     rows: dict[Arm, dict[str, Any]] = {}
     with arms_of(model, family, force=force) as arms, inference(model):
+        # One at a time, so that no padding reaches the routers and a score does not depend on its neighbours.
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
         for arm in arms:
             arms.use(arm)
             found = lm_eval.simple_evaluate(
                 model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
             )
+            # lm-eval puts names and aliases among the metrics.
             scores = {
                 task: {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
                 for task, metrics in found["results"].items()
             }
             rows[arm] = {"strength": arm.strength, "tasks": scores}
-    return {
-        "base": rows[arms.base],
-        "control": None if arms.control is None else rows[arms.control],
-        "points": [rows[arm] for arm in arms.points],
-    }
+    return arms.by_kind(rows)

@@ -77,7 +77,7 @@ class _Stream(TextStreamer):
             self._on_text(text)
 
     def cache_figures(self) -> dict[str, float | None]:
-        """Of the steps after the first token."""
+        """What the cache did in the steps after the first token."""
         tokens = len(self.times_s) - 2
         if self._cache is None or tokens < 1:
             return cache_figures({}, 0, 0.0)

@@ -238,6 +238,7 @@ def prompts_from(documents: Sequence[Sequence[int]], length: int, count: int) ->
     if length < 1:
         raise ConfigError(f"a prompt of {length} tokens continues nothing: use at least 1")
     pieces = [list(ids[begin : begin + length]) for ids in documents for begin in range(0, len(ids), length)]
+    # Spread evenly over the text, because neighbouring pieces are often alike.
     count = max(1, min(count, len(pieces)))
     return [pieces[number * len(pieces) // count] for number in range(count)] if pieces else []
 

@@ -47,8 +47,10 @@ def held_out(model_folder: Path, tokenizer: Any, tokens: int, data: Sequence[str
     sources = [f"{len(documents)} prompts"] if documents else []
     for name in names:
         source = _module_source(name)
+        # A document of one token has nothing to predict.
         if left < 2 or source is None:
             continue
+        # No token has more than some 16 characters on average, and whole modules are slow to tokenize.
         ids = _encode(tokenizer, source[: 16 * PIECE_TOKENS])[: min(PIECE_TOKENS, left)]
         documents.append(ids)
         sources.append(name)
@@ -81,6 +83,7 @@ def _module_source(name: str) -> str | None:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in (root / f"{name}.py", root / name / "__init__.py"):
         if path.is_file():
+            # A distribution may have patched a module with bytes that are not UTF-8.
             return path.read_text(encoding="utf-8", errors="ignore")
     return None
 

@@ -1,4 +1,14 @@
 """Eviction on paper: policies, and exact replays of a trace under them. No torch."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from remoe_adapt.eviction.policy import ONLINE, POLICIES, Policy, make_policy, register
-from remoe_adapt.eviction.replay import check_replay, hit_rates, layer_rows, simulate, summarise
+
+if TYPE_CHECKING:
+    from remoe_adapt.eviction.replay import check_replay, hit_rates, layer_rows, simulate, summarise
+
+
+def __getattr__(name: str) -> Any:
+    # Replays need numpy; help texts list the policies, and must come without it.
+    return getattr(importlib.import_module("remoe_adapt.eviction.replay"), name)

@@ -40,6 +40,7 @@ def unknown_cache_argument(forward: Callable[..., Any]) -> str | None:
 def cache_keyword(model: nn.Module) -> str:
     """The keyword by which a caller hands this model (or the PeftModel around it) a KV cache."""
     get_base_model = getattr(model, "get_base_model", None)
+    # PeftModel's own forward takes any keyword, so its signature tells nothing.
     inner = model if get_base_model is None else get_base_model()
     return cache_argument(inner.forward) or CACHE_NAMES[0]
 

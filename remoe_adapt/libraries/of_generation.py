@@ -106,6 +106,7 @@ def decoding_loop() -> None:
     with Patches(*(override(model, name, around(name)) for name in names)) as patches:
         patches.add(hook(model.model, "forward_pre", on_text, with_kwargs=True))
         model.generate(ids(), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    # The order is what counts: a swap must fall between the forwards of two tokens.
     step = [names[0], "text", names[1]]
     hold(called == step * 3, f"three steps of generate called {called}, not {step} each.")
 

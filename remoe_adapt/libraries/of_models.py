@@ -120,6 +120,7 @@ def conversion_mapping() -> None:
         rename_source_key(key, renamings, converters, model.base_model_prefix, meta)[0]
         for key in sorted(keys, key=dot_natural_key)
     }
+    # All of them become one parameter, of which the expert cache converts a row at a time.
     wanted = {"model.layers.0.mlp.experts.gate_up_proj"}
     hold(found == wanted, f"keys of single experts are renamed to {sorted(found)}, not to {sorted(wanted)}.")
 

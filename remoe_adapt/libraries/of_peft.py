@@ -139,6 +139,7 @@ def saved_names() -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
     base = _small()
+    # An attribute that PEFT knows nothing of, as `controller` is one.
     base.note = "kept"
     model: Any = get_peft_model(base, LoraConfig(target_modules=["gate"]))
     keys = set(get_peft_model_state_dict(model))

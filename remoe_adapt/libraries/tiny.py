@@ -35,6 +35,7 @@ def tiny_config() -> Any:
 
 def tiny_model() -> Any:
     """In eval mode; the random state is as before."""
+    # A check must not change the random numbers of whoever asks for it.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return model_class()(tiny_config()).eval()

@@ -26,6 +26,7 @@ def document_numbers(inputs: Mapping[str, Any]) -> Tensor:
         ConfigError: no tokens, or a field of another shape.
     """
     tokens = inputs.get("input_ids")
+    # Not `or`: a tensor of several values has no truth.
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(tokens, Tensor):
         raise ConfigError(f"training inputs have no 'input_ids' and no 'inputs_embeds' (found {', '.join(inputs)})")
@@ -68,6 +69,7 @@ def document_numbers(inputs: Mapping[str, Any]) -> Tensor:
             f"attention_mask {_described(mask)} does not say which of the {rows} x {length} tokens are padding: give "
             "one of that shape, or leave it out"
         )
+    # Counting starts numbers documents, and only equality of neighbours is asked of the numbers.
     return starts_BT.cumsum(dim=1).masked_fill(padding_BT, PADDING)
 
 

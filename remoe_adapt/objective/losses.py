@@ -22,6 +22,7 @@ from torch import Tensor
 LAGS = (1, 2, 4, 8, 16)
 WINDOW = 16
 IGNORED_LABEL = -100
+# As in the paper: the loss of a row that reuses nothing stays finite.
 _EPS = 1e-8
 
 
@@ -85,6 +86,7 @@ def pair_mask(documents_BT: Tensor, lag: int = 1) -> Tensor:
 
 def row_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean over the True positions of each row, [B]; 0 for a row without any."""
+    # A row without any position has the sum 0, and 0 / 0 would be NaN.
     count_B = mask_BT.sum(dim=1).clamp_min(1)
     return values_BT.masked_fill(~mask_BT, 0.0).sum(dim=1) / count_B
 
@@ -108,6 +110,7 @@ def smooth_loss(log_probs_BTE: Tensor, documents_BT: Tensor, lag: int = 1) -> Te
     Gradient flows into both tokens. The lag is 1 in L_Smooth itself.
     """
     probs_BTE = log_probs_BTE.exp()
+    # From logarithms: a quotient of probabilities would overflow where one of them is 0.
     log_ratio = log_probs_BTE[:, lag:] - log_probs_BTE[:, :-lag]
     divergence = ((probs_BTE[:, lag:] - probs_BTE[:, :-lag]) * log_ratio).sum(dim=-1)
     return row_mean(divergence, pair_mask(documents_BT, lag))
@@ -142,6 +145,7 @@ def trust_loss(log_probs_BTE: Tensor, reference_log_probs_BTE: Tensor, documents
 
 def overlap(ids_BTK: Tensor, documents_BT: Tensor) -> Tensor:
     """EOR of each row: mean over pairs of |E_t & E_{t-1}| / K, [B]; no gradient."""
+    # K is small, so comparing all pairs of slots beats building sets of E.
     same = (ids_BTK[:, 1:, :, None] == ids_BTK[:, :-1, None, :]).any(dim=-1)
     return row_mean(same.float().mean(dim=-1), pair_mask(documents_BT))
 

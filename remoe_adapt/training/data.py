@@ -1,4 +1,4 @@
-""""""
+"""Rows of training: documents cut into pieces of one length, in an order that a seed gives again."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         self.rows = len(ids) // length
         if self.rows == 0:
             raise DataError(f"{len(ids)} tokens do not fill one row of {length}: give more text or a smaller --length")
+        # The rest would be a shorter row, and a batch needs rows of one length.
         used = self.rows * length
         self._ids_RT = torch.tensor(ids[:used]).view(self.rows, length)
         self._documents_RT = torch.tensor(numbers[:used]).view(self.rows, length)

@@ -58,6 +58,7 @@ class TrainOptions:
             raise ConfigError(f"length={self.length}: a row needs at least 2 tokens")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr={self.lr}: use a number > 0")
+        # numpy's generators, which Trainer seeds too, take 32 bits.
         if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"seed={self.seed}: use a whole number from 0 to {(1 << 32) - 1}")
         if not 0 <= self.warmup <= 1:
@@ -84,6 +85,7 @@ class TrainOptions:
             smooth_weight=strength * self.smooth_weight,
             lag_weight=strength * self.lag_weight,
             ws_weight=strength * self.ws_weight,
+            # The control is what training alone does, so nothing may hold it to the base.
             kl_weight=self.kl_weight if strength else 0.0,
             # Local mode runs no next-token loss backward, so there is no target to share.
             distill_share=self.distill_share if strength and self.mode == "end-to-end" else 0.0,

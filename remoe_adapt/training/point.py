@@ -1,7 +1,5 @@
-"""One point: an adapter trained on a base, from its last checkpoint on, and the base as it was afterwards.
-
-Where a training runs and writes, checked before the work: the device, the folder, its free space, what fits.
-"""
+"""One point: an adapter trained on a base, from its last checkpoint on, and the base as it was afterwards; and, before
+any of that, whether a run has the folder, the free space and the ranks that it needs."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from remoe_adapt._support import parse_json, printable
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.family import write_whole
-from remoe_adapt.routers import discover_routers
+from remoe_adapt.routers import Routers
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.trainer import RemoeTrainer
@@ -43,8 +41,11 @@ def train_point(
     folder: Path,
     log: PointLog,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
+    routers: Routers | None = None,
 ) -> dict[str, float]:
     """Train one adapter (strength 0: the control) and save it as `folder/adapter`; returns the last log.
+
+    routers: those of `model`, where they are known already.
 
     Goes on from the last complete checkpoint in `folder`; a finished adapter is left alone. In a distributed run every
     process calls this and the main one writes. The model is as it was, also after an error.
@@ -54,7 +55,7 @@ def train_point(
         return log.last
     with _left_as_it_was(model):
         model.requires_grad_(False)  # adapters of others on this model must not be trained along
-        peft_model = wrap_or_inject(model, options.config(strength))
+        peft_model = wrap_or_inject(model, options.config(strength), routers=routers)
         try:
             trainer = RemoeTrainer(
                 model=peft_model,
@@ -85,6 +86,7 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
         per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=options.accumulate,
         learning_rate=options.lr,
+        # Falls to 0, so that the last steps are small ones: the last weights are kept, not an average.
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(options.steps * options.warmup)),
         logging_steps=5,
@@ -93,6 +95,7 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
         save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
+        # Pinning warns where there is no CUDA.
         dataloader_pin_memory=device_type == "cuda",
         use_cpu=device_type == "cpu",
         bf16=_native_bf16(device_type) if options.bf16 is None else options.bf16,
@@ -102,12 +105,8 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
 
 def _native_bf16(device_type: str) -> bool:
     """Whether fp32 bases gain from autocast here; on a GPU a base has the dtype that it is meant to run in."""
-    return device_type == "cpu" and bool(_cpu_features().get("avx512_bf16"))
-
-
-def _cpu_features() -> dict[str, bool]:
-    known = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.12
-    return dict(known())
+    known: Any = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.12
+    return device_type == "cpu" and bool(known().get("avx512_bf16"))
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -146,9 +145,7 @@ class _SaveByTime(TrainerCallback):
     def __init__(self, minutes: float) -> None:
         self._seconds, self._last = 60.0 * minutes, time.monotonic()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -168,9 +165,7 @@ class PointLog(TrainerCallback):
         self._bar, self._path, self._name, self._strength = bar, path, name, strength
         self.last: dict[str, float] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Forget lines of steps that are taken again."""
         if not state.is_world_process_zero or not self._path.exists():
             return
@@ -190,12 +185,7 @@ class PointLog(TrainerCallback):
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         if not logs or "ce" not in logs:
             return
@@ -223,9 +213,10 @@ def check_writable(out: Path) -> None:
         raise ConfigError(f"{printable(out)} cannot be written: no right to write in {printable(place)}")
 
 
-def check_fits(model: nn.Module, options: TrainOptions, points: int, out: Path) -> None:
+def check_fits(routers: Routers, options: TrainOptions, points: int, out: Path) -> None:
     """Raises ConfigError for a rank above that of a router's weight, and for more than the free space of `out`."""
-    shapes = [(router.name, *router.weight_ED.shape) for router in discover_routers(model)]
+    # The router's weight, not the model's size: nothing else is trained or saved.
+    shapes = [(router.name, *router.weight_ED.shape) for router in routers.usable()]
     for name, rows, columns in shapes:
         if options.rank is not None and options.rank > min(rows, columns):
             raise ConfigError(

@@ -22,7 +22,7 @@ from remoe_adapt._support import disk_faults, freed_memory_kept
 from remoe_adapt.checkpoints import check_place, load_base, load_tokenizer, max_positions, on_device, usable_device
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.family import Family, write_whole
-from remoe_adapt.routers import discover_routers, fingerprint
+from remoe_adapt.routers import survey_routers
 from remoe_adapt.texts import data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
@@ -76,6 +76,7 @@ def token_rows(
         held_out += tokenize_documents(_drawn(apart, piece_chars, seed), tokenizer, most)
     if not train:
         raise DataError(f"no text in {', '.join(map(str, files))}")
+    # One token has nothing to predict.
     return train, [row for row in held_out if len(row) > 1]
 
 
@@ -124,7 +125,9 @@ def train_family(
     check_writable(out)
     processes = PartialState()
     model, base_id = _load(base, device, dtype)
-    check_fits(model, options, len(wanted) + control, out)
+    # Kept for the whole run: after each point its wrappers are gone, and the same routers are in their places.
+    routers = survey_routers(model)
+    check_fits(routers, options, len(wanted) + control, out)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base_id)
     length = _row_tokens(model, options)
     train, _ = token_rows(data, tokenizer, _needed_tokens(model, options) * processes.num_processes, options.seed)
@@ -132,12 +135,11 @@ def train_family(
     if model.device.type == "cpu":
         torch.set_flush_denormal(True)  # second moments of small gradients slow a CPU down tenfold
 
-    base_fingerprint = fingerprint(model)
-    run = {**asdict(options), "length": length, "base": base_fingerprint, "data": _digest(train)}
+    run = {**asdict(options), "length": length, "base": routers.fingerprint, "data": _digest(train)}
     with disk_faults(out, ConfigError, _GOES_ON, "written"):
         _claim(out, json.loads(json.dumps(run)), resume)
     exists = (out / FAMILY_FILE).exists()
-    family = Family.load(out) if exists else Family.create(out, base_id, base_fingerprint)
+    family = Family.load(out) if exists else Family.create(out, base_id, routers.fingerprint)
     # The control comes last, because a family.json with a control and no points is refused when it is loaded.
     todo = [(Family.adapter_name(s), s) for s in wanted if s not in family.strengths]
     if control and family.control is None:
@@ -150,19 +152,19 @@ def train_family(
         with bar, freed_memory_kept(model.device.type), disk_faults(out, ConfigError, _GOES_ON, "written"):
             # Each point starts from the base, not from the point before, so that one may be added or trained again
             # alone.
-            last = train_point(model, rows, options, strength, folder, log, checkpoint_minutes)
-            if PartialState().is_main_process:
+            last = train_point(model, rows, options, strength, folder, log, checkpoint_minutes, routers)
+            if processes.is_main_process:
                 if strength:
-                    recency = options.recency_of(strength, len(discover_routers(model)))
+                    recency = options.recency_of(strength, len(routers.refs))
                     family.add_point(strength, folder / ADAPTER, recency)
                 else:
                     family.set_control(folder / ADAPTER)
                 # Only now: until the family holds the adapter, this folder is the one copy.
                 shutil.rmtree(folder)
-        PartialState().wait_for_everyone()
+        processes.wait_for_everyone()
         if on_point is not None:
             on_point(name, last)
-    if PartialState().is_main_process:
+    if processes.is_main_process:
         shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
     return Family.load(out)
 
@@ -190,6 +192,7 @@ def _needed_tokens(model: PreTrainedModel, options: TrainOptions) -> int:
 def _digest(documents: Sequence[Sequence[int]]) -> str:
     digest = hashlib.sha256()
     for ids in documents:
+        # With its length before it, else two divisions of the same tokens would be equal.
         digest.update(torch.tensor([len(ids), *ids]).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
@@ -221,6 +224,7 @@ def _claim(out: Path, run: dict[str, Any], resume: bool) -> None:
 def _load(
     base: str | Path | PreTrainedModel, device: str | None, dtype: torch.dtype | str | None
 ) -> tuple[PreTrainedModel, str]:
+    # A loaded model stays where and as it is: its owner chose the device and the type.
     if isinstance(base, nn.Module):
         return base, str(getattr(base.config, "name_or_path", "") or "unnamed")
     processes = PartialState()

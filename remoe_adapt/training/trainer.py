@@ -127,6 +127,7 @@ class RemoeTrainerMixin(_Mixin):
         counts = [(_labels(batch)[:, 1:] != IGNORED_LABEL).sum().to(device) for batch in batches]
         items = torch.stack(counts).sum().reshape(1)
         if self._averages_tokens:
+            # Processes hold different texts, and a token must weigh the same in all of them.
             items = self.accelerator.gather(items)
         return batches, items.sum().clamp_min(1)
 

@@ -6,10 +6,9 @@ state passes unchanged, and its backward gives the terms their gradient (as Mega
 the model's own `loss` is what the loop trains on, the terms are weighted as that loss is, and their value is added to
 it; elsewhere a micro-batch counts for its share of the step.
 
-RemoeTrainer computes the same terms itself and takes them out of here by `computed_elsewhere`.
-
-What a Trainer that knows nothing of REMOE adapters tells them: how many micro-batches make a step, and at which rate
-routers learn. It joins every Trainer by transformers' list of default callbacks.
+RemoeTrainer computes the same terms itself and takes them out of here by `computed_elsewhere`. Any other Trainer tells,
+by `ObjectiveCallback` among transformers' default callbacks, how many micro-batches make a step and at which rate
+routers learn.
 """
 
 from __future__ import annotations
@@ -35,6 +34,9 @@ from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
 from remoe_adapt.tuner.rates import slowest_reach
 from remoe_adapt.tuner.terms import ATTACHED, RouterCall, row_shares, terms_of_call, weights_of
 
+# Below this share of their spread no logits change what is chosen.
+_LEAST_REACH = 1.0
+# Of the context and not global: a thread that trains by itself may run beside RemoeTrainer.
 _elsewhere: ContextVar[bool] = ContextVar("remoe_objective_elsewhere", default=False)
 
 
@@ -98,6 +100,7 @@ class AttachedObjective:
             hook(decoder, "forward_pre", self._before_decoder),
             hook(decoder, "forward", self._after_decoder, with_kwargs=True, always_call=True),
         )
+        # A model that is its own decoder has no loss of its own to weigh the terms by.
         if decoder is not base:
             self._patches.add(
                 hook(base, "forward_pre", self._before_model, with_kwargs=True),
@@ -143,11 +146,15 @@ class AttachedObjective:
         terms = [one.loss.detach().to(loss) for one in attached if one.loss is not None]
         shown = loss + torch.stack(terms).sum()
         # The hook runs before the decoder's backward, so the terms know their weight when they are asked for it.
-        shown.register_hook(_Weigh(attached))
-        if isinstance(output, dict):
-            output["loss"] = shown
-            return output
-        return (shown, *output[1:])
+
+        def weigh(gradient: Tensor) -> None:
+            # Whatever scales the loss scales the terms: micro-batches, gradient scalers, processes.
+            for one in attached:
+                assert one.loss is not None
+                one.weight = gradient.to(one.loss)
+
+        shown.register_hook(weigh)
+        return _with_first(output, "loss", shown)
 
     # The decoder: routers run, its last hidden state takes the terms along
 
@@ -201,12 +208,7 @@ class AttachedObjective:
             )
             self._attached.append(attached)
         passed = _Pass.apply(state, attached.loss, attached)  # type: ignore[no-untyped-call]
-        if isinstance(output, Tensor):
-            return passed
-        if isinstance(output, dict):
-            output[key] = passed
-            return output
-        return (passed, *output[1:])
+        return passed if isinstance(output, Tensor) else _with_first(output, key, passed)
 
     def _loss(
         self,
@@ -224,6 +226,7 @@ class AttachedObjective:
             items = self._num_items
             share_B, _ = row_shares(labels_BT.to(home), items.to(home) if isinstance(items, Tensor) else items)
         else:
+            # Without labels every token that is none of padding is taken for one that is trained on.
             count_B = (documents_BT != PADDING).sum(dim=1)
             share_B = count_B / count_B.sum().clamp_min(1)
         losses = [terms_of_call(call, call[3], names[call[0]], documents_BT, weights, 1.0).loss for call in calls]
@@ -262,18 +265,6 @@ class _Attached:
         return torch.where(self.share > 0, 1.0 / (self.share * self._objective.accumulation), 0.0).to(self.loss)
 
 
-class _Weigh:
-    """Hook of a model's loss: the terms weigh what the loss weighs (micro-batches, gradient scalers, processes)."""
-
-    def __init__(self, attached: list[_Attached]) -> None:
-        self._attached = attached
-
-    def __call__(self, gradient: Tensor) -> None:
-        for one in self._attached:
-            assert one.loss is not None
-            one.weight = gradient.to(one.loss)
-
-
 class _Pass(torch.autograd.Function):
     """A hidden state as it is; its backward pass starts that of the terms beside it."""
 
@@ -286,6 +277,14 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         return gradient, ctx.attached.gradient(), None
+
+
+def _with_first(output: Any, key: str, value: Tensor) -> Any:
+    """An output of a model with `value` under this key, or in its first place where it is a tuple."""
+    if isinstance(output, dict):
+        output[key] = value
+        return output
+    return (value, *output[1:])
 
 
 def _last_hidden_state(output: Any) -> tuple[str, Tensor | None]:
@@ -315,10 +314,6 @@ def _warn_of_balancing(base: nn.Module, output: Any) -> None:
             "the model's own load-balancing loss is trained beside the reuse objective and works against it: set "
             "model.config.output_router_logits = False (for TRL: router_aux_loss_coef=0.0)"
         )
-
-
-# Below this share of their spread no logits change what is chosen: see `warn_if_idle`.
-_LEAST_REACH = 1.0
 
 
 class ObjectiveCallback(TrainerCallback):

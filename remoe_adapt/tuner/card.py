@@ -17,12 +17,14 @@ CARD_FILE = "README.md"
 
 def code(value: object) -> str:
     """Text of others as one code span of a card: no markup, no line breaks, no control characters."""
+    # A backtick would end the span and a bar the cell, and what follows would be markup of a stranger.
     text = printable(value).replace("`", "'").replace("|", "/")
     return f"`{text}`"
 
 
 def literal(value: object) -> str:
     """Text of others as a string of a program in a card."""
+    # JSON's strings are Python's too, with quotes and backslashes escaped.
     return json.dumps(printable(value), ensure_ascii=False)
 
 

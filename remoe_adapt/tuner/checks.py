@@ -62,6 +62,7 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequ
     if missing := [key for key in expected if key not in found]:
         faults.append(f"missing {_listing(missing)}")
     if unexpected := [key for key in found if key not in expected]:
+        # A tensor with the name of a base's own would be copied over it without a word.
         foreign = [key for key in unexpected if f".{PREFIX}" not in key]
         remedy = ", of neither a router nor modules_to_save: they would overwrite the base" if foreign else ""
         faults.append(f"unexpected {_listing(foreign or unexpected)}{remedy}")
@@ -92,6 +93,7 @@ def check_router(router: str, weight_ED: Tensor, parts: Mapping[str, Tensor], wh
     if weight_ED.is_meta or any(tensor.is_meta for tensor in parts.values()):
         return
     given = {kind: tensor.to(weight_ED.device, exact) for kind, tensor in parts.items()}
+    # A caller may have autocast on, which would multiply the halves in 16 bits.
     with torch.autocast(weight_ED.device.type, enabled=False):
         delta_ED = given["remoe_delta"] if "remoe_delta" in given else given["remoe_B"] @ given["remoe_A"]
     if not stays_usable(weight_ED, (weight_ED.to(exact) + delta_ED).to(weight_ED.dtype)):

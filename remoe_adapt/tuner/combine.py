@@ -53,8 +53,10 @@ def add_weighted_adapter(
                 (_concatenate if low_rank else _sum)(layer, present, adapter_name)
     for module in tuner.model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module._adapters:
+            # Exactly one of them has a copy of it: `_copies` has refused two.
             source = next(name for name in adapters if name in module._adapters)
             module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+    # A sum that trained along with its parts would be their sum no more.
     tuner.set_requires_grad(adapter_name, False)
 
 

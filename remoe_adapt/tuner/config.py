@@ -92,6 +92,7 @@ class RemoeConfig(PeftConfig):
                 setattr(self, name, set(value))
             elif isinstance(value, str):
                 check_pattern(name, value)
+        # `type(...) is int`: True is an int to isinstance, and a file may hold it.
         if self.rank is not None and (type(self.rank) is not int or not 1 <= self.rank <= _MAX_RANK):
             raise ConfigError(f"rank={printable(repr(self.rank))}: use None for full deltas, or a whole number >= 1.")
         for name in _WEIGHTS:
@@ -195,6 +196,7 @@ class RemoeConfig(PeftConfig):
         config = copy.copy(self)
         for name, written in self._filled.items():
             setattr(config, name, written)
+        # The copy keeps notes of its own: what it is filled with next must not show in the original.
         config._filled = {}
         config._acted = config.surveyed = None
         return config

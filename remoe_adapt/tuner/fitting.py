@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -22,7 +22,7 @@ from remoe_adapt.tuner.checks import (
 )
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer
-from remoe_adapt.tuner.stored import StoredAdapter
+from remoe_adapt.tuner.stored import StoredAdapter, StoredTensor, StoredValues
 
 
 def check_rank(rank: int | None, targets: Mapping[str, Tensor]) -> None:
@@ -43,14 +43,10 @@ def check_stored(adapter: StoredAdapter, config: RemoeConfig, model: nn.Module, 
     """
     where = str(adapter.path)
     copies = _copied_modules(config, model)
-    expected = {**_deltas(config.rank, targets), **copies}
-    check_shapes({key: stored.shape for key, stored in adapter.tensors.items()}, _shapes(expected), where)
-    check_types({key: stored.dtype for key, stored in adapter.tensors.items()}, _types(expected), where)
+    # Names and sizes first: a file that does not fit is refused before any of its data is read.
+    _check(adapter.tensors, {**_deltas(config.rank, targets), **copies}, where)
     with adapter.values() as values:
-        for router, kinds in by_router(adapter.tensors).items():
-            check_router(router, targets[router], {k: values[f"{router}.{k}"] for k in kinds}, where)
-        for key, parameter in copies.items():
-            check_finite(key, values[key].to(parameter.dtype), where)
+        _check_values(values, by_router(adapter.tensors), targets, copies, where)
 
 
 def check_given(
@@ -58,15 +54,10 @@ def check_given(
 ) -> None:
     """The same of a state dict that takes the place of a file. Raises AdapterCorruptError."""
     where = "the state dict"
-    plain = {plain_key(key): value for key, value in tensors.items()}
-    if len(plain) != len(tensors):
-        raise AdapterCorruptError(f"{where} holds a tensor twice, with and without 'base_model.model.'.")
+    plain = _without_prefix(tensors, PEFT_PREFIX, where)
     copies = _copied_modules(config, model)
     _check(plain, {**_deltas(config.rank, targets), **copies}, where)
-    for router, kinds in by_router(plain).items():
-        check_router(router, targets[router], {k: plain[f"{router}.{k}"] for k in kinds}, where)
-    for key, parameter in copies.items():
-        check_finite(key, plain[key].to(parameter.dtype), where)
+    _check_values(plain, by_router(plain), targets, copies, where)
 
 
 @torch.no_grad()
@@ -75,12 +66,7 @@ def copy_modules(
 ) -> None:
     """Write the `modules_to_save` of a checked state dict, or else of a checked file, into a model that has the adapter
     without PEFT's prefix."""
-    targets = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            held = module.state_dict()
-            for source, path in module.adapter_state_dict_load_map(adapter_name).items():
-                targets[f"{name}.{source}"] = held[path]
+    targets = {f"{name}.{source}": tensor for name, source, _, tensor in _copies(model, adapter_name)}
     if given is not None:
         plain = {plain_key(key): value for key, value in given.items()}
         for key, target in targets.items():
@@ -91,45 +77,48 @@ def copy_modules(
                 target.copy_(values[key])
 
 
-def check_distinct(given: Mapping[str, Tensor], mapped: Mapping[str, Tensor], adapter_name: str) -> None:
-    """No two tensors of a state dict went to one place in the model. Raises AdapterCorruptError."""
-    if len(mapped) != len(given):
-        raise AdapterCorruptError(
-            f"the state dict for adapter {adapter_name!r} holds a tensor twice, with and without the adapter's name: "
-            "one of them is not meant. Save the adapter again."
-        )
-
-
-def check_loaded(tensors: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> None:
-    """The same of a state dict whose keys carry the adapter's name, for a model that has the adapter already: whatever
-    route it came by, this is all that is copied into the model. Raises AdapterCorruptError."""
-    where = f"the state dict for adapter {adapter_name!r}"
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
-    ending = f".{adapter_name}"
-    deltas: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        for path, parameter in layer.named_parameters():
-            if path.startswith(layer.adapter_layer_names) and path.endswith(ending):
-                deltas[f"{name}.{path}"] = parameter
-    copies: dict[str, Tensor] = {}
+def _copies(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, str, Tensor]]:
+    """(wrapper, key in a file, key in the wrapper, tensor) of the adapter's copies of `modules_to_save`."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             held = module.state_dict()
-            for path in module.adapter_state_dict_load_map(adapter_name).values():
-                copies[f"{name}.{path}"] = held[path]
+            for source, path in module.adapter_state_dict_load_map(adapter_name).items():
+                yield name, source, path, held[path]
+
+
+def check_loaded(
+    given: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: nn.Module, adapter_name: str
+) -> None:
+    """The same of a state dict on its way into a model that has the adapter already: whatever route it came by, this is
+    all that is copied into the model.
+
+    given: as it came.
+    tensors: with keys that carry the adapter's name.
+
+    Raises AdapterCorruptError.
+    """
+    where = f"the state dict for adapter {adapter_name!r}"
+    if len(tensors) != len(given):  # two keys went to one place in the model
+        raise AdapterCorruptError(
+            f"{where} holds a tensor twice, with and without the adapter's name: one of them is not meant. Save the "
+            "adapter again."
+        )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RemoeLayer)}
+    ending = f".{adapter_name}"
+    deltas = {
+        f"{name}.{path}": parameter
+        for name, layer in layers.items()
+        for path, parameter in layer.named_parameters()
+        if path.startswith(layer.adapter_layer_names) and path.endswith(ending)
+    }
+    copies = {f"{name}.{path}": tensor for name, _, path, tensor in _copies(model, adapter_name)}
     # Injected without a PeftModel, a model has no prefix while stored keys may; PEFT strips it after this.
     prefix = "" if any(key.startswith(PEFT_PREFIX) for key in deltas) else PEFT_PREFIX
-    found = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    if len(found) != len(tensors):
-        raise AdapterCorruptError(f"{where} holds a tensor twice, with and without 'base_model.model.'.")
+    found = _without_prefix(tensors, prefix, where)
     _check(found, {**deltas, **copies}, where)
-    for name, layer in layers.items():
-        kinds = [kind for kind in layer.adapter_layer_names if f"{name}.{kind}{ending}" in deltas]
-        if kinds:
-            parts = {kind: found[f"{name}.{kind}{ending}"] for kind in kinds}
-            check_router(name, layer.original_weight_ED, parts, where)
-    for key, held_tensor in copies.items():
-        check_finite(key, found[key].to(held_tensor.dtype), where)
+    plain = {key.removesuffix(ending) if key in deltas else key: value for key, value in found.items()}
+    originals = {name: layer.original_weight_ED for name, layer in layers.items()}
+    _check_values(plain, by_router(key.removesuffix(ending) for key in deltas), originals, copies, where)
 
 
 @torch.no_grad()
@@ -138,6 +127,7 @@ def check_sum(layers: Iterable[RemoeLayer], adapter_names: Sequence[str]) -> Non
     for layer in layers:
         names = [name for name in adapter_names if name in layer.adapters]
         weight_ED = layer.original_weight_ED
+        # One alone was checked when it was loaded; without values there is nothing to add.
         if len(names) < 2 or weight_ED.is_meta or stays_usable(weight_ED, layer.effective_weight_ED(names)):
             continue
         raise AdapterCorruptError(
@@ -146,23 +136,44 @@ def check_sum(layers: Iterable[RemoeLayer], adapter_names: Sequence[str]) -> Non
         )
 
 
-def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str, where: str) -> dict[str, Tensor]:
+    plain = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    if len(plain) != len(tensors):
+        raise AdapterCorruptError(f"{where} holds a tensor twice, with and without 'base_model.model.'.")
+    return plain
+
+
+def _check(found: Mapping[str, Tensor | StoredTensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Names, shapes and types, of which no value is read."""
     for key, value in found.items():
-        if not isinstance(value, Tensor):
+        # A state dict is what a caller made, and may hold anything.
+        if not isinstance(value, (Tensor, StoredTensor)):
             raise AdapterCorruptError(f"{printable(key)} in {where} is no tensor.")
-    check_shapes(_shapes(found), _shapes(expected), where)
-    check_types(_types(found), _types(expected), where)
+    shapes, dtypes = ({key: getattr(t, name) for key, t in expected.items()} for name in ("shape", "dtype"))
+    check_shapes({key: tensor.shape for key, tensor in found.items()}, shapes, where)
+    check_types({key: tensor.dtype for key, tensor in found.items()}, dtypes, where)
+
+
+def _check_values(
+    values: Mapping[str, Tensor] | StoredValues,
+    kinds_of: Mapping[str, Sequence[str]],
+    targets: Mapping[str, Tensor],
+    copies: Mapping[str, Tensor],
+    where: str,
+) -> None:
+    """One router at a time, because a file need not fit into memory whole."""
+    for router, kinds in kinds_of.items():
+        check_router(router, targets[router], {kind: values[f"{router}.{kind}"] for kind in kinds}, where)
+    for key, parameter in copies.items():
+        check_finite(key, values[key].to(parameter.dtype), where)
 
 
 def _deltas(rank: int | None, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's tensors of each router, without values."""
     expected = {}
-    for name, weight_ED in targets.items():
-        rows, columns = weight_ED.shape
-        shapes = (
-            {"remoe_delta": (rows, columns)} if rank is None else {"remoe_A": (rank, columns), "remoe_B": (rows, rank)}
-        )
-        for kind, shape in shapes.items():
+    for name, (rows, columns) in ((name, weight_ED.shape) for name, weight_ED in targets.items()):
+        low_rank = {"remoe_A": (rank or 0, columns), "remoe_B": (rows, rank or 0)}
+        for kind, shape in ({"remoe_delta": (rows, columns)} if rank is None else low_rank).items():
             expected[f"{name}.{kind}"] = torch.empty(shape, device="meta")
     return expected
 
@@ -171,6 +182,7 @@ def _copied_modules(config: RemoeConfig, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the modules that `modules_to_save` names, by PEFT's rule."""
     expected: dict[str, Tensor] = {}
     names = tuple(config.modules_to_save or ())
+    # What is inside a copy has the same endings as what it copies, and would be counted twice.
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
     for path, module in model.named_modules(remove_duplicate=False):
         if names and path.endswith(names) and not (inside and path.startswith(inside)):
@@ -178,11 +190,3 @@ def _copied_modules(config: RemoeConfig, model: nn.Module) -> dict[str, Tensor]:
             held = whole.state_dict().items()
             expected |= {f"{path}.{key}": value for key, value in held if isinstance(value, Tensor)}
     return expected
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-
-
-def _types(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    return {key: tensor.dtype for key, tensor in tensors.items()}

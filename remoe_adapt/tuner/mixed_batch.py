@@ -51,6 +51,7 @@ def mixed_batch(
 
     def on_model(_: nn.Module, call_args: Any, call_kwargs: Any) -> None:
         nonlocal current
+        # Where the arguments do not say, each name is taken for one sample.
         samples = batch_size(call_args, call_kwargs) or len(names)
         # Only a call whose own batch was compared above may repeat it; PEFT's task classes hide theirs in forward.
         if samples % len(names) if outer is not None else samples != len(names):

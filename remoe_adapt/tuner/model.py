@@ -21,7 +21,7 @@ from remoe_adapt.tuner.attached import attach_objective, detach_objective
 from remoe_adapt.tuner.checks import check_finite, check_shapes
 from remoe_adapt.tuner.combine import add_weighted_adapter
 from remoe_adapt.tuner.config import RemoeConfig
-from remoe_adapt.tuner.fitting import check_distinct, check_given, check_loaded, check_rank, check_stored, check_sum
+from remoe_adapt.tuner.fitting import check_given, check_loaded, check_rank, check_stored, check_sum
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.loading import current_load
 from remoe_adapt.tuner.mixed_batch import mixed_batch
@@ -68,6 +68,7 @@ class RemoeModel(BaseTuner):
             super().__init__(base, configs, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         except BaseException:
             if shared is not None:
+                # The dictionary itself stays: other tuners of this base hold it.
                 shared.clear()
                 shared.update(before)
             raise
@@ -119,6 +120,7 @@ class RemoeModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """BaseTuner.inject_adapter. A configuration object that another model has filled in is taken as it was written,
         and stays that model's: this one gets a copy unless both agree. An error leaves the model as it was."""
+        # Kept, because a copy may take its place below and the caller's object must be known again.
         given = self.peft_config[adapter_name]
         check_name(model, adapter_name)
         before = Snapshot(model)
@@ -235,6 +237,7 @@ class RemoeModel(BaseTuner):
                 layer.unmerge()
 
     def _merge(self, layers: list[RemoeLayer], safe_merge: bool, adapter_names: list[str] | None) -> None:
+        # All are checked before one is merged, so that a refusal leaves no router changed.
         if safe_merge:
             for layer in layers:
                 layer.check_mergeable(adapter_names)
@@ -316,7 +319,8 @@ class RemoeModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {key: value for key, value in tensors.items() if _is_ours(key, adapter_name)}
+        ending = f".{adapter_name}"
+        return {key: value for key, value in tensors.items() if f".{cls.prefix}" in key and key.endswith(ending)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -325,8 +329,7 @@ class RemoeModel(BaseTuner):
         """Every PEFT route to load an adapter passes here: refuse bad tensors before one is copied."""
         assert isinstance(config, RemoeConfig)
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_distinct(state_dict, tensors, adapter_name)
-        check_loaded(tensors, model, adapter_name)
+        check_loaded(state_dict, tensors, model, adapter_name)
         return tensors
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -337,7 +340,3 @@ class RemoeModel(BaseTuner):
                 check_shapes({name: value.shape}, {name: parameter.shape}, "the state dict")
                 check_finite(name, value, "the state dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _is_ours(key: str, adapter_name: str) -> bool:
-    return f".{RemoeModel.prefix}" in key and key.endswith(f".{adapter_name}")

@@ -47,17 +47,19 @@ class StoredAdapter:
     tensors: dict[str, StoredTensor]
 
     @contextmanager
-    def values(self) -> Iterator[_Values]:
+    def values(self) -> Iterator[StoredValues]:
         """The tensors' values, one at a time. Raises AdapterCorruptError when the file cannot be read."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                yield _Values(self, file)
+                yield StoredValues(self, file)
         except (SafetensorError, OSError) as error:
             raise _incomplete(self.path, error) from error
 
 
 @dataclass(frozen=True)
-class _Values:
+class StoredValues:
+    """The tensors of an open file, each read when it is asked for."""
+
     _adapter: StoredAdapter
     _file: Any
 
@@ -73,6 +75,7 @@ def find_file(model_id: str | os.PathLike[str], name: str, subfolder: str | None
         return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(model_id), name, subfolder=subfolder, **hub))
+    # A file that is not in the repository, no network, or a name that is none: the caller says what is missing.
     except (HfHubHTTPError, HFValidationError, OSError):
         return None
 
@@ -104,6 +107,7 @@ def read_adapter(path: Path) -> StoredAdapter:
     tensors: dict[str, StoredTensor] = {}
     for key, dtype, shape in _header(path):
         plain = plain_key(key)
+        # Keys with and without the prefix are one to PEFT, which takes whichever comes last.
         if plain in tensors:
             raise AdapterCorruptError(
                 f"{printable(path)} holds {printable(plain)} twice, with and without 'base_model.model.': one of them "
@@ -129,6 +133,7 @@ def _header(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             length = int.from_bytes(file.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 raise ValueError(f"its header would have {length} bytes, an adapter's has a few thousand")
+            # safetensors reads a header of up to 100 MB; an adapter's has no reason to be that long.
             entries = parse_json(file.read(length), "its header")
         # Sizes, offsets and the length of the file are compared in there.
         with safe_open(path, framework="pt") as whole:

@@ -57,6 +57,7 @@ def resolve_targets(config: RemoeConfig, model: nn.Module, survey: Routers) -> t
         )
     by_name = {router.name: router for router in survey.refs}
     refused = dict(survey.refused)
+    # What lies inside a tuner's layer is the base's router again, under a name that no configuration means.
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
     matched = _matched(config, names)
@@ -102,6 +103,7 @@ def _of_layers(config: RemoeConfig, routers: tuple[RouterRef, ...]) -> set[str]:
     names = {router.name for router in routers}
     if config.layers_to_transform is None:
         return names
+    # PEFT's rule is asked, so that layers mean here what they mean for its other adapters.
     probe = copy.copy(config)
     probe.exclude_modules = probe.modules_to_save = None
     # PEFT asks for the layer only of names matched by suffix.

@@ -106,6 +106,7 @@ def weights_of(configs: Mapping[str, RemoeConfig]) -> LossWeights:
 
 def active_configs(model: nn.Module, layers: Iterable[RemoeLayer]) -> dict[str, RemoeConfig]:
     """Configurations of the adapters that are active in these layers, wherever in the model they are kept."""
+    # Asked of the layers: another tuner's unload takes configurations off the base.
     active = {name for layer in layers for name in layer.active_adapters if name in layer.adapters}
     holders = [getattr(module, "peft_config", None) for module in model.modules()]
     return {

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from remoe_adapt.bench.decode.bench import DecodeOptions, quickly, run_decode
 from remoe_adapt.bench.decode.figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio, times_faster
-from remoe_adapt.bench.decode.worker import serve
+from remoe_adapt.bench.decode.worker import Worker
 from remoe_adapt.bench.harness import widen as widening
 from remoe_adapt.bench.harness.disk import (
     READ_AHEAD_BYTES,
@@ -34,7 +34,7 @@ from remoe_adapt.bench.harness.disk import (
     why_no_loop,
 )
 from remoe_adapt.bench.harness.memory_group import memory_group, why_no_groups
-from remoe_adapt.bench.harness.process import WorkerProcess
+from remoe_adapt.bench.harness.process import WorkerProcess, serve_lines
 from remoe_adapt.bench.harness.widen import check_same, save_whole, widen
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.evaluation.shipped import example_folder
@@ -165,7 +165,7 @@ def test_a_cap_holds_every_read_of_its_members_and_nobody_else(disk: Any) -> Non
         disk.forget()
         cap.hold(0)
         assert float(subprocess.check_output(cap.command([sys.executable, "-c", reading]))) < took_s / 2
-    assert not cap._folder.exists()
+    assert not cap.folder.exists()
 
 
 def _steps(seconds: float, misses: int, nll: float = 1.0) -> dict[tuple[int, int], dict[str, Any]]:
@@ -204,7 +204,7 @@ def test_figures_and_bars_are_those_of_their_definitions() -> None:
 
 def test_the_worker_answers_errors_and_goes_on() -> None:
     replies = io.StringIO()
-    serve(io.StringIO('{"op": "nothing"}\nnot json\n'), replies)
+    serve_lines(io.StringIO('{"op": "nothing"}\nnot json\n'), replies, Worker().answer)
     lines = [json.loads(line) for line in replies.getvalue().splitlines()]
     assert ["error" in line for line in lines] == [True, True]
 

@@ -17,14 +17,13 @@ import pytest
 from tiny_family import save_base, save_family
 from typer.testing import CliRunner, Result
 
-from remoe_adapt import Trace
+from remoe_adapt import Trace, checkpoints, evaluation
 from remoe_adapt._support.outputs import check_appendable, check_file, write_csv
 from remoe_adapt.cli import rows
 from remoe_adapt.cli import rules as cli_rules
 from remoe_adapt.cli.app import app
 from remoe_adapt.cli.plots import check_plot
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.evaluation import evaluate, record
 from remoe_adapt.eviction.replay import layer_rows
 
 TEXT = "It was the best of times, it was the worst of times. " * 8
@@ -53,7 +52,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def worked(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded before the check")
 
-    monkeypatch.setattr(record, "load_with_tokenizer", worked)
+    monkeypatch.setattr(checkpoints, "load_with_tokenizer", worked)
 
 
 def call(*args: object) -> Result:
@@ -338,7 +337,7 @@ def test_what_was_measured_is_shown_when_a_later_step_fails(
     def full(*_: Any) -> None:
         raise ConfigError("no space left")
 
-    monkeypatch.setattr(evaluate, "certify", full)
+    monkeypatch.setattr(evaluation, "certify", full)
     (tmp_path / "long.txt").write_text(TEXT * 30)
     args = ("eval", home / "base", "--data", tmp_path / "long.txt", "--family", home / "base" / "family", "--certify")
     result = call(*args, "--json")

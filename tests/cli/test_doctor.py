@@ -15,7 +15,6 @@ from remoe_adapt.cli import doctor
 from remoe_adapt.cli.doctor import Probe, as_result, examine, shown
 from remoe_adapt.cli.report import doctor_table
 from remoe_adapt.device_profile.profile import list_profiles
-from remoe_adapt.gating import backend as backends
 from remoe_adapt.pressure.reading import Measure
 
 GIB = 1 << 30
@@ -42,7 +41,7 @@ def test_devices_agree_with_torch(probes: dict[str, Probe]) -> None:
 
 def test_it_says_which_gates_run_and_why(probes: dict[str, Probe], monkeypatch: pytest.MonkeyPatch) -> None:
     assert probes["gating on cpu"] == Probe("gating on cpu", True, "torch: tensors are on cpu: Triton needs a GPU")
-    monkeypatch.setattr(backends, "_forced", "cuda")
+    monkeypatch.setattr(importlib.import_module("remoe_adapt.gating.backend"), "_forced", "cuda")
     broken = next(probe for probe in examine() if probe.name == "gating on cpu")
     assert not broken.ok and "'cuda': give one of auto, torch, triton" in broken.remedy
 

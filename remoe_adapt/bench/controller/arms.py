@@ -30,7 +30,9 @@ from remoe_adapt.tuner import RemoeLayer
 # The dial turns both levers: the family's routers and, up to this gain at strength 1, a recency prior. The prior
 # remembers which experts the last tokens had, not which are resident: a recorded run is replayed without its cache.
 PRIOR_GAIN = 0.3
+# As in the profiles of the Jetsons. `figures.monitoring` counts on samples that come at a fixed period.
 SAMPLE_HZ = 5.0
+# The name that the dial gives its thread; the kernel accounts CPU time by thread, and Python knows only names.
 _MONITOR_THREAD = "remoe-monitor"
 
 
@@ -96,15 +98,17 @@ class Arm:
         elif kind.mover:
             self._mover = Monitor(model, profile)
         self.fill()
+        # What a load leaves behind is never garbage: frozen, it is not looked at between tokens.
         gc.collect()
         gc.freeze()
 
     def fill(self) -> None:
-        """As many experts as fit, of every layer the same part."""
+        """Read as many experts as fit, of every layer the same part."""
         source, left = self.cache.source, self.cache.budget_bytes
         for expert in range(max(source.num_experts)):
             for layer, count in enumerate(source.num_experts):
                 left -= source.expert_bytes[layer]
+                # Expert by expert over all layers, so that no layer begins with more than its part of the budget.
                 if expert < count and left >= 0:
                     self.cache.lease(layer, [expert]).release()
 
@@ -160,5 +164,6 @@ class Arm:
 
 def dialled(model: nn.Module, family: str, profile: DeviceProfile) -> Controller:
     """The dial of the benchmark on a model, unmonitored; the family was checked on the model as it is stored."""
+    # By force: the family was checked on the model as it is stored, and no process of an arm needs to do it again.
     made: Controller = get_remoe_model(model, profile, family, force=True, monitor=False).controller
     return made

@@ -6,14 +6,11 @@ its own with its own group and its own second process. A cycle is a calm phase, 
 tokens each, the same ones for every arm. The arms take turns, in an order that changes: of some 50 tokens in the first
 calm phase, so that a machine whose speed changes by the minute is the same one for all; then each its squeeze and what
 follows. Who waits for its turn neither decodes nor samples. Quality is measured afterwards, by decoding each arm's
-tokens at its strengths with all in RAM.
-
-What an arm of `remoe bench controller` cost in quality: its tokens again at its strengths, beside the base.
+tokens at its strengths with all in RAM, beside the base.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -25,40 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remoe_adapt.bench import harness
+from remoe_adapt.bench.controller import figures
 from remoe_adapt.bench.controller.arms import PRIOR_GAIN, SAMPLE_HZ, bench_profile, dialled, kinds
-from remoe_adapt.bench.controller.figures import (
-    CALM_AFTER,
-    CALM_BEFORE,
-    SQUEEZE,
-    Phase,
-    arm_row,
-    bars,
-    monitoring,
-    rise_s,
-    strengths,
-    why_void,
-)
 from remoe_adapt.bench.controller.process import ArmProcess, DiedError, Setup
 from remoe_adapt.bench.controller.squeezes import count_kills
 from remoe_adapt.bench.controller.worker import COLUMNS, Text
-from remoe_adapt.bench.harness import (
-    checked_family,
-    chosen_model,
-    evict,
-    terminated_as_interrupted,
-    why_no_groups,
-    widened,
-    work_folder,
-)
 from remoe_adapt.checkpoints import load_tokenizer, load_with_tokenizer
-from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluation import Decoder, held_out, score
 from remoe_adapt.expert_cache import READ_THREADS, pack_experts
 from remoe_adapt.recency_settings import Recency
 
 _PHASES = 3
+# Of a turn in calm: long enough that its median is of warm caches, short enough that all arms see one machine.
 _TURN_TOKENS = 50
 _NO_STEPS: dict[str, list[float]] = {column: [] for column in COLUMNS}
+# The most that is watched in one turn; others may want the machine in between.
 _WATCH_S = 30.0
 _MIB = 1 << 20
 Turn = Callable[[], AbstractContextManager[object]]
@@ -101,8 +81,8 @@ def run_controller(
     options: ControllerOptions,
     *,
     turn: Turn = nullcontext,
-    on_start: Callable[[int], object] | None = None,
-    on_tokens: Callable[[int], object] | None = None,
+    on_start: Callable[[int], object] = lambda total: None,
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
     """Key `arms` by name, each `{squeeze_p95_ms, calm_tpot_ms, kl, swaps, oom_kills}` and more, None where it died;
     `monitor_cpu_share`; `bars`; `void`: why the run proves nothing, or None; `ok`; `squeezes`, and the settings.
@@ -110,27 +90,28 @@ def run_controller(
     turn: entered around everything that is timed. Raises ConfigError and DataError for a model, family, text or work
     folder that cannot be used, and where memory cannot be limited. Processes and groups are gone afterwards.
     """
-    if why := why_no_groups():
+    if why := harness.why_no_groups():
         raise ConfigError(f"this benchmark limits memory: {why}")
+    # The bars compare with strength 0, and take the last fixed arm for the strongest.
     if min(options.strengths) != 0.0 or list(options.strengths) != sorted(options.strengths):
         raise ConfigError(f"strengths {options.strengths}: begin with 0, and let them rise.")
     Recency.of("ema", options.gain)  # refuses a gain that cannot be
     started_s = time.perf_counter()
-    model, work = chosen_model(options.model), work_folder(options.work)
-    family = checked_family(model, options.family)
+    model, work = harness.chosen_model(options.model), harness.work_folder(options.work)
+    family = harness.checked_family(model, options.family)
     if family is None:
         raise ConfigError(f"{model} has no family beside it: give --family")
-    documents = _documents(model, options)
-    with terminated_as_interrupted(), ExitStack() as undo:
-        wide = widened(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes)
-        pack = work / f"{wide.name}.pack"
-        if not options.keep:
-            undo.callback(shutil.rmtree, wide, ignore_errors=True)
-            undo.callback(shutil.rmtree, pack, ignore_errors=True)
+    # So much that no phase repeats another one's text, where there is so much.
+    wanted = _PHASES * options.cycles * options.tokens
+    documents = held_out(Path(model), load_tokenizer(str(model)), wanted, options.data).documents
+    wide_model = harness.wide_copy(
+        model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep
+    )
+    with wide_model as (wide, pack):
         if not pack.is_dir():
             pack_experts(wide, pack, dtype=options.dtype)
-        evict(wide)
-        evict(pack)
+        harness.evict(wide)
+        harness.evict(pack)
         run = _Run(options, _setup(options, wide, pack, family, documents), turn, on_start, on_tokens)
         result = run.run(Replay(model, family, options.gain, documents, options.dtype))
     settings = {**asdict(options), "model": str(model), "family": family, "dtype": str(options.dtype)}
@@ -152,15 +133,6 @@ def _setup(options: ControllerOptions, wide: Path, pack: Path, family: str, docu
     )
 
 
-def _documents(model: str | Path, options: ControllerOptions) -> list[list[int]]:
-    """Held-out text, enough that no phase repeats another one's if there is so much."""
-    wanted = _PHASES * options.cycles * options.tokens
-    found = held_out(Path(model), load_tokenizer(str(model)), wanted, options.data).documents
-    if not found:
-        raise DataError("nothing to decode: give --data FILE")
-    return found
-
-
 class _Run:
     """One run: its arms, what they recorded, and what follows from it."""
 
@@ -169,12 +141,12 @@ class _Run:
         options: ControllerOptions,
         setup: Setup,
         turn: Turn,
-        on_start: Callable[[int], object] | None,
-        on_tokens: Callable[[int], object] | None,
+        on_start: Callable[[int], object],
+        on_tokens: Callable[[int], object],
     ) -> None:
         self._options, self._setup, self._turn = options, setup, turn
         self._on_start, self._on_tokens = on_start, on_tokens
-        self._phases: dict[str, list[Phase]] = {}
+        self._phases: dict[str, list[figures.Phase]] = {}
         self._monitor: dict[str, float] = {"monitor_cpu_s": 0.0, "seconds": 0.0}
         self._swaps: dict[str, int] = {}
         self._dead: dict[str, str] = {}
@@ -184,14 +156,14 @@ class _Run:
         options = self._options
         with ExitStack() as undo:
             arms = [ArmProcess(name, kind, self._setup, undo) for name, kind in kinds(options.strengths).items()]
-            for arm in arms:
+            for arm in arms:  # all at once: most of a start is imports
                 arm.spawn()
             for arm in arms:
                 arm.start()
             self._phases = {arm.name: [] for arm in arms}
-            if self._on_start is not None:
-                self._on_start(len(arms) * options.cycles * _PHASES * options.tokens)
+            self._on_start(len(arms) * options.cycles * _PHASES * options.tokens)
             for cycle in range(options.cycles):
+                # Another arm is first in each cycle, so that no arm has the best of a drifting machine.
                 at = cycle * len(arms) // options.cycles
                 order = [*arms[at:], *arms[:at]]
                 self._calm(order, cycle)
@@ -209,7 +181,7 @@ class _Run:
     def _calm(self, arms: Sequence[ArmProcess], cycle: int) -> None:
         """The first calm phase of all arms, in short turns."""
         for arm in arms:
-            self._phases[arm.name].append(Phase(cycle, CALM_BEFORE, _NO_STEPS))
+            self._phases[arm.name].append(figures.Phase(cycle, figures.CALM_BEFORE, _NO_STEPS))
         left, turns = self._options.tokens, max(1, round(self._options.tokens / _TURN_TOKENS))
         for number in range(turns):
             count = left // (turns - number)
@@ -219,9 +191,9 @@ class _Run:
 
     def _squeeze(self, arm: ArmProcess, cycle: int) -> None:
         """And the calm after it."""
-        for kind, begin in ((SQUEEZE, arm.squeeze), (CALM_AFTER, arm.relax)):
+        for kind, begin in ((figures.SQUEEZE, arm.squeeze), (figures.CALM_AFTER, arm.relax)):
             begin()
-            self._phases[arm.name].append(Phase(cycle, kind, _NO_STEPS))
+            self._phases[arm.name].append(figures.Phase(cycle, kind, _NO_STEPS))
             self._decode(arm, cycle, tokens=self._options.tokens)
 
     def _turn_of(self, arm: ArmProcess, cycle: int, what: Callable[[ArmProcess, int], None]) -> None:
@@ -244,12 +216,12 @@ class _Run:
         if arm.name == "adaptive":
             for key in self._monitor:
                 self._monitor[key] += answer[key]
-        if self._on_tokens is not None:
-            self._on_tokens(tokens)
+        self._on_tokens(tokens)
 
     def _compare(self, arm: ArmProcess, _cycle: int) -> None:
         """The dial at rest and no dial, in one process and its memory."""
         found = arm.ask("compare", tokens=self._options.cycles * self._options.tokens)
+        # Fewer than a turn of tokens say nothing of a difference of one percent.
         self._compared = found if len(found["dial_s"]) >= _TURN_TOKENS else {}
 
     def _overhead(self) -> dict[str, Any]:
@@ -263,7 +235,7 @@ class _Run:
                 with self._turn():
                     turns.append(arm.ask("watch", seconds=min(_WATCH_S, left_s)))
                 left_s -= _WATCH_S
-        return monitoring(turns, SAMPLE_HZ)
+        return figures.monitoring(turns, SAMPLE_HZ)
 
     def _result(
         self, replay: Replay, kills: Mapping[str, int], overhead: dict[str, Any], squeezes: dict[str, Any]
@@ -271,23 +243,23 @@ class _Run:
         profile = bench_profile(self._options.gain)
         rows: dict[str, dict[str, Any]] = {}
         for name, phases in self._phases.items():
-            row = arm_row(phases, died=name in self._dead)
-            recorded = strengths(phases)
+            row = figures.arm_row(phases, died=name in self._dead)
+            recorded = figures.strengths(phases)
             kl = None if name in self._dead else replay.kl(recorded) if any(recorded) else 0.0
             rows[name] = {**row, "kl": kl, "swaps": self._swaps.get(name, 0), "oom_kills": kills[name]}
         strongest = f"fixed_{round(100 * self._options.strengths[-1])}"
-        void = why_void(rows, strongest)
+        void = figures.why_void(rows, strongest)
         return {
             "ok": void is None,
             "void": void,
             "arms": rows,
             "died": self._dead,
-            "bars": bars(rows, self._phases, self._compared, overhead, squeezes, profile.recovery_s),
+            "bars": figures.bars(rows, self._phases, self._compared, overhead, squeezes, profile.recovery_s),
             "monitor_cpu_share": overhead.get("monitor_cpu_share"),
             "monitor_cpu_share_whole_run": self._monitor["monitor_cpu_s"] / max(self._monitor["seconds"], 1e-9),
             "overhead": overhead,
             "squeezes": squeezes,
-            "rise_s": rise_s(self._phases["adaptive"]),
+            "rise_s": figures.rise_s(self._phases["adaptive"]),
             "settle_s": profile.recovery_s,
             "trace": {name: self._trace(name) for name in ("fixed_0", strongest, "adaptive", "no_controller")},
         }
@@ -322,6 +294,7 @@ class Replay:
             decoded = self._decode(self._dialled, list(strengths))
             total = 0.0
             for logits_V, base_V in zip(decoded, self._base_logits_TV, strict=False):
+                # `score` wants a target; only the divergence is taken from what it returns.
                 target_1 = torch.zeros(1, dtype=torch.long)
                 total += float(score(logits_V[None], target_1, base_V[None])[1])
         return total / len(strengths)
@@ -339,6 +312,7 @@ class Replay:
     def _step(self, strength: float | None) -> AbstractContextManager[None]:
         if strength is None:
             return nullcontext()
+        # A swap to the strength that is live would be staged for nothing.
         if self._controller.target != strength:
             self._controller.set_strength(strength)
         return self._controller.step()

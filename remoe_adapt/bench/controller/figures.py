@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from remoe_adapt.bench.harness import bar
+
 # In a cycle: before, while and after another process holds the memory.
 CALM_BEFORE, SQUEEZE, CALM_AFTER = range(3)
+# Less than this between the weakest and the strongest point, and noise could decide every bar.
 _VOID_BELOW = 1.3
 
 Row = dict[str, Any]
@@ -18,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of one arm. steps: lists of one length by name, see `controller_worker.COLUMNS`; `at_s` of the turn."""
+    """One phase of one arm. steps: lists of one length by name, see `worker.COLUMNS`; `at_s` of the turn."""
 
     cycle: int
     kind: int
@@ -40,6 +43,7 @@ def arm_row(phases: Phases, *, died: bool) -> Row:
     """
     squeezed = [s for phase in phases if phase.kind == SQUEEZE for s in phase.steps["s"]]
     budgets = [size for phase in phases if phase.kind == SQUEEZE for size in phase.steps["budget_bytes"]]
+    misses = [count for phase in phases if phase.kind == SQUEEZE for count in phase.steps["misses"]]
     calm = [statistics.median(turn) for phase in phases if phase.kind == CALM_BEFORE for turn in _turns(phase)]
     alive = bool(squeezed) and not died
     return {
@@ -47,13 +51,13 @@ def arm_row(phases: Phases, *, died: bool) -> Row:
         "squeeze_tpot_ms": 1e3 * statistics.median(squeezed) if alive else None,
         "calm_tpot_ms": 1e3 * statistics.fmean(calm) if calm else None,
         "squeeze_budget_bytes": statistics.median(budgets) if alive else None,
-        "squeeze_misses": _mean(phases, SQUEEZE, "misses") if alive else None,
+        "squeeze_misses": statistics.fmean(misses) if alive else None,
         "mean_strength": statistics.fmean(strengths(phases)) if phases else None,
     }
 
 
 def strengths(phases: Phases) -> list[float]:
-    """Of every token in the order of the text."""
+    """The strength of every token, in the order of the text."""
     return [strength for phase in phases for strength in phase.steps["strength"]]
 
 
@@ -61,6 +65,7 @@ def calm_ratio(compared: Mapping[str, Sequence[float]]) -> float:
     """Time per token with the dial at rest over that without (`Worker.do_compare`): the mean one without, and beside it
     the median difference of tokens that missed as often in both. Two processes would not do: the same work takes some
     4 % more or less in another."""
+    # A miss takes many times what the dial costs, so tokens that missed differently would hide it.
     columns = (compared[key] for key in ("dial_s", "dial_misses", "bare_s", "bare_misses"))
     alike = [dial_s - bare_s for dial_s, one, bare_s, other in zip(*columns, strict=True) if one == other]
     return float(1.0 + statistics.median(alike) / statistics.fmean(compared["bare_s"]))
@@ -73,6 +78,7 @@ def return_s(phases: Phases) -> float | None:
         if phase.kind != CALM_AFTER:
             continue
         live = [place for place in phase.places if phase.steps["strength"][place] > 0]
+        # The last step above 0 counts: strength may fall, rise again and fall for good.
         after = live[-1] + 1 if live else 0
         if after == len(phase.places):
             return None
@@ -98,6 +104,7 @@ def monitoring(turns: Sequence[Mapping[str, Any]], sample_hz: float) -> Row:
     """
     at_samples, between, total_s, cpu_s, passed_s = list[float](), list[float](), 0.0, 0.0, 0.0
     for turn in turns:
+        # A step into which a sample fell is set beside the step that runs half a period later, where none can fall.
         begins, times = np.asarray(turn["at_s"]), np.asarray(turn["s"])
         places = np.flatnonzero(turn["ran"])
         at_samples += times[places].tolist()
@@ -144,26 +151,18 @@ def bars(
     rival = rival or strongest
     back_s = return_s(phases["adaptive"])
     ratio = calm_ratio(compared) if compared else None
-    found = [
-        _bar(f"squeeze p95 TPOT, adaptive / {strongest}", _over(p95, rows[strongest]["squeeze_p95_ms"]), 1.10),
-        _bar(f"mean KL, adaptive / {rival}", _over(adaptive["kl"], rows[rival]["kl"]), 0.6, failed=rival == "fixed_0"),
-        _bar("calm: seconds until strength is 0", back_s, recovery_s, failed=back_s is None),
-        _bar("calm TPOT, with / without the controller", ratio, 1.02),
-        _bar("monitoring: share of one core", overhead.get("monitor_cpu_share"), 0.005),
-        _bar("monitoring: TPOT with / without", overhead.get("tpot_ratio"), 1.005),
-        _bar("kills in the squeezes, adaptive", (squeezes.get("adaptive") or {}).get("oom_kills"), 0),
+    killed = {arm: (squeezes.get(arm) or {}).get("oom_kills") for arm in ("adaptive", "fixed_budget")}
+    return [
+        bar(f"squeeze p95 TPOT, adaptive / {strongest}", _over(p95, rows[strongest]["squeeze_p95_ms"]), 1.10),
+        bar(f"mean KL, adaptive / {rival}", _over(adaptive["kl"], rows[rival]["kl"]), 0.6, failed=rival == "fixed_0"),
+        bar("calm: seconds until strength is 0", back_s, recovery_s, failed=back_s is None),
+        bar("calm TPOT, with / without the controller", ratio, 1.02),
+        bar("monitoring: share of one core", overhead.get("monitor_cpu_share"), 0.005),
+        bar("monitoring: TPOT with / without", overhead.get("tpot_ratio"), 1.005),
+        bar("kills in the squeezes, adaptive", killed["adaptive"], 0),
+        # Were there none, the squeezes would be too mild to say anything of the adaptive arm.
+        bar("kills in the squeezes, fixed_budget", killed["fixed_budget"], 1, at_most=False),
     ]
-    killed = (squeezes.get("fixed_budget") or {}).get("oom_kills")
-    found.append(
-        {"bar": "kills in the squeezes, fixed_budget", "value": killed, "target": 1, "at_most": False}
-        | {"met": None if killed is None else killed >= 1}
-    )
-    return found
-
-
-def _bar(title: str, value: float | None, target: float, *, failed: bool = False) -> Row:
-    met = False if failed else None if value is None else value <= target
-    return {"bar": title, "value": value, "target": target, "at_most": True, "met": met}
 
 
 def _over(value: float | None, baseline: float | None) -> float | None:
@@ -174,7 +173,3 @@ def _turns(phase: Phase) -> list[np.ndarray[Any, Any]]:
     """The times of its steps, by turn: in each of them `at_s` begins anew."""
     begins = np.flatnonzero(np.diff(phase.steps["at_s"]) < 0) + 1
     return [turn for turn in np.split(np.asarray(phase.steps["s"]), begins) if len(turn)]
-
-
-def _mean(phases: Phases, kind: int, column: str) -> float:
-    return statistics.fmean(value for phase in phases if phase.kind == kind for value in phase.steps[column])

@@ -51,6 +51,7 @@ class ArmProcess:
     def spawn(self) -> None:
         """Begin both processes, without waiting for them."""
         self.close()
+        # The group's counter goes on over restarts, so a death is a count above this one.
         self._kills = self.group.kills()
         self._squeezer = WorkerProcess(f"{self.name}, squeezer", self.group, _SQUEEZER)
         self._worker = WorkerProcess(self.name, self.group, _WORKER)
@@ -71,6 +72,7 @@ class ArmProcess:
             options=dict(setup.options),
         )
         self._squeezer.ask("held")
+        # Only once: after a kill the arm starts again under the limit that killed it.
         if self.limit_bytes is None:
             self.limit_bytes = self.group.needed_bytes() + self.headroom_bytes
             self.group.limit(self.limit_bytes)
@@ -90,7 +92,7 @@ class ArmProcess:
         return int(lost + self.headroom_bytes - profile.memory.reserve_bytes - beyond)
 
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
-        """Of the decoder. Raises DiedError, or RemoeError for other failures."""
+        """The decoder's answer. Raises DiedError, or RemoeError for other failures."""
         assert self._worker is not None
         return self._ask(self._worker, op, request)
 

@@ -54,6 +54,7 @@ class Squeezer:
         for taken in range(0, size_bytes, _CHUNK_BYTES):
             if self._stop.wait(max(0.0, begin_s + taken / bytes_per_s - time.monotonic())):
                 return
+            # Each chunk is a map of its own, because memory of a heap stays with the process when it is freed.
             chunk = mmap.mmap(-1, _CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             chunk[:] = touched
             self._held.append(chunk)
@@ -61,6 +62,7 @@ class Squeezer:
 
 if __name__ == "__main__":
     squeezer = Squeezer()
+    # A copy of the descriptor, so that nothing else that prints can come between answers.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         for line in sys.stdin:
             request = json.loads(line)

@@ -10,6 +10,7 @@ from remoe_adapt.bench.controller.process import ArmProcess, DiedError, Setup
 
 # Seconds that memory is held, and the longest that the cache may take to be whole again.
 _HOLD_S, _LONGEST_S = 1.0, 30.0
+# Free memory differs a little from squeeze to squeeze, so a budget need not come back to the byte.
 _WHOLE = 0.95
 
 

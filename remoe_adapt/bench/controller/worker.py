@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
 
+from remoe_adapt.bench import harness
 from remoe_adapt.bench.controller.arms import Arm, Kind
-from remoe_adapt.bench.harness import speak
 from remoe_adapt.evaluation import Decoder
 
+# How long `compare` waits for the dial to be at rest; then it compares nothing.
 _LONGEST_WAIT_S = 30.0
 # Times of one step, in the order of `Worker.decode`'s lists.
 COLUMNS = ("s", "at_s", "strength", "budget_bytes", "misses")
@@ -39,7 +40,7 @@ class Text:
         self._next = 0
 
 
-class Worker:
+class Worker(harness.Worker):
     """Answers requests by their `op`: `load` first, then `resume`, `decode`, `pause` as turns come."""
 
     def __init__(self) -> None:
@@ -47,11 +48,9 @@ class Worker:
         self._decoder: Decoder | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What a request found; errors are for the owner to report."""
-        arguments = {key: value for key, value in request.items() if key != "op"}
+        """In inference mode, as decoding is timed."""
         with torch.inference_mode():
-            found: dict[str, Any] = getattr(self, f"do_{request['op']}")(**arguments)
-        return found
+            return super().answer(request)
 
     @property
     def arm(self) -> Arm:
@@ -92,9 +91,10 @@ class Worker:
         """So many tokens, and for so long at least. `steps`: a list for each of COLUMNS: seconds, seconds since this
         began, strength, the cache's budget, and misses; `monitor_cpu_s` of `seconds`."""
         arm = self.arm
+        # One list a column: rows of mappings would take more time in the loop than the counters do.
         steps: list[list[float]] = [[] for _ in COLUMNS]
         gc.collect()
-        gc.disable()
+        gc.disable()  # a collection would be a step that takes longer
         began_s, cpu_s, missed = time.perf_counter(), arm.monitor_cpu_s(), _misses(arm)
         while len(steps[0]) < tokens or time.perf_counter() - began_s < seconds:
             begin_s = time.perf_counter()
@@ -126,6 +126,7 @@ class Worker:
             if arm.strength > 0:
                 break
             token, starts = self._text.next()
+            # Two caches of the same tokens: with one, whoever comes second would see the token twice.
             if starts or not decoders:
                 decoders = {kind: Decoder(arm.model) for kind in ("dial", "bare")}
             # Twice in one order, twice in the other: who comes second finds caches warm.
@@ -177,4 +178,4 @@ def _misses(arm: Arm) -> int:
 
 
 if __name__ == "__main__":
-    speak(Worker().answer)
+    harness.speak(Worker().answer)

@@ -22,26 +22,8 @@ from typing import Any
 
 import torch
 
+from remoe_adapt.bench import harness
 from remoe_adapt.bench.decode.figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio
-from remoe_adapt.bench.harness import (
-    EXPERT_BYTES,
-    READ_AHEAD_BYTES,
-    MemoryGroup,
-    ReadCap,
-    WorkerProcess,
-    checked_family,
-    chosen_model,
-    evict,
-    loop_disk,
-    memory_group,
-    read_cap,
-    terminated_as_interrupted,
-    why_no_cap,
-    why_no_groups,
-    why_no_loop,
-    widened,
-    work_folder,
-)
 from remoe_adapt.checkpoints import load_with_tokenizer
 from remoe_adapt.errors import DataError, RemoeError
 from remoe_adapt.evaluation import held_out
@@ -52,12 +34,15 @@ PROMPT_TOKENS = 16
 # Shorter documents have no step worth timing.
 _LEAST_STEPS = 16
 _REHEARSAL_STEPS = 16
+# Raw reads of a turn: enough for a rate, and short beside the turns of the arms.
 _MOST_BURSTS = 100
 # What others offer for the same memory, by arm: the regime.
 _OTHERS = {"accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped"}
 _SCORED = ("stock", "cache25", "cache25_prior")
 # Our total memory is measured with caches full; a longer document needs a little more.
 _LIMIT_SLACK_BYTES = 8 << 20
+# Options that a result states, beside those that it states in other words.
+_SETTINGS = ("threads", "read_threads", "direct_io", "prefetch", "pack", "read_mib_per_s")
 
 
 @dataclass(frozen=True)
@@ -76,7 +61,7 @@ class DecodeOptions:
     threads: int = 1
     read_threads: int = READ_THREADS
     dtype: torch.dtype = torch.float32
-    expert_bytes: int = EXPERT_BYTES
+    expert_bytes: int = harness.EXPERT_BYTES
     direct_io: bool = True
     prefetch: bool = False
     pack: bool = True
@@ -105,39 +90,30 @@ def quickly(options: DecodeOptions) -> DecodeOptions:
 def run_decode(
     options: DecodeOptions,
     *,
-    on_start: Callable[[int], object] | None = None,
-    on_tokens: Callable[[int], object] | None = None,
+    on_start: Callable[[int], object] = lambda total: None,
+    on_tokens: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """Key `arms` by name (see `decode_figures.arm_row`, or `{skipped: reason}`), `bars`, `raw_bandwidth_bytes_per_s`,
+    """Key `arms` by name (see `figures.arm_row`, or `{skipped: reason}`), `bars`, `raw_bandwidth_bytes_per_s`,
     `limit_ms`, `memory_limit_bytes`, `workers` (what each process said of itself), `storage`, and the settings.
 
     Raises ConfigError and DataError for a model, family, text or work folder that cannot be used. Disk, groups and
     processes are gone afterwards, whatever happens.
     """
     started_s = time.perf_counter()
-    model, work = chosen_model(options.model), work_folder(options.work)
+    model, work = harness.chosen_model(options.model), harness.work_folder(options.work)
     timed, more = _documents(model, options)
-    family = checked_family(model, options.family)
+    family = harness.checked_family(model, options.family)
     bench = _Bench(options, family, (timed, more), on_start, on_tokens)
-    with terminated_as_interrupted():
-        wide = widened(model, work, dtype=options.dtype, expert_bytes=options.expert_bytes)
-        try:
-            with ExitStack() as undo:
-                result = bench.run(wide, work, undo)
-        finally:
-            if not options.keep:
-                for folder in (wide, wide.with_name(f"{wide.name}.pack")):
-                    shutil.rmtree(folder, ignore_errors=True)
+    wide_model = harness.wide_copy(
+        model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep
+    )
+    with wide_model as (wide, _), ExitStack() as undo:
+        result = bench.run(wide, work, undo)
     return {
         "model": str(model),
         "family": family,
         "dtype": str(options.dtype).removeprefix("torch."),
-        "threads": options.threads,
-        "read_threads": options.read_threads,
-        "direct_io": options.direct_io,
-        "prefetch": options.prefetch,
-        "pack": options.pack,
-        "read_mib_per_s": options.read_mib_per_s,
+        **{name: getattr(options, name) for name in _SETTINGS},
         **result,
         "seconds": round(time.perf_counter() - started_s, 1),
     }
@@ -151,8 +127,8 @@ class _Bench:
         options: DecodeOptions,
         family: str | None,
         documents: tuple[list[list[int]], list[list[int]]],
-        on_start: Callable[[int], object] | None,
-        on_tokens: Callable[[int], object] | None,
+        on_start: Callable[[int], object],
+        on_tokens: Callable[[int], object],
     ) -> None:
         self._options, self._family = options, family
         self._documents, self._more = documents
@@ -168,22 +144,24 @@ class _Bench:
         self._arms += [_Arm(name, name) for name in _OTHERS]
         self._decoded = 0
         self._skipped: dict[str, str] = {}
-        self._workers: dict[str, WorkerProcess] = {}
+        self._workers: dict[str, harness.WorkerProcess] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._raw: dict[str, Any] = {}
 
     def run(self, wide: Path, work: Path, undo: ExitStack) -> dict[str, Any]:
-        why = ("left out of this run" if not self._options.limits else None) or why_no_loop() or why_no_groups()
+        left_out = None if self._options.limits else "left out of this run"
+        why = left_out or harness.why_no_loop() or harness.why_no_groups()
         folder, storage, cap = _storage(wide, work, undo, why, self._options.read_mib_per_s)
-        groups: dict[str, MemoryGroup] = {}
+        groups: dict[str, harness.MemoryGroup] = {}
         limited = ("cache25", *_OTHERS)
         if why is None:
-            groups = {name: undo.enter_context(memory_group(name)) for name in limited}
+            # Made before the processes, which must be members from their first instruction on.
+            groups = {name: undo.enter_context(harness.memory_group(name)) for name in limited}
         else:
             self._skipped |= dict.fromkeys(_OTHERS, why)
         plans = {name: plan for name, plan in self._plans(folder).items() if name not in self._skipped}
         for name in (*plans, "raw"):  # all at once: most of a start is imports
-            self._workers[name] = WorkerProcess(name, groups.get(name), cap=cap)
+            self._workers[name] = harness.WorkerProcess(name, groups.get(name), cap=cap)
             undo.callback(self._workers[name].close)
         raw = self._workers.pop("raw")
         for name, (regime, settings) in plans.items():
@@ -211,7 +189,7 @@ class _Bench:
             if not pack.exists():
                 pack_experts(str(folder), pack)
             cache["storage"] = str(pack)
-            evict(pack)
+            harness.evict(pack)
         cached = {"cache": cache, "family": self._family, "gain": 0.0, "dial": self._family is not None}
         prior = {"gain": max(options.gains, default=0.0), "dial": True}
         plans: dict[str, tuple[str, dict[str, Any]]] = {
@@ -225,7 +203,7 @@ class _Bench:
 
     def _load(self, name: str, regime: str, settings: dict[str, Any], folder: Path) -> None:
         """Loaded and rehearsed, so that the code it runs is in memory; those we compare with may fail."""
-        evict(folder)
+        harness.evict(folder)
         try:
             self._facts[name] = self._workers[name].ask(
                 "load", regime=regime, folder=str(folder), threads=self._options.threads, options=settings
@@ -241,7 +219,7 @@ class _Bench:
         self._workers.pop(name, None)
         self._skipped[name] = str(error)
 
-    def _limit(self, groups: Mapping[str, MemoryGroup]) -> int | None:
+    def _limit(self, groups: Mapping[str, harness.MemoryGroup]) -> int | None:
         """Put everyone under what our cache takes; its bytes, None where nothing is limited."""
         if not groups:
             return None
@@ -266,15 +244,15 @@ class _Bench:
 
     def _take_turns(self, read: Callable[[list[int]], dict[str, Any]]) -> None:
         arms = [arm for arm in self._arms if arm.worker in self._workers]
-        if self._on_start is not None:
-            timed, more = (sum(map(len, documents)) for documents in (self._documents, self._more))
-            self._on_start(len(arms) * timed + len(self._scored()) * more)
+        timed, more = (sum(map(len, documents)) for documents in (self._documents, self._more))
+        self._on_start(len(arms) * timed + len(self._scored()) * more)
         started_s = time.perf_counter()
         for number, ids in enumerate(self._documents):
             # A document that is begun is decoded by all.
             if number and (time.perf_counter() - started_s) * (number + 1) / number > self._options.max_seconds:
                 break
             self._decoded = number + 1
+            # Who comes first differs from document to document, since the machine's speed drifts.
             at = number * len(arms) // max(1, len(self._documents))
             order = [*arms[at:], *arms[:at]]
             for arm in order if number % 2 == 0 else reversed(order):
@@ -288,8 +266,7 @@ class _Bench:
                 arm.steps |= {(number, place): step for place, step in enumerate(steps)}
                 if arm.name == "cache25_s0":
                     self._raw = read(miss_bursts(steps)[:_MOST_BURSTS])
-                if self._on_tokens is not None:
-                    self._on_tokens(len(ids))
+                self._on_tokens(len(ids))
 
     def _scored(self) -> list[tuple[_Arm, str]]:
         """Arms that more text is decoded for, each with its process: with all experts in RAM where that is the same."""
@@ -300,9 +277,9 @@ class _Bench:
         for number, ids in enumerate(self._more, start=len(self._documents)):
             for arm, worker in self._scored():
                 steps = self._decode(replace(arm, worker=worker), ids)
+                # Kept apart from the timed steps: these were decoded with other experts in memory, or without the cap.
                 arm.nll |= {(number, place): step["nll"] for place, step in enumerate(steps)}
-                if self._on_tokens is not None:
-                    self._on_tokens(len(ids))
+                self._on_tokens(len(ids))
 
     def _result(self) -> dict[str, Any]:
         arms = {arm.name: arm for arm in self._arms if arm.worker in self._workers and arm.steps}
@@ -358,18 +335,18 @@ def _some(documents: Iterator[list[int]], tokens: int) -> list[list[int]]:
 
 def _storage(
     wide: Path, work: Path, undo: ExitStack, why: str | None, read_mib_per_s: float
-) -> tuple[Path, dict[str, Any], ReadCap | None]:
+) -> tuple[Path, dict[str, Any], harness.ReadCap | None]:
     """The folder that everyone reads from, what it is on, and the group of those whose reads are capped."""
     if why is not None:
         return wide, {"kind": "the disk of the work folder", "why": why}, None
     size = sum(path.stat().st_size for path in wide.iterdir())
     # The checkpoint, its pack, and what the others make of its experts.
-    disk = undo.enter_context(loop_disk(work, (3 + len(_OTHERS)) * size + (128 << 20)))
+    disk = undo.enter_context(harness.loop_disk(work, (3 + len(_OTHERS)) * size + (128 << 20)))
     folder = disk.folder / wide.name
     shutil.copytree(wide, folder)
     disk.forget()
-    kind = {"kind": "loop device", "read_ahead_bytes": READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
-    why_not = why_no_cap()
+    kind = {"kind": "loop device", "read_ahead_bytes": harness.READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
+    why_not = harness.why_no_cap()
     if not read_mib_per_s or why_not:
         return folder, kind | {"read_mib_per_s": None, "why": why_not or "left out of this run"}, None
-    return folder, kind | {"read_mib_per_s": read_mib_per_s}, undo.enter_context(read_cap(disk.device))
+    return folder, kind | {"read_mib_per_s": read_mib_per_s}, undo.enter_context(harness.read_cap(disk.device))

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from remoe_adapt.bench.harness import bar
+
 # A step is known by its document and its place in it.
 Steps = Mapping[tuple[int, int], Mapping[str, Any]]
 Row = dict[str, Any]
 
 _ANON_SLACK_BYTES = 32 << 20
+# How names of arms begin that differ in their strength, or in their gain.
 _ADAPTERS, _PRIORS = "cache25_s", "cache25_prior"
 
 
@@ -37,6 +40,7 @@ def arm_row(steps: Steps, facts: Mapping[str, Any]) -> Row:
         "steps": len(steps),
     }
     if cached:
+        # Counted over all steps and divided once: steps without a look-up have no rate of their own.
         misses = sum(sum(step["misses"]) for step in steps.values())
         hits = sum(step["hits"] for step in steps.values())
         row["hit_rate"] = hits / (hits + misses)
@@ -80,13 +84,19 @@ def limit_ms(bytes_per_token: float, bytes_per_s: float, resident_tpot_ms: float
 
 def bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], limit: float, facts: Mapping[str, Row]) -> list[Row]:
     """Each bar: `{bar, value, target, at_most, met, arm}`; value and met are None without arms for it."""
+    # Both rows below are of the same cache, so that only the routing differs.
     base = steps["cache25_s0"]
     found = [
-        _bar("budget 100 %: TPOT / stock's", 1 / times_faster(steps["cache100_s0"], steps["stock"]), at_most=1.10),
-        _bar("budget 25 %: times faster than accelerate's disk offload", _over(steps, "accelerate_disk"), at_least=5.0),
-        _bar("budget 25 %: times faster than memory-mapped weights", _over(steps, "mmap_cgroup"), at_least=1.2),
-        _bar("budget 25 %: times faster than transformers' disk", _over(steps, "transformers_disk"), at_least=1.2),
-        _bar("budget 25 %: TPOT / the limit", rows["cache25_s0"]["tpot_ms"] / limit, at_most=1.25),
+        bar("budget 100 %: TPOT / stock's", 1 / times_faster(steps["cache100_s0"], steps["stock"]), 1.10),
+        *(
+            bar(f"budget 25 %: times faster than {what}", _over(steps, name), target, at_most=False)
+            for what, name, target in (
+                ("accelerate's disk offload", "accelerate_disk", 5.0),
+                ("memory-mapped weights", "mmap_cgroup", 1.2),
+                ("transformers' disk", "transformers_disk", 1.2),
+            )
+        ),
+        bar("budget 25 %: TPOT / the limit", rows["cache25_s0"]["tpot_ms"] / limit, 1.25),
     ]
     for title, prefix, ratio, times in (
         ("adapter alone, ppl ratio <= 1.05: times faster than strength 0", _ADAPTERS, 1.05, 1.25),
@@ -98,24 +108,17 @@ def bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], limit: float, fact
             if name.startswith(prefix) and name != "cache25_s0" and row.get("ppl_ratio", math.inf) <= ratio
         }
         best = max(arms, key=arms.__getitem__, default=None)
-        found.append(_bar(title, None if best is None else arms[best], at_least=times) | {"arm": best})
+        found.append(bar(title, arms.get(best or ""), times, at_most=False) | {"arm": best})
     for name, fact in facts.items():
         if "budget_bytes" in fact:
             allowed = 1.1 * (fact["dense_bytes"] + fact["budget_bytes"]) + _ANON_SLACK_BYTES
             title = f"{name}: anonymous memory grown / (dense part + budget + 10 % + 32 MiB)"
-            found.append(_bar(title, fact["anon_growth_bytes"] / allowed, at_most=1.0))
+            found.append(bar(title, fact["anon_growth_bytes"] / allowed, 1.0))
     return found
 
 
 def _over(steps: Mapping[str, Steps], baseline: str) -> float | None:
     return times_faster(steps["cache25_s0"], steps[baseline]) if baseline in steps else None
-
-
-def _bar(title: str, value: float | None, *, at_most: float | None = None, at_least: float | None = None) -> Row:
-    target = at_most if at_most is not None else at_least
-    assert target is not None
-    met = None if value is None else (value <= target if at_most is not None else value >= target)
-    return {"bar": title, "value": value, "target": target, "at_most": at_most is not None, "met": met}
 
 
 def _mean(steps: Steps, key: str) -> float:

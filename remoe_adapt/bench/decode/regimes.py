@@ -23,10 +23,11 @@ from remoe_adapt.evaluation import Decoder
 from remoe_adapt.expert_cache import BLOCK, ExpertCache, expert_cache_of, experts_modules, load_with_expert_cache
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency_settings import Recency
-from remoe_adapt.routers import discover_routers, fingerprint
+from remoe_adapt.routers import survey_routers
 
 # Where a model has them: transformers' own ways to compute experts.
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+# Enough for a median; the choice between three functions needs no more.
 _TRIAL_STEPS = 12
 
 
@@ -55,6 +56,7 @@ class Stock(Regime):
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         model: Any = load_base(folder)
         self.model = model
+        # Versions of transformers differ in which of them they have; eager is in no registry.
         known = [name for name in IMPLEMENTATIONS if name == "eager" or name in ALL_EXPERTS_FUNCTIONS]
         times_ms = {name: _trial_ms(model, name, options["trial_ids"]) for name in known}
         fastest = min(times_ms, key=times_ms.__getitem__)
@@ -71,9 +73,10 @@ class Cached(Regime):
         assert cache is not None
         dial: dict[str, Any] = {"family": options["family"], "force": True}  # as checked on the model as it is stored
         if options["gain"]:
-            count = len(discover_routers(base))
-            prior = FamilyPoint(1.0, "resident", {}, Recency.of("resident", (options["gain"],) * count))
-            dial = {"family": Family(Path("resident"), str(folder), fingerprint(base), (prior,))}
+            routers = survey_routers(base)
+            gains = (options["gain"],) * len(routers.usable())
+            prior = FamilyPoint(1.0, "resident", {}, Recency.of("resident", gains))
+            dial = {"family": Family(Path("resident"), str(folder), routers.fingerprint, (prior,))}
         if options["budget"] == 1.0:  # nothing is read any more
             for layer, count in enumerate(cache.source.num_experts):
                 cache.lease(layer, range(count)).release()
@@ -107,6 +110,7 @@ class Mapped(Regime):
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         self.model = load_base(folder, experts_implementation="eager")
         modules = experts_modules(self.model)
+        # Beside the checkpoint, so that it lies on the same disk as what the others read.
         place = folder.parent / "mapped"
         place.mkdir()
         rows = {name: _write_rows(place / name, module) for name, module in modules.items()}
@@ -132,6 +136,7 @@ class TransformersDisk(Regime):
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         config = AutoConfig.from_pretrained(folder)
+        # Only names are needed to say what goes to disk, so no weight is made.
         with torch.device("meta"):
             places = _experts_on_disk(auto_class(config).from_config(config))
         offload = folder.parent / "transformers"
@@ -162,6 +167,7 @@ def _trial_ms(model: Any, implementation: str, ids: Sequence[int]) -> float:
             begin = time.perf_counter()
             decoder.feed([token])
             times_ms.append((time.perf_counter() - begin) * 1e3)
+    # The first two calls allocate what later ones use again.
     return statistics.median(times_ms[2:])
 
 

@@ -7,68 +7,60 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
-from torch import Tensor
 
+from remoe_adapt.bench import harness
 from remoe_adapt.bench.decode.regimes import REGIMES, Regime
-from remoe_adapt.bench.harness import RawReads, serve_lines, speak
-from remoe_adapt.evaluation import Decoder
+from remoe_adapt.evaluation import Decoder, score
 
 
-class Worker:
+class Worker(harness.Worker):
     """Answers requests: `load` once, then any number of `decode`; or any number of `read`, for the raw bandwidth."""
 
     def __init__(self) -> None:
         self._regime: Regime | None = None
         self._before_bytes = 0
-        self._raw: RawReads | None = None
+        self._raw: harness.RawReads | None = None
 
-    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What a request found; errors are for the caller to report."""
-        if request["op"] == "load":
-            return self._load(request)
-        if request["op"] == "read":
-            return self._read(request)
-        assert request["op"] == "decode", request
-        return self._decode(request)
-
-    def _read(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def do_read(self, file: str, read_bytes: int, threads: int, bursts: Sequence[int]) -> dict[str, Any]:
+        """Time these bursts of reads; the figures are of all requests so far."""
         if self._raw is None:
-            self._raw = RawReads(Path(request["file"]), request["read_bytes"], request["threads"])
-        self._raw.replay(request["bursts"])
+            self._raw = harness.RawReads(Path(file), read_bytes, threads)
+        self._raw.replay(bursts)
         return {"bytes_per_s": self._raw.bytes_per_s, "direct": self._raw.direct, "read_bytes": self._raw.read_bytes}
 
-    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        torch.set_num_threads(request["threads"])
+    def do_load(self, regime: str, folder: str, threads: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Make this process a regime; what it says of itself."""
+        torch.set_num_threads(threads)
         self._before_bytes = anonymous_bytes()
-        self._regime = REGIMES[request["regime"]](Path(request["folder"]), request["options"])
+        self._regime = REGIMES[regime](Path(folder), options)
         self._regime.model.eval()
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # collections between documents need not look at the model again
         return {**self._regime.facts, "anon_growth_bytes": anonymous_bytes() - self._before_bytes}
 
-    def _decode(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def do_decode(self, arm: Mapping[str, Any], ids: Sequence[int], prompt: int, max_seconds: float) -> dict[str, Any]:
         """Feeds `prompt` tokens at once, then one at a time until `max_seconds` are over; the last is only a target.
 
         `steps` holds for each token fed: `s`, `nll` of the next one (nats), what the kernel read from disk for this
         process (`io_bytes`) and its major faults, and with a cache `hits`, `misses` of each layer, `bytes`, `stall_s`.
         """
-        regime, ids, prompt = self._regime, request["ids"], request["prompt"]
+        regime = self._regime
         assert regime is not None and 0 < prompt < len(ids) - 1
-        regime.use(request["arm"])
+        regime.use(arm)
         gc.collect()
-        gc.disable()
+        gc.disable()  # a collection would be a step that takes longer
         steps: list[dict[str, Any]] = []
         with torch.inference_mode():
             decoder = Decoder(regime.model)
             with regime.between_steps():
                 decoder.feed(ids[:prompt])
-            deadline_s = time.perf_counter() + request["max_seconds"]
+            deadline_s = time.perf_counter() + max_seconds
             counted = self._counters()
             for token, target in zip(ids[prompt:-1], ids[prompt + 1 :], strict=True):
                 begin_s = time.perf_counter()
@@ -77,8 +69,15 @@ class Worker:
                 with regime.between_steps():
                     logits_V = decoder.feed([token])
                 took_s = time.perf_counter() - begin_s
+                # Read outside of the timed part: each of these files takes the kernel some time.
                 before, counted = counted, self._counters()
-                steps.append({"s": took_s, "nll": _nll(logits_V, target), **_difference(counted, before)})
+                steps.append(
+                    {
+                        "s": took_s,
+                        "nll": float(score(logits_V[None], torch.tensor([target]))[0]),
+                        **_difference(counted, before),
+                    }
+                )
         gc.enable()
         return {"steps": steps, "anon_growth_bytes": anonymous_bytes() - self._before_bytes}
 
@@ -94,6 +93,7 @@ class Worker:
 
 def anonymous_bytes() -> int:
     """Anonymous memory of this process, by the kernel's account."""
+    # The kernel's sum over all maps; a resident size would count the page cache of mapped weights too.
     lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
 
@@ -108,11 +108,6 @@ def _major_faults() -> int:
     return int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[9])
 
 
-def _nll(logits_V: Tensor, target: int) -> float:
-    logits_V = logits_V.float()
-    return float(logits_V.logsumexp(dim=-1) - logits_V[target])
-
-
 def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     def since(key: str, value: Any) -> Any:
         if isinstance(value, list):
@@ -122,10 +117,5 @@ def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, 
     return {key: since(key, value) for key, value in now.items()}
 
 
-def serve(requests: TextIO, replies: TextIO) -> None:
-    """Answer each line of `requests` with one of `replies`, see `serve_lines`."""
-    serve_lines(requests, replies, Worker().answer)
-
-
 if __name__ == "__main__":
-    speak(Worker().answer)
+    harness.speak(Worker().answer)

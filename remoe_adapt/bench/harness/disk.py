@@ -1,12 +1,7 @@
-"""A disk of known read-ahead to read experts from: a file of this machine as a block device with its own ext4.
+"""Disks of known speed to read experts from: their read-ahead, their rate, and what they give to reads of experts.
 
-A block device that some processes read no faster than at a given rate, whichever way they read: blkio of cgroup v1.
-
-Over a tenth of a second and more the rate is held exactly; within it reads come in bursts, and then wait.
-
-What a device gives when it is asked as a cache's misses ask: reads of one expert, a layer's misses at a time.
-
-A slower device than there is, for every read of its own: no slices of time, in which a token has all or nothing.
+`loop_disk` is a file of this machine as a block device with its own ext4. `read_cap` slows such a device down for some
+processes, `PacedReads` every read of one process; `RawReads` times reads as a cache's misses ask for them.
 """
 
 from __future__ import annotations
@@ -23,11 +18,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from remoe_adapt.bench.harness.widen import check_space, sync_files
+from remoe_adapt.bench.harness.memory_group import Group
+from remoe_adapt.bench.harness.widen import check_space, each_file
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.expert_cache import BLOCK, map_pages
 
+# The kernel's default for a disk; a loop device takes over what the disk under its file has, which differs by machine.
 READ_AHEAD_BYTES = 128 << 10
+# blockdev counts read-ahead in these, whatever the device's own blocks are.
 _SECTOR = 512
 _TOOLS = ("losetup", "mkfs.ext4", "blockdev", "mount", "umount")
 
@@ -40,6 +38,7 @@ class LoopDisk:
 
     def forget(self) -> None:
         """Everything is written, and nothing of it is in memory any more."""
+        # Advice to drop pages leaves those of directories and of maps; without its mount the file system keeps none.
         _run("umount", str(self.folder))
         _run("mount", self.device, str(self.folder))
 
@@ -70,6 +69,7 @@ def loop_disk(work: Path, size_bytes: int) -> Iterator[LoopDisk]:
         undo.callback(image.unlink, missing_ok=True)
         with image.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
+        # Without a journal and lazy tables: the kernel would write those while reads are timed.
         _run("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=0", str(image))
         device, direct = _attach(image)
         undo.callback(_run, "losetup", "--detach", device)
@@ -83,17 +83,12 @@ def loop_disk(work: Path, size_bytes: int) -> Iterator[LoopDisk]:
 
 def evict(folder: Path) -> None:
     """No page of these files stays in the page cache, unless a process maps it."""
-    sync_files(folder)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(fd)
+    each_file(folder, os.fsync)  # dirty pages are not dropped
+    each_file(folder, lambda fd: os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED))
 
 
 def _attach(image: Path) -> tuple[str, bool]:
+    # Else every read would be answered from this machine's page cache of the image the second time.
     try:
         return _run("losetup", "--find", "--show", "--direct-io=on", str(image)), True
     except ConfigError:
@@ -109,23 +104,22 @@ def _run(*command: str) -> str:
 
 _PARENT = Path("/sys/fs/cgroup/blkio")
 _RULE = "blkio.throttle.read_bps_device"
-_EMPTY_S = 10.0
 
 
-class ReadCap:
-    """The group of these processes."""
+class ReadCap(Group):
+    """The processes that read a device no faster than `hold` says, whichever way they read: blkio of cgroup v1.
+
+    Over a tenth of a second and more the rate is held exactly; within it reads come in bursts, and then wait.
+    """
 
     def __init__(self, folder: Path, device: str) -> None:
+        super().__init__(folder)
         number = Path(device).stat().st_rdev
-        self._folder, self._device = folder, f"{os.major(number)}:{os.minor(number)}"
-
-    def command(self, command: Sequence[str]) -> list[str]:
-        """The command that runs `command` as a member from its first instruction on."""
-        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._folder / "cgroup.procs"), *command]
+        self._device = f"{os.major(number)}:{os.minor(number)}"
 
     def hold(self, bytes_per_s: float) -> None:
         """No faster than this from now on; 0: as fast as the device."""
-        (self._folder / _RULE).write_text(f"{self._device} {int(bytes_per_s)}", encoding="ascii")
+        (self.folder / _RULE).write_text(f"{self._device} {int(bytes_per_s)}", encoding="ascii")
 
 
 def why_no_cap() -> str | None:
@@ -138,19 +132,12 @@ def why_no_cap() -> str | None:
 @contextmanager
 def read_cap(device: str) -> Iterator[ReadCap]:
     """A group without a cap as yet, removed afterwards; its processes must have ended by then."""
-    folder = _PARENT / f"remoe-bench-{os.getpid()}"
-    folder.mkdir()
+    cap = ReadCap(_PARENT / f"remoe-bench-{os.getpid()}", device)
+    cap.folder.mkdir()
     try:
-        yield ReadCap(folder, device)
+        yield cap
     finally:
-        deadline_s = time.monotonic() + _EMPTY_S
-        while folder.exists():
-            try:
-                folder.rmdir()
-            except OSError:
-                if time.monotonic() > deadline_s:
-                    raise
-                time.sleep(0.05)
+        cap.remove()
 
 
 class RawReads:
@@ -163,7 +150,7 @@ class RawReads:
     def __init__(self, path: Path, read_bytes: int, threads: int) -> None:
         self.read_bytes = -(-read_bytes // BLOCK) * BLOCK
         self.bytes, self.seconds = 0, 0.0
-        flag = getattr(os, "O_DIRECT", 0)
+        flag = getattr(os, "O_DIRECT", 0)  # some file systems refuse it, macOS does not have it
         try:
             self._fd, self.direct = os.open(path, os.O_RDONLY | flag), flag != 0
         except OSError:
@@ -214,6 +201,7 @@ class PacedReads:
 
     def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         wanted = sum(len(buffer) for buffer in buffers)
+        # One queue for all threads, as a device has one; the read itself runs outside of the lock, beside others.
         with self._lock:
             ends_s = self._free_s = max(self._free_s, time.perf_counter()) + wanted / self._bytes_per_s
         got = os.preadv(fd, buffers, offset)

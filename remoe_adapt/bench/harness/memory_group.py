@@ -12,35 +12,56 @@ from pathlib import Path
 
 from remoe_adapt.errors import ConfigError
 
+# With the process id behind it, so that groups of a benchmark that was killed are known as such.
 _PREFIX = "remoe-bench-"
 _ROOTS_V1 = (Path("/sys/fs/cgroup/memory"),)
 _ROOTS_V2 = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+# The longest that an emptied group may take until it can be removed.
 _EMPTY_S = 10.0
 
 
-class MemoryGroup:
-    """One cgroup of the memory controller. Page cache that its processes are the first to need counts as theirs."""
+class Group:
+    """One cgroup that is there already, whatever it controls."""
 
-    def __init__(self, folder: Path, version: int) -> None:
-        self.folder, self.version = folder, version
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def command(self, command: Sequence[str]) -> list[str]:
         """The command that runs `command` as a member from its first instruction on."""
         return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.folder / "cgroup.procs"), *command]
+
+    def remove(self) -> None:
+        """Its processes must have ended; their memory may take a moment to go."""
+        # The kernel refuses with EBUSY until it has given back the last page and task of the group.
+        deadline_s = time.monotonic() + _EMPTY_S
+        while self.folder.exists():
+            try:
+                self.folder.rmdir()
+            except OSError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.05)
+
+
+class MemoryGroup(Group):
+    """One cgroup of the memory controller. Page cache that its processes are the first to need counts as theirs."""
+
+    def __init__(self, folder: Path, version: int) -> None:
+        super().__init__(folder)
+        self.version = version
 
     def limit(self, limit_bytes: int) -> None:
         """From now on; what is over the limit is reclaimed first, and nothing is swapped.
 
         Raises ConfigError when it cannot be reclaimed.
         """
-        names = ("memory.limit_in_bytes", "memory.max")
-        name = names[self.version - 1]
         try:
+            # With swap, memory over the limit would be written to disk, and decode would be timed against that.
             if self.version == 1:
                 _write(self.folder / "memory.swappiness", 0)
-            elif (self.folder / "memory.swap.max").exists():
+            elif (self.folder / "memory.swap.max").exists():  # absent where the kernel does not account swap
                 _write(self.folder / "memory.swap.max", 0)
-            _write(self.folder / name, limit_bytes)
+            _write(self.folder / ("memory.limit_in_bytes" if self.version == 1 else "memory.max"), limit_bytes)
         except OSError as error:
             raise ConfigError(
                 f"{self.used_bytes() >> 20} MiB are in use and cannot be limited to {limit_bytes >> 20} MiB "
@@ -65,17 +86,6 @@ class MemoryGroup:
         text = _read(self.folder / ("memory.oom_control" if self.version == 1 else "memory.events"))
         found = re.search(r"oom_kill (\d+)", text)
         return int(found.group(1)) if found else 0
-
-    def remove(self) -> None:
-        """Its processes must have ended; their memory may take a moment to go."""
-        deadline_s = time.monotonic() + _EMPTY_S
-        while self.folder.exists():
-            try:
-                self.folder.rmdir()
-            except OSError:
-                if time.monotonic() > deadline_s:
-                    raise
-                time.sleep(0.05)
 
 
 def why_no_groups() -> str | None:
@@ -112,6 +122,7 @@ def _parent() -> tuple[Path, int]:
         if (root / "memory.limit_in_bytes").exists() and os.access(root, os.W_OK):
             return root, 1
     for root in _ROOTS_V2:
+        # In version 2 a group has only the controllers that its parent lists here.
         controllers = root / "cgroup.subtree_control"
         if not controllers.exists() or not os.access(root, os.W_OK):
             continue

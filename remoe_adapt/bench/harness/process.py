@@ -1,7 +1,4 @@
-"""A worker process of a benchmark from its owner's side.
-
-How a worker process of a benchmark speaks with its owner: one line of JSON in, one line of JSON out.
-"""
+"""Worker processes of benchmarks: one line of JSON in, one line of JSON out, seen from both sides."""
 
 from __future__ import annotations
 
@@ -34,6 +31,7 @@ class WorkerProcess:
         self.name, self.group = name, group
         for each in (group, cap):
             command = command if each is None else each.command(command)
+        # A file and not a pipe: nobody reads it while the process runs, and a full pipe would stop it.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `close`)
         self._process = subprocess.Popen(
             command,
@@ -82,6 +80,16 @@ class WorkerProcess:
                 stream.close()
 
 
+class Worker:
+    """The other side: a request's `op` names a method `do_...`, which takes the rest of it by name."""
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What a request found; errors are for the owner to report."""
+        arguments = dict(request)
+        found: dict[str, Any] = getattr(self, f"do_{arguments.pop('op')}")(**arguments)
+        return found
+
+
 Answer = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
@@ -99,5 +107,6 @@ def serve_lines(requests: TextIO, replies: TextIO, answer: Answer) -> None:
 def speak(answer: Answer) -> None:
     """Serve stdin until it ends. stdout is the protocol's alone; what libraries print goes to stderr."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
+        # For the descriptor itself, because libraries in C print past sys.stdout.
         os.dup2(2, 1)
         serve_lines(sys.stdin, replies, answer)

@@ -1,7 +1,5 @@
-"""What every figure needs beside it: the machine, the versions and the commit; and the CSV that keeps them.
-
-Where a benchmark of a whole model finds model, family and room, and how it ends when it is told to.
-"""
+"""Around every benchmark: where it finds model, family and room, how it ends when it is told to, what a figure is held
+to, and what it needs beside it in a CSV (machine, versions, commit)."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from remoe_adapt._support import usable_cores
+from remoe_adapt._support import replacing, usable_cores
 from remoe_adapt.checkpoints import load_with_tokenizer
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluation import commit, example_folder
@@ -31,6 +29,7 @@ REPO_ROOT = Path(__file__).resolve().parents[3]
 
 def environment() -> dict[str, str]:
     """Date (UTC), machine, cores usable, torch threads, versions and commit ("unknown" outside a clone)."""
+    # A figure of one version says nothing of the next: all three have changed what a step costs.
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -48,14 +47,24 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.reader(file))
+    # Rows under a header of other columns could not be read any more.
     if not lines or lines[0] != list(row):
         lines = [list(row)]
     lines.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()])
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with draft.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
-    draft.replace(path)
+
+
+def bar(
+    title: str, value: float | None, target: float, *, at_most: bool = True, failed: bool = False
+) -> dict[str, Any]:
+    """What a figure is held to: `{bar, value, target, at_most, met}`; met is None where it was not measured.
+
+    at_most: the target is the most that it may be, else the least. failed: it is missed, whatever the value.
+    """
+    met = None if value is None else value <= target if at_most else value >= target
+    return {"bar": title, "value": value, "target": target, "at_most": at_most, "met": not failed and met}
 
 
 def _processor() -> str:
@@ -89,13 +98,16 @@ def checked_family(model: str | Path, family: str | Path | None) -> str | None:
         place = Path(model) / "family"
         if not (place / "family.json").is_file():
             return None
+    # Here, because the widened copy has other names and types; it is used by force afterwards.
     Family.load(place).check(load_with_tokenizer(model, device="cpu")[0])
+    # Whole, so that it does not depend on the folder that a process runs in.
     return str(Path(place).resolve()) if Path(place).is_dir() else str(place)
 
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
     """A polite kill cleans up as Ctrl-C does."""
+    # Python lets only the main thread set handlers; a test may run a benchmark in another.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -10,6 +10,8 @@ import copy
 import hashlib
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remoe_adapt.checkpoints import auto_class, load_base, load_tokenizer, load_with_tokenizer
+from remoe_adapt.bench.harness.results import terminated_as_interrupted
+from remoe_adapt.checkpoints import auto_class, load_base, load_with_tokenizer
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.expert_cache import experts_modules
 
@@ -26,10 +29,28 @@ from remoe_adapt.expert_cache import experts_modules
 EXPERT_BYTES = 2 << 20
 # Units are added in steps of as many: rows stay aligned for vector units and, with most hidden sizes, for direct I/O.
 _STEP = 32
+# Beside the tensors: headers, the tokenizer, and what the file system itself needs.
 _SLACK_BYTES = 64 << 20
+# Goes up when widened checkpoints change, else one of an earlier version would be taken for this one's.
 _FORMAT = 1
 # Largest difference of a logit by rounding: (bfloat16 and the like, float32).
 _MOST_GAP = (0.5, 1e-3)
+
+
+@contextmanager
+def wide_copy(
+    model: str | Path, work: Path, *, dtype: torch.dtype, expert_bytes: int, keep: bool
+) -> Iterator[tuple[Path, Path]]:
+    """`widened`, and the folder beside it for its pack; unless `keep`, both are deleted afterwards, after a polite kill
+    too. Raises as `widened`."""
+    with terminated_as_interrupted():
+        wide = widened(model, work, dtype=dtype, expert_bytes=expert_bytes)
+        pack = wide.with_name(f"{wide.name}.pack")
+        try:
+            yield wide, pack
+        finally:
+            for folder in () if keep else (wide, pack):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def widened(model: str | Path, work: Path, *, dtype: torch.dtype, expert_bytes: int = EXPERT_BYTES) -> Path:
@@ -43,13 +64,10 @@ def widened(model: str | Path, work: Path, *, dtype: torch.dtype, expert_bytes: 
     folder = work / f"{Path(model).name}-{_key(model, dtype, expert_bytes)}"
     if (folder / "config.json").is_file():
         return folder
-    source, tokenizer = (
-        load_with_tokenizer(model, device="cpu", dtype=str(dtype).removeprefix("torch.")),
-        load_tokenizer(str(model)),
-    )
-    save_whole(widen(source[0], expert_bytes), folder, tokenizer)
+    source, tokenizer = load_with_tokenizer(model, device="cpu", dtype=str(dtype).removeprefix("torch."))
+    save_whole(widen(source, expert_bytes), folder, tokenizer)
     try:
-        check_same(folder, source[0])
+        check_same(folder, source)
     except ConfigError:
         shutil.rmtree(folder)
         raise
@@ -109,7 +127,7 @@ def save_whole(model: Any, folder: Path, tokenizer: Any = None) -> None:
         model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        sync_files(draft)
+        each_file(draft, os.fsync)  # a full disk may say so only now
         if not folder.exists():  # else another process was as fast
             draft.replace(folder)
     except (OSError, SafetensorError) as error:
@@ -129,15 +147,12 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def sync_files(folder: Path) -> None:
-    """Every file of a folder is on its device, not only in the page cache."""
+def each_file(folder: Path, action: Callable[[int], object]) -> None:
+    """Call `action` with a descriptor of every file below a folder."""
     for path in folder.rglob("*"):
         if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            with path.open("rb") as file:
+                action(file.fileno())
 
 
 def _key(model: str | Path, dtype: torch.dtype, expert_bytes: int) -> str:
@@ -152,8 +167,10 @@ def _key(model: str | Path, dtype: torch.dtype, expert_bytes: int) -> str:
 def _inner_option(model: Any) -> tuple[str, int]:
     """The option of the configuration that is the experts' inner size alone, and its value."""
     shapes = _experts_shapes(model)
+    # The option's name differs by architecture, so each candidate is tried on a model without memory.
     now = {name: tuple(param.shape) for name, param in model.named_parameters()}
     for option, value in model.config.get_text_config().to_dict().items():
+        # True is an int to isinstance, and no size.
         if isinstance(value, bool) or not isinstance(value, int) or "intermediate" not in option:
             continue
         try:
@@ -172,7 +189,7 @@ def _inner_option(model: Any) -> tuple[str, int]:
 
 
 def _experts_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of the experts' weights, by full name; their biases need not have the inner size."""
+    """Shapes of the experts' weights, by full name; their biases need not have the inner size."""
     return {
         f"{name}.{param}": tuple(value.shape)
         for name, module in experts_modules(model).items()
@@ -192,6 +209,7 @@ def _padded(value: Tensor, shape: tuple[int, ...], inner: int, *, halves: bool) 
     """`value` grown to `shape` with zeros; what holds gate and up one after the other grows in both."""
     if tuple(value.shape) == shape:
         return value
+    # More than one grown dimension would be another option than the experts' inner size.
     (dim,) = (place for place, (now, then) in enumerate(zip(value.shape, shape, strict=True)) if now != then)
     parts = value.chunk(2, dim=dim) if halves and value.shape[dim] == 2 * inner else (value,)
     more = (shape[dim] - value.shape[dim]) // len(parts)
