@@ -26,13 +26,7 @@ def is_path(text: str) -> bool:
     )
 
 
-def check_place(
-    given: str | os.PathLike[str],
-    what: str,
-    *,
-    error: type[RemoeError] = ConfigError,
-    **hub: Any,
-) -> None:
+def check_place(given: str | os.PathLike[str], what: str, *, error: type[RemoeError] = ConfigError, **hub: Any) -> None:
     """Whether a folder, or a model of the hub or its cache, is there, before anybody takes long to look for it.
 
     what: what it is to be, the beginning of messages. hub: `cache_dir`, `revision`, `token`, `local_files_only`, as

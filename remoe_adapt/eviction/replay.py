@@ -117,10 +117,7 @@ def count_misses(trace: Trace, policy: str, capacities: Sequence[int], decay: fl
 def one_lookup_each(trace: Trace) -> Trace:
     """The same look-ups as tokens of one expert each, in slot order: its token-atomic replay is that by look-up."""
     top_k = trace.top_k
-    meta = {
-        "num_experts": trace.num_experts,
-        "document_starts": [start * top_k for start in trace.document_starts],
-    }
+    meta = {"num_experts": trace.num_experts, "document_starts": [start * top_k for start in trace.document_starts]}
     return Trace(trace.experts.reshape(trace.num_layers, -1, 1), meta)
 
 

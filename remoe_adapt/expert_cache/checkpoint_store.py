@@ -261,11 +261,7 @@ class ExpertStore:
         return plans
 
     def _group(
-        self,
-        layer: int,
-        name: str,
-        by_source: dict[str | None, list[Extent]],
-        by_pattern: dict[str, WeightConverter],
+        self, layer: int, name: str, by_source: dict[str | None, list[Extent]], by_pattern: dict[str, WeightConverter]
     ) -> _Group:
         count, prefix, params = self.num_experts[layer], f"{self.layers[layer]}.", self._params[layer]
         sources = []
