@@ -1,5 +1,6 @@
 """The live expert cache: experts from storage to RAM to GPU as tokens want them, within a budget of bytes."""
 
+from remoe_adapt.expert_cache.budget import check_budget, domains_of, least_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS, ExpertCache
 from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, find_checkpoint
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
@@ -9,4 +10,3 @@ from remoe_adapt.expert_cache.load import OWN_PLACEMENT, load_with_expert_cache,
 from remoe_adapt.expert_cache.memory import map_pages
 from remoe_adapt.expert_cache.pack import PackedStore
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
-from remoe_adapt.expert_cache.types import check_budget, domains_of, least_budget

@@ -29,9 +29,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from remoe_adapt._support import held_back, let_through
 from remoe_adapt.errors import ConfigError, UncacheableError
+from remoe_adapt.expert_cache.budget import Lease
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.encoding import FLOATS, Arithmetic, eager_function
-from remoe_adapt.expert_cache.types import Lease, Slot
+from remoe_adapt.expert_cache.types import Slot
 from remoe_adapt.tuner import plain_base
 
 

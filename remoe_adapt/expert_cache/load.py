@@ -29,6 +29,7 @@ from remoe_adapt.checkpoints import (
 )
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
+from remoe_adapt.expert_cache.budget import budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS
 from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, find_checkpoint
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
@@ -37,7 +38,7 @@ from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
 from remoe_adapt.expert_cache.pack import PackedStore, write_pack
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
-from remoe_adapt.expert_cache.types import budget_in_bytes, check_budget, check_options
+from remoe_adapt.expert_cache.types import check_options
 
 _KV_CACHE_PART = 16
 _KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
