@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +42,7 @@ class _Source:
         return self.extents[0].row(expert, num_experts) if self.packed else self.extents[expert]
 
     def shape(self) -> tuple[int, ...]:
-        """Of one expert, as a converter takes it."""
+        """The shape of one expert's part, as a converter takes it."""
         shape = self.extents[0].shape
         return (1, *shape[1:]) if self.packed else shape
 
@@ -87,7 +87,44 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)}
 
 
-class ExpertStore:
+class FileStore:
+    """What stores of experts in files share: which experts there are, the files' reader, and the memory that it fills.
+
+    `layers` are the names of the experts modules in model order; `num_experts`, `expert_bytes` (of one) and `params`
+    (names) go with them.
+    """
+
+    layers: tuple[str, ...]
+    num_experts: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
+    params: tuple[tuple[str, ...], ...]
+
+    def __init__(self, paths: Iterable[Path], direct_io: bool, reader: Reader) -> None:
+        self._reader, self._blocks = ExtentReader(paths, direct_io=direct_io, reader=reader), Blocks()
+        self.direct_io, self.close = self._reader.direct_io, self._reader.close
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all experts in memory."""
+        return sum(count * size for count, size in zip(self.num_experts, self.expert_bytes, strict=True))
+
+    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """The parameters of one expert, by name: tensors of `param.shape[1:]` that own their memory.
+
+        Raises ExpertReadError, after several attempts.
+        """
+        raise NotImplementedError
+
+    def give_back(self) -> None:
+        """Memory that is kept for the next reads goes to the system."""
+        self._blocks.give_back()
+
+    def use_blocks(self, blocks: Blocks) -> None:
+        """Read into this memory from now on."""
+        self._blocks = blocks
+
+
+class ExpertStore(FileStore):
     """Reads experts of a checkpoint folder; any number of threads at once.
 
     folder: of the checkpoint.
@@ -96,9 +133,6 @@ class ExpertStore:
     encoding: of the experts in the files.
     direct_io: past the page cache (O_DIRECT), where the file system has it; else buffered, which is logged once.
     reader: reads the files, as os.preadv does.
-
-    `layers` are the names of the experts modules in model order; `num_experts`, `expert_bytes` (of one) and `params`
-    (names) go with them.
 
     Raises ConfigError when the folder is no safetensors checkpoint of this model or lacks experts, ExpertReadError for
     a truncated file.
@@ -132,27 +166,17 @@ class ExpertStore:
         )
         extents = open_checkpoint(self.folder)
         encoding.check_files(self.folder, extents.values())
-        self._one_expert, self._blocks = _OneExpert(model), Blocks()
+        self._one_expert = _OneExpert(model)
         self._plain: dict[tuple[object, ...], tuple[int, ...] | None] = {}
         self._groups = self._plan(model, extents)
         self._paths = {e.path for groups in self._groups for g in groups for s in g.sources for e in s.extents}
-        self._reader = ExtentReader(self._paths, direct_io=direct_io, reader=reader)
+        super().__init__(self._paths, direct_io, reader)
         self._block_bytes = [
             (-(-size // BLOCK) + len(params)) * BLOCK
             for size, params in zip(self.expert_bytes, self._params, strict=True)
         ]
-        self.direct_io, self.close = self._reader.direct_io, self._reader.close
-
-    @property
-    def total_bytes(self) -> int:
-        """Of all experts in memory."""
-        return sum(count * size for count, size in zip(self.num_experts, self.expert_bytes, strict=True))
 
     def read(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """The parameters of one expert, by name: tensors of `param.shape[1:]` that own their memory.
-
-        Raises ExpertReadError, after several attempts.
-        """
         # Slots outlive the inference mode of the thread that happens to ask for them, so they are ordinary tensors.
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return self._assemble(layer, expert)
@@ -179,14 +203,6 @@ class ExpertStore:
         """Name, size and time of change (ns) of each file that experts are in (JSON-ready)."""
         stats = [(path.name, path.stat()) for path in sorted(self._paths)]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-    def give_back(self) -> None:
-        """Memory that is kept for the next reads goes to the system."""
-        self._blocks.give_back()
-
-    def use_blocks(self, blocks: Blocks) -> None:
-        """Read into this memory from now on."""
-        self._blocks = blocks
 
     def _owned(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         return self._blocks.empty(tuple(value.shape), dtype).copy_(value)

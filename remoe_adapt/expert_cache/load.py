@@ -1,7 +1,4 @@
-"""`load_with_expert_cache`: a model whose experts stay in storage, and come to memory when they are needed.
-
-`pack_experts`: a pack of the experts of a model by path or hub id.
-"""
+"""The two ways in by path or hub id: a model whose experts stay in storage until needed, and a pack of experts."""
 
 from __future__ import annotations
 
@@ -90,7 +87,7 @@ def load_with_expert_cache(
         budget.
     storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
     policy, scope, threads: see ExpertCache.
-    prefetch: predict each next layer's experts, and read ahead where that pays (see cache/prefetch.py).
+    prefetch: predict each next layer's experts, and read ahead where that pays (see prefetch.py).
     direct_io, reader: see ExpertStore.
     dtype: as in from_pretrained; None: the checkpoint's (torch_dtype, its old name, counts too).
     from_pretrained_kwargs: other options of from_pretrained, but those that place, quantise or make weights.
@@ -107,7 +104,8 @@ def load_with_expert_cache(
         check_memory(memory)
     if storage is not None:
         check_path("storage", storage, "a folder that `remoe pack` made of this model, or None")
-    check_options(policy, scope, threads)
+    options: dict[str, Any] = {"policy": policy, "scope": scope, "threads": threads}
+    check_options(**options)
     check_flags(prefetch=prefetch, direct_io=direct_io)
     if not callable(reader):
         raise ConfigError(f"reader {reader!r}: give something that reads as os.preadv does.")
@@ -137,9 +135,7 @@ def load_with_expert_cache(
                 budget_bytes,
                 device=place,
                 ram_budget_bytes=None if ram_budget is None else budget_in_bytes(ram_budget, store.total_bytes),
-                policy=policy,
-                scope=scope,
-                threads=threads,
+                **options,
             )
             left_out = [
                 f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
@@ -157,7 +153,7 @@ def load_with_expert_cache(
     assert isinstance(model, PreTrainedModel)
     _own(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
-    bind_experts(model, cache, wanted, place, checkpoint.encoding.arithmetic)
+    bind_experts(model, cache, wanted, place, checkpoint.encoding)
     if prefetch:
         bind_prefetch(model, cache)
     # Not through setattr of nn.Module: it is no part of the model's state.
@@ -258,7 +254,7 @@ def pack_experts(
     path: of the checkpoint, or its hub id.
     out: the folder of the pack.
     dtype: of the copy, which must be that of the model in memory; None: the checkpoint's.
-    overwrite, on_start, on_bytes, and what is returned and raised: see cache.packing.write_pack.
+    overwrite, on_start, on_bytes, and what is returned and raised: see pack.write_pack.
     options: of from_pretrained, for the hub.
 
     Raises ConfigError and UncacheableError as load_with_expert_cache, ConfigError also for other options.

@@ -5,7 +5,7 @@ they are to be understood. For each expert there is one tensor of bytes, `<exper
 BLOCK long; in it lie the parameters as the model has them, one after another, at multiples of ALIGNMENT. So one read
 brings an expert, straight to where it is computed with.
 
-Writes packs: streaming, one expert in memory at a time; what a killed run has finished the next one takes over.
+`write_pack` makes packs, with one expert in memory at a time; what a killed run has finished the next one takes over.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from torch import Tensor
 from remoe_adapt._support import disk_faults, made_parents, printable, read_json, size_text
 from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
 from remoe_adapt.errors import ConfigError, ExpertReadError
-from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
-from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
-from remoe_adapt.expert_cache.memory import Blocks
+from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore, FileStore
+from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
 
 FORMAT, MANIFEST = 1, "experts.json"
 # Numbers of each parameter of the first and the last expert of every layer that are compared with the checkpoint.
@@ -65,7 +64,7 @@ class PackedLayer:
         return cls(source.layers[layer], source.num_experts[layer], round_up(at, BLOCK), params)
 
 
-class PackedStore:
+class PackedStore(FileStore):
     """Reads experts of a pack; any number of threads at once. Stands where the ExpertStore of the checkpoint would.
 
     folder: of the pack.
@@ -86,20 +85,16 @@ class PackedStore:
     ) -> None:
         self.folder = Path(folder)
         self.layers, self.num_experts, self.params = source.layers, source.num_experts, source.params
-        self.expert_bytes, self.total_bytes = source.expert_bytes, source.total_bytes
+        self.expert_bytes = source.expert_bytes
         self._likes = [source.like(layer) for layer in range(len(self.layers))]
         self._packed = [PackedLayer.of(source, layer) for layer in range(len(self.layers))]
         manifest = read_manifest(self.folder)
         self._check(manifest, source)
         self._extents = self._find(manifest["files"])
-        paths = {extent.path for extents in self._extents for extent in extents}
-        self._reader = ExtentReader(paths, direct_io=direct_io, reader=reader)
-        self.direct_io, self.close = self._reader.direct_io, self._reader.close
-        self._blocks = Blocks()
+        super().__init__({extent.path for extents in self._extents for extent in extents}, direct_io, reader)
         self._compare(manifest, source)
 
     def read(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """As `ExpertStore.read`."""
         with torch.inference_mode(False), torch.no_grad():
             extent, params = self._extents[layer][expert], self._packed[layer].params
             block = self._blocks.take(extent.size)
@@ -111,37 +106,28 @@ class PackedStore:
                 for name, like in self._likes[layer].items()
             }  # fmt: skip
 
-    def give_back(self) -> None:
-        """As `ExpertStore.give_back`."""
-        self._blocks.give_back()
-
-    def use_blocks(self, blocks: Blocks) -> None:
-        """Read into this memory from now on."""
-        self._blocks = blocks
-
     def _check(self, manifest: dict[str, Any], source: ExpertStore) -> None:
-        wanted = [as_json(layer) for layer in self._packed]
-        if manifest["layers"] == wanted:
+        found, wanted = manifest["layers"], [as_json(layer) for layer in self._packed]
+        if found == wanted:
             return
         what = f"{self.folder} is a pack of {manifest['model']}"
-        if len(manifest["layers"]) == len(wanted):
-            found, mine = next(
-                (a, b) for a, b in zip(manifest["layers"], wanted, strict=True) if a != b
-            )  # fmt: skip
-            dtypes = [sorted({param["dtype"] for param in one["params"].values()}) for one in (found, mine)]
-            if _without_dtypes(found) == _without_dtypes(mine):
-                raise ConfigError(
-                    f"{what} in {printable(', '.join(dtypes[0]))}, the model is to be loaded in "
-                    f"{', '.join(dtypes[1])}: choose the pack's type with dtype=, or pack again with --dtype."
-                )
-            what += f" ({printable(found['name'])}: {found['experts']} experts, {printable(_shapes(found))})"
+        remedy = "give the pack of this model, or make it with `remoe pack`."
+        if len(found) != len(wanted):
             raise ConfigError(
-                f"{what}, not of {source.folder} ({mine['name']}: {mine['experts']} experts, {_shapes(mine)}): "
-                "give the pack of this model, or make it with `remoe pack`."
+                f"{what} with {len(found)} layers of experts, {source.folder} has {len(wanted)}: {remedy}"
+            )
+        theirs, mine = next(pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1])
+        if _without_dtypes(theirs) == _without_dtypes(mine):
+            had, asked = (
+                ", ".join(sorted({param["dtype"] for param in one["params"].values()})) for one in (theirs, mine)
+            )
+            raise ConfigError(
+                f"{what} in {printable(had)}, the model is to be loaded in {asked}: choose the pack's type with "
+                "dtype=, or pack again with --dtype."
             )
         raise ConfigError(
-            f"{what} with {len(manifest['layers'])} layers of experts, {source.folder} has {len(wanted)}: give the "
-            "pack of this model, or make it with `remoe pack`."
+            f"{what} ({printable(theirs['name'])}: {theirs['experts']} experts, {printable(_shapes(theirs))}), not of "
+            f"{source.folder} ({mine['name']}: {mine['experts']} experts, {_shapes(mine)}): {remedy}"
         )
 
     def _find(self, files: Sequence[str]) -> list[list[Extent]]:
