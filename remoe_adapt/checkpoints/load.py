@@ -40,18 +40,12 @@ def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             path, **hub, **{key: kwargs[key] for key in ("trust_remote_code", "subfolder") if key in kwargs}
         )
         model = auto_class(config).from_pretrained(path, **kwargs)
-    except RemoeError:
-        raise
-    except torch.OutOfMemoryError:
+    except (RemoeError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the files may hold anything, and each kind of damage raises something else
         unknown = unknown_option(error, ("device", *CACHE_OPTIONS)) if isinstance(error, TypeError) else None
-        raise (
-            unknown
-            or ConfigError(
-                f"base {printable(path)!r} cannot be loaded ({first_line(error)}): give a model folder or a hub id."
-            )
-        ) from error
+        what = f"base {printable(path)!r} cannot be loaded ({first_line(error)}): give a model folder or a hub id."
+        raise (unknown or ConfigError(what)) from error
     assert isinstance(model, nn.Module)
     return model
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from huggingface_hub import constants, model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
 from remoe_adapt._support import first_line, printable
 from remoe_adapt.errors import ConfigError, RemoeError
 
@@ -50,9 +53,6 @@ def check_place(given: str | os.PathLike[str], what: str, *, error: type[RemoeEr
 
 
 def _cached(text: str, hub: dict[str, Any]) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     cache_dir, revision = hub.get("cache_dir"), hub.get("revision")
     try:
         found = try_to_load_from_cache(text, "config.json", cache_dir=cache_dir, revision=revision)
@@ -62,9 +62,6 @@ def _cached(text: str, hub: dict[str, Any]) -> bool:
 
 
 def _ask_hub(text: str, shown: str, what: str, error: type[RemoeError], hub: dict[str, Any]) -> None:
-    from huggingface_hub import constants, model_info
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
     start = f"{what} {shown!r} cannot be found: it is no folder here"
     if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
         raise error(

@@ -131,16 +131,14 @@ class ExtentReader:
 
 def _runs(parts: list[_Part]) -> Iterator[list[_Part]]:
     """In the order of the files, those together that follow one another without a gap."""
-    parts.sort(key=lambda part: (part[0].path, part[0].offset))
-    start = 0
-    for number in range(1, len(parts) + 1):
-        before = parts[number - 1][0]
-        if number == len(parts) or (before.path, before.offset + before.size) != (
-            parts[number][0].path,
-            parts[number][0].offset,
-        ):
-            yield parts[start:number]
-            start = number
+    run: list[_Part] = []
+    for part in sorted(parts, key=lambda part: (part[0].path, part[0].offset)):
+        if run and (run[-1][0].path, run[-1][0].offset + run[-1][0].size) != (part[0].path, part[0].offset):
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run
 
 
 def _segments(run: Sequence[_Part], at: int, end: int, step: int) -> Iterator[tuple[int, np.ndarray | None]]:
@@ -186,18 +184,16 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 def _reads_directly(path: Path) -> bool:
     """Whether the file system of `path` takes O_DIRECT."""
-    flag = getattr(os, "O_DIRECT", 0)
     try:
-        fd = os.open(path, os.O_RDONLY | flag)
-    except OSError:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            # Some file systems take the flag, and refuse only the read.
+            os.preadv(fd, [map_pages(BLOCK).data], 0)
+        finally:
+            os.close(fd)
+    except (OSError, AttributeError):  # AttributeError: a system without the flag
         return False
-    try:
-        os.preadv(fd, [map_pages(BLOCK).data], 0)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return flag != 0
+    return True
 
 
 def _memory_step(path: Path) -> int:

@@ -41,19 +41,9 @@ _KV_CACHE_PART = 16
 _KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
 # Options of from_pretrained that place, make, quantise or find weights in ways of their own.
 OWN_PLACEMENT = {
-    "device_map",
-    "quantization_config",
-    "experts_implementation",
-    "state_dict",
-    "tp_plan",
-    "gguf_file",
-    "config",
-    "variant",
-    "subfolder",
-    "key_mapping",
-    "use_safetensors",
-    "transformers_weights",
-}
+    "device_map", "quantization_config", "experts_implementation", "state_dict", "tp_plan", "gguf_file", "config",
+    "variant", "subfolder", "key_mapping", "use_safetensors", "transformers_weights",
+}  # fmt: skip
 
 
 def load_with_expert_cache(

@@ -35,8 +35,6 @@ from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers import Routers, plain_name, survey_routers
 from remoe_adapt.tuner import CARD_FILE, FAMILY_FILE, stays_usable
 
-__all__ = ["Control", "Family", "FamilyPoint", "original_weights"]
-
 
 @dataclass(frozen=True, eq=False)
 class FamilyPoint:
