@@ -26,6 +26,7 @@ def stored_sources(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     found: defaultdict[str, dict[str | None, list[str]]] = defaultdict(dict)
+    # In transformers' own order, in which its converters stack experts: expert 10 comes after 9, not after 1.
     for key in sorted(names, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
         if name not in meta and key in meta:  # a renaming meant for another layout has spoiled it

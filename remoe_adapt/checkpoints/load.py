@@ -20,8 +20,10 @@ from remoe_adapt.checkpoints.options import CACHE_OPTIONS, unknown_option
 from remoe_adapt.checkpoints.paths import check_place
 from remoe_adapt.errors import ConfigError, RemoeError
 
+# Options that every function of the hub takes.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+# The same weights may lie there in other formats too, which would double the download.
 _HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
 
 
@@ -101,10 +103,12 @@ def read_config(path: str | os.PathLike[str], **options: Any) -> PretrainedConfi
 
 def auto_class(config: PretrainedConfig) -> Any:
     """The auto class that makes the text-generating model of a configuration; AutoModel when there is none."""
+    # transformers' table is private; its public way, from_config, would make the model to find out.
     known = (getattr(transformers, name) for name in _AUTO_CLASSES)
     found = next((auto for auto in known if type(config) in auto._model_mapping), None)
     if found is not None:
         return found
+    # A model with code of its own is in no table: its configuration names the classes that make it.
     remote = getattr(config, "auto_map", None) or {}
     return next((getattr(transformers, name) for name in _AUTO_CLASSES if name in remote), AutoModel)
 

@@ -19,6 +19,7 @@ from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, is_number,
 from remoe_adapt.tuner import FAMILY_FILE
 
 FORMAT = 1
+# A family of a hundred points with certificates has less than 1 MiB.
 _MAX_BYTES, _MAX_NAME = 16 << 20, 64
 # What an object of family.json is called in errors -> (keys that it must have, keys that it may have).
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
@@ -53,6 +54,7 @@ def recency_entry(recency: Recency) -> dict[str, Any]:
 
 def usable_path(path: str | os.PathLike[str]) -> Path:
     """A path that may be there or not. Raises FamilyError for one that no disk can have."""
+    # stat is asked only because it refuses what no path can be: a null byte, too long a name.
     try:
         found = Path(path)
         found.stat()
@@ -171,6 +173,7 @@ def placed(copies: Mapping[Path, Path]) -> Iterator[None]:
         yield
         # From here on the folders stay: what was written by the block refers to them.
         undo.pop_all()
+    # What was there before is kept until nothing can fail any more.
     for aside in asides:
         shutil.rmtree(aside, ignore_errors=True)
 
