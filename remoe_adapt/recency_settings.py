@@ -102,7 +102,7 @@ class Recency:
 
     @classmethod
     def of(cls, mode: str | None, gain: float | Sequence[float] = 0.0, decay: float | None = None) -> Recency:
-        """With the usual value of what is None: DEFAULT_MODE, the mode's own decay. Raises as the class."""
+        """Settings with the usual value of what is None: DEFAULT_MODE, the mode's own decay. Raises as the class."""
         mode = DEFAULT_MODE if mode is None else mode
         if decay is None:
             decay = MODES[mode].default_decay if isinstance(mode, str) and mode in MODES else 0.0

@@ -146,7 +146,7 @@ def _record_text(line: str, where: str, tokenizer: Any) -> str:
 
 
 def _whole(text: str) -> str:
-    """Without halves of characters, which JSON's escapes can hold and no tokenizer takes."""
+    """The text without halves of characters, which JSON's escapes can hold and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode()
 
 

@@ -60,8 +60,8 @@ def chosen_file(folder: Path) -> Path:
     Raises ConfigError when there is none, ExpertReadError when it lies elsewhere.
     """
     config = folder / CONFIG
-    told = read_json(config, ExpertReadError) if config.is_file() else {}
-    named = told.get("transformers_weights") if isinstance(told, dict) else None
+    entries = read_json(config, ExpertReadError) if config.is_file() else {}
+    named = entries.get("transformers_weights") if isinstance(entries, dict) else None
     if named is not None:
         if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
             raise ConfigError(
@@ -106,7 +106,7 @@ def file_inside(folder: Path, name: str) -> Path:
     """
     try:
         home, real = folder.resolve(), (folder / name).resolve()
-        # The hub's cache links the files of a snapshot to its blobs, two folders up or, below a subfolder, three.
+        # The hub's cache links the files of a snapshot to blobs, which lie beside the snapshots.
         places = (home, home.parent / "blobs", home.parent.parent / "blobs")
         inside = any(real.is_relative_to(place) for place in places)
     except (OSError, RuntimeError, ValueError):  # a circle of links, or no name of a file

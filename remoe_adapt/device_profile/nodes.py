@@ -143,8 +143,8 @@ class Source:
         try:
             return self._loader.construct_object(node, deep=True)
         except _UNBUILT as error:
-            told = isinstance(error, yaml.YAMLError | ValueError)
-            why = _said(error) if told else f"its text is not of its tag, {node.tag.removeprefix(_TAG)}"
+            is_said = isinstance(error, yaml.YAMLError | ValueError)
+            why = _said(error) if is_said else f"its text is not of its tag, {node.tag.removeprefix(_TAG)}"
             raise ConfigError(f"is not a plain YAML value ({why})") from error
 
     def shown(self, node: yaml.Node) -> str:

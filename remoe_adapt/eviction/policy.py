@@ -401,8 +401,8 @@ class DecayClock:
         self.gain = 1.0
 
     def advance(self, token: int) -> float:
-        # Weights are relative to the token `_base`. Moving it scales all of them, which costs a pass over the keys, so it
-        # is done once a period instead of at each token.
+        # Weights are relative to the token `_base`. Moving it costs a pass over all keys, so it is done once
+        # a period instead of at each token.
         scale = 1.0
         if token - self._base > self._period:
             scale = self._decay ** (token - self._base)

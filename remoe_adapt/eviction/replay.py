@@ -147,7 +147,7 @@ def hit_rates(trace: Trace, policies: Sequence[str], caches: Sequence[float]) ->
 
 
 def layer_rows(trace: Trace, policies: Sequence[str], caches: Sequence[float]) -> list[dict[str, float]]:
-    """Of each layer, in order: `layer` (its place), `eor`, `switch_rate`, the keys of `hit_rates`, `load_entropy`.
+    """A row a layer, in order: `layer` (its place), `eor`, `switch_rate`, the keys of `hit_rates`, `load_entropy`.
 
     Raises as `simulate`.
     """

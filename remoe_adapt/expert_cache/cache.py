@@ -85,12 +85,12 @@ class ExpertCache:
 
     @property
     def budget_bytes(self) -> int:
-        """In force: a smaller one counts once `resize` has brought the slots below it."""
+        """The budget in force: a smaller one counts once `resize` has brought the slots below it."""
         return self._shares.budget_bytes
 
     @property
     def resident_bytes(self) -> int:
-        """Of the slots, those that are being filled among them."""
+        """What the slots take, those that are being filled among them."""
         return sum(policy.used for policy in self._shares.policies)
 
     def resident(self) -> list[Key]:
@@ -160,7 +160,7 @@ class ExpertCache:
                     self._cancel_locked([key])
 
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
-        """Those of these experts that are neither there nor being read, in their order."""
+        """The experts among these that are neither there nor being read, in their order."""
         with self._changed:
             policy = self._shares.policy_of(layer)
             return [expert for expert in experts if (layer, expert) not in policy]

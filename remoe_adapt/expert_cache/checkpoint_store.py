@@ -105,7 +105,7 @@ class FileStore:
 
     @property
     def total_bytes(self) -> int:
-        """Of all experts in memory."""
+        """What all experts take in memory."""
         return sum(count * size for count, size in zip(self.num_experts, self.expert_bytes, strict=True))
 
     def read(self, layer: int, expert: int) -> dict[str, Tensor]:
@@ -167,10 +167,12 @@ class ExpertStore(FileStore):
         extents = open_checkpoint(self.folder)
         encoding.check_files(self.folder, extents.values())
         self._one_expert = _OneExpert(model)
+        # What `_order` found, by conversion and shapes of its sources.
         self._plain: dict[tuple[object, ...], tuple[int, ...] | None] = {}
         self._groups = self._plan(model, extents)
         self._paths = {e.path for groups in self._groups for g in groups for s in g.sources for e in s.extents}
         super().__init__(self._paths, direct_io, reader)
+        # Each parameter may begin anywhere in a block of the file, so each gets one block more.
         self._block_bytes = [
             (-(-size // BLOCK) + len(params)) * BLOCK
             for size, params in zip(self.expert_bytes, self._params, strict=True)
@@ -189,6 +191,7 @@ class ExpertStore(FileStore):
         """The first numbers of each parameter of an expert, at most `count`, flat; raises as `read`."""
         found: dict[str, Tensor] = {}
         for group in self._groups[layer]:
+            # Only a conversion knows where the first numbers come from, so the expert is read whole.
             if group.order is None:
                 whole = self.read(layer, expert)
                 found |= {name: whole[name].flatten()[:count].clone() for name in group.params}
@@ -217,6 +220,7 @@ class ExpertStore(FileStore):
                 straight.append((group.params[0], [pieces[place] for place in group.order]))
                 continue
             like = params[group.params[0]]
+            # The pieces in their order are the parameter, but in another type: read together, then converted.
             if group.order is not None:
                 whole = self._blocks.empty(tuple(like.shape[1:]), pieces[0].dtype)
                 self._reader.fill(_parts([pieces[place] for place in group.order], whole))
@@ -236,6 +240,7 @@ class ExpertStore(FileStore):
         addresses that are its offsets modulo the block size, unless that would spoil the alignment of the tensors."""
         if not wanted:
             return {}
+        # One block for all: the parameters of an expert come and go together, and each mapping counts.
         block = self._blocks.take(self._block_bytes[layer])
         at, found, parts = 0, {}, []
         for param, extents in sorted(wanted, key=lambda entry: (entry[1][0].path, entry[1][0].offset)):
@@ -290,19 +295,21 @@ class ExpertStore(FileStore):
                     f"{count} experts of {name}: are all files there, and of this model?"
                 )
             sources.append(_Source(pattern or "", tuple(extents), packed))
+        # All patterns of one parameter belong to one conversion.
         patterns = [pattern for pattern in by_source if pattern is not None]
         converter = by_pattern[patterns[0]] if patterns else None
         group = tuple(sources)
+        # On the meta device first: a layout that cannot be cut into experts is refused when the model is loaded.
         made = self._convert(converter, name, group, [torch.empty(source.shape(), device="meta") for source in group])
-        own = {key.removeprefix(prefix): value for key, value in made.items()}
-        for param, value in own.items():
+        by_param = {key.removeprefix(prefix): value for key, value in made.items()}
+        for param, value in by_param.items():
             if param not in params or value.shape != (1, *params[param].shape[1:]):
                 raise ConfigError(
                     f"{self.folder}: {prefix}{param} cannot be read expert by expert (one is {list(value.shape)})."
                 )
-        order = self._order(converter, name, group, len(own))
+        order = self._order(converter, name, group, len(by_param))
         straight = order is not None and sources[0].extents[0].dtype == params[name.removeprefix(prefix)].dtype
-        return _Group(name, group, converter, tuple(own), order, straight)
+        return _Group(name, group, converter, tuple(by_param), order, straight)
 
     def _convert(
         self, converter: WeightConverter | None, name: str, sources: Sequence[_Source], tensors: Sequence[Tensor]

@@ -134,8 +134,8 @@ def encoding_of(name: str, config: PretrainedConfig) -> Encoding:
         settings = getattr(part, "quantization_config", None)
         if settings is None:
             continue
-        told = settings if isinstance(settings, Mapping) else vars(settings)
-        method = str(getattr(told.get("quant_method"), "value", told.get("quant_method")) or "no method named")
+        entries = settings if isinstance(settings, Mapping) else vars(settings)
+        method = str(getattr(entries.get("quant_method"), "value", entries.get("quant_method")) or "no method named")
         if (found := _ENCODINGS.get(method)) is not None:
             return found
         remedy = "give the checkpoint that it was made from"

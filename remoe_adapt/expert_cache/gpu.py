@@ -83,6 +83,7 @@ class PinnedBlock(Block):
             raise ConfigError(
                 f"{size} more bytes of RAM cannot be pinned for the GPU (CUDA error {int(failed)}): lower ram_budget."
             )
+        # Only now, so that `__del__` does not unregister what was refused.
         self._address = address
 
     def __del__(self) -> None:
@@ -114,6 +115,7 @@ class DeviceBlock(Block):
 
     def lend(self) -> _Lent:
         """For work queued on the current stream."""
+        # The host need not wait: the stream does, for the kernels that read the block's last tensor.
         if self.freed is not None:
             torch.cuda.current_stream(self.memory.device).wait_event(self.freed)
         return _Lent(self.memory)
@@ -142,12 +144,14 @@ class DeviceBlocks(Blocks):
         """What the current stream has queued so far may read tensors that are given back from now on."""
         stream = torch.cuda.current_stream(self._device)
         event = self._computed.get(stream.cuda_stream)
+        # One event a stream is enough: a later record stands for all work before it.
         if event is None:
             event = self._computed[stream.cuda_stream] = torch.cuda.Event()
         event.record(stream)
 
     def give_back(self) -> None:
         """Free blocks go to the device, once it is idle: its allocator would give them to other streams at once."""
+        # Taken away first, as other threads may ask for blocks while this one waits for the device.
         free, self._free = self._free, {}
         if any(free.values()):
             torch.cuda.synchronize(self._device)
@@ -156,6 +160,7 @@ class DeviceBlocks(Blocks):
                 torch.cuda.empty_cache()
 
     def _keep(self, block: Block) -> None:
+        # CUDA may be gone already at the end of the process, and records no more events.
         if sys.is_finalizing():
             return
         assert isinstance(block, DeviceBlock)
@@ -228,12 +233,15 @@ def make_cache(
         raise ConfigError(
             f"budget: {budget_bytes} bytes of experts on {device}, where {free_bytes} are free; lower it."
         )
+    # More RAM than all experts take would stay empty.
     below_bytes = min(RAM_TO_GPU * budget_bytes, store.total_bytes) if ram_budget_bytes is None else ram_budget_bytes
     try:
         below = ExpertCache(store, below_bytes, **options | {"scope": "global"})
     except ConfigError as error:
         raise ConfigError(f"ram_budget: {error}") from error
+    # Pinned memory alone is copied by the GPU itself, beside its kernels; from other memory each copy would wait.
     store.use_blocks(Blocks(partial(PinnedBlock, device=device)))
     blocks = DeviceBlocks(device)
+    # `computed` runs before a lease's slots can be evicted, so that no copy overwrites what kernels still read.
     source = DeviceSource(below, blocks, CopyStream(device))
     return ExpertCache(source, budget_bytes, below=below, released=blocks.computed, device=device, **options)

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from remoe_adapt._support import printable
 from remoe_adapt.checkpoints import (
     CACHE_OPTIONS,
     HUB_OPTIONS,
+    auto_class,
     check_flags,
     check_memory,
     check_names,
     check_path,
+    check_place,
+    checkpoint_dtype,
+    checkpoint_folder,
+    read_config,
     unknown_option,
 )
 from remoe_adapt.device_profile import parse_size
-from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
+from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.budget import budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS
-from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, find_checkpoint
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
 from remoe_adapt.expert_cache.direct_io import Reader
+from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
 from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
 from remoe_adapt.expert_cache.pack import PackedStore, write_pack
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
 from remoe_adapt.expert_cache.types import check_options
 
+# Default dtype and classes of experts change for the whole process while a model is made.
+LOADING = threading.Lock()
+# 1 / _KV_CACHE_PART of `memory` is left for the KV cache, which grows only once the model runs.
 _KV_CACHE_PART = 16
 _KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
 # Options of from_pretrained that place, make, quantise or find weights in ways of their own.
@@ -88,6 +99,7 @@ def load_with_expert_cache(
     check_names(from_pretrained_kwargs, _KNOWN)
     check_path("path", path, "a model folder or a hub id")
     check_budget("expert_cache", expert_cache)
+    # Everything that can be refused is refused before a file is read or fetched.
     if ram_budget is not None:
         check_budget("ram_budget", ram_budget)
     if memory is not None:
@@ -141,7 +153,7 @@ def load_with_expert_cache(
                 raise ExpertReadError(f"{folder} cannot be loaded ({printable(error)}): fetch it again.") from error
             raise
     assert isinstance(model, PreTrainedModel)
-    _own(model, place)
+    _unmap(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
     bind_experts(model, cache, wanted, place, checkpoint.encoding)
     if prefetch:
@@ -155,7 +167,7 @@ def load_with_expert_cache(
     return model
 
 
-def _own(model: PreTrainedModel, device: torch.device) -> None:
+def _unmap(model: PreTrainedModel, device: torch.device) -> None:
     """Move the dense part from the mapped files, whose pages come and go with memory pressure, to memory of its own."""
     if device.type != "cpu":
         model.to(device)  # type: ignore[arg-type]
@@ -188,6 +200,7 @@ def _store(
 ) -> ExpertStore | PackedStore:
     if storage is None:
         return ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=direct_io, reader=reader)
+    # The pack is compared with the checkpoint, which is needed for nothing else.
     source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding)
     try:
         return PackedStore(storage, source, direct_io=direct_io, reader=reader)
@@ -264,3 +277,68 @@ def pack_experts(
         return write_pack(source, out, model_id=name, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes)
     finally:
         source.close()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model is and how it is made.
+
+    name: as it was given.
+    dtype: of its weights in memory.
+    encoding: of its experts.
+    """
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+    trust: Mapping[str, Any]
+    encoding: Encoding = FLOATS
+
+    @property
+    def loader(self) -> Any:
+        """The auto class that makes it."""
+        return auto_class(self.config)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device; under LOADING. Raises UncacheableError when no auto class makes it."""
+        try:
+            with torch.device("meta"):
+                model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
+        except Exception as error:  # config.json may hold anything
+            reason = str(error).partition("\n")[0].partition(" Model type should be")[0] or type(error).__name__
+            raise UncacheableError(
+                f"{printable(self.name)!r} cannot be made without its weights ({printable(reason)})."
+            ) from error
+        assert isinstance(model, PreTrainedModel)
+        self.encoding.prepare(model)
+        return model
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str], dtype: str | torch.dtype | None = None, options: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """The checkpoint of a folder or hub id, fetched if need be; dtype None or "auto": the configuration's.
+
+    options: of from_pretrained, of which those for the hub and `trust_remote_code` count here.
+
+    Raises ConfigError when it is not there or the dtype is none, UncacheableError when the configuration says that it
+    is quantised in a way that no encoding reads: then no weights have been fetched.
+    """
+    name, options = os.fspath(path), options or {}
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    trust = {key: options[key] for key in ("trust_remote_code",) if key in options}
+    check_place(path, "model", **hub)
+    config = read_config(name, **hub, **trust)
+    encoding = encoding_of(name, config)
+    folder = checkpoint_folder(name, **hub)
+    return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust, encoding)
+
+
+def _dtype(dtype: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        dtype = getattr(config, "dtype", None) or checkpoint_dtype(folder)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype {dtype!r} is no floating type of torch: give bfloat16 or float32, for instance.")
+    return found

@@ -31,6 +31,7 @@ from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore, FileStore
 from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
 
+# The number of the format, which older versions refuse, and the file that says it.
 FORMAT, MANIFEST = 1, "experts.json"
 # Numbers of each parameter of the first and the last expert of every layer that are compared with the checkpoint.
 SAMPLE = 2048
@@ -38,7 +39,7 @@ SAMPLE = 2048
 
 @dataclass(frozen=True, slots=True)
 class PackedParam:
-    """Of one expert; `offset` in its piece, bytes."""
+    """One parameter of one expert; `offset` in its piece, bytes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -56,7 +57,7 @@ class PackedLayer:
 
     @classmethod
     def of(cls, source: ExpertStore, layer: int) -> PackedLayer:
-        """As it is packed from this store."""
+        """The layer as it is packed from this store."""
         params, at = {}, 0
         for name, like in source.like(layer).items():
             params[name] = PackedParam(tuple(like.shape), str(like.dtype).removeprefix("torch."), at)
@@ -142,20 +143,22 @@ class PackedStore(FileStore):
         return found
 
     def _compare(self, manifest: dict[str, Any], source: ExpertStore) -> None:
-        """A fine-tuned sibling has the same shapes and other numbers."""
+        # A fine-tuned sibling has the same names and shapes; only the numbers tell it apart. Training changes all
+        # layers, so the first and the last expert of each are enough.
         for layer, (packed, extents) in enumerate(zip(self._packed, self._extents, strict=True)):
             for expert in sorted({0, packed.experts - 1}):
-                for name, there in source.sample(layer, expert, SAMPLE).items():
-                    here, param, extent = torch.empty_like(there), packed.params[name], extents[expert]
+                for name, wanted in source.sample(layer, expert, SAMPLE).items():
+                    found, param, extent = torch.empty_like(wanted), packed.params[name], extents[expert]
                     cut = replace(
                         extent,
-                        shape=tuple(here.shape),
-                        dtype=here.dtype,
+                        shape=tuple(found.shape),
+                        dtype=found.dtype,
                         offset=extent.offset + param.offset,
-                        size=here.nbytes,
+                        size=found.nbytes,
                     )
-                    self._reader.fill([(cut, here)])
-                    if not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
+                    self._reader.fill([(cut, found)])
+                    # As bytes: NaN is not equal to itself.
+                    if not torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)):
                         raise ConfigError(
                             f"{self.folder} (a pack of {manifest['model']}) has other numbers than {source.folder} in "
                             f"{name} of expert {expert} of {packed.name}: it is of another training of this model. "
@@ -192,13 +195,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def as_json(layer: PackedLayer) -> dict[str, Any]:
-    """As it stands in `experts.json`."""
+    """The entry of a layer in `experts.json`."""
     entry: dict[str, Any] = json.loads(json.dumps(asdict(layer)))
     return entry
 
 
 def round_up(number: int, step: int) -> int:
-    """To a multiple of `step`."""
+    """The next multiple of `step`."""
     return -(-number // step) * step
 
 
@@ -211,9 +214,11 @@ def _shapes(entry: dict[str, Any]) -> str:
     return ", ".join(f"{name} {param['shape']}" for name, param in entry["params"].items())
 
 
+# What a killed run has to write again is less than one file.
 SHARD_BYTES = 4 << 30
 # A pack waits for the disk after so many bytes: dirty pages of a whole pack would push everything else out of memory.
 _FLUSH_BYTES = 128 << 20
+# What a draft is a draft of; a pack that is finished has none.
 _PLAN = "plan.json"
 # The (layer, expert) pairs of one file, in its order.
 _Shard = list[tuple[int, int]]
@@ -262,6 +267,7 @@ def write_pack(
     on_start(sum(sizes))
     draft = out.with_name(f".{out.name}.partial")
     with disk_faults(out, what="written"), made_parents(out), _alone(draft, out):
+        # Once more: another process may have published its pack before this one got the lock.
         _refuse(out, overwrite)
         try:
             _continue(draft, manifest | {"source": source.state()})
@@ -286,6 +292,7 @@ def write_pack(
                 f"the disk of {out.parent} became full; what was packed has been removed. The pack takes "
                 f"{size_text(sum(sizes))}: make room, or give another folder."
             ) from error
+        # Opened as every user will open it, before it replaces anything.
         PackedStore(draft, source).close()
         (draft / _PLAN).unlink(missing_ok=True)
         _publish(draft, out)
@@ -339,6 +346,7 @@ def _header(layers: list[PackedLayer], shard: _Shard, model_id: str) -> bytes:
 @contextmanager
 def _alone(draft: Path, out: Path) -> Iterator[None]:
     draft.mkdir(exist_ok=True)
+    # The system lets go of a lock when its process dies, however it dies; a lock file would stay.
     lock = os.open(draft, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -352,7 +360,7 @@ def _alone(draft: Path, out: Path) -> Iterator[None]:
 def _continue(draft: Path, plan: dict[str, Any]) -> None:
     """Keep what there is if it follows this plan, else begin anew."""
     try:
-        same = read_json(draft / _PLAN) == json.loads(json.dumps(plan))
+        same = read_json(draft / _PLAN) == plan
     except ConfigError:
         same = False
     if not same:
@@ -362,6 +370,7 @@ def _continue(draft: Path, plan: dict[str, Any]) -> None:
 
 
 def _check_room(draft: Path, needed: int) -> None:
+    # Halves of a killed run are written over, so their room counts as free.
     free = shutil.disk_usage(draft).free + sum(path.stat().st_size for path in draft.glob("*.tmp"))
     if needed > free:
         shutil.rmtree(draft)
@@ -405,12 +414,13 @@ def _reserve(file: BinaryIO, size: int) -> None:
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
+        # A file system that cannot reserve room is found full later.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
 
 def _flush(file: BinaryIO) -> None:
-    """To the disk, and out of the page cache, which others need more."""
+    """Bring the file to the disk, and out of the page cache, which others need more."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
@@ -426,6 +436,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _publish(draft: Path, out: Path) -> None:
+    # The files are on the disk before their folder has its name, and the old pack is there until the new one is: a
+    # power cut leaves one of the two.
     _sync(draft)
     old = out.with_name(f".{out.name}.old")
     if old.exists():

@@ -36,7 +36,7 @@ class ExpertSource(Protocol):
 
 @dataclass(slots=True)
 class LayerCounters:
-    """Of one layer. Look-ups are `hits` + `misses`.
+    """What is counted of one layer. Look-ups are `hits` + `misses`.
 
     prefetch_hits: those hits whose bytes were read ahead, at their first look-up; under way still, the wait counts as
     stall. prefetched: experts read ahead. bytes: read, ahead or not, as they are in memory. stall_s: seconds that

@@ -19,7 +19,7 @@ from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, is_number,
 from remoe_adapt.tuner import FAMILY_FILE
 
 FORMAT = 1
-# A family of a hundred points with certificates has less than 1 MiB.
+# Certificates are the most of a file; one beyond this was made to use up memory.
 _MAX_BYTES, _MAX_NAME = 16 << 20, 64
 # What an object of family.json is called in errors -> (keys that it must have, keys that it may have).
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
