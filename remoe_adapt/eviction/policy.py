@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from remoe_adapt.errors import ConfigError
 
@@ -44,26 +44,27 @@ class Policy(ABC, Generic[Key]):
     The history of uses is kept for absent keys too; ties go to the least recently used. Time is in tokens: `touch`
     counts one per call, or takes the token number where several calls (the layers) belong to one token.
 
-    name: what it is called in options, profiles and results. online: it needs no future, so a live cache can run it.
+    `capacity` changes by `resize` alone. `used` is the sum of the resident keys' sizes; it is above the capacity only
+    between `admit` and `trim`.
+
+    name: what it is called in options, profiles and results.
+    online: it needs no future, so a live cache can run it.
+    takes: which options of `make_policy` its constructor has beside the capacity, as "future" or "decay".
 
     Raises ConfigError for a capacity that is not a positive int.
     """
 
     name: ClassVar[str]
     online: ClassVar[bool] = True
-
-    @classmethod
-    def make(cls, capacity: int, future: Sequence[Iterable[Key]], decay: float) -> Self:
-        """One of this kind, which takes of `future` (the keys of every token to come) and `decay` what it needs."""
-        return cls(capacity)
+    takes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = _checked_capacity(capacity)
+        self.capacity = _checked_capacity(capacity)
         self.reset()
 
     def reset(self) -> None:
         """Empties the cache and forgets all uses, as at the start of a document."""
-        self._used = 0
+        self.used = 0
         self._token = -1
         self._uses_seen = 0
         # Kept for keys that are absent too, so that an expert that returns has its history.
@@ -75,15 +76,6 @@ class Policy(ABC, Generic[Key]):
         self._queued: dict[Key, Priority] = {}
         # Stands before the key in an entry, because keys need not be comparable.
         self._pushes = itertools.count()
-
-    @property
-    def capacity(self) -> int:
-        return self._capacity
-
-    @property
-    def used(self) -> int:
-        """Sum of the sizes of the resident keys; above `capacity` only between `admit` and `trim`."""
-        return self._used
 
     def __contains__(self, key: object) -> bool:
         return key in self._size
@@ -128,14 +120,14 @@ class Policy(ABC, Generic[Key]):
             self._last_use[key] = self._uses_seen
             self._uses_seen += 1
         self._size[key] = size
-        self._used += size
+        self.used += size
         self._push(key)
 
     def discard(self, key: Key) -> None:
         """Drops a key if it is resident, as after a failed read. Its uses stay counted."""
         size = self._size.pop(key, None)
         if size is not None:
-            self._used -= size
+            self.used -= size
             # Its entries in the heap are dead from now on; `evict` skips them.
             del self._queued[key]
 
@@ -169,17 +161,17 @@ class Policy(ABC, Generic[Key]):
         Raises:
             ConfigError: the protected keys and `size` exceed the capacity; nothing was dropped.
         """
-        return self._cut_to(self._capacity - size, protected)
+        return self._cut_to(self.capacity - size, protected)
 
     def trim(self, protected: Collection[Key] = ()) -> list[Key]:
         """Evicts until the capacity is kept; see `make_room`."""
-        return self._cut_to(self._capacity, protected)
+        return self._cut_to(self.capacity, protected)
 
     def resize(self, capacity: int, protected: Collection[Key] = ()) -> list[Key]:
         """Changes the capacity, evicting at once what no longer fits; see `make_room`. A refusal changes nothing."""
         # The capacity changes last, because `_cut_to` refuses when protected keys alone take more.
         dropped = self._cut_to(_checked_capacity(capacity), protected)
-        self._capacity = capacity
+        self.capacity = capacity
         return dropped
 
     def step(self, keys: Sequence[Key], sizes: Sequence[int] | None = None) -> list[Key]:
@@ -199,18 +191,18 @@ class Policy(ABC, Generic[Key]):
         return [key for key, _ in missing]
 
     def _check_size(self, key: Key, size: int) -> None:
-        if not 1 <= size <= self._capacity:
-            raise ConfigError(f"{key!r} of size {size} does not fit a cache of {self._capacity}: raise the budget")
+        if not 1 <= size <= self.capacity:
+            raise ConfigError(f"{key!r} of size {size} does not fit a cache of {self.capacity}: raise the budget")
 
     def _cut_to(self, limit: int, protected: Collection[Key]) -> list[Key]:
-        if self._used <= limit:
+        if self.used <= limit:
             return []
         # Refused before the first eviction: a caller that fails must not have lost experts for nothing.
         pinned = sum(self._size.get(key, 0) for key in set(protected))
         if pinned > limit:
             raise ConfigError(f"protected keys take {pinned}, only {max(limit, 0)} may stay: raise the budget")
         dropped = []
-        while self._used > limit:
+        while self.used > limit:
             dropped.append(self.evict(protected))
         return dropped
 
@@ -273,7 +265,8 @@ def make_policy(
     Raises ConfigError for an unknown name, or a capacity that is not a positive int.
     """
     check_policy(name)
-    return POLICIES[name].make(capacity, future, decay)
+    kind, offered = POLICIES[name], {"future": future, "decay": decay}
+    return kind(capacity, **{option: offered[option] for option in kind.takes})
 
 
 @register
@@ -311,10 +304,7 @@ class LRFU(Policy[Key]):
     `decay` runs from 0.5 (the order of LRU) to 1 (of LFU); others raise ConfigError."""
 
     name = "lrfu"
-
-    @classmethod
-    def make(cls, capacity: int, future: Sequence[Iterable[Key]], decay: float) -> Self:
-        return cls(capacity, decay)
+    takes = ("decay",)
 
     def __init__(self, capacity: int, decay: float = LRFU_DECAY) -> None:
         if not 0.5 <= decay <= 1:
@@ -356,10 +346,7 @@ class Belady(Policy[Key]):
 
     name = "belady"
     online = False
-
-    @classmethod
-    def make(cls, capacity: int, future: Sequence[Iterable[Key]], decay: float) -> Self:
-        return cls(capacity, future)
+    takes = ("future",)
 
     def __init__(self, capacity: int, future: Sequence[Iterable[Key]]) -> None:
         self._tokens_of: defaultdict[Key, list[int]] = defaultdict(list)

@@ -234,7 +234,8 @@ class ExpertCache:
             self.below.reset_stats()
 
     def after_fork(self) -> None:
-        """The child has none of its parent's threads: nobody there ends their reads or closes their leases."""
+        """Begin anew in the child of a fork, where nobody ends the reads of the parent's threads or closes leases."""
+        # The threads that would fill these slots are in the parent.
         for key in [key for policy in self._shares.policies for key in policy if key not in self._slots]:
             self._shares.policy_of(key[0]).discard(key)
         # An eviction that was under way has left the policy already, and perhaps not the slots.
@@ -262,6 +263,7 @@ class ExpertCache:
         with self._changed:
             shares, ahead = self._shares, self._ahead
             shares.close_lost()
+            # A second group of one token's experts is no new look-up: what was predicted is still to be asked for.
             if ahead.expected and not continues:
                 self._cancel_locked(ahead.look_up(layer, wanted))
             while True:
@@ -285,12 +287,12 @@ class ExpertCache:
 
     def _await(self, layer: int, awaited: dict[Key, Arrival], begun: dict[Key, Arrival]) -> dict[int, Slot]:
         """The slots of these experts once they have come. Raises what the first failed read raises."""
+        # `begun` changes below; the time is shared out among the reads that this lease began with.
         started, reads, slots = time.perf_counter(), len(begun), dict[int, Slot]()
         try:
             while awaited:
                 read_all(self._fetch, list(begun.items()), self._pool)
-                # All of them are waited for, also behind a failed one: a read that went on would fill a slot that
-                # the caller believes to be free.
+                # All are waited for, also behind a failed one: once this call has ended no read of it goes on.
                 failures = {key: outcome(arrival) for key, arrival in awaited.items()}
                 lost = [key for key, failure in failures.items() if isinstance(failure, AbandonedError)]
                 slots |= {key[1]: awaited[key].result() for key in awaited if key not in lost}
@@ -314,6 +316,7 @@ class ExpertCache:
     def _abandon(self, lease: Lease, begun: dict[Key, Arrival]) -> None:
         """Undo a lease, from its first pin on: nobody shall wait for what nobody reads."""
         with self._changed:
+            # Those that another thread has claimed come to an end in it, and the slots stay for whoever asks next.
             for key, arrival in begun.items():
                 if arrival.claim() and not arrival.done():
                     self._arrive_locked(key, arrival, AbandonedError())

@@ -32,7 +32,6 @@ from remoe_adapt.checkpoints import (
     read_config,
     unknown_option,
 )
-from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.budget import budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS
@@ -87,19 +86,22 @@ def load_with_expert_cache(
     memory: what the dense part and the slots may take together, with a sixteenth left for the KV cache; it lowers the
         budget.
     storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
-    policy, scope, threads: see ExpertCache.
+    policy: what is evicted, see ExpertCache.
+    scope: of the budget, see ExpertCache.
+    threads: reads at a time.
     prefetch: predict each next layer's experts, and read ahead where that pays (see prefetch.py).
-    direct_io, reader: see ExpertStore.
+    direct_io: past the page cache, where the file system can.
+    reader: reads the files, as os.preadv does.
     dtype: as in from_pretrained; None: the checkpoint's (torch_dtype, its old name, counts too).
     from_pretrained_kwargs: other options of from_pretrained, but those that place, quantise or make weights.
 
     Raises ConfigError for options that cannot work or nobody knows, UncacheableError for models whose experts cannot be
     cached (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
     """
+    # Everything that can be refused is refused before a file is read or fetched.
     check_names(from_pretrained_kwargs, _KNOWN)
     check_path("path", path, "a model folder or a hub id")
     check_budget("expert_cache", expert_cache)
-    # Everything that can be refused is refused before a file is read or fetched.
     if ram_budget is not None:
         check_budget("ram_budget", ram_budget)
     if memory is not None:
@@ -131,7 +133,7 @@ def load_with_expert_cache(
         try:
             budget_bytes = budget_in_bytes(expert_cache, store.total_bytes)
             if memory is not None:
-                budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
+                budget_bytes = min(budget_bytes, _bytes_for_slots(memory, skeleton, modules))
             cache = make_cache(
                 store,
                 budget_bytes,
@@ -208,15 +210,12 @@ def _store(
         source.close()
 
 
-def _dense_bytes(skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:
+def _bytes_for_slots(memory: str | int, skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:
+    """What `memory` leaves beside the dense part and the KV cache."""
     left_out = {id(param) for module in experts.values() for param in module.parameters(recurse=False)}
     tensors = itertools.chain(skeleton.parameters(), skeleton.buffers())
-    return sum(tensor.nbytes for tensor in tensors if id(tensor) not in left_out)
-
-
-def _under(memory: str | int, dense_bytes: int) -> int:
-    """Bytes left for slots."""
-    memory_bytes = parse_size(memory) if isinstance(memory, str) else memory
+    dense_bytes = sum(tensor.nbytes for tensor in tensors if id(tensor) not in left_out)
+    memory_bytes = budget_in_bytes(memory, 0)
     left = memory_bytes - memory_bytes // _KV_CACHE_PART - dense_bytes
     if left <= 0:
         raise ConfigError(
@@ -257,10 +256,13 @@ def pack_experts(
     path: of the checkpoint, or its hub id.
     out: the folder of the pack.
     dtype: of the copy, which must be that of the model in memory; None: the checkpoint's.
-    overwrite, on_start, on_bytes, and what is returned and raised: see pack.write_pack.
+    overwrite: replace a pack that is there.
+    on_start: called with the bytes in all.
+    on_bytes: called with the bytes that were written since the last call.
     options: of from_pretrained, for the hub.
 
-    Raises ConfigError and UncacheableError as load_with_expert_cache, ConfigError also for other options.
+    Returns and raises what `write_pack` does; ConfigError and UncacheableError also as load_with_expert_cache, and
+    ConfigError for other options.
     """
     if unknown := sorted(options.keys() - {*HUB_OPTIONS, "trust_remote_code"}):
         raise ConfigError(
