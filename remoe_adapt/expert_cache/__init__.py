@@ -1,8 +1,8 @@
 """The live expert cache: experts from storage to RAM to GPU as tokens want them, within a budget of bytes.
 
 `load_with_expert_cache` gives a model whose experts are in an `ExpertCache`; `expert_cache_of` finds it again.
-`pack_experts` copies experts to where one read brings each. `register` adds an `Encoding` of experts; `Floats` is the one
-that is there. The stores, the reader and the pages below are for benchmarks and for engines that read files themselves.
+`pack_experts` copies experts to where one read brings each. `register` adds an `Encoding` of experts; `Floats` is the
+one that is there. Stores, reader and pages are for benchmarks, and for engines that read files themselves.
 """
 
 from remoe_adapt.expert_cache.budget import check_budget, domains_of, least_budget
