@@ -168,11 +168,16 @@ def _number(value: float) -> str:
 
 def _interpositions() -> str:
     rows = (
-        (row.library, row.interposes, ", ".join(f"`{file}`" for file in row.used_in), f"`{row.name}`")
+        (row.library, row.interposes, ", ".join(map(_patch, row.patches)), f"`{row.name}`")
         for row in contracts()
         if row.interposes
     )
-    return table(("library", "what we put there, and what takes it off", "used by", "row"), rows)
+    return table(("library", "what we put there, and what takes it off", "where, by which function", "row"), rows)
+
+
+def _patch(text: str) -> str:
+    file, _, function = text.partition(":")
+    return f"`{file}`: `{function}`"
 
 
 def _assumptions() -> str:

@@ -29,7 +29,7 @@ from remoe_adapt.dial.swap import ResidentRouters
 from remoe_adapt.errors import DialError
 from remoe_adapt.expert_cache import expert_cache_of
 from remoe_adapt.family import Family
-from remoe_adapt.libraries import Overrides
+from remoe_adapt.libraries import Patches, put_on
 from remoe_adapt.pressure import Decision
 from remoe_adapt.tuner import RemoeModel
 
@@ -77,14 +77,14 @@ class Controller:
         self._events = Events()
         self._staging = Staging(self._routers, self._events)
         self._steps = self._staging.steps
-        self._hooks = Overrides()
         self._monitor = Monitor(self._base, profile, self.tick)
         self._guards = Guards(self._model, self._routers, prior)
         tuner.before_unload = self.release
-        wrap_steps(self._hooks, self._base, self._steps)
+        self._patches = Patches(wrap_steps(self._base, self._steps))
         mend_after_fork(self)
         _OPEN.add(self)
         self.set_pressure(None)
+        self._patches.add(*(put_on(owner, "controller", self) for owner in (peft_model, self._base)))
         if monitored:
             self._monitor.resume()
 
@@ -232,11 +232,8 @@ class Controller:
                 return
             self._staging.close(keep_live)
             self._tuner.before_unload = None
-            self._hooks.remove()
+            self._patches.remove()
             self._guards.remove()
-            for owner in (self._model, self._base):
-                if owner.__dict__.get("controller") is self:
-                    del owner.__dict__["controller"]
         _OPEN.discard(self)
         self._monitor.close()
         self._events.close()

@@ -17,7 +17,7 @@ from torch import nn
 from remoe_adapt.dial.recency import DialPrior
 from remoe_adapt.dial.swap import ResidentRouters
 from remoe_adapt.errors import DialError, MergeStateError
-from remoe_adapt.libraries import Overrides
+from remoe_adapt.libraries import Patches, hook, override
 from remoe_adapt.tuner import RemoeLayer
 
 
@@ -33,16 +33,16 @@ class Guards:
     def __init__(self, model: PeftModel, routers: ResidentRouters, prior: DialPrior | None) -> None:
         base: Any = model.get_base_model()
         self._routers, self._prior, self._layers = routers, prior, routers.layers
-        self._hooks = Overrides()
-        self._handles = [base.register_load_state_dict_pre_hook(partial(_keep_live, self._layers))]
-        layer: Any
+        self._patches = Patches(hook(base, "load_state_dict_pre", partial(_keep_live, self._layers)))
         for layer in self._layers.values():
-            self._hooks.wrap(layer, "enable_adapters", self._switch_prior)
-            self._handles.append(layer.register_state_dict_post_hook(_give_base))
-            self._handles.append(layer.register_load_state_dict_pre_hook(partial(_keep_live, {"": layer})))
+            self._patches.add(
+                override(layer, "enable_adapters", self._switch_prior),
+                hook(layer, "state_dict_post", _give_base),
+                hook(layer, "load_state_dict_pre", partial(_keep_live, {"": layer})),
+            )
         # Both have the method, and a checkpoint saved by either would hold a strength instead of the base.
         for owner in (base, model):
-            self._hooks.wrap(owner, "save_pretrained", self._refuse_to_save)
+            self._patches.add(override(owner, "save_pretrained", self._refuse_to_save))
 
     @property
     def disabled(self) -> bool:
@@ -61,9 +61,7 @@ class Guards:
 
     def remove(self) -> None:
         """Undo all of it."""
-        self._hooks.remove()
-        for handle in self._handles:
-            handle.remove()
+        self._patches.remove()
 
     def check_leaving(self, keep_live: bool) -> None:
         """Raises where leaving would lose something: DialError for the base's weights, MergeStateError with

@@ -29,6 +29,7 @@ from remoe_adapt.dial.recency import AskedRecency, DialPrior, RecencyPlan, plan_
 from remoe_adapt.errors import AdapterConflictError, ConfigError, DialError, FamilyError, UncacheableError
 from remoe_adapt.expert_cache import OWN_PLACEMENT, bind_prefetch, check_budget, expert_cache_of, load_with_expert_cache
 from remoe_adapt.family import Family
+from remoe_adapt.libraries import replace_module
 from remoe_adapt.routers import Routers, survey_routers
 from remoe_adapt.tuner import RemoeConfig, plain_base, remoe_layers, wrap_or_inject
 
@@ -127,7 +128,7 @@ def release(model: nn.Module) -> nn.Module:
     Raises DialError inside a forward, and when the weights cannot be written back (offloaded since).
     """
     base = plain_base(model)
-    controller = base.__dict__.get("controller")
+    controller = vars(base).get("controller")
     if controller is not None:
         controller.close()
     put = _DIALLED.pop(base, None)
@@ -138,7 +139,7 @@ def release(model: nn.Module) -> nn.Module:
         if put.adapter_name in layer.adapters:
             layer.delete_adapter(put.adapter_name)
             if not layer.adapters:
-                base.set_submodule(name, layer.base_layer)
+                replace_module(base, name, layer.base_layer)
     configs.pop(put.adapter_name, None)
     if not configs and hasattr(base, "peft_config"):
         del base.peft_config
@@ -248,14 +249,12 @@ def _under_dial(
     prior: DialPrior | None = None
     try:
         prior = DialPrior(model, family, plan, routers) if plan is not None else None
-        controller = Controller(wrapped, family, profile, prior, monitored=monitor)
+        Controller(wrapped, family, profile, prior, monitored=monitor)
     except BaseException:
         if prior is not None:
             prior.remove()
         release(model)
         raise
-    # Not through setattr of nn.Module: the controller is no part of the model's state.
-    wrapped.__dict__["controller"] = model.__dict__["controller"] = controller
     return wrapped
 
 
@@ -284,7 +283,7 @@ def profile_of(profile: str | os.PathLike[str] | DeviceProfile | None) -> Device
 
 def _check_free(base: nn.Module) -> None:
     model = plain_base(base)
-    if "controller" in model.__dict__:
+    if "controller" in vars(model):
         raise DialError("this model has a dial already: take it off with remoe_adapt.release(model) first.")
     if layers := remoe_layers(model):
         names = sorted(set().union(*(layer.adapters for layer in layers.values())))

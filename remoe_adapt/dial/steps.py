@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from remoe_adapt._support import EXIT
 from remoe_adapt.errors import DialError
-from remoe_adapt.libraries import Overrides
+from remoe_adapt.libraries import Handle, Patches, override
 
 # No forward waits longer than this for another one to end, so no chain of waiting threads can lock up.
 PATIENCE_S = 1.0
@@ -317,10 +317,10 @@ class _Forward(AbstractContextManager[None]):
             EXIT.stay_out()
 
 
-def wrap_steps(hooks: Overrides, model: Any, lock: StepLock) -> None:
+def wrap_steps(model: Any, lock: StepLock) -> Handle:
     """Every decoding loop of `model.generate` passes the lock before and after each of its forwards.
 
-    hooks: what undoes it; only this object is changed, no class and no forward.
+    Only this object is changed, no class and no forward.
     """
 
     def around_generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -335,6 +335,8 @@ def wrap_steps(hooks: Overrides, model: Any, lock: StepLock) -> None:
         lock.end_step()
         return original(*args, **kwargs)
 
-    hooks.wrap(model, "generate", around_generate)
-    hooks.wrap(model, "prepare_inputs_for_generation", before_forward)
-    hooks.wrap(model, "_update_model_kwargs_for_generation", after_forward)
+    return Patches(
+        override(model, "generate", around_generate),
+        override(model, "prepare_inputs_for_generation", before_forward),
+        override(model, "_update_model_kwargs_for_generation", after_forward),
+    )

@@ -25,6 +25,7 @@ from remoe_adapt.engines.files import new_folder
 from remoe_adapt.engines.merged import left_out
 from remoe_adapt.errors import ConfigError, UnsupportedRouterError
 from remoe_adapt.family import Family
+from remoe_adapt.libraries import hook
 from remoe_adapt.tuner import plain_key
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -141,15 +142,13 @@ def _check_reached(skeleton: nn.Module, weight_names: dict[str, str]) -> None:
         rows, columns = router.get_parameter(weight_name).shape
         given = inspect.signature(router.forward).parameters.values()
         needed = [entry for entry in given if entry.default is entry.empty][1:]  # a selection bias, for instance
-        handle = router.get_submodule(owner).register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        try:
-            # On the meta device nothing is computed, so asking costs no time and no memory.
-            with torch.no_grad(), torch.device("meta"):
-                router(torch.empty(1, 1, columns), *(torch.empty(rows) for _ in needed))
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-            pass  # only the call of the owner counts; what comes after it may need more than these hidden states
-        finally:
-            handle.remove()
+        with hook(router.get_submodule(owner), "forward", lambda *_, calls=calls: calls.append(1)):
+            try:
+                # On the meta device nothing is computed, so asking costs no time and no memory.
+                with torch.no_grad(), torch.device("meta"):
+                    router(torch.empty(1, 1, columns), *(torch.empty(rows) for _ in needed))
+            except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+                pass  # only the call of the owner counts; what comes after it may need more than these hidden states
         if not calls:
             raise UnsupportedRouterError(
                 f"router {name} was not seen to call its {owner}, whose weight PEFT's LoRA changes while it is called: "

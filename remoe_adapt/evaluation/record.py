@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from remoe_adapt.checkpoints import device_of, max_positions
 from remoe_adapt.errors import ConfigError, TraceError
-from remoe_adapt.libraries import cache_keyword, returned_cache
+from remoe_adapt.libraries import Patches, cache_keyword, hook, returned_cache
 from remoe_adapt.routers import RouterRef, discover_routers
 from remoe_adapt.traces import Trace
 
@@ -84,12 +84,10 @@ def record_forward(model: nn.Module) -> Iterator[Recorder]:
     recorder = Recorder(discover_routers(model))
     # The hook is on the outermost module, an adapter's wrapper for instance, because that returns what the experts
     # receive; the wrapped router alone would show the base's choice.
-    handles = [ref.outermost.register_forward_hook(recorder.hook(layer)) for layer, ref in enumerate(recorder.routers)]
-    try:
+    with Patches() as patches:
+        for layer, ref in enumerate(recorder.routers):
+            patches.add(hook(ref.outermost, "forward", recorder.hook(layer)))
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from remoe_adapt.expert_cache.budget import Lease
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, eager_function
 from remoe_adapt.expert_cache.types import Slot
+from remoe_adapt.libraries import Patches, override, put_on, register_entry
 from remoe_adapt.tuner import plain_base
 
 if TYPE_CHECKING:
@@ -186,7 +188,7 @@ def remoe_cache(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     return found.run(module, hidden_states, top_k_index, top_k_weights)
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, remoe_cache)
+register_entry(ALL_EXPERTS_FUNCTIONS, IMPLEMENTATION, remoe_cache)
 
 
 def check_experts(modules: dict[str, nn.Module]) -> None:
@@ -206,29 +208,17 @@ def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
     """
     thread = threading.get_ident()
 
-    def patched(cls: type[nn.Module], original: Callable[..., None]) -> Callable[..., None]:
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            if type(self) is cls and threading.get_ident() == thread:
-                for name in list(self._parameters):
-                    delattr(self, name)
-                # transformers would initialise what is missing in the files; here nothing is missing.
-                vars(self)["_is_hf_initialized"] = True
+    def init(cls: type[nn.Module], original: Callable[..., None], module: Any, *args: Any, **kwargs: Any) -> None:
+        original(module, *args, **kwargs)
+        if type(module) is cls and threading.get_ident() == thread:
+            put_on(module, "_parameters", {})
+            # transformers would initialise what is missing in the files; here nothing is missing.
+            put_on(module, "_is_hf_initialized", True)
 
-        return init
-
-    before: dict[Any, Any] = {cls: vars(cls).get("__init__") for cls in classes}
-    try:
-        for cls in classes:
-            cls.__init__ = patched(cls, cls.__init__)  # type: ignore[method-assign]
+    with Patches() as patches:
+        with held_back():  # a class changed by then, and noted nowhere, would stay so
+            patches.add(*(override(cls, "__init__", partial(init, cls)) for cls in classes))
         yield
-    finally:
-        with held_back():
-            for cls, own in before.items():
-                if own is None:
-                    del cls.__init__
-                else:
-                    cls.__init__ = own
 
 
 def bind_experts(
@@ -246,8 +236,8 @@ def bind_experts(
     encoding: of the experts in the slots.
     """
     for layer, name in enumerate(expert_cache.source.layers):
-        module: Any = model.get_submodule(name)
-        module.cached_experts = CachedExperts(expert_cache, layer, dtype, device, encoding)
+        experts = CachedExperts(expert_cache, layer, dtype, device, encoding)
+        put_on(model.get_submodule(name), "cached_experts", experts)
 
 
 def expert_cache_of(model: nn.Module) -> ExpertCache | None:

@@ -7,8 +7,7 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +42,7 @@ from remoe_adapt.expert_cache.gpu import find_device, make_cache
 from remoe_adapt.expert_cache.pack import PackedStore, write_pack
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
 from remoe_adapt.expert_cache.types import check_options
+from remoe_adapt.libraries import Handle, become, class_attribute, put_on
 
 # Default dtype and classes of experts change for the whole process while a model is made.
 LOADING = threading.Lock()
@@ -160,12 +160,9 @@ def load_with_expert_cache(
     bind_experts(model, cache, wanted, place, checkpoint.encoding)
     if prefetch:
         bind_prefetch(model, cache)
-    # Not through setattr of nn.Module: it is no part of the model's state.
-    model.__dict__["expert_cache"] = cache
+    put_on(model, "expert_cache", cache)
     # By its class: attributes of the model are hooked and unhooked by others.
-    cls = type(model)
-    own = {"save_pretrained": _no_saving, "set_experts_implementation": _no_other_experts}
-    model.__class__ = type(cls.__name__, (cls,), {**own, "__module__": cls.__module__})
+    become(model, _Cached)
     return model
 
 
@@ -178,18 +175,21 @@ def _unmap(model: PreTrainedModel, device: torch.device) -> None:
         tensor.data = tensor.data.clone()
 
 
-def _no_saving(*args: object, **kwargs: object) -> NoReturn:
-    raise MergeStateError(
-        "this model's experts are in its checkpoint, not in the model, so saving it would lose them. Save adapters "
-        "with the PeftModel's save_pretrained; to save the whole model, load it with from_pretrained first."
-    )
+class _Cached:
+    """What the class of a model with an expert cache becomes."""
 
+    def save_pretrained(self, *args: object, **kwargs: object) -> NoReturn:
+        raise MergeStateError(
+            "this model's experts are in its checkpoint, not in the model, so saving it would lose them. Save adapters "
+            "with the PeftModel's save_pretrained; to save the whole model, load it with from_pretrained first."
+        )
 
-def _no_other_experts(*args: object, **kwargs: object) -> NoReturn:
-    raise ConfigError(
-        f"this model's experts are in a cache, which computes them as experts_implementation={IMPLEMENTATION!r} alone: "
-        "for another implementation load the model with from_pretrained."
-    )
+    def set_experts_implementation(self, *args: object, **kwargs: object) -> NoReturn:
+        raise ConfigError(
+            "this model's experts are in a cache, which computes them as "
+            f"experts_implementation={IMPLEMENTATION!r} alone: for another implementation load the model with "
+            "from_pretrained."
+        )
 
 
 def _store(
@@ -225,20 +225,12 @@ def _bytes_for_slots(memory: str | int, skeleton: PreTrainedModel, experts: dict
     return left
 
 
-@contextmanager
-def _unexpected(cls: type[PreTrainedModel], names: list[str]) -> Iterator[None]:
-    """Within, models of `cls` do not report these parameters as left over in their checkpoints."""
-    before = vars(cls).get("_keys_to_ignore_on_load_unexpected")
+def _unexpected(cls: type[PreTrainedModel], names: list[str]) -> Handle:
+    """Until it is undone, models of `cls` do not report these parameters as left over in their checkpoints."""
     prefix = f"{cls.base_model_prefix}."
     patterns = [re.escape(name.removeprefix(prefix)) + "$" for name in names]
-    cls._keys_to_ignore_on_load_unexpected = [*(cls._keys_to_ignore_on_load_unexpected or ()), *patterns]
-    try:
-        yield
-    finally:
-        if before is None:
-            del cls._keys_to_ignore_on_load_unexpected
-        else:
-            cls._keys_to_ignore_on_load_unexpected = before
+    known = cls._keys_to_ignore_on_load_unexpected or ()
+    return class_attribute(cls, "_keys_to_ignore_on_load_unexpected", [*known, *patterns])
 
 
 def pack_experts(

@@ -2,8 +2,8 @@
 
 `contracts()` are the rows (`of_*`): what must be so, who relies on it, what we put into objects
 of others there, and a check that runs on the installed versions. `remoe doctor --contracts`, `make newest` and
-`tests/test_contracts.py` run them. `kv_cache` knows the names of the KV cache, `patching` changes a method of one
-object with a way back.
+`tests/test_contracts.py` run them. `kv_cache` knows the names of the KV cache, `patching` changes
+objects, classes and registries of others, each with a way back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,22 @@ from remoe_adapt.libraries.kv_cache import (
     returned_cache,
     unknown_cache_argument,
 )
-from remoe_adapt.libraries.patching import Overrides
+from remoe_adapt.libraries.patching import (
+    Handle,
+    Patches,
+    Snapshot,
+    append_entry,
+    become,
+    carry,
+    class_attribute,
+    enum_member,
+    hook,
+    override,
+    put_on,
+    register_entry,
+    replace_module,
+    subclass_of,
+)
 from remoe_adapt.libraries.table import Contract, versions
 
 __all__ = ["Contract", "contracts", "versions"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from remoe_adapt.libraries.kv_cache import (
     is_counted,
     returned_cache,
 )
-from remoe_adapt.libraries.patching import Override
+from remoe_adapt.libraries.patching import Patches, become, hook, override
 from remoe_adapt.libraries.table import hold, relied_on
 from remoe_adapt.libraries.tiny import IDS, ids, tiny_model
 
@@ -45,8 +46,9 @@ def kv_cache_names() -> None:
     "A KV cache counts its tokens, crops, reorders, selects and repeats by methods of these names; a cache for "
     "compiled steps says so and holds its length as a tensor.",
     "recency/sequences.py libraries/kv_cache.py",
-    interposes="the class of a KV cache object becomes a subclass that takes the recency along (sequences.attach); "
-    "lives and dies with the cache",
+    interposes="the class of a KV cache object becomes a subclass that takes the recency along (sequences.attach), "
+    "which hangs on the object; both live and die with the cache",
+    patches="recency/sequences.py:become recency/sequences.py:carry",
 )
 def kv_cache_methods() -> None:
     from transformers import DynamicCache, StaticCache
@@ -58,9 +60,8 @@ def kv_cache_methods() -> None:
         made = returned_cache(model(ids(), use_cache=True))
         hold(is_counted(cache_length(made), made), "a DynamicCache tells its length by no number.")
         hold(cache_length(made) == len(IDS), f"a DynamicCache of {len(IDS)} tokens counts {cache_length(made)}.")
-        kind = type(made)
         # This is what sequences.attach does, so that crop and reorder reach the recency as well.
-        made.__class__ = type(kind.__name__, (kind,), {})
+        become(made, type("Mixin", (), {}))
         made.note = "kept"
         hold(copy.deepcopy(made).note == "kept", "a deep copy of a KV cache loses what hangs on it.")
         made.crop(-2)  # to a length, as before 5.24, is refused now
@@ -78,9 +79,10 @@ def kv_cache_methods() -> None:
     "transformers",
     "generate calls prepare_inputs_for_generation before and _update_model_kwargs_for_generation after each forward, "
     "both looked up on the instance; the text model inside is called as a module, with keywords, masks and its cache.",
-    "dial/steps.py dial/steps.py recency/sequences.py",
+    "dial/steps.py recency/sequences.py",
     interposes="generate, prepare_inputs_for_generation and _update_model_kwargs_for_generation of one model object "
     "(controller.close takes them off); pre- and post-forward hooks of its text model (InstalledPrior.remove)",
+    patches="dial/steps.py:override recency/sequences.py:hook",
 )
 def decoding_loop() -> None:
     model, called = tiny_model(), []
@@ -93,20 +95,17 @@ def decoding_loop() -> None:
         return call
 
     names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
-    overrides = [Override(model, name, around(name)) for name in names]
 
-    def hook(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def on_text(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         called.append("text")
         taken = cache_argument(model.model.forward)
         hold(taken in kwargs, f"generate's forward hands the text model no {taken!r} as a keyword.")
         hold("attention_mask" in kwargs, "generate's forward hands the text model no attention_mask as a keyword.")
         hold("input_ids" in kwargs or args, "generate's forward hands the text model no input_ids.")
 
-    handle = model.model.register_forward_pre_hook(hook, with_kwargs=True)
-    model.generate(ids(), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    handle.remove()
-    for override in overrides:
-        override.undo()
+    with Patches(*(override(model, name, around(name)) for name in names)) as patches:
+        patches.add(hook(model.model, "forward_pre", on_text, with_kwargs=True))
+        model.generate(ids(), max_new_tokens=3, do_sample=False, eos_token_id=None)
     step = [names[0], "text", names[1]]
     hold(called == step * 3, f"three steps of generate called {called}, not {step} each.")
 
@@ -116,6 +115,7 @@ def decoding_loop() -> None:
     "Continuous batching is entered by these methods alone, generate(cache_implementation='paged') among them.",
     "recency/install.py libraries/kv_cache.py",
     interposes="the three methods of a model with an ema or last prior, which raise (InstalledPrior.remove)",
+    patches="recency/install.py:override",
 )
 def continuous_batching() -> None:
     model, called = tiny_model(), []
@@ -126,13 +126,8 @@ def continuous_batching() -> None:
         called.append("stopped")
         raise InterruptedError
 
-    override = Override(model, CONTINUOUS_BATCHING[0], stop)
-    try:
+    with override(model, CONTINUOUS_BATCHING[0], stop), suppress(InterruptedError):
         model.generate(ids(), cache_implementation="paged", max_new_tokens=1)
-    except InterruptedError:
-        pass
-    finally:
-        override.undo()
     hold(called, "generate(cache_implementation='paged') does not come by generate_batch.")
     source = inspect.getsource(getattr(type(model), CONTINUOUS_BATCHING[0]))
     hold(CONTINUOUS_BATCHING[1] in source or CONTINUOUS_BATCHING[2] in source, "generate_batch begins otherwise now.")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from remoe_adapt.libraries.patching import hook
 from remoe_adapt.libraries.table import hold, relied_on
 
 
@@ -34,6 +35,7 @@ def _small() -> Any:
     names="peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING "
     "peft.utils.register_peft_method peft.utils.PeftType",
     interposes="PeftType gains the member REMOE (for the life of the process)",
+    patches="tuner/__init__.py:enum_member",
 )
 def adapter_type() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -59,6 +61,7 @@ def adapter_type() -> None:
     interposes="PeftConfigMixin.from_json_file and from_pretrained check what a REMOE adapter's files hold; "
     "PeftModel's from_pretrained, load_adapter and create_or_update_model_card undo a failed load of one and write its "
     "card (for the process; other types are handed through)",
+    patches="tuner/loading.py:override tuner/loading.py:Snapshot",
 )
 def config_reading() -> None:
     from peft import PeftModel
@@ -87,8 +90,11 @@ def config_reading() -> None:
     "peft.tuners.tuners_utils.check_adapters_to_merge peft.utils.AuxiliaryTrainingWrapper "
     "peft.utils.ModulesToSaveWrapper peft.utils.INCLUDE_LINEAR_LAYERS_SHORTHAND peft.utils.SAFETENSORS_WEIGHTS_NAME "
     "peft.utils.CONFIG_NAME peft.utils.constants.DUMMY_TARGET_MODULES",
-    interposes="each adapted router module is replaced by a RemoeLayer around it (unload and delete_adapter put it "
-    "back); its __call__ skips torch's hooks while the module itself has none",
+    interposes="each adapted router module is replaced by a RemoeLayer around it (unload and release put it back, and "
+    "so does an error); its __call__ skips torch's hooks while the module itself has none; a forward with one "
+    "adapter per sample hooks the layers and replaces the routers' forward (undone at its end)",
+    patches="tuner/model.py:replace_module tuner/model.py:Snapshot dial/load.py:replace_module "
+    "bench/controller/arms.py:replace_module tuner/mixed_batch.py:hook tuner/mixed_batch.py:put_on",
 )
 def tuner_layers() -> None:
     from peft import LoraConfig, get_peft_model
@@ -125,8 +131,9 @@ def tuner_layers() -> None:
     "A PeftModel saves adapters under `base_model.model.` without the adapter's name, hands unknown attributes to its "
     "base, and gives the base with get_base_model.",
     "tuner/checks.py family/files.py engines/peft_lora.py dial/load.py",
-    interposes="save_pretrained of a dialled model and of its base, and their attribute `controller` "
-    "(controller.close takes them off)",
+    interposes="save_pretrained of a dialled model and of its base, and their attribute `controller`; enable_adapters "
+    "of its router layers, and hooks of their state dicts and of the base's (controller.close takes all of them off)",
+    patches="dial/guards.py:override dial/guards.py:hook dial/controller.py:put_on",
 )
 def saved_names() -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -145,13 +152,15 @@ def saved_names() -> None:
     "A module's own hooks are in _forward_hooks, _forward_pre_hooks, _backward_hooks and _backward_pre_hooks; "
     "functional_call runs it on other weights; _foreach_copy_ writes in place.",
     "tuner/layer.py dial/swap.py gating/router_forward.py",
-    interposes="atexit and fork handlers, and mallopt, of the process (dial/monitor.py, _support/)",
+    interposes="forward hooks of routers while they are recorded, trained, tried or exported (undone at the end); "
+    "atexit and fork handlers, and mallopt, of the process (dial/, _support/)",
+    patches="evaluation/record.py:hook training/trainer.py:hook engines/peft_lora.py:hook recency/proof.py:hook",
 )
 def modules() -> None:
     module = nn.Linear(2, 2, bias=False)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         hold(not getattr(module, name), f"a module without hooks has something in {name}.")
-    module.register_forward_hook(lambda *_: None)
+    hook(module, "forward", lambda *_: None)
     hold(module._forward_hooks, "a forward hook is not in _forward_hooks.")
     weight = torch.ones(2, 2)
     found = torch.func.functional_call(module, {"weight": weight}, (torch.ones(1, 2),))

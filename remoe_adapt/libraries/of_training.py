@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import nn
 
+from remoe_adapt.libraries.patching import put_on
 from remoe_adapt.libraries.table import hold, relied_on
 from remoe_adapt.libraries.tiny import ids, tiny_model
 
@@ -40,9 +41,11 @@ def trainer() -> None:
     "transformers",
     "Every Trainer calls the callbacks of transformers.trainer.DEFAULT_CALLBACKS; a causal LM names its decoder "
     "`base_model`, whose output is the last hidden state, and gives its loss as `loss`.",
-    "tuner/attached.py tuner/attached.py",
+    "tuner/attached.py",
     interposes="forward hooks on a base and its decoder while a REMOE adapter with loss weights is on it (unload takes "
-    "them off); ObjectiveCallback among Trainer's default callbacks (for the process, once such an adapter was made)",
+    "them off), and its attribute; ObjectiveCallback among Trainer's default callbacks (for the process, once such an "
+    "adapter was made)",
+    patches="tuner/attached.py:hook tuner/attached.py:put_on tuner/attached.py:append_entry",
 )
 def any_training_loop() -> None:
     from transformers import trainer
@@ -65,6 +68,7 @@ def any_training_loop() -> None:
     "tuner/loading.py",
     names="transformers.integrations.peft.PeftAdapterMixin",
     interposes="PeftAdapterMixin.load_adapter undoes a load of a REMOE adapter that fails (for the process)",
+    patches="tuner/loading.py:override",
 )
 def load_adapter() -> None:
     from transformers import PreTrainedModel
@@ -82,6 +86,7 @@ def load_adapter() -> None:
     "recency/install.py gating/router_forward.py",
     interposes="the forward of every router that has a prior, on the instance; under accelerate's hooks their "
     "_old_forward (InstalledPrior.remove)",
+    patches="recency/install.py:put_on",
 )
 def accelerate_hooks() -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -90,10 +95,8 @@ def accelerate_hooks() -> None:
     add_hook_to_module(module, ModelHook())
     hold("_old_forward" in vars(module), "a module under accelerate's hooks has no _old_forward.")
     # This is how a prior is put into a router that accelerate has placed on a device.
-    vars(module)["_old_forward"] = lambda hidden: hidden + 1.0
-    hold(torch.equal(module(torch.zeros(1)), torch.ones(1)), "accelerate's hooks do not call _old_forward.")
-    del vars(module)["_old_forward"]
-    vars(module)["_old_forward"] = type(module).forward.__get__(module)
+    with put_on(module, "_old_forward", lambda hidden: hidden + 1.0):
+        hold(torch.equal(module(torch.zeros(1)), torch.ones(1)), "accelerate's hooks do not call _old_forward.")
     remove_hook_from_module(module)
 
 

@@ -23,7 +23,8 @@ class Contract:
 
     relies_on: what must be so, in a sentence. used_in: files of ours that would be wrong otherwise. names: what they
     import from below the library's public face. interposes: what we put into the library's or the user's objects
-    there, how, and what takes it off again; empty where we only call. check: raises BrokenAssumption.
+    there, and what takes it off again; empty where we only call. patches: which function of `patching` does it in which
+    file, as "dial/steps.py:override". check: raises BrokenAssumption.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Contract:
     used_in: tuple[str, ...]
     names: tuple[str, ...]
     interposes: str
+    patches: tuple[str, ...]
     check: Callable[[], None]
 
     def fault(self) -> str | None:
@@ -49,14 +51,13 @@ CONTRACTS: list[Contract] = []
 
 
 def relied_on(
-    library: str, relies_on: str, used_in: str, *, names: str = "", interposes: str = ""
+    library: str, relies_on: str, used_in: str, *, names: str = "", interposes: str = "", patches: str = ""
 ) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Add the function under it to CONTRACTS; `used_in` and `names` are separated by spaces."""
+    """Add the function under it to CONTRACTS; files, names and patches are separated by spaces."""
 
     def add(check: Callable[[], None]) -> Callable[[], None]:
-        row = Contract(
-            check.__name__, library, relies_on, tuple(used_in.split()), tuple(names.split()), interposes, check
-        )
+        users, imported, placed = (tuple(text.split()) for text in (used_in, names, patches))
+        row = Contract(check.__name__, library, relies_on, users, imported, interposes, placed, check)
         # Filled while the `of_*` files are imported, in their order.
         CONTRACTS.append(row)
         return check

@@ -11,7 +11,7 @@ from torch import nn
 from remoe_adapt._support import say_once
 from remoe_adapt.errors import RouterError
 from remoe_adapt.gating import RouterForward, router_forward
-from remoe_adapt.libraries import CONTINUOUS_BATCHING, Overrides, unknown_cache_argument
+from remoe_adapt.libraries import CONTINUOUS_BATCHING, Patches, override, put_on, unknown_cache_argument
 from remoe_adapt.recency.prior import RecencyPrior
 from remoe_adapt.recency.proof import why_without_effect
 from remoe_adapt.recency.sequences import SequenceHooks, text_model
@@ -43,9 +43,7 @@ class InstalledPrior:
         self.num_routers = len(refs)
         self.own_forward: dict[str, str] = {}
         self.layers: list[int] = []
-        self._before: list[tuple[nn.Module, str, object]] = []
-        self._hooks: list[SequenceHooks] = []
-        self._overrides = Overrides()
+        self._acting, self._refusing = Patches(), Patches()
         found: dict[int, RouterForward] = {}
         for place, ref in enumerate(refs):
             if isinstance(_forward_of(ref.module), RouterForward):
@@ -71,7 +69,7 @@ class InstalledPrior:
             kept = {place: forward for place, forward in found.items() if place not in faults}
             self._install(refs, owners, kept, mode, decay)
         if kind.needs_history and self.layers:
-            refuse_continuous_batching(self._overrides, model, mode)
+            refuse_continuous_batching(self._refusing, model, mode)
         for reason in sorted(set(self.own_forward.values())):
             names = [name for name, why in self.own_forward.items() if why == reason]
             say_once(
@@ -128,25 +126,17 @@ class InstalledPrior:
 
     def enable(self, on: bool) -> None:
         """Let the routers run with the prior, or for a while their own forwards: sequences are not followed then."""
-        for hooks in self._hooks:
-            hooks.remove()
-        self._hooks = [SequenceHooks(text, self.prior, self._place_if_moved) for text in self._texts] if on else []
-        for module, name, before in self._before:
-            if before is None:
-                vars(module).pop(name, None)
-            else:
-                vars(module)[name] = before
-        self._before = []
-        for forward in self._forwards if on else ():
-            own = vars(forward.module)
-            name = _WRAPPED if _WRAPPED in own else "forward"
-            self._before.append((forward.module, name, own.get(name)))
-            own[name] = forward
+        self._acting.remove()
+        if on:
+            self._acting.add(*(SequenceHooks(text, self.prior, self._place_if_moved) for text in self._texts))
+            for forward in self._forwards:
+                name = _WRAPPED if _WRAPPED in vars(forward.module) else "forward"
+                self._acting.add(put_on(forward.module, name, forward))
 
     def remove(self) -> None:
         """Every router runs its class's own forward again, for good."""
         self.enable(False)
-        self._overrides.remove()
+        self._refusing.remove()
         self._forwards, self._texts = [], []
 
 
@@ -171,12 +161,12 @@ def _forward_of(module: nn.Module) -> object:
     return own.get(_WRAPPED, own.get("forward"))
 
 
-def refuse_continuous_batching(overrides: Overrides, model: nn.Module, mode: str) -> None:
-    """Until the overrides are removed, the ways into continuous batching raise RouterError."""
+def refuse_continuous_batching(patches: Patches, model: nn.Module, mode: str) -> None:
+    """Until the patches are removed, the ways into continuous batching raise RouterError."""
     for module in model.modules():
         for name in CONTINUOUS_BATCHING:
             if callable(getattr(type(module), name, None)):
-                overrides.wrap(module, name, _Refused(name, mode))
+                patches.add(override(module, name, _Refused(name, mode)))
 
 
 class _Refused:

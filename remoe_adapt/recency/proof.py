@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt._support import first_line, say_once
-from remoe_adapt.libraries import cache_argument, can_carry_state, returned_cache
+from remoe_adapt.libraries import Patches, cache_argument, can_carry_state, hook, put_on, returned_cache
 from remoe_adapt.recency.prior import RecencyPrior
 from remoe_adapt.recency_settings import MAX_GAIN
 from remoe_adapt.routers import RouterRef, RouterSpec
@@ -135,30 +135,18 @@ class _Watch:
 @contextmanager
 def _watched(ref: RouterRef) -> Iterator[_Watch]:
     watch = _Watch(ref.spec)
-    handle = ref.module.register_forward_hook(watch.heard)
-    try:
-        with _idle_experts(ref.block, watch.asked):
-            yield watch
-    finally:
-        handle.remove()
+    with hook(ref.module, "forward", watch.heard), _idle_experts(ref.block, watch.asked):
+        yield watch
 
 
 @contextmanager
 def _idle_experts(block: nn.Module, asked: list[Tensor]) -> Iterator[None]:
     """Within, experts behind transformers' interface note the ids they are asked for and return zeros."""
-    signatures = {module: found for module in block.children() if (found := _experts_signature(type(module)))}
-    experts = list(signatures)
-    before = [vars(module).get("forward") for module in experts]
-    for module, signature in signatures.items():
-        vars(module)["forward"] = _idle(signature, asked)
-    try:
+    with Patches() as patches:
+        for module in block.children():
+            if signature := _experts_signature(type(module)):
+                patches.add(put_on(module, "forward", _idle(signature, asked)))
         yield
-    finally:
-        for module, own in zip(experts, before, strict=True):
-            if own is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = own
 
 
 def _experts_signature(cls: type) -> inspect.Signature | None:

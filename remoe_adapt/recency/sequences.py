@@ -17,12 +17,17 @@ from remoe_adapt._support import say_once
 from remoe_adapt.errors import RouterError
 from remoe_adapt.gating import PADDING, RESTART
 from remoe_adapt.libraries import (
+    Patches,
+    become,
     cache_argument,
     cache_length,
     can_carry_state,
+    carry,
     handed_cache,
+    hook,
     is_counted,
     returned_cache,
+    subclass_of,
 )
 from remoe_adapt.recency.prior import RecencyPrior
 from remoe_adapt.recency.state import RecencyState
@@ -30,8 +35,8 @@ from remoe_adapt.recency.state import RecencyState
 _STATE = "remoe_recency"
 
 
-class SequenceHooks:
-    """Hooks on `text_model(model, ...)`; `remove` takes them off.
+class SequenceHooks(Patches):
+    """Hooks on `text_model(model, ...)`.
 
     place_prior: called before a forward that is to be gated, so that the prior is where the routers are.
     """
@@ -41,15 +46,10 @@ class SequenceHooks:
         names = list(inspect.signature(text.forward).parameters)
         self._position = {name: index for index, name in enumerate(names)}
         self._cache_name = cache_argument(text.forward)
-        self._handles = (
-            text.register_forward_pre_hook(self._before, with_kwargs=True),
-            text.register_forward_hook(self._after, with_kwargs=True),
+        super().__init__(
+            hook(text, "forward_pre", self._before, with_kwargs=True),
+            hook(text, "forward", self._after, with_kwargs=True),
         )
-
-    def remove(self) -> None:
-        """The model's forwards are its own again."""
-        for handle in self._handles:
-            handle.remove()
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in kwargs:
@@ -196,57 +196,43 @@ def _length(cache: Any) -> int | Tensor | None:
 
 def attach(cache: Any, state: RecencyState) -> None:
     """Hang the state on a cache object, whose class becomes one that takes the state along."""
-    if not hasattr(type(cache), "_remoe_base") and not torch.compiler.is_compiling():
-        cache.__class__ = _following(type(cache))
-    setattr(cache, _STATE, state)
+    if not isinstance(cache, _CarriesState) and not torch.compiler.is_compiling():
+        become(cache, _CarriesState)
+    carry(cache, _STATE, state)
 
 
-_classes: dict[type, Any] = {}
+class _CarriesState:
+    """What a KV cache's class becomes: its batch operations reach the recency too, and copies and pickles keep it."""
 
+    def crop(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        state = getattr(self, _STATE, None)
+        if state is not None and state.history is None:
+            say_once("a KV cache is cropped whose past choices are not kept (compiled steps): its recency starts anew.")
+            state.reset()
 
-def _following(base: type) -> Any:
-    """`base`, whose batch operations reach the recency too. Copies and pickles of its objects keep the state."""
+    def reorder_cache(self: Any, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._remoe("select", beam_idx)
 
-    if base in _classes:
-        return _classes[base]
+    def batch_select_indices(self: Any, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._remoe("select", indices)
 
-    class Following(base):  # type: ignore[misc, unused-ignore]
-        _remoe_base = base
+    def batch_repeat_interleave(self: Any, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._remoe("repeat", repeats)
 
-        def crop(self, *args: Any, **kwargs: Any) -> None:
-            super().crop(*args, **kwargs)
-            state = getattr(self, _STATE, None)
-            if state is not None and state.history is None:
-                say_once(
-                    "a KV cache is cropped whose past choices are not kept (compiled steps): its recency starts anew."
-                )
-                state.reset()
+    def _remoe(self, what: str, argument: Any) -> None:
+        state = getattr(self, _STATE, None)
+        if state is not None:
+            getattr(state, what)(argument)
 
-        def reorder_cache(self, beam_idx: Tensor) -> None:
-            super().reorder_cache(beam_idx)
-            self._remoe("select", beam_idx)
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            super().batch_select_indices(indices)
-            self._remoe("select", indices)
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            super().batch_repeat_interleave(repeats)
-            self._remoe("repeat", repeats)
-
-        def _remoe(self, what: str, argument: Any) -> None:
-            state = getattr(self, _STATE, None)
-            if state is not None:
-                getattr(state, what)(argument)
-
-        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-            return _rebuilt, (base,), self.__dict__
-
-    Following.__name__, Following.__qualname__, Following.__module__ = base.__name__, base.__qualname__, base.__module__
-    _classes[base] = Following
-    return Following
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so a pickle names the one that it is made of.
+        return _rebuilt, (type(self).__bases__[-1],), self.__dict__
 
 
 def _rebuilt(base: type) -> Any:
-    following = _following(base)
+    following: Any = subclass_of(base, _CarriesState)
     return following.__new__(following)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.libraries import Patches, hook
 from remoe_adapt.objective import (
     IGNORED_LABEL,
     LossWeights,
@@ -269,16 +270,12 @@ class RemoeTrainerMixin(_Mixin):
     @contextmanager
     def _hooks(self, on_call: Callable[..., None]) -> Iterator[None]:
         # Only references are kept here: a checkpointed block must record the same operations when it is recomputed.
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             on_call(layer, args, kwargs, output)
 
-        handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in self.router_layers.values()]
-        try:
-            with computed_elsewhere():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with Patches() as patches, computed_elsewhere():
+            patches.add(*(hook(layer, "forward", note, with_kwargs=True) for layer in self.router_layers.values()))
+            yield
 
     def _terms(self, call: RouterCall, result: Any, documents_BT: Tensor) -> RouterTerms:
         name = next(name for name, layer in self.router_layers.items() if layer is call[0])

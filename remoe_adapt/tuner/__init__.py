@@ -6,6 +6,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 from remoe_adapt.errors import AdapterConflictError
+from remoe_adapt.libraries import enum_member
 from remoe_adapt.routers import fingerprint
 from remoe_adapt.tuner.attached import ObjectiveCallback, computed_elsewhere
 from remoe_adapt.tuner.card import CARD_FILE, code, literal
@@ -41,15 +42,7 @@ def register() -> None:
     taken by other classes, RuntimeError when this Python's enum does not take the member.
     """
     if "REMOE" not in PeftType.__members__:
-        member = str.__new__(PeftType, "REMOE")
-        member._name_, member._value_ = "REMOE", "REMOE"
-        member.__objclass__ = PeftType  # type: ignore[attr-defined]
-        member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
-        # Before the map knows the name: EnumType refuses to reassign members.
-        type.__setattr__(PeftType, "REMOE", member)
-        PeftType._member_names_.append("REMOE")
-        PeftType._member_map_["REMOE"] = member
-        PeftType._value2member_map_["REMOE"] = member
+        enum_member(PeftType, "REMOE")
     kind = PeftType("REMOE")
     if kind is not PeftType["REMOE"] or kind is not getattr(PeftType, "REMOE", None) or kind not in list(PeftType):
         raise RuntimeError("this Python's enum does not accept PeftType.REMOE: please report it with your version.")

@@ -28,6 +28,7 @@ from transformers import trainer as transformers_trainer
 
 from remoe_adapt._support import say_once
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.libraries import Patches, append_entry, hook, put_on
 from remoe_adapt.objective import PADDING, LossWeights, document_numbers
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer, remoe_layers
@@ -55,10 +56,9 @@ def attach_objective(base: nn.Module, configs: Mapping[str, PeftConfig]) -> None
     """
     if ATTACHED in vars(base) or not any(_has_weight(config) for config in configs.values()):
         return
-    setattr(base, ATTACHED, AttachedObjective(base, configs))
-    # Here and not above: a model that is only run needs no Trainer, whose import takes seconds.
-
-    join_every_trainer()
+    AttachedObjective(base, configs)
+    # Trainers made from now on call it, whoever makes them.
+    append_entry(transformers_trainer.DEFAULT_CALLBACKS, ObjectiveCallback)
 
 
 def detach_objective(model: nn.Module) -> None:
@@ -67,7 +67,6 @@ def detach_objective(model: nn.Module) -> None:
         objective = vars(module).get(ATTACHED)
         if objective is not None:
             objective.close()
-            delattr(module, ATTACHED)
 
 
 def _has_weight(config: PeftConfig) -> bool:
@@ -90,24 +89,25 @@ class AttachedObjective:
         # One for each run of the decoder: a model may run it several times before its one loss.
         self._attached: list[_Attached] = []
         self._calls: list[RouterCall] | None = None
-        self._listening: list[Any] = []
+        self._listening = Patches()
         # A causal LM's decoder is its base_model, whose output is the last hidden state; any other model is hooked
         # itself.
         decoder = getattr(base, "base_model", base)
-        self._hooks = [
-            decoder.register_forward_pre_hook(self._before_decoder),
-            decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
-        ]
+        self._patches = Patches(
+            put_on(base, ATTACHED, self),
+            hook(decoder, "forward_pre", self._before_decoder),
+            hook(decoder, "forward", self._after_decoder, with_kwargs=True, always_call=True),
+        )
         if decoder is not base:
-            self._hooks += [
-                base.register_forward_pre_hook(self._before_model, with_kwargs=True),
-                base.register_forward_hook(self._after_model),
-            ]
+            self._patches.add(
+                hook(base, "forward_pre", self._before_model, with_kwargs=True),
+                hook(base, "forward", self._after_model),
+            )
 
     def close(self) -> None:
-        """Take every hook off."""
-        for handle in (*self._hooks, *self._listening):
-            handle.remove()
+        """Take it off the model, with every hook."""
+        self._listening.remove()
+        self._patches.remove()
 
     def trained(self, layers: Mapping[str, RemoeLayer]) -> dict[str, RemoeConfig]:
         """Configurations of the adapters that a backward pass would train now."""
@@ -166,7 +166,7 @@ class AttachedObjective:
                 "per GPU (accelerate launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
         self._calls = []
-        self._listening = [layer.register_forward_hook(self._note, with_kwargs=True) for layer in layers.values()]
+        self._listening.add(*(hook(layer, "forward", self._note, with_kwargs=True) for layer in layers.values()))
 
     def _note(self, layer: RemoeLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Only references are kept: a block under gradient checkpointing must record the same operations when it is
@@ -175,9 +175,8 @@ class AttachedObjective:
             self._calls.append((layer, args, kwargs, output))
 
     def _stop_listening(self) -> list[RouterCall]:
-        for handle in self._listening:
-            handle.remove()
-        calls, self._calls, self._listening = self._calls or [], None, []
+        self._listening.remove()
+        calls, self._calls = self._calls or [], None
         return calls
 
     def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -320,13 +319,6 @@ def _warn_of_balancing(base: nn.Module, output: Any) -> None:
 
 # Below this share of their spread no logits change what is chosen: see `warn_if_idle`.
 _LEAST_REACH = 1.0
-
-
-def join_every_trainer() -> None:
-    """Trainers made from now on call `ObjectiveCallback`; calling it again changes nothing."""
-    defaults: list[Any] = transformers_trainer.DEFAULT_CALLBACKS
-    if ObjectiveCallback not in defaults:
-        defaults.append(ObjectiveCallback)
 
 
 class ObjectiveCallback(TrainerCallback):

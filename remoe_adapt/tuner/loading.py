@@ -6,10 +6,9 @@ it is under way: the tuner asks for it before it touches a module, and an error 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,10 +23,10 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from remoe_adapt._support import printable, read_json, say_once
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
+from remoe_adapt.libraries import Snapshot, override
 from remoe_adapt.tuner.card import write_card
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.fitting import copy_modules
-from remoe_adapt.tuner.peft_compat import Snapshot
 from remoe_adapt.tuner.stored import FAMILY_FILE, StoredAdapter, find_adapter, find_file, warn_of_missing_prior
 
 _ALLOW = "allow_other_base"
@@ -112,25 +111,16 @@ def read_weights(config: RemoeConfig, model_id: str | os.PathLike[str], subfolde
 
 
 def guard_loaders() -> None:
-    """Put this module between the callers and PEFT's and transformers' loaders; once."""
-    _replace(PeftConfigMixin, "from_json_file", _from_json_file)
-    _replace(PeftConfigMixin, "from_pretrained", _config_from_pretrained)
-    _replace(PeftModel, "from_pretrained", _model_from_pretrained)
-    _replace(PeftModel, "load_adapter", _load_adapter)
-    _replace(PeftModel, "create_or_update_model_card", _create_or_update_model_card)
-    _replace(PeftAdapterMixin, "load_adapter", _load_adapter_of_transformers)
+    """Put this module between the callers and PEFT's and transformers' loaders; once.
 
-
-def _replace(owner: type, name: str, replacement: Callable[..., Any]) -> None:
-    """`replacement` gets the original as its first argument; class methods stay class methods."""
-    held = vars(owner)[name]
-    original = held.__func__ if isinstance(held, classmethod) else held
-
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, *args, **kwargs)
-
-    setattr(owner, name, classmethod(method) if isinstance(held, classmethod) else method)
+    Each replacement gets the original as its first argument.
+    """
+    override(PeftConfigMixin, "from_json_file", _from_json_file)
+    override(PeftConfigMixin, "from_pretrained", _config_from_pretrained)
+    override(PeftModel, "from_pretrained", _model_from_pretrained)
+    override(PeftModel, "load_adapter", _load_adapter)
+    override(PeftModel, "create_or_update_model_card", _create_or_update_model_card)
+    override(PeftAdapterMixin, "load_adapter", _load_adapter_of_transformers)
 
 
 def _from_json_file(original: Any, cls: type[PeftConfigMixin], path_json_file: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from remoe_adapt.errors import UnsupportedRouterError
+from remoe_adapt.libraries import Patches, hook, put_on
 
 if TYPE_CHECKING:
     from remoe_adapt.tuner.layer import RemoeLayer
@@ -65,13 +66,10 @@ def mixed_batch(
         get_encoder: Callable[[], nn.Module] = model.get_encoder  # type: ignore[assignment]
         stacks.append(get_encoder())
     copies = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) and own_names & m._adapters]
-    handles = [stack.register_forward_pre_hook(on_model, with_kwargs=True) for stack in stacks]
-    handles += [module.register_forward_pre_hook(on_layer, with_kwargs=True) for module in [*layers, *copies]]
-    try:
+    with Patches() as patches:
+        patches.add(*(hook(stack, "forward_pre", on_model, with_kwargs=True) for stack in stacks))
+        patches.add(*(hook(module, "forward_pre", on_layer, with_kwargs=True) for module in [*layers, *copies]))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _checked(
@@ -130,15 +128,8 @@ def mixed_forward(layer: RemoeLayer, adapter_names: list[str], args: Any, kwargs
             results.append(functional_call(unhooked, weights, call_args, call_kwargs))
         return _select(results, [[name == own for own in known] for name in chosen])
 
-    replaced = router.__dict__.get("forward")
-    router.forward = forward
-    try:
+    with put_on(router, "forward", forward):
         return router(*args, **kwargs)
-    finally:
-        if replaced is None:
-            del router.__dict__["forward"]
-        else:
-            router.forward = replaced
 
 
 class _Unhooked(nn.Module):

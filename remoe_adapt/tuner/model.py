@@ -15,6 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
+from remoe_adapt.libraries import Snapshot, replace_module
 from remoe_adapt.routers import RouterSpec, survey_routers
 from remoe_adapt.tuner.attached import attach_objective, detach_objective
 from remoe_adapt.tuner.checks import check_finite, check_shapes
@@ -24,7 +25,7 @@ from remoe_adapt.tuner.fitting import check_distinct, check_given, check_loaded,
 from remoe_adapt.tuner.layer import RemoeLayer
 from remoe_adapt.tuner.loading import current_load
 from remoe_adapt.tuner.mixed_batch import mixed_batch
-from remoe_adapt.tuner.peft_compat import AdapterConfigs, Snapshot, check_free_name, check_name, path_parts, plain_base
+from remoe_adapt.tuner.peft_compat import AdapterConfigs, check_free_name, check_name, path_parts, plain_base
 from remoe_adapt.tuner.targets import NoRouterMatchedError, check_base, resolve_targets
 
 
@@ -162,7 +163,7 @@ class RemoeModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The layer creates its parameters on the right device; PEFT's version needs a weight named `weight`.
-        setattr(parent, child_name, new_module)
+        replace_module(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Deltas are fp32 from birth; only an explicit False asks for the dtype of the base.
@@ -264,8 +265,7 @@ class RemoeModel(BaseTuner):
                 )
             else:
                 continue
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, replacement)
+            replace_module(self.model, name, replacement)
         self._leave(self.remoe_adapters)
         return self.model  # type: ignore[no-any-return]
 

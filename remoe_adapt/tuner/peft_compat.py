@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, PeftType
-from torch import Tensor, nn
+from torch import nn
 
 from remoe_adapt.errors import AdapterConflictError
 from remoe_adapt.routers import Routers
@@ -151,39 +149,3 @@ def _part_of_a_path(adapter_name: str) -> AdapterConflictError:
         f"adapter name {adapter_name!r} is part of the path of a module of this model, and PEFT would save other "
         "adapters of the model as empty files: choose another name."
     )
-
-
-class Snapshot:
-    """The modules of a model as they are: attributes, children, parameters, hooks, flags and who is trained.
-
-    The values of parameters are not copied, but for `values`: a load that only adds an adapter changes no others.
-    """
-
-    def __init__(self, root: nn.Module, values: Iterable[Tensor] = ()) -> None:
-        self._modules = [(module, dict(vars(module)), _contents(module)) for module in root.modules()]
-        self._trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in values]
-
-    def restore(self) -> None:
-        """Put everything back; modules that were added are let go."""
-        for module, attributes, contents in self._modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, held in contents:
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(held)
-        for parameter, trained in self._trained:
-            if parameter.requires_grad != trained:
-                parameter.requires_grad_(trained)
-        with torch.no_grad():
-            for tensor, value in self._values:
-                tensor.copy_(value)
-
-
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Containers among the attributes, the registries of torch and PEFT's among them, with what they hold."""
-    return [
-        (value, list(value.items()) if isinstance(value, dict) else list(value))
-        for value in vars(module).values()
-        if isinstance(value, (dict, list, set))
-    ]

@@ -23,6 +23,7 @@ from remoe_adapt.device_profile import (
 )
 from remoe_adapt.dial import Controller, Monitor, get_remoe_model
 from remoe_adapt.expert_cache import expert_cache_of, load_with_expert_cache
+from remoe_adapt.libraries import Patches, replace_module
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.tuner import RemoeLayer
 
@@ -126,23 +127,15 @@ class Arm:
         """The same model in the same memory with its own routers: as without a controller, but for the mover."""
         assert self.controller is not None, "this arm has no dial to be without"
         prior = self.controller._prior
-        wrapped = [
-            (module, name, child)
-            for module in self.model.modules()
-            for name, child in module.named_children()
-            if isinstance(child, RemoeLayer)
-        ]
-        for module, name, child in wrapped:
-            setattr(module, name, child.base_layer)
-        if prior is not None:
-            prior.installed.enable(False)
-        try:
-            yield
-        finally:
+        wrapped = {name: module for name, module in self.model.named_modules() if isinstance(module, RemoeLayer)}
+        with Patches(*(replace_module(self.model, name, layer.base_layer) for name, layer in wrapped.items())):
             if prior is not None:
-                prior.installed.enable(True)
-            for module, name, child in wrapped:
-                setattr(module, name, child)
+                prior.installed.enable(False)
+            try:
+                yield
+            finally:
+                if prior is not None:
+                    prior.installed.enable(True)
 
     def resume(self) -> None:
         """Its turn: the monitor samples, where it has one."""
