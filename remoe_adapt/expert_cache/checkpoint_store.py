@@ -78,11 +78,13 @@ class _OneExpert:
         return getattr(self._model, name)
 
     def get_parameter(self, name: str) -> Tensor:
+        # A converter looks at the parameter that it makes: here it makes one row.
         return self._model.get_parameter(name)[:1]
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules, by name in model order, whose experts transformers' experts interface can compute."""
+    # transformers' decorator of experts classes sets these; there is no base class to ask for.
     marks = ("is_transposed", "has_gate", "has_bias", "num_experts")
     return {name: module for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)}
 

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from remoe_adapt.checkpoints import Extent
 from remoe_adapt.errors import UncacheableError
 
+# For types alone, because experts.py imports this file.
 if TYPE_CHECKING:
     from remoe_adapt.expert_cache.experts import ChosenExperts
 

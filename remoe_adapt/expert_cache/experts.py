@@ -121,6 +121,7 @@ class ChosenExperts:
 
 # What `experts_implementation` is of a model whose experts are in a cache.
 IMPLEMENTATION = "remoe_cache"
+# Hidden states, ids and weights.
 _FORWARD_INPUTS = 3
 _CPU = torch.device("cpu")
 

@@ -147,6 +147,7 @@ def load_with_expert_cache(
             with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
                 model = loader.from_pretrained(folder, dtype=wanted, experts_implementation=IMPLEMENTATION, **kwargs)
         except BaseException as error:
+            # Also after Ctrl-C: nobody else could close the store's files.
             store.close()
             unknown = unknown_option(error, _KNOWN) if isinstance(error, TypeError) else None
             if unknown is not None:
@@ -171,6 +172,7 @@ def _unmap(model: PreTrainedModel, device: torch.device) -> None:
     if device.type != "cpu":
         model.to(device)  # type: ignore[arg-type]
         return
+    # One by one, so that no more than a single tensor is in memory twice.
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.clone()
 
@@ -297,6 +299,7 @@ class Checkpoint:
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device; under LOADING. Raises UncacheableError when no auto class makes it."""
         try:
+            # A copy, because from_config writes its choices into the configuration that it is given.
             with torch.device("meta"):
                 model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
         except Exception as error:  # config.json may hold anything
@@ -324,6 +327,7 @@ def find_checkpoint(
     trust = {key: options[key] for key in ("trust_remote_code",) if key in options}
     check_place(path, "model", **hub)
     config = read_config(name, **hub, **trust)
+    # Before the weights are fetched: they may be hundreds of gigabytes that nobody can use.
     encoding = encoding_of(name, config)
     folder = checkpoint_folder(name, **hub)
     return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust, encoding)
