@@ -91,18 +91,18 @@ class Recency:
         if not isinstance(self.mode, str) or self.mode not in MODES:
             raise ConfigError(f"recency {self.mode!r} is not one of {', '.join(MODES)}.")
         for gain in self.gains():
-            if not _is_number(gain) or not 0.0 <= gain <= MAX_GAIN:
+            if not is_number(gain) or not 0.0 <= gain <= MAX_GAIN:
                 raise ConfigError(
                     f"recency gain {gain!r}: give a number from 0 (no prior) to {MAX_GAIN:g}; 0.1 to 0.3 is usual."
                 )
-        if not _is_number(self.decay) or not 0.0 <= self.decay < 1.0:
+        if not is_number(self.decay) or not 0.0 <= self.decay < 1.0:
             raise ConfigError(f"recency decay {self.decay!r}: give a number from 0 (the last token alone) to below 1.")
         if not self.kind.takes_decay:
             object.__setattr__(self, "decay", 0.0)
 
     @classmethod
     def of(cls, mode: str | None, gain: float | Sequence[float] = 0.0, decay: float | None = None) -> Recency:
-        """With the usual value of what is None: DEFAULT_MODE, the mode's own decay. Raises as the class."""
+        """Settings with the usual value of what is None: DEFAULT_MODE, the mode's own decay. Raises as the class."""
         mode = DEFAULT_MODE if mode is None else mode
         if decay is None:
             decay = MODES[mode].default_decay if isinstance(mode, str) and mode in MODES else 0.0
@@ -131,5 +131,6 @@ def mode_words() -> tuple[str, ...]:
     return (NO_PRIOR, *MODES)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a real number; to Python True and False are numbers as well."""
     return isinstance(value, Real) and not isinstance(value, bool)

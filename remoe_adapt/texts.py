@@ -15,7 +15,9 @@ from remoe_adapt.errors import DataError
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 # A gzip file may expand to this much, or to this many times its size: text packs 3 to 10 times, gzip at most 1030.
 _FREE_BYTES, _MOST_EXPANSION = 16 << 20, 100
+# Text is held in memory whole: a record or a file beyond these would take several times as much.
 _RECORD_CHARS, _FILE_CHARS = 64 << 20, 1 << 30
+# Keys whose values make up a document, the first that a record has.
 _RECORDS = (("text",), ("question", "answer"), ("prompt", "canonical_solution"))
 
 
@@ -146,7 +148,7 @@ def _record_text(line: str, where: str, tokenizer: Any) -> str:
 
 
 def _whole(text: str) -> str:
-    """Without halves of characters, which JSON's escapes can hold and no tokenizer takes."""
+    """The text without halves of characters, which JSON's escapes can hold and no tokenizer takes."""
     return text.encode("utf-8", "replace").decode()
 
 

@@ -1,18 +1,18 @@
 """Checkpoints on disk: which files count, how a base is loaded, and what may be asked for."""
 
-from remoe_adapt.checkpoints.conversion import stored_sources
 from remoe_adapt.checkpoints.load import (
     HUB_OPTIONS,
     auto_class,
+    check_place,
     checkpoint_folder,
     device_of,
     load_base,
     load_tokenizer,
     load_with_tokenizer,
     max_positions,
-    model_config,
     on_device,
     read_config,
+    stored_sources,
     usable_device,
 )
 from remoe_adapt.checkpoints.options import (
@@ -24,7 +24,6 @@ from remoe_adapt.checkpoints.options import (
     check_path,
     unknown_option,
 )
-from remoe_adapt.checkpoints.paths import check_place
 from remoe_adapt.checkpoints.safetensors_files import (
     SAFETENSORS_DTYPES,
     Extent,

@@ -1,27 +1,41 @@
-"""Models by path or hub id, with the class that generates text."""
+"""Models by path or hub id: whether they are there, with which class they are made, and of which stored tensors."""
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftConfig
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 import remoe_adapt.tuner  # noqa: F401 (transformers asks PEFT for the type of an adapter)
 from remoe_adapt._support import first_line, printable
 from remoe_adapt.checkpoints.options import CACHE_OPTIONS, unknown_option
-from remoe_adapt.checkpoints.paths import check_place
 from remoe_adapt.errors import ConfigError, RemoeError
 
+# Options that every function of the hub takes.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+# The hub is asked once, and not long, before anything is downloaded.
+_ASK_S = 10.0
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+# The same weights may lie there in other formats too, which would double the download.
 _HUB_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "*.jinja")
 
 
@@ -40,18 +54,12 @@ def load_base(base: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             path, **hub, **{key: kwargs[key] for key in ("trust_remote_code", "subfolder") if key in kwargs}
         )
         model = auto_class(config).from_pretrained(path, **kwargs)
-    except RemoeError:
-        raise
-    except torch.OutOfMemoryError:
+    except (RemoeError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the files may hold anything, and each kind of damage raises something else
         unknown = unknown_option(error, ("device", *CACHE_OPTIONS)) if isinstance(error, TypeError) else None
-        raise (
-            unknown
-            or ConfigError(
-                f"base {printable(path)!r} cannot be loaded ({first_line(error)}): give a model folder or a hub id."
-            )
-        ) from error
+        what = f"base {printable(path)!r} cannot be loaded ({first_line(error)}): give a model folder or a hub id."
+        raise (unknown or ConfigError(what)) from error
     assert isinstance(model, nn.Module)
     return model
 
@@ -107,15 +115,14 @@ def read_config(path: str | os.PathLike[str], **options: Any) -> PretrainedConfi
 
 def auto_class(config: PretrainedConfig) -> Any:
     """The auto class that makes the text-generating model of a configuration; AutoModel when there is none."""
+    # The table is private, but no public call says whether an auto class knows a configuration.
     known = (getattr(transformers, name) for name in _AUTO_CLASSES)
     found = next((auto for auto in known if type(config) in auto._model_mapping), None)
     if found is not None:
         return found
+    # A model with code of its own is in no table: its configuration names the classes that make it.
     remote = getattr(config, "auto_map", None) or {}
     return next((getattr(transformers, name) for name in _AUTO_CLASSES if name in remote), AutoModel)
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def usable_device(device: str | int | torch.device | None) -> str:
@@ -185,3 +192,94 @@ def max_positions(model: nn.Module) -> int | None:
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def is_path(text: str) -> bool:
+    """Whether it can only be a path: no hub id looks so, or the folder that it would lie in is here."""
+    # os.path: names that no file system takes are no folders to it; pathlib raises for some.
+    return (
+        text in ("", ".", "..")
+        or text.startswith(("./", "../", "/", "~"))
+        or text.endswith("/")
+        or "\\" in text
+        or text.count("/") > 1
+        or os.path.isabs(text)  # noqa: PTH117
+        or ("/" in text and os.path.isdir(os.path.dirname(text)))  # noqa: PTH112, PTH120
+    )
+
+
+def check_place(given: str | os.PathLike[str], what: str, *, error: type[RemoeError] = ConfigError, **hub: Any) -> None:
+    """Whether a folder, or a model of the hub or its cache, is there, before anybody takes long to look for it.
+
+    what: what it is to be, the beginning of messages. hub: `cache_dir`, `revision`, `token`, `local_files_only`, as
+    from_pretrained takes them.
+
+    Raises `error` when it is not, naming what was given, and the reason.
+    """
+    text, shown = os.fspath(given), printable(os.fspath(given))
+    if os.path.isdir(text):  # noqa: PTH112
+        return
+    if os.path.isfile(text):  # noqa: PTH113
+        raise error(f"{what} {shown!r} cannot be loaded, it is a file: give its folder, or a hub id.")
+    cached = _cached(text, hub)
+    if not isinstance(given, str) or (is_path(text) and not cached):
+        more = " (~ is not expanded: write the whole path)" if text.startswith("~") else ""
+        raise error(
+            f"{what} {shown!r} cannot be found: no such folder{more}. Give an existing folder, or a hub id owner/name."
+        )
+    if not cached:
+        _ask_hub(text, shown, what, error, hub)
+
+
+def _cached(text: str, hub: dict[str, Any]) -> bool:
+    cache_dir, revision = hub.get("cache_dir"), hub.get("revision")
+    try:
+        found = try_to_load_from_cache(text, "config.json", cache_dir=cache_dir, revision=revision)
+    except (HFValidationError, OSError, ValueError):
+        return False
+    return isinstance(found, str)
+
+
+def _ask_hub(text: str, shown: str, what: str, error: type[RemoeError], hub: dict[str, Any]) -> None:
+    start = f"{what} {shown!r} cannot be found: it is no folder here"
+    if hub.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        raise error(
+            f"{start}, and not in the hub's cache, which alone may be used (local_files_only or HF_HUB_OFFLINE): check "
+            "the spelling, or download it first."
+        )
+    try:
+        model_info(text, revision=hub.get("revision"), token=hub.get("token"), timeout=_ASK_S)
+    except HFValidationError as fault:
+        raise error(f"{start}, and no hub id (owner/name): give one of them.") from fault
+    except (RepositoryNotFoundError, RevisionNotFoundError) as fault:
+        raise error(f"{start}, and the hub shows no such model ({first_line(fault)}): check the spelling.") from fault
+    except Exception as fault:  # of the network, in classes that change with the hub's client
+        raise error(
+            f"{start}, and the hub cannot be asked for it ({first_line(fault)}): check the spelling; offline, download "
+            "it where there is a network and give its folder."
+        ) from fault
+
+
+# Parameter of the model -> pattern of the conversion it goes through, or None -> names of the tensors.
+Sources = dict[str, dict[str | None, list[str]]]
+
+
+def stored_sources(
+    model: PreTrainedModel, meta: dict[str, Any], names: Iterable[str]
+) -> tuple[Sources, dict[str, WeightConverter]]:
+    """(which tensors of a checkpoint each parameter is made of, the conversions by their pattern).
+
+    meta: the model's state dict, with or without values.
+    names: of the checkpoint's tensors.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found: defaultdict[str, dict[str | None, list[str]]] = defaultdict(dict)
+    # In transformers' own order, in which its converters stack experts: expert 10 comes after 9, not after 1.
+    for key in sorted(names, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        if name not in meta and key in meta:  # a renaming meant for another layout has spoiled it
+            name, pattern = key, None
+        found[name].setdefault(pattern, []).append(key)
+    return dict(found), {pattern: entry for entry in converters for pattern in entry.source_patterns}

@@ -22,6 +22,7 @@ CACHE_OPTIONS = (
 _ELSEWHERE = {"budget": "expert_cache", "path": "base", "base": "path"}
 # Those of from_pretrained that its signature does not name (transformers 5), as far as they resemble one of ours.
 _UNNAMED = {"torch_dtype", "device_map", "device_mesh", "max_memory", "adapter_name", "adapter_kwargs", "tp_plan"}
+# difflib's ratio from which a name counts as a slip of another: lower ones would refuse options of a configuration.
 _ALIKE = 0.8
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 

@@ -17,8 +17,9 @@ from remoe_adapt.errors import ConfigError, ExpertReadError
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # https://github.com/huggingface/safetensors: 8 bytes with the length of the header, the header (JSON), the bytes.
 _LENGTH_BYTES = 8
+# The limit of the safetensors library itself.
 _MAX_HEADER_BYTES = 100_000_000
-# Of torch's tensors.
+# torch makes no tensor of more.
 _MAX_DIMENSIONS = 64
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -59,8 +60,8 @@ def chosen_file(folder: Path) -> Path:
     Raises ConfigError when there is none, ExpertReadError when it lies elsewhere.
     """
     config = folder / CONFIG
-    told = read_json(config, ExpertReadError) if config.is_file() else {}
-    named = told.get("transformers_weights") if isinstance(told, dict) else None
+    entries = read_json(config, ExpertReadError) if config.is_file() else {}
+    named = entries.get("transformers_weights") if isinstance(entries, dict) else None
     if named is not None:
         if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
             raise ConfigError(
@@ -105,6 +106,7 @@ def file_inside(folder: Path, name: str) -> Path:
     """
     try:
         home, real = folder.resolve(), (folder / name).resolve()
+        # The hub's cache links the files of a snapshot to blobs, which lie beside the snapshots.
         places = (home, home.parent / "blobs", home.parent.parent / "blobs")
         inside = any(real.is_relative_to(place) for place in places)
     except (OSError, RuntimeError, ValueError):  # a circle of links, or no name of a file
@@ -159,6 +161,7 @@ def file_extents(path: Path) -> dict[str, Extent]:
             f"{printable(path)} is missing, though the index beside it names it: fetch it again."
         ) from error
     except ExpertReadError as error:
+        # One with a cause comes of `parse_json`, which cannot say what the text should have been.
         if error.__cause__ is None:
             raise
         raise _no_header(path) from error
@@ -166,6 +169,7 @@ def file_extents(path: Path) -> dict[str, Extent]:
         raise ExpertReadError(f"{printable(path)} cannot be read: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_header(path) from error
+    # In the order of their bytes: an overlap is then one of neighbours. Tensors without bytes lie anywhere.
     before = None
     for extent in sorted(found.values(), key=lambda extent: (extent.offset, extent.size)):
         end = extent.offset + extent.size

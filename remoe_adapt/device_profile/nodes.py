@@ -23,7 +23,7 @@ from remoe_adapt._support import printable
 from remoe_adapt.errors import ConfigError
 
 # A shipped profile has 1 KiB and about 60 values; a file beyond these bounds was made to use up memory or time.
-_MOST_BYTES, _MOST_NODES, _MOST_LEVELS, _MOST_DIGITS = 1 << 18, 10_000, 20, 64
+_MOST_FILE_BYTES, _MOST_NODES, _MOST_LEVELS, _MOST_DIGITS = 1 << 18, 10_000, 20, 64
 # Three more characters break lines in YAML 1.1, but not in editors: they become spaces, so that a fault's line number
 # is the one that the user's editor shows.
 _ONE_BREAK = {ord("\r"): "\n"} | dict.fromkeys((0x85, 0x2028, 0x2029), " ")
@@ -32,6 +32,7 @@ _TAG = "tag:yaml.org,2002:"
 _DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*)?(\.\d*)?(e[-+]?\d+)?|[-+]?\.(inf|nan)", re.IGNORECASE | re.ASCII)
 # SafeLoader's constructors raise these for a foreign tag, an impossible date, `!!bool maybe` and `!!int ''`.
 _UNBUILT = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+# Repr takes its limits as arguments since Python 3.12 only.
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 4, 2
 
@@ -95,12 +96,12 @@ class Source:
             if not stat.S_ISREG(self.path.stat().st_mode) and not self.path.is_dir():  # a pipe would be waited for
                 return self._fail(1, "", "is not a regular file; give the path of a profile's YAML file")
             with self.path.open("rb") as file:
-                data = file.read(_MOST_BYTES + 1)
+                data = file.read(_MOST_FILE_BYTES + 1)
         except (OSError, ValueError) as error:  # ValueError: a path with a null byte
             why = getattr(error, "strerror", None) or error
             return self._fail(1, "", f"cannot be read ({why}); give the path of a profile's YAML file")
-        if len(data) > _MOST_BYTES:
-            return self._fail(1, "", f"is larger than {_MOST_BYTES >> 10} KiB; is this a profile?")
+        if len(data) > _MOST_FILE_BYTES:
+            return self._fail(1, "", f"is larger than {_MOST_FILE_BYTES >> 10} KiB; is this a profile?")
         try:
             # Windows line ends become one break each, so that lines are those that an editor shows.
             text = data.decode("utf-8").replace("\r\n", "\n").translate(_ONE_BREAK)
@@ -142,8 +143,8 @@ class Source:
         try:
             return self._loader.construct_object(node, deep=True)
         except _UNBUILT as error:
-            told = isinstance(error, yaml.YAMLError | ValueError)
-            why = _text(error) if told else f"its text is not of its tag, {node.tag.removeprefix(_TAG)}"
+            is_said = isinstance(error, yaml.YAMLError | ValueError)
+            why = _said(error) if is_said else f"its text is not of its tag, {node.tag.removeprefix(_TAG)}"
             raise ConfigError(f"is not a plain YAML value ({why})") from error
 
     def shown(self, node: yaml.Node) -> str:
@@ -230,9 +231,9 @@ def _syntax(error: yaml.YAMLError) -> tuple[int, str, str]:
     mark, begun = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
     context = getattr(error, "context", None)
     since = "" if not context else f"{context}: " if begun is None else f"{context} in line {begun.line + 1}: "
-    return 1 if mark is None else mark.line + 1, "", f"is not valid YAML ({since}{_text(error)})"
+    return 1 if mark is None else mark.line + 1, "", f"is not valid YAML ({since}{_said(error)})"
 
 
-def _text(error: Exception) -> str:
+def _said(error: Exception) -> str:
     text = str(getattr(error, "problem", None) or error).splitlines()
     return text[0] if text else type(error).__name__

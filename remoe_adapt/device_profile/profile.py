@@ -20,16 +20,10 @@ import yaml
 from remoe_adapt._support import printable
 from remoe_adapt.device_profile import values as of
 from remoe_adapt.device_profile.nodes import Problem, Source, did_you_mean, is_map, shown
-from remoe_adapt.device_profile.values import ContradictionError, key_of, parse_size, read_section
+from remoe_adapt.device_profile.values import ContradictionError, key_of, read_section
 from remoe_adapt.errors import ConfigError, ProfileError
 from remoe_adapt.eviction import ONLINE
 from remoe_adapt.recency_settings import MAX_GAIN, MODES, NO_PRIOR, Recency, mode_words
-
-__all__ = [
-    "CACHE_SCOPES", "ControllerProfile", "DeviceProfile", "ExpertCacheProfile", "MemoryProfile", "PressureProfile",
-    "Problem", "Recency", "StrengthProfile", "check_profile", "list_profiles", "load_profile", "parse_size",
-    "read_profile", "user_profile_dir",
-]  # fmt: skip
 
 CACHE_SCOPES = ("global", "layer")
 # The longest wait that a profile may ask for. A dial that waits longer would never move, and a clock in floats still

@@ -1,4 +1,7 @@
-"""Eviction on paper: policies, and exact replays of a trace under them. No torch."""
+"""Eviction: policies, which a live expert cache runs too, and exact replays of a trace under them. No torch.
+
+`register` adds a policy; POLICIES has all by name, ONLINE those that need no future.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -13,7 +13,7 @@ by a cache with a hard budget, or by `policy.step(keys)`, which lets all of the 
 token-atomic replay in which hit rates are defined.
 
 A policy is one class under `@register`: its `name` then stands for it in replays, expert caches and profiles alike.
-Replays of many sizes get quicker with a score for all layers at once (`streams.SCORES`).
+Replays of many sizes get quicker with a score for all layers at once (`replay_scored.SCORES`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from remoe_adapt.errors import ConfigError
 
@@ -44,43 +44,38 @@ class Policy(ABC, Generic[Key]):
     The history of uses is kept for absent keys too; ties go to the least recently used. Time is in tokens: `touch`
     counts one per call, or takes the token number where several calls (the layers) belong to one token.
 
-    name: what it is called in options, profiles and results. online: it needs no future, so a live cache can run it.
+    `capacity` changes by `resize` alone. `used` is the sum of the resident keys' sizes; it is above the capacity only
+    between `admit` and `trim`.
+
+    name: what it is called in options, profiles and results.
+    online: it needs no future, so a live cache can run it.
+    takes: which options of `make_policy` its constructor has beside the capacity, as "future" or "decay".
 
     Raises ConfigError for a capacity that is not a positive int.
     """
 
     name: ClassVar[str]
     online: ClassVar[bool] = True
-
-    @classmethod
-    def make(cls, capacity: int, future: Sequence[Iterable[Key]], decay: float) -> Self:
-        """One of this kind, which takes of `future` (the keys of every token to come) and `decay` what it needs."""
-        return cls(capacity)
+    takes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, capacity: int) -> None:
-        self._capacity = _checked_capacity(capacity)
+        self.capacity = _checked_capacity(capacity)
         self.reset()
 
     def reset(self) -> None:
         """Empties the cache and forgets all uses, as at the start of a document."""
-        self._used = 0
+        self.used = 0
         self._token = -1
         self._uses_seen = 0
+        # Kept for keys that are absent too, so that an expert that returns has its history.
         self._last_use: dict[Key, int] = {}
         self._size: dict[Key, int] = {}
-        # A lazy heap: an entry counts only while its priority is still `_queued[key]`.
+        # A lazy heap: a use pushes a new entry and leaves the old one, since a heap has no quick way to find it. An
+        # entry counts only while its priority is still `_queued[key]`.
         self._heap: list[tuple[Priority, int, Key]] = []
         self._queued: dict[Key, Priority] = {}
+        # Stands before the key in an entry, because keys need not be comparable.
         self._pushes = itertools.count()
-
-    @property
-    def capacity(self) -> int:
-        return self._capacity
-
-    @property
-    def used(self) -> int:
-        """Sum of the sizes of the resident keys; above `capacity` only between `admit` and `trim`."""
-        return self._used
 
     def __contains__(self, key: object) -> bool:
         return key in self._size
@@ -100,12 +95,14 @@ class Policy(ABC, Generic[Key]):
         now = self._token + 1 if token is None else token
         if now < self._token:
             raise ConfigError(f"token {now} cannot follow token {self._token}: pass rising numbers, or none")
+        # Before anything changes: a policy may refuse the keys, and all is as it was then.
         self._begin(now, keys)
         self._token = now
         for key in keys:
             self._last_use[key] = self._uses_seen
             self._uses_seen += 1
             self._use(key)
+            # An absent key gets its entry when it is admitted; one made now would be evicted though nothing is there.
             if key in self._size:
                 self._push(key)
 
@@ -119,18 +116,19 @@ class Policy(ABC, Generic[Key]):
             raise ConfigError(f"{key!r} is in the cache already: admit only what is missing")
         self._check_size(key, size)
         if key not in self._last_use:
-            # Read ahead, never used: as new as its arrival.
+            # An expert that was read ahead has no use yet. It counts as new, or it would leave before its layer asks.
             self._last_use[key] = self._uses_seen
             self._uses_seen += 1
         self._size[key] = size
-        self._used += size
+        self.used += size
         self._push(key)
 
     def discard(self, key: Key) -> None:
         """Drops a key if it is resident, as after a failed read. Its uses stay counted."""
         size = self._size.pop(key, None)
         if size is not None:
-            self._used -= size
+            self.used -= size
+            # Its entries in the heap are dead from now on; `evict` skips them.
             del self._queued[key]
 
     def evict(self, protected: Collection[Key] = ()) -> Key:
@@ -146,6 +144,7 @@ class Policy(ABC, Generic[Key]):
                 priority, _, key = entry
                 if self._queued.get(key) != priority:
                     continue
+                # A protected key keeps its place: its entry goes back when a victim is found.
                 if key in protected:
                     kept.append(entry)
                     continue
@@ -162,16 +161,17 @@ class Policy(ABC, Generic[Key]):
         Raises:
             ConfigError: the protected keys and `size` exceed the capacity; nothing was dropped.
         """
-        return self._cut_to(self._capacity - size, protected)
+        return self._cut_to(self.capacity - size, protected)
 
     def trim(self, protected: Collection[Key] = ()) -> list[Key]:
         """Evicts until the capacity is kept; see `make_room`."""
-        return self._cut_to(self._capacity, protected)
+        return self._cut_to(self.capacity, protected)
 
     def resize(self, capacity: int, protected: Collection[Key] = ()) -> list[Key]:
         """Changes the capacity, evicting at once what no longer fits; see `make_room`. A refusal changes nothing."""
+        # The capacity changes last, because `_cut_to` refuses when protected keys alone take more.
         dropped = self._cut_to(_checked_capacity(capacity), protected)
-        self._capacity = capacity
+        self.capacity = capacity
         return dropped
 
     def step(self, keys: Sequence[Key], sizes: Sequence[int] | None = None) -> list[Key]:
@@ -181,6 +181,7 @@ class Policy(ABC, Generic[Key]):
         the cache is cut back to its capacity, where keys of this token may go too. `sizes` default to 1.
         """
         missing = [(key, 1 if sizes is None else sizes[slot]) for slot, key in enumerate(keys) if key not in self]
+        # All sizes are checked first, so that a token that cannot be served changes nothing.
         for key, size in missing:
             self._check_size(key, size)
         self.touch(keys)
@@ -190,17 +191,18 @@ class Policy(ABC, Generic[Key]):
         return [key for key, _ in missing]
 
     def _check_size(self, key: Key, size: int) -> None:
-        if not 1 <= size <= self._capacity:
-            raise ConfigError(f"{key!r} of size {size} does not fit a cache of {self._capacity}: raise the budget")
+        if not 1 <= size <= self.capacity:
+            raise ConfigError(f"{key!r} of size {size} does not fit a cache of {self.capacity}: raise the budget")
 
     def _cut_to(self, limit: int, protected: Collection[Key]) -> list[Key]:
-        if self._used <= limit:
+        if self.used <= limit:
             return []
+        # Refused before the first eviction: a caller that fails must not have lost experts for nothing.
         pinned = sum(self._size.get(key, 0) for key in set(protected))
         if pinned > limit:
             raise ConfigError(f"protected keys take {pinned}, only {max(limit, 0)} may stay: raise the budget")
         dropped = []
-        while self._used > limit:
+        while self.used > limit:
             dropped.append(self.evict(protected))
         return dropped
 
@@ -208,6 +210,8 @@ class Policy(ABC, Generic[Key]):
         priority = (self._value(key), self._last_use[key])
         self._queued[key] = priority
         heapq.heappush(self._heap, (priority, next(self._pushes), key))
+        # Dead entries pile up with every use of a resident key. A rebuild at twice the size costs each push O(1) in the
+        # mean; the 64 keep small caches from rebuilding at each use.
         if len(self._heap) > 2 * len(self._size) + 64:
             self._rebuild_heap()
 
@@ -227,7 +231,8 @@ class Policy(ABC, Generic[Key]):
         """What keeping `key` is worth; the least goes first. Changes only when the key is used."""
 
 
-# Every policy by its name, and those that a live cache can run.
+# Every policy by its name, and those that a live cache can run. Options, profiles and replays ask here, so that a new
+# policy needs no other place.
 POLICIES: dict[str, type[Policy[Any]]] = {}
 ONLINE: dict[str, type[Policy[Any]]] = {}
 _Kind = TypeVar("_Kind", bound=type[Policy[Any]])
@@ -243,6 +248,7 @@ def register(policy: _Kind) -> _Kind:
 
 def check_policy(name: str) -> None:
     """Raises ConfigError for a name that no policy has."""
+    # A tuple compares: a name from a file may be a list, which a dict cannot look up.
     if name not in tuple(POLICIES):
         raise ConfigError(f"unknown cache policy {name!r}: choose from {', '.join(POLICIES)}")
 
@@ -259,7 +265,8 @@ def make_policy(
     Raises ConfigError for an unknown name, or a capacity that is not a positive int.
     """
     check_policy(name)
-    return POLICIES[name].make(capacity, future, decay)
+    kind, offered = POLICIES[name], {"future": future, "decay": decay}
+    return kind(capacity, **{option: offered[option] for option in kind.takes})
 
 
 @register
@@ -269,6 +276,7 @@ class LRU(Policy[Key]):
     name = "lru"
 
     def _value(self, key: Key) -> float:
+        # All are worth the same, and of equals the least recently used leaves.
         return 0.0
 
 
@@ -296,14 +304,12 @@ class LRFU(Policy[Key]):
     `decay` runs from 0.5 (the order of LRU) to 1 (of LFU); others raise ConfigError."""
 
     name = "lrfu"
-
-    @classmethod
-    def make(cls, capacity: int, future: Sequence[Iterable[Key]], decay: float) -> Self:
-        return cls(capacity, decay)
+    takes = ("decay",)
 
     def __init__(self, capacity: int, decay: float = LRFU_DECAY) -> None:
         if not 0.5 <= decay <= 1:
             raise ConfigError(f"LRFU decay {decay!r} is outside [0.5, 1]: 0.5 ranks as LRU, 1 as LFU")
+        # Before the base class, whose constructor calls `reset`.
         self._clock = DecayClock(decay)
         super().__init__(capacity)
 
@@ -314,6 +320,7 @@ class LRFU(Policy[Key]):
 
     def _begin(self, token: int, keys: Collection[Key]) -> None:
         scale = self._clock.advance(token)
+        # All weights by one factor keep their order, but the heap compares old entries with new ones.
         if scale != 1.0:
             for key in self._weight:
                 self._weight[key] *= scale
@@ -339,10 +346,7 @@ class Belady(Policy[Key]):
 
     name = "belady"
     online = False
-
-    @classmethod
-    def make(cls, capacity: int, future: Sequence[Iterable[Key]], decay: float) -> Self:
-        return cls(capacity, future)
+    takes = ("future",)
 
     def __init__(self, capacity: int, future: Sequence[Iterable[Key]]) -> None:
         self._tokens_of: defaultdict[Key, list[int]] = defaultdict(list)
@@ -355,11 +359,13 @@ class Belady(Policy[Key]):
         for key in keys:
             tokens = self._tokens_of.get(key, [])
             place = bisect_left(tokens, token)
+            # A future that is not the one that comes would give hit rates that no cache can have.
             if place == len(tokens) or tokens[place] != token:
                 raise ConfigError(f"the future told to Belady does not use {key!r} at token {token}")
 
     def _value(self, key: Key) -> float:
         tokens = self._tokens_of.get(key, [])
+        # The next use after this token; the use that is being counted is no reason to keep it.
         place = bisect_right(tokens, self._token)
         return -tokens[place] if place < len(tokens) else -math.inf
 
@@ -373,6 +379,7 @@ class DecayClock:
 
     def __init__(self, decay: float) -> None:
         self._decay = decay
+        # After so many tokens a use would weigh more than _LRFU_LIMIT.
         self._period = math.inf if decay == 1 else math.floor(math.log(_LRFU_LIMIT) / -math.log(decay))
         self.reset()
 
@@ -381,6 +388,8 @@ class DecayClock:
         self.gain = 1.0
 
     def advance(self, token: int) -> float:
+        # Weights are relative to the token `_base`. Moving it costs a pass over all keys, so it is done once
+        # a period instead of at each token.
         scale = 1.0
         if token - self._base > self._period:
             scale = self._decay ** (token - self._base)
@@ -390,6 +399,7 @@ class DecayClock:
 
 
 def _checked_capacity(capacity: int) -> int:
+    # To Python True is 1, and a capacity of True is a mistake.
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
         raise ConfigError(f"cache capacity must be a positive int, got {capacity!r}")
     return capacity

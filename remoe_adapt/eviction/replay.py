@@ -10,7 +10,8 @@ look-up before it left it (token by token, in slot order), and a miss is let in,
 LRFU's decay of 0.9 per token is spread evenly over the token's look-ups.
 
 `replay` drives one policy object over one layer and is the definition of both. `count_misses` gives the same integers
-for all layers and sizes at once: LRU from reuse distances, those with scores in `streams` by them, others by `replay`.
+for all layers and sizes at once: LRU from reuse distances, policies in `replay_scored.SCORES` by their scores, others
+by `replay`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from remoe_adapt.traces import (
     switch_rate_L,
 )
 
+# Behind the key of a hit rate that is counted by look-up.
 BY_LOOKUP = "/lookup"
 
 
@@ -47,6 +49,7 @@ def cache_capacity(cache: float, num_experts: int, top_k: int) -> int:
     """
     if isinstance(cache, bool) or not isinstance(cache, (int, float)) or not 0 < cache <= 1:
         raise ConfigError(f"cache must be a fraction of the experts in (0, 1], got {cache!r}: 0.25 is a quarter")
+    # A cache below K could not hold what one token computes with.
     return max(top_k, math.floor(cache * num_experts))
 
 
@@ -54,6 +57,7 @@ def check_replay(policies: Sequence[str], caches: Sequence[float]) -> None:
     """For callers whose trace takes long to record: raises ConfigError as `simulate` will."""
     for name in policies:
         check_policy(name)
+    # The model's numbers are not known yet, but whether a fraction is one does not depend on them.
     for cache in caches:
         cache_capacity(cache, 1, 1)
 
@@ -98,10 +102,12 @@ def count_misses(trace: Trace, policy: str, capacities: Sequence[int], decay: fl
         ConfigError: unknown policy, or a capacity that is not a positive int.
     """
     check_policy(policy)
+    # The quick ways below make no policy object, so bad capacities are refused by making one.
     for capacity in capacities:
         make_policy(policy, capacity)
     if policy in SCORES:
         return count_scored_misses(trace, policy, capacities, decay)
+    # An expert is in an LRU cache of every size above its reuse distance, so that one pass counts for all sizes.
     if policy == LRU.name:
         distances = reuse_distance(trace)
         misses = [distances.lru_misses_L(capacity) for capacity in capacities]
@@ -117,10 +123,7 @@ def count_misses(trace: Trace, policy: str, capacities: Sequence[int], decay: fl
 def one_lookup_each(trace: Trace) -> Trace:
     """The same look-ups as tokens of one expert each, in slot order: its token-atomic replay is that by look-up."""
     top_k = trace.top_k
-    meta = {
-        "num_experts": trace.num_experts,
-        "document_starts": [start * top_k for start in trace.document_starts],
-    }
+    meta = {"num_experts": trace.num_experts, "document_starts": [start * top_k for start in trace.document_starts]}
     return Trace(trace.experts.reshape(trace.num_layers, -1, 1), meta)
 
 
@@ -144,7 +147,7 @@ def hit_rates(trace: Trace, policies: Sequence[str], caches: Sequence[float]) ->
 
 
 def layer_rows(trace: Trace, policies: Sequence[str], caches: Sequence[float]) -> list[dict[str, float]]:
-    """Of each layer, in order: `layer` (its place), `eor`, `switch_rate`, the keys of `hit_rates`, `load_entropy`.
+    """A row a layer, in order: `layer` (its place), `eor`, `switch_rate`, the keys of `hit_rates`, `load_entropy`.
 
     Raises as `simulate`.
     """
@@ -212,6 +215,7 @@ def _replays(
     sizes = [(cache_capacity(cache, trace.num_experts, trace.top_k), cache) for cache in caches]
     capacities = {repr(float(cache)): capacity for capacity, cache in sizes}
     replayed = one_lookup_each(trace) if by_lookup else trace
+    # By look-up, each is a token of its own: K of them must decay weights as one token does.
     decay = LRFU_DECAY ** (replayed.top_k / trace.top_k)
     found = {}
     for name in dict.fromkeys(policies):

@@ -23,7 +23,9 @@ from remoe_adapt.traces import Trace
 _MAX_STREAMS = 2048
 # An LFU score is uses * 2**_SEQUENCE_BITS + time of the last use, so that one integer holds the tie-break too.
 _SEQUENCE_BITS = 40
+# Below every score of a resident, so that absent experts are the first to be cut.
 _ABSENT = np.iinfo(np.int64).min
+# Below every next use, with room above it for the time of the last use, which ranks those that are never used again.
 _NEVER_AGAIN = -(1 << 60)
 
 
@@ -64,6 +66,7 @@ class _Streams:
 def _streams(trace: Trace) -> Iterator[_Streams]:
     starts_D = np.asarray(trace.document_starts, dtype=np.int64)
     lengths_D = np.diff(starts_D, append=trace.num_tokens)
+    # Longest first: at each step the streams that are alive are the first ones, and a slice takes them without a copy.
     document_R = np.argsort(-lengths_D, kind="stable").repeat(trace.num_layers)
     layer_R = np.tile(np.arange(trace.num_layers), len(starts_D))
     for begin in range(0, len(layer_R), _MAX_STREAMS):
@@ -105,6 +108,7 @@ class _DecayedUses(_Scores):
         self._clock = DecayClock(decay)
 
     def use(self, step: int, places_NK: NDArray[np.int64]) -> None:
+        # The clock of `policy.LRFU` scales at the same steps; rounding at others would break ties differently.
         scale = self._clock.advance(step)
         if scale != 1.0:
             self.score_F *= scale
@@ -139,6 +143,7 @@ def _next_use_LTK(trace: Trace) -> NDArray[np.int64]:
     next_LF = np.full((trace.num_layers, trace.num_tokens * trace.top_k), -1, dtype=np.int64)
     for ids_TK, next_F in zip(trace.experts, next_LF, strict=True):
         ids_F = ids_TK.ravel()
+        # Stable, so that the uses of one expert stand one after another in the order of time.
         order_F = np.argsort(ids_F, kind="stable")
         same = ids_F[order_F[1:]] == ids_F[order_F[:-1]]
         next_F[order_F[:-1][same]] = order_F[1:][same]
@@ -171,6 +176,7 @@ def _replay_streams(trace: Trace, streams: _Streams, scores: _Scores, capacities
             missed_N = trace.top_k - np.count_nonzero(resident_F[places_NK], axis=1)
             misses_R[:alive] += missed_N
             resident_F[places_NK] = True
+            # Where nothing was missed nothing came in, so only the other streams are cut back.
             rows = np.flatnonzero(missed_N)
             if capacity < num_experts and len(rows):
                 resident_RE = resident_F.reshape(-1, num_experts)
@@ -187,6 +193,7 @@ def _cut_back(
     lowest = _ABSENT if score_NE.dtype == np.int64 else -np.inf
     cut = resident_NE.shape[1] - capacity
     held_NE = np.where(resident_NE, score_NE, lowest)
+    # Only the score at the cut is wanted, which partition finds in linear time; a sort would rank the whole row.
     threshold_N1 = np.partition(held_NE, cut, axis=1)[:, cut, None]
     kept_NE: NDArray[np.bool_] = resident_NE & (held_NE >= threshold_N1)
     if last_use_NE is None:

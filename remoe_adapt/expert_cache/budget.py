@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 from remoe_adapt._support import held_back
+from remoe_adapt.device_profile import parse_size
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import Policy, make_policy
-from remoe_adapt.expert_cache.types import ExpertSource, Key, Slot, domains_of, shares_of
+from remoe_adapt.expert_cache.types import ExpertSource, Key, Slot
 
 
 class Lease:
@@ -34,7 +36,7 @@ class Lease:
 
 
 class Shares:
-    """Bookkeeping of an expert cache, under its lock.
+    """Bookkeeping of a cache's budget, under its lock.
 
     A domain is a group of layers with a policy and a limit in bytes: all of them (scope "global"), or one each. pins:
     how many leases and reads hold an expert. budget_bytes: in force; asked_bytes: the one asked for last, which
@@ -52,7 +54,8 @@ class Shares:
         self.budget_bytes = self.asked_bytes = budget_bytes
         self.in_force, self.requests = True, 0
         self.pins: Counter[Key] = Counter()
-        # Of each open lease, by its id: itself, its thread, its experts.
+        # By the id of each open lease: itself, its thread, its experts. The reference is weak, so that a lease whose
+        # caller was interrupted before it could close it does not keep its experts for ever.
         self._leases: dict[int, tuple[weakref.ref[Lease], int, list[Key]]] = {}
         self._tokens, self._last_layer = [0] * len(self._domains), [-1] * len(self._domains)
 
@@ -63,7 +66,7 @@ class Shares:
         return self.limits[self._domain_of[layer]]
 
     def with_limit_of(self, layer: int, keys: Iterable[Key]) -> list[Key]:
-        """Those of the keys that share this layer's limit."""
+        """The keys that share this layer's limit."""
         return [key for key in keys if self._domain_of[key[0]] == self._domain_of[layer]]
 
     def tick(self, layer: int, continues: bool) -> int:
@@ -79,6 +82,7 @@ class Shares:
 
     def open(self, lease: Lease, keys: list[Key]) -> None:
         """From now on these experts are held by it."""
+        # Ids are used again: an entry of this id is that of a lease that died unclosed.
         if (dead := self._leases.pop(id(lease), None)) is not None:
             self.unpin(dead[2])
         self._leases[id(lease)] = weakref.ref(lease), threading.get_ident(), keys
@@ -121,6 +125,7 @@ class Shares:
     def fits(self, layer: int, keys: list[Key]) -> bool:
         """Whether these experts of it can be leased beside what is leased and read ahead now."""
         domain = self._domain_of[layer]
+        # Nothing is leased and no smaller budget is on its way, as in every step of one thread: no need to count bytes.
         capacity, limit = self.policies[domain].capacity, self.limits[domain]
         return (not self.pins and capacity == limit) or self._pinned_bytes(domain, keys) <= min(limit, capacity)
 
@@ -143,8 +148,64 @@ class Shares:
     def shrink(self) -> list[Key]:
         """Evict down to the budget asked for, as far as leases allow; returns what was evicted."""
         dropped = []
+        # As far as the leases allow: what they hold goes when the last of them ends, which shrinks again.
         for domain, (policy, limit) in enumerate(zip(self.policies, self.limits, strict=True)):
             dropped += policy.resize(max(limit, self._pinned_bytes(domain)), self.pins)
         if all(policy.capacity == limit for policy, limit in zip(self.policies, self.limits, strict=True)):
             self.budget_bytes, self.in_force = self.asked_bytes, True
         return dropped
+
+
+def check_budget(what: str, value: object) -> None:
+    """Raises ConfigError for anything but a size, a number of bytes or a share of all experts."""
+    if isinstance(value, str):
+        try:
+            parse_size(value)
+        except ConfigError as error:
+            raise ConfigError(f"{what}: {error}; or a share of all experts, as 0.25") from error
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(
+            f"{what} {value!r}: give a size, as '2GiB', a number of bytes, or a share of all experts, as 0.25; other "
+            "settings of the cache are options of their own (policy=, prefetch= ...)."
+        )
+    elif isinstance(value, float) and not 0.0 < value <= 1.0:
+        raise ConfigError(f"{what} {value!r}: a share of all experts is above 0 and at most 1.0.")
+
+
+def budget_in_bytes(value: str | int | float, total_bytes: int) -> int:
+    """The bytes of a budget that `check_budget` has passed: a size, bytes, or a share (a float) of `total_bytes`."""
+    if isinstance(value, str):
+        return parse_size(value)
+    return int(value * total_bytes) if isinstance(value, float) else value
+
+
+def shares_of(budget_bytes: int, source: ExpertSource, domains: Sequence[Sequence[int]]) -> list[int]:
+    """The part of a budget that each of these groups of layers has, in proportion to its experts.
+
+    Raises ConfigError when a group could not hold one expert of each of its layers.
+    """
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
+        raise ConfigError(f"expert cache budget {budget_bytes!r}: give a number of bytes.")
+    if budget_bytes < (needed := least_budget(source, domains)):
+        raise ConfigError(f"expert cache budget {budget_bytes} bytes cannot hold one expert: give at least {needed}.")
+    # In proportion to what each group could hold, so that models whose layers differ hit alike in all of them.
+    weights = _weights(source, domains)
+    return [budget_bytes * weight // sum(weights) for weight in weights]
+
+
+def domains_of(source: ExpertSource, scope: str) -> list[list[int]]:
+    """The groups of layers that share a limit."""
+    layers = list(range(len(source.layers)))
+    return [layers] if scope == "global" else [[layer] for layer in layers]
+
+
+def least_budget(source: ExpertSource, domains: Sequence[Sequence[int]]) -> int:
+    """The smallest budget in bytes of which each group's part holds one expert of each of its layers."""
+    weights = _weights(source, domains)
+    largest = [max(source.expert_bytes[layer] for layer in layers) for layers in domains]
+    # Rounded up: the share of a group is rounded down, and must still hold its largest expert.
+    return max(-(-size * sum(weights) // weight) for size, weight in zip(largest, weights, strict=True))
+
+
+def _weights(source: ExpertSource, domains: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(source.num_experts[layer] * source.expert_bytes[layer] for layer in layers) for layers in domains]

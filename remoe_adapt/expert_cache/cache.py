@@ -2,15 +2,14 @@
 
 One policy rules all layers, or each layer has its own share of the budget. A lease holds the experts that are computed
 with now; what is leased is never evicted. Experts may be read ahead of their lease, while no lease waits for a read.
-
-How slots of an expert cache come to be filled: the reads that are under way, those ahead among them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,224 +17,28 @@ import torch
 from remoe_adapt._support import HeldCondition, handle_pending, held_back, mend_after_fork, return_freed_memory
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import Policy
-from remoe_adapt.expert_cache.budget import Lease, Shares
+from remoe_adapt.expert_cache.budget import Lease, Shares, budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.reads import AbandonedError, Arrival, ReadAheads, outcome, read_all
-from remoe_adapt.expert_cache.residency import ResidentMasks
-from remoe_adapt.expert_cache.types import (
-    ExpertSource,
-    Key,
-    LayerCounters,
-    Slot,
-    budget_in_bytes,
-    check_budget,
-    check_options,
-    counted,
-)
-
-_MISS_S_RATE = 0.1
-
-
-class Filling:
-    """What an expert cache holds and awaits, and the threads that read.
-
-    One lock (`_changed`) guards all of it. A method whose name ends in `_locked` is called with the lock held; the
-    others take it themselves, and none waits for a read while it has it.
-    """
-
-    def __init__(
-        self, source: ExpertSource, shares: Shares, threads: int, ahead_threads: int, device: torch.device
-    ) -> None:
-        self.source = source
-        # Seconds that a lease waits for each expert it misses: a mean over the last ten or so.
-        self.miss_s = 0.0
-        self._shares = shares
-        self._counters = [LayerCounters() for _ in source.layers]
-        self._slots: dict[Key, Slot] = {}
-        self._resident = ResidentMasks(source.num_experts, device)
-        self.resident_masks = self._resident.masks
-        self._threads, self._ahead_threads = threads, ahead_threads
-        self._start()
-        mend_after_fork(self)
-
-    def _start(self) -> None:
-        """With a new lock and new threads, no leases, and no reads under way."""
-        self._changed = HeldCondition()
-        self._loading: dict[Key, Arrival] = {}
-        self._shares.close_all()
-        # _waiting: leases that wait for a read now. Read-aheads begin only while there are none.
-        self._ahead, self._waiting = ReadAheads(), 0
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-read")
-        self._ahead_pool = ThreadPoolExecutor(self._ahead_threads, thread_name_prefix="expert-read-ahead")
-
-    def after_fork(self) -> None:
-        """The child has none of its parent's threads: nobody there ends their reads or closes their leases."""
-        for key in [key for policy in self._shares.policies for key in policy if key not in self._slots]:
-            self._shares.policy_of(key[0]).discard(key)
-        # An eviction that was under way has left the policy already, and perhaps not the slots.
-        known = {key for policy in self._shares.policies for key in policy}
-        self._drop_locked([key for key in self._slots if key not in known])
-        self._start()
-        self._shrink_locked()
-
-    def _begin_locked(
-        self, layer: int, keys: list[Key], begun: dict[Key, Arrival]
-    ) -> tuple[dict[Key, Arrival], dict[int, Slot]]:
-        """Of these leased experts: those still to come (`begun` of them are the caller's to read), and the others."""
-        policy, size, ahead = self._shares.policy_of(layer), self.source.expert_bytes[layer], self._ahead
-        for key in keys:
-            if key in ahead.queued:  # it has its room already, and this lease makes the read
-                begun[key] = self._loading[key]
-                ahead.forget(key)
-                self._shares.unpin((key,))
-            elif key not in policy:
-                self._make_room_locked(policy, size)
-                policy.admit(key, size)
-                begun[key] = self._loading[key] = Arrival()
-        awaited = {key: self._loading[key] for key in keys if key in self._loading} if self._loading else {}
-        return awaited, {key[1]: self._slots[key] for key in keys if key not in awaited}
-
-    def _wait_for_room_locked(self) -> None:
-        if self._shares.close_lost(of_this_thread=True):
-            self._shrink_locked()
-            self._changed.notify_all()
-        else:
-            self._changed.wait()
-
-    def _shrink_locked(self) -> bool:
-        """Evict down to the budget asked for, as far as leases allow; whether that has brought it into force."""
-        if self._shares.in_force:
-            return False
-        self._drop_locked(self._shares.shrink())
-        self._resident.show()
-        self._changed.notify_all()
-        return self._shares.in_force
-
-    def _make_room_locked(self, policy: Policy[Key], size: int) -> None:
-        if self._ahead.expected:
-            try:
-                self._drop_locked(policy.make_room(size, self._shares.pins.keys() | self._ahead.expected))
-                return
-            except ConfigError:  # what is predicted yields to what is asked for
-                pass
-        self._drop_locked(policy.make_room(size, self._shares.pins))
-
-    def _cancel_locked(self, keys: list[Key]) -> bool:
-        """Call off read-aheads that have not begun; whether there were any."""
-        for key in keys:
-            self._changed.notify_all()
-            self._ahead.forget(key)
-            self._shares.unpin((key,))
-            del self._loading[key]
-            self._shares.policy_of(key[0]).discard(key)
-        return bool(keys)
-
-    def _drop_locked(self, keys: Iterable[Key]) -> None:
-        """These have left their policy: their slots go too."""
-        for key in keys:
-            if self._slots.pop(key, None) is not None:
-                self._resident.write(*key, False)
-                self._ahead.unused.discard(key)
-
-    def _await(self, layer: int, awaited: dict[Key, Arrival], begun: dict[Key, Arrival]) -> dict[int, Slot]:
-        """The slots of these experts once they have come. Raises what the first failed read raises."""
-        started, reads, slots = time.perf_counter(), len(begun), dict[int, Slot]()
-        try:
-            while awaited:
-                read_all(self._fetch, list(begun.items()), self._pool)
-                failures = {key: outcome(arrival) for key, arrival in awaited.items()}  # waits
-                lost = [key for key, failure in failures.items() if isinstance(failure, AbandonedError)]
-                slots |= {key[1]: awaited[key].result() for key in awaited if key not in lost}
-                begun.clear()
-                awaited = {}
-                if lost:  # the threads that read them were interrupted: this lease reads them
-                    with self._changed:
-                        awaited, there = self._begin_locked(layer, lost, begun)
-                    slots |= there
-        finally:
-            with self._changed:
-                stall_s = time.perf_counter() - started
-                self._counters[layer].stall_s += stall_s
-                if reads:
-                    self.miss_s += _MISS_S_RATE * (stall_s / reads - self.miss_s)
-                self._waiting -= 1
-                self._resident.show()
-                self._changed.notify_all()
-        return slots
-
-    def _read_ahead(self, key: Key) -> None:
-        with self._changed:
-            while self._waiting and key in self._ahead.queued:
-                self._changed.wait()
-            if key not in self._ahead.queued:
-                return
-            self._ahead.begin(key)
-            arrival = self._loading[key]
-        self._fetch(key, arrival, ahead=True)
-
-    def _fetch(self, key: Key, arrival: Arrival, *, ahead: bool = False) -> None:
-        """Read an expert, unless another thread does: see Arrival for the states that it goes through."""
-        if arrival.done() or not arrival.claim():
-            return
-        while True:
-            result: Slot | BaseException
-            try:
-                result = self.source.read(*key)
-            except Exception as error:
-                result = error
-            except BaseException:  # an interrupt is this thread's alone: leases that wait read it themselves
-                self._end_read(key, arrival, AbandonedError(), ahead)
-                raise
-            if self._end_read(key, arrival, result, ahead):
-                return
-            ahead = False
-
-    def _end_read(self, key: Key, arrival: Arrival, result: Slot | BaseException, ahead: bool) -> bool:
-        """Keep what a read has brought, or hand on why it failed. False when it must be made again: it was ahead and
-        has failed, but a lease waits for it by now, and is owed a read of its own."""
-        failed = isinstance(result, BaseException)
-        with self._changed:
-            is_awaited = ahead and self._shares.pins[key] > 1
-            if ahead:
-                self._ahead.end(key, came=not failed)
-                self._shares.unpin((key,))
-                self._counters[key[0]].prefetched += not failed
-            is_over = not (failed and is_awaited) or isinstance(result, AbandonedError)
-            if is_over:
-                self._arrive_locked(key, arrival, result)
-            if ahead:
-                self._resident.show()
-            self._shrink_locked()
-        return is_over
-
-    def _arrive_locked(self, key: Key, arrival: Arrival, result: Slot | BaseException) -> None:
-        is_current, policy = self._loading.get(key) is arrival, self._shares.policy_of(key[0])
-        if isinstance(result, BaseException):
-            if is_current:
-                policy.discard(key)
-                self._drop_locked([key])
-            arrival.set_exception(result)
-        else:
-            if key in policy:  # else the lease that asked for it was interrupted, and took it back
-                self._slots[key] = result
-                self._resident.write(*key, True)
-                self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
-            arrival.set_result(result)
-        if is_current:
-            del self._loading[key]
-        self._changed.notify_all()
-
+from remoe_adapt.expert_cache.types import ExpertSource, Key, LayerCounters, Slot, check_options, counted
 
 READ_THREADS = 4
-# Read-aheads at a time: few, because a wrong one that has begun takes the device until it ends.
+# A wrong read-ahead that has begun takes the device until it ends, so there are few of them at a time.
 AHEAD_THREADS = 2
 # Read-aheads, queued and under way, take at most 1 / _AHEAD_PART of a budget.
 _AHEAD_PART = 2
+# `miss_s` is a mean over about the last 1 / _MISS_S_RATE waits.
+_MISS_S_RATE = 0.1
+# Masks begin at multiples of so many floats (64 bytes), as tensors of their own would.
+_MASK_STEP = 16
 
 
-class ExpertCache(Filling):
+class ExpertCache:
     """Slots for at most `budget_bytes` of a source's experts; any number of threads at once.
 
-    `resident_masks` are of each layer a tensor [1, E], kept up to date in place: 1 where the expert is in its slot, 0
+    One lock (`_changed`) guards what is held and awaited. A method whose name ends in `_locked` is called with the lock
+    held; the others take it themselves, and none waits for a read while it has it.
+
+    `resident_masks` has a tensor [1, E] for each layer, kept up to date in place: 1 where the expert is in its slot, 0
     elsewhere.
 
     source: where experts are read from.
@@ -264,9 +67,17 @@ class ExpertCache(Filling):
         device: torch.device | None = None,
     ) -> None:
         check_options(policy, scope, threads)
-        self.policy, self.scope, self.below, self._released = policy, scope, below, released
-        shares = Shares(source, budget_bytes, policy, scope)
-        super().__init__(source, shares, threads, AHEAD_THREADS, device or torch.device("cpu"))
+        self.source, self.policy, self.scope, self._threads = source, policy, scope, threads
+        self.below, self._released = below, released
+        # How long a lease has lately waited for each expert that it missed.
+        self.miss_s = 0.0
+        self._shares = Shares(source, budget_bytes, policy, scope)
+        self._counters = [LayerCounters() for _ in source.layers]
+        self._slots: dict[Key, Slot] = {}
+        self._resident = ResidentMasks(source.num_experts, device or torch.device("cpu"))
+        self.resident_masks = self._resident.masks
+        self._start()
+        mend_after_fork(self)
 
     def __deepcopy__(self, memo: object) -> ExpertCache:
         """A copied model computes on the same slots."""
@@ -274,12 +85,12 @@ class ExpertCache(Filling):
 
     @property
     def budget_bytes(self) -> int:
-        """In force: a smaller one counts once `resize` has brought the slots below it."""
+        """The budget in force: a smaller one counts once `resize` has brought the slots below it."""
         return self._shares.budget_bytes
 
     @property
     def resident_bytes(self) -> int:
-        """Of the slots, those that are being filled among them."""
+        """What the slots take, those that are being filled among them."""
         return sum(policy.used for policy in self._shares.policies)
 
     def resident(self) -> list[Key]:
@@ -290,14 +101,19 @@ class ExpertCache(Filling):
     def lease(self, layer: int, experts: Iterable[int], *, continues: bool = False) -> Lease:
         """The first of these distinct experts, in their order: as many as the budget holds at a time, at least one.
 
-        Those that are missing are read now, in parallel. continues: more experts of the last lease's token. While
-        leases of other threads leave too little room this waits; those of this thread are given back before.
+        Those that are missing are read now, in parallel. While leases of other threads leave too little room this
+        waits; those of this thread are given back before.
+
+        layer: the layer's place in the source.
+        experts: their numbers, distinct.
+        continues: they are of the same token as the last lease.
 
         Raises what the source raises, once every read of this call has ended; the cache then holds what could be read.
         A signal whose handler raises (Ctrl-C) does so once the read under way in this thread has ended.
         """
         wanted, lease, begun = list(experts), Lease(self._end), dict[Key, Arrival]()
         try:
+            # An interrupt between a pin and its lease would leave experts that nobody can evict any more.
             with held_back():
                 try:
                     awaited = self._open(lease, layer, wanted, continues, begun)
@@ -307,48 +123,10 @@ class ExpertCache(Filling):
                 except BaseException:
                     self._abandon(lease, begun)
                     raise
-        except BaseException:  # of a signal that came at the very end, too
+        except BaseException:  # a signal may come after `_abandon` can catch it
             lease.release()
             raise
         return lease
-
-    def _open(
-        self, lease: Lease, layer: int, wanted: list[int], continues: bool, begun: dict[Key, Arrival]
-    ) -> dict[Key, Arrival]:
-        """Those that are still to come; `begun` of them are the caller's to read."""
-        with self._changed:
-            shares, ahead = self._shares, self._ahead
-            shares.close_lost()
-            if ahead.expected and not continues:
-                self._cancel_locked(ahead.look_up(layer, wanted))
-            while True:
-                most = max(1, shares.limit_of(layer) // self.source.expert_bytes[layer])
-                keys = [(layer, expert) for expert in wanted[:most]]
-                if shares.fits(layer, keys):
-                    break
-                if not self._cancel_locked(shares.with_limit_of(layer, ahead.queued)):
-                    self._wait_for_room_locked()
-            shares.open(lease, keys)
-            shares.policy_of(layer).touch(keys, shares.tick(layer, continues))
-            awaited, lease.slots = self._begin_locked(layer, keys, begun)
-            counters = self._counters[layer]
-            counters.hits += len(keys) - len(begun)
-            counters.misses += len(begun)
-            if ahead.unused:
-                counters.prefetch_hits += ahead.use(keys)
-            self._waiting += bool(awaited)
-        return awaited
-
-    def _abandon(self, lease: Lease, begun: dict[Key, Arrival]) -> None:
-        """The one undo of a lease, from its first pin on: nobody shall wait for what nobody reads."""
-        with self._changed:
-            for key, arrival in begun.items():
-                if arrival.claim() and not arrival.done():
-                    self._arrive_locked(key, arrival, AbandonedError())
-            for key in self._shares.held_by(lease):
-                if key not in self._slots and key not in self._loading:
-                    self._shares.policy_of(key[0]).discard(key)
-        lease.release()
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Read those of these experts that are missing, in their order, before a lease asks for them. Never waits.
@@ -382,7 +160,7 @@ class ExpertCache(Filling):
                     self._cancel_locked([key])
 
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
-        """Those of these experts that are neither there nor being read, in their order."""
+        """The experts among these that are neither there nor being read, in their order."""
         with self._changed:
             policy = self._shares.policy_of(layer)
             return [expert for expert in experts if (layer, expert) not in policy]
@@ -399,6 +177,8 @@ class ExpertCache(Filling):
         with self._changed:
             self._shares.close_lost()
             self._cancel_locked(list(self._ahead.queued))
+            # Reads that have begun cannot be called off. Those that begin meanwhile are not waited for, or a busy model
+            # would keep this call for ever.
             begun = set(self._ahead.begun)
             while begun & self._ahead.begun:
                 self._changed.wait()
@@ -453,8 +233,101 @@ class ExpertCache(Filling):
         if self.below is not None:
             self.below.reset_stats()
 
+    def after_fork(self) -> None:
+        """Begin anew in the child of a fork, where nobody ends the reads of the parent's threads or closes leases."""
+        # The threads that would fill these slots are in the parent.
+        for key in [key for policy in self._shares.policies for key in policy if key not in self._slots]:
+            self._shares.policy_of(key[0]).discard(key)
+        # An eviction that was under way has left the policy already, and perhaps not the slots.
+        known = {key for policy in self._shares.policies for key in policy}
+        self._drop_locked([key for key in self._slots if key not in known])
+        self._start()
+        self._shrink_locked()
+
+    def _start(self) -> None:
+        """Begin with a new lock and new threads, without leases, and without reads under way."""
+        self._changed = HeldCondition()
+        self._loading: dict[Key, Arrival] = {}
+        self._shares.close_all()
+        # Leases that wait for a read now. Read-aheads begin only while there are none, since they would share the disk.
+        self._waiting = 0
+        self._ahead = ReadAheads()
+        # Read-aheads have threads of their own, so that a queue of them never stands before what a lease waits for.
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="expert-read")
+        self._ahead_pool = ThreadPoolExecutor(AHEAD_THREADS, thread_name_prefix="expert-read-ahead")
+
+    def _open(
+        self, lease: Lease, layer: int, wanted: list[int], continues: bool, begun: dict[Key, Arrival]
+    ) -> dict[Key, Arrival]:
+        """Lease what the budget holds; returns the experts still to come. The caller reads those in `begun`."""
+        with self._changed:
+            shares, ahead = self._shares, self._ahead
+            shares.close_lost()
+            # A second group of one token's experts is no new look-up: what was predicted is still to be asked for.
+            if ahead.expected and not continues:
+                self._cancel_locked(ahead.look_up(layer, wanted))
+            while True:
+                most = max(1, shares.limit_of(layer) // self.source.expert_bytes[layer])
+                keys = [(layer, expert) for expert in wanted[:most]]
+                if shares.fits(layer, keys):
+                    break
+                # Guesses make room before anybody waits for it.
+                if not self._cancel_locked(shares.with_limit_of(layer, ahead.queued)):
+                    self._wait_for_room_locked()
+            shares.open(lease, keys)
+            shares.policy_of(layer).touch(keys, shares.tick(layer, continues))
+            awaited, lease.slots = self._begin_locked(layer, keys, begun)
+            counters = self._counters[layer]
+            counters.hits += len(keys) - len(begun)
+            counters.misses += len(begun)
+            if ahead.unused:
+                counters.prefetch_hits += ahead.use(keys)
+            self._waiting += bool(awaited)
+        return awaited
+
+    def _await(self, layer: int, awaited: dict[Key, Arrival], begun: dict[Key, Arrival]) -> dict[int, Slot]:
+        """The slots of these experts once they have come. Raises what the first failed read raises."""
+        # `begun` changes below; the time is shared out among the reads that this lease began with.
+        started, reads, slots = time.perf_counter(), len(begun), dict[int, Slot]()
+        try:
+            while awaited:
+                read_all(self._fetch, list(begun.items()), self._pool)
+                # All are waited for, also behind a failed one: once this call has ended no read of it goes on.
+                failures = {key: outcome(arrival) for key, arrival in awaited.items()}
+                lost = [key for key, failure in failures.items() if isinstance(failure, AbandonedError)]
+                slots |= {key[1]: awaited[key].result() for key in awaited if key not in lost}
+                begun.clear()
+                awaited = {}
+                if lost:  # the threads that read them were interrupted: this lease reads them
+                    with self._changed:
+                        awaited, there = self._begin_locked(layer, lost, begun)
+                    slots |= there
+        finally:
+            with self._changed:
+                stall_s = time.perf_counter() - started
+                self._counters[layer].stall_s += stall_s
+                if reads:
+                    self.miss_s += _MISS_S_RATE * (stall_s / reads - self.miss_s)
+                self._waiting -= 1
+                self._resident.show()
+                self._changed.notify_all()
+        return slots
+
+    def _abandon(self, lease: Lease, begun: dict[Key, Arrival]) -> None:
+        """Undo a lease, from its first pin on: nobody shall wait for what nobody reads."""
+        with self._changed:
+            # Those that another thread has claimed come to an end in it, and the slots stay for whoever asks next.
+            for key, arrival in begun.items():
+                if arrival.claim() and not arrival.done():
+                    self._arrive_locked(key, arrival, AbandonedError())
+            for key in self._shares.held_by(lease):
+                if key not in self._slots and key not in self._loading:
+                    self._shares.policy_of(key[0]).discard(key)
+        lease.release()
+
     def _end(self, lease: Lease) -> None:
         """A lease calls it when it is released; once is enough."""
+        # First: what is given back may be overwritten at once, and a GPU must know by then which kernels read it.
         try:
             if self._released is not None:
                 self._released()
@@ -469,3 +342,172 @@ class ExpertCache(Filling):
     def _give_back(self) -> None:
         self.source.give_back()
         return_freed_memory()
+
+    def _wait_for_room_locked(self) -> None:
+        # A thread that waited for a lease of its own, or for one that nobody holds any more, would wait for ever.
+        if self._shares.close_lost(of_this_thread=True):
+            self._shrink_locked()
+            self._changed.notify_all()
+        else:
+            self._changed.wait()
+
+    def _begin_locked(
+        self, layer: int, keys: list[Key], begun: dict[Key, Arrival]
+    ) -> tuple[dict[Key, Arrival], dict[int, Slot]]:
+        """The leased experts still to come (the caller reads those in `begun`), and the slots of the others."""
+        policy, size, ahead = self._shares.policy_of(layer), self.source.expert_bytes[layer], self._ahead
+        for key in keys:
+            if key in ahead.queued:  # its room is made already, and this lease takes the read over
+                begun[key] = self._loading[key]
+                ahead.forget(key)
+                self._shares.unpin((key,))
+            elif key not in policy:
+                self._make_room_locked(policy, size)
+                policy.admit(key, size)
+                begun[key] = self._loading[key] = Arrival()
+        awaited = {key: self._loading[key] for key in keys if key in self._loading} if self._loading else {}
+        return awaited, {key[1]: self._slots[key] for key in keys if key not in awaited}
+
+    def _make_room_locked(self, policy: Policy[Key], size: int) -> None:
+        if self._ahead.expected:
+            try:
+                self._drop_locked(policy.make_room(size, self._shares.pins.keys() | self._ahead.expected))
+                return
+            except ConfigError:  # what is predicted yields to what is asked for
+                pass
+        self._drop_locked(policy.make_room(size, self._shares.pins))
+
+    def _shrink_locked(self) -> bool:
+        """Evict down to the budget asked for, as far as leases allow; whether that has brought it into force."""
+        if self._shares.in_force:
+            return False
+        self._drop_locked(self._shares.shrink())
+        self._resident.show()
+        self._changed.notify_all()
+        return self._shares.in_force
+
+    def _cancel_locked(self, keys: list[Key]) -> bool:
+        """Call off read-aheads that have not begun; whether there were any."""
+        for key in keys:
+            self._changed.notify_all()
+            self._ahead.forget(key)
+            self._shares.unpin((key,))
+            del self._loading[key]
+            self._shares.policy_of(key[0]).discard(key)
+        return bool(keys)
+
+    def _drop_locked(self, keys: Iterable[Key]) -> None:
+        """Drop the slots of experts that have left their policy."""
+        for key in keys:
+            if self._slots.pop(key, None) is not None:
+                self._resident.write(*key, False)
+                self._ahead.unused.discard(key)
+
+    def _read_ahead(self, key: Key) -> None:
+        """Read an expert that was predicted, once no lease waits for a read. Runs in a thread of the second pool."""
+        with self._changed:
+            while self._waiting and key in self._ahead.queued:
+                self._changed.wait()
+            if key not in self._ahead.queued:
+                return
+            self._ahead.begin(key)
+            arrival = self._loading[key]
+        self._fetch(key, arrival, ahead=True)
+
+    def _fetch(self, key: Key, arrival: Arrival, *, ahead: bool = False) -> None:
+        """Read an expert, unless another thread does: see Arrival for the states that it goes through."""
+        if arrival.done() or not arrival.claim():
+            return
+        while True:
+            result: Slot | BaseException
+            try:
+                result = self.source.read(*key)
+            except Exception as error:
+                result = error
+            except BaseException:  # an interrupt is this thread's alone: leases that wait read it themselves
+                self._end_read(key, arrival, AbandonedError(), ahead)
+                raise
+            if self._end_read(key, arrival, result, ahead):
+                return
+            ahead = False
+
+    def _end_read(self, key: Key, arrival: Arrival, result: Slot | BaseException, ahead: bool) -> bool:
+        """Keep what a read has brought, or hand on why it failed.
+
+        False when it must be made again: it was ahead and has failed, but a lease waits for it by now, and is owed a
+        read that was made for it.
+        """
+        failed = isinstance(result, BaseException)
+        with self._changed:
+            # One pin is the read-ahead's; any other is a lease's.
+            is_awaited = ahead and self._shares.pins[key] > 1
+            if ahead:
+                self._ahead.end(key, came=not failed)
+                self._shares.unpin((key,))
+                self._counters[key[0]].prefetched += not failed
+            is_over = not (failed and is_awaited) or isinstance(result, AbandonedError)
+            if is_over:
+                self._arrive_locked(key, arrival, result)
+            if ahead:
+                self._resident.show()
+            self._shrink_locked()
+        return is_over
+
+    def _arrive_locked(self, key: Key, arrival: Arrival, result: Slot | BaseException) -> None:
+        # Another read of this expert may have begun after this one was taken back: then its entries stay.
+        is_current, policy = self._loading.get(key) is arrival, self._shares.policy_of(key[0])
+        if isinstance(result, BaseException):
+            if is_current:
+                policy.discard(key)
+                self._drop_locked([key])
+            arrival.set_exception(result)
+        else:
+            if key in policy:  # else the lease that asked for it was interrupted, and took it back
+                self._slots[key] = result
+                self._resident.write(*key, True)
+                self._counters[key[0]].bytes += self.source.expert_bytes[key[0]]
+            arrival.set_result(result)
+        if is_current:
+            del self._loading[key]
+        self._changed.notify_all()
+
+
+class ResidentMasks:
+    """`masks` has a tensor [1, E] for each layer: 1 where the expert is in memory, 0 elsewhere; never reallocated.
+
+    A resident prior reads them. The cache writes single numbers in RAM. On the CPU the masks are these numbers; for a
+    device `show` copies all of them in one call, instead of a kernel for each expert.
+
+    num_experts: how many each layer has.
+    device: where the masks are.
+    copied: the masks are a copy on the CPU too.
+    """
+
+    def __init__(self, num_experts: Sequence[int], device: torch.device, *, copied: bool = False) -> None:
+        *starts, end = accumulate((-(-count // _MASK_STEP) * _MASK_STEP for count in num_experts), initial=0)
+        # Tensors that are made in inference mode could not be read outside it.
+        with torch.inference_mode(False):
+            self._written = torch.zeros(end)
+            self._shown = self._written.to(device, copy=copied)
+            places = [slice(start, start + count) for start, count in zip(starts, num_experts, strict=True)]
+            self.masks = [self._shown[place].view(1, -1) for place in places]
+        # A tensor would take much longer to write a single number, once for each expert that comes or goes.
+        numbers = self._written.numpy()
+        self._of_layer = [numbers[place] for place in places]
+        self._is_stale = False
+
+    def write(self, layer: int, expert: int, is_there: bool) -> None:
+        """An expert has come, or goes."""
+        self._of_layer[layer][expert] = is_there
+        self._is_stale = True
+
+    def show(self) -> None:
+        """Bring the masks up to date, after any number of writes."""
+        if self._is_stale and self._shown is not self._written:
+            with torch.inference_mode(False), torch.no_grad():
+                self._shown.copy_(self._written)
+        self._is_stale = False
+
+    def is_whole(self, layer: int) -> bool:
+        """All experts of this layer are there."""
+        return bool(self._of_layer[layer].all())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +42,7 @@ class _Source:
         return self.extents[0].row(expert, num_experts) if self.packed else self.extents[expert]
 
     def shape(self) -> tuple[int, ...]:
-        """Of one expert, as a converter takes it."""
+        """The shape of one expert's part, as a converter takes it."""
         shape = self.extents[0].shape
         return (1, *shape[1:]) if self.packed else shape
 
@@ -78,16 +78,55 @@ class _OneExpert:
         return getattr(self._model, name)
 
     def get_parameter(self, name: str) -> Tensor:
+        # A converter looks at the parameter that it makes: here it makes one row.
         return self._model.get_parameter(name)[:1]
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules, by name in model order, whose experts transformers' experts interface can compute."""
+    # transformers' decorator of experts classes sets these; there is no base class to ask for.
     marks = ("is_transposed", "has_gate", "has_bias", "num_experts")
     return {name: module for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)}
 
 
-class ExpertStore:
+class FileStore:
+    """What stores of experts in files share: which experts there are, the files' reader, and the memory that it fills.
+
+    `layers` are the names of the experts modules in model order; `num_experts`, `expert_bytes` (of one) and `params`
+    (names) go with them.
+    """
+
+    layers: tuple[str, ...]
+    num_experts: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
+    params: tuple[tuple[str, ...], ...]
+
+    def __init__(self, paths: Iterable[Path], direct_io: bool, reader: Reader) -> None:
+        self._reader, self._blocks = ExtentReader(paths, direct_io=direct_io, reader=reader), Blocks()
+        self.direct_io, self.close = self._reader.direct_io, self._reader.close
+
+    @property
+    def total_bytes(self) -> int:
+        """What all experts take in memory."""
+        return sum(count * size for count, size in zip(self.num_experts, self.expert_bytes, strict=True))
+
+    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """The parameters of one expert, by name: tensors of `param.shape[1:]` that own their memory.
+
+        Raises ExpertReadError, after several attempts.
+        """
+        raise NotImplementedError
+
+    def give_back(self) -> None:
+        """Memory that is kept for the next reads goes to the system."""
+        self._blocks.give_back()
+
+    def use_blocks(self, blocks: Blocks) -> None:
+        """Read into this memory from now on."""
+        self._blocks = blocks
+
+
+class ExpertStore(FileStore):
     """Reads experts of a checkpoint folder; any number of threads at once.
 
     folder: of the checkpoint.
@@ -96,9 +135,6 @@ class ExpertStore:
     encoding: of the experts in the files.
     direct_io: past the page cache (O_DIRECT), where the file system has it; else buffered, which is logged once.
     reader: reads the files, as os.preadv does.
-
-    `layers` are the names of the experts modules in model order; `num_experts`, `expert_bytes` (of one) and `params`
-    (names) go with them.
 
     Raises ConfigError when the folder is no safetensors checkpoint of this model or lacks experts, ExpertReadError for
     a truncated file.
@@ -132,27 +168,19 @@ class ExpertStore:
         )
         extents = open_checkpoint(self.folder)
         encoding.check_files(self.folder, extents.values())
-        self._one_expert, self._blocks = _OneExpert(model), Blocks()
+        self._one_expert = _OneExpert(model)
+        # What `_order` found, by conversion and shapes of its sources.
         self._plain: dict[tuple[object, ...], tuple[int, ...] | None] = {}
         self._groups = self._plan(model, extents)
         self._paths = {e.path for groups in self._groups for g in groups for s in g.sources for e in s.extents}
-        self._reader = ExtentReader(self._paths, direct_io=direct_io, reader=reader)
+        super().__init__(self._paths, direct_io, reader)
+        # Each parameter may begin anywhere in a block of the file, so each gets one block more.
         self._block_bytes = [
             (-(-size // BLOCK) + len(params)) * BLOCK
             for size, params in zip(self.expert_bytes, self._params, strict=True)
         ]
-        self.direct_io, self.close = self._reader.direct_io, self._reader.close
-
-    @property
-    def total_bytes(self) -> int:
-        """Of all experts in memory."""
-        return sum(count * size for count, size in zip(self.num_experts, self.expert_bytes, strict=True))
 
     def read(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """The parameters of one expert, by name: tensors of `param.shape[1:]` that own their memory.
-
-        Raises ExpertReadError, after several attempts.
-        """
         # Slots outlive the inference mode of the thread that happens to ask for them, so they are ordinary tensors.
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return self._assemble(layer, expert)
@@ -165,6 +193,7 @@ class ExpertStore:
         """The first numbers of each parameter of an expert, at most `count`, flat; raises as `read`."""
         found: dict[str, Tensor] = {}
         for group in self._groups[layer]:
+            # Only a conversion knows where the first numbers come from, so the expert is read whole.
             if group.order is None:
                 whole = self.read(layer, expert)
                 found |= {name: whole[name].flatten()[:count].clone() for name in group.params}
@@ -180,14 +209,6 @@ class ExpertStore:
         stats = [(path.name, path.stat()) for path in sorted(self._paths)]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
-    def give_back(self) -> None:
-        """Memory that is kept for the next reads goes to the system."""
-        self._blocks.give_back()
-
-    def use_blocks(self, blocks: Blocks) -> None:
-        """Read into this memory from now on."""
-        self._blocks = blocks
-
     def _owned(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         return self._blocks.empty(tuple(value.shape), dtype).copy_(value)
 
@@ -201,6 +222,7 @@ class ExpertStore:
                 straight.append((group.params[0], [pieces[place] for place in group.order]))
                 continue
             like = params[group.params[0]]
+            # The pieces in their order are the parameter, but in another type: read together, then converted.
             if group.order is not None:
                 whole = self._blocks.empty(tuple(like.shape[1:]), pieces[0].dtype)
                 self._reader.fill(_parts([pieces[place] for place in group.order], whole))
@@ -220,6 +242,7 @@ class ExpertStore:
         addresses that are its offsets modulo the block size, unless that would spoil the alignment of the tensors."""
         if not wanted:
             return {}
+        # One block for all: the parameters of an expert come and go together, and each mapping counts.
         block = self._blocks.take(self._block_bytes[layer])
         at, found, parts = 0, {}, []
         for param, extents in sorted(wanted, key=lambda entry: (entry[1][0].path, entry[1][0].offset)):
@@ -261,11 +284,7 @@ class ExpertStore:
         return plans
 
     def _group(
-        self,
-        layer: int,
-        name: str,
-        by_source: dict[str | None, list[Extent]],
-        by_pattern: dict[str, WeightConverter],
+        self, layer: int, name: str, by_source: dict[str | None, list[Extent]], by_pattern: dict[str, WeightConverter]
     ) -> _Group:
         count, prefix, params = self.num_experts[layer], f"{self.layers[layer]}.", self._params[layer]
         sources = []
@@ -278,19 +297,21 @@ class ExpertStore:
                     f"{count} experts of {name}: are all files there, and of this model?"
                 )
             sources.append(_Source(pattern or "", tuple(extents), packed))
+        # All patterns of one parameter belong to one conversion.
         patterns = [pattern for pattern in by_source if pattern is not None]
         converter = by_pattern[patterns[0]] if patterns else None
         group = tuple(sources)
+        # On the meta device first: a layout that cannot be cut into experts is refused when the model is loaded.
         made = self._convert(converter, name, group, [torch.empty(source.shape(), device="meta") for source in group])
-        own = {key.removeprefix(prefix): value for key, value in made.items()}
-        for param, value in own.items():
+        by_param = {key.removeprefix(prefix): value for key, value in made.items()}
+        for param, value in by_param.items():
             if param not in params or value.shape != (1, *params[param].shape[1:]):
                 raise ConfigError(
                     f"{self.folder}: {prefix}{param} cannot be read expert by expert (one is {list(value.shape)})."
                 )
-        order = self._order(converter, name, group, len(own))
+        order = self._order(converter, name, group, len(by_param))
         straight = order is not None and sources[0].extents[0].dtype == params[name.removeprefix(prefix)].dtype
-        return _Group(name, group, converter, tuple(own), order, straight)
+        return _Group(name, group, converter, tuple(by_param), order, straight)
 
     def _convert(
         self, converter: WeightConverter | None, name: str, sources: Sequence[_Source], tensors: Sequence[Tensor]

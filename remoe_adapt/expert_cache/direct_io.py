@@ -32,7 +32,9 @@ _Part = tuple[Extent, np.ndarray]
 BLOCK = 4096
 # What does not go straight to its place is read in pieces of at most so many bytes.
 CHUNK = 2 << 20
+# Network disks fail now and then, and the next attempt succeeds; a bad sector fails each time.
 ATTEMPTS = 4
+# So long after the first failure, and n times as long after the n-th: 30 ms in all.
 _PAUSE_S = 0.005
 
 
@@ -107,6 +109,7 @@ class ExtentReader:
         """Fill the first `needed` bytes of `buffers`; more may be read."""
         done = attempts = 0
         fd = self._fds.get(run[0][0].path)
+        # The number of a closed file may be another file's by now.
         if fd is None:
             raise ExpertReadError(f"{_where(run, offset)} at byte {offset}: the store is closed.")
         while done < needed:
@@ -115,6 +118,7 @@ class ExtentReader:
                 got = self._reader(fd, list(_rest(buffers, done)), offset + done)
             except OSError as error:
                 got, reason = 0, os.strerror(error.errno) if error.errno else str(error)
+            # A direct read that was cut short goes on at a block's start; the rest of the last block is read again.
             if self.direct_io and done + got < needed:
                 got -= got % BLOCK
             if got <= 0:
@@ -130,17 +134,15 @@ class ExtentReader:
 
 
 def _runs(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """In the order of the files, those together that follow one another without a gap."""
-    parts.sort(key=lambda part: (part[0].path, part[0].offset))
-    start = 0
-    for number in range(1, len(parts) + 1):
-        before = parts[number - 1][0]
-        if number == len(parts) or (before.path, before.offset + before.size) != (
-            parts[number][0].path,
-            parts[number][0].offset,
-        ):
-            yield parts[start:number]
-            start = number
+    """Parts in the order of the files, those together that lie there without a gap."""
+    run: list[_Part] = []
+    for part in sorted(parts, key=lambda part: (part[0].path, part[0].offset)):
+        if run and (run[-1][0].path, run[-1][0].offset + run[-1][0].size) != (part[0].path, part[0].offset):
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run
 
 
 def _segments(run: Sequence[_Part], at: int, end: int, step: int) -> Iterator[tuple[int, np.ndarray | None]]:
@@ -148,6 +150,7 @@ def _segments(run: Sequence[_Part], at: int, end: int, step: int) -> Iterator[tu
     for extent, place in run:
         first, stop = -(-extent.offset // BLOCK) * BLOCK, (extent.offset + extent.size) // BLOCK * BLOCK
         skipped = first - extent.offset
+        # The device writes to such addresses alone; other places get their bytes by way of the scratch memory.
         if first < stop and (place.ctypes.data + skipped) % step == 0:
             if at < first:
                 yield first, None
@@ -186,32 +189,32 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 def _reads_directly(path: Path) -> bool:
     """Whether the file system of `path` takes O_DIRECT."""
-    flag = getattr(os, "O_DIRECT", 0)
     try:
-        fd = os.open(path, os.O_RDONLY | flag)
-    except OSError:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            # Some file systems take the flag, and refuse only the read.
+            os.preadv(fd, [map_pages(BLOCK).data], 0)
+        finally:
+            os.close(fd)
+    except (OSError, AttributeError):  # AttributeError: a system without the flag
         return False
-    try:
-        os.preadv(fd, [map_pages(BLOCK).data], 0)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return flag != 0
+    return True
 
 
 def _memory_step(path: Path) -> int:
     """What addresses of direct reads of `path` must be multiples of, as statx(2) tells since Linux 6.1; else BLOCK."""
+    # Python 3.11 has no statx, so the struct is read by its offsets in the kernel's interface.
     at_fdcwd, dioalign, mask_bytes, mem_align_at, struct_bytes = -100, 0x2000, 4, 152, 256
     statx = getattr(ctypes.CDLL(None), "statx", None) if sys.platform == "linux" else None
     found = ctypes.create_string_buffer(struct_bytes)
     if statx is None or statx(at_fdcwd, os.fsencode(path), 0, dioalign, found):
         return BLOCK
-    told = int.from_bytes(found.raw[:mask_bytes], sys.byteorder) & dioalign
+    known = int.from_bytes(found.raw[:mask_bytes], sys.byteorder) & dioalign
     step = int.from_bytes(found.raw[mem_align_at : mem_align_at + mask_bytes], sys.byteorder)
-    return step if told and step else BLOCK
+    return step if known and step else BLOCK
 
 
 def _close(fds: dict[Path, int]) -> None:
+    # Out of the dict before it is closed: a later look-up must not find a number that is another file's by now.
     while fds:
         os.close(fds.popitem()[1])

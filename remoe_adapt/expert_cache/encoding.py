@@ -7,9 +7,9 @@ experts modules know it by this protocol alone: they see tensors with names, sha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,41 +18,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from remoe_adapt.checkpoints import Extent
 from remoe_adapt.errors import UncacheableError
 
+# For types alone, because experts.py imports this file.
+if TYPE_CHECKING:
+    from remoe_adapt.expert_cache.experts import ChosenExperts
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Indices and masks, which files may hold beside experts of any encoding.
 _NO_WEIGHTS = (torch.int64, torch.bool)
 # What transformers loads quantised weights with to make plain ones of them.
 _DEQUANTISED = {"fp8": "FineGrainedFP8Config(dequantize=True)", "mxfp4": "Mxfp4Config(dequantize=True)"}
-
-
-class ChosenSlots(Protocol):
-    """The slots of the experts that one forward of a layer chose: each maps names of parameters to tensors."""
-
-    @property
-    def slots(self) -> Mapping[int, Mapping[str, Tensor]]:
-        """Those that are there now, by expert in any order: all of them where the budget holds all."""
-        ...
-
-    def slot(self, expert: int) -> Mapping[str, Tensor]:
-        """That of one expert, asked for in rising order: the others may have to go for it."""
-        ...
-
-    def groups(self) -> Iterator[Mapping[int, Mapping[str, Tensor]]]:
-        """All of them, as many at a time as the budget holds; the experts of a group are below those of the next."""
-        ...
-
-
-class Arithmetic(Protocol):
-    """Computes one layer's experts on their slots.
-
-    module: the experts module, which has no parameters.
-    hidden_TD, ids_TK, weights_TK: what its forward is called with.
-    chosen: the slots of all experts that `ids_TK` names.
-    """
-
-    def __call__(
-        self, module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenSlots
-    ) -> Tensor: ...
 
 
 class Encoding(Protocol):
@@ -61,11 +35,6 @@ class Encoding(Protocol):
     @property
     def method(self) -> str | None:
         """The `quant_method` of configurations whose experts are encoded so; None: of those without one."""
-        ...
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """Computes with slots of this encoding."""
         ...
 
     def prepare(self, model: PreTrainedModel) -> None:
@@ -79,36 +48,30 @@ class Encoding(Protocol):
         """Raises UncacheableError for an expert's tensor in a format that is not of this encoding."""
         ...
 
+    def arithmetic(
+        self, module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenExperts
+    ) -> Tensor:
+        """Compute one layer's experts on slots of this encoding.
+
+        module: the experts module, which has no parameters.
+        hidden_TD: the hidden states of the tokens.
+        ids_TK: the chosen experts of each token.
+        weights_TK: what each choice counts.
+        chosen: the slots of all experts that `ids_TK` names.
+        """
+        ...
+
 
 class _Rows:
     """Stands for a parameter [E, ...]: row e is read from the slot of expert e."""
 
     __slots__ = ("_chosen", "_param")
 
-    def __init__(self, chosen: ChosenSlots, param: str) -> None:
+    def __init__(self, chosen: ChosenExperts, param: str) -> None:
         self._chosen, self._param = chosen, param
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
         return self._chosen.slot(int(expert))[self._param]
-
-
-def eager_arithmetic(
-    module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenSlots
-) -> Tensor:
-    """The eager function of the module's class, which computes one expert after another in rising order.
-
-    So every bit of the result is transformers' own, also when the experts come in several groups.
-    """
-    # The function reads its parameters from `self`: it gets a shallow copy of the module that has rows in their place.
-    # A copy for each call needs no lock and no thread-local, and shares the submodules.
-    copied: Any = object.__new__(type(module))
-    fields = vars(copied)
-    fields.update(vars(module))
-    for slot in chosen.slots.values():
-        for param in slot:
-            fields[param] = _Rows(chosen, param)
-        break
-    return eager_function(type(module))(copied, hidden_TD, ids_TK, weights_TK)
 
 
 def eager_function(cls: type[nn.Module]) -> Callable[..., Tensor]:
@@ -121,19 +84,35 @@ class Floats:
     """Plain numbers: the parameters of transformers' experts modules, computed by their eager function."""
 
     method: str | None = None
-    arithmetic = staticmethod(eager_arithmetic)
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """As of Encoding: the modules hold these parameters already."""
+        """Do nothing: the modules hold these parameters already."""
 
     def check_files(self, folder: Path, extents: Iterable[Extent]) -> None:
-        """As of Encoding."""
+        """Refuse quantised experts."""
         for extent in extents:
             if "expert" in extent.tensor and extent.dtype not in (*_FLOATS, *_NO_WEIGHTS):
                 raise UncacheableError(
                     f"{folder}: {extent.tensor} is quantised; the expert cache reads experts in F64, F32, F16 or BF16. "
                     "Give it the checkpoint that this was made from, or a dequantised copy of it."
                 )
+
+    def arithmetic(
+        self, module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenExperts
+    ) -> Tensor:
+        """Call the eager function of the module's class, which computes one expert after another in rising order.
+
+        So every bit of the result is transformers' own, also when the experts come in several groups.
+        """
+        # The function reads its parameters from `self`: it gets a shallow copy of the module that has rows in their
+        # place. A copy for each call needs no lock and no thread-local, and shares the submodules.
+        copied: Any = object.__new__(type(module))
+        fields = vars(copied)
+        fields.update(vars(module))
+        # Every slot has the same parameters, so one of them names all.
+        for param in next(iter(chosen.slots.values()), ()):
+            fields[param] = _Rows(chosen, param)
+        return eager_function(type(module))(copied, hidden_TD, ids_TK, weights_TK)
 
 
 FLOATS = Floats()
@@ -156,8 +135,8 @@ def encoding_of(name: str, config: PretrainedConfig) -> Encoding:
         settings = getattr(part, "quantization_config", None)
         if settings is None:
             continue
-        told = settings if isinstance(settings, Mapping) else vars(settings)
-        method = str(getattr(told.get("quant_method"), "value", told.get("quant_method")) or "no method named")
+        entries = settings if isinstance(settings, Mapping) else vars(settings)
+        method = str(getattr(entries.get("quant_method"), "value", entries.get("quant_method")) or "no method named")
         if (found := _ENCODINGS.get(method)) is not None:
             return found
         remedy = "give the checkpoint that it was made from"

@@ -8,10 +8,8 @@ Two classes of quantised experts have doors beside this one. `FP8Experts` asks a
 (`transformers.integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS`). `remoe_cache`, registered there too, serves it
 as it is: FP8's eager function reads weights and scales row by row, and the slots hold both under the names of its
 parameters. `Mxfp4GptOssExperts` asks none: its forward is one Triton kernel over the experts in one tensor. An encoding
-for it (cache/encoding.py) leaves `GptOssExperts` in the model, which asks this registry, and brings an arithmetic of
+for it (encoding.py) leaves `GptOssExperts` in the model, which asks this registry, and brings an arithmetic of
 its own, which hands the blocks and scales of the chosen experts to such a kernel.
-
-The leased slots that one forward of a layer computes with; a ChosenSlots of cache/encoding.py.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +30,13 @@ from remoe_adapt._support import held_back, let_through
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.budget import Lease
 from remoe_adapt.expert_cache.cache import ExpertCache
-from remoe_adapt.expert_cache.encoding import FLOATS, Arithmetic, eager_function
+from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, eager_function
 from remoe_adapt.expert_cache.types import Slot
 from remoe_adapt.libraries import Patches, override, put_on, register_entry
 from remoe_adapt.tuner import plain_base
+
+if TYPE_CHECKING:
+    from remoe_adapt.expert_cache.prefetch import Prefetcher
 
 
 class _Saved(NamedTuple):
@@ -52,9 +53,11 @@ class ChosenExperts:
     """The experts that one forward of one layer computes with, in rising order.
 
     All are leased at once where the budget holds them. Else as many are leased at a time as it holds, and the slots of
-    one group are given back before the next group is leased.
+    one group are given back before the next group is leased. `slots` has those that are there now, by expert.
 
-    expert_cache: the cache. layer: the layer in it. experts: distinct, in rising order.
+    expert_cache: where the experts are.
+    layer: which layer of the cache.
+    experts: distinct, in rising order.
     """
 
     def __init__(self, expert_cache: ExpertCache, layer: int, experts: Sequence[int]) -> None:
@@ -118,35 +121,26 @@ class ChosenExperts:
 
 # What `experts_implementation` is of a model whose experts are in a cache.
 IMPLEMENTATION = "remoe_cache"
+# Hidden states, ids and weights.
 _FORWARD_INPUTS = 3
 _CPU = torch.device("cpu")
-
-
-class Predictor(Protocol):
-    """Looks a layer ahead of the forwards of a model; see cache/prefetch.py."""
-
-    def score(self, layer: int, experts: Sequence[int]) -> None:
-        """This layer asks for these experts now."""
-        ...
-
-    def read_ahead(self, layer: int, hidden_TD: Tensor) -> None:
-        """This layer computes on this input from now on."""
-        ...
 
 
 class CachedExperts:
     """The experts of one layer: what its module has instead of parameters. Any number of threads at once.
 
-    expert_cache: where they are. layer: which layer of it. dtype, device: of the hidden states that they compute with.
-    arithmetic: computes them.
+    expert_cache: where they are.
+    layer: which layer of the cache.
+    dtype, device: what hidden states must have.
+    encoding: computes with the slots.
     """
 
     def __init__(
-        self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype, device: torch.device, arithmetic: Arithmetic
+        self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype, device: torch.device, encoding: Encoding
     ) -> None:
         self.cache, self.layer, self._dtype, self._device = expert_cache, layer, dtype, device
-        self.predictor: Predictor | None = None
-        self._arithmetic = arithmetic
+        self.predictor: Prefetcher | None = None
+        self._encoding = encoding
         self._num_experts = expert_cache.source.num_experts[layer]
 
     def __deepcopy__(self, memo: object) -> CachedExperts:
@@ -166,6 +160,7 @@ class CachedExperts:
                 "is loaded instead of converting it."
             )
         count, predictor = self._num_experts, self.predictor
+        # Ids from `count` on are null experts, which some routers choose and which have no weights.
         needed = sorted(expert for expert in set(ids_TK.flatten().tolist()) if 0 <= expert < count)
         has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
         with held_back():
@@ -175,10 +170,11 @@ class CachedExperts:
             try:
                 if needed:
                     chosen.lease_next()
+                    # Not before: a read-ahead would compete with what this layer waits for.
                     if predictor is not None:
                         predictor.read_ahead(self.layer, hidden_TD)
                 with saved_tensors_hooks(chosen.pack, chosen.unpack) if has_graph else nullcontext(), let_through():
-                    return self._arithmetic(module, hidden_TD, ids_TK, weights_TK, chosen)
+                    return self._encoding.arithmetic(module, hidden_TD, ids_TK, weights_TK, chosen)
             finally:
                 chosen.release()
 
@@ -231,17 +227,17 @@ def bind_experts(
     expert_cache: ExpertCache,
     dtype: torch.dtype,
     device: torch.device = _CPU,
-    arithmetic: Arithmetic = FLOATS.arithmetic,
+    encoding: Encoding = FLOATS,
 ) -> None:
     """Let the modules made under `experts_left_out` compute on a cache.
 
     model: loaded with the experts implementation "remoe_cache".
     expert_cache: its layers are named as the modules.
     dtype, device: of the model's hidden states.
-    arithmetic: computes the experts of each layer.
+    encoding: of the experts in the slots.
     """
     for layer, name in enumerate(expert_cache.source.layers):
-        experts = CachedExperts(expert_cache, layer, dtype, device, arithmetic)
+        experts = CachedExperts(expert_cache, layer, dtype, device, encoding)
         put_on(model.get_submodule(name), "cached_experts", experts)
 
 

@@ -13,33 +13,27 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.expert_cache.cache import READ_THREADS, ExpertCache
+from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.checkpoint_store import FileStore
 from remoe_adapt.expert_cache.memory import Block, Blocks
-from remoe_adapt.expert_cache.types import ExpertSource, Slot
+from remoe_adapt.expert_cache.types import Slot
 
 # The RAM tier is so many times the GPU's budget: it holds what the GPU holds, and as much again for its next misses.
 RAM_TO_GPU = 2
 
 
-class Store(ExpertSource, Protocol):
-    """A source that can be told into what memory to read."""
-
-    @property
-    def total_bytes(self) -> int: ...
-
-    def use_blocks(self, blocks: Blocks) -> None: ...
-
-
 class DeviceSource:
     """Reads experts out of a cache `below` into blocks of another tier.
 
-    blocks: the memory of that tier. copies: around the copies of one expert, and over when they are.
+    below: the cache that holds them.
+    blocks: the memory of this tier; None: RAM.
+    copies: around the copies of one expert, and over when they are.
     """
 
     def __init__(
@@ -89,6 +83,7 @@ class PinnedBlock(Block):
             raise ConfigError(
                 f"{size} more bytes of RAM cannot be pinned for the GPU (CUDA error {int(failed)}): lower ram_budget."
             )
+        # Only now, so that `__del__` does not unregister what was refused.
         self._address = address
 
     def __del__(self) -> None:
@@ -120,6 +115,7 @@ class DeviceBlock(Block):
 
     def lend(self) -> _Lent:
         """For work queued on the current stream."""
+        # The host need not wait: the stream does, for the kernels that read the block's last tensor.
         if self.freed is not None:
             torch.cuda.current_stream(self.memory.device).wait_event(self.freed)
         return _Lent(self.memory)
@@ -135,10 +131,11 @@ class DeviceBlocks(Blocks):
         self._computed: dict[int, torch.cuda.Event] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """As of Blocks."""
+        """Contiguous, with arbitrary contents; to be written on the current stream."""
         size = torch.Size(shape).numel() * dtype.itemsize
         owner = self.take(max(1, size))
         stream = torch.cuda.current_stream(self._device)
+        # Kernels that read the last tensor of this block may still be queued.
         for event in tuple(self._computed.values()):
             stream.wait_event(event)
         return torch.as_tensor(owner, device=self._device)[:size].view(dtype).view(shape)
@@ -147,12 +144,14 @@ class DeviceBlocks(Blocks):
         """What the current stream has queued so far may read tensors that are given back from now on."""
         stream = torch.cuda.current_stream(self._device)
         event = self._computed.get(stream.cuda_stream)
+        # One event a stream is enough: a later record stands for all work before it.
         if event is None:
             event = self._computed[stream.cuda_stream] = torch.cuda.Event()
         event.record(stream)
 
     def give_back(self) -> None:
-        """As of Blocks; waits for the device, whose allocator would give the memory to other streams at once."""
+        """Free blocks go to the device, once it is idle: its allocator would give them to other streams at once."""
+        # Taken away first, as other threads may ask for blocks while this one waits for the device.
         free, self._free = self._free, {}
         if any(free.values()):
             torch.cuda.synchronize(self._device)
@@ -161,6 +160,7 @@ class DeviceBlocks(Blocks):
                 torch.cuda.empty_cache()
 
     def _keep(self, block: Block) -> None:
+        # CUDA may be gone already at the end of the process, and records no more events.
         if sys.is_finalizing():
             return
         assert isinstance(block, DeviceBlock)
@@ -207,50 +207,41 @@ def find_device(device: str | torch.device) -> torch.device:
 
 
 def make_cache(
-    store: Store,
+    store: FileStore,
     budget_bytes: int,
     *,
     device: torch.device,
     ram_budget_bytes: int | None = None,
-    policy: str = "lrfu",
-    scope: str = "global",
-    threads: int = READ_THREADS,
+    **options: Any,
 ) -> ExpertCache:
     """The expert cache for a model on `device` (of `find_device`): one tier on the CPU, a GPU tier over one in RAM.
 
     store: what the experts are read from.
     budget_bytes: of the tier that computes.
     ram_budget_bytes: of the pinned RAM below a GPU; None: twice the budget, at most all experts.
-    policy, threads: see ExpertCache.
-    scope: see ExpertCache; the RAM tier has one budget over all layers.
+    options: policy, scope and threads of ExpertCache; the RAM tier has one budget over all layers.
 
     Raises ConfigError as ExpertCache, for a RAM budget without a GPU, and for a budget beyond the GPU's free memory.
     """
     if device.type == "cpu":
         if ram_budget_bytes is not None:
             raise ConfigError("ram_budget is for a model on a GPU; on the CPU give budget alone.")
-        return ExpertCache(store, budget_bytes, policy=policy, scope=scope, threads=threads)
+        return ExpertCache(store, budget_bytes, **options)
     # The budget is checked before memory is asked of the device, so that a refusal leaves nothing behind.
     free_bytes: int = torch.cuda.mem_get_info(device)[0]
     if budget_bytes > free_bytes:
         raise ConfigError(
             f"budget: {budget_bytes} bytes of experts on {device}, where {free_bytes} are free; lower it."
         )
+    # More RAM than all experts take would stay empty.
     below_bytes = min(RAM_TO_GPU * budget_bytes, store.total_bytes) if ram_budget_bytes is None else ram_budget_bytes
     try:
-        below = ExpertCache(store, below_bytes, policy=policy, threads=threads)
+        below = ExpertCache(store, below_bytes, **options | {"scope": "global"})
     except ConfigError as error:
         raise ConfigError(f"ram_budget: {error}") from error
+    # Pinned memory alone is copied by the GPU itself, beside its kernels; from other memory each copy would wait.
     store.use_blocks(Blocks(partial(PinnedBlock, device=device)))
     blocks = DeviceBlocks(device)
+    # `computed` runs before a lease's slots can be evicted, so that no copy overwrites what kernels still read.
     source = DeviceSource(below, blocks, CopyStream(device))
-    return ExpertCache(
-        source,
-        budget_bytes,
-        policy=policy,
-        scope=scope,
-        threads=threads,
-        below=below,
-        released=blocks.computed,
-        device=device,
-    )
+    return ExpertCache(source, budget_bytes, below=below, released=blocks.computed, device=device, **options)

@@ -1,61 +1,59 @@
-"""`load_with_expert_cache`: a model whose experts stay in storage, and come to memory when they are needed.
-
-`pack_experts`: a pack of the experts of a model by path or hub id.
-"""
+"""The two ways in by path or hub id: a model whose experts stay in storage until needed, and a pack of experts."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from remoe_adapt._support import printable
 from remoe_adapt.checkpoints import (
     CACHE_OPTIONS,
     HUB_OPTIONS,
+    auto_class,
     check_flags,
     check_memory,
     check_names,
     check_path,
+    check_place,
+    checkpoint_dtype,
+    checkpoint_folder,
+    read_config,
     unknown_option,
 )
-from remoe_adapt.device_profile import parse_size
-from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
+from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError, UncacheableError
+from remoe_adapt.expert_cache.budget import budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS
-from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, find_checkpoint
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
 from remoe_adapt.expert_cache.direct_io import Reader
+from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
 from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
 from remoe_adapt.expert_cache.pack import PackedStore, write_pack
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
-from remoe_adapt.expert_cache.types import budget_in_bytes, check_budget, check_options
+from remoe_adapt.expert_cache.types import check_options
 from remoe_adapt.libraries import Handle, become, class_attribute, put_on
 
+# Default dtype and classes of experts change for the whole process while a model is made.
+LOADING = threading.Lock()
+# 1 / _KV_CACHE_PART of `memory` is left for the KV cache, which grows only once the model runs.
 _KV_CACHE_PART = 16
 _KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
 # Options of from_pretrained that place, make, quantise or find weights in ways of their own.
 OWN_PLACEMENT = {
-    "device_map",
-    "quantization_config",
-    "experts_implementation",
-    "state_dict",
-    "tp_plan",
-    "gguf_file",
-    "config",
-    "variant",
-    "subfolder",
-    "key_mapping",
-    "use_safetensors",
-    "transformers_weights",
-}
+    "device_map", "quantization_config", "experts_implementation", "state_dict", "tp_plan", "gguf_file", "config",
+    "variant", "subfolder", "key_mapping", "use_safetensors", "transformers_weights",
+}  # fmt: skip
 
 
 def load_with_expert_cache(
@@ -88,15 +86,19 @@ def load_with_expert_cache(
     memory: what the dense part and the slots may take together, with a sixteenth left for the KV cache; it lowers the
         budget.
     storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
-    policy, scope, threads: see ExpertCache.
-    prefetch: predict each next layer's experts, and read ahead where that pays (see cache/prefetch.py).
-    direct_io, reader: see ExpertStore.
+    policy: what is evicted, see ExpertCache.
+    scope: of the budget, see ExpertCache.
+    threads: reads at a time.
+    prefetch: predict each next layer's experts, and read ahead where that pays (see prefetch.py).
+    direct_io: past the page cache, where the file system can.
+    reader: reads the files, as os.preadv does.
     dtype: as in from_pretrained; None: the checkpoint's (torch_dtype, its old name, counts too).
     from_pretrained_kwargs: other options of from_pretrained, but those that place, quantise or make weights.
 
     Raises ConfigError for options that cannot work or nobody knows, UncacheableError for models whose experts cannot be
     cached (quantised, or not behind transformers' experts interface), ExpertReadError when the files cannot be read.
     """
+    # Everything that can be refused is refused before a file is read or fetched.
     check_names(from_pretrained_kwargs, _KNOWN)
     check_path("path", path, "a model folder or a hub id")
     check_budget("expert_cache", expert_cache)
@@ -106,7 +108,8 @@ def load_with_expert_cache(
         check_memory(memory)
     if storage is not None:
         check_path("storage", storage, "a folder that `remoe pack` made of this model, or None")
-    check_options(policy, scope, threads)
+    options: dict[str, Any] = {"policy": policy, "scope": scope, "threads": threads}
+    check_options(**options)
     check_flags(prefetch=prefetch, direct_io=direct_io)
     if not callable(reader):
         raise ConfigError(f"reader {reader!r}: give something that reads as os.preadv does.")
@@ -130,15 +133,13 @@ def load_with_expert_cache(
         try:
             budget_bytes = budget_in_bytes(expert_cache, store.total_bytes)
             if memory is not None:
-                budget_bytes = min(budget_bytes, _under(memory, _dense_bytes(skeleton, modules)))
+                budget_bytes = min(budget_bytes, _bytes_for_slots(memory, skeleton, modules))
             cache = make_cache(
                 store,
                 budget_bytes,
                 device=place,
                 ram_budget_bytes=None if ram_budget is None else budget_in_bytes(ram_budget, store.total_bytes),
-                policy=policy,
-                scope=scope,
-                threads=threads,
+                **options,
             )
             left_out = [
                 f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
@@ -146,6 +147,7 @@ def load_with_expert_cache(
             with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
                 model = loader.from_pretrained(folder, dtype=wanted, experts_implementation=IMPLEMENTATION, **kwargs)
         except BaseException as error:
+            # Also after Ctrl-C: nobody else could close the store's files.
             store.close()
             unknown = unknown_option(error, _KNOWN) if isinstance(error, TypeError) else None
             if unknown is not None:
@@ -154,9 +156,9 @@ def load_with_expert_cache(
                 raise ExpertReadError(f"{folder} cannot be loaded ({printable(error)}): fetch it again.") from error
             raise
     assert isinstance(model, PreTrainedModel)
-    _own(model, place)
+    _unmap(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
-    bind_experts(model, cache, wanted, place, checkpoint.encoding.arithmetic)
+    bind_experts(model, cache, wanted, place, checkpoint.encoding)
     if prefetch:
         bind_prefetch(model, cache)
     put_on(model, "expert_cache", cache)
@@ -165,11 +167,12 @@ def load_with_expert_cache(
     return model
 
 
-def _own(model: PreTrainedModel, device: torch.device) -> None:
+def _unmap(model: PreTrainedModel, device: torch.device) -> None:
     """Move the dense part from the mapped files, whose pages come and go with memory pressure, to memory of its own."""
     if device.type != "cpu":
         model.to(device)  # type: ignore[arg-type]
         return
+    # One by one, so that no more than a single tensor is in memory twice.
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.clone()
 
@@ -201,6 +204,7 @@ def _store(
 ) -> ExpertStore | PackedStore:
     if storage is None:
         return ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=direct_io, reader=reader)
+    # The pack is compared with the checkpoint, which is needed for nothing else.
     source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding)
     try:
         return PackedStore(storage, source, direct_io=direct_io, reader=reader)
@@ -208,15 +212,12 @@ def _store(
         source.close()
 
 
-def _dense_bytes(skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:
+def _bytes_for_slots(memory: str | int, skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:
+    """What `memory` leaves beside the dense part and the KV cache."""
     left_out = {id(param) for module in experts.values() for param in module.parameters(recurse=False)}
     tensors = itertools.chain(skeleton.parameters(), skeleton.buffers())
-    return sum(tensor.nbytes for tensor in tensors if id(tensor) not in left_out)
-
-
-def _under(memory: str | int, dense_bytes: int) -> int:
-    """Bytes left for slots."""
-    memory_bytes = parse_size(memory) if isinstance(memory, str) else memory
+    dense_bytes = sum(tensor.nbytes for tensor in tensors if id(tensor) not in left_out)
+    memory_bytes = budget_in_bytes(memory, 0)
     left = memory_bytes - memory_bytes // _KV_CACHE_PART - dense_bytes
     if left <= 0:
         raise ConfigError(
@@ -249,10 +250,13 @@ def pack_experts(
     path: of the checkpoint, or its hub id.
     out: the folder of the pack.
     dtype: of the copy, which must be that of the model in memory; None: the checkpoint's.
-    overwrite, on_start, on_bytes, and what is returned and raised: see cache.packing.write_pack.
+    overwrite: replace a pack that is there.
+    on_start: called with the bytes in all.
+    on_bytes: called with the bytes that were written since the last call.
     options: of from_pretrained, for the hub.
 
-    Raises ConfigError and UncacheableError as load_with_expert_cache, ConfigError also for other options.
+    Returns and raises what `write_pack` does; ConfigError and UncacheableError also as load_with_expert_cache, and
+    ConfigError for other options.
     """
     if unknown := sorted(options.keys() - {*HUB_OPTIONS, "trust_remote_code"}):
         raise ConfigError(
@@ -269,3 +273,70 @@ def pack_experts(
         return write_pack(source, out, model_id=name, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes)
     finally:
         source.close()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model is and how it is made.
+
+    name: as it was given.
+    dtype: of its weights in memory.
+    encoding: of its experts.
+    """
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+    trust: Mapping[str, Any]
+    encoding: Encoding = FLOATS
+
+    @property
+    def loader(self) -> Any:
+        """The auto class that makes it."""
+        return auto_class(self.config)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device; under LOADING. Raises UncacheableError when no auto class makes it."""
+        try:
+            # A copy, because from_config writes its choices into the configuration that it is given.
+            with torch.device("meta"):
+                model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
+        except Exception as error:  # config.json may hold anything
+            reason = str(error).partition("\n")[0].partition(" Model type should be")[0] or type(error).__name__
+            raise UncacheableError(
+                f"{printable(self.name)!r} cannot be made without its weights ({printable(reason)})."
+            ) from error
+        assert isinstance(model, PreTrainedModel)
+        self.encoding.prepare(model)
+        return model
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str], dtype: str | torch.dtype | None = None, options: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """The checkpoint of a folder or hub id, fetched if need be; dtype None or "auto": the configuration's.
+
+    options: of from_pretrained, of which those for the hub and `trust_remote_code` count here.
+
+    Raises ConfigError when it is not there or the dtype is none, UncacheableError when the configuration says that it
+    is quantised in a way that no encoding reads: then no weights have been fetched.
+    """
+    name, options = os.fspath(path), options or {}
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    trust = {key: options[key] for key in ("trust_remote_code",) if key in options}
+    check_place(path, "model", **hub)
+    config = read_config(name, **hub, **trust)
+    # Before the weights are fetched: they may be hundreds of gigabytes that nobody can use.
+    encoding = encoding_of(name, config)
+    folder = checkpoint_folder(name, **hub)
+    return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust, encoding)
+
+
+def _dtype(dtype: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        dtype = getattr(config, "dtype", None) or checkpoint_dtype(folder)
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype {dtype!r} is no floating type of torch: give bfloat16 or float32, for instance.")
+    return found

@@ -82,6 +82,7 @@ class Block:
 
     def lend(self) -> Any:
         """An object over these bytes that is the user's alone, so that its end is the end of the use."""
+        # `memory` itself outlives its users, so a finalizer on it would never run.
         return np.frombuffer(self.memory.data, dtype=np.uint8)
 
 
@@ -99,6 +100,7 @@ class Blocks:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Contiguous, with arbitrary contents."""
         count = torch.Size(shape).numel()
+        # At least one byte, because nothing can be mapped in length 0.
         return torch.frombuffer(self.take(max(1, count * dtype.itemsize)), dtype=dtype, count=count).view(shape)
 
     def take(self, size: int) -> Any:
@@ -106,6 +108,7 @@ class Blocks:
         try:
             block = self._free.get(size, []).pop()
         except IndexError:
+            # Free blocks of other sizes serve nobody now, and would add to the budget.
             self.give_back()
             block = self._new(size)
         owner = block.lend()

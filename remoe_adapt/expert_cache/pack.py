@@ -5,7 +5,7 @@ they are to be understood. For each expert there is one tensor of bytes, `<exper
 BLOCK long; in it lie the parameters as the model has them, one after another, at multiples of ALIGNMENT. So one read
 brings an expert, straight to where it is computed with.
 
-Writes packs: streaming, one expert in memory at a time; what a killed run has finished the next one takes over.
+`write_pack` makes packs, with one expert in memory at a time; what a killed run has finished the next one takes over.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from torch import Tensor
 from remoe_adapt._support import disk_faults, made_parents, printable, read_json, size_text
 from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
 from remoe_adapt.errors import ConfigError, ExpertReadError
-from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
-from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
-from remoe_adapt.expert_cache.memory import Blocks
+from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore, FileStore
+from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
 
+# The number of the format, which older versions refuse, and the file that says it.
 FORMAT, MANIFEST = 1, "experts.json"
 # Numbers of each parameter of the first and the last expert of every layer that are compared with the checkpoint.
 SAMPLE = 2048
@@ -39,7 +39,7 @@ SAMPLE = 2048
 
 @dataclass(frozen=True, slots=True)
 class PackedParam:
-    """Of one expert; `offset` in its piece, bytes."""
+    """One parameter of one expert; `offset` in its piece, bytes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -57,7 +57,7 @@ class PackedLayer:
 
     @classmethod
     def of(cls, source: ExpertStore, layer: int) -> PackedLayer:
-        """As it is packed from this store."""
+        """The layer as it is packed from this store."""
         params, at = {}, 0
         for name, like in source.like(layer).items():
             params[name] = PackedParam(tuple(like.shape), str(like.dtype).removeprefix("torch."), at)
@@ -65,7 +65,7 @@ class PackedLayer:
         return cls(source.layers[layer], source.num_experts[layer], round_up(at, BLOCK), params)
 
 
-class PackedStore:
+class PackedStore(FileStore):
     """Reads experts of a pack; any number of threads at once. Stands where the ExpertStore of the checkpoint would.
 
     folder: of the pack.
@@ -86,20 +86,16 @@ class PackedStore:
     ) -> None:
         self.folder = Path(folder)
         self.layers, self.num_experts, self.params = source.layers, source.num_experts, source.params
-        self.expert_bytes, self.total_bytes = source.expert_bytes, source.total_bytes
+        self.expert_bytes = source.expert_bytes
         self._likes = [source.like(layer) for layer in range(len(self.layers))]
         self._packed = [PackedLayer.of(source, layer) for layer in range(len(self.layers))]
         manifest = read_manifest(self.folder)
         self._check(manifest, source)
         self._extents = self._find(manifest["files"])
-        paths = {extent.path for extents in self._extents for extent in extents}
-        self._reader = ExtentReader(paths, direct_io=direct_io, reader=reader)
-        self.direct_io, self.close = self._reader.direct_io, self._reader.close
-        self._blocks = Blocks()
+        super().__init__({extent.path for extents in self._extents for extent in extents}, direct_io, reader)
         self._compare(manifest, source)
 
     def read(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """As `ExpertStore.read`."""
         with torch.inference_mode(False), torch.no_grad():
             extent, params = self._extents[layer][expert], self._packed[layer].params
             block = self._blocks.take(extent.size)
@@ -111,37 +107,28 @@ class PackedStore:
                 for name, like in self._likes[layer].items()
             }  # fmt: skip
 
-    def give_back(self) -> None:
-        """As `ExpertStore.give_back`."""
-        self._blocks.give_back()
-
-    def use_blocks(self, blocks: Blocks) -> None:
-        """Read into this memory from now on."""
-        self._blocks = blocks
-
     def _check(self, manifest: dict[str, Any], source: ExpertStore) -> None:
-        wanted = [as_json(layer) for layer in self._packed]
-        if manifest["layers"] == wanted:
+        found, wanted = manifest["layers"], [as_json(layer) for layer in self._packed]
+        if found == wanted:
             return
         what = f"{self.folder} is a pack of {manifest['model']}"
-        if len(manifest["layers"]) == len(wanted):
-            found, mine = next(
-                (a, b) for a, b in zip(manifest["layers"], wanted, strict=True) if a != b
-            )  # fmt: skip
-            dtypes = [sorted({param["dtype"] for param in one["params"].values()}) for one in (found, mine)]
-            if _without_dtypes(found) == _without_dtypes(mine):
-                raise ConfigError(
-                    f"{what} in {printable(', '.join(dtypes[0]))}, the model is to be loaded in "
-                    f"{', '.join(dtypes[1])}: choose the pack's type with dtype=, or pack again with --dtype."
-                )
-            what += f" ({printable(found['name'])}: {found['experts']} experts, {printable(_shapes(found))})"
+        remedy = "give the pack of this model, or make it with `remoe pack`."
+        if len(found) != len(wanted):
             raise ConfigError(
-                f"{what}, not of {source.folder} ({mine['name']}: {mine['experts']} experts, {_shapes(mine)}): "
-                "give the pack of this model, or make it with `remoe pack`."
+                f"{what} with {len(found)} layers of experts, {source.folder} has {len(wanted)}: {remedy}"
+            )
+        theirs, mine = next(pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1])
+        if _without_dtypes(theirs) == _without_dtypes(mine):
+            had, asked = (
+                ", ".join(sorted({param["dtype"] for param in one["params"].values()})) for one in (theirs, mine)
+            )
+            raise ConfigError(
+                f"{what} in {printable(had)}, the model is to be loaded in {asked}: choose the pack's type with "
+                "dtype=, or pack again with --dtype."
             )
         raise ConfigError(
-            f"{what} with {len(manifest['layers'])} layers of experts, {source.folder} has {len(wanted)}: give the "
-            "pack of this model, or make it with `remoe pack`."
+            f"{what} ({printable(theirs['name'])}: {theirs['experts']} experts, {printable(_shapes(theirs))}), not of "
+            f"{source.folder} ({mine['name']}: {mine['experts']} experts, {_shapes(mine)}): {remedy}"
         )
 
     def _find(self, files: Sequence[str]) -> list[list[Extent]]:
@@ -156,20 +143,22 @@ class PackedStore:
         return found
 
     def _compare(self, manifest: dict[str, Any], source: ExpertStore) -> None:
-        """A fine-tuned sibling has the same shapes and other numbers."""
+        # A fine-tuned sibling has the same names and shapes; only the numbers tell it apart. Training changes all
+        # layers, so the first and the last expert of each are enough.
         for layer, (packed, extents) in enumerate(zip(self._packed, self._extents, strict=True)):
             for expert in sorted({0, packed.experts - 1}):
-                for name, there in source.sample(layer, expert, SAMPLE).items():
-                    here, param, extent = torch.empty_like(there), packed.params[name], extents[expert]
+                for name, wanted in source.sample(layer, expert, SAMPLE).items():
+                    found, param, extent = torch.empty_like(wanted), packed.params[name], extents[expert]
                     cut = replace(
                         extent,
-                        shape=tuple(here.shape),
-                        dtype=here.dtype,
+                        shape=tuple(found.shape),
+                        dtype=found.dtype,
                         offset=extent.offset + param.offset,
-                        size=here.nbytes,
+                        size=found.nbytes,
                     )
-                    self._reader.fill([(cut, here)])
-                    if not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
+                    self._reader.fill([(cut, found)])
+                    # As bytes: NaN is not equal to itself.
+                    if not torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)):
                         raise ConfigError(
                             f"{self.folder} (a pack of {manifest['model']}) has other numbers than {source.folder} in "
                             f"{name} of expert {expert} of {packed.name}: it is of another training of this model. "
@@ -206,13 +195,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def as_json(layer: PackedLayer) -> dict[str, Any]:
-    """As it stands in `experts.json`."""
+    """The entry of a layer in `experts.json`."""
     entry: dict[str, Any] = json.loads(json.dumps(asdict(layer)))
     return entry
 
 
 def round_up(number: int, step: int) -> int:
-    """To a multiple of `step`."""
+    """The next multiple of `step`."""
     return -(-number // step) * step
 
 
@@ -225,9 +214,11 @@ def _shapes(entry: dict[str, Any]) -> str:
     return ", ".join(f"{name} {param['shape']}" for name, param in entry["params"].items())
 
 
+# What a killed run has to write again is less than one file.
 SHARD_BYTES = 4 << 30
 # A pack waits for the disk after so many bytes: dirty pages of a whole pack would push everything else out of memory.
 _FLUSH_BYTES = 128 << 20
+# What a draft is a draft of; a pack that is finished has none.
 _PLAN = "plan.json"
 # The (layer, expert) pairs of one file, in its order.
 _Shard = list[tuple[int, int]]
@@ -276,6 +267,7 @@ def write_pack(
     on_start(sum(sizes))
     draft = out.with_name(f".{out.name}.partial")
     with disk_faults(out, what="written"), made_parents(out), _alone(draft, out):
+        # Once more: another process may have published its pack before this one got the lock.
         _refuse(out, overwrite)
         try:
             _continue(draft, manifest | {"source": source.state()})
@@ -300,6 +292,7 @@ def write_pack(
                 f"the disk of {out.parent} became full; what was packed has been removed. The pack takes "
                 f"{size_text(sum(sizes))}: make room, or give another folder."
             ) from error
+        # Opened as every user will open it, before it replaces anything.
         PackedStore(draft, source).close()
         (draft / _PLAN).unlink(missing_ok=True)
         _publish(draft, out)
@@ -353,6 +346,7 @@ def _header(layers: list[PackedLayer], shard: _Shard, model_id: str) -> bytes:
 @contextmanager
 def _alone(draft: Path, out: Path) -> Iterator[None]:
     draft.mkdir(exist_ok=True)
+    # The system lets go of a lock when its process dies, however it dies; a lock file would stay.
     lock = os.open(draft, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -366,7 +360,7 @@ def _alone(draft: Path, out: Path) -> Iterator[None]:
 def _continue(draft: Path, plan: dict[str, Any]) -> None:
     """Keep what there is if it follows this plan, else begin anew."""
     try:
-        same = read_json(draft / _PLAN) == json.loads(json.dumps(plan))
+        same = read_json(draft / _PLAN) == plan
     except ConfigError:
         same = False
     if not same:
@@ -376,6 +370,7 @@ def _continue(draft: Path, plan: dict[str, Any]) -> None:
 
 
 def _check_room(draft: Path, needed: int) -> None:
+    # Halves of a killed run are written over, so their room counts as free.
     free = shutil.disk_usage(draft).free + sum(path.stat().st_size for path in draft.glob("*.tmp"))
     if needed > free:
         shutil.rmtree(draft)
@@ -419,12 +414,13 @@ def _reserve(file: BinaryIO, size: int) -> None:
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
+        # A file system that cannot reserve room is found full later.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
 
 def _flush(file: BinaryIO) -> None:
-    """To the disk, and out of the page cache, which others need more."""
+    """Bring the file to the disk, and out of the page cache, which others need more."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
@@ -440,6 +436,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _publish(draft: Path, out: Path) -> None:
+    # The files are on the disk before their folder has its name, and the old pack is there until the new one is: a
+    # power cut leaves one of the two.
     _sync(draft)
     old = out.with_name(f".{out.name}.old")
     if old.exists():

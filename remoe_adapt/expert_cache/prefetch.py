@@ -30,6 +30,7 @@ RATE, FIRST_SCORE = 0.05, 0.5
 SAMPLED = 8
 # A wrong read-ahead evicts the least valued expert, and takes the memory bus and a core from what computes.
 MIN_SCORE = 0.5
+# `window_s` is a mean over about the last 1 / _WINDOW_RATE predictions.
 _WINDOW_RATE = 0.1
 
 
@@ -72,7 +73,7 @@ class _Router:
         return ranks
 
     def score(self, missing: dict[int, int], asked: set[int], window_s: float) -> None:
-        """Of the predicted experts (and ranks) that were missing, the layer asked for `asked`, `window_s` later."""
+        """Learn from a prediction: which of the `missing` experts (and ranks) the layer asked for, `window_s` later."""
         self.window_s += _WINDOW_RATE * (window_s - self.window_s)
         for expert, rank in missing.items():
             self.scores[rank] += RATE * ((expert in asked) - self.scores[rank])
@@ -105,6 +106,7 @@ class Prefetcher:
     def score(self, layer: int, experts: Sequence[int]) -> None:
         """A layer asks for these experts: score what was predicted for it."""
         predicted = getattr(self._of_thread, "prediction", None)
+        # Taken once: what a later forward asks for was not predicted by this one.
         if predicted is not None:
             self._of_thread.prediction = None
             if predicted[0] == layer:

@@ -1,7 +1,4 @@
-"""Reads that are under way: one thread makes each, any number wait for it.
-
-Which experts are being read ahead, and which of those that were have not been asked for yet.
-"""
+"""Reads that are under way, of which one thread makes each and any number wait for it, and those made ahead."""
 
 from __future__ import annotations
 
@@ -31,16 +28,15 @@ class Arrival(Future[Slot]):
         self._readers: dict[str, int] = {}
 
     def claim(self) -> bool:
-        """Whether the calling thread is the one to read it: the first that asks.
-
-        `setdefault` of a dict is atomic, so that it needs no lock, which an interrupt could leave taken.
-        """
+        """Whether the calling thread is the one to read it: the first that asks."""
+        # `setdefault` of a dict is atomic. A lock would do as well, but an interrupt could leave it taken.
         asking = threading.get_ident()
         return self._readers.setdefault("first", asking) == asking
 
 
 def outcome(arrival: Arrival) -> BaseException | None:
     """Why it failed, once it is over; raises what a signal raises that comes meanwhile."""
+    # With a limit: interrupts are held back while a lease is made, and are looked for between two waits.
     while True:
         try:
             return arrival.exception(POLL_S)
@@ -49,20 +45,20 @@ def outcome(arrival: Arrival) -> BaseException | None:
 
 
 def read_all(fetch: Callable[[Key, Arrival], None], arrivals: Sequence[tuple[Key, Arrival]], pool: Executor) -> None:
-    """Fetch the first one in this thread and the others in the pool; all in this one when the pool can have no more
-    threads."""
-    own = arrivals[:1]
+    """Fetch the first one in this thread, the others in the pool; all in this one if the pool can have no threads."""
+    # A single miss, the usual case, needs no other thread.
+    mine = arrivals[:1]
     try:
         for key, arrival in arrivals[1:]:
             pool.submit(fetch, key, arrival)
     except RuntimeError:  # some may have been submitted: of two threads that fetch one, the first to claim it reads
-        own = arrivals
-    for key, arrival in own:
+        mine = arrivals
+    for key, arrival in mine:
         fetch(key, arrival)
 
 
 class ReadAheads:
-    """Bookkeeping of an expert cache, under its lock.
+    """Bookkeeping of the read-ahead experts of a cache, under its lock.
 
     queued: posted, the read has not begun. begun: being read. unused: read or being read, not looked up since.
     expected: predicted, there or not, until their layer looks up.
@@ -89,6 +85,7 @@ class ReadAheads:
     def end(self, key: Key, *, came: bool) -> None:
         """The read is over."""
         self.begun.discard(key)
+        # An expert that did not come is a miss when it is asked for, and no hit of the prefetch.
         if not came:
             self.unused.discard(key)
 

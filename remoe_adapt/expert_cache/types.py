@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from remoe_adapt.device_profile import CACHE_SCOPES, parse_size
+from remoe_adapt.device_profile import CACHE_SCOPES
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import ONLINE
 
@@ -36,7 +36,7 @@ class ExpertSource(Protocol):
 
 @dataclass(slots=True)
 class LayerCounters:
-    """Of one layer. Look-ups are `hits` + `misses`.
+    """What is counted of one layer. Look-ups are `hits` + `misses`.
 
     prefetch_hits: those hits whose bytes were read ahead, at their first look-up; under way still, the wait counts as
     stall. prefetched: experts read ahead. bytes: read, ahead or not, as they are in memory. stall_s: seconds that
@@ -72,56 +72,3 @@ def check_options(policy: str, scope: str, threads: int) -> None:
             raise ConfigError(f"expert cache {what} {value!r} is not one of {', '.join(known)}.")
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ConfigError(f"threads {threads!r}: give the number of reads at a time, at least 1.")
-
-
-def check_budget(what: str, value: object) -> None:
-    """Raises ConfigError for anything but a size, a number of bytes or a share of all experts."""
-    if isinstance(value, str):
-        try:
-            parse_size(value)
-        except ConfigError as error:
-            raise ConfigError(f"{what}: {error}; or a share of all experts, as 0.25") from error
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(
-            f"{what} {value!r}: give a size, as '2GiB', a number of bytes, or a share of all experts, as 0.25; other "
-            "settings of the cache are options of their own (policy=, prefetch= ...)."
-        )
-    elif isinstance(value, float) and not 0.0 < value <= 1.0:
-        raise ConfigError(f"{what} {value!r}: a share of all experts is above 0 and at most 1.0.")
-
-
-def budget_in_bytes(value: str | int | float, total_bytes: int) -> int:
-    """Of a size as "2GiB", a number of bytes, or a share (a float) of `total_bytes`; checked by `check_budget`."""
-    if isinstance(value, str):
-        return parse_size(value)
-    return int(value * total_bytes) if isinstance(value, float) else value
-
-
-def shares_of(budget_bytes: int, source: ExpertSource, domains: Sequence[Sequence[int]]) -> list[int]:
-    """The part of a budget that each of these groups of layers has, in proportion to its experts.
-
-    Raises ConfigError when a group could not hold one expert of each of its layers.
-    """
-    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
-        raise ConfigError(f"expert cache budget {budget_bytes!r}: give a number of bytes.")
-    if budget_bytes < (needed := least_budget(source, domains)):
-        raise ConfigError(f"expert cache budget {budget_bytes} bytes cannot hold one expert: give at least {needed}.")
-    weights = _weights(source, domains)
-    return [budget_bytes * weight // sum(weights) for weight in weights]
-
-
-def domains_of(source: ExpertSource, scope: str) -> list[list[int]]:
-    """The groups of layers that share a limit."""
-    layers = list(range(len(source.layers)))
-    return [layers] if scope == "global" else [[layer] for layer in layers]
-
-
-def least_budget(source: ExpertSource, domains: Sequence[Sequence[int]]) -> int:
-    """The smallest budget in bytes of which each group's part holds one expert of each of its layers."""
-    weights = _weights(source, domains)
-    largest = [max(source.expert_bytes[layer] for layer in layers) for layers in domains]
-    return max(-(-size * sum(weights) // weight) for size, weight in zip(largest, weights, strict=True))
-
-
-def _weights(source: ExpertSource, domains: Sequence[Sequence[int]]) -> list[int]:
-    return [sum(source.num_experts[layer] * source.expert_bytes[layer] for layer in layers) for layers in domains]

@@ -17,6 +17,7 @@ from remoe_adapt.tuner import KINDS, by_router, check_finite, is_router_key, rea
 # have a quarter of that; a forged rank could ask for terabytes.
 _MAX_VALUES = 1 << 26
 _MAX_CONFIG_BYTES = 16 << 20
+# Of a fingerprint in messages: "sha256:" and twelve digits tell two bases apart.
 _SHOWN_DIGITS = 19
 
 

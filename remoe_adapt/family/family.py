@@ -35,8 +35,6 @@ from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers import Routers, plain_name, survey_routers
 from remoe_adapt.tuner import CARD_FILE, FAMILY_FILE, stays_usable
 
-__all__ = ["Control", "Family", "FamilyPoint", "original_weights"]
-
 
 @dataclass(frozen=True, eq=False)
 class FamilyPoint:
@@ -152,6 +150,7 @@ class Family:
         """Recency prior at `strength`, gains interpolated like the deltas; None for the base, or without any."""
         lower, upper, share = self._neighbours(strength)
         ends = [point.recency if point else None for point in (lower, upper if upper else lower)]
+        # A point without a prior has the gain 0 in the mode of its neighbour, as the base has.
         known = ends[1] or ends[0]
         if known is None:
             return None
@@ -169,6 +168,7 @@ class Family:
         lower = max((p for p in self.points if p.strength <= strength), key=lambda p: p.strength, default=None)
         upper = min((p for p in self.points if p.strength > strength), key=lambda p: p.strength, default=None)
         start = lower.strength if lower else 0.0
+        # A stored point is given as it is: interpolation could round it.
         if upper is None or strength == start:
             return lower, None, 0.0
         return lower, upper, (strength - start) / (upper.strength - start)
@@ -194,6 +194,7 @@ class Family:
                 "if you know that they fit."
             )
         weights = routers.original_weights
+        # First: the loop below multiplies deltas out, and those of another model could need any amount of memory.
         self._check_shapes(weights)
         for strength in self.strengths:  # between two points, weights and their norms lie between theirs
             self.live(strength, weights)
@@ -224,6 +225,7 @@ class Family:
     @staticmethod
     def adapter_name(strength: float) -> str:
         """Folder name of a point, from the digits of its strength: 0.25 -> "s025", 1 -> "s100", 0.125 -> "s0125"."""
+        # Six decimals tell strengths apart that anybody would store; trailing zeros go, so that 0.25 is not s0250000.
         return "s" + f"{strength:.6f}".replace(".", "").rstrip("0").ljust(3, "0")
 
     def add_point(
@@ -276,6 +278,7 @@ class Family:
         """
         target = self.path if path is None else usable_path(path)
         copies: dict[Path, Path] = {}
+        # The same folder may be named in two ways, and must not be copied onto itself.
         if target.resolve() != self.path.resolve():
             Family.create(target, self.base_id, self.fingerprint)
             # The files of the adapters are copied as they are: deltas in memory may have been widened to fp32.
@@ -307,6 +310,7 @@ class Family:
     @contextmanager
     def _saved_or_restored(self) -> Iterator[None]:
         """Save what the block changes; when either fails, memory is as before too."""
+        # Points and control are immutable, so that two references are a whole copy.
         points, control = self.points, self.control
         try:
             yield
@@ -344,6 +348,7 @@ class Family:
             raise FamilyError(f"{self.path}: strength {point.strength!r} must be above 0 (the base) and at most 1.")
         if point.strength in self.strengths:
             raise FamilyError(f"{self.path} has a point of strength {point.strength!r} already.")
+        # The stored points agree already, so one of them stands for all.
         for other in self.points[:1]:
             shapes, known = (shapes_of(p.deltas) for p in (point, other))
             if shapes != known:
@@ -367,6 +372,7 @@ def original_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _add(deltas: Mapping[str, Tensor], base_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """cast(fp32(W) + delta) where there is a delta, else a copy of W; fp64 weights stay fp64."""
+    # A PeftModel's names have prefixes that a family's have not.
     given = {plain_name(name): tuple(weight_ED.shape) for name, weight_ED in base_weights.items()}
     if odd := [name for name, shape in shapes_of(deltas).items() if given.get(name) != shape]:
         raise FamilyError(f"{len(odd)} routers have no base weight of their shape here, first {printable(odd[0])}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,12 +13,13 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from remoe_adapt._support import first_line, printable, read_json
+from remoe_adapt._support import first_line, printable, read_json, replacing
 from remoe_adapt.errors import FamilyError
-from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, mode_words
+from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, is_number, mode_words
 from remoe_adapt.tuner import FAMILY_FILE
 
 FORMAT = 1
+# Certificates are the most of a file; one beyond this was made to use up memory.
 _MAX_BYTES, _MAX_NAME = 16 << 20, 64
 # What an object of family.json is called in errors -> (keys that it must have, keys that it may have).
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
@@ -40,9 +40,9 @@ def read_recency(entry: Any, where: str) -> Recency | None:
     mode, decay, gains = (entry[key] for key in ("mode", "decay", "gain_per_layer"))
     if mode not in mode_words():
         raise FamilyError(f"{where}: recency mode {_shown(mode)} is not one of {', '.join(mode_words())}.")
-    if not _is_number(decay) or not 0.0 <= decay < 1.0:
+    if not is_number(decay) or not 0.0 <= decay < 1.0:
         raise FamilyError(f"{where}: recency decay {_shown(decay)} must be at least 0 and below 1.")
-    if not isinstance(gains, list | tuple) or not all(_is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
+    if not isinstance(gains, list | tuple) or not all(is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
         raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
     return None if mode == NO_PRIOR else Recency(mode, tuple(float(gain) for gain in gains), float(decay))
 
@@ -54,6 +54,7 @@ def recency_entry(recency: Recency) -> dict[str, Any]:
 
 def usable_path(path: str | os.PathLike[str]) -> Path:
     """A path that may be there or not. Raises FamilyError for one that no disk can have."""
+    # stat is asked only because it refuses what no path can be: a null byte, too long a name.
     try:
         found = Path(path)
         found.stat()
@@ -107,7 +108,7 @@ def read_family_json(folder: Path) -> dict[str, Any]:
     for point in entries["points"]:
         _check_keys(path, "a point", point)
         _check_adapter(path, point)
-        if not _is_number(point["strength"]) or not 0.0 < point["strength"] <= 1.0:
+        if not is_number(point["strength"]) or not 0.0 < point["strength"] <= 1.0:
             raise FamilyError(f"{path}: strength {_shown(point['strength'])} must be a number above 0 and at most 1.")
         strengths.append(point["strength"])
     # Interpolation looks for neighbours, so points are in order and none is there twice.
@@ -132,22 +133,19 @@ def write_whole(path: Path, text: str) -> None:
     write_together({path: text})
 
 
-def write_together(texts: Mapping[Path, str]) -> None:
-    """Write files, none before all of them are on the disk; folders are made. Raises FamilyError when it refuses."""
-    # The process number keeps two writers apart; a leading dot hides a draft that a kill left.
-    drafts = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+def write_together(texts: dict[Path, str]) -> None:
+    """Write files in their order, none before all of them are on the disk; folders are made.
+
+    Raises FamilyError when the disk refuses.
+    """
     try:
-        for path, draft in drafts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(texts[path], encoding="utf-8")
-        for path, draft in drafts.items():
-            draft.replace(path)
+        with ExitStack() as drafts:
+            # The stack ends the last one first, and the last of the texts must be the last to take its name.
+            for path, text in reversed(texts.items()):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                drafts.enter_context(replacing(path)).write_text(text, encoding="utf-8")
     except OSError as error:
         raise _refused(next(iter(texts)).parent, error) from error
-    finally:
-        for draft in drafts.values():
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -175,6 +173,7 @@ def placed(copies: Mapping[Path, Path]) -> Iterator[None]:
         yield
         # From here on the folders stay: what was written by the block refers to them.
         undo.pop_all()
+    # What was there before is kept until nothing can fail any more.
     for aside in asides:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -200,10 +199,6 @@ def _refused(folder: Path, error: OSError) -> FamilyError:
 
 def _shown(value: object) -> str:
     return printable(repr(value))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_keys(path: Path, what: str, entry: Any) -> None:

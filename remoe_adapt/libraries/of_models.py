@@ -153,7 +153,7 @@ def checkpoints() -> None:
 @relied_on(
     "transformers",
     "A folder with a single model.safetensors is loaded from it, whatever index lies beside it.",
-    "checkpoints/safetensors_files.py engines/base.py expert_cache/checkpoint.py",
+    "checkpoints/safetensors_files.py engines/base.py expert_cache/load.py",
 )
 def checkpoint_files() -> None:
     model = tiny_model()

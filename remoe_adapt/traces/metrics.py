@@ -26,8 +26,7 @@ def eor(trace: Trace) -> float:
 
 def eor_L(trace: Trace) -> NDArray[np.float64]:
     """Expert overlap ratio of each layer, float64 [L]; see `eor`."""
-    overlap_L: NDArray[np.float64] = _overlap_LP(trace).mean(axis=1) / trace.top_k
-    return overlap_L
+    return np.asarray(_overlap_LP(trace).mean(axis=1) / trace.top_k)
 
 
 def switch_rate(trace: Trace) -> float:
@@ -41,8 +40,7 @@ def switch_rate(trace: Trace) -> float:
 
 def switch_rate_L(trace: Trace) -> NDArray[np.float64]:
     """Switch rate of each layer, float64 [L]; see `switch_rate`."""
-    switched_L: NDArray[np.float64] = (_overlap_LP(trace) < trace.top_k).mean(axis=1)
-    return switched_L
+    return np.asarray((_overlap_LP(trace) < trace.top_k).mean(axis=1))
 
 
 def load_entropy(trace: Trace) -> float:

@@ -12,13 +12,18 @@ import pytest
 from huggingface_hub import constants
 from tiny_checkpoints import save_tiny
 
-from remoe_adapt.checkpoints.load import checkpoint_folder, load_base, load_tokenizer, load_with_tokenizer
-from remoe_adapt.checkpoints.paths import check_place, is_path
+from remoe_adapt.checkpoints.load import (
+    check_place,
+    checkpoint_folder,
+    is_path,
+    load_base,
+    load_tokenizer,
+    load_with_tokenizer,
+)
 from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.engines.base import BaseFiles
 from remoe_adapt.errors import ConfigError, FamilyError
-from remoe_adapt.expert_cache.checkpoint import find_checkpoint
-from remoe_adapt.expert_cache.load import pack_experts
+from remoe_adapt.expert_cache.load import find_checkpoint, pack_experts
 from remoe_adapt.training.run import train_family
 
 TEXT = Path(__file__).parents[1] / "data" / "readings-squeeze.jsonl"

@@ -20,7 +20,7 @@ from remoe_adapt.checkpoints.safetensors_files import Extent
 from remoe_adapt.errors import UncacheableError
 from remoe_adapt.expert_cache import encoding as encodings
 from remoe_adapt.expert_cache.checkpoint_store import experts_modules
-from remoe_adapt.expert_cache.encoding import ChosenSlots
+from remoe_adapt.expert_cache.experts import ChosenExperts
 from remoe_adapt.expert_cache.load import pack_experts
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -55,7 +55,7 @@ class Halves:
                 raise UncacheableError(f"{folder}: {extent.tensor} is no half of a number.")
 
     def arithmetic(
-        self, module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenSlots
+        self, module: Any, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, chosen: ChosenExperts
     ) -> Tensor:
         out_TD = torch.zeros_like(hidden_TD)
         for group in chosen.groups():
