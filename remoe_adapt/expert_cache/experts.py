@@ -34,7 +34,7 @@ from remoe_adapt.expert_cache.budget import Lease
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.encoding import FLOATS, Arithmetic, eager_function
 from remoe_adapt.expert_cache.types import Slot
-from remoe_adapt.libraries import Patches, override, put_on, register_entry
+from remoe_adapt.libraries import Patches, override, put_on
 from remoe_adapt.tuner import plain_base
 
 
@@ -193,7 +193,7 @@ def remoe_cache(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     return found.run(module, hidden_states, top_k_index, top_k_weights)
 
 
-register_entry(ALL_EXPERTS_FUNCTIONS, IMPLEMENTATION, remoe_cache)
+put_on(ALL_EXPERTS_FUNCTIONS, IMPLEMENTATION, remoe_cache)
 
 
 def check_experts(modules: dict[str, nn.Module]) -> None:

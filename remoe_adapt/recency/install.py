@@ -46,7 +46,8 @@ class InstalledPrior:
         self._acting, self._refusing = Patches(), Patches()
         found: dict[int, RouterForward] = {}
         for place, ref in enumerate(refs):
-            if isinstance(_forward_of(ref.module), RouterForward):
+            own = vars(ref.module)
+            if isinstance(own.get(_WRAPPED, own.get("forward")), RouterForward):
                 raise RouterError(f"router {ref.name} has a recency prior already: remove that one first.")
             forward = _without_sequences(owners[place], owners, kind) or router_forward(ref)
             if isinstance(forward, RouterForward):
@@ -154,11 +155,6 @@ def recency_prior(
         yield installed
     finally:
         installed.remove()
-
-
-def _forward_of(module: nn.Module) -> object:
-    own = vars(module)
-    return own.get(_WRAPPED, own.get("forward"))
 
 
 def refuse_continuous_batching(patches: Patches, model: nn.Module, mode: str) -> None:

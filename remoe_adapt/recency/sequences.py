@@ -27,7 +27,6 @@ from remoe_adapt.libraries import (
     hook,
     is_counted,
     returned_cache,
-    subclass_of,
 )
 from remoe_adapt.recency.prior import RecencyPrior
 from remoe_adapt.recency.state import RecencyState
@@ -233,6 +232,7 @@ class _CarriesState:
         return _rebuilt, (type(self).__bases__[-1],), self.__dict__
 
 
-def _rebuilt(base: type) -> Any:
-    following: Any = subclass_of(base, _CarriesState)
-    return following.__new__(following)
+def _rebuilt(base: Any) -> Any:
+    cache = base.__new__(base)
+    become(cache, _CarriesState)
+    return cache
