@@ -84,6 +84,7 @@ class Controller:
         mend_after_fork(self)
         _OPEN.add(self)
         self.set_pressure(None)
+        # Last of all, since whoever finds the attribute takes the dial for a whole one.
         self._patches.add(*(put_on(owner, "controller", self) for owner in (peft_model, self._base)))
         if monitored:
             self._monitor.resume()

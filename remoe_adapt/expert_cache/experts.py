@@ -216,6 +216,7 @@ def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
     def init(cls: type[nn.Module], original: Callable[..., None], module: Any, *args: Any, **kwargs: Any) -> None:
         original(module, *args, **kwargs)
         if type(module) is cls and threading.get_ident() == thread:
+            # Its own `__init__` has made them, of all experts: they would be loaded, and memory taken for them.
             put_on(module, "_parameters", {})
             # transformers would initialise what is missing in the files; here nothing is missing.
             put_on(module, "_is_hf_initialized", True)

@@ -85,8 +85,10 @@ class _Value(Handle):
 
     def undo(self) -> None:
         held = self._held()
+        # Another value there is somebody's who has changed it since, perhaps by wrapping ours: it stays.
         if self._stands and held and held[0] is self._value:
             self._write(self._before)
+        # The same value may be put on again, by a handle of its own: this one must not take that off.
         self._stands = False
 
 
@@ -114,7 +116,8 @@ def put_on(owner: Any, name: str, value: Any) -> Handle:
 
 
 def carry(owner: Any, name: str, value: Any) -> None:
-    """`put_on` for good, on an object of short life. Traced code may call it: torch.compile follows no handle."""
+    """`put_on` for good, on an object of short life."""
+    # No handle: compiled steps come by here, and torch.compile traces an assignment but no `vars`.
     setattr(owner, name, value)
 
 
@@ -180,6 +183,7 @@ def append_entry(values: list[Any], value: Any) -> Handle:
 def enum_member(kind: Any, name: str) -> Handle:
     """A str enum has one member more, whose value is its name. Enums offer no way in, so their tables are written."""
     member = str.__new__(kind, name)
+    # EnumType sets these four while it makes a class, and never again.
     member._name_ = member._value_ = name
     member.__objclass__ = kind
     member._sort_order_ = len(kind._member_names_)

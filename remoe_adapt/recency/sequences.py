@@ -200,6 +200,7 @@ def attach(cache: Any, state: RecencyState) -> None:
     carry(cache, _STATE, state)
 
 
+# A mixin before the cache's class: its methods are found first, and `super()` is the class that the cache had.
 class _CarriesState:
     """What a KV cache's class becomes: its batch operations reach the recency too, and copies and pickles keep it."""
 

@@ -127,6 +127,7 @@ def mixed_forward(layer: RemoeLayer, adapter_names: list[str], args: Any, kwargs
             results.append(functional_call(unhooked, weights, call_args, call_kwargs))
         return _select(results, [[name == own for own in known] for name in chosen])
 
+    # The router itself is called, so that hooks of others on it see the one mixed result.
     with put_on(router, "forward", forward):
         return router(*args, **kwargs)
 
