@@ -176,8 +176,8 @@ def _interpositions() -> str:
 
 
 def _patch(text: str) -> str:
-    file, _, function = text.partition(":")
-    return f"`{file}`: `{function}`"
+    file, _, functions = text.partition(":")
+    return f"`{file}`: {functions.replace(',', ', ')}"
 
 
 def _assumptions() -> str:

@@ -90,6 +90,7 @@ class Controller:
         _OPEN.add(self)
         # A status that is asked for before the first sample has a reason to show.
         self.set_pressure(None)
+        # Last of all, since whoever finds the attribute takes the dial for a whole one.
         self._patches.add(*(put_on(owner, "controller", self) for owner in (peft_model, self._base)))
         if monitored:
             self._monitor.resume()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,15 @@ def _check_reached(skeleton: nn.Module, weight_names: dict[str, str]) -> None:
         rows, columns = router.get_parameter(weight_name).shape
         given = inspect.signature(router.forward).parameters.values()
         needed = [entry for entry in given if entry.default is entry.empty][1:]  # a selection bias, for instance
-        with hook(router.get_submodule(owner), "forward", lambda *_, calls=calls: calls.append(1)):
-            try:
-                # On the meta device nothing is computed, so asking costs no time and no memory.
-                with torch.no_grad(), torch.device("meta"):
-                    router(torch.empty(1, 1, columns), *(torch.empty(rows) for _ in needed))
-            except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-                pass  # only the call of the owner counts; what comes after it may need more than these hidden states
+        with (
+            hook(router.get_submodule(owner), "forward", lambda *_, calls=calls: calls.append(1)),
+            # Only the call of the owner counts; what comes after it may need more than these hidden states.
+            suppress(RuntimeError, TypeError, ValueError, IndexError),
+            # On the meta device nothing is computed, so asking costs no time and no memory.
+            torch.no_grad(),
+            torch.device("meta"),
+        ):
+            router(torch.empty(1, 1, columns), *(torch.empty(rows) for _ in needed))
         if not calls:
             raise UnsupportedRouterError(
                 f"router {name} was not seen to call its {owner}, whose weight PEFT's LoRA changes while it is called: "

@@ -32,7 +32,7 @@ from remoe_adapt.expert_cache.budget import Lease
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, eager_function
 from remoe_adapt.expert_cache.types import Slot
-from remoe_adapt.libraries import Patches, override, put_on, register_entry
+from remoe_adapt.libraries import Patches, override, put_on
 from remoe_adapt.tuner import plain_base
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def remoe_cache(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     return found.run(module, hidden_states, top_k_index, top_k_weights)
 
 
-register_entry(ALL_EXPERTS_FUNCTIONS, IMPLEMENTATION, remoe_cache)
+put_on(ALL_EXPERTS_FUNCTIONS, IMPLEMENTATION, remoe_cache)
 
 
 def check_experts(modules: dict[str, nn.Module]) -> None:
@@ -212,6 +212,7 @@ def experts_left_out(classes: set[type[nn.Module]]) -> Iterator[None]:
     def init(cls: type[nn.Module], original: Callable[..., None], module: Any, *args: Any, **kwargs: Any) -> None:
         original(module, *args, **kwargs)
         if type(module) is cls and threading.get_ident() == thread:
+            # Its own `__init__` has made them, of all experts: they would be loaded, and memory taken for them.
             put_on(module, "_parameters", {})
             # transformers would initialise what is missing in the files; here nothing is missing.
             put_on(module, "_is_hf_initialized", True)

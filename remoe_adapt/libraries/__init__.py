@@ -31,9 +31,7 @@ from remoe_adapt.libraries.patching import (
     hook,
     override,
     put_on,
-    register_entry,
     replace_module,
-    subclass_of,
 )
 from remoe_adapt.libraries.table import Contract, versions
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def kv_cache_names() -> None:
     "recency/sequences.py libraries/kv_cache.py",
     interposes="the class of a KV cache object becomes a subclass that takes the recency along (sequences.attach), "
     "which hangs on the object; both live and die with the cache",
-    patches="recency/sequences.py:become recency/sequences.py:carry",
+    patches="recency/sequences.py:become,carry",
 )
 def kv_cache_methods() -> None:
     from transformers import DynamicCache, StaticCache
@@ -87,12 +88,9 @@ def kv_cache_methods() -> None:
 def decoding_loop() -> None:
     model, called = tiny_model(), []
 
-    def around(name: str) -> Any:
-        def call(original: Any, *args: Any, **kwargs: Any) -> Any:
-            called.append(name)
-            return original(*args, **kwargs)
-
-        return call
+    def around(name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(name)
+        return original(*args, **kwargs)
 
     names = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
@@ -103,7 +101,7 @@ def decoding_loop() -> None:
         hold("attention_mask" in kwargs, "generate's forward hands the text model no attention_mask as a keyword.")
         hold("input_ids" in kwargs or args, "generate's forward hands the text model no input_ids.")
 
-    with Patches(*(override(model, name, around(name)) for name in names)) as patches:
+    with Patches(*(override(model, name, partial(around, name)) for name in names)) as patches:
         patches.add(hook(model.model, "forward_pre", on_text, with_kwargs=True))
         model.generate(ids(), max_new_tokens=3, do_sample=False, eos_token_id=None)
     # The order is what counts: a swap must fall between the forwards of two tokens.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from remoe_adapt.libraries.patching import put_on, register_entry
+from remoe_adapt.libraries.patching import put_on
 from remoe_adapt.libraries.table import hold, relied_on
 from remoe_adapt.libraries.tiny import EXPERTS, TOP_K, model_class, no_bars, tiny_config, tiny_model
 
@@ -50,8 +50,7 @@ def routers() -> None:
     "it never see it); the __init__ of experts classes while one checkpoint is loaded (experts_left_out, undone at its "
     "end), which leaves the modules made by it without parameters and bound to the cache (for the model's life); their "
     "forward while an installed prior is tried (undone at once)",
-    patches="expert_cache/experts.py:register_entry expert_cache/experts.py:override expert_cache/experts.py:put_on "
-    "recency/proof.py:put_on",
+    patches="expert_cache/experts.py:override,put_on recency/proof.py:put_on",
 )
 def experts_interface() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -63,7 +62,7 @@ def experts_interface() -> None:
         return torch.zeros_like(inputs[1])
 
     hold(callable(getattr(ALL_EXPERTS_FUNCTIONS, "register", None)), "ALL_EXPERTS_FUNCTIONS takes no functions now.")
-    with register_entry(ALL_EXPERTS_FUNCTIONS, "remoe_contract", listening):
+    with put_on(ALL_EXPERTS_FUNCTIONS, "remoe_contract", listening):
         model = model_class()._from_config(tiny_config(), experts_implementation="remoe_contract").eval()
         model(input_ids=torch.tensor([[1, 2]]))
     experts = model.model.layers[0].mlp.experts
@@ -86,9 +85,8 @@ def experts_interface() -> None:
             read.append(int(expert))
             return self.whole[int(expert)]
 
-    wholes = {name: experts._parameters[name].detach() for name in params}
     for name in params:
-        put_on(experts, name, Rows(wholes[name]))
+        put_on(experts, name, Rows(experts._parameters[name].detach()))
     found = eager(experts, hidden, ids, weights)
     hold(torch.equal(found, expected), "the eager experts function computes otherwise on rows handed one by one.")
     hold(set(read) == {1, 5}, f"for experts 5 and 1 the eager function read rows {sorted(set(read))}.")
@@ -133,7 +131,7 @@ def conversion_mapping() -> None:
     interposes="`_keys_to_ignore_on_load_unexpected` of a model's class while one checkpoint is loaded; the class of a "
     "model with an expert cache, whose save_pretrained refuses, and its attribute `expert_cache` (both for the model's "
     "life)",
-    patches="expert_cache/load.py:class_attribute expert_cache/load.py:become expert_cache/load.py:put_on",
+    patches="expert_cache/load.py:class_attribute,become,put_on",
 )
 def checkpoints() -> None:
     from safetensors import safe_open

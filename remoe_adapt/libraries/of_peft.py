@@ -61,7 +61,7 @@ def adapter_type() -> None:
     interposes="PeftConfigMixin.from_json_file and from_pretrained check what a REMOE adapter's files hold; "
     "PeftModel's from_pretrained, load_adapter and create_or_update_model_card undo a failed load of one and write its "
     "card (for the process; other types are handed through)",
-    patches="tuner/loading.py:override tuner/loading.py:Snapshot",
+    patches="tuner/loading.py:override,Snapshot",
 )
 def config_reading() -> None:
     from peft import PeftModel
@@ -93,8 +93,8 @@ def config_reading() -> None:
     interposes="each adapted router module is replaced by a RemoeLayer around it (unload and release put it back, and "
     "so does an error); its __call__ skips torch's hooks while the module itself has none; a forward with one "
     "adapter per sample hooks the layers and replaces the routers' forward (undone at its end)",
-    patches="tuner/model.py:replace_module tuner/model.py:Snapshot dial/load.py:replace_module "
-    "bench/controller/arms.py:replace_module tuner/mixed_batch.py:hook tuner/mixed_batch.py:put_on",
+    patches="tuner/model.py:replace_module,Snapshot dial/load.py:replace_module "
+    "bench/controller/arms.py:replace_module tuner/mixed_batch.py:hook,put_on",
 )
 def tuner_layers() -> None:
     from peft import LoraConfig, get_peft_model
@@ -133,7 +133,7 @@ def tuner_layers() -> None:
     "tuner/checks.py family/files.py engines/peft_lora.py dial/load.py",
     interposes="save_pretrained of a dialled model and of its base, and their attribute `controller`; enable_adapters "
     "of its router layers, and hooks of their state dicts and of the base's (controller.close takes all of them off)",
-    patches="dial/guards.py:override dial/guards.py:hook dial/controller.py:put_on",
+    patches="dial/guards.py:override,hook dial/controller.py:put_on",
 )
 def saved_names() -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict

@@ -45,7 +45,7 @@ def trainer() -> None:
     interposes="forward hooks on a base and its decoder while a REMOE adapter with loss weights is on it (unload takes "
     "them off), and its attribute; ObjectiveCallback among Trainer's default callbacks (for the process, once such an "
     "adapter was made)",
-    patches="tuner/attached.py:hook tuner/attached.py:put_on tuner/attached.py:append_entry",
+    patches="tuner/attached.py:hook,put_on,append_entry",
 )
 def any_training_loop() -> None:
     from transformers import trainer

@@ -53,8 +53,7 @@ class Patches(Handle):
 
 
 class _Value(Handle):
-    """`name` of an object, a class or a mapping has another value; not through its `__setattr__`, for a module would
-    take the value for a part of its state, and an enum refuse it."""
+    """`name` of an object, a class or a mapping has another value."""
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
         self._owner, self._name, self._value = owner, name, value
@@ -68,10 +67,15 @@ class _Value(Handle):
 
     def _held(self) -> tuple[Any, ...]:
         """The value that the owner itself has, alone; empty where it has none, and its class answers."""
+        if self._name == "__class__":
+            return (type(self._owner),)
         return (self._own[self._name],) if self._name in self._own else ()
 
     def _write(self, value: tuple[Any, ...]) -> None:
-        if isinstance(self._owner, type):
+        # Past the owner's own `__setattr__`: a module would take the value for a part of its state, an enum refuse it.
+        if self._name == "__class__":
+            object.__setattr__(self._owner, self._name, *value)
+        elif isinstance(self._owner, type):
             change: Any = type.__setattr__ if value else type.__delattr__
             change(self._owner, self._name, *value)
         elif value:
@@ -81,8 +85,10 @@ class _Value(Handle):
 
     def undo(self) -> None:
         held = self._held()
+        # Another value there is somebody's who has changed it since, perhaps by wrapping ours: it stays.
         if self._stands and held and held[0] is self._value:
             self._write(self._before)
+        # The same value may be put on again, by a handle of its own: this one must not take that off.
         self._stands = False
 
 
@@ -104,24 +110,14 @@ class _Hooked(Handle):
         self._handle.remove()
 
 
-class _Became(Handle):
-    def __init__(self, owner: Any, mixin: type) -> None:
-        before: Any = type(owner)
-        self._owner, self._before, self._after = owner, before, subclass_of(before, mixin)
-        owner.__class__ = self._after
-
-    def undo(self) -> None:
-        if type(self._owner) is self._after:
-            self._owner.__class__ = self._before
-
-
 def put_on(owner: Any, name: str, value: Any) -> Handle:
-    """This attribute of one object is `value`; others of its class are as before."""
+    """This attribute of one object is `value`, or this entry of a registry; others of its class are as before."""
     return _Value(owner, name, value)
 
 
 def carry(owner: Any, name: str, value: Any) -> None:
-    """`put_on` for good, on an object of short life. Traced code may call it: torch.compile follows no handle."""
+    """`put_on` for good, on an object of short life."""
+    # No handle: compiled steps come by here, and torch.compile traces an assignment but no `vars`.
     setattr(owner, name, value)
 
 
@@ -132,15 +128,15 @@ def override(owner: Any, name: str, around: Callable[..., Any]) -> Handle:
 
     The signature stays the original's: transformers reads that of `prepare_inputs_for_generation`.
     """
-    if getattr(owner, name, None) is None:
+    if (original := getattr(owner, name, None)) is None:
         return Patches()
     if not isinstance(owner, type):
-        original = getattr(owner, name)
+        # A partial and no function: a copy of the model then calls the copy's own method, and not the first model's.
         return _Value(owner, name, functools.wraps(original)(functools.partial(around, original)))
     held = inspect.getattr_static(owner, name)
     function = held.__func__ if isinstance(held, classmethod) else held
 
-    # A function, since a partial in a class would not be bound to the object that it is called on.
+    # In a class a partial would not be bound to the object that it is called on.
     @functools.wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:
         return around(function, *args, **kwargs)
@@ -155,12 +151,12 @@ def class_attribute(cls: type, name: str, value: Any) -> Handle:
 
 def become(owner: Any, mixin: type) -> Handle:
     """The object's class becomes one of the same name that derives from `mixin` and from its class, in this order."""
-    return _Became(owner, mixin)
+    return _Value(owner, "__class__", _subclass(owner.__class__, mixin))
 
 
+# Made once, so that all objects of a class that become the same have one class.
 @functools.cache
-def subclass_of(cls: type, mixin: type) -> type:
-    """The class that `become` gives to objects of `cls`; made once, so that such objects have one class."""
+def _subclass(cls: type, mixin: type) -> type:
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
@@ -179,11 +175,6 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> Handle:
     return _Value(root.get_submodule(parent)._modules, name, module)
 
 
-def register_entry(registry: MutableMapping[str, Any], name: str, value: Any) -> Handle:
-    """A registry of a library has this entry."""
-    return _Value(registry, name, value)
-
-
 def append_entry(values: list[Any], value: Any) -> Handle:
     """A list of a library has this value at its end, once."""
     return Patches() if value in values else _Listed(values, value)
@@ -192,6 +183,7 @@ def append_entry(values: list[Any], value: Any) -> Handle:
 def enum_member(kind: Any, name: str) -> Handle:
     """A str enum has one member more, whose value is its name. Enums offer no way in, so their tables are written."""
     member = str.__new__(kind, name)
+    # EnumType sets these four while it makes a class, and never again.
     member._name_ = member._value_ = name
     member.__objclass__ = kind
     member._sort_order_ = len(kind._member_names_)

@@ -23,8 +23,8 @@ class Contract:
 
     relies_on: what must be so, in a sentence. used_in: files of ours that would be wrong otherwise. names: what they
     import from below the library's public face. interposes: what we put into the library's or the user's objects
-    there, and what takes it off again; empty where we only call. patches: which function of `patching` does it in which
-    file, as "dial/steps.py:override". check: raises BrokenAssumption.
+    there, and what takes it off again; empty where we only call. patches: which functions of `patching` do it in which
+    files, as "dial/guards.py:override,hook". check: raises BrokenAssumption.
     """
 
     name: str

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from remoe_adapt._support import say_once
+from remoe_adapt._support import held_back, say_once
 from remoe_adapt.errors import RouterError
 from remoe_adapt.gating import RouterForward, router_forward
 from remoe_adapt.libraries import CONTINUOUS_BATCHING, Patches, override, put_on, unknown_cache_argument
@@ -46,7 +46,8 @@ class InstalledPrior:
         self._acting, self._refusing = Patches(), Patches()
         found: dict[int, RouterForward] = {}
         for place, ref in enumerate(refs):
-            if isinstance(_forward_of(ref.module), RouterForward):
+            own = vars(ref.module)
+            if isinstance(own.get(_WRAPPED, own.get("forward")), RouterForward):
                 raise RouterError(f"router {ref.name} has a recency prior already: remove that one first.")
             forward = _without_sequences(owners[place], owners, kind) or router_forward(ref)
             if isinstance(forward, RouterForward):
@@ -126,8 +127,11 @@ class InstalledPrior:
 
     def enable(self, on: bool) -> None:
         """Let the routers run with the prior, or for a while their own forwards: sequences are not followed then."""
+        # First, or a second call would take the forward placed by the first one for the router's own.
         self._acting.remove()
-        if on:
+        if not on:
+            return
+        with held_back():  # or a Ctrl-C would leave what is changed and not yet noted
             self._acting.add(*(SequenceHooks(text, self.prior, self._place_if_moved) for text in self._texts))
             for forward in self._forwards:
                 name = _WRAPPED if _WRAPPED in vars(forward.module) else "forward"
@@ -154,11 +158,6 @@ def recency_prior(
         yield installed
     finally:
         installed.remove()
-
-
-def _forward_of(module: nn.Module) -> object:
-    own = vars(module)
-    return own.get(_WRAPPED, own.get("forward"))
 
 
 def refuse_continuous_batching(patches: Patches, model: nn.Module, mode: str) -> None:

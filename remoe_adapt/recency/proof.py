@@ -144,6 +144,7 @@ def _idle_experts(block: nn.Module, asked: list[Tensor]) -> Iterator[None]:
     """Within, experts behind transformers' interface note the ids they are asked for and return zeros."""
     with Patches() as patches:
         for module in block.children():
+            # Whatever forward is there, a cache's too, is left out: no expert is to be read for a trial.
             if signature := _experts_signature(type(module)):
                 patches.add(put_on(module, "forward", _idle(signature, asked)))
         yield

@@ -27,7 +27,6 @@ from remoe_adapt.libraries import (
     hook,
     is_counted,
     returned_cache,
-    subclass_of,
 )
 from remoe_adapt.recency.prior import RecencyPrior
 from remoe_adapt.recency.state import RecencyState
@@ -201,6 +200,7 @@ def attach(cache: Any, state: RecencyState) -> None:
     carry(cache, _STATE, state)
 
 
+# A mixin before the cache's class: its methods are found first, and `super()` is the class that the cache had.
 class _CarriesState:
     """What a KV cache's class becomes: its batch operations reach the recency too, and copies and pickles keep it."""
 
@@ -233,6 +233,7 @@ class _CarriesState:
         return _rebuilt, (type(self).__bases__[-1],), self.__dict__
 
 
-def _rebuilt(base: type) -> Any:
-    following: Any = subclass_of(base, _CarriesState)
-    return following.__new__(following)
+def _rebuilt(base: Any) -> Any:
+    cache = base.__new__(base)
+    become(cache, _CarriesState)
+    return cache

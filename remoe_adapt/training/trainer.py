@@ -271,11 +271,8 @@ class RemoeTrainerMixin(_Mixin):
     @contextmanager
     def _hooks(self, on_call: Callable[..., None]) -> Iterator[None]:
         # Only references are kept here: a checkpointed block must record the same operations when it is recomputed.
-        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            on_call(layer, args, kwargs, output)
-
         with Patches() as patches, computed_elsewhere():
-            patches.add(*(hook(layer, "forward", note, with_kwargs=True) for layer in self.router_layers.values()))
+            patches.add(*(hook(layer, "forward", on_call, with_kwargs=True) for layer in self.router_layers.values()))
             yield
 
     def _terms(self, call: RouterCall, result: Any, documents_BT: Tensor) -> RouterTerms:

@@ -96,6 +96,7 @@ class AttachedObjective:
         # itself.
         decoder = getattr(base, "base_model", base)
         self._patches = Patches(
+            self._listening,
             put_on(base, ATTACHED, self),
             hook(decoder, "forward_pre", self._before_decoder),
             hook(decoder, "forward", self._after_decoder, with_kwargs=True, always_call=True),
@@ -109,7 +110,6 @@ class AttachedObjective:
 
     def close(self) -> None:
         """Take it off the model, with every hook."""
-        self._listening.remove()
         self._patches.remove()
 
     def trained(self, layers: Mapping[str, RemoeLayer]) -> dict[str, RemoeConfig]:

@@ -115,6 +115,7 @@ def guard_loaders() -> None:
 
     Each replacement gets the original as its first argument.
     """
+    # No handles are kept: a process that has imported this package may load a REMOE adapter at any time.
     override(PeftConfigMixin, "from_json_file", _from_json_file)
     override(PeftConfigMixin, "from_pretrained", _config_from_pretrained)
     override(PeftModel, "from_pretrained", _model_from_pretrained)

@@ -118,8 +118,7 @@ def mixed_forward(layer: RemoeLayer, adapter_names: list[str], args: Any, kwargs
     if len(chosen) == 1:
         return layer.run([] if chosen[0] == BASE else chosen, args, kwargs)
     router = layer.base_layer
-    unhooked = _Unhooked(router.forward)
-    unhooked.router = router
+    unhooked = _Unhooked(router)
 
     def forward(*call_args: Any, **call_kwargs: Any) -> Any:
         results = []
@@ -129,6 +128,7 @@ def mixed_forward(layer: RemoeLayer, adapter_names: list[str], args: Any, kwargs
             results.append(functional_call(unhooked, weights, call_args, call_kwargs))
         return _select(results, [[name == own for own in known] for name in chosen])
 
+    # The router itself is called, so that hooks of others on it see the one mixed result.
     with put_on(router, "forward", forward):
         return router(*args, **kwargs)
 
@@ -136,11 +136,9 @@ def mixed_forward(layer: RemoeLayer, adapter_names: list[str], args: Any, kwargs
 class _Unhooked(nn.Module):
     """Calls a router's forward without its hooks, under weights that functional_call puts in place."""
 
-    router: nn.Module
-
-    def __init__(self, run: Callable[..., Any]) -> None:
+    def __init__(self, router: nn.Module) -> None:
         super().__init__()
-        self._run = run
+        self.router, self._run = router, router.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)

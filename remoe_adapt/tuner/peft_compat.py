@@ -1,7 +1,4 @@
-"""Living beside other PEFT adapters on one base: no nesting, no shared names, no second layer on a router.
-
-What a failed load did to a model is taken back, however far it came.
-"""
+"""Living beside other PEFT adapters on one base: no nesting, no shared names, no second layer on a router."""
 
 from __future__ import annotations
 

@@ -25,7 +25,6 @@ from remoe_adapt.libraries.patching import (
     hook,
     override,
     put_on,
-    register_entry,
     replace_module,
 )
 
@@ -194,8 +193,8 @@ def test_a_hook_takes_torchs_options() -> None:
 
 def test_entries_of_registries_and_lists() -> None:
     registry: UserDict[str, int] = UserDict(a=1)
-    handle = register_entry(registry, "a", 2)
-    register_entry(registry, "b", 3).undo()
+    handle = put_on(registry, "a", 2)
+    put_on(registry, "b", 3).undo()
     assert dict(registry) == {"a": 2}
     handle.undo()
     assert dict(registry) == {"a": 1}
