@@ -19,7 +19,7 @@ from remoe_adapt.routers import discover as fingerprint
 from remoe_adapt.routers.discover import fingerprint_of_weights, survey_routers
 from remoe_adapt.tuner.layer import remoe_layers
 
-SHIPPED = Path(__file__).parents[1] / "examples" / "tiny_moe"
+SHIPPED = Path(__file__).parents[2] / "examples" / "tiny_moe"
 
 
 @pytest.fixture
