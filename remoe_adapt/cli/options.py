@@ -41,7 +41,7 @@ DemoTokens = Annotated[int, typer.Option(min=2, help="Tokens of held-out text to
 MaxSeconds = Annotated[float, typer.Option(min=0, help="Stop decoding after this time, whatever is done by then.")]
 SampleTokens = Annotated[int, typer.Option(min=0, help="Length of the sample texts; 0 leaves them out.")]
 
-# remoe train; None means the default of training.run.TrainOptions
+# remoe train; None means the default of training.TrainOptions
 FamilyOut = Annotated[Path, typer.Option(help="Folder of the family; an unfinished one is gone on with.")]
 Strengths = Annotated[str, typer.Option(help="Points to train, comma-separated, each in (0, 1].")]
 ReuseWeight = Annotated[float | None, typer.Option(help="Weight of L_Reuse at strength 1.")]

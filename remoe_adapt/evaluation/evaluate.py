@@ -142,7 +142,7 @@ def evaluate(
     Each row holds `strength` (0 for the base, None for the control), `ce` (nats per token), `ppl`, `ppl_ratio` (to the
     base), `ppl_ratio_control` (to the control; None without one), `kl` (mean over scored tokens of
     KL(P_base || P_point) of the next-token distributions, nats), `eor`, `switch_rate`, hit rates `policy@cache` and
-    `policy@cache/lookup` (see `cache.simulate`) and `load_entropy`, with `per_layer` the rows of `layer_rows` under
+    `policy@cache/lookup` (see `eviction.simulate`) and `load_entropy`, with `per_layer` the rows of `layer_rows` under
     that name, and with a recency prior `recency` and (mean) `recency_gain`; beside them `tokens` (scored),
     `documents` and `window`. The model's weights are the same afterwards, bit for bit. `window` shortens the
     protocol's windows; `on_tokens` hears of tokens done, over all arms.

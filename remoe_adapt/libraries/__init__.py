@@ -2,7 +2,7 @@
 
 `contracts()` are the rows (`of_*`): what must be so, who relies on it, what we put into objects
 of others there, and a check that runs on the installed versions. `remoe doctor --contracts`, `make newest` and
-`tests/test_contracts.py` run them. `kv_cache` knows the names of the KV cache, `patching` changes
+`tests/libraries/test_contracts.py` run them. `kv_cache` knows the names of the KV cache, `patching` changes
 objects, classes and registries of others, each with a way back.
 """
 

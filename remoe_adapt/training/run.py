@@ -27,7 +27,7 @@ from remoe_adapt.texts import data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
 from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, check_fits, check_writable, train_point
-from remoe_adapt.tuner import FAMILY_FILE
+from remoe_adapt.tuner import FAMILY_FILE, plain_base
 
 __all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
 
@@ -126,7 +126,7 @@ def train_family(
     processes = PartialState()
     model, base_id = _load(base, device, dtype)
     # Kept for the whole run: after each point its wrappers are gone, and the same routers are in their places.
-    routers = survey_routers(model)
+    routers = survey_routers(plain_base(model))
     check_fits(routers, options, len(wanted) + control, out)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base_id)
     length = _row_tokens(model, options)

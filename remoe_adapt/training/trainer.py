@@ -1,4 +1,4 @@
-"""RemoeTrainer: transformers' Trainer with the objective of `objective.py`, end to end or layer by layer."""
+"""RemoeTrainer: transformers' Trainer with the objective of `objective`, end to end or layer by layer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RemoeTrainerMixin(_Mixin):
     are read from its RemoeConfig. Inputs need `labels`; which document a token belongs to and what is padding is read
     from what packed batches carry (see `document_numbers`), and a row that says nothing is one document. The model's
     own load-balancing loss stays out: it fights reuse. Trainers with another loss (DPO) go without this class: there
-    the terms come with the model (training/attached.py).
+    the terms come with the model (tuner/attached.py).
 
     mode "end-to-end": L_CE + trust + locality, backward through the model.
     mode "local": trust + locality of each router on its detached input, backward inside the router's own hook. No

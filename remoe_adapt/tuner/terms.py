@@ -17,7 +17,7 @@ from remoe_adapt.tuner.layer import RemoeLayer
 # (the wrapped router, its arguments, its keywords, what it returned) of one call in a forward.
 RouterCall = tuple[RemoeLayer, tuple[Any, ...], dict[str, Any], Any]
 
-# Attribute of a base model that holds its AttachedObjective (training/attached.py).
+# Attribute of a base model that holds its AttachedObjective (attached.py).
 ATTACHED = "_remoe_objective"
 
 

@@ -23,7 +23,7 @@ _SLACK_BYTES = 48 << 20
 @dataclass(frozen=True)
 class Setup:
     """The same for all arms. share, squeezed: of all experts' bytes, in calm and in a squeeze; take_bytes_per_s: the
-    squeezer's pace; options: of `controller_arms.Arm`."""
+    squeezer's pace; options: of `arms.Arm`."""
 
     folder: Path
     documents: list[list[int]]
