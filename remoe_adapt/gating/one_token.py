@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ctypes import c_float
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +17,16 @@ from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, topk_gating
 from remoe_adapt.routers import RouterSpec, best_ids
 
 
-class Scratch(dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]]):
-    """Memory for what leaves no trace, by number of experts: both ends of a span [2], each of them, ranked values
-    [1, E]. One for the routers of a forward, since they run one after another."""
+class Scratch(dict[int, tuple[Any, tuple[Tensor, Tensor], Tensor]]):
+    """Memory for what leaves no trace, by number of experts: both ends of a span as an array, each of them as a tensor,
+    ranked values [1, E]. One for the routers that a thread runs, since they run one after another."""
 
-    def __missing__(self, experts: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    def __missing__(self, experts: int) -> tuple[Any, tuple[Tensor, Tensor], Tensor]:
         with torch.inference_mode(False):
             ends_2 = torch.empty(2)
             lowest, highest = ends_2.unbind()
-            row = self[experts] = ends_2, (lowest, highest), torch.empty((1, experts))
+            # NumPy makes numbers of two values in half the time of a tensor.
+            row = self[experts] = ends_2.numpy(), (lowest, highest), torch.empty((1, experts))
         return row
 
 

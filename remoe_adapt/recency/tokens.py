@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating import PriorStep, Scratch, StepGate, backend, fused_route, one_token
+from remoe_adapt.gating import PriorStep, StepGate, backend, fused_route, one_token
 from remoe_adapt.recency.layer_gate import gate_of
 from remoe_adapt.recency.state import RecencyState
 from remoe_adapt.routers import RouterSpec
@@ -93,7 +93,7 @@ class SingleToken:
         self._gains = prior.gains_read()
         self._steps = prior.resident_steps if state is None else state.steps
         self._chosen: dict[int, Tensor] = {}
-        self._scratch = Scratch()
+        self._scratch = prior.running.scratch
 
     def gate(
         self, layer: int, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None
