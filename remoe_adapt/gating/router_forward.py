@@ -147,6 +147,7 @@ class RouterForward:
         # The shape of one token that needs nothing but a product and a gate; None: no token is so plain.
         detours = self._shapes_logits or self._before or not (self._is_plain and facts.autocast)
         self._short: tuple[int, int] | None = None if detours else (1, self._columns)
+        self._short_bias_leaf = "bias" if self._linear is not None else self._logit_bias_leaf
 
     def __call__(self, hidden_states: Tensor, bias_E: Tensor | None = None, **named: Tensor) -> tuple[Tensor, ...]:
         """The router's result for hidden states [..., D].
@@ -158,10 +159,12 @@ class RouterForward:
             # attribute and every call in between takes some.
             step = self.steps.step_of(1)
             if (
-                step is not None and (gate := step.gate) is not None and step.launch is None
-                and ((name := self._linear) is None or _is_bare(self.module._modules[name]))
-            ):  # fmt: skip
-                weights, bias_leaf = self._weights, self._logit_bias_leaf if name is None else "bias"
+                step is not None
+                and (gate := step.gate) is not None
+                and step.launch is None
+                and (self._linear is None or _is_bare(self.module._modules[self._linear]))
+            ):
+                weights, bias_leaf = self._weights, self._short_bias_leaf
                 linear_bias_E = None if bias_leaf is None else weights[bias_leaf]
                 logits_TE = self._product(hidden_states, weights[self._weight_leaf], linear_bias_E)  # type: ignore[arg-type]
                 if self._bias_owner is not None:
