@@ -6,77 +6,95 @@ constants are kept as tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import c_float
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, add, aminmax
 
 from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, topk_gating
 from remoe_adapt.routers import RouterSpec, best_ids
 
 
-class Scratch(dict[int, tuple[Tensor, tuple[Tensor, Tensor], Tensor]]):
-    """Memory for what leaves no trace, by number of experts: both ends of a span [2], each of them, ranked values
-    [1, E]. One for the routers of a forward, since they run one after another."""
+class Scratch(dict[int, tuple[Any, tuple[Tensor, Tensor], Tensor]]):
+    """Memory for what leaves no trace, by number of experts: both ends of a span as an array, each of them as a tensor,
+    ranked values [1, E]. One for the routers that a thread runs, since they run one after another."""
 
-    def __missing__(self, experts: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    def __missing__(self, experts: int) -> tuple[Any, tuple[Tensor, Tensor], Tensor]:
         with torch.inference_mode(False):
             ends_2 = torch.empty(2)
             lowest, highest = ends_2.unbind()
-            row = self[experts] = ends_2, (lowest, highest), torch.empty((1, experts))
+            # NumPy makes numbers of two values in half the time of a tensor.
+            row = self[experts] = ends_2.numpy(), (lowest, highest), torch.empty((1, experts))
         return row
 
 
-def one_token(
-    logits_1E: Tensor, k: int, spec: RouterSpec, prior: PriorStep, gain: float, bias_E: Tensor | None,
-    scratch: Scratch,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`topk_gating` of a single row, to the bit, but for the recency: that stays (see `RecencyState.move`).
+class SingleGate:
+    """A StepGate's `gate` for one token of one sequence: `topk_gating` of a single row, to the bit.
 
-    `gain` is that of the prior, already read. Gradients and values without a finite span go the long way.
+    But the recency stays as it is (see `RecencyState.move`); what routers chose is kept by layer in `chosen`.
+
+    steps, gains: the prior of each layer, and its gain, already read.
     """
-    if logits_1E.requires_grad:
-        return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
-    z_1E = logits_1E if logits_1E.dtype is torch.float32 else logits_1E.float()
-    scores_1E: Tensor | None = None
-    if spec.ranks_logits:
-        spread_1E = choice_1E = z_1E
-    else:
-        if spec.scoring == "logit_bias_sigmoid":
-            choice_1E = z_1E
+
+    def __init__(self, steps: Sequence[PriorStep], gains: Sequence[float], scratch: Scratch) -> None:
+        self._steps, self._gains, self._scratch = steps, gains, scratch
+        self.chosen: dict[int, Tensor] = {}
+
+    def gate(
+        self, layer: int, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As StepGate. Gradients and values without a finite span go the long way."""
+        # One function without helpers on the common way: after each product of a router the caches are cold, so that a
+        # call in Python costs a microsecond.
+        prior = self._steps[layer]
+        if logits_TE.requires_grad:
+            return self._by_definition(layer, logits_TE, k, spec, bias_E)
+        z_1E = logits_TE if logits_TE.dtype is torch.float32 else logits_TE.float()
+        scores_1E: Tensor | None = None
+        if spec.ranks_logits:
+            spread_1E = choice_1E = z_1E
         else:
-            choice_1E = scores_1E = spec.scores(z_1E)
-        if bias_E is not None and spec.scoring != "sigmoid":
-            choice_1E = choice_1E + (bias_E if bias_E.dtype is torch.float32 else bias_E.float())
-            choice_1E = choice_1E if choice_1E.dim() == 2 else choice_1E.reshape(1, -1)
-        spread_1E = choice_1E
-        if spec.group_score is not None:
-            choice_1E, spread_1E = _best_groups(choice_1E, spec)
-        if choice_1E.requires_grad:  # of the bias
-            return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
-    experts = spec.num_experts
-    ends_2, ends, ranked_1E = scratch[experts]
-    torch.aminmax(spread_1E, out=ends)
-    lowest, highest = ends_2.tolist()
-    span = highest - lowest
-    if not span <= MAX_SPAN:  # infinite, or NaN
-        return topk_gating(logits_1E, k, spec, _still(prior), bias_E=bias_E)
-    # Rounded to fp32 where tensors are; `add` rounds the product and takes it in at once, as `addcmul` does.
-    scale = c_float(span).value * gain
-    torch.add(choice_1E, prior.recency_BE, alpha=scale, out=ranked_1E)
-    if k < experts:  # `_best`, without a call
-        values_1K, ids_1K = ranked_1E.topk(k + 1)
-        ids_1K = ids_1K.resize_(1, k) if len(set(values_1K.tolist()[0])) > k else best_ids(ranked_1E, k)
-    else:
-        ids_1K = best_ids(ranked_1E, k)
-    if spec.is_chosen_softmax and spec.scaling == 1.0:
-        return z_1E.take(ids_1K).softmax(-1), ids_1K
-    return _weights(z_1E, scores_1E, ids_1K, spec), ids_1K
+            if spec.scoring == "logit_bias_sigmoid":
+                choice_1E = z_1E
+            else:
+                choice_1E = scores_1E = spec.scores(z_1E)
+            if bias_E is not None and spec.scoring != "sigmoid":
+                choice_1E = choice_1E + (bias_E if bias_E.dtype is torch.float32 else bias_E.float())
+                choice_1E = choice_1E if choice_1E.dim() == 2 else choice_1E.reshape(1, -1)
+            spread_1E = choice_1E
+            if spec.group_score is not None:
+                choice_1E, spread_1E = _best_groups(choice_1E, spec)
+            if choice_1E.requires_grad:  # of the bias
+                return self._by_definition(layer, logits_TE, k, spec, bias_E)
+        experts = spec.num_experts
+        ends_2, ends, ranked_1E = self._scratch[experts]
+        aminmax(spread_1E, out=ends)
+        lowest, highest = ends_2.tolist()
+        span = highest - lowest
+        if not span <= MAX_SPAN:  # infinite, or NaN
+            return self._by_definition(layer, logits_TE, k, spec, bias_E)
+        # Rounded to fp32 where tensors are; `add` rounds the product and takes it in at once, as `addcmul` does.
+        add(choice_1E, prior.recency_BE, alpha=c_float(span).value * self._gains[layer], out=ranked_1E)
+        if k < experts:  # `_best`, without a call
+            values_1K, ids_1K = ranked_1E.topk(k + 1)
+            ids_1K = ids_1K.resize_(1, k) if len(set(values_1K.tolist()[0])) > k else best_ids(ranked_1E, k)
+        else:
+            ids_1K = best_ids(ranked_1E, k)
+        self.chosen[layer] = ids_1K
+        if spec.is_chosen_softmax and spec.scaling == 1.0:
+            return z_1E.take(ids_1K).softmax(-1), ids_1K
+        return _weights(z_1E, scores_1E, ids_1K, spec), ids_1K
 
-
-def _still(prior: PriorStep) -> PriorStep:
-    return PriorStep(prior.recency_BE, prior.gain, None)
+    def _by_definition(
+        self, layer: int, logits_1E: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        prior = self._steps[layer]
+        still = PriorStep(prior.recency_BE, prior.gain, None)
+        weights_1K, self.chosen[layer] = topk_gating(logits_1E, k, spec, still, bias_E=bias_E)
+        return weights_1K, self.chosen[layer]
 
 
 def _best(values_1N: Tensor, k: int, count: int) -> Tensor:

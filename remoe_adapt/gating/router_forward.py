@@ -144,19 +144,51 @@ class RouterForward:
             self._bias_owner = module.get_submodule(bias_owner)
         self._casts, self._as_hidden = facts.weights_dtype != "fp32", facts.weights_dtype == "hidden"
         self._is_plain = spec.returns == STANDARD_RETURNS and facts.expert_factor is None
+        # The shape of one token that needs nothing but a product and a gate; None: no token is so plain.
+        detours = self._shapes_logits or self._before or not (self._is_plain and facts.autocast)
+        self._short: tuple[int, int] | None = None if detours else (1, self._columns)
+        self._short_bias_leaf = "bias" if self._linear is not None else self._logit_bias_leaf
 
     def __call__(self, hidden_states: Tensor, bias_E: Tensor | None = None, **named: Tensor) -> tuple[Tensor, ...]:
         """The router's result for hidden states [..., D].
 
         `bias_E` is the selection bias where the block hands it over; it may go by the name it has in the block.
         """
-        step = self.steps.step_of(hidden_states.numel() // self._columns)
+        if hidden_states.shape == self._short and not named:
+            # One token without detours: a decode step on a CPU counts microseconds, and with cold caches every
+            # attribute and every call in between takes some.
+            step = self.steps.step_of(1)
+            if (
+                step is not None
+                and (gate := step.gate) is not None
+                and step.launch is None
+                and (self._linear is None or _is_bare(self.module._modules[self._linear]))
+            ):
+                weights, bias_leaf = self._weights, self._short_bias_leaf
+                linear_bias_E = None if bias_leaf is None else weights[bias_leaf]
+                logits_TE = self._product(hidden_states, weights[self._weight_leaf], linear_bias_E)  # type: ignore[arg-type]
+                if self._bias_owner is not None:
+                    bias_E = self._own_bias_E(self._bias_owner)
+                weights_TK, ids_TK = gate(self.layer, logits_TE, self._k, self.gate_spec, bias_E)
+                if self._casts:
+                    dtype = hidden_states.dtype if self._as_hidden else logits_TE.dtype
+                    if dtype is not torch.float32:
+                        weights_TK = weights_TK.to(dtype)
+                return logits_TE, weights_TK, ids_TK
+        else:
+            step = self.steps.step_of(hidden_states.numel() // self._columns)
+        return self._with_detours(step, hidden_states, bias_E, named)
+
+    def _with_detours(
+        self, step: StepGate | None, hidden_states: Tensor, bias_E: Tensor | None, named: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The result for any hidden states, by every step that the class takes."""
         gate = None if step is None else step.gate
         if step is None or gate is None:
             return self._by_class(step, hidden_states, bias_E, named)
         if not self.facts.autocast and torch.is_autocast_enabled(hidden_states.device.type):
             with torch.autocast(hidden_states.device.type, enabled=False):  # its class keeps autocast out
-                return self(hidden_states, bias_E, **named)
+                return self._with_detours(step, hidden_states, bias_E, named)
         if named:
             bias_E = self._bias_among(named)
         hidden_TD = self._prepared(hidden_states) if self._before else hidden_states
@@ -248,6 +280,14 @@ class RouterForward:
         if not self.spec.correction_bias_in_block or [*named] != [name]:
             raise TypeError(f"{type(self.module).__name__}.forward() got unexpected arguments: {', '.join(named)}")
         return named[name]
+
+
+def _is_bare(linear: Any) -> bool:
+    """Whether a call of this part of a router is the product with its weight and nothing else."""
+    own = linear.__dict__
+    return type(linear) is nn.Linear and "forward" not in own and not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )  # fmt: skip
 
 
 def router_forward(ref: RouterRef) -> RouterForward | str:

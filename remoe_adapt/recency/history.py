@@ -36,7 +36,7 @@ class History:
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._forwards: list[Forward] = []
-        # Single tokens for which every router was asked, [L, B, K], after the forwards: one tensor for a token takes
+        # Single tokens for which every router was asked, [L * B, K], after the forwards: one tensor for a token takes
         # new memory once, where one for each router would push the weights out of the processor's cache.
         self._tokens: list[Tensor] = []
         self.has_gaps = False
@@ -49,9 +49,9 @@ class History:
                 self.join()
             self._forwards.append(Forward(tokens, flags_BS, ids))
 
-    def append_token(self, ids_LBK: Tensor) -> None:
-        """Add one token of each sequence."""
-        self._tokens.append(ids_LBK)
+    def append_token(self, ids_NK: Tensor) -> None:
+        """Add one token of each sequence: what the first router chose for them, then the second, ids [L * B, K]."""
+        self._tokens.append(ids_NK)
         if len(self._tokens) > _JOINED_AT:
             self.join()
 
@@ -81,8 +81,8 @@ class History:
 
     def _stack_tokens(self) -> None:
         if self._tokens:
-            ids_LBSK = torch.stack(self._tokens, dim=2).to(torch.int16)
-            self._forwards.append(Forward(len(self._tokens), None, dict(enumerate(ids_LBSK))))
+            ids_NSK = torch.stack(self._tokens, dim=1).to(torch.int16)
+            self._forwards.append(Forward(len(self._tokens), None, dict(enumerate(ids_NSK.chunk(self._layers)))))
             self._tokens = []
 
     def _joined_ids(self, layer: int) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating import PriorStep
+from remoe_adapt.gating import PriorStep, Scratch
 from remoe_adapt.recency.state import RecencyState
 from remoe_adapt.recency.tokens import StepTokens, tokens_of
 from remoe_adapt.recency_settings import Recency
@@ -24,9 +24,12 @@ _TRAINED = 8
 
 
 class _Running(threading.local):
-    """What a thread runs now."""
+    """What a thread runs now, and its memory for the gates of single tokens, which take new memory for no step."""
 
     tokens: StepTokens | None = None
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
 
 
 class RecencyPrior:

@@ -55,11 +55,12 @@ class RecencyState:
     def _hold(self, recency: list[Tensor]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             alike = len({(recency_BE.shape, recency_BE.device) for recency_BE in recency}) == 1
-            # In one piece where that goes, so that a token moves all of it at once.
-            self._whole_LBE = torch.stack(recency) if alike else None
-        self._same_k: bool | None = None
+            # In one piece where that goes, so that a token moves all of it at once: rows are the sequences of the
+            # first router, then those of the second, as `cat` puts what they chose.
+            self._whole_NE = torch.cat(recency) if alike else None
+        self._share_NK: Tensor | None = None
         self._moved = 0
-        self._recency = recency if self._whole_LBE is None else list(self._whole_LBE.unbind())
+        self._recency = recency if self._whole_NE is None else list(self._whole_NE.split(len(recency[0])))
         self.placement, self.sequences = self.prior.placement, len(recency[0])
         decay = self.prior.decay
         parts = zip(self._recency, self.prior.gains, strict=True)
@@ -86,10 +87,10 @@ class RecencyState:
     def move(self, chosen: dict[int, Tensor]) -> None:
         """Move the recency on by one token of each sequence, for which the routers chose ids [B, K] by layer."""
         self.catch_up()
-        ids_LBK = self._one_tensor(chosen)
-        self._extend(chosen, 1, None, ids_LBK)
+        ids_NK = self._one_tensor(chosen)
+        self._extend(chosen, 1, None, ids_NK)
         self._taken_in = self.length
-        self._move(chosen, ids_LBK)
+        self._move(chosen, ids_NK)
 
     def add(self, chosen: dict[int, Tensor], tokens: int, flags_T: Tensor | None) -> None:
         """Take in S more tokens of each sequence, for which the routers chose ids [B * S, K] by layer.
@@ -118,41 +119,47 @@ class RecencyState:
         return 1 if decay == 0.0 else math.ceil(math.log(_FORGOTTEN) / math.log(decay))
 
     def _parts(self) -> list[Tensor]:
-        return self._recency if self._whole_LBE is None else [self._whole_LBE]
+        return self._recency if self._whole_NE is None else [self._whole_NE]
 
     def _extend(
-        self, chosen: dict[int, Tensor], tokens: int, flags_T: Tensor | None, ids_LBK: Tensor | None = None
+        self, chosen: dict[int, Tensor], tokens: int, flags_T: Tensor | None, ids_NK: Tensor | None = None
     ) -> None:
-        """Lengthen the history; `ids_LBK` is what was chosen for one token, in one tensor where that goes."""
+        """Lengthen the history; `ids_NK` is what was chosen for one token, in one tensor where that goes."""
         if self.history is None:
             return
         self.length += tokens
-        if ids_LBK is not None:
-            self.history.append_token(ids_LBK)
+        if ids_NK is not None:
+            self.history.append_token(ids_NK)
         else:
             self.history.append(tokens, None if flags_T is None else flags_T.reshape(self.sequences, -1), chosen)
 
     def _one_tensor(self, chosen: dict[int, Tensor]) -> Tensor | None:
-        """What all routers chose for one token of each sequence, [L, B, K]; None where they differ in kind."""
-        if self._whole_LBE is None or len(chosen) != len(self._recency) or self._same_k is False:
+        """What all routers chose for one token of each sequence, [L * B, K]; None where they differ in kind."""
+        if self._whole_NE is None or len(chosen) != len(self._recency):
             return None
         parts = [chosen[layer] for layer in range(len(chosen))]
-        if self._same_k is None:  # a router's K stays
-            self._same_k = len({ids_BK.shape[-1] for ids_BK in parts}) == 1
-            return self._one_tensor(chosen)
-        return torch.cat(parts).view(len(parts), self.sequences, -1)
+        if self._share_NK is None:  # a router's K stays, so this is found out once
+            counts = {ids_BK.shape[-1] for ids_BK in parts}
+            if len(counts) > 1:
+                self._whole_NE = None
+                return None
+            with torch.inference_mode(False):
+                share_11 = self._whole_NE.new_full((1, 1), 1.0 - self.prior.decay)
+                self._share_NK = share_11.expand(len(self._whole_NE), counts.pop())
+        return torch.cat(parts)
 
-    def _move(self, chosen: dict[int, Tensor], ids_LBK: Tensor | None) -> None:
+    def _move(self, chosen: dict[int, Tensor], ids_NK: Tensor | None) -> None:
         """By one token of each sequence: ids [B, K] by layer, and in one tensor where that goes."""
-        decay, whole_LBE = self.prior.decay, self._whole_LBE
-        if ids_LBK is None or whole_LBE is None:
+        decay, whole_NE = self.prior.decay, self._whole_NE
+        if ids_NK is None or whole_NE is None or self._share_NK is None:
             for layer, ids_BK in chosen.items():
                 update_recency(self._recency[layer], ids_BK.long(), decay)
             return
-        update_recency(whole_LBE, ids_LBK.long(), decay)
+        # `update_recency` of all rows, with a share that is not made anew for every token.
+        whole_NE.mul_(decay).scatter_add_(-1, ids_NK if ids_NK.dtype is torch.int64 else ids_NK.long(), self._share_NK)
         self._moved += 1
         if self._moved % _CLEARED_EVERY == 0:
-            torch.threshold_(whole_LBE, _NOTHING, 0.0)
+            torch.threshold_(whole_NE, _NOTHING, 0.0)
 
     def bind(self, prior: RecencyPrior) -> bool:
         """Go on under another prior object (a copy of the cache has a copied one), if it means the same."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating import PriorStep, Scratch, StepGate, backend, fused_route, one_token
+from remoe_adapt.gating import PriorStep, SingleGate, StepGate, backend, fused_route
 from remoe_adapt.recency.layer_gate import gate_of
 from remoe_adapt.recency.state import RecencyState
 from remoe_adapt.routers import RouterSpec
@@ -83,35 +83,25 @@ class IdleTokens:
         return state
 
 
-class SingleToken:
+class SingleToken(SingleGate):
     """One token of one sequence on a CPU: gates leave the recency still, and all of it moves on at the end."""
 
     count, launch = 1, None
 
     def __init__(self, prior: RecencyPrior, state: RecencyState | None) -> None:
+        steps = prior.resident_steps if state is None else state.steps
+        super().__init__(steps, prior.gains_read(), prior.running.scratch)
         self.state = state
-        self._gains = prior.gains_read()
-        self._steps = prior.resident_steps if state is None else state.steps
-        self._chosen: dict[int, Tensor] = {}
-        self._scratch = Scratch()
-
-    def gate(
-        self, layer: int, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """As StepGate."""
-        found = one_token(logits_TE, k, spec, self._steps[layer], self._gains[layer], bias_E, self._scratch)
-        self._chosen[layer] = found[1]
-        return found
 
     def note(self, layer: int, ids_TK: Tensor) -> None:
         """Remember what this router chose."""
-        self._chosen[layer] = ids_TK
+        self.chosen[layer] = ids_TK
 
     def end(self) -> None:
         """As StepTokens."""
         if self.state is not None:
-            self.state.move(self._chosen)
-        self._chosen = {}
+            self.state.move(self.chosen)
+        self.chosen = {}
 
     def made_state(self, is_counted: bool) -> None:
         """None: a token alone has a state, or the prior needs none."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.gating.one_token import Scratch, one_token
+from remoe_adapt.gating.one_token import Scratch, SingleGate
 from remoe_adapt.gating.reference import PADDING, RESTART, PriorStep, topk_gating
 from remoe_adapt.routers.spec import RouterSpec, best_ids, ranking_keys
 
@@ -196,10 +196,11 @@ def test_one_token_is_the_definition_to_the_bit(spec: RouterSpec, dtype: torch.d
     rows += [torch.randint(-2, 3, (1, 16)).to(dtype) for _ in range(20)]
     rows += [torch.full((1, 16), value, dtype=dtype) for value in (0.0, -INF, NAN)]
     rows[3][0, 5], rows[4][0, 0] = -INF, NAN
-    scratch = Scratch()
+    single = SingleGate([prior], [float(prior.gain)], Scratch())
     for logits_1E in rows:
         before_BE = prior.recency_BE.clone()
-        found = one_token(logits_1E, 4, spec, prior, float(prior.gain), bias_E, scratch)
+        found = single.gate(0, logits_1E, 4, spec, bias_E)
+        assert torch.equal(single.chosen[0], found[1])
         assert torch.equal(prior.recency_BE, before_BE), "all routers move on together, after the token"
         expected = topk_gating(logits_1E, 4, spec, prior, bias_E=bias_E)
         assert torch.equal(found[1], expected[1])
@@ -224,6 +225,6 @@ def test_one_token_under_a_bias_that_is_trained() -> None:
     spec = spec_of("sigmoid_bias", 8, score="sigmoid")
     bias_E = torch.randn(8, requires_grad=True)
     logits_1E, prior = torch.randn(1, 8), prior_of([[0.5] * 4 + [0.0] * 4], 0.3, None)
-    found = one_token(logits_1E, 2, spec, prior, 0.3, bias_E, Scratch())
+    found = SingleGate([prior], [0.3], Scratch()).gate(0, logits_1E, 2, spec, bias_E)
     for own, expected in zip(found, topk_gating(logits_1E, 2, spec, prior, bias_E=bias_E), strict=True):
         assert torch.equal(own, expected)
