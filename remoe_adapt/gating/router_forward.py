@@ -145,9 +145,8 @@ class RouterForward:
         self._casts, self._as_hidden = facts.weights_dtype != "fp32", facts.weights_dtype == "hidden"
         self._is_plain = spec.returns == STANDARD_RETURNS and facts.expert_factor is None
         # The shape of one token that needs nothing but a product and a gate; None: no token is so plain.
-        detours = self._shapes_logits or self._before or not (self._is_plain and facts.autocast)
+        detours = unfused or self._before or not (self._is_plain and facts.autocast)
         self._short: tuple[int, int] | None = None if detours else (1, self._columns)
-        self._short_bias_leaf = "bias" if self._linear is not None else self._logit_bias_leaf
 
     def __call__(self, hidden_states: Tensor, bias_E: Tensor | None = None, **named: Tensor) -> tuple[Tensor, ...]:
         """The router's result for hidden states [..., D].
@@ -158,13 +157,8 @@ class RouterForward:
             # One token without detours: a decode step on a CPU counts microseconds, and with cold caches every
             # attribute and every call in between takes some.
             step = self.steps.step_of(1)
-            if (
-                step is not None
-                and (gate := step.gate) is not None
-                and step.launch is None
-                and (self._linear is None or _is_bare(self.module._modules[self._linear]))
-            ):
-                weights, bias_leaf = self._weights, self._short_bias_leaf
+            if step is not None and (gate := step.gate) is not None and step.launch is None:
+                weights, bias_leaf = self._weights, self._logit_bias_leaf
                 linear_bias_E = None if bias_leaf is None else weights[bias_leaf]
                 logits_TE = self._product(hidden_states, weights[self._weight_leaf], linear_bias_E)  # type: ignore[arg-type]
                 if self._bias_owner is not None:
@@ -280,14 +274,6 @@ class RouterForward:
         if not self.spec.correction_bias_in_block or [*named] != [name]:
             raise TypeError(f"{type(self.module).__name__}.forward() got unexpected arguments: {', '.join(named)}")
         return named[name]
-
-
-def _is_bare(linear: Any) -> bool:
-    """Whether a call of this part of a router is the product with its weight and nothing else."""
-    own = linear.__dict__
-    return type(linear) is nn.Linear and "forward" not in own and not (
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )  # fmt: skip
 
 
 def router_forward(ref: RouterRef) -> RouterForward | str:
