@@ -181,12 +181,8 @@ def _draft(out: Path) -> Path:
     # A kill leaves a draft of gigabytes, under a name that nobody would look for.
     for path in out.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match and not _runs(int(match[1])):
+        # Numbers are used again: an earlier process had ours, and died. One of another user cannot be asked, counts as
+        # running, and its draft stays.
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return out.with_name(f".{out.name}.{os.getpid()}.tmp")
-
-
-def _runs(process: int) -> bool:
-    # Numbers are used again: an earlier process had ours, and died. One of another user cannot be asked, counts as
-    # running, and its draft stays.
-    return process != os.getpid() and psutil.pid_exists(process)

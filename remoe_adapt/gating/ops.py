@@ -8,6 +8,7 @@ string, because an operator takes no dataclass. One operator serves all devices,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +235,14 @@ def _product(hidden: Tensor, weight: Tensor, linear_bias: Tensor | None, linear_
     if linear_fp32:
         return F.linear(hidden.float(), weight.float(), None if linear_bias is None else linear_bias.float())
     return F.linear(hidden, weight, linear_bias)
+
+
+def gate_of(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`reference.topk_gating` by the backend for this device; (logits_TE, k, spec, prior, bias_E=) -> weights, ids."""
+    # Traced code always gets the operators, which ask for the backend whenever they run.
+    if torch.compiler.is_compiling() or backend(device) == "triton":
+        return fused_gating
+    return reference.topk_gating
 
 
 def fused_gating(

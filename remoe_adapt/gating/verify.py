@@ -94,7 +94,8 @@ def _difference(
 ) -> str | None:
     (stock_out, stock_hidden), (own_out, own_hidden) = stock, own
     if not isinstance(stock_out, tuple) or len(stock_out) != len(own_out):
-        return f"it returns {_count(stock_out)}, expected {len(own_out)}"
+        found = f"{len(stock_out)} values" if isinstance(stock_out, tuple) else _kind(stock_out)
+        return f"it returns {found}, expected {len(own_out)}"
     if not torch.equal(stock_hidden, own_hidden):
         return "it changes its input in place"
     for name, theirs, ours in zip(spec.returns, stock_out, own_out, strict=True):
@@ -127,10 +128,6 @@ def _difference(
 
 def _gap(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max())
-
-
-def _count(output: Any) -> str:
-    return f"{len(output)} values" if isinstance(output, tuple) else f"a {type(output).__name__}"
 
 
 def _kind(value: Any) -> str:

@@ -4,5 +4,5 @@ from remoe_adapt.pressure.decide import Decision
 from remoe_adapt.pressure.governor import Governor
 from remoe_adapt.pressure.proc_files import FIRST_SAMPLE
 from remoe_adapt.pressure.reading import Measure, Reading, merged
-from remoe_adapt.pressure.sensors import CGROUPS, OS_SENSORS, PROC, MachineMemory, Sensor, Sensors, os_sensors
+from remoe_adapt.pressure.sensors import CGROUPS, OS_SENSORS, PROC, Sensor, Sensors, os_sensors
 from remoe_adapt.pressure.signals import unfit

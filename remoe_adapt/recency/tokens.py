@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating import PriorStep, SingleGate, StepGate, backend, fused_route
-from remoe_adapt.recency.layer_gate import gate_of
+from remoe_adapt.gating import PriorStep, SingleGate, StepGate, backend, fused_route, gate_of
 from remoe_adapt.recency.state import RecencyState
 from remoe_adapt.routers import RouterSpec
 
@@ -126,7 +125,7 @@ class GatedTokens:
         self, layer: int, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As StepGate."""
-        weights_TK, ids_TK = self._gate(logits_TE, k, spec, self._step(layer), bias_E)
+        weights_TK, ids_TK = self._gate(logits_TE, k, spec, self._step(layer), bias_E=bias_E)
         self.note(layer, ids_TK)
         return weights_TK, ids_TK
 

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.gating.backend import set_backend
-from remoe_adapt.gating.ops import fused_gating, fused_route
-from remoe_adapt.recency.layer_gate import gate_of
+from remoe_adapt.gating.ops import fused_gating, fused_route, gate_of
 from remoe_adapt.recency.prior import RecencyPrior
 from remoe_adapt.recency.tokens import IdleTokens, SingleToken
 
@@ -79,9 +78,9 @@ def test_the_forced_backend_is_obeyed(
     weight_ED = torch.randint(-2, 3, (8, 16), device=DEVICE).float()
 
     def run(logits_TE: Tensor, hidden_TD: Tensor) -> tuple[Tensor, ...]:
-        one_each = gate_of(logits_TE.device)(logits_TE, 2, spec, None, bias_E)
-        several = gate_of(logits_TE.device)(logits_TE, 2, spec, prior, bias_E)
-        routed = fused_route(hidden_TD, weight_ED, 2, spec, None, bias_E)
+        one_each = gate_of(logits_TE.device)(logits_TE, 2, spec, None, bias_E=bias_E)
+        several = gate_of(logits_TE.device)(logits_TE, 2, spec, prior, bias_E=bias_E)
+        routed = fused_route(hidden_TD, weight_ED, 2, spec, None, bias_E=bias_E)
         return *one_each, *several, *routed, *fused_gating(logits_TE, 2, spec, None, bias_E)
 
     logits_TE, hidden_TD = hard_logits(6, 8, torch.float32, 0), torch.randint(-2, 3, (3, 16), device=DEVICE).float()
