@@ -22,8 +22,7 @@ CommandLines = Iterator[tuple[Mapping[str, Any], str]]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of tables.")]
 Csv = Annotated[Path | None, typer.Option("--csv", metavar="FILE.csv", help="Write the table's figures here as well.")]
 Contracts = Annotated[
-    bool,
-    typer.Option("--contracts", help="Check what we rely on in the installed transformers, PEFT and torch."),
+    bool, typer.Option("--contracts", help="Check what we rely on in the installed transformers, PEFT and torch.")
 ]
 Model = Annotated[str, typer.Argument(help="Folder or hub id of the base model.", metavar="MODEL")]
 FamilyPath = Annotated[str | None, typer.Option("--family", help="Family folder or hub id.")]
@@ -74,8 +73,7 @@ Recency = Annotated[str | None, typer.Option(help=f"Recency prior: {', '.join(MO
 RecencyGains = Annotated[
     str | None,
     typer.Option(
-        "--recency-gain",
-        help=f"Its gains to try on the base, comma-separated; default 0.1,0.2,0.3; of {DEFAULT_MODE}.",
+        "--recency-gain", help=f"Its gains to try on the base, comma-separated; default 0.1,0.2,0.3; of {DEFAULT_MODE}."
     ),
 ]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="The figures of each layer too (JSON: per_layer).")]

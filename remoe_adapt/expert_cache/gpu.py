@@ -207,12 +207,7 @@ def find_device(device: str | torch.device) -> torch.device:
 
 
 def make_cache(
-    store: FileStore,
-    budget_bytes: int,
-    *,
-    device: torch.device,
-    ram_budget_bytes: int | None = None,
-    **options: Any,
+    store: FileStore, budget_bytes: int, *, device: torch.device, ram_budget_bytes: int | None = None, **options: Any
 ) -> ExpertCache:
     """The expert cache for a model on `device` (of `find_device`): one tier on the CPU, a GPU tier over one in RAM.
 

@@ -117,10 +117,7 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
     (replace(CHOSEN_SOFTMAX, weights_dtype="hidden"), "Cohere2MoeTopKRouter"),
     (replace(CHOSEN_SOFTMAX, logit_bias="bias"), "GptOssTopKRouter"),
     (replace(CHOSEN_SOFTMAX, logit_bias="bias", divide_by_k=True, product="fp32"), "OpenAIPrivacyFilterTopKRouter"),
-    (
-        replace(CHOSEN_SOFTMAX, returns=("order", "rows", "sorted_weights", "sizes", "logits")),
-        "JetMoeTopKGating",
-    ),
+    (replace(CHOSEN_SOFTMAX, returns=("order", "rows", "sorted_weights", "sizes", "logits")), "JetMoeTopKGating"),
     (ERNIE, "Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter"),
     (
         Facts(scoring="softmax_bias", bias=_BIAS, null_experts="zero_expert_num", product="fp32"),
@@ -167,10 +164,7 @@ _GROUPS: tuple[tuple[Facts | Refusal, str], ...] = (
         replace(SIGMOID_BLOCK_BIAS, bias=_EXPERT_BIAS, normalize_eps=_TINY, product="fp32_result"),
         "AfmoeTokenChoiceRouter",
     ),
-    (
-        replace(SIGMOID_BLOCK_BIAS, bias=_EXPERT_BIAS, normalize=None, normalize_eps=1e-6),
-        "Lfm2MoeTopKRouter",
-    ),
+    (replace(SIGMOID_BLOCK_BIAS, bias=_EXPERT_BIAS, normalize=None, normalize_eps=1e-6), "Lfm2MoeTopKRouter"),
     (
         replace(
             SIGMOID_BIAS,

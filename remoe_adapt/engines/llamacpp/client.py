@@ -70,12 +70,7 @@ class Address:
 
 
 def call(
-    address: Address,
-    path: str,
-    body: Any = None,
-    *,
-    api_key: str | None = None,
-    timeout_s: float = TIMEOUT_S,
+    address: Address, path: str, body: Any = None, *, api_key: str | None = None, timeout_s: float = TIMEOUT_S
 ) -> Any:
     """The JSON answer of GET `path`, or of POST where there is a body.
 
@@ -180,10 +175,7 @@ class ScaleMap:
 
     @classmethod
     def of(
-        cls,
-        loras: Sequence[LoadedLora],
-        strengths: Sequence[float],
-        recognise: Callable[[str], float | None],
+        cls, loras: Sequence[LoadedLora], strengths: Sequence[float], recognise: Callable[[str], float | None]
     ) -> ScaleMap:
         """From the server's adapters. recognise: an adapter's path -> its strength, None: not of the family.
 

@@ -18,13 +18,7 @@ from remoe_adapt.engines.llamacpp.client import Address
 from remoe_adapt.engines.llamacpp.live import LlamaFile
 from remoe_adapt.engines.llamacpp.process import MappingProcess, ServerProcess, ServerSensors, WatchedProcess
 from remoe_adapt.engines.llamacpp.server import HOLD_S, LlamaServer
-from remoe_adapt.errors import (
-    ConfigError,
-    ExportError,
-    FamilyError,
-    ServerDownError,
-    ServerError,
-)
+from remoe_adapt.errors import ConfigError, ExportError, FamilyError, ServerDownError, ServerError
 from remoe_adapt.family import Family, family_folder, read_family_json
 from remoe_adapt.pressure import Governor
 
