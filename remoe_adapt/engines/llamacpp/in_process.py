@@ -140,7 +140,7 @@ class LlamaModel:
     `with`.
 
     `routes` holds, when `trace`, the chosen experts int32 [T, K] of every call of each layer since it was last
-    cleared.
+    cleared. repack: let the engine rearrange quantised weights in memory of their own.
 
     Raises MissingDependencyError without the wheel, ConfigError when llama.cpp refuses the file.
     """
@@ -153,13 +153,14 @@ class LlamaModel:
         threads: int = 1,
         trace: bool = False,
         load_mode: str = "auto",
+        repack: bool = True,
     ) -> None:
         self._lib = library()
         self._model = self._context = None
         self.routes: dict[int, list[NDArray[np.int32]]] = {}
         self.position, self.context_tokens = 0, context_tokens
         params = self._lib.llama_model_default_params()
-        params.load_mode, params.n_gpu_layers = _LOAD_MODES[load_mode], 0
+        params.load_mode, params.n_gpu_layers, params.use_extra_bufts = _LOAD_MODES[load_mode], 0, repack
         self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise ConfigError(f"llama.cpp cannot load {os.fspath(path)}: {_last_words()}")
