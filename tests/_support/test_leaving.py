@@ -108,7 +108,7 @@ def test_a_thread_that_reaches_no_boundary_costs_the_bound(prepare: str, tmp_pat
 
 
 def test_a_later_hook_that_waits_for_a_thread_has_it_in_the_end(prepare: str, tmp_path: Path) -> None:
-    script = f"{_PATIENT}\n{prepare}\nfrom remoe_adapt.runtime import leaving\nleaving.STAY_S = 1.5\nmodel = load()\n"
+    script = f"{_PATIENT}\n{prepare}\nfrom remoe_adapt._support import process\nprocess.STAY_S = 1.5\nmodel = load()\n"
     script += "worker = threading.Thread(target=lambda: [decode(model, 20) for _ in range(20)], daemon=True)\n"
     script += "worker.start()\ntime.sleep(0.2)\n"
     ended = run_alone(tmp_path, "-W", "ignore", "-c", script)

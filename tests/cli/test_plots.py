@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from remoe_adapt.cli import report
 from remoe_adapt.cli.plots import hit_rates, plot_frontier, plot_log, read_samples
 from remoe_adapt.errors import ConfigError, DataError
 
@@ -28,10 +27,6 @@ def test_hit_rates_are_of_the_time_between_two_samples() -> None:
 def test_counters_that_began_again_are_no_rate() -> None:
     appended = [sample(0, 10, 10), sample(1, 20, 10), sample(2, 10, 30), sample(3, 50, 20), sample(4, 51, 23)]
     assert hit_rates(appended) == [None, 1.0, None, None, 0.25]
-
-
-def test_the_report_has_the_plots() -> None:
-    assert report.plot_log is plot_log and report.plot_frontier is plot_frontier
 
 
 def test_a_log_becomes_a_plot(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 
 from remoe_adapt import RemoeConfig, get_remoe_model
 from remoe_adapt.dial.load import load_base_under, profile_of
-from remoe_adapt.routers import discover as fingerprint
+from remoe_adapt.routers import fingerprint
 from remoe_adapt.routers.discover import fingerprint_of_weights, survey_routers
 from remoe_adapt.tuner.layer import remoe_layers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import math
 import sys
@@ -149,8 +150,10 @@ def test_batching_changes_nothing_but_speed(
     base: PreTrainedModel, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = evaluate(base, documents)["base"]
-    monkeypatch.setattr("remoe_adapt.evaluation.evaluate._BATCH_VALUES", 1)
-    monkeypatch.setattr("remoe_adapt.evaluation.evaluate._PIECE_VALUES", 1000)
+    # By import_module: the face has a function of the name of this file.
+    module = importlib.import_module("remoe_adapt.evaluation.evaluate")
+    monkeypatch.setattr(module, "_BATCH_VALUES", 1)
+    monkeypatch.setattr(module, "_PIECE_VALUES", 1000)
     alone = evaluate(base, documents)["base"]
     assert together["ce"] == pytest.approx(alone["ce"], rel=1e-6)
     assert together["eor"] == alone["eor"]
