@@ -300,8 +300,9 @@ def router_forward(ref: RouterRef) -> RouterForward | str:
 
 def _beyond_a_gate(module: nn.Module, spec: RouterSpec, facts: Facts) -> str | None:
     """Why no gate on logits can stand in for this router's forward."""
-    own = vars(module)
-    installed = own.get("_old_forward", own.get("forward"))  # accelerate's hooks keep there what they wrap
+    attributes = vars(module)
+    # accelerate's hooks keep in `_old_forward` what they wrap.
+    installed = attributes.get("_old_forward", attributes.get("forward"))
     is_stock = installed is None or getattr(installed, "__func__", None) is type(module).forward
     if not is_stock and not isinstance(installed, RouterForward):
         return f"its forward is already replaced by {getattr(installed, '__qualname__', type(installed).__name__)}"
@@ -347,15 +348,15 @@ def _tried(forward: RouterForward, ref: RouterRef, stock: Callable[..., Any], hi
     twin = bare_twin(ref.module)
     perturb(twin, generator)
     hidden_TD = random_hidden(twin, ref.spec.weight_name, hidden_dtype, generator)
-    own = RouterForward(twin, ref.spec, forward.facts)
+    ours = RouterForward(twin, ref.spec, forward.facts)
     bias_E, handed = None, ref.spec.correction_bias_in_block
     if ref.correction_bias_E is not None:
-        bias_E = near(ref.correction_bias_E, generator) if handed else own.bias_E
+        bias_E = near(ref.correction_bias_E, generator) if handed else ours.bias_E
     failure = ""
     for hidden in (hidden_TD, hidden_TD.unsqueeze(0)):  # some classes take tokens only with their batch
         inputs = (hidden, bias_E) if handed else (hidden,)
         try:
-            return disagreement(partial(stock, twin), own, twin, ref.spec, inputs, bias_E)
+            return disagreement(partial(stock, twin), ours, twin, ref.spec, inputs, bias_E)
         except Exception as error:  # a forward of anybody may raise anything
             failure = failure or f"{type(error).__name__}: {error}"
     return f"trying it on random input failed with {failure}"

@@ -70,7 +70,7 @@ def random_hidden(twin: nn.Module, weight_name: str, dtype: torch.dtype, generat
 
 
 def disagreement(
-    stock: Forward, own: Forward, twin: nn.Module, spec: RouterSpec, inputs: tuple[Any, ...], bias_E: Tensor | None
+    stock: Forward, fast: Forward, twin: nn.Module, spec: RouterSpec, inputs: tuple[Any, ...], bias_E: Tensor | None
 ) -> str | None:
     """How `own` differs from `stock` on these inputs, without gradients, in both modes of the twin; None if it does
     not. Both start from the same random state, which is as before afterwards."""
@@ -79,7 +79,7 @@ def disagreement(
     for training in (False, True):
         twin.train(training)
         results = []
-        for forward in (stock, own):
+        for forward in (stock, fast):
             copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
             with torch.no_grad(), torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
                 results.append((forward(*copies), copies[0]))
@@ -90,26 +90,26 @@ def disagreement(
 
 
 def _difference(
-    stock: tuple[Any, Tensor], own: tuple[Any, Tensor], spec: RouterSpec, bias_E: Tensor | None
+    stock: tuple[Any, Tensor], fast: tuple[Any, Tensor], spec: RouterSpec, bias_E: Tensor | None
 ) -> str | None:
-    (stock_out, stock_hidden), (own_out, own_hidden) = stock, own
-    if not isinstance(stock_out, tuple) or len(stock_out) != len(own_out):
+    (stock_out, stock_hidden), (fast_out, fast_hidden) = stock, fast
+    if not isinstance(stock_out, tuple) or len(stock_out) != len(fast_out):
         found = f"{len(stock_out)} values" if isinstance(stock_out, tuple) else _kind(stock_out)
-        return f"it returns {found}, expected {len(own_out)}"
-    if not torch.equal(stock_hidden, own_hidden):
+        return f"it returns {found}, expected {len(fast_out)}"
+    if not torch.equal(stock_hidden, fast_hidden):
         return "it changes its input in place"
-    for name, theirs, ours in zip(spec.returns, stock_out, own_out, strict=True):
+    for name, theirs, ours in zip(spec.returns, stock_out, fast_out, strict=True):
         if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             return f"its {name} are {_kind(theirs)}, expected {_kind(ours)}"
-    theirs, ours = spec.read(stock_out), spec.read(own_out)
+    theirs, ours = spec.read(stock_out), spec.read(fast_out)
     if not torch.allclose(theirs.logits_TE, ours.logits_TE, atol=1e-5, rtol=1e-5):
         return f"its logits differ by up to {_gap(theirs.logits_TE, ours.logits_TE):.2g}"
     precise = min(torch.finfo(t.dtype).bits for t in (ours.logits_TE, stock_hidden)) > 16
     tolerance = 1e-5 if precise else 3e-2
     # Equal values may be chosen in any order, so what is compared is how good the chosen are.
     choice_TE = spec.choice_scores(ours.logits_TE, bias_E).float()
-    best_TK, best_own_TK = (choice_TE.gather(-1, out.ids_TK).sort(dim=-1).values for out in (theirs, ours))
-    agree_T = torch.isclose(best_TK, best_own_TK, atol=tolerance, rtol=tolerance).all(dim=-1)
+    best_TK, best_fast_TK = (choice_TE.gather(-1, out.ids_TK).sort(dim=-1).values for out in (theirs, ours))
+    agree_T = torch.isclose(best_TK, best_fast_TK, atol=tolerance, rtol=tolerance).all(dim=-1)
     missed = TOKENS - int(agree_T.sum())
     if missed > (0 if precise else _ROUNDED_TOKENS):
         return f"it chooses other experts for {missed} of {TOKENS} random tokens"

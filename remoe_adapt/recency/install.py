@@ -46,8 +46,8 @@ class InstalledPrior:
         self._acting, self._refusing = Patches(), Patches()
         found: dict[int, RouterForward] = {}
         for place, ref in enumerate(refs):
-            own = vars(ref.module)
-            if isinstance(own.get(_WRAPPED, own.get("forward")), RouterForward):
+            attributes = vars(ref.module)
+            if isinstance(attributes.get(_WRAPPED, attributes.get("forward")), RouterForward):
                 raise RouterError(f"router {ref.name} has a recency prior already: remove that one first.")
             forward = _without_sequences(owners[place], owners, kind) or router_forward(ref)
             if isinstance(forward, RouterForward):
@@ -101,8 +101,8 @@ class InstalledPrior:
         faults: dict[int, str] = {}
         try:
             for text in self._texts:
-                own = [layer for layer, place in enumerate(self.layers) if owners[place] is text]
-                for layer, fault in why_without_effect(text, covered, own, self.prior).items():
+                layers = [layer for layer, place in enumerate(self.layers) if owners[place] is text]
+                for layer, fault in why_without_effect(text, covered, layers, self.prior).items():
                     faults[self.layers[layer]] = fault
         except BaseException:  # a Ctrl-C
             self.enable(False)

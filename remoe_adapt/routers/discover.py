@@ -213,9 +213,9 @@ def _unwrapped(path: str, modules: dict[str, nn.Module]) -> tuple[str, RouterSpe
     spec, reason = None, None
     while path.endswith(_BASE):
         path = path.removesuffix(_BASE)
-        own = getattr(modules[path], "spec", None)
-        if isinstance(own, RouterSpec):
-            spec = own
+        wrapped_spec = getattr(modules[path], "spec", None)
+        if isinstance(wrapped_spec, RouterSpec):
+            spec = wrapped_spec
         else:
             reason = f"{type(modules[path]).__module__.removeprefix('peft.tuners.')}.{type(modules[path]).__name__}"
     copies = re.fullmatch(r"(.+)\.(?:original_module|modules_to_save\.[^.]+)", path)

@@ -90,9 +90,9 @@ def _check(
 ) -> None:
     if isinstance(adapters, str) or not adapters:
         raise ConfigError(f"adapters={adapters!r}: give a list of at least one adapter name.")
-    own = tuner.remoe_adapters
-    if unknown := [name for name in adapters if name not in own]:
-        raise AdapterError(f"no REMOE adapter named {unknown} to combine; this model has {sorted(own)}.")
+    known = tuner.remoe_adapters
+    if unknown := [name for name in adapters if name not in known]:
+        raise AdapterError(f"no REMOE adapter named {unknown} to combine; this model has {sorted(known)}.")
     if len(weights) != len(adapters):
         raise ConfigError(f"{len(weights)} weights for {len(adapters)} adapters: give one weight per adapter.")
     for weight in weights:

@@ -163,7 +163,7 @@ class RemoeConfig(PeftConfig):
             if odd and name in ("modules_to_save", "layers_pattern"):
                 raise ConfigError(f"{name}: {printable(repr(odd[0]))} is no name of a module.")
         for name in self.modules_to_save or ():
-            if PREFIX in name or any(own.endswith(name) for own in (*KINDS, "base_layer")):
+            if PREFIX in name or any(ending.endswith(name) for ending in (*KINDS, "base_layer")):
                 raise ConfigError(
                     f"modules_to_save: {name!r} could mean tensors of the adapter itself ({', '.join(KINDS)}), which "
                     "would be saved so that nothing can load them: give the module's whole name, or rename it."

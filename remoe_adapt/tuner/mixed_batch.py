@@ -126,7 +126,7 @@ def mixed_forward(layer: RemoeLayer, adapter_names: list[str], args: Any, kwargs
             weight_ED = layer.effective_weight_ED([] if name == BASE else [name])
             weights = {f"router.{layer.spec.weight_name}": weight_ED}
             results.append(functional_call(unhooked, weights, call_args, call_kwargs))
-        return _select(results, [[name == own for own in known] for name in chosen])
+        return _select(results, [[name == adapter for adapter in known] for name in chosen])
 
     # The router itself is called, so that hooks of others on it see the one mixed result.
     with put_on(router, "forward", forward):

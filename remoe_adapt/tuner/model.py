@@ -187,8 +187,8 @@ class RemoeModel(BaseTuner):
 
     def _copies(self) -> Iterator[AuxiliaryTrainingWrapper]:
         """Wrappers of modules_to_save that hold one of our adapters."""
-        own = self.remoe_adapters
-        return (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper) and own & m._adapters)
+        ours = self.remoe_adapters
+        return (m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper) and ours & m._adapters)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for layer in self._layers():
@@ -272,14 +272,14 @@ class RemoeModel(BaseTuner):
         self._leave(self.remoe_adapters)
         return self.model  # type: ignore[no-any-return]
 
-    def _leave(self, own: set[str]) -> None:
+    def _leave(self, ours: set[str]) -> None:
         """Take our names off the base model; other tuners' stay."""
         shared = getattr(self.model, "peft_config", None)
-        self.peft_config = AdapterConfigs({name: self.peft_config[name] for name in own})
+        self.peft_config = AdapterConfigs({name: self.peft_config[name] for name in ours})
         detach_objective(self.model)
         if shared is None:
             return
-        for name in own & shared.keys():
+        for name in ours & shared.keys():
             del shared[name]
         if not shared:
             del self.model.peft_config
