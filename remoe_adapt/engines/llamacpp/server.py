@@ -172,7 +172,7 @@ class LlamaServer(OutsideEngine):
         """One call sets every adapter: no request ever sees a part of it."""
         target = self._target()
         if not self.dry_run:
-            call(self.address, "/lora-adapters", scales.as_list(target), api_key=self._api_key)
+            self._send("/lora-adapters", scales.as_list(target))
             self.swaps += 1
             loras = self.loras()
             # Another program may set scales too, and neither would notice.
@@ -220,6 +220,9 @@ class LlamaServer(OutsideEngine):
 
     def _get(self, path: str) -> Any:
         return call(self.address, path, api_key=self._api_key)
+
+    def _send(self, path: str, body: Any) -> Any:
+        return call(self.address, path, body, api_key=self._api_key)
 
     def _probe(self, path: str, body: Any) -> Any:
         try:
