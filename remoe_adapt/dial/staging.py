@@ -132,13 +132,16 @@ class Staging:
         self.steps.swap_if_idle()
         return not self.waiting
 
-    def take(self) -> Staged | None:
-        """What is staged: its copy has begun, and counts as cut short until `commit`. Under the lock of the steps."""
+    def take(self) -> tuple[Staged, Target] | None:
+        """What is staged, and for which target; None where nothing is. Under the lock of the steps.
+
+        Its copy has begun, and counts as cut short until `commit`.
+        """
         if self._staged is None:
             return None
         # If the copy fails half-way, SWAPPING stays, and the same strength is staged again though it seems to be live.
         self.state = State.SWAPPING
-        return self._staged[0]
+        return self._staged
 
     def commit(self) -> None:
         """What was taken is live. Under the lock of the steps."""
@@ -146,10 +149,10 @@ class Staging:
 
     def swap(self, *, alone: bool) -> None:
         """Copy what is staged, see `Writer.swap`."""
-        assert self._staged is not None
-        target, before, begin_s = self._staged[1], self.strength, time.perf_counter()
-        staged = self.take()
-        assert staged is not None
+        before, begin_s = self.strength, time.perf_counter()
+        taken = self.take()
+        assert taken is not None
+        staged, target = taken
         try:
             self._routers.commit(staged, alone=alone)
         except DialError as error:  # the model was changed since staging

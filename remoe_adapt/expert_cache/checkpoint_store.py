@@ -7,6 +7,7 @@ reads is read here, without a table of names: experts in tensors of their own, p
 
 from __future__ import annotations
 
+import abc
 import copy
 import itertools
 import os
@@ -89,7 +90,7 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)}
 
 
-class FileStore:
+class FileStore(abc.ABC):
     """What stores of experts in files share: which experts there are, the files' reader, and the memory that it fills.
 
     `layers` are the names of the experts modules in model order; `num_experts`, `expert_bytes` (of one) and `params`
@@ -110,12 +111,12 @@ class FileStore:
         """What all experts take in memory."""
         return sum(count * size for count, size in zip(self.num_experts, self.expert_bytes, strict=True))
 
+    @abc.abstractmethod
     def read(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The parameters of one expert, by name: tensors of `param.shape[1:]` that own their memory.
 
         Raises ExpertReadError, after several attempts.
         """
-        raise NotImplementedError
 
     def give_back(self) -> None:
         """Memory that is kept for the next reads goes to the system."""

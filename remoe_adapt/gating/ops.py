@@ -1,4 +1,4 @@
-"""Gating as operators of torch (`remoe::...`), so that compilers and graphs see one call: kernels where `backends.py`
+"""Gating as operators of torch (`remoe::...`), so that compilers and graphs see one call: kernels where `backend.py`
 says so, the definition (`reference.py`) elsewhere.
 
 Autograd can be registered for functional operators only, so there are two gates: `topk_gating` returns the recency

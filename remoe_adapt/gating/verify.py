@@ -72,7 +72,7 @@ def random_hidden(twin: nn.Module, weight_name: str, dtype: torch.dtype, generat
 def disagreement(
     stock: Forward, fast: Forward, twin: nn.Module, spec: RouterSpec, inputs: tuple[Any, ...], bias_E: Tensor | None
 ) -> str | None:
-    """How `own` differs from `stock` on these inputs, without gradients, in both modes of the twin; None if it does
+    """How `fast` differs from `stock` on these inputs, without gradients, in both modes of the twin; None if it does
     not. Both start from the same random state, which is as before afterwards."""
     device = inputs[0].device
     others = [device] if device.type not in ("cpu", "mps") else []  # mps cannot give its random state back
@@ -116,13 +116,13 @@ def _difference(
     same_T = (theirs.ids_TK.sort(dim=-1).values == ours.ids_TK.sort(dim=-1).values).all(dim=-1)
     if theirs.weights_TK is None or ours.weights_TK is None:
         return None
-    weights_TK, own_weights_TK = (
+    weights_TK, fast_weights_TK = (
         out.weights_TK.float().gather(-1, out.ids_TK.argsort(dim=-1))[same_T]
         for out in (theirs, ours)
         if out.weights_TK is not None
     )
-    if not torch.allclose(weights_TK, own_weights_TK, atol=tolerance, rtol=tolerance):
-        return f"its weights differ by up to {_gap(weights_TK, own_weights_TK):.2g}"
+    if not torch.allclose(weights_TK, fast_weights_TK, atol=tolerance, rtol=tolerance):
+        return f"its weights differ by up to {_gap(weights_TK, fast_weights_TK):.2g}"
     return None
 
 

@@ -1,9 +1,9 @@
 """What we rely on inside transformers, PEFT, accelerate and torch: seen in one table, asked in one place.
 
-`contracts()` are the rows (`of_*`): what must be so, who relies on it, what we put into objects
-of others there, and a check that runs on the installed versions. `remoe doctor --contracts`, `make newest` and
-`tests/libraries/test_contracts.py` run them. `kv_cache` knows the names of the KV cache, `patching` changes
-objects, classes and registries of others, each with a way back.
+`contracts()` are the rows (`of_*`): what must be so, who relies on it, what we put into objects of others there, and a
+check that runs on the installed versions. `remoe doctor --contracts`, `make newest` and
+`tests/libraries/test_contracts.py` run them. `kv_cache` knows the names of the KV cache, `patching` changes objects,
+classes and registries of others, each with a way back.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from remoe_adapt.libraries.patching import (
     replace_module,
 )
 from remoe_adapt.libraries.table import Contract, versions
-
-__all__ = ["Contract", "contracts", "versions"]
 
 
 def contracts() -> tuple[Contract, ...]:

@@ -8,6 +8,7 @@ call from elsewhere; a test holds that nothing is changed without one.
 
 from __future__ import annotations
 
+import abc
 import functools
 import inspect
 from collections.abc import Callable, Iterable, MutableMapping
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from remoe_adapt._support import held_back
 
 
-class Handle:
+class Handle(abc.ABC):
     """A change that stands until `undo`, or until the end of a `with` block. Undoing it again does nothing."""
 
+    @abc.abstractmethod
     def undo(self) -> None:
         """What was changed is as before."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -56,32 +57,32 @@ class _Value(Handle):
     """`name` of an object, a class or a mapping has another value."""
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self._owner, self._name, self._value = owner, name, value
+        self._tableer, self._name, self._value = owner, name, value
         self._before = self._held()
         self._stands = True
         self._write((value,))
 
     @property
-    def _own(self) -> Any:
-        return self._owner if isinstance(self._owner, MutableMapping) else vars(self._owner)
+    def _table(self) -> Any:
+        return self._tableer if isinstance(self._tableer, MutableMapping) else vars(self._tableer)
 
     def _held(self) -> tuple[Any, ...]:
         """The value that the owner itself has, alone; empty where it has none, and its class answers."""
         if self._name == "__class__":
-            return (type(self._owner),)
-        return (self._own[self._name],) if self._name in self._own else ()
+            return (type(self._tableer),)
+        return (self._table[self._name],) if self._name in self._table else ()
 
     def _write(self, value: tuple[Any, ...]) -> None:
         # Past the owner's own `__setattr__`: a module would take the value for a part of its state, an enum refuse it.
         if self._name == "__class__":
-            object.__setattr__(self._owner, self._name, *value)
-        elif isinstance(self._owner, type):
+            object.__setattr__(self._tableer, self._name, *value)
+        elif isinstance(self._tableer, type):
             change: Any = type.__setattr__ if value else type.__delattr__
-            change(self._owner, self._name, *value)
+            change(self._tableer, self._name, *value)
         elif value:
-            self._own[self._name] = value[0]
+            self._table[self._name] = value[0]
         else:
-            del self._own[self._name]
+            del self._table[self._name]
 
     def undo(self) -> None:
         held = self._held()

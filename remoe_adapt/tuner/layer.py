@@ -227,7 +227,7 @@ class RemoeLayer(nn.Module, BaseTunerLayer):
                 old = values[adapter_name]
                 values[adapter_name] = nn.Parameter(old.detach().to(target), requires_grad=old.requires_grad)
 
-    # Resident mode: a dial (runtime/swap.py) writes the live weight, the original is kept here
+    # Resident mode: a dial (dial/swap.py) writes the live weight, the original is kept here
 
     def hold(self) -> None:
         """Enter resident mode: keep the original weight and run with whatever the live one holds.
