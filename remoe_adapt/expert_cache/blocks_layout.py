@@ -1,4 +1,4 @@
-"""Slots of ggml blocks, which ggml's kernels compute with on a CPU: the fast arithmetic there."""
+"""Slots of ggml blocks: ggml's kernels compute with them on a CPU, or they are dequantised on use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.errors import UncacheableError
-from remoe_adapt.expert_cache.encodings import Band, BlockType, Ggml, PoolMatrix
+from remoe_adapt.expert_cache.encodings import Band, BlockType, Ggml, PoolMatrix, dequantise
 from remoe_adapt.expert_cache.layouts import CodedLayout, Stored
 from remoe_adapt.expert_cache.plan import Group, Plan
-from remoe_adapt.expert_cache.pool import Pools, PoolSlot
+from remoe_adapt.expert_cache.pool import Parts, Pools, PoolSlot
 from remoe_adapt.expert_cache.types import Slot
 
 # For types alone, because experts.py imports this file.
@@ -49,24 +49,27 @@ class CodedParam:
         return found
 
 
+# Parts of a slot lie at multiples of so many bytes, as torch's tensors do.
+ALIGNMENT = 64
 # By name of the parameter: those that are coded.
 CodedLayer = Mapping[str, CodedParam]
 
 
 class BlocksLayout(CodedLayout):
-    """ggml blocks, within a tolerance of the exact result.
+    """ggml blocks; with kernels within a tolerance of the exact result.
 
-    Activations are rounded to 8 bits in groups of 32, as llama.cpp does. A step that needs gradients is computed with
-    dequantised weights instead.
+    The kernels round activations to 8 bits in groups of 32, as llama.cpp does. A step that needs gradients is computed
+    with dequantised weights, as all are without kernels.
 
-    pools: memory for slots, one pool for all slots of one shape.
+    pools: memory for slots, one pool for all slots of one size.
+
+    kernels: compute; None: the exact arithmetic.
+    coded: how each layer is encoded; None: an expert of the files will tell (`probe`).
     """
 
-    is_exact = False
-
-    def __init__(self, plan: Plan, kernels: Ggml, coded: Sequence[CodedLayer] | None = None) -> None:
+    def __init__(self, plan: Plan, kernels: Ggml | None, coded: Sequence[CodedLayer] | None = None) -> None:
         super().__init__(plan)
-        self._kernels = kernels
+        self._kernels, self.is_exact = kernels, kernels is None
         self._coded: list[CodedLayer] = []
         if coded is not None:
             self._use(coded)
@@ -88,13 +91,17 @@ class BlocksLayout(CodedLayout):
     def _use(self, coded: Sequence[CodedLayer]) -> None:
         self._coded = list(coded)
         kinds = {kind for layer in coded for param in layer.values() for kind, _ in param.bands}
-        if missing := sorted(kind.name for kind in kinds - self._kernels.types):
+        if self._kernels is not None and (missing := sorted(kind.name for kind in kinds - self._kernels.types)):
             raise UncacheableError(
                 f"{self.plan.where}: ggml's kernels here do not compute {', '.join(missing)}: load it with "
                 'arithmetic="exact".'
             )
-        self.name = f"ggml {', '.join(sorted(kind.name for kind in kinds))}"
-        self.pools = Pools([self.parts(layer) for layer in range(len(self.plan.layers))], self.plan.num_experts)
+        names = ", ".join(sorted(kind.name for kind in kinds))
+        self.name = names if self._kernels is None else f"{names} by ggml"
+        placed = [_placed(self.parts(layer)) for layer in range(len(self.plan.layers))]
+        self._places = [parts for parts, _ in placed]
+        self.pools = Pools([size for _, size in placed], self.plan.num_experts)
+        self._fused: dict[int, bool] = {}
 
     def _probed(self, layer: int, stored: Mapping[str, Tensor]) -> CodedLayer:
         found = {}
@@ -125,7 +132,7 @@ class BlocksLayout(CodedLayout):
         return found
 
     def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
-        slot = self.pools.take(layer)
+        slot = self.pools.of(layer).slot(self._places[layer])
         bands = self._bands(layer, stored)
         for param in self.plan.likes[layer]:
             coded = self._coded[layer].get(param)
@@ -144,7 +151,7 @@ class BlocksLayout(CodedLayout):
         if coded is None:
             return slot[param]
         pieces = [
-            self._kernels.dequantise(slot[name], kind, coded.cols)
+            dequantise(slot[name], kind, coded.cols)
             for name, (kind, _) in zip(coded.names, coded.bands, strict=True)
         ]
         whole_NK = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -162,56 +169,107 @@ class BlocksLayout(CodedLayout):
         chosen: ChosenExperts,
     ) -> Tensor:
         has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
-        if has_graph or getattr(module, "has_post_expert_norm", False):
+        if self._kernels is None or has_graph or getattr(module, "has_post_expert_norm", False):
             return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
         out_TD: Tensor | None = None
         for slots in chosen.groups():
-            numbers_TK = _numbers(slots, ids_TK)
-            if bool((numbers_TK >= 0).all()):
-                found_TKD = self._experts(layer, module, hidden_TD, numbers_TK)
+            picked = _Picked(slots, ids_TK)
+            if picked.is_all:
+                found_TKD = self._experts(self._kernels, layer, module, hidden_TD, picked)
                 part_TD = torch.bmm(weights_TK.float().unsqueeze(1), found_TKD).squeeze(1)
             else:  # experts of another group, and null experts: the other pairs of a token and an expert alone
-                token_S, choice_S = torch.where(numbers_TK >= 0)
-                found_SD = self._experts(layer, module, hidden_TD[token_S], numbers_TK[token_S, choice_S, None])[:, 0]
+                token_S, choice_S = torch.where(picked.places_TC >= 0)
+                found_SD = self._experts(self._kernels, layer, module, hidden_TD[token_S], picked.of(token_S, choice_S))[:, 0]
                 part_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32)
                 part_TD.index_add_(0, token_S, found_SD * weights_TK[token_S, choice_S, None].float())
             out_TD = part_TD if out_TD is None else out_TD + part_TD
         return torch.zeros_like(hidden_TD) if out_TD is None else out_TD.to(hidden_TD.dtype)
 
-    def _experts(self, layer: int, module: Any, hidden_TD: Tensor, numbers_TC: Tensor) -> Tensor:
+    def _experts(self, kernels: Ggml, layer: int, module: Any, hidden_TD: Tensor, picked: _Picked) -> Tensor:
         """What each chosen expert makes of its token: [T, C, D], float32."""
         up = "gate_up_proj" if module.has_gate else "up_proj"
-        inner_TCI = self._projected(layer, up, hidden_TD, numbers_TC, module.has_bias)
+        if self._is_fused(layer, module):
+            matrices = self._matrices(layer, up) + self._matrices(layer, "down_proj")
+            return kernels.expert_mlp(hidden_TD, picked.numbers_TC, *matrices)
+        inner_TCI = self._projected(kernels, layer, up, hidden_TD, picked, module.has_bias)
         inner_TCI = module._apply_gate(inner_TCI) if module.has_gate else module.act_fn(inner_TCI)
-        return self._projected(layer, "down_proj", inner_TCI, numbers_TC, module.has_bias)
+        return self._projected(kernels, layer, "down_proj", inner_TCI, picked, module.has_bias)
 
-    def _projected(self, layer: int, param: str, x: Tensor, numbers_TC: Tensor, has_bias: bool) -> Tensor:
-        coded, pool = self._coded[layer][param], self.pools.of(layer)
-        if coded.order is not None:
-            # Each expert has an order of its own, so each choice gets its own copy of the token.
-            order_TCK = pool.part(coded.order)[numbers_TC.long()]
-            x = (x if x.dim() == order_TCK.dim() else x.unsqueeze(1).expand(order_TCK.shape)).gather(-1, order_TCK)
-        pieces = [
-            self._kernels.expert_matmul(
-                x,
-                numbers_TC,
-                PoolMatrix(pool.address + pool.offset(name), pool.slots, pool.slot_bytes, kind, rows, coded.cols),
-            )
+    def _is_fused(self, layer: int, module: Any) -> bool:
+        """Whether one call of the kernels computes all of the layer: gate rows, then up rows, silu, no biases."""
+        if layer not in self._fused:
+            coded = [self._coded[layer].get(name) for name in ("gate_up_proj", "down_proj")]
+            plain = all(param is not None and len(param.bands) == 1 and param.order is None for param in coded)
+            self._fused[layer] = plain and module.has_gate and not module.has_bias and _is_swiglu(module)
+        return self._fused[layer]
+
+    def _matrices(self, layer: int, param: str) -> list[PoolMatrix]:
+        coded, pool, places = self._coded[layer][param], self.pools.of(layer), self._places[layer]
+        return [
+            PoolMatrix(pool.address + places[name][0], pool.slots, pool.slot_bytes, kind, rows, coded.cols)
             for name, (kind, rows) in zip(coded.names, coded.bands, strict=True)
         ]
+
+    def _projected(self, kernels: Ggml, layer: int, param: str, x: Tensor, picked: _Picked, has_bias: bool) -> Tensor:
+        coded = self._coded[layer][param]
+        if coded.order is not None:
+            # Each expert has an order of its own, so each choice gets its own copy of the token.
+            order_TCK = picked.gathered(coded.order)
+            x = (x if x.dim() == order_TCK.dim() else x.unsqueeze(1).expand(order_TCK.shape)).gather(-1, order_TCK)
+        pieces = [kernels.expert_matmul(x, picked.numbers_TC, matrix) for matrix in self._matrices(layer, param)]
         found_TCN = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         if has_bias:
-            found_TCN += pool.part(f"{param}_bias")[numbers_TC.long()]
+            found_TCN += picked.gathered(f"{param}_bias")
         return found_TCN
+
+
+class _Picked:
+    """Which slot each choice of each token has.
+
+    places_TC: the number of its expert among the slots; -1: it is not among them.
+    numbers_TC: int32, the number of its slot in the pool.
+    """
+
+    def __init__(self, slots: Mapping[int, Slot], ids_TC: Tensor) -> None:
+        self._slots = list(slots.values())
+        place = {expert: at for at, expert in enumerate(slots)}
+        rows = [[place.get(expert, -1) for expert in row] for row in ids_TC.tolist()]
+        self.is_all = all(-1 not in row for row in rows)
+        self.places_TC = torch.tensor(rows, dtype=torch.int64)
+        numbers = [slot.number for slot in self._slots if isinstance(slot, PoolSlot)]
+        self.numbers_TC = torch.tensor(numbers, dtype=torch.int32)[self.places_TC]
+
+    def of(self, token_S: Tensor, choice_S: Tensor) -> _Picked:
+        """These pairs of a token and a choice, as tokens with one choice each."""
+        found = object.__new__(_Picked)
+        found._slots, found.is_all = self._slots, True
+        found.places_TC = self.places_TC[token_S, choice_S, None]
+        found.numbers_TC = self.numbers_TC[token_S, choice_S, None]
+        return found
+
+    def gathered(self, name: str) -> Tensor:
+        """A part of each choice's slot: [T, C, ...]."""
+        return torch.stack([slot[name] for slot in self._slots])[self.places_TC]
+
+
+def _is_swiglu(module: Any) -> bool:
+    """Whether a module's gate is silu(gate) * up of one half and the other: tried out, since any class may have its
+    own."""
+    both_N = torch.linspace(-3.0, 3.0, 64)
+    gate, up = both_N.chunk(2)
+    with torch.no_grad():
+        return torch.allclose(module._apply_gate(both_N[None])[0], torch.nn.functional.silu(gate) * up)
+
+
+def _placed(parts: Mapping[str, Tensor]) -> tuple[Parts, int]:
+    """The parts of a slot one after another, and their bytes."""
+    found, at = {}, 0
+    for name, like in parts.items():
+        found[name] = at, tuple(like.shape), like.dtype
+        at += -(-like.nbytes // ALIGNMENT) * ALIGNMENT
+    return found, max(1, at)
 
 
 def _bands_of(group: Group, stored: Mapping[str, Tensor]) -> list[Band]:
     assert group.blocks is not None
     return group.blocks({source.ending: stored[source.ending] for source in group.sources})
-
-
-def _numbers(slots: Mapping[int, Slot], ids_TK: Tensor) -> Tensor:
-    """The slot of each choice, int32 [T, K]; -1 where it is not among these."""
-    numbers = {expert: slot.number for expert, slot in slots.items() if isinstance(slot, PoolSlot)}
-    rows = [[numbers.get(expert, -1) for expert in row] for row in ids_TK.tolist()]
-    return torch.tensor(rows, dtype=torch.int32)
