@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from remoe_adapt.errors import UncacheableError
 from remoe_adapt.expert_cache.encodings import Band, BlockType, Ggml, PoolMatrix, dequantise
-from remoe_adapt.expert_cache.layouts import CodedLayout, Stored
+from remoe_adapt.expert_cache.layouts import CodedLayout
 from remoe_adapt.expert_cache.plan import Group, Plan
 from remoe_adapt.expert_cache.pool import Parts, Pools, PoolSlot
 from remoe_adapt.expert_cache.types import Slot
@@ -21,31 +20,32 @@ if TYPE_CHECKING:
     from remoe_adapt.expert_cache.experts import ChosenExperts
 
 
-@dataclass(frozen=True, slots=True)
-class CodedParam:
-    """A matrix [N, K] of a layer as ggml blocks.
+class CodedBand(NamedTuple):
+    """Rows of a matrix [N, K] in a slot.
 
-    name: of the parameter. The slot's tensors are `names`, one for each band: type and number of rows.
-    order: name of the slot's tensor that says in which order the columns are stored; None: in their own.
+    name: of the slot's tensor, uint8 [rows, kind.row_bytes(K)].
+    order: of the slot's tensor [K] that says in which order the columns are stored, as `Band.order_K`; None: in theirs.
     """
 
     name: str
-    bands: tuple[tuple[BlockType, int], ...]
-    cols: int
+    kind: BlockType
+    rows: int
     order: str | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,) if len(self.bands) == 1 else tuple(f"{self.name}.{at}" for at in range(len(self.bands)))
+
+class CodedParam(NamedTuple):
+    """A matrix of a layer as bands of ggml blocks; `cols`: K."""
+
+    bands: tuple[CodedBand, ...]
+    cols: int
 
     def parts(self) -> dict[str, Tensor]:
         """The slot's tensors, on the meta device."""
-        found = {
-            name: torch.empty(rows, kind.row_bytes(self.cols), dtype=torch.uint8, device="meta")
-            for name, (kind, rows) in zip(self.names, self.bands, strict=True)
-        }
-        if self.order is not None:
-            found[self.order] = torch.empty(self.cols, dtype=torch.int64, device="meta")
+        found = {}
+        for band in self.bands:
+            found[band.name] = torch.empty(band.rows, band.kind.row_bytes(self.cols), dtype=torch.uint8, device="meta")
+            if band.order is not None:
+                found[band.order] = torch.empty(self.cols, dtype=torch.int64, device="meta")
         return found
 
 
@@ -74,23 +74,13 @@ class BlocksLayout(CodedLayout):
         if coded is not None:
             self._use(coded)
 
-    def probe(self, stored: Stored) -> None:
-        # Layers whose tensors have the same names, types and shapes are encoded alike: one expert of them tells how.
-        known: dict[object, CodedLayer] = {}
-        layers = []
-        for layer, groups in enumerate(self.plan.groups):
-            key = tuple(
-                (group.tag, *((source.ending, source.extents[0].dtype, source.shape()) for source in group.sources))
-                for group in groups
-            )
-            if key not in known:
-                known[key] = self._probed(layer, stored(layer, 0))
-            layers.append(known[key])
-        self._use(layers)
+    def probe(self) -> None:
+        if not self._coded:
+            self._use([self._probed(layer) for layer in range(len(self.plan.layers))])
 
     def _use(self, coded: Sequence[CodedLayer]) -> None:
         self._coded = list(coded)
-        kinds = {kind for layer in coded for param in layer.values() for kind, _ in param.bands}
+        kinds = {band.kind for layer in coded for param in layer.values() for band in param.bands}
         if self._kernels is not None and (missing := sorted(kind.name for kind in kinds - self._kernels.types)):
             raise UncacheableError(
                 f"{self.plan.where}: ggml's kernels here do not compute {', '.join(missing)}: load it with "
@@ -103,26 +93,33 @@ class BlocksLayout(CodedLayout):
         self.pools = Pools([size for _, size in placed], self.plan.num_experts)
         self._fused: dict[int, bool] = {}
 
-    def _probed(self, layer: int, stored: Mapping[str, Tensor]) -> CodedLayer:
+    def _probed(self, layer: int) -> CodedLayer:
         found = {}
-        for param, bands in self._bands(layer, stored).items():
-            like = self.plan.likes[layer][param]
-            rows, cols = reversed(like.shape) if self.plan.transposed[layer] else like.shape
-            if sum(len(band.blocks_NB) for band in bands) != rows or any(
-                band.blocks_NB.shape[1] != band.kind.row_bytes(cols) for band in bands
-            ):
-                raise UncacheableError(
-                    f"{self.plan.where}: the codes of {self.plan.layers[layer]}.{param} are "
-                    f"{[list(band.blocks_NB.shape) for band in bands]}, which is not [{rows}, {cols}]: is it this "
-                    "model's folder?"
+        for group in self.plan.groups[layer]:
+            if group.is_coded:
+                (param,) = group.params
+                like = self.plan.likes[layer][param]
+                rows, cols = reversed(like.shape) if self.plan.transposed[layer] else like.shape
+                bands = _bands(group, group.on_meta())
+                if sum(len(band.blocks_NB) for band in bands) != rows or any(
+                    band.blocks_NB.shape[1] != band.kind.row_bytes(cols) for band in bands
+                ):
+                    raise UncacheableError(
+                        f"{self.plan.where}: the codes of {self.plan.layers[layer]}.{param} are "
+                        f"{[list(band.blocks_NB.shape) for band in bands]}, which is not [{rows}, {cols}]: is it this "
+                        "model's folder?"
+                    )
+                names = [param] if len(bands) == 1 else [f"{param}.{at}" for at in range(len(bands))]
+                found[param] = CodedParam(
+                    tuple(
+                        CodedBand(
+                            name, band.kind, len(band.blocks_NB), None if band.order_K is None else f"{name}.order"
+                        )
+                        for name, band in zip(names, bands, strict=True)
+                    ),
+                    cols,
                 )
-            order = f"{param}.order" if any(band.order_K is not None for band in bands) else None
-            found[param] = CodedParam(param, tuple((b.kind, len(b.blocks_NB)) for b in bands), cols, order)
         return found
-
-    def _bands(self, layer: int, stored: Mapping[str, Tensor]) -> dict[str, list[Band]]:
-        """The bands of each coded parameter, made of an expert's stored tensors."""
-        return {group.params[0]: _bands_of(group, stored) for group in self.plan.groups[layer] if group.is_coded}
 
     def parts(self, layer: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -133,30 +130,30 @@ class BlocksLayout(CodedLayout):
 
     def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
         slot = self.pools.of(layer).slot(self._places[layer])
-        bands = self._bands(layer, stored)
-        for param in self.plan.likes[layer]:
-            coded = self._coded[layer].get(param)
+        for group in self.plan.groups[layer]:
+            coded = self._coded[layer].get(group.params[0])
             if coded is None:
-                slot[param].copy_(stored[param])
+                for param in group.params:
+                    slot[param].copy_(stored[param])
                 continue
-            for name, (kind, _), band in zip(coded.names, coded.bands, bands[param], strict=True):
-                assert band.kind == kind
-                slot[name].copy_(band.blocks_NB)
-                if coded.order is not None and band.order_K is not None:
-                    slot[coded.order].copy_(band.order_K)
+            pieces = {source.ending: stored[source.ending] for source in group.sources}
+            for place, band in zip(coded.bands, _bands(group, pieces), strict=True):
+                slot[place.name].copy_(band.blocks_NB)
+                if place.order is not None and band.order_K is not None:
+                    slot[place.order].copy_(band.order_K)
         return slot
 
     def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
         coded, like = self._coded[layer].get(param), self.plan.likes[layer][param]
         if coded is None:
             return slot[param]
-        pieces = [
-            dequantise(slot[name], kind, coded.cols)
-            for name, (kind, _) in zip(coded.names, coded.bands, strict=True)
-        ]
-        whole_NK = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if coded.order is not None:
-            whole_NK = torch.empty_like(whole_NK).index_copy_(1, slot[coded.order], whole_NK)
+        bands = []
+        for band in coded.bands:
+            rows_NK = dequantise(slot[band.name], band.kind, coded.cols)
+            if band.order is not None:
+                rows_NK = torch.empty_like(rows_NK).index_copy_(1, slot[band.order], rows_NK)
+            bands.append(rows_NK)
+        whole_NK = bands[0] if len(bands) == 1 else torch.cat(bands)
         return (whole_NK.T if self.plan.transposed[layer] else whole_NK).to(like.dtype)
 
     def compute(
@@ -179,7 +176,9 @@ class BlocksLayout(CodedLayout):
                 part_TD = torch.bmm(weights_TK.float().unsqueeze(1), found_TKD).squeeze(1)
             else:  # experts of another group, and null experts: the other pairs of a token and an expert alone
                 token_S, choice_S = torch.where(picked.places_TC >= 0)
-                found_SD = self._experts(self._kernels, layer, module, hidden_TD[token_S], picked.of(token_S, choice_S))[:, 0]
+                found_SD = self._experts(
+                    self._kernels, layer, module, hidden_TD[token_S], picked.of(token_S, choice_S)
+                )[:, 0]
                 part_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32)
                 part_TD.index_add_(0, token_S, found_SD * weights_TK[token_S, choice_S, None].float())
             out_TD = part_TD if out_TD is None else out_TD + part_TD
@@ -199,25 +198,30 @@ class BlocksLayout(CodedLayout):
         """Whether one call of the kernels computes all of the layer: gate rows, then up rows, silu, no biases."""
         if layer not in self._fused:
             coded = [self._coded[layer].get(name) for name in ("gate_up_proj", "down_proj")]
-            plain = all(param is not None and len(param.bands) == 1 and param.order is None for param in coded)
+            plain = all(p is not None and len(p.bands) == 1 and p.bands[0].order is None for p in coded)
             self._fused[layer] = plain and module.has_gate and not module.has_bias and _is_swiglu(module)
         return self._fused[layer]
 
     def _matrices(self, layer: int, param: str) -> list[PoolMatrix]:
         coded, pool, places = self._coded[layer][param], self.pools.of(layer), self._places[layer]
         return [
-            PoolMatrix(pool.address + places[name][0], pool.slots, pool.slot_bytes, kind, rows, coded.cols)
-            for name, (kind, rows) in zip(coded.names, coded.bands, strict=True)
+            PoolMatrix(
+                pool.address + places[band.name][0], pool.slots, pool.slot_bytes, band.kind, band.rows, coded.cols
+            )
+            for band in coded.bands
         ]
 
     def _projected(self, kernels: Ggml, layer: int, param: str, x: Tensor, picked: _Picked, has_bias: bool) -> Tensor:
-        coded = self._coded[layer][param]
-        if coded.order is not None:
-            # Each expert has an order of its own, so each choice gets its own copy of the token.
-            order_TCK = picked.gathered(coded.order)
-            x = (x if x.dim() == order_TCK.dim() else x.unsqueeze(1).expand(order_TCK.shape)).gather(-1, order_TCK)
-        pieces = [kernels.expert_matmul(x, picked.numbers_TC, matrix) for matrix in self._matrices(layer, param)]
-        found_TCN = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        found = []
+        for band, matrix in zip(self._coded[layer][param].bands, self._matrices(layer, param), strict=True):
+            x_band = x
+            if band.order is not None:
+                # Each expert has an order of its own, so each choice gets its own copy of the token.
+                order_TCK = picked.gathered(band.order)
+                x_TCK = x if x.dim() == order_TCK.dim() else x.unsqueeze(1).expand(order_TCK.shape)
+                x_band = x_TCK.gather(-1, order_TCK)
+            found.append(kernels.expert_matmul(x_band, picked.numbers_TC, matrix))
+        found_TCN = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
         if has_bias:
             found_TCN += picked.gathered(f"{param}_bias")
         return found_TCN
@@ -270,6 +274,14 @@ def _placed(parts: Mapping[str, Tensor]) -> tuple[Parts, int]:
     return found, max(1, at)
 
 
-def _bands_of(group: Group, stored: Mapping[str, Tensor]) -> list[Band]:
+def _bands(group: Group, pieces: Mapping[str, Tensor]) -> list[Band]:
+    """The bands of a coded parameter; neighbours of one type, whose columns are in order, are one."""
     assert group.blocks is not None
-    return group.blocks({source.ending: stored[source.ending] for source in group.sources})
+    found: list[Band] = []
+    for band in group.blocks(pieces):
+        last = found[-1] if found else None
+        if last is not None and last.kind == band.kind and last.order_K is None and band.order_K is None:
+            found[-1] = Band(band.kind, torch.cat((last.blocks_NB, band.blocks_NB)), None)
+        else:
+            found.append(band)
+    return found

@@ -109,7 +109,7 @@ class ExpertStore(FileStore):
         super().__init__(self._paths, direct_io, reader)
         try:
             self.layout: Layout = ParamsLayout(plan, encoding) if layout is None else layout(plan)
-            self.layout.probe(self.stored)
+            self.layout.probe()
         except BaseException:
             self.close()
             raise
@@ -176,10 +176,8 @@ class ExpertStore(FileStore):
         straight: list[_Wanted] = []
         for group in self.plan.groups[layer]:
             if group.is_coded:
-                for source in group.sources:
-                    extent = source.of(expert, count)
-                    shape = source.shape()[1:] if source.packed else source.shape()
-                    straight.append((source.ending, torch.empty(shape, dtype=extent.dtype, device="meta"), [extent]))
+                for source, (ending, like) in zip(group.sources, group.on_meta().items(), strict=True):
+                    straight.append((ending, like, [source.of(expert, count)]))
             elif group.straight:
                 straight.append(self._wanted(group, layer, expert))
             else:
@@ -202,8 +200,7 @@ class ExpertStore(FileStore):
             self._reader.fill(_parts([pieces[place] for place in group.order], whole))
             return {group.params[0]: self._owned(whole, like.dtype)}
         tensors = [
-            self._blocks.empty(source.shape(), piece.dtype)
-            for piece, source in zip(pieces, group.sources, strict=True)
+            self._blocks.empty(source.shape(), piece.dtype) for piece, source in zip(pieces, group.sources, strict=True)
         ]
         self._reader.fill(zip(pieces, tensors, strict=True))
         # Codes are no numbers yet: in the parameter's type they would lose digits before they are converted.

@@ -8,7 +8,7 @@ that ggml's kernels compute with (`BlocksLayout`, the fast arithmetic on a CPU).
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +22,6 @@ from remoe_adapt.expert_cache.types import Slot
 # For types alone, because experts.py imports this file.
 if TYPE_CHECKING:
     from remoe_adapt.expert_cache.experts import ChosenExperts
-
-# Reads one expert (layer, expert) as the files have it.
-Stored = Callable[[int, int], dict[str, Tensor]]
 
 
 class Layout(abc.ABC):
@@ -40,8 +37,8 @@ class Layout(abc.ABC):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def probe(self, stored: Stored) -> None:
-        """Look at some experts of the files, before anything else is asked; raises UncacheableError for odd ones."""
+    def probe(self) -> None:
+        """Find out what the files hold, before anything else is asked; raises UncacheableError for what is odd."""
         return
 
     @abc.abstractmethod
@@ -145,12 +142,7 @@ class StoredLayout(CodedLayout):
     def parts(self, layer: int) -> dict[str, Tensor]:
         found = {}
         for group in self.plan.groups[layer]:
-            if not group.is_coded:
-                found |= {param: self.plan.likes[layer][param] for param in group.params}
-                continue
-            for source in group.sources:
-                shape = source.shape()[1:] if source.packed else source.shape()
-                found[source.ending] = torch.empty(shape, dtype=source.extents[0].dtype, device="meta")
+            found |= group.on_meta() if group.is_coded else {p: self.plan.likes[layer][p] for p in group.params}
         return found
 
     def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
@@ -170,4 +162,3 @@ class StoredLayout(CodedLayout):
                 f"model has {list(like.shape)}: is it this model's folder?"
             )
         return made.to(like.dtype)
-

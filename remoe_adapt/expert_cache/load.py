@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -35,12 +34,13 @@ from remoe_adapt.checkpoints import (
     unknown_option,
 )
 from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError, UncacheableError
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.budget import budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
 from remoe_adapt.expert_cache.direct_io import Reader
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
-from remoe_adapt.expert_cache.encodings import Format, format_of
+from remoe_adapt.expert_cache.encodings import Format, format_of, ggml
 from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
 from remoe_adapt.expert_cache.layouts import Layout, StoredLayout
@@ -356,24 +356,20 @@ class Checkpoint:
         """What slots shall hold; None: the parameters."""
         if self.format is None:
             return None
+        kernels = None if arithmetic == "exact" or device.type != "cpu" else ggml()
+        if kernels is not None:
+            return partial(BlocksLayout, kernels=kernels)
+        if arithmetic == "fast":
+            raise ConfigError(f'arithmetic {arithmetic!r}: there are no kernels for {device} here: give "exact".')
         return partial(StoredLayout, method=self.format.method)
 
     def dense_part(self, **kwargs: Any) -> Any:
         """`from_pretrained` of the model, dequantised; within `experts_left_out` it has no experts."""
         if self.format is None:
             return self.loader.from_pretrained(self.folder, dtype=self.dtype, **kwargs)
-        settings = self.format.quantizer(self.config).quantization_config
-        config, entries = self._plain_config(), settings.to_dict()
-        stored = self.config.quantization_config
-        # What the files say, unless it is a quantizer of ours, which transformers knows under another name.
-        is_stored = isinstance(stored, dict) and stored.get("quant_method") == entries.get("quant_method")
-        config.quantization_config = stored if is_stored else entries
-        with warnings.catch_warnings():
-            # It says that the configuration of the files counts, and of the option only `dequantize`: as is wanted.
-            warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-            return self.loader.from_pretrained(
-                self.folder, config=config, quantization_config=settings, dtype=self.dtype, **kwargs
-            )
+        return self.loader.from_pretrained(
+            self.folder, config=self.format.loading(self.config), dtype=self.dtype, **kwargs
+        )
 
 
 def check_arithmetic(arithmetic: object) -> None:

@@ -59,7 +59,6 @@ class Group:
     straight: so, and of the parameter's type.
     is_coded: the sources are codes and scales.
     blocks: makes bands of ggml blocks of coded sources, by their endings, for one parameter; None where nothing does.
-    tag: differs where sources of the same names, types and shapes are encoded differently.
     """
 
     params: tuple[str, ...]
@@ -69,12 +68,15 @@ class Group:
     straight: bool
     is_coded: bool = False
     blocks: Callable[[Mapping[str, Tensor]], list[Band]] | None = None
-    tag: object = None
 
-    def by_ending(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """One expert's tensors by the endings of their names, those of packed sources without their first dimension."""
-        pairs = zip(self.sources, tensors, strict=True)
-        return {source.ending: tensor[0] if source.packed else tensor for source, tensor in pairs}
+    def on_meta(self) -> dict[str, Tensor]:
+        """One expert's tensors by the endings of their names, on the meta device."""
+        return {
+            source.ending: torch.empty(
+                source.shape()[1:] if source.packed else source.shape(), dtype=source.extents[0].dtype, device="meta"
+            )
+            for source in self.sources
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +240,7 @@ class _Planner:
         for made_param, value in made.items():
             if made_param not in likes or value.shape != likes[made_param].shape:
                 raise ConfigError(
-                    f"{plan.where}: {prefix}{made_param} cannot be read expert by expert (one is "
-                    f"{[1, *value.shape]})."
+                    f"{plan.where}: {prefix}{made_param} cannot be read expert by expert (one is {[1, *value.shape]})."
                 )
         order = self._order(converter, name, group, len(made))
         straight = order is not None and sources[0].extents[0].dtype == likes[param].dtype

@@ -248,8 +248,8 @@ def _q6_k(blocks: Tensor) -> Tensor:
 # Not linear: the code is a place in a table. kvalues_mxfp4, doubled there for the halved scale below, and
 # kvalues_iq4nl of ggml-common.h.
 _MXFP4_VALUES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
-_IQ4_VALUES = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0) + (
-    1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+_IQ4_VALUES = (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The quantised checkpoints that are read as they are, one entry for each `quant_method`, and refusals of the others."""
+"""The quantised checkpoints that are read as they are, an entry for each `quant_method`, and refusals of the others."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.quantizers import AutoHfQuantizer, HfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 from remoe_adapt.errors import ExpertReadError, UncacheableError
 from remoe_adapt.expert_cache.encodings import block_scaled, integer_codes
-from remoe_adapt.expert_cache.encodings.blocks import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType
+from remoe_adapt.expert_cache.encodings.blocks import BF16, F16, F32, Q8_0, BlockType
 from remoe_adapt.expert_cache.encodings.quantizers import Storing, register
 
 # The stored tensors of one parameter of one expert, by the ending of their names.
@@ -54,7 +55,7 @@ class Format(abc.ABC):
         self.name, self.settings = name, dict(settings)
         self._check()
 
-    def _check(self) -> None:
+    def _check(self) -> None:  # noqa: B027 (most formats have no setting that cannot be read)
         """Raise UncacheableError for settings that cannot be read."""
 
     def refusal(self, what: str) -> UncacheableError:
@@ -355,7 +356,8 @@ def format_of(name: str, config: PretrainedConfig) -> Format | None:
             method = "bitsandbytes"
         if (kind := _FORMATS.get(method)) is None:
             raise UncacheableError(
-                f"{name!r} is quantised ({method or 'no method named'}), which the expert cache does not read: {_REMEDY}."
+                f"{name!r} is quantised ({method or 'no method named'}), which the expert cache does not read: "
+                f"{_REMEDY}."
             )
         return kind(name, entries | {"quant_method": method})
     return None

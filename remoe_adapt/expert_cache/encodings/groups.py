@@ -166,9 +166,9 @@ def _halfs(numbers_NB: Tensor) -> Tensor:
     halfs_NB = numbers_NB.half().contiguous()
     if not halfs_NB.is_meta and not bool(halfs_NB.isfinite().all()):
         raise ExpertReadError(
-            f"a scale of {numbers_NB.abs().max():g} is beyond fp16, in which ggml holds scales: is the checkpoint whole?"
+            f"a scale of {numbers_NB.abs().max():g} is beyond fp16, in which ggml holds scales: is the file whole?"
         )
-    return halfs_NB.view(torch.uint8).unflatten(1, (-1, 2))
+    return halfs_NB.view(torch.uint8).view(*numbers_NB.shape, 2)
 
 
 def _padded(values_NK: Tensor) -> Tensor:

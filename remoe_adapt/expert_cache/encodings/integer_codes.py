@@ -149,7 +149,7 @@ def packed(name: str, parts: Mapping[str, Tensor], bits: int) -> Codes:
 
 
 def unpacked(words_RW: Tensor, bits: int) -> Tensor:
-    """Words int32 [R, W] as unsigned codes uint8 [R, W * 32 / bits], of which the first lies in a word's lowest bits."""
+    """Words int32 [R, W] as unsigned codes uint8 [R, W * 32 / bits], the first in a word's lowest bits."""
     # Bytes of a word come lowest first on every machine that torch runs on here.
     bytes_RB = words_RW.reshape(-1).view(torch.uint8).view(len(words_RW), -1)
     if bits == 8:
