@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeGuard
@@ -21,11 +22,16 @@ from torch.nn import functional as F
 
 from remoe_adapt.errors import MergeStateError, UncacheableError
 from remoe_adapt.expert_cache.encodings.blocks import BlockType, dequantise
-from remoe_adapt.expert_cache.encodings.ggml import ggml
+from remoe_adapt.expert_cache.encodings.ggml import Ggml, ggml
 from remoe_adapt.libraries import Patches, override, replace_module
 
+# From as many tokens on, products in fp32 make up for the time that it takes to dequantise a weight.
+_MANY_TOKENS = 96
+# Values of a weight that are dequantised at a time for those.
+_PART_VALUES = 1 << 22
 
-class _Encoded(nn.Module):
+
+class _Encoded(nn.Module, ABC):
     """What both kinds of modules share: the blocks of their weight [rows, cols].
 
     fast: compute on the codes where that can be, within a tolerance; else, and wherever a gradient may be asked for,
@@ -48,9 +54,9 @@ class _Encoded(nn.Module):
         self._is_hf_initialized = True
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(rows, cols) of the weight that the blocks stand for."""
-        raise NotImplementedError
 
     def dequantize(self) -> Tensor:
         """The weight [rows, cols] as floats of the model's type."""
@@ -123,8 +129,20 @@ class EncodedLinear(_Encoded, nn.Linear):
         kernels = ggml()
         if kernels is None or self.kind not in kernels.types:
             return None
-        y_TN: Tensor = kernels.matmul(x.reshape(-1, self.in_features), self.weight, self.kind, self.out_features)
+        x_TK = x.reshape(-1, self.in_features)
+        if len(x_TK) < _MANY_TOKENS:
+            y_TN = kernels.matmul(x_TK, self.weight, self.kind, self.out_features)
+        else:
+            y_TN = self._in_parts(kernels, x_TK.float())
         return y_TN.view(*x.shape[:-1], self.out_features)
+
+    def _in_parts(self, kernels: Ggml, x_TK: Tensor) -> Tensor:
+        """The product with the weight in fp32, some of its rows at a time: of an lm_head all would take a gigabyte."""
+        y_TN = x_TK.new_empty(len(x_TK), self.out_features)
+        step = max(1, _PART_VALUES // self.in_features)
+        for part_TM, blocks_MB in zip(y_TN.split(step, dim=1), self.weight.split(step), strict=True):
+            torch.mm(x_TK, kernels.dequantise(blocks_MB, self.kind, self.in_features).T, out=part_TM)
+        return y_TN
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.kind.name}"
