@@ -211,11 +211,10 @@ class _Gptq(_Integers):
                 f"{stem}: g_idx orders the columns, though the configuration says desc_act: false. Set desc_act to "
                 "true in config.json."
             )
-        groups = codes.groups()
-        order_K = groups.order_K
+        kind, blocks_NB, order_K = codes.to_blocks()
         if order_K is None and self._is_ordered:
-            order_K = torch.arange(groups.codes_NK.shape[1], device=groups.codes_NK.device)
-        return Band(*groups.to_blocks(), order_K)
+            order_K = torch.arange(codes.cols, device=blocks_NB.device)
+        return Band(kind, blocks_NB, order_K)
 
 
 def _zero_offset(settings: Mapping[str, Any]) -> int:
@@ -244,7 +243,7 @@ class _Awq(_Integers):
         self._is_symmetric = self.settings.get("zero_point", True) is False
 
     def _quantised_band(self, stem: str, parts: Pieces) -> Band:
-        return Band(*integer_codes.awq(stem, parts, is_symmetric=self._is_symmetric).groups().to_blocks(), None)
+        return Band(*integer_codes.awq(stem, parts, is_symmetric=self._is_symmetric).to_blocks())
 
 
 class _CompressedTensors(_Integers):
@@ -285,7 +284,7 @@ class _CompressedTensors(_Integers):
 
     def _quantised_band(self, stem: str, parts: Pieces) -> Band:
         if "weight_packed" in parts:
-            return Band(*_packed(stem, parts, self.settings).groups().to_blocks(), None)
+            return Band(*_packed(stem, parts, self.settings).to_blocks())
         weight_NK, scales_RC = block_scaled.checked_pair(stem, parts, "weight", "weight_scale")
         if weight_NK.dtype == torch.int8:
             return Band(Q8_0, block_scaled.int8_blocks(stem, weight_NK, scales_RC), None)

@@ -134,7 +134,7 @@ class Dequantise(ConversionOps):
         dtype = model.get_parameter(full_layer_name).dtype
         found: dict[str, dict[str, list[Tensor]]] = {}
         for pattern, value in input_dict.items():
-            stem, _, ending = pattern.removesuffix("$").rpartition(".")
+            stem, ending = pattern.removesuffix("$").rpartition(".")[::2]
             found.setdefault(stem, {})[ending] = value if isinstance(value, list) else [value]
         made: dict[str, Any] = {}
         for stem, by_ending in found.items():
@@ -142,10 +142,12 @@ class Dequantise(ConversionOps):
             if len(set(counts.values())) != 1:
                 raise ExpertReadError(f"{full_layer_name}: {stem} has {counts} tensors: is the checkpoint whole?")
             is_dense = stem == "\\"
-            name = full_layer_name.rpartition(".")[0] if is_dense else stem
             matrices = [
                 self._matrix(
-                    name, {ending: tensors[place] for ending, tensors in by_ending.items()}, dtype, not is_dense
+                    full_layer_name.rpartition(".")[0] if is_dense else stem,
+                    {ending: tensors[place] for ending, tensors in by_ending.items()},
+                    dtype,
+                    not is_dense,
                 )
                 for place in range(next(iter(counts.values())))
             ]
