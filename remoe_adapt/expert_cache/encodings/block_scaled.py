@@ -12,13 +12,16 @@ from torch import Tensor
 
 from remoe_adapt.errors import ExpertReadError
 from remoe_adapt.expert_cache.encodings.blocks import MXFP4, Q8_0, BlockType
-from remoe_adapt.expert_cache.encodings.groups import Groups, q8_0_blocks, q8_0_of, renibble
+from remoe_adapt.expert_cache.encodings.groups import BLOCK, Groups, q8_0_of, renibble, with_numbers
 
-_BLOCK = 32
 # The exponent byte of E8M0 that stands for no number.
 _NO_NUMBER = 255
 # The byte of E4M3 without its sign that stands for no number.
 _E4M3_NO_NUMBER = 127
+# Blocks whose largest number has a smaller exponent's field need factors beyond fp16.
+_LEAST_FIELD = 6
+# A byte widened with its sign has the sign twice in the upper half: all bits of fp16 but the second.
+_NO_SECOND_SIGN = ~0x4000
 
 
 def checked_pair(stem: str, parts: Mapping[str, Tensor], codes: str, scales: str) -> tuple[Tensor, Tensor]:
@@ -60,16 +63,16 @@ def tile_blocks(stem: str, codes_NK: Tensor, scales_RC: Tensor) -> tuple[BlockTy
     """
     num_rows, cols, scales_RC = _tiled(stem, codes_NK, scales_RC)
     if codes_NK.dtype == torch.int8:
-        if scales_RC.element_size() != 1 or scales_RC.shape != (num_rows, cols // _BLOCK):
+        if scales_RC.element_size() != 1 or scales_RC.shape != (num_rows, cols // BLOCK):
             raise _unfit(stem, codes_NK, scales_RC)
         return mxfp4_blocks(stem, codes_NK.unflatten(1, (-1, 16)), scales_RC)
     if codes_NK.dtype != torch.float8_e4m3fn:
         raise _unfit(stem, codes_NK, scales_RC)
     width = cols // scales_RC.shape[1]
-    if width % _BLOCK or cols % _BLOCK:
+    if width % BLOCK or cols % BLOCK:
         return Q8_0, q8_0_of(tile_values(stem, codes_NK, scales_RC))
     scales_NB = numbers(scales_RC).repeat_interleave(num_rows // len(scales_RC), 0)
-    return Q8_0, _q8_0_of_e4m3(stem, codes_NK, scales_NB.repeat_interleave(width // _BLOCK, 1))
+    return Q8_0, _q8_0_of_e4m3(stem, codes_NK, scales_NB.repeat_interleave(width // BLOCK, 1))
 
 
 def int8_blocks(stem: str, codes_NK: Tensor, scales_RC: Tensor) -> Tensor:
@@ -102,14 +105,24 @@ def _q8_0_of_e4m3(stem: str, codes_NK: Tensor, scales_NB: Tensor) -> Tensor:
     The largest number of a block has four significant bits, at most 15 * 2^e: with units of 2^(e - 3) it is at most
     120, and every number of the block down to an eighth of that is a whole code.
     """
-    bytes_NBK = codes_NK.view(torch.uint8).unflatten(1, (-1, _BLOCK)) & 127
-    largest_NB = bytes_NBK.amax(-1)
+    blocks_NBK = codes_NK.view(torch.uint8).unflatten(1, (-1, BLOCK))
+    largest_NB = (blocks_NBK & _E4M3_NO_NUMBER).amax(-1)
     if not largest_NB.is_meta and bool((largest_NB == _E4M3_NO_NUMBER).any()):
         raise ExpertReadError(f"{stem}: weight holds what is no number: fetch the file again.")
-    # The exponent field of the largest; its bias is 7, and the mantissa has 3 bits.
-    unit_NB = ((largest_NB >> 3).clamp(min=1).float() - (7 + 3 + 3)).exp2()
-    codes_NBK = (codes_NK.float().unflatten(1, (-1, _BLOCK)) / unit_NB[..., None]).round_().to(torch.int8)
-    return q8_0_blocks(codes_NBK.flatten(1), scales_NB * unit_NB)
+    # The exponent's field of the largest, whose bias is 7; the mantissa has 3 bits.
+    field_NB = (largest_NB >> 3).clamp(min=1)
+    unit_NB = (field_NB.float() - (7 + 3 + 3)).exp2()
+    blocks_NBC, front = with_numbers(Q8_0, [scales_NB * unit_NB], blocks_NBK)
+    if not largest_NB.is_meta and bool(((largest_NB > 0) & (field_NB < _LEAST_FIELD)).any()):
+        whole_NBK = (codes_NK.float().unflatten(1, (-1, BLOCK)) / unit_NB[..., None]).round_()
+        blocks_NBC[..., front:] = whole_NBK.to(torch.int8).view(torch.uint8)
+        return blocks_NBC.flatten(1)
+    # The bits of E4M3 moved to where fp16 has its own are the number times 2^-8, since the biases are 7 and 15.
+    halfs_NBK = (blocks_NBK.view(torch.int8).to(torch.int16) << 7).bitwise_and_(_NO_SECOND_SIGN).view(torch.float16)
+    # Between 1024 and 2048 fp16 has units of 1: adding 1536 rounds, and leaves the code in the lowest eight bits.
+    halfs_NBK *= (2.0**8 / unit_NB.clamp(min=2.0 ** (_LEAST_FIELD - 13))).half()[..., None]
+    blocks_NBC[..., front:] = halfs_NBK.add_(1536).view(torch.uint8)[..., ::2]
+    return blocks_NBC.flatten(1)
 
 
 def _tiled(stem: str, codes_NK: Tensor, scales: Tensor, *, packed: bool = True) -> tuple[int, int, Tensor]:

@@ -1,4 +1,4 @@
-"""The quantised checkpoints that are read as they are, one entry for each `quant_method`, and refusals of the others."""
+"""The quantised checkpoints that are read as they are, an entry for each `quant_method`, and refusals of the others."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.quantizers import AutoHfQuantizer, HfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 from remoe_adapt.errors import ExpertReadError, UncacheableError
 from remoe_adapt.expert_cache.encodings import block_scaled, integer_codes
-from remoe_adapt.expert_cache.encodings.blocks import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType
+from remoe_adapt.expert_cache.encodings.blocks import BF16, F16, F32, Q8_0, BlockType
 from remoe_adapt.expert_cache.encodings.quantizers import Storing, register
 
 # The stored tensors of one parameter of one expert, by the ending of their names.
@@ -54,7 +55,7 @@ class Format(abc.ABC):
         self.name, self.settings = name, dict(settings)
         self._check()
 
-    def _check(self) -> None:
+    def _check(self) -> None:  # noqa: B027 (most formats have no setting that cannot be read)
         """Raise UncacheableError for settings that cannot be read."""
 
     def refusal(self, what: str) -> UncacheableError:
@@ -210,11 +211,10 @@ class _Gptq(_Integers):
                 f"{stem}: g_idx orders the columns, though the configuration says desc_act: false. Set desc_act to "
                 "true in config.json."
             )
-        groups = codes.groups()
-        order_K = groups.order_K
+        kind, blocks_NB, order_K = codes.to_blocks()
         if order_K is None and self._is_ordered:
-            order_K = torch.arange(groups.codes_NK.shape[1], device=groups.codes_NK.device)
-        return Band(*groups.to_blocks(), order_K)
+            order_K = torch.arange(codes.cols, device=blocks_NB.device)
+        return Band(kind, blocks_NB, order_K)
 
 
 def _zero_offset(settings: Mapping[str, Any]) -> int:
@@ -243,7 +243,7 @@ class _Awq(_Integers):
         self._is_symmetric = self.settings.get("zero_point", True) is False
 
     def _quantised_band(self, stem: str, parts: Pieces) -> Band:
-        return Band(*integer_codes.awq(stem, parts, is_symmetric=self._is_symmetric).groups().to_blocks(), None)
+        return Band(*integer_codes.awq(stem, parts, is_symmetric=self._is_symmetric).to_blocks())
 
 
 class _CompressedTensors(_Integers):
@@ -284,7 +284,7 @@ class _CompressedTensors(_Integers):
 
     def _quantised_band(self, stem: str, parts: Pieces) -> Band:
         if "weight_packed" in parts:
-            return Band(*_packed(stem, parts, self.settings).groups().to_blocks(), None)
+            return Band(*_packed(stem, parts, self.settings).to_blocks())
         weight_NK, scales_RC = block_scaled.checked_pair(stem, parts, "weight", "weight_scale")
         if weight_NK.dtype == torch.int8:
             return Band(Q8_0, block_scaled.int8_blocks(stem, weight_NK, scales_RC), None)
@@ -355,7 +355,8 @@ def format_of(name: str, config: PretrainedConfig) -> Format | None:
             method = "bitsandbytes"
         if (kind := _FORMATS.get(method)) is None:
             raise UncacheableError(
-                f"{name!r} is quantised ({method or 'no method named'}), which the expert cache does not read: {_REMEDY}."
+                f"{name!r} is quantised ({method or 'no method named'}), which the expert cache does not read: "
+                f"{_REMEDY}."
             )
         return kind(name, entries | {"quant_method": method})
     return None

@@ -12,7 +12,7 @@ from remoe_adapt.errors import ExpertReadError
 from remoe_adapt.expert_cache.encodings.blocks import Q4_0, Q4_1, Q8_0, BlockType
 
 # Values of a block of the types made here.
-_BLOCK = 32
+BLOCK = 32
 # The low four bits of each of eight bytes.
 _LOW_HALVES = 0x0F0F0F0F0F0F0F0F
 
@@ -61,7 +61,7 @@ class Groups:
         kind = kind or self.block_type()
         if kind == Q8_0:
             if self.bits == 8 and self._is_symmetric() and self._is_whole():
-                return kind, q8_0_blocks(self.codes_NK, self._by_block(self.scales_NG))
+                return kind, q8_0_blocks(self.codes_NK, self.scales_NG)
             return kind, q8_0_of(self._values())
         holds = kind == Q4_1 or (kind == Q4_0 and self._is_symmetric())
         if not holds or self.bits > 4 or not self._is_whole():
@@ -69,13 +69,12 @@ class Groups:
                 f"codes of {self.bits} bits in groups of {self.group_size}{' with minima' * (kind == Q4_0)} do not fit "
                 f"{kind.name}: use {self.block_type().name}."
             )
-        scales_NB = self._by_block(self.scales_NG)
         if kind == Q4_0:
-            return kind, _q4_blocks(self.codes_NK.view(torch.uint8) + 8, [scales_NB])
+            return kind, _q4_blocks(kind, self.codes_NK.view(torch.uint8) + 8, [self.scales_NG])
         # Codes around zero move up, and their minima down.
         low = 1 << (self.bits - 1) if self.codes_NK.dtype == torch.int8 else 0
-        minima_NG = 0 - low * self.scales_NG if self.minima_NG is None else self.minima_NG - low * self.scales_NG
-        return kind, _q4_blocks(self.codes_NK.view(torch.uint8) + low, [scales_NB, self._by_block(minima_NG)])
+        minima_NG = (0 if self.minima_NG is None else self.minima_NG) - low * self.scales_NG
+        return kind, _q4_blocks(kind, self.codes_NK.view(torch.uint8) + low, [self.scales_NG, minima_NG])
 
     def block_type(self) -> BlockType:
         """What `to_blocks` makes by default: told by shapes and types alone, so all experts of a layer agree."""
@@ -88,13 +87,7 @@ class Groups:
 
     def _is_whole(self) -> bool:
         """Whether no block has columns of two groups: one group may end with the row."""
-        return self.group_size % _BLOCK == 0 or self.scales_NG.shape[1] == 1
-
-    def _by_block(self, numbers_NG: Tensor) -> Tensor:
-        """Those of the groups for each block of a row."""
-        if numbers_NG.shape[1] == 1:
-            return numbers_NG.expand(-1, -(-self.group_size // _BLOCK))
-        return numbers_NG.repeat_interleave(self.group_size // _BLOCK, 1)
+        return self.group_size % BLOCK == 0 or self.scales_NG.shape[1] == 1
 
     def _values(self) -> Tensor:
         """fp32 [N, K], the columns in the order of the codes."""
@@ -111,7 +104,7 @@ def q8_0_of(values_NK: Tensor) -> Tensor:
     The scale of a block is its largest number / 127, rounded to fp16 before the codes are chosen, which ggml's own
     quantiser does after.
     """
-    values_NBK = _padded(values_NK).unflatten(1, (-1, _BLOCK))
+    values_NBK = _padded(values_NK).unflatten(1, (-1, BLOCK))
     scales_NB = (values_NBK.abs().amax(-1) / 127).half().float()
     # Rounding may have taken the scale down: the largest code then is 128 or more.
     inverse_NB = torch.where(scales_NB > 0, 1 / scales_NB, 0)
@@ -119,59 +112,65 @@ def q8_0_of(values_NK: Tensor) -> Tensor:
     return q8_0_blocks(codes_NBK.flatten(1), scales_NB)
 
 
-def q8_0_blocks(codes_NK: Tensor, scales_NB: Tensor) -> Tensor:
-    """int8 codes and the scales of their blocks as Q8_0: uint8 [N, 34 * blocks]."""
-    codes_NK = _padded(codes_NK)
-    blocks_NBC = codes_NK.new_empty((*scales_NB.shape, Q8_0.bytes), dtype=torch.uint8)
-    blocks_NBC[..., :2] = _halfs(scales_NB)
-    blocks_NBC[..., 2:] = codes_NK.view(torch.uint8).unflatten(1, (-1, _BLOCK))
+def q8_0_blocks(codes_NK: Tensor, scales_NG: Tensor) -> Tensor:
+    """int8 codes and the scales of their groups as Q8_0: uint8 [N, 34 * blocks]."""
+    codes_NBK = _padded(codes_NK).view(torch.uint8).unflatten(1, (-1, BLOCK))
+    blocks_NBC, front = with_numbers(Q8_0, [scales_NG], codes_NBK)
+    blocks_NBC[..., front:] = codes_NBK
     return blocks_NBC.flatten(1)
 
 
-def nibbles(codes_NK: Tensor, out_NBH: Tensor) -> None:
-    """Write codes below 16 as ggml has them: byte j of a block has value j in its low half, value j + 16 in the high.
+def q4_of_pairs(pairs_NBH: Tensor, scales_NG: Tensor, minima_NG: Tensor | None) -> tuple[BlockType, Tensor]:
+    """Codes of 4 bits, two in a byte as files have them, as Q4_0 (zero point 8) or with minima as Q4_1.
 
-    codes_NK: uint8, K a multiple of 32.
-    out_NBH: uint8 [N, K / 32, 16].
+    pairs_NBH: uint8 [N, B, 16], the even column in the low half of a byte.
+    scales_NG, minima_NG: of groups of whole blocks.
     """
-    halves_NBSH = codes_NK.view(len(codes_NK), -1, 2, 16)
-    torch.bitwise_or(halves_NBSH[..., 0, :], halves_NBSH[..., 1, :] << 4, out=out_NBH)
+    kind = Q4_0 if minima_NG is None else Q4_1
+    blocks_NBC, front = with_numbers(kind, [scales_NG] if minima_NG is None else [scales_NG, minima_NG], pairs_NBH)
+    renibble(pairs_NBH, blocks_NBC[..., front:])
+    return kind, blocks_NBC.flatten(1)
 
 
 def renibble(pairs_NBH: Tensor, out_NBH: Tensor) -> None:
-    """The same from bytes that have an even column in their low half and the next one in their high half.
+    """Order codes as ggml has them: byte j of a block has column j in its low half, column j + 16 in the high.
 
-    pairs_NBH, out_NBH: uint8 [N, B, 16].
+    pairs_NBH, out_NBH: uint8 [N, B, 16]; a byte of the first has an even column in its low half, the next in the high.
     """
-    # Columns 0..15 and 16..31 of a block, in words of eight bytes: eight times fewer numbers to handle.
-    first_NB, second_NB = pairs_NBH.contiguous().view(torch.int64).unbind(-1)
+    # Columns 0 to 15 and 16 to 31 of a block, in words of eight bytes: eight times fewer numbers to handle.
+    first_NB, second_NB = pairs_NBH.reshape(-1).view(torch.int64).view(*pairs_NBH.shape[:2], 2).unbind(-1)
     even_NB = (first_NB & _LOW_HALVES) | ((second_NB & _LOW_HALVES) << 4)
     odd_NB = ((first_NB >> 4) & _LOW_HALVES) | (second_NB & ~_LOW_HALVES)
-    pairs = torch.stack((even_NB, odd_NB), -1).view(torch.uint8).unflatten(-1, (2, 8))
-    out_NBH.unflatten(-1, (8, 2)).copy_(pairs.transpose(-1, -2))
+    for start, words_NB in enumerate((even_NB, odd_NB)):
+        out_NBH[..., start::2] = words_NB.view(-1).view(torch.uint8).view(*words_NB.shape, 8)
 
 
-def _q4_blocks(codes_NK: Tensor, numbers_NB: list[Tensor]) -> Tensor:
-    """Codes below 16 after the fp16 numbers of their blocks."""
-    codes_NK, front = _padded(codes_NK), 2 * len(numbers_NB)
-    blocks_NBC = codes_NK.new_empty((*numbers_NB[0].shape, front + _BLOCK // 2))
-    for place, values_NB in enumerate(numbers_NB):
-        blocks_NBC[..., 2 * place : 2 * place + 2] = _halfs(values_NB)
-    nibbles(codes_NK, blocks_NBC[..., front:])
+def _q4_blocks(kind: BlockType, codes_NK: Tensor, numbers_NG: list[Tensor]) -> Tensor:
+    """Codes below 16, one a byte, after the fp16 numbers of their groups."""
+    halves_NBSH = _padded(codes_NK).unflatten(1, (-1, 2, BLOCK // 2))
+    blocks_NBC, front = with_numbers(kind, numbers_NG, halves_NBSH)
+    torch.bitwise_or(halves_NBSH[..., 0, :], halves_NBSH[..., 1, :] << 4, out=blocks_NBC[..., front:])
     return blocks_NBC.flatten(1)
 
 
-def _halfs(numbers_NB: Tensor) -> Tensor:
-    """fp16 numbers as two bytes each, uint8 [N, B, 2]."""
-    halfs_NB = numbers_NB.half().contiguous()
-    if not halfs_NB.is_meta and not bool(halfs_NB.isfinite().all()):
-        raise ExpertReadError(
-            f"a scale of {numbers_NB.abs().max():g} is beyond fp16, in which ggml holds scales: is the checkpoint whole?"
-        )
-    return halfs_NB.view(torch.uint8).unflatten(1, (-1, 2))
+def with_numbers(kind: BlockType, numbers_NG: list[Tensor], codes: Tensor) -> tuple[Tensor, int]:
+    """(blocks [N, B, kind.bytes] that begin with these numbers of their groups in fp16, bytes of the numbers)."""
+    num_rows, num_blocks = codes.shape[:2]
+    blocks_NBC = torch.empty((num_rows, num_blocks, kind.bytes), dtype=torch.uint8, device=codes.device)
+    for place, each_NG in enumerate(numbers_NG):
+        halfs_NG = each_NG.half()
+        if not halfs_NG.is_meta and not bool(halfs_NG.isfinite().all()):
+            raise ExpertReadError(
+                f"a scale of {each_NG.abs().max():g} is beyond fp16, in which ggml holds scales: is the file whole?"
+            )
+        num_groups = halfs_NG.shape[1]
+        bytes_NG2 = halfs_NG.contiguous().view(-1).view(torch.uint8).view(num_rows, num_groups, 1, 2)
+        spot_NGB2 = blocks_NBC[..., 2 * place : 2 * place + 2].unflatten(1, (num_groups, -1))
+        spot_NGB2.copy_(bytes_NG2.expand_as(spot_NGB2))
+    return blocks_NBC, 2 * len(numbers_NG)
 
 
 def _padded(values_NK: Tensor) -> Tensor:
     """With zeros up to whole blocks."""
-    missing = -values_NK.shape[1] % _BLOCK
+    missing = -values_NK.shape[1] % BLOCK
     return F.pad(values_NK, (0, missing)) if missing else values_NK.contiguous()

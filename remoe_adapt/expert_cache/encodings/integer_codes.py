@@ -14,15 +14,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from remoe_adapt.errors import ExpertReadError
-from remoe_adapt.expert_cache.encodings.groups import Groups
+from remoe_adapt.expert_cache.encodings.blocks import BlockType
+from remoe_adapt.expert_cache.encodings.groups import BLOCK, Groups, q4_of_pairs
 
 _WORD_BITS = 32
 # Of the eight outputs in a word of AWQ, nibble i holds this one.
 _AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
+# The low four bits of each of four bytes.
+_LOW_HALVES = 0x0F0F0F0F
 # Widths of codes that lie in words without crossing from one into the next.
 _WHOLE_BITS = (2, 4, 8)
 
@@ -31,14 +36,16 @@ _WHOLE_BITS = (2, 4, 8)
 class Codes:
     """A matrix [N, K] of unsigned integers in groups along K: value = (code - zero) * scale.
 
-    codes_NK: uint8.
+    packed_NB: uint8, the codes of a row one after another, the first in the lowest bits.
+    cols: K.
     scales_NG: floats, as stored.
     zeros_NG: int16; None: `middle` for all.
-    bits: of a code.
+    bits: of a code: 2, 4 or 8.
     group_K: int64, the group of each column; None: G groups of neighbours, each as wide as the others.
     """
 
-    codes_NK: Tensor
+    packed_NB: Tensor
+    cols: int
     scales_NG: Tensor
     zeros_NG: Tensor | None
     bits: int
@@ -49,28 +56,56 @@ class Codes:
         """The zero point of symmetric codes."""
         return 1 << (self.bits - 1)
 
+    @property
+    def codes_NK(self) -> Tensor:
+        """uint8 [N, K], one code a byte."""
+        return unpacked(self.packed_NB, self.bits)[:, : self.cols]
+
     def dequantise(self, dtype: torch.dtype, through: torch.dtype = torch.float32) -> Tensor:
         """[N, K]: the product in fp32, where it is exact for scales of 16 bits, rounded to `through`, then `dtype`."""
-        num_rows, cols = self.codes_NK.shape
+        num_rows, num_groups = self.scales_NG.shape
         scales_NG = self.scales_NG.float()
         if self.group_K is not None:
             zeros_NK = self.middle if self.zeros_NG is None else self.zeros_NG[:, self.group_K].float()
             values_NK = (self.codes_NK.float() - zeros_NK) * scales_NG[:, self.group_K]
         else:
             zeros_NG1 = self.middle if self.zeros_NG is None else self.zeros_NG.float()[..., None]
-            codes_NGK = self.codes_NK.view(num_rows, scales_NG.shape[1], -1).float()
-            values_NK = ((codes_NGK - zeros_NG1) * scales_NG[..., None]).view(num_rows, cols)
+            codes_NGK = self.codes_NK.reshape(num_rows, num_groups, -1).float()
+            values_NK = ((codes_NGK - zeros_NG1) * scales_NG[..., None]).view(num_rows, self.cols)
         return values_NK.to(through).to(dtype)
 
     def groups(self) -> Groups:
         """The same with columns in the order of their groups."""
-        order_K = None if self.group_K is None else self.group_K.argsort(stable=True)
-        codes_NK = self.codes_NK if order_K is None else self.codes_NK[:, order_K]
+        codes_NK, order_K = self.codes_NK, None
+        if self.group_K is not None:
+            order_K = self.group_K.argsort(stable=True)
+            codes_NK = _columns(codes_NK, order_K)
         scales_NG = self.scales_NG.float()
         if self.zeros_NG is None:
             # In bytes that wrap, as 8 bits need it.
             return Groups((codes_NK - self.middle).view(torch.int8), scales_NG, None, self.bits, order_K)
-        return Groups(codes_NK, scales_NG, -self.zeros_NG.float() * scales_NG, self.bits, order_K)
+        return Groups(codes_NK, scales_NG, self._minima(), self.bits, order_K)
+
+    def to_blocks(self) -> tuple[BlockType, Tensor, Tensor | None]:
+        """(type, blocks uint8 [N, row_bytes], order of the columns), as `groups().to_blocks()` and faster."""
+        num_rows, num_groups = self.scales_NG.shape
+        if self.bits == 4 and self.group_K is None and self.cols % (num_groups * BLOCK) == 0:
+            minima_NG = None if self.zeros_NG is None else self._minima()
+            pairs_NBH = self.packed_NB.view(num_rows, -1, BLOCK // 2)
+            return (*q4_of_pairs(pairs_NBH, self.scales_NG.float(), minima_NG), None)
+        groups = self.groups()
+        # Groups of act-order are as wide as others, but nothing in a file says so.
+        if self.group_K is not None and not self.group_K.is_meta:
+            counts_G = self.group_K.bincount(minlength=num_groups)
+            if self.cols % num_groups or bool((counts_G != self.cols // num_groups).any()):
+                raise ExpertReadError(
+                    f"g_idx makes groups of {sorted(set(counts_G.tolist()))} columns: fetch it again."
+                )
+        return (*groups.to_blocks(), groups.order_K)
+
+    def _minima(self) -> Tensor:
+        assert self.zeros_NG is not None
+        return -self.zeros_NG.float() * self.scales_NG.float()
 
 
 def gptq(name: str, parts: Mapping[str, Tensor], *, zero_offset: int, is_symmetric: bool = False) -> Codes:
@@ -93,10 +128,10 @@ def gptq(name: str, parts: Mapping[str, Tensor], *, zero_offset: int, is_symmetr
     if group_K is None and cols % num_groups:
         raise _unfit(name, parts)
     scales_NG = _finite(name, "scales", scales_GN).T.contiguous()
-    zeros_NG = (unpacked(zero_words, bits).T.to(torch.int16) + zero_offset).contiguous()
+    zeros_NG = (unpacked(_bytes(zero_words), bits).T.to(torch.int16) + zero_offset).contiguous()
     # Whole words change places, not codes: eight times fewer.
-    codes_NK = unpacked(_turned(words), bits)
-    return _checked(name, Codes(codes_NK, scales_NG, zeros_NG, bits, group_K), is_symmetric, "sym")
+    codes = Codes(_bytes(_turned(words)), cols, scales_NG, zeros_NG, bits, group_K)
+    return _checked(name, codes, is_symmetric, "sym")
 
 
 def awq(name: str, parts: Mapping[str, Tensor], *, is_symmetric: bool = False) -> Codes:
@@ -114,8 +149,8 @@ def awq(name: str, parts: Mapping[str, Tensor], *, is_symmetric: bool = False) -
     if _bits(name, zero_words, (num_groups, num_rows)) != 4 or words.shape[1] * 8 != num_rows or cols % num_groups:
         raise _unfit(name, parts)
     scales_NG = _finite(name, "scales", scales_GN).T.contiguous()
-    codes = Codes(_awq_rows(words), scales_NG, _awq_rows(zero_words).to(torch.int16), 4)
-    return _checked(name, codes, is_symmetric, "zero_point")
+    zeros_NG = unpacked(_awq_rows(zero_words), 4)[:, :num_groups].to(torch.int16)
+    return _checked(name, Codes(_awq_rows(words), cols, scales_NG, zeros_NG, 4), is_symmetric, "zero_point")
 
 
 def packed(name: str, parts: Mapping[str, Tensor], bits: int) -> Codes:
@@ -144,37 +179,57 @@ def packed(name: str, parts: Mapping[str, Tensor], bits: int) -> Codes:
     if (zero_words := parts.get("weight_zero_point")) is not None:
         if zero_words.dtype != torch.int32 or zero_words.shape != (-(-num_rows * bits // _WORD_BITS), num_groups):
             raise _unfit(name, parts)
-        zeros_NG = unpacked(_turned(zero_words), bits).T[:num_rows].to(torch.int16).contiguous()
-    return Codes(unpacked(words, bits)[:, :cols].contiguous(), _finite(name, "weight_scale", scales_NG), zeros_NG, bits)
+        zeros_NG = unpacked(_bytes(_turned(zero_words)), bits).T[:num_rows].to(torch.int16).contiguous()
+    return Codes(_bytes(words), cols, _finite(name, "weight_scale", scales_NG), zeros_NG, bits)
 
 
-def unpacked(words_RW: Tensor, bits: int) -> Tensor:
-    """Words int32 [R, W] as unsigned codes uint8 [R, W * 32 / bits], of which the first lies in a word's lowest bits."""
-    # Bytes of a word come lowest first on every machine that torch runs on here.
-    bytes_RB = words_RW.reshape(-1).view(torch.uint8).view(len(words_RW), -1)
+def unpacked(packed_NB: Tensor, bits: int) -> Tensor:
+    """Bytes uint8 [N, B] as unsigned codes uint8 [N, B * 8 / bits], the first in the lowest bits of a byte."""
     if bits == 8:
-        return bytes_RB
+        return packed_NB
     each = 8 // bits
-    codes_RBE = torch.empty((*bytes_RB.shape, each), dtype=torch.uint8, device=bytes_RB.device)
+    codes_NBE = torch.empty((*packed_NB.shape, each), dtype=torch.uint8, device=packed_NB.device)
     for place in range(each):
-        torch.bitwise_and(bytes_RB >> (place * bits), (1 << bits) - 1, out=codes_RBE[..., place])
-    return codes_RBE.flatten(1)
+        torch.bitwise_and(packed_NB >> (place * bits), (1 << bits) - 1, out=codes_NBE[..., place])
+    return codes_NBE.flatten(1)
+
+
+def _bytes(words_RW: Tensor) -> Tensor:
+    """uint8 [R, 4 W] of int32 words, the lowest byte first as on every machine that torch runs on here."""
+    # Flat first: no view takes the bytes of rows of one word that do not lie one after another.
+    return words_RW.reshape(-1).view(torch.uint8).view(len(words_RW), -1)
 
 
 def _turned(words_RW: Tensor) -> Tensor:
-    """Transposed in its own memory. `contiguous` leaves a row or a column of one where it is, whose bytes no view
-    takes."""
+    """Transposed in its own memory, which `contiguous` leaves out for one row or one column."""
     return torch.empty_like(words_RW.T, memory_format=torch.contiguous_format).copy_(words_RW.T)
 
 
+def _columns(codes_NK: Tensor, order_K: Tensor) -> Tensor:
+    """These columns in this order."""
+    if codes_NK.device.type == "cpu":
+        # Three times as fast as torch's index_select along rows.
+        return torch.from_numpy(np.take(codes_NK.numpy(), order_K.numpy(), axis=1))
+    return codes_NK.index_select(1, order_K)
+
+
 def _awq_rows(words_KW: Tensor) -> Tensor:
-    """The codes [N, K] of words [K, N / 8]."""
+    """Words [K, N / 8] as codes of rows, uint8 [N, K / 2 rounded up], the even column in the low half of a byte."""
     words_WK = _turned(words_KW)
-    bytes_WKB = words_WK.view(torch.uint8).view(*words_WK.shape, 4)
-    codes_WOK = torch.empty((len(words_WK), 8, words_WK.shape[1]), dtype=torch.uint8, device=words_KW.device)
-    for place, output in enumerate(_AWQ_OUTPUTS):
-        torch.bitwise_and(bytes_WKB[..., place // 2] >> (place % 2 * 4), 15, out=codes_WOK[:, output])
-    return codes_WOK.flatten(0, 1)
+    if words_WK.shape[1] % 2:
+        words_WK = F.pad(words_WK, (0, 1))
+    even_WH, odd_WH = words_WK.unflatten(1, (-1, 2)).unbind(-1)
+    # Each word has eight outputs: those of its even nibbles for two columns are the bytes of one new word, those of its
+    # odd nibbles the bytes of another.
+    pairs = (
+        (even_WH & _LOW_HALVES) | ((odd_WH & _LOW_HALVES) << 4),
+        ((even_WH >> 4) & _LOW_HALVES) | (odd_WH & ~_LOW_HALVES),
+    )
+    bytes_SWHB = [pair.contiguous().view(torch.uint8).unflatten(1, (-1, 4)) for pair in pairs]
+    rows_WOH = torch.empty((len(words_WK), 8, even_WH.shape[1]), dtype=torch.uint8, device=words_KW.device)
+    for nibble, output in enumerate(_AWQ_OUTPUTS):
+        rows_WOH[:, output] = bytes_SWHB[nibble % 2][..., nibble // 2]
+    return rows_WOH.flatten(0, 1)
 
 
 # Checks

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from remoe_adapt.errors import ExpertReadError, UncacheableError
@@ -58,12 +58,13 @@ class DequantisingQuantizer(HfQuantizer):
     """Leaves a model as it is built, and dequantises what the files hold."""
 
     requires_calibration = False
+    quantization_config: DequantisingConfig
     storing: Storing
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel | None = None
     ) -> list[Any]:
-        """The model's converters, each also fed with the codes' tensors and dequantising first, then one for all others.
+        """The model's converters, each also fed with the codes' tensors and dequantising first, and one for all others.
 
         model: not handed over before transformers 5.21.
         """
@@ -93,7 +94,7 @@ class DequantisingQuantizer(HfQuantizer):
         return made
 
     def remove_quantization_config(self, model: Any) -> None:
-        super().remove_quantization_config(model)
+        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
         # Before transformers 5.21 these would stay, and a later save_pretrained would run them backwards.
         vars(model).pop("_weight_conversions", None)
 
@@ -133,7 +134,7 @@ class Dequantise(ConversionOps):
         dtype = model.get_parameter(full_layer_name).dtype
         found: dict[str, dict[str, list[Tensor]]] = {}
         for pattern, value in input_dict.items():
-            stem, _, ending = pattern.removesuffix("$").rpartition(".")
+            stem, ending = pattern.removesuffix("$").rpartition(".")[::2]
             found.setdefault(stem, {})[ending] = value if isinstance(value, list) else [value]
         made: dict[str, Any] = {}
         for stem, by_ending in found.items():
@@ -141,10 +142,12 @@ class Dequantise(ConversionOps):
             if len(set(counts.values())) != 1:
                 raise ExpertReadError(f"{full_layer_name}: {stem} has {counts} tensors: is the checkpoint whole?")
             is_dense = stem == "\\"
-            name = full_layer_name.rpartition(".")[0] if is_dense else stem
             matrices = [
                 self._matrix(
-                    name, {ending: tensors[place] for ending, tensors in by_ending.items()}, dtype, not is_dense
+                    full_layer_name.rpartition(".")[0] if is_dense else stem,
+                    {ending: tensors[place] for ending, tensors in by_ending.items()},
+                    dtype,
+                    not is_dense,
                 )
                 for place in range(next(iter(counts.values())))
             ]
@@ -168,7 +171,7 @@ def register(method: str, storing: Storing) -> str:
     """Make the method known to transformers under a name of ours, which is returned; once for each."""
     name = "remoe_" + re.sub(r"\W", "_", method)
     if name not in AUTO_QUANTIZER_MAPPING:
-        made = type(f"{name}_quantizer", (DequantisingQuantizer,), {"storing": storing})
+        quantizer = type(f"{name}_quantizer", (DequantisingQuantizer,), {"storing": storing})
         put_on(AUTO_QUANTIZATION_CONFIG_MAPPING, name, DequantisingConfig)
-        put_on(AUTO_QUANTIZER_MAPPING, name, made)
+        put_on(AUTO_QUANTIZER_MAPPING, name, quantizer)
     return name
