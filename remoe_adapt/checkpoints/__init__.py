@@ -1,5 +1,25 @@
 """Checkpoints on disk: which files count, how a base is loaded, and what may be asked for."""
 
+from remoe_adapt.checkpoints.gguf_file import (
+    ALIGNMENT_KEY,
+    INT32,
+    UINT16,
+    GgufFile,
+    GgufTensor,
+    entry_bytes,
+    header_bytes,
+    shard_name,
+    shard_paths,
+    text_entry,
+)
+from remoe_adapt.checkpoints.gguf_parts import (
+    ARCHITECTURE_KEY,
+    DIGEST_KEYS,
+    MODEL_KEY,
+    ROUTERS_KEY,
+    SPLIT_KEYS,
+    check_parts,
+)
 from remoe_adapt.checkpoints.load import (
     HUB_OPTIONS,
     auto_class,

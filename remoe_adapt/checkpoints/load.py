@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.quantizers import HfQuantizer
 
 import remoe_adapt.tuner  # noqa: F401 (transformers asks PEFT for the type of an adapter)
 from remoe_adapt._support import first_line, printable
@@ -265,14 +266,15 @@ Sources = dict[str, dict[str | None, list[str]]]
 
 
 def stored_sources(
-    model: PreTrainedModel, meta: dict[str, Any], names: Iterable[str]
+    model: PreTrainedModel, meta: dict[str, Any], names: Iterable[str], quantizer: HfQuantizer | None = None
 ) -> tuple[Sources, dict[str, WeightConverter]]:
     """(which tensors of a checkpoint each parameter is made of, the conversions by their pattern).
 
     meta: the model's state dict, with or without values.
     names: of the checkpoint's tensors.
+    quantizer: of a quantised checkpoint, made with dequantize=True: its conversions begin with dequantising.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     found: defaultdict[str, dict[str | None, list[str]]] = defaultdict(dict)

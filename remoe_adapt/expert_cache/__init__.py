@@ -7,7 +7,7 @@ one that is there. Stores, reader and pages are for benchmarks, and for engines 
 
 from remoe_adapt.expert_cache.budget import check_budget, domains_of, least_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS, ExpertCache
-from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
 from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader
 from remoe_adapt.expert_cache.encoding import Encoding, Floats, register
 from remoe_adapt.expert_cache.experts import cached_layer, expert_cache_of
@@ -21,4 +21,5 @@ from remoe_adapt.expert_cache.load import (
 )
 from remoe_adapt.expert_cache.memory import map_pages
 from remoe_adapt.expert_cache.pack import PackedStore
+from remoe_adapt.expert_cache.plan import experts_modules
 from remoe_adapt.expert_cache.prefetch import bind_prefetch

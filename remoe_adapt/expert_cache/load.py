@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,24 +29,31 @@ from remoe_adapt.checkpoints import (
     check_place,
     checkpoint_dtype,
     checkpoint_folder,
+    open_checkpoint,
     read_config,
     unknown_option,
 )
 from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError, UncacheableError
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.budget import budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS
-from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
 from remoe_adapt.expert_cache.direct_io import Reader
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
+from remoe_adapt.expert_cache.encodings import Format, format_of, ggml
 from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
+from remoe_adapt.expert_cache.layouts import Layout, StoredLayout
 from remoe_adapt.expert_cache.pack import PackedStore, write_pack
+from remoe_adapt.expert_cache.plan import Plan, experts_modules, plan_checkpoint
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
 from remoe_adapt.expert_cache.types import check_options
 from remoe_adapt.libraries import Handle, become, class_attribute, put_on
 
 # Default dtype and classes of experts change for the whole process while a model is made.
 LOADING = threading.Lock()
+# How quantised experts may be computed.
+ARITHMETICS = ("auto", "fast", "exact")
 # 1 / _KV_CACHE_PART of `memory` is left for the KV cache, which grows only once the model runs.
 _KV_CACHE_PART = 16
 _KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
@@ -64,6 +72,7 @@ def load_with_expert_cache(
     ram_budget: str | int | float | None = None,
     memory: str | int | None = None,
     storage: str | os.PathLike[str] | None = None,
+    arithmetic: str = "auto",
     policy: str = "lrfu",
     scope: str = "global",
     prefetch: bool = False,
@@ -86,6 +95,9 @@ def load_with_expert_cache(
     memory: what the dense part and the slots may take together, with a sixteenth left for the KV cache; it lowers the
         budget.
     storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
+    arithmetic: of quantised experts. "exact": they are dequantised on use, bit-equal to the dequantised model of
+        transformers; "fast": computed as they are, within a tolerance (docs/concepts/encodings.md); "auto": fast where
+        there are kernels for it, else exact.
     policy: what is evicted, see ExpertCache.
     scope: of the budget, see ExpertCache.
     threads: reads at a time.
@@ -111,6 +123,7 @@ def load_with_expert_cache(
     options: dict[str, Any] = {"policy": policy, "scope": scope, "threads": threads}
     check_options(**options)
     check_flags(prefetch=prefetch, direct_io=direct_io)
+    check_arithmetic(arithmetic)
     if not callable(reader):
         raise ConfigError(f"reader {reader!r}: give something that reads as os.preadv does.")
     refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs))
@@ -122,14 +135,14 @@ def load_with_expert_cache(
     old_name = from_pretrained_kwargs.pop("torch_dtype", None)
     dtype = old_name if dtype is None else dtype
     checkpoint = find_checkpoint(path, dtype, from_pretrained_kwargs)
-    folder, wanted, loader = checkpoint.folder, checkpoint.dtype, checkpoint.loader
+    folder, wanted = checkpoint.folder, checkpoint.dtype
     kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in HUB_OPTIONS}
     place = find_device(device)
     with LOADING:
         skeleton = checkpoint.skeleton()
         modules = experts_modules(skeleton)
         check_experts(modules)
-        store = _store(checkpoint, skeleton, storage, direct_io=direct_io, reader=reader)
+        store = _store(checkpoint, skeleton, storage, arithmetic, place, direct_io=direct_io, reader=reader)
         try:
             budget_bytes = budget_in_bytes(expert_cache, store.total_bytes)
             if memory is not None:
@@ -142,10 +155,12 @@ def load_with_expert_cache(
                 **options,
             )
             left_out = [
-                f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
+                f"{name}.{param}"
+                for name, module in modules.items()
+                for param, _ in module.named_parameters(recurse=False)
             ]
             with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
-                model = loader.from_pretrained(folder, dtype=wanted, experts_implementation=IMPLEMENTATION, **kwargs)
+                model = checkpoint.dense_part(experts_implementation=IMPLEMENTATION, **kwargs)
         except BaseException as error:
             # Also after Ctrl-C: nobody else could close the store's files.
             store.close()
@@ -158,7 +173,7 @@ def load_with_expert_cache(
     assert isinstance(model, PreTrainedModel)
     _unmap(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
-    bind_experts(model, cache, wanted, place, checkpoint.encoding)
+    bind_experts(model, cache, wanted, store.layout, place)
     if prefetch:
         bind_prefetch(model, cache)
     put_on(model, "expert_cache", cache)
@@ -198,14 +213,21 @@ def _store(
     checkpoint: Checkpoint,
     skeleton: PreTrainedModel,
     storage: str | os.PathLike[str] | None,
+    arithmetic: str,
+    device: torch.device,
     *,
     direct_io: bool,
     reader: Reader,
 ) -> ExpertStore | PackedStore:
+    layout = checkpoint.layout(arithmetic, device)
+    plan = checkpoint.plan(skeleton)
     if storage is None:
-        return ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=direct_io, reader=reader)
+        return ExpertStore(
+            checkpoint.folder, skeleton, checkpoint.encoding, plan=plan, layout=layout, direct_io=direct_io,
+            reader=reader,
+        )  # fmt: skip
     # The pack is compared with the checkpoint, which is needed for nothing else.
-    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding)
+    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, plan=plan, layout=layout)
     try:
         return PackedStore(storage, source, direct_io=direct_io, reader=reader)
     finally:
@@ -267,7 +289,8 @@ def pack_experts(
     with LOADING:
         skeleton = checkpoint.skeleton()
     check_experts(experts_modules(skeleton))
-    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=True)
+    plan, layout = checkpoint.plan(skeleton), checkpoint.layout("exact", torch.device("cpu"))
+    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, plan=plan, layout=layout, direct_io=True)
     name = Path(checkpoint.name).resolve().name if Path(checkpoint.name).is_dir() else checkpoint.name
     try:
         return write_pack(source, out, model_id=name, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes)
@@ -282,6 +305,7 @@ class Checkpoint:
     name: as it was given.
     dtype: of its weights in memory.
     encoding: of its experts.
+    format: of a quantised checkpoint; None: its weights are floats, or what `encoding` makes of them.
     """
 
     name: str
@@ -290,6 +314,7 @@ class Checkpoint:
     dtype: torch.dtype
     trust: Mapping[str, Any]
     encoding: Encoding = FLOATS
+    format: Format | None = None
 
     @property
     def loader(self) -> Any:
@@ -301,7 +326,7 @@ class Checkpoint:
         try:
             # A copy, because from_config writes its choices into the configuration that it is given.
             with torch.device("meta"):
-                model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
+                model = self.loader.from_config(self._plain_config(), dtype=self.dtype, **self.trust)
         except Exception as error:  # config.json may hold anything
             reason = str(error).partition("\n")[0].partition(" Model type should be")[0] or type(error).__name__
             raise UncacheableError(
@@ -310,6 +335,47 @@ class Checkpoint:
         assert isinstance(model, PreTrainedModel)
         self.encoding.prepare(model)
         return model
+
+    def _plain_config(self) -> PretrainedConfig:
+        """A copy of the configuration, of the dequantised model."""
+        config = copy.deepcopy(self.config)
+        if self.format is not None:
+            for part in (config, config.get_text_config()):
+                if hasattr(part, "quantization_config"):
+                    del part.quantization_config
+        return config
+
+    def plan(self, skeleton: PreTrainedModel) -> Plan | None:
+        """Of the experts of a quantised checkpoint; None: that of its files as they are."""
+        if self.format is None:
+            return None
+        extents, quantizer = open_checkpoint(self.folder), self.format.quantizer(self.config)
+        return plan_checkpoint(self.folder, skeleton, extents, quantizer, self.format.blocks)
+
+    def layout(self, arithmetic: str, device: torch.device) -> Callable[[Plan], Layout] | None:
+        """What slots shall hold; None: the parameters."""
+        if self.format is None:
+            return None
+        kernels = None if arithmetic == "exact" or device.type != "cpu" else ggml()
+        if kernels is not None:
+            return partial(BlocksLayout, kernels=kernels)
+        if arithmetic == "fast":
+            raise ConfigError(f'arithmetic {arithmetic!r}: there are no kernels for {device} here: give "exact".')
+        return partial(StoredLayout, method=self.format.method)
+
+    def dense_part(self, **kwargs: Any) -> Any:
+        """`from_pretrained` of the model, dequantised; within `experts_left_out` it has no experts."""
+        if self.format is None:
+            return self.loader.from_pretrained(self.folder, dtype=self.dtype, **kwargs)
+        return self.loader.from_pretrained(
+            self.folder, config=self.format.loading(self.config), dtype=self.dtype, **kwargs
+        )
+
+
+def check_arithmetic(arithmetic: object) -> None:
+    """Raises ConfigError for another than those there are."""
+    if arithmetic not in ARITHMETICS:
+        raise ConfigError(f"arithmetic {arithmetic!r} is not one of {', '.join(ARITHMETICS)}.")
 
 
 def find_checkpoint(
@@ -328,9 +394,10 @@ def find_checkpoint(
     check_place(path, "model", **hub)
     config = read_config(name, **hub, **trust)
     # Before the weights are fetched: they may be hundreds of gigabytes that nobody can use.
-    encoding = encoding_of(name, config)
+    encoding = encoding_of(config)
+    format = None if encoding is not None else format_of(name, config)
     folder = checkpoint_folder(name, **hub)
-    return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust, encoding)
+    return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust, encoding or FLOATS, format)
 
 
 def _dtype(dtype: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:

@@ -86,7 +86,7 @@ class PackedStore(FileStore):
     ) -> None:
         self.folder = Path(folder)
         self.layers, self.num_experts, self.params = source.layers, source.num_experts, source.params
-        self.expert_bytes = source.expert_bytes
+        self.expert_bytes, self.layout = source.expert_bytes, source.layout
         self._likes = [source.like(layer) for layer in range(len(self.layers))]
         self._packed = [PackedLayer.of(source, layer) for layer in range(len(self.layers))]
         manifest = read_manifest(self.folder)

@@ -273,9 +273,9 @@ def test_quantised_experts_are_refused_before_a_byte_of_them_is_read(kind: str, 
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("fp8", r"\(fp8\).*FineGrainedFP8Config\(dequantize=True\)"),
-        ("mxfp4", r"\(mxfp4\).*Mxfp4Config\(dequantize=True\)"),
-        ("gptq", r"\(gptq\).*give the checkpoint that it was made from"),
+        ("bitsandbytes", r"\(bitsandbytes\).*give the checkpoint that it was made from"),
+        ("torchao", r"\(torchao\).*give the checkpoint that it was made from"),
+        ("hqq", r"\(hqq\).*give the checkpoint that it was made from"),
     ],
 )
 def test_a_configuration_that_says_so_is_refused_before_weights_are_fetched(
