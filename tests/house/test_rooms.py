@@ -28,6 +28,7 @@ ROOMS = (
     "recency objective",
     "tuner",
     "checkpoints",
+    "expert_cache.encodings",
     "family expert_cache",
     "dial training",
     "evaluation engines",
