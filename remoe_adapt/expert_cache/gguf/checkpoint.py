@@ -28,8 +28,8 @@ class GgufCheckpoint:
     """A GGUF model, opened by its headers.
 
     `config` is of the text model; `architecture` as the file names it; `dtype` the one that from_pretrained loads it in
-    unless told otherwise; `files` its parts, `tensors` where each of them lies, `num_blocks` its layers with those that predict further
-    tokens.
+    unless told otherwise; `files` its parts; `tensors` where each of them lies; `num_blocks` its layers, with those
+    that predict further tokens.
 
     path: the file, of a split model its first part.
     config: a configuration, or the folder or hub id of the model that the file was made from. None: a config.json
@@ -85,11 +85,11 @@ class GgufWeights:
     def __init__(self, checkpoint: GgufCheckpoint, model: PreTrainedModel, experts: Mapping[str, nn.Module]) -> None:
         path, tensors = checkpoint.path, checkpoint.tensors
         self.path = path
-        self.experts = [expert_groups(_layer_of(name), name, module, tensors, path) for name, module in experts.items()]
         theirs = {f"{name}.{param}" for name, module in experts.items() for param, _ in module.named_parameters()}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         names = {key: value for key, value in model.state_dict().items() if key not in theirs and key not in tied}
         self.dense = self._dense(checkpoint, model, names)
+        self.experts = [expert_groups(_layer_of(name), name, module, tensors, path) for name, module in experts.items()]
         self._check_left(checkpoint, model, bool(tied))
 
     def read_dense(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
