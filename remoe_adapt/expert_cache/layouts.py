@@ -23,6 +23,8 @@ from remoe_adapt.expert_cache.types import Slot
 if TYPE_CHECKING:
     from remoe_adapt.expert_cache.experts import ChosenExperts
 
+# What the arithmetic on plain numbers is called.
+FLOATS_NAME = "float"
 # Reads one expert (layer, expert) as the files have it.
 Stored = Callable[[int, int], dict[str, Tensor]]
 
@@ -76,7 +78,7 @@ class ParamsLayout(Layout):
 
     def __init__(self, plan: Plan, encoding: Encoding) -> None:
         super().__init__(plan)
-        self.name, self._encoding = encoding.method or "float", encoding
+        self.name, self._encoding = encoding.method or FLOATS_NAME, encoding
 
     def parts(self, layer: int) -> dict[str, Tensor]:
         return self.plan.likes[layer]
