@@ -30,6 +30,7 @@ from remoe_adapt.checkpoints.load import (
     load_tokenizer,
     load_with_tokenizer,
     max_positions,
+    model_config,
     on_device,
     read_config,
     stored_sources,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +143,17 @@ def usable_device(device: str | int | torch.device | None) -> str:
 
 
 def load_with_tokenizer(
-    path_or_hub_id: str | Path, *, device: str | None = None, dtype: str = "auto"
+    path_or_hub_id: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    load: Callable[..., nn.Module] | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer), the model as `load_base` makes it, in eval mode.
+    """(model, tokenizer), the model in eval mode.
 
     device: None: a GPU if there is one.
     dtype: one of `DTYPES`; "auto" means as stored.
+    load: makes the model of its name, `device` and `dtype`; None: as `load_base` does.
 
     Raises:
         ConfigError: nothing loadable is there, `device` cannot compute here, or `dtype` is unknown; in one line.
@@ -160,7 +165,8 @@ def load_with_tokenizer(
     check_place(path_or_hub_id, "cannot load the model:")
     model_config(name)  # first: where it is damaged, the tokenizer is not what is missing
     tokenizer = load_tokenizer(name)
-    return on_device(load_base(name, dtype=dtype), target).eval(), tokenizer
+    model = on_device(load_base(name, dtype=dtype), target) if load is None else load(name, device=target, dtype=dtype)
+    return model.eval(), tokenizer
 
 
 def on_device(model: nn.Module, device: str | None) -> nn.Module:

@@ -10,11 +10,12 @@ from remoe_adapt.expert_cache.cache import READ_THREADS, ExpertCache
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
 from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader
 from remoe_adapt.expert_cache.encoding import Encoding, Floats, register
-from remoe_adapt.expert_cache.experts import cached_layer, expert_cache_of
+from remoe_adapt.expert_cache.experts import arithmetic_of, cached_layer, expert_cache_of
 from remoe_adapt.expert_cache.load import (
     LOADING,
     OWN_PLACEMENT,
     Checkpoint,
+    check_arithmetic,
     find_checkpoint,
     load_with_expert_cache,
     pack_experts,
@@ -23,3 +24,4 @@ from remoe_adapt.expert_cache.memory import map_pages
 from remoe_adapt.expert_cache.pack import PackedStore
 from remoe_adapt.expert_cache.plan import experts_modules
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
+from remoe_adapt.expert_cache.whole import load_whole_or_cached

@@ -70,6 +70,8 @@ class ExpertCache:
         self.source, self.policy, self.scope, self._threads = source, policy, scope, threads
         self.below, self._released = below, released
         self._batches = source if isinstance(source, BatchSource) else None
+        # What the slots are computed with, for `stats`; "" until a model is bound, and in tiers below.
+        self.arithmetic = ""
         # How long a lease has lately waited for each expert that it missed.
         self.miss_s = 0.0
         self._shares = Shares(source, budget_bytes, policy, scope)
@@ -218,14 +220,16 @@ class ExpertCache:
 
     def stats(self, *, layers: bool = True) -> dict[str, Any]:
         """JSON-ready: settings, what is resident, counters summed up and, unless turned off, those of each layer
-        (`layers`). `asked_bytes`: the budget in force, or the smaller one that leases are in the way of. `below`: the
+        (`layers`). `asked_bytes`: the budget in force, or the smaller one that leases are in the way of.
+        `arithmetic`: what the slots are computed with, and whether that is exact; "" where no model is. `below`: the
         same of the tier below; None without one.
         """
         with self._changed:
             sizes = {"budget_bytes": self.budget_bytes, "asked_bytes": self._shares.asked_bytes}
             found = sizes | {"resident_bytes": self.resident_bytes} | counted(self._counters, layers)
         below = None if self.below is None else self.below.stats(layers=layers)
-        return {"policy": self.policy, "scope": self.scope, **found, "below": below}
+        settings = {"policy": self.policy, "scope": self.scope, "arithmetic": self.arithmetic}
+        return settings | found | {"below": below}
 
     def reset_stats(self) -> None:
         """Counters start again at 0, those of the tiers below too; slots and the policy's memory of uses stay."""

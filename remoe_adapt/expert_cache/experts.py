@@ -24,7 +24,7 @@ from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.budget import Lease
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.encoding import eager_function
-from remoe_adapt.expert_cache.layouts import Layout, ParamsLayout
+from remoe_adapt.expert_cache.layouts import FLOATS_NAME, Layout, ParamsLayout
 from remoe_adapt.expert_cache.types import Slot
 from remoe_adapt.libraries import Patches, override, put_on
 from remoe_adapt.tuner import plain_base
@@ -255,12 +255,31 @@ def bind_experts(
     for layer, name in enumerate(expert_cache.source.layers):
         experts = CachedExperts(expert_cache, layer, dtype, device, layout)
         put_on(model.get_submodule(name), "cached_experts", experts)
+    expert_cache.arithmetic = f"{layout.name}, {'exact' if layout.is_exact else 'fast'}"
 
 
 def expert_cache_of(model: nn.Module) -> ExpertCache | None:
     """The cache that a model (the base of a PeftModel) computes with; None without."""
     found = vars(plain_base(model)).get("expert_cache")
     return found if isinstance(found, ExpertCache) else None
+
+
+def arithmetic_of(model: nn.Module) -> dict[str, Any]:
+    """What the experts of a model (the base of a PeftModel) are computed with: `{"name", "exact"}`.
+
+    exact: results are those of the parameters that `from_pretrained` loads; not so where kernels compute on codes.
+    """
+    base = plain_base(model)
+    layouts = (vars(module)["cached_experts"].layout for module in base.modules() if "cached_experts" in vars(module))
+    layout = next(layouts, None)
+    if layout is not None:
+        return {"name": layout.name, "exact": layout.is_exact}
+    # transformers keeps its quantiser on a model that computes on codes, and takes it off a dequantised one.
+    quantizer: Any = getattr(base, "hf_quantizer", None)
+    if quantizer is None:
+        return {"name": FLOATS_NAME, "exact": True}
+    method = getattr(quantizer.quantization_config, "quant_method", "quantised")
+    return {"name": str(getattr(method, "value", method)), "exact": False}
 
 
 def cached_layer(block: nn.Module) -> int | None:

@@ -23,6 +23,9 @@ from remoe_adapt.expert_cache.types import Slot
 if TYPE_CHECKING:
     from remoe_adapt.expert_cache.experts import ChosenExperts
 
+# What the arithmetic on plain numbers is called.
+FLOATS_NAME = "float"
+
 
 class Layout(abc.ABC):
     """What slots hold; made from the plan of a checkpoint.
@@ -73,7 +76,7 @@ class ParamsLayout(Layout):
 
     def __init__(self, plan: Plan, encoding: Encoding) -> None:
         super().__init__(plan)
-        self.name, self._encoding = encoding.method or "float", encoding
+        self.name, self._encoding = encoding.method or FLOATS_NAME, encoding
 
     def parts(self, layer: int) -> dict[str, Tensor]:
         return self.plan.likes[layer]
