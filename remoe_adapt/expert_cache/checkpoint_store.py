@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,8 @@ from remoe_adapt.expert_cache.memory import Blocks
 
 # Parameters lie at multiples of so many bytes, as torch's tensors do: elsewhere some kernels compute other last bits.
 ALIGNMENT = 64
+# Of each tensor's bytes so many go into a fingerprint.
+_FINGERPRINT_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,17 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     # transformers' decorator of experts classes sets these; there is no base class to ask for.
     marks = ("is_transposed", "has_gate", "has_bias", "num_experts")
     return {name: module for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)}
+
+
+def fingerprint_of(reader: ExtentReader, extents: Iterable[Extent]) -> str:
+    """A hash of types, shapes and first bytes of tensors, in the order of their names and places."""
+    found = hashlib.sha256()
+    for extent in sorted(extents, key=lambda extent: (extent.tensor, extent.offset)):
+        part = torch.empty(min(extent.size, _FINGERPRINT_BYTES), dtype=torch.uint8)
+        reader.fill([(replace(extent, size=part.nbytes), part)])
+        found.update(f"{extent.dtype} {extent.shape}".encode())
+        found.update(part.numpy().tobytes())
+    return found.hexdigest()
 
 
 class FileStore(abc.ABC):
@@ -204,6 +218,18 @@ class ExpertStore(FileStore):
             self._reader.fill([(replace(first, shape=tuple(part.shape), size=part.nbytes), part)])
             found[group.params[0]] = part.to(self._params[layer][group.params[0]].dtype)
         return found
+
+    def fingerprint(self, layer: int) -> str:
+        """Ties copies of a layer in any encoding to these files: a hash of the first bytes that its first and its last
+        expert have there, which every training changes; raises as `read`."""
+        count = self.num_experts[layer]
+        experts = sorted({0, count - 1})
+        sources = [source for group in self._groups[layer] for source in group.sources]
+        return fingerprint_of(self._reader, (source.of(expert, count) for expert in experts for source in sources))
+
+    def tensors(self) -> set[str]:
+        """The names that all experts' tensors have in the files."""
+        return {e.tensor for groups in self._groups for g in groups for s in g.sources for e in s.extents}
 
     def state(self) -> list[list[Any]]:
         """Name, size and time of change (ns) of each file that experts are in (JSON-ready)."""

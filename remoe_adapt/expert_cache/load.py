@@ -37,9 +37,12 @@ from remoe_adapt.expert_cache.cache import READ_THREADS
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
 from remoe_adapt.expert_cache.direct_io import Reader
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
+from remoe_adapt.expert_cache.encodings import KINDS
 from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
-from remoe_adapt.expert_cache.pack import PackedStore, write_pack
+from remoe_adapt.expert_cache.pack import PackedStore
+from remoe_adapt.expert_cache.pack_sources import DensePart, FloatExperts, QuantisedExperts
+from remoe_adapt.expert_cache.packing import write_pack
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
 from remoe_adapt.expert_cache.types import check_options
 from remoe_adapt.libraries import Handle, become, class_attribute, put_on
@@ -122,7 +125,7 @@ def load_with_expert_cache(
     old_name = from_pretrained_kwargs.pop("torch_dtype", None)
     dtype = old_name if dtype is None else dtype
     checkpoint = find_checkpoint(path, dtype, from_pretrained_kwargs)
-    folder, wanted, loader = checkpoint.folder, checkpoint.dtype, checkpoint.loader
+    folder, wanted = checkpoint.folder, checkpoint.dtype
     kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in HUB_OPTIONS}
     place = find_device(device)
     with LOADING:
@@ -141,11 +144,7 @@ def load_with_expert_cache(
                 ram_budget_bytes=None if ram_budget is None else budget_in_bytes(ram_budget, store.total_bytes),
                 **options,
             )
-            left_out = [
-                f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
-            ]
-            with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
-                model = loader.from_pretrained(folder, dtype=wanted, experts_implementation=IMPLEMENTATION, **kwargs)
+            model = _dense_part(checkpoint, skeleton, store, **kwargs)
         except BaseException as error:
             # Also after Ctrl-C: nobody else could close the store's files.
             store.close()
@@ -155,7 +154,6 @@ def load_with_expert_cache(
             if isinstance(error, OSError | SafetensorError) and not isinstance(error, RemoeError):
                 raise ExpertReadError(f"{folder} cannot be loaded ({printable(error)}): fetch it again.") from error
             raise
-    assert isinstance(model, PreTrainedModel)
     _unmap(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
     bind_experts(model, cache, wanted, place, checkpoint.encoding)
@@ -164,6 +162,23 @@ def load_with_expert_cache(
     put_on(model, "expert_cache", cache)
     # By its class: attributes of the model are hooked and unhooked by others.
     become(model, _Cached)
+    return model
+
+
+def _dense_part(
+    checkpoint: Checkpoint, skeleton: PreTrainedModel, store: ExpertStore | PackedStore, **kwargs: Any
+) -> PreTrainedModel:
+    """The model without its experts' parameters, as from_pretrained maps it; under LOADING."""
+    left_out = [f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names]
+    classes = {type(module) for module in experts_modules(skeleton).values()}
+    with experts_left_out(classes), _unexpected(type(skeleton), left_out):
+        model = checkpoint.loader.from_pretrained(
+            checkpoint.folder,
+            dtype=checkpoint.dtype,
+            experts_implementation=IMPLEMENTATION,
+            **{**checkpoint.trust, **kwargs},
+        )
+    assert isinstance(model, PreTrainedModel)
     return model
 
 
@@ -239,6 +254,8 @@ def pack_experts(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    bits: int | None = None,
+    dense_bits: int | None = None,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
     on_start: Callable[[int], None] = lambda total_bytes: None,
@@ -249,7 +266,10 @@ def pack_experts(
 
     path: of the checkpoint, or its hub id.
     out: the folder of the pack.
-    dtype: of the copy, which must be that of the model in memory; None: the checkpoint's.
+    bits: 4 or 8: quantise the experts' matrices (q4_1, q8_0: a scale for each 32 numbers of a row); None: copy them.
+    dense_bits: 4 or 8: have the dense part in the pack too, its linear layers and embeddings quantised so; 16: as it
+        is; None: leave it in the checkpoint.
+    dtype: of what is not quantised, which must be that of the model in memory; None: the checkpoint's.
     overwrite: replace a pack that is there.
     on_start: called with the bytes in all.
     on_bytes: called with the bytes that were written since the last call.
@@ -260,19 +280,32 @@ def pack_experts(
     """
     if unknown := sorted(options.keys() - {*HUB_OPTIONS, "trust_remote_code"}):
         raise ConfigError(
-            f"{', '.join(unknown)}: a pack is made of the folder's own safetensors files; give dtype, overwrite, "
-            f"trust_remote_code, {', '.join(HUB_OPTIONS)} alone."
+            f"{', '.join(unknown)}: a pack is made of the folder's own safetensors files; give bits, dense_bits, "
+            f"dtype, overwrite, trust_remote_code, {', '.join(HUB_OPTIONS)} alone."
         )
+    # 4.0 and True are equal to keys of these.
+    if bits is not None and (type(bits) is not int or bits not in KINDS):
+        raise ConfigError(f"bits {bits!r}: give 4 or 8, or None to copy the experts as they are.")
+    if dense_bits is not None and (type(dense_bits) is not int or dense_bits not in (*KINDS, 16)):
+        raise ConfigError(f"dense_bits {dense_bits!r}: give 4, 8, or 16, or None to leave the dense part where it is.")
     checkpoint = find_checkpoint(path, dtype, options)
     with LOADING:
         skeleton = checkpoint.skeleton()
     check_experts(experts_modules(skeleton))
-    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=True)
+    store = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=True)
     name = Path(checkpoint.name).resolve().name if Path(checkpoint.name).is_dir() else checkpoint.name
     try:
-        return write_pack(source, out, model_id=name, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes)
+        source = FloatExperts(store) if bits is None else QuantisedExperts(store, skeleton, KINDS[bits])
+        dense = None
+        if dense_bits is not None:
+            with LOADING:
+                model = _dense_part(checkpoint, skeleton, store)
+            dense = DensePart(model, store, KINDS.get(dense_bits))
+        return write_pack(
+            source, out, model_id=name, dense=dense, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes
+        )  # fmt: skip
     finally:
-        source.close()
+        store.close()
 
 
 @dataclass(frozen=True)
