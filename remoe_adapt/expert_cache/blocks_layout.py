@@ -144,6 +144,10 @@ class BlocksLayout(CodedLayout):
                     slot[place.order].copy_(band.order_K)
         return slot
 
+    def coded(self, layer: int) -> CodedLayer:
+        """The parameters of a layer that are in blocks, by name."""
+        return self._coded[layer]
+
     def lies_as(self, layer: int, parts: Parts) -> bool:
         """Whether the parts of a slot lie where these do, and are of their types and shapes."""
         return dict(parts) == self._places[layer]
