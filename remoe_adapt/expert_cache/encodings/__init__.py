@@ -4,6 +4,7 @@
 pinned wheel is installed, and a `PoolMatrix` says where such blocks lie in a pool of slots.
 """
 
+from remoe_adapt.expert_cache.encodings import torch_int4
 from remoe_adapt.expert_cache.encodings.blocks import (
     BF16,
     DECODED,
@@ -25,6 +26,7 @@ from remoe_adapt.expert_cache.encodings.blocks import (
     BlockType,
     block_type,
     check_blocks,
+    code_groups,
     dequantise,
 )
 from remoe_adapt.expert_cache.encodings.ggml import Ggml, PoolMatrix, ggml

@@ -128,6 +128,34 @@ def dequantise(blocks_NB: Tensor, kind: BlockType, cols: int, dtype: torch.dtype
     return numbers_NK
 
 
+def code_groups(blocks_NB: Tensor, kind: BlockType, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [N, cols] of four bits, and scales and minima fp32 [N, G] of groups of 32 columns, the last of which
+    need not be full: a value is code * scale + minimum.
+
+    blocks_NB: uint8 [N, kind.row_bytes(cols)].
+    kind: q4_0, q4_1 or q4_K.
+
+    Raises UncacheableError for another type, and for tensors that are no such rows.
+    """
+    if kind not in (Q4_0, Q4_1, Q4_K):
+        raise UncacheableError(f"{kind.name} blocks hold no 4-bit codes with scale and minimum: dequantise them.")
+    check_blocks(blocks_NB, kind, cols)
+    blocks_MB = blocks_NB.reshape(-1, kind.bytes).clone()
+    if kind == Q4_K:
+        scales, minima = _scales_minima(blocks_MB)
+        minima.neg_()
+    else:
+        halfs = _halfs(blocks_MB[:, : 2 if kind == Q4_0 else 4])
+        scales, minima = halfs[:, :1], halfs[:, 1:] if kind == Q4_1 else -8 * halfs
+    codes = _bits(blocks_MB[:, kind.bytes - kind.values // 2 :], min(32, kind.values // 2), 4)
+    num_rows, num_groups = len(blocks_NB), -(-cols // 32)
+    codes_NK = codes.view(num_rows, kind.padded(cols))[:, :cols]
+    scales_NG, minima_NG = (
+        part.reshape(num_rows, kind.padded(cols) // 32)[:, :num_groups] for part in (scales, minima)
+    )
+    return codes_NK, scales_NG, minima_NG
+
+
 def check_blocks(blocks_NB: Tensor, kind: BlockType, cols: int) -> None:
     """Raises UncacheableError unless the tensor holds rows of `cols` values as blocks of this type."""
     if blocks_NB.dtype != torch.uint8 or blocks_NB.ndim != 2 or cols < 1 or blocks_NB.shape[1] != kind.row_bytes(cols):
