@@ -19,6 +19,7 @@ from remoe_adapt.checkpoints import (
     check_flags,
     check_names,
     check_path,
+    is_gguf,
     load_base,
     on_device,
     usable_device,
@@ -188,7 +189,8 @@ def _load_surveyed(
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
     # Taken out, for what is left goes to from_pretrained, which knows none of these.
     of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
-    if expert_cache is None and not of_cache:
+    # A GGUF has an expert cache in any case: from_pretrained would make floats of all of it.
+    if expert_cache is None and not of_cache and not is_gguf(base):
         whole = settings.share == 1.0 and memory_bytes is None
         placed = sorted(OWN_PLACEMENT.intersection(kwargs))
         if placed and not whole:
@@ -211,7 +213,7 @@ def _load_surveyed(
     try:
         model = load_with_expert_cache(base, share, device="cpu" if device is None else device, **options)
     except UncacheableError as error:
-        if expert_cache is not None or of_cache:
+        if expert_cache is not None or of_cache or is_gguf(base):
             raise
         say_once(f"{error} It is loaded whole.")
         return _whole(base, device, kwargs)

@@ -63,6 +63,20 @@ class DenseParameter:
         return value.reshape(self.shape).contiguous()
 
 
+class LazyParameter:
+    """A dense parameter that is read when from_pretrained takes it out of a state dict, and never kept.
+
+    Indexing gives the whole tensor, whatever the index: transformers asks for all of it.
+    """
+
+    def __init__(self, parameter: DenseParameter, dtype: torch.dtype) -> None:
+        self._parameter, self._dtype = parameter, dtype
+        self.shape = torch.Size(parameter.shape)
+
+    def __getitem__(self, _: object) -> Tensor:
+        return self._parameter.read(self._dtype)
+
+
 def dense_by_table(
     model: PreTrainedModel,
     names: Mapping[str, Tensor],
