@@ -121,10 +121,11 @@ class Worker(harness.Worker):
             times_us = []
             with torch.inference_mode():
                 for _ in range(rounds):
-                    begin_s = time.perf_counter()
+                    # Nothing waits here, so the processor's time is all of it, whoever else computes meanwhile.
+                    begin_s = time.process_time()
                     for run, call in runs:
                         run(*call)
-                    times_us.append(1e6 * (time.perf_counter() - begin_s) / looked_up)
+                    times_us.append(1e6 * (time.process_time() - begin_s) / looked_up)
         finally:
             for each, layout in zip(experts, layouts, strict=True):
                 each.layout = layout
