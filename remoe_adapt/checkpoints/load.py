@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 import remoe_adapt.tuner  # noqa: F401 (transformers asks PEFT for the type of an adapter)
 from remoe_adapt._support import first_line, printable
@@ -213,6 +213,11 @@ def is_path(text: str) -> bool:
         or os.path.isabs(text)  # noqa: PTH117
         or ("/" in text and os.path.isdir(os.path.dirname(text)))  # noqa: PTH112, PTH120
     )
+
+
+def is_gguf(path: object) -> bool:
+    """Whether this is the path of a GGUF file, by its name: there it need not be."""
+    return isinstance(path, str | os.PathLike) and os.fspath(path).endswith(".gguf")
 
 
 def check_place(given: str | os.PathLike[str], what: str, *, error: type[RemoeError] = ConfigError, **hub: Any) -> None:

@@ -168,6 +168,10 @@ Version = Annotated[bool, typer.Option("--version", help="Show the version and e
 
 # remoe pack
 PackOut = Annotated[Path, typer.Argument(help="Folder for the packed experts.", metavar="OUT")]
+Bits = Annotated[int | None, typer.Option(help="Quantise the experts: 4 or 8. Default: as they are.")]
+DenseBits = Annotated[
+    int | None, typer.Option(help="Pack the dense part too: 4, 8, or 16 (as it is). Default: leave it out.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 # remoe export

@@ -73,6 +73,19 @@ def layer_table(rows: Sequence[tuple[str, Row]]) -> Table:
     return found
 
 
+def weight_error_table(result: Row) -> Table:
+    """What quantising cost, of a pack."""
+    layers, dense = result["weight_error"], result["dense_weight_error"]
+    params = list(dict.fromkeys(param for row in layers.values() for param in row))
+    found = table("relative error of the weights", "layer", *params)
+    for name, row in layers.items():
+        found.add_row(Text(printable(name)), *(optional(row.get(param), ".4f") for param in params))
+    if dense:
+        worst = max(dense, key=lambda name: dense[name])
+        found.caption = f"Dense part: {len(dense)} weights, at most {dense[worst]:.4f} ({printable(worst)})."
+    return found
+
+
 def simulate_table(title: str, result: Row) -> Table:
     """What `summarise` says."""
     table = figures_table(title, {key: value for key, value in result.items() if key != "per_layer"})

@@ -96,7 +96,7 @@ class BlocksLayout(CodedLayout):
     def _probed(self, layer: int) -> CodedLayer:
         found = {}
         for group in self.plan.groups[layer]:
-            if group.is_coded:
+            if group.is_coded and group.blocks is not None:
                 (param,) = group.params
                 like = self.plan.likes[layer][param]
                 rows, cols = reversed(like.shape) if self.plan.transposed[layer] else like.shape
@@ -133,14 +133,26 @@ class BlocksLayout(CodedLayout):
         for group in self.plan.groups[layer]:
             coded = self._coded[layer].get(group.params[0])
             if coded is None:
+                made = self.plan.converted(group, stored)
                 for param in group.params:
-                    slot[param].copy_(stored[param])
+                    slot[param].copy_(made[param])
                 continue
             pieces = {source.ending: stored[source.ending] for source in group.sources}
             for place, band in zip(coded.bands, _bands(group, pieces), strict=True):
                 slot[place.name].copy_(band.blocks_NB)
                 if place.order is not None and band.order_K is not None:
                     slot[place.order].copy_(band.order_K)
+        return slot
+
+    def lies_as(self, layer: int, parts: Parts) -> bool:
+        """Whether the parts of a slot lie where these do, and are of their types and shapes."""
+        return dict(parts) == self._places[layer]
+
+    def copied(self, layer: int, parts: Mapping[str, Tensor]) -> Slot:
+        """A slot with these parts, which lie elsewhere."""
+        slot = self.pools.of(layer).slot(self._places[layer])
+        for name, part in slot.items():
+            part.copy_(parts[name])
         return slot
 
     def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
@@ -166,7 +178,7 @@ class BlocksLayout(CodedLayout):
         chosen: ChosenExperts,
     ) -> Tensor:
         has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
-        if self._kernels is None or has_graph or getattr(module, "has_post_expert_norm", False):
+        if self._kernels is None or has_graph or not self._is_coded(layer, module):
             return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
         out_TD: Tensor | None = None
         for slots in chosen.groups():
@@ -183,6 +195,11 @@ class BlocksLayout(CodedLayout):
                 part_TD.index_add_(0, token_S, found_SD * weights_TK[token_S, choice_S, None].float())
             out_TD = part_TD if out_TD is None else out_TD + part_TD
         return torch.zeros_like(hidden_TD) if out_TD is None else out_TD.to(hidden_TD.dtype)
+
+    def _is_coded(self, layer: int, module: Any) -> bool:
+        """Whether both products of a layer are of codes, and nothing stands between them but the gate."""
+        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+        return all(name in self._coded[layer] for name in names) and not getattr(module, "has_post_expert_norm", False)
 
     def _experts(self, kernels: Ggml, layer: int, module: Any, hidden_TD: Tensor, picked: _Picked) -> Tensor:
         """What each chosen expert makes of its token: [T, C, D], float32."""

@@ -6,6 +6,7 @@ Where the tensors lie, and how they become parameters, is the plan's matter (pla
 from __future__ import annotations
 
 import abc
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -26,12 +27,25 @@ from remoe_adapt.expert_cache.types import Slot
 
 # Parameters lie at multiples of so many bytes, as torch's tensors do: elsewhere some kernels compute other last bits.
 ALIGNMENT = 64
+# Of each tensor's bytes so many go into a fingerprint.
+_FINGERPRINT_BYTES = 4096
 
 
 def _parts(extents: Sequence[Extent], whole: Tensor) -> list[tuple[Extent, Tensor]]:
     """The extents, one after another, as parts of a tensor of their type."""
     pieces = whole.view(-1).split([extent.size // extent.dtype.itemsize for extent in extents])
     return list(zip(extents, pieces, strict=True))
+
+
+def fingerprint_of(reader: ExtentReader, extents: Iterable[Extent]) -> str:
+    """A hash of types, shapes and first bytes of tensors, in the order of their names and places."""
+    found = hashlib.sha256()
+    for extent in sorted(extents, key=lambda extent: (extent.tensor, extent.offset)):
+        part = torch.empty(min(extent.size, _FINGERPRINT_BYTES), dtype=torch.uint8)
+        reader.fill([(replace(extent, size=part.nbytes), part)])
+        found.update(f"{extent.dtype} {extent.shape}".encode())
+        found.update(part.numpy().tobytes())
+    return found.hexdigest()
 
 
 class FileStore(abc.ABC):
@@ -150,6 +164,18 @@ class ExpertStore(FileStore):
             self._reader.fill([(replace(first, shape=tuple(part.shape), size=part.nbytes), part)])
             found[group.params[0]] = part.to(self._likes[layer][group.params[0]].dtype)
         return found
+
+    def fingerprint(self, layer: int) -> str:
+        """Ties copies of a layer in any encoding to these files: a hash of the first bytes that its first and its last
+        expert have there, which every training changes; raises as `read`."""
+        count = self.num_experts[layer]
+        experts = sorted({0, count - 1})
+        sources = [source for group in self.plan.groups[layer] for source in group.sources]
+        return fingerprint_of(self._reader, (source.of(expert, count) for expert in experts for source in sources))
+
+    def tensors(self) -> set[str]:
+        """The names that all experts' tensors have in the files."""
+        return {e.tensor for groups in self.plan.groups for g in groups for s in g.sources for e in s.extents}
 
     def state(self) -> list[list[Any]]:
         """Name, size and time of change (ns) of each file that experts are in (JSON-ready)."""

@@ -44,6 +44,11 @@ class Layout(abc.ABC):
         """Find out what the files hold, before anything else is asked; raises UncacheableError for what is odd."""
         return
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory beside the slots for weights that are dequantised, of one expert at a time."""
+        return 0
+
     @abc.abstractmethod
     def parts(self, layer: int) -> dict[str, Tensor]:
         """The tensors of one slot of this layer, by name, on the meta device."""
@@ -119,6 +124,10 @@ class _Decoded:
 class CodedLayout(Layout):
     """What layouts of codes share: the exact arithmetic, by weights that are dequantised when they are used."""
 
+    @property
+    def workspace_bytes(self) -> int:
+        return max(sum(like.nbytes for like in likes.values()) for likes in self.plan.likes)
+
     def compute(
         self,
         layer: int,
@@ -143,7 +152,7 @@ class StoredLayout(CodedLayout):
         self._groups = [{param: group for group in groups for param in group.params} for groups in plan.groups]
 
     def parts(self, layer: int) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for group in self.plan.groups[layer]:
             found |= group.on_meta() if group.is_coded else {p: self.plan.likes[layer][p] for p in group.params}
         return found
@@ -155,10 +164,7 @@ class StoredLayout(CodedLayout):
         group, like = self._groups[layer][param], self.plan.likes[layer][param]
         if not group.is_coded:
             return slot[param]
-        pieces = [slot[source.ending][None] if source.packed else slot[source.ending] for source in group.sources]
-        # Operations may ask for the type or the device of new tensors by torch's defaults: a model may be in the making.
-        with torch.device(pieces[0].device):
-            made = group.convert(pieces)[param]
+        made = self.plan.converted(group, slot)[param]
         if made.shape != like.shape:
             raise UncacheableError(
                 f"{self.plan.where}: {self.plan.layers[layer]}.{param} is {list(made.shape)} once dequantised, the "

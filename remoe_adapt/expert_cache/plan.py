@@ -96,6 +96,15 @@ class Plan:
     transposed: tuple[bool, ...]
     groups: list[list[Group]] = field(default_factory=list)
 
+    def converted(self, group: Group, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The parameters of a group, made of an expert's stored tensors: floats are there already."""
+        if not group.is_coded:
+            return stored
+        pieces = [stored[s.ending][None] if s.packed else stored[s.ending] for s in group.sources]
+        # Operations may take the device of new tensors from torch's default: a model may be in the making.
+        with torch.device(pieces[0].device):
+            return group.convert(pieces)
+
     @property
     def paths(self) -> set[Path]:
         """The files that experts are in."""

@@ -11,8 +11,9 @@ from torch import nn
 from remoe_adapt._support import say_once
 from remoe_adapt.checkpoints import HUB_OPTIONS, load_base, on_device, read_config, usable_device
 from remoe_adapt.errors import ConfigError, UncacheableError
+from remoe_adapt.expert_cache.checkpoint import check_arithmetic
 from remoe_adapt.expert_cache.encoding import FLOATS, encoding_of
-from remoe_adapt.expert_cache.load import check_arithmetic, load_with_expert_cache
+from remoe_adapt.expert_cache.load import load_with_expert_cache
 
 # Devices that an expert cache is for.
 _CACHED_ON = ("cpu", "cuda")

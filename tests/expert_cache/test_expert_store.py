@@ -19,9 +19,9 @@ from tiny_models import tiny_model
 
 from remoe_adapt.checkpoints.safetensors_files import Extent
 from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, UncacheableError
+from remoe_adapt.expert_cache.checkpoint import find_checkpoint
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
 from remoe_adapt.expert_cache.direct_io import ATTEMPTS, CHUNK, ExtentReader
-from remoe_adapt.expert_cache.load import find_checkpoint
 
 # Experts in tensors of their own, under other names, packed with biases, interleaved, without gate, packed.
 LAYOUTS = ("qwen2_moe", "mixtral", "gpt_oss", "inkling2", "nemotron_h", "granitemoe")

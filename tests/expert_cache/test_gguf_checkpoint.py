@@ -265,7 +265,7 @@ def test_which_dense_matrices_are_blocks_as_they_are(tmp_path: Path) -> None:
     model = random_model("mixtral")
     path = write_checkpoint(model, "mixtral", tmp_path / "m.gguf", only("Q8_0"))
     weights, _ = opened(path)
-    whole = {name for name, parameter in weights.dense.items() if parameter.as_stored}
+    whole = {name for name, parameter in weights.dense.items() if parameter.as_blocks}
     turned = {name for name, parameter in weights.dense.items() if parameter.row_order is not None}
     assert whole == {
         "model.embed_tokens.weight",

@@ -1,7 +1,8 @@
 """How experts are encoded: their codes in files and in slots, and the arithmetic on them.
 
 `BlockType` and `dequantise` know ggml's blocks as numbers; `ggml()` computes on them with ggml's own kernels where the
-pinned wheel is installed, and a `PoolMatrix` says where such blocks lie in a pool of slots.
+pinned wheel is installed, and a `PoolMatrix` says where such blocks lie in a pool of slots. `quantise` makes blocks of
+floats.
 """
 
 from remoe_adapt.expert_cache.encodings.blocks import (
@@ -37,3 +38,4 @@ from remoe_adapt.expert_cache.encodings.linear import (
     encode_dense,
     load_blocks,
 )
+from remoe_adapt.expert_cache.encodings.quantise import KINDS, Quantised, quantise

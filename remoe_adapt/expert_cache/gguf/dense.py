@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from remoe_adapt._support import printable
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.gguf.architectures import LATENT, MINUS_ONE, ROTARY, ROWS, Architecture, Rule
-from remoe_adapt.expert_cache.gguf.tensors import Stored, check_kind, numbers_of
+from remoe_adapt.expert_cache.gguf.tensors import Stored, bytes_of, check_kind, numbers_of
 
 _LAYER = re.compile(r"(?:model\.)?layers\.([0-9]+)\.(.+)", re.DOTALL)
 _ENDINGS = (".weight", ".bias")
@@ -41,10 +41,16 @@ class DenseParameter:
     row_order: Tensor | None = None
 
     @property
-    def as_stored(self) -> Stored | None:
-        """The tensor whose blocks are this matrix's as they are; None where no single one is."""
-        same = self.step is None and self.row_order is None and len(self.shape) == 2
-        return self.stored[0] if same and self.stored[0].shape == self.shape else None
+    def as_blocks(self) -> Stored | None:
+        """The tensor whose rows of blocks are this matrix's, in `row_order`; None where no single one is."""
+        same = self.step is None and len(self.shape) == 2 and self.stored[0].shape == self.shape
+        return self.stored[0] if same else None
+
+    def read_blocks(self) -> Tensor:
+        """Its rows of blocks, uint8 [rows, row bytes], where `as_blocks` is one. Raises ExpertReadError."""
+        assert self.as_blocks is not None
+        blocks_NB = bytes_of(self.as_blocks)
+        return blocks_NB if self.row_order is None else blocks_NB[self.row_order]
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """Its numbers: dequantised and put together in fp32, then rounded. Raises ExpertReadError as `numbers_of`."""

@@ -111,6 +111,22 @@ def numbers_of(stored: Stored, dtype: torch.dtype) -> Tensor:
     return numbers_NK.view(stored.shape)
 
 
+def bytes_of(stored: Stored) -> Tensor:
+    """The blocks of a matrix as they are, uint8 [rows, row bytes]. Raises ExpertReadError when they cannot be read."""
+    extent = stored.extent
+    blocks_NB = torch.empty(extent.size // extent.shape[-1], extent.shape[-1], dtype=torch.uint8, device="cpu")
+    try:
+        with extent.path.open("rb", buffering=0) as file:
+            _fill(file.fileno(), blocks_NB.view(-1).numpy().data, extent.offset, extent)
+    except OSError as error:
+        if isinstance(error, ExpertReadError):
+            raise
+        raise ExpertReadError(
+            f"{printable(extent.path)} cannot be read: {error.strerror or printable(error)}."
+        ) from error
+    return blocks_NB
+
+
 def _fill(fd: int, part: memoryview, offset: int, extent: Extent) -> None:
     done = 0
     while done < len(part):
