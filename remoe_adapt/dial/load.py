@@ -28,7 +28,14 @@ from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_prof
 from remoe_adapt.dial.controller import Controller
 from remoe_adapt.dial.recency import AskedRecency, DialPrior, RecencyPlan, plan_recency, training_free_family
 from remoe_adapt.errors import AdapterConflictError, ConfigError, DialError, FamilyError, UncacheableError
-from remoe_adapt.expert_cache import OWN_PLACEMENT, bind_prefetch, check_budget, expert_cache_of, load_with_expert_cache
+from remoe_adapt.expert_cache import (
+    OWN_PLACEMENT,
+    bind_prefetch,
+    check_budget,
+    expert_cache_of,
+    load_whole_or_cached,
+    load_with_expert_cache,
+)
 from remoe_adapt.family import Family
 from remoe_adapt.libraries import replace_module
 from remoe_adapt.routers import Routers, survey_routers
@@ -169,7 +176,8 @@ def load_base_under(
     device: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The base by path or hub id, behind an expert cache as the profile has it; whole where all of it may be in memory.
+    """The base by path or hub id, behind an expert cache as the profile has it; whole where all of it may be in memory,
+    unless it is quantised: then the cache holds the codes of all experts.
 
     expert_cache: its budget instead of the profile's; with one, or with options of `load_with_expert_cache` among
     `kwargs` (storage, prefetch ...), a cache must be possible. Else models whose experts cannot be cached, and those
@@ -195,8 +203,11 @@ def _load_surveyed(
         placed = sorted(OWN_PLACEMENT.intersection(kwargs))
         if placed and not whole:
             say_once(f"loaded with {', '.join(placed)}: profile {profile.name} builds no expert cache then.")
-        if placed or whole:
+        if placed:
             return _whole(base, device, kwargs)
+        if whole:
+            model = load_whole_or_cached(base, arithmetic="auto", device=device, **kwargs)
+            return model, survey_routers(model)
     options: dict[str, Any] = {
         "memory": memory_bytes if expert_cache is None else None,
         "policy": settings.policy,
