@@ -75,6 +75,8 @@ class GgufFile:
             with path.open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 self._parse(_Reader(file, self.size))
+        except RemoeError:  # some of them are errors of the system too
+            raise
         except OSError as fault:
             raise error(f"{printable(path)} cannot be read: {fault.strerror or fault}.") from fault
         except (struct.error, UnicodeDecodeError, EOFError, OverflowError) as fault:

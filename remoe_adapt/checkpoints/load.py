@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.quantizers.base import HfQuantizer
 
 import remoe_adapt.tuner  # noqa: F401 (transformers asks PEFT for the type of an adapter)
 from remoe_adapt._support import first_line, printable
@@ -142,12 +143,17 @@ def usable_device(device: str | int | torch.device | None) -> str:
 
 
 def load_with_tokenizer(
-    path_or_hub_id: str | Path, *, device: str | None = None, dtype: str = "auto"
+    path_or_hub_id: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    load: Callable[..., nn.Module] | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer), the model as `load_base` makes it, in eval mode.
+    """(model, tokenizer), the model in eval mode.
 
     device: None: a GPU if there is one.
     dtype: one of `DTYPES`; "auto" means as stored.
+    load: makes the model of its name, `device` and `dtype`; None: as `load_base` does.
 
     Raises:
         ConfigError: nothing loadable is there, `device` cannot compute here, or `dtype` is unknown; in one line.
@@ -159,7 +165,8 @@ def load_with_tokenizer(
     check_place(path_or_hub_id, "cannot load the model:")
     model_config(name)  # first: where it is damaged, the tokenizer is not what is missing
     tokenizer = load_tokenizer(name)
-    return on_device(load_base(name, dtype=dtype), target).eval(), tokenizer
+    model = on_device(load_base(name, dtype=dtype), target) if load is None else load(name, device=target, dtype=dtype)
+    return model.eval(), tokenizer
 
 
 def on_device(model: nn.Module, device: str | None) -> nn.Module:
@@ -206,6 +213,11 @@ def is_path(text: str) -> bool:
         or os.path.isabs(text)  # noqa: PTH117
         or ("/" in text and os.path.isdir(os.path.dirname(text)))  # noqa: PTH112, PTH120
     )
+
+
+def is_gguf(path: object) -> bool:
+    """Whether this is the path of a GGUF file, by its name: there it need not be."""
+    return isinstance(path, str | os.PathLike) and os.fspath(path).endswith(".gguf")
 
 
 def check_place(given: str | os.PathLike[str], what: str, *, error: type[RemoeError] = ConfigError, **hub: Any) -> None:
@@ -265,14 +277,15 @@ Sources = dict[str, dict[str | None, list[str]]]
 
 
 def stored_sources(
-    model: PreTrainedModel, meta: dict[str, Any], names: Iterable[str]
+    model: PreTrainedModel, meta: dict[str, Any], names: Iterable[str], quantizer: HfQuantizer | None = None
 ) -> tuple[Sources, dict[str, WeightConverter]]:
     """(which tensors of a checkpoint each parameter is made of, the conversions by their pattern).
 
     meta: the model's state dict, with or without values.
     names: of the checkpoint's tensors.
+    quantizer: of a quantised checkpoint, made with dequantize=True: its conversions begin with dequantising.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     found: defaultdict[str, dict[str | None, list[str]]] = defaultdict(dict)

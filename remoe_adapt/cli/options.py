@@ -82,6 +82,9 @@ FullGain = Annotated[float | None, typer.Option("--recency-gain", help="Its gain
 # From the table of modes, so that a new mode is in the help without a word here.
 _DECAYS = " or ".join(f"{mode.name}; default {mode.default_decay:g}" for mode in MODES.values() if mode.takes_decay)
 RecencyDecay = Annotated[float | None, typer.Option(help=f"Its decay in mode {_DECAYS}.")]
+Against = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Compare with this model, not with the base: what quantising cost.")
+]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
 
 # remoe trace, remoe simulate
@@ -105,6 +108,9 @@ ExpertCacheBudget = Annotated[
 ]
 DemoCache = Annotated[str, typer.Option("--expert-cache", help="So much of the experts in memory: a share, or 2GiB.")]
 Storage = Annotated[Path | None, typer.Option(help="Read experts from this folder of `remoe pack`.")]
+Arithmetic = Annotated[
+    str, typer.Option(help="Of quantised experts: exact (dequantised), fast (as they are), auto (fast if it can be).")
+]
 Log = Annotated[Path | None, typer.Option(help="Append swaps and samples here, one JSON object a line.")]
 LogPlot = Annotated[Path | None, typer.Option("--plot", help="Draw the --log over time here (extra: plot).")]
 MetricsPort = Annotated[
@@ -204,6 +210,14 @@ ReusePrompts = Annotated[
 KeepPoint = Annotated[bool, typer.Option("--keep", help="At the end, leave the strength as it is; default: the base.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="The server's --api-key.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+
+def budget(text: str) -> str | float:
+    """A share of the experts, or a size with its unit."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def words(text: str) -> list[str]:

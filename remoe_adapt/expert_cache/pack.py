@@ -48,9 +48,12 @@ from torch import Tensor
 from remoe_adapt._support import printable, read_json
 from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
 from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout, CodedBand, CodedParam
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore, FileStore
 from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
-from remoe_adapt.expert_cache.encodings import BlockType, block_type, dequantise
+from remoe_adapt.expert_cache.encodings import BlockType, Ggml, block_type, dequantise
+from remoe_adapt.expert_cache.layouts import Layout
+from remoe_adapt.expert_cache.types import Slot
 
 # The number of the format, the older ones that are read too, and the file that says it.
 FORMAT, OLDER, MANIFEST = 2, (1,), "experts.json"
@@ -162,6 +165,16 @@ class PackedLayer:
         """Offset, shape and type of each part, as a slot of a pool is laid out."""
         return {name: (part.offset, part.shape, _DTYPES[part.dtype]) for name, part in self.parts.items()}
 
+    def coded(self) -> dict[str, CodedParam]:
+        """The matrices that are in blocks, as a slot's layout has them."""
+        return {
+            name: CodedParam(
+                tuple(CodedBand(band.part, band.kind, band.rows, param.order) for band in param.bands), param.cols
+            )
+            for name, param in self.params.items()
+            if param.codec == GGML
+        }
+
     def views(self, memory: Any) -> dict[str, Tensor]:
         """The parts of an expert whose piece lies in this memory (a buffer)."""
         return {
@@ -219,6 +232,7 @@ class PackedStore(FileStore):
 
     folder: of the pack.
     source: the store of the checkpoint that the pack must be a copy of.
+    kernels: compute with blocks; None: they are dequantised on use.
     direct_io, reader: as for ExpertStore.
 
     `packed` has the layers as the pack has them: what lies in a piece, and how it is encoded.
@@ -232,32 +246,37 @@ class PackedStore(FileStore):
         folder: str | os.PathLike[str],
         source: ExpertStore,
         *,
+        kernels: Ggml | None = None,
         direct_io: bool = False,
         reader: Reader = os.preadv,
     ) -> None:
-        self.folder = Path(folder)
-        self.layers, self.num_experts, self.params = source.layers, source.num_experts, source.params
-        self.expert_bytes = source.expert_bytes
-        self._likes = [source.like(layer) for layer in range(len(self.layers))]
-        manifest = read_manifest(self.folder)
+        self.folder, self.plan = Path(folder), source.plan
+        self.layers, self.num_experts = source.layers, source.num_experts
+        self._likes = source.plan.likes
+        self.manifest = manifest = read_manifest(self.folder)
         self.packed: list[PackedLayer] = manifest["layers"]
         self._check(manifest, source)
+        self.layout: Layout = source.layout
+        if any(packed.encoded for packed in self.packed):
+            self.layout = BlocksLayout(source.plan, kernels, [packed.coded() for packed in self.packed])
+        parts = [self.layout.parts(layer) for layer in range(len(self.layers))]
+        self.params = tuple(tuple(names) for names in parts)
+        self.expert_bytes = tuple(sum(part.nbytes for part in layer.values()) for layer in parts)
         self._extents = self._find(manifest["files"])
         super().__init__({extent.path for extents in self._extents for extent in extents}, direct_io, reader)
         self._compare(manifest, source)
 
-    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
-        packed, likes = self.packed[layer], self._likes[layer]
+    def read(self, layer: int, expert: int) -> Slot:
+        if not isinstance(self.layout, BlocksLayout):
+            return self.read_parts(layer, expert)
         with torch.inference_mode(False), torch.no_grad():
-            parts = self.read_parts(layer, expert)
-            if not packed.encoded:
-                return {name: parts[name].view(like.shape) for name, like in likes.items()}
-            return {
-                name: self._blocks.empty(tuple(like.shape), like.dtype).copy_(
-                    packed.params[name].decode(name, parts, like.dtype)
-                )
-                for name, like in likes.items()
-            }
+            packed = self.packed[layer]
+            slot = self.layout.pools.of(layer).take()
+            # Where a slot has its parts elsewhere, or floats of another type, they are put there one by one.
+            if not self.layout.lies_as(layer, packed.slot_parts()):
+                return self.layout.copied(layer, self.read_parts(layer, expert))
+            self.read_into(layer, expert, slot.bytes_B)
+            return slot.lay_out(packed.slot_parts())
 
     def read_parts(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The parts of one expert as the pack has them, in one block of memory; raises as `read`."""

@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from remoe_adapt.checkpoints import open_checkpoint
-from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules, fingerprint_of
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, fingerprint_of
 from remoe_adapt.expert_cache.direct_io import ExtentReader
 from remoe_adapt.expert_cache.encodings import BlockType, dense_modules, quantise
 from remoe_adapt.expert_cache.pack import GGML, Band, PackedParam, PackedStore
 from remoe_adapt.expert_cache.packing import Piece
+from remoe_adapt.expert_cache.plan import experts_modules
 from remoe_adapt.routers import survey_routers
 
 # Weights with fewer rows stay as they are: gates of a shared expert, heads of a few classes. They decide, as routers
@@ -97,7 +98,7 @@ class QuantisedExperts(FloatExperts):
 
     def read(self, layer: int, expert: int) -> Piece:
         """One expert; raises ExpertReadError, and ConfigError for numbers that no block can hold."""
-        parts, losses = self.store.read(layer, expert), {}
+        parts, losses = dict(self.store.read(layer, expert)), {}
         for name, param in self.params(layer).items():
             if param.codec == GGML:
                 matrix_NK = parts[name].t() if param.transposed else parts[name]

@@ -38,7 +38,7 @@ from remoe_adapt.bench.harness.process import WorkerProcess, serve_lines
 from remoe_adapt.bench.harness.widen import check_same, save_whole, widen
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.evaluation.shipped import example_folder
-from remoe_adapt.expert_cache.checkpoint_store import experts_modules
+from remoe_adapt.expert_cache.plan import experts_modules
 
 MIB = 1 << 20
 

@@ -23,7 +23,8 @@ from remoe_adapt.checkpoints.load import (
 from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.engines.base import BaseFiles
 from remoe_adapt.errors import ConfigError, FamilyError
-from remoe_adapt.expert_cache.load import find_checkpoint, pack_experts
+from remoe_adapt.expert_cache.checkpoint import find_checkpoint
+from remoe_adapt.expert_cache.load import pack_experts
 from remoe_adapt.training.run import train_family
 
 TEXT = Path(__file__).parents[1] / "data" / "readings-squeeze.jsonl"

@@ -28,6 +28,14 @@ from remoe_adapt.expert_cache.encodings.blocks import (
     check_blocks,
     dequantise,
 )
+from remoe_adapt.expert_cache.encodings.formats import Band, Format, format_of
 from remoe_adapt.expert_cache.encodings.ggml import Ggml, PoolMatrix, ggml
-from remoe_adapt.expert_cache.encodings.linear import dense_modules
+from remoe_adapt.expert_cache.encodings.groups import Groups
+from remoe_adapt.expert_cache.encodings.linear import (
+    EncodedEmbedding,
+    EncodedLinear,
+    dense_modules,
+    encode_dense,
+    load_blocks,
+)
 from remoe_adapt.expert_cache.encodings.quantise import KINDS, Quantised, quantise

@@ -120,8 +120,9 @@ def dequantise(blocks_NB: Tensor, kind: BlockType, cols: int, dtype: torch.dtype
     numbers_NK = torch.empty(num_rows, cols, dtype=dtype, device=blocks_NB.device)
     step = max(1, _CHUNK_VALUES // max(1, num_blocks * kind.values))
     for start in range(0, num_rows, step):
-        # Its own memory: views of two and four bytes below need aligned storage, and rows of a mapped file are not.
         chunk_MB = blocks_NB[start : start + step].reshape(-1, kind.bytes)
+        # Views of two and four bytes must begin at such a multiple of their storage; blocks of a file lie anywhere.
+        chunk_MB = chunk_MB.clone() if chunk_MB.storage_offset() % 4 else chunk_MB
         values_MV = decode(chunk_MB)
         numbers_NK[start : start + step] = values_MV.view(-1, num_blocks * kind.values)[:, :cols]
     return numbers_NK

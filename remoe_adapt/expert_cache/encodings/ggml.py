@@ -137,6 +137,10 @@ class _Graph:
         if getattr(self, "_threadpool", None):
             self._library.ggml_threadpool_free(self._threadpool)
 
+    def abandon(self) -> None:
+        """In the child of a fork: leave the thread pool as it is, for its threads cannot be waited for."""
+        self._threadpool = None
+
     def put_pools(self, pools: tuple[PoolMatrix, ...]) -> None:
         """The next calls are for these pools, of the shapes that the graph was built for."""
         for weight, pool in zip(self._weights, pools, strict=True):
@@ -186,6 +190,9 @@ class Ggml:
     def after_fork(self) -> None:
         """In the child of a fork: OpenMP's threads are gone, and other threads of the parent may have held a mutex."""
         self._is_child = True
+        for graphs in self._waiting.values():
+            for graph in graphs:
+                graph.abandon()
         self._waiting = OrderedDict()
         renew_mutex(self._library)
 
@@ -267,10 +274,11 @@ class Ggml:
         Raises UncacheableError for a type that is not in `types`, and ConfigError for tensors that do not fit.
         """
         slots_TC = self._checked(x, slots_TC, weights)
-        result_TCN = torch.empty(*slots_TC.shape, weights.rows)
-        if self._are_many(slots_TC, weights.kind):
+        num_tokens, num_choices = slots_TC.shape
+        result_TCN = torch.empty(num_tokens, num_choices, weights.rows)
+        if num_tokens >= _MANY_TOKENS and _are_many(slots_TC, weights.kind):
             self._by_slot(x, slots_TC, weights, result_TCN)
-        else:
+        elif num_tokens * num_choices:
             self._in_pieces((weights,), x, slots_TC, result_TCN)
         return result_TCN
 
@@ -292,18 +300,15 @@ class Ggml:
                 f"SwiGLU experts for inputs {list(x_TD.shape)}: the rows are twice the columns."
             )
         # Inner results of a matrix whose last block is not full would need columns of zeros beside them.
-        if down.kind.padded(down.cols) == down.cols and not self._are_many(slots_TC, up.kind):
-            result_TCD = torch.empty(*slots_TC.shape, down.rows)
-            self._in_pieces((up, down), x_TD, slots_TC, result_TCD)
+        num_tokens, num_choices = slots_TC.shape
+        is_whole = down.cols % down.kind.values == 0
+        if is_whole and not (num_tokens >= _MANY_TOKENS and _are_many(slots_TC, up.kind)):
+            result_TCD = torch.empty(num_tokens, num_choices, down.rows)
+            if num_tokens * num_choices:
+                self._in_pieces((up, down), x_TD, slots_TC, result_TCD)
             return result_TCD
         gate_TCI, up_TCI = self.expert_matmul(x_TD, slots_TC, up).chunk(2, dim=-1)
         return self.expert_matmul(torch.nn.functional.silu(gate_TCI) * up_TCI, slots_TC, down)
-
-    def _are_many(self, slots_TC: Tensor, kind: BlockType) -> bool:
-        """Whether the slots have so many tokens that their matrices are better dequantised."""
-        many = _MANY_TOKENS_OF_K_QUANTS if kind.values > 32 else _MANY_TOKENS
-        pairs = slots_TC.numel()
-        return pairs >= many and pairs >= many * len(slots_TC.unique())
 
     def _by_slot(self, x: Tensor, slots_TC: Tensor, weights: PoolMatrix, result_TCN: Tensor) -> None:
         """Compute with one slot after another, each dequantised for all its tokens."""
@@ -322,8 +327,6 @@ class Ggml:
     def _in_pieces(self, pools: tuple[PoolMatrix, ...], x: Tensor, slots_TC: Tensor, result: Tensor) -> None:
         """Compute with so many tokens at a time that ggml's lists of them stay small."""
         num_tokens, num_choices = slots_TC.shape
-        if not result.numel():
-            return
         step = max(1, _MAX_WORK_BYTES // (8 * pools[0].slots * num_choices))
         if num_tokens <= step:
             self._product(pools, x, slots_TC, result)
@@ -433,6 +436,14 @@ class Ggml:
                 waiting.popitem(last=False)
         except KeyError:  # Another thread has let go of it since.
             return
+
+
+def _are_many(slots_TC: Tensor, kind: BlockType) -> bool:
+    """Whether the slots have so many tokens that their matrices are better dequantised."""
+    many = _MANY_TOKENS_OF_K_QUANTS if kind.values > 32 else _MANY_TOKENS
+    pairs = slots_TC.numel()
+    # The cheaper question first: how many slots there are is a sort.
+    return pairs >= many and pairs >= many * len(slots_TC.unique())
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float = _TOLERANCE) -> bool:

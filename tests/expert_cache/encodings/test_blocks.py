@@ -89,13 +89,15 @@ def test_other_dtypes_are_roundings_of_the_exact_values() -> None:
         assert torch.equal(dequantise(blocks_NB, Q4_K, 256, dtype), exact.to(dtype))
 
 
-def test_blocks_may_lie_anywhere_in_memory() -> None:
-    blocks_NB = random_blocks(Q4_0, 4, 64)
-    storage = torch.zeros(1 + 4 * 50, dtype=torch.uint8)
-    # Rows with gaps, from an odd address on.
-    odd = torch.as_strided(storage, (4, 36), (50, 1), 1)
-    odd.copy_(blocks_NB)
-    assert odd.data_ptr() % 2 and torch.equal(dequantise(odd, Q4_0, 64), dequantise(blocks_NB, Q4_0, 64))
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_blocks_may_lie_anywhere_in_memory(kind: BlockType) -> None:
+    for rows, gap in ((4, 3), (4, 0), (1, 0)):
+        blocks_NB = random_blocks(kind, rows, kind.values)
+        storage = torch.zeros(1 + rows * (kind.bytes + gap), dtype=torch.uint8)
+        odd = torch.as_strided(storage, (rows, kind.bytes), (kind.bytes + gap, 1), 1)
+        odd.copy_(blocks_NB)
+        found, expected = dequantise(odd, kind, kind.values), dequantise(blocks_NB, kind, kind.values)
+        assert torch.equal(bits(found), bits(expected))
 
 
 def test_no_rows_are_no_numbers() -> None:
