@@ -137,6 +137,14 @@ QualityTokens = Annotated[
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch, the same for every arm.")]
 DirectIo = Annotated[bool, typer.Option(help="Read experts past the page cache.")]
 Prefetch = Annotated[bool, typer.Option(help="Read ahead what the next layer's router will choose.")]
+BenchDtype = Annotated[str, typer.Option("--dtype", help="Type of the weights of every arm: float32 or bfloat16.")]
+FewerBits = Annotated[bool, typer.Option("--bits/--no-bits", help="Arms with experts in 4 and 8 bits.")]
+Layers = Annotated[int, typer.Option(min=1, help="Layers of the model: 48 take 18 GB on the disk and 8 of memory.")]
+ScaleTokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens that are timed, in each of two ways.")]
+ScaleThreads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch; default: all cores.")]
+ScaleArithmetic = Annotated[str, typer.Option("--arithmetic", help="Of the experts: auto, fast or exact.")]
+KeepFiles = Annotated[bool, typer.Option("--keep", help="Keep the models for the next run.")]
+InRam = Annotated[bool, typer.Option("--in-ram/--no-in-ram", help="Also 4 bits against bf16 with all experts in RAM.")]
 Pack = Annotated[bool, typer.Option(help="Read experts from a pack, not from the checkpoint.")]
 ReadRate = Annotated[
     float, typer.Option("--read-mib", min=0, help="Nobody reads faster than so many MiB/s; 0: the disk.")

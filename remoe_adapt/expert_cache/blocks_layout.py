@@ -139,6 +139,10 @@ class BlocksLayout(CodedLayout):
                     slot[place.order].copy_(band.order_K)
         return slot
 
+    def coded(self, layer: int) -> CodedLayer:
+        """The parameters of a layer that are in blocks, by name."""
+        return self._coded[layer]
+
     def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
         coded, like = self._coded[layer].get(param), self.plan.likes[layer][param]
         if coded is None:

@@ -1,4 +1,4 @@
-"""The checkpoint of `remoe bench scale`: a GGUF of the shape asked for that others read, whole or not at all."""
+"""`remoe bench scale`: a GGUF of the shape asked for that others read, whole or not at all, and what is measured."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoints import save_tiny
 from transformers import AutoModelForCausalLM
 
 from remoe_adapt.bench.harness import widen as widening
-from remoe_adapt.bench.scale.checkpoint import Shape, write_checkpoint
+from remoe_adapt.bench.scale.bench import ScaleOptions, bars, run_scale
+from remoe_adapt.bench.scale.checkpoint import Shape, config_of, write_checkpoint
+from remoe_adapt.bench.scale.in_ram import run_in_ram
+from remoe_adapt.bench.scale.worker import Worker
 from remoe_adapt.checkpoints import GgufFile
 from remoe_adapt.errors import ConfigError
 
@@ -110,3 +114,70 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
 def test_sizes_that_cannot_be_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         Shape(**sizes)
+
+
+def test_the_configuration_is_the_one_that_the_file_says(checkpoint: Path) -> None:
+    found = AutoModelForCausalLM.from_pretrained(checkpoint.parent, gguf_file=checkpoint.name).config.to_dict()
+    expected = config_of(SMALL).to_dict()
+    sizes = {name for name in expected if name.startswith(("num_", "hidden_", "moe_", "head_", "vocab_"))}
+    assert {name: found[name] for name in sizes} == {name: expected[name] for name in sizes}
+
+
+def test_a_look_up_is_timed_on_what_was_decoded(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny", "qwen2_moe")
+    worker = Worker()
+    loaded = worker.answer(
+        {"op": "load", "path": str(folder), "threads": 1, "expert_cache": 0.5, "arithmetic": "exact"}
+    )
+    assert loaded["experts"] == 4 * 8 and loaded["budget_bytes"] == loaded["experts"] * loaded["expert_bytes"] // 2
+    assert loaded["load_s"] > 0 and 0 < loaded["maps_before"] <= loaded["maps"]
+    decoded = worker.answer({"op": "decode", "ids": list(range(3, 30)), "warm": 7})
+    assert len(decoded["times_ms"]) == 20 and decoded["hits"] + decoded["misses"] == 20 * 4 * 2
+    assert decoded["bytes"] == decoded["misses"] * loaded["expert_bytes"]
+    same = worker.answer({"op": "decode", "ids": [5] * 12, "warm": 4})
+    assert same["misses"] == 0
+    looked_up = worker.answer({"op": "look_ups", "ids": [5] * 12, "warm": 4, "rounds": 3})
+    assert looked_up["misses"] == 0 and looked_up["look_ups"] == 8 * 4 * 2
+    assert len(looked_up["us"]) == 3 and min(looked_up["us"]) > 0
+    # The model computes again as before.
+    assert worker.answer({"op": "decode", "ids": [5] * 12, "warm": 4})["hits"] == same["hits"]
+
+
+def test_bars_are_those_of_their_definitions() -> None:
+    facts = {
+        "load_s": 21.0, "dense_bytes": 100 << 20, "budget_bytes": 100 << 20, "anon_growth_bytes": 284 << 20,
+        "look_up_us": 7.0, "look_up_misses": 0, "hits_hit_rate": 1.0, "maps": 700, "max_map_count": 65530,
+    }  # fmt: skip
+    rows = [{"inner": 768, "hidden": 2048, "ratio": 0.7}]
+    assert [row["met"] for row in bars(facts, rows)] == [False, True, True, True, True]
+    assert [row["met"] for row in bars(facts | {"anon_growth_bytes": 285 << 20, "load_s": 20})] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert not bars(facts | {"look_up_misses": 1})[2]["met"] and not bars(facts | {"hits_hit_rate": 0.99})[2]["met"]
+
+
+def test_more_layers_than_the_memory_holds_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="MiB are available: give --layers"):
+        run_scale(ScaleOptions(layers=4_800, work=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_small_run_from_end_to_end(tmp_path: Path) -> None:
+    written: list[int] = []
+    options = ScaleOptions(tokens=6, threads=1, work=tmp_path, in_ram=False)
+    result = run_scale(options, shape=SMALL, on_start=written.append)
+    assert written and result["file_bytes"] == written[0] > result["header_bytes"] > 0
+    assert result["experts"] == 32 and result["expert_bytes"] >= SMALL.expert_bytes
+    assert result["hits_hit_rate"] == 1 and result["look_up_misses"] == 0
+    assert 0 < result["hit_rate"] <= 1 and result["look_ups_per_token"] == 2 * 4
+    assert result["bars"][0]["bar"] == "seconds to load" and result["bars"][0]["met"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_4_bits_are_timed_against_stock(tmp_path: Path) -> None:
+    row = run_in_ram(768, work=tmp_path, keep=False, threads=1, shape=SMALL)
+    assert row["stock_ms"] > 0 and row["fast_ms"] > 0 and row["ratio"] > 0 and row["inner"] == 768
+    assert not list(tmp_path.iterdir())

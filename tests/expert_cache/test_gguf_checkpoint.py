@@ -21,6 +21,7 @@ from remoe_adapt.checkpoints.load import auto_class
 from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.checkpoint_store import experts_modules
 from remoe_adapt.expert_cache.encodings.blocks import Q4_0, Q8_0, dequantise
+from remoe_adapt.expert_cache.experts import experts_left_out
 from remoe_adapt.expert_cache.gguf.checkpoint import GgufCheckpoint, GgufWeights
 from remoe_adapt.expert_cache.gguf.experts import ExpertGroup
 
@@ -240,11 +241,17 @@ def fuse_attention(tensors: Tensors) -> None:
         tensors[name.replace("attn_q", "attn_qkv")] = (np.concatenate(parts), Type.F32)
 
 
-@pytest.mark.parametrize("change", [fuse_experts, fuse_attention])
-@pytest.mark.parametrize("folder", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("folder", "change"),
+    [
+        ("qwen3_moe", fuse_experts),
+        ("mixtral", fuse_experts),
+        ("gpt_oss", fuse_experts),
+        ("qwen3_moe", fuse_attention),
+        ("mixtral", fuse_attention),
+    ],
+)
 def test_what_converters_may_fuse_is_taken_apart(folder: str, change: Any, tmp_path: Path) -> None:
-    if (folder, change) == ("gpt_oss", fuse_attention):
-        pytest.skip("its attention has biases, and no such file is known")
     model = random_model(folder)
     assert_same(every_number(write_checkpoint(model, folder, tmp_path / "m.gguf", change=change)), model)
 
@@ -282,6 +289,26 @@ def test_which_dense_matrices_are_blocks_as_they_are(tmp_path: Path) -> None:
         rows = dequantise(blocks.view(stored.extent.shape), stored.kind, stored.shape[-1])
         expected = rows if parameter.row_order is None else rows[parameter.row_order]
         assert torch.equal(parameter.read(torch.float32), expected)
+
+
+@pytest.mark.parametrize("folder", ["qwen3_moe", "gpt_oss", "minimax_m2", "afmoe", "ernie4_5_moe"])
+def test_from_pretrained_takes_the_dense_part_one_tensor_at_a_time(folder: str, tmp_path: Path) -> None:
+    model = random_model(folder)
+    checkpoint = GgufCheckpoint(write_checkpoint(model, folder, tmp_path / "m.gguf"), model.config)
+    meta = skeleton(checkpoint.config)
+    modules = experts_modules(meta)
+    state = checkpoint.weights(meta, modules).state_dict(torch.float32)
+    with experts_left_out({type(module) for module in modules.values()}):
+        config = copy.deepcopy(checkpoint.config)
+        loaded, info = type(meta).from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    found = {**loaded.state_dict(), **dict(loaded.named_buffers())}
+    expected = {**model.state_dict(), **dict(model.named_buffers())}
+    experts = {f"{name}.{param}" for name, module in modules.items() for param, _ in module.named_parameters()}
+    assert found.keys() == expected.keys() - experts
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def refusal(path: Path, kind: type[RemoeError], config: Any = None) -> str:

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+from transformers import AutoConfig, PretrainedConfig
 
 from remoe_adapt._support import disk_faults, replacing
 from remoe_adapt.bench import harness
@@ -22,6 +23,7 @@ from remoe_adapt.checkpoints import entry_bytes, header_bytes, text_entry
 from remoe_adapt.errors import ConfigError
 
 ARCHITECTURE = "qwen3moe"
+_MODEL_TYPE = "qwen3_moe"
 _ALIGNMENT, _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 32, 4, 5, 6, 7, 8, 9
 # ggml's numbers of types, and the bytes of a block of 32 values.
 _F32, _Q4_0, _Q8_0 = 0, 2, 8
@@ -70,6 +72,11 @@ class Shape:
         return 3 * self.hidden * self.inner // _BLOCK * _BLOCK_BYTES[_Q4_0]
 
     @property
+    def dense_bytes(self) -> int:
+        """Of all that is not experts, as the file has it."""
+        return sum(tensor.nbytes for tensor in _planned(self)) - self.num_experts * self.expert_bytes
+
+    @property
     def num_experts(self) -> int:
         """In all layers."""
         return self.layers * self.experts
@@ -88,6 +95,25 @@ class _Planned:
     def nbytes(self) -> int:
         count = prod(self.shape)
         return 4 * count if self.kind == _F32 else count // _BLOCK * _BLOCK_BYTES[self.kind]
+
+
+def config_of(shape: Shape) -> PretrainedConfig:
+    """The configuration of a model of this shape."""
+    return AutoConfig.for_model(
+        _MODEL_TYPE,
+        num_hidden_layers=shape.layers,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.chosen,
+        hidden_size=shape.hidden,
+        moe_intermediate_size=shape.inner,
+        intermediate_size=3 * shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    )
 
 
 def write_checkpoint(

@@ -16,7 +16,7 @@ from remoe_adapt._support import is_file, printable
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.gguf.architectures import ARCHITECTURES
 from remoe_adapt.expert_cache.gguf.configuration import architecture_of, configuration, float_type
-from remoe_adapt.expert_cache.gguf.dense import DenseParameter, dense_by_table, dense_by_transformers
+from remoe_adapt.expert_cache.gguf.dense import DenseParameter, LazyParameter, dense_by_table, dense_by_transformers
 from remoe_adapt.expert_cache.gguf.experts import expert_groups
 from remoe_adapt.expert_cache.gguf.tensors import open_gguf
 
@@ -96,6 +96,11 @@ class GgufWeights:
         """(name, numbers) of each dense parameter, one at a time, in `dtype`. Raises ExpertReadError."""
         for name, parameter in self.dense.items():
             yield name, parameter.read(dtype)
+
+    def state_dict(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The dense parameters as `type(model).from_pretrained(None, config=..., state_dict=...)` takes them: each is
+        read, in `dtype`, when transformers asks for it."""
+        return {name: LazyParameter(parameter, dtype) for name, parameter in self.dense.items()}
 
     def _dense(
         self, checkpoint: GgufCheckpoint, model: PreTrainedModel, names: Mapping[str, Tensor]
