@@ -12,7 +12,7 @@ from remoe_adapt.errors import UncacheableError
 from remoe_adapt.expert_cache.encodings import Band, BlockType, Ggml, PoolMatrix, dequantise
 from remoe_adapt.expert_cache.layouts import CodedLayout
 from remoe_adapt.expert_cache.plan import Group, Plan
-from remoe_adapt.expert_cache.pool import Parts, PoolSlot
+from remoe_adapt.expert_cache.pool import PoolSlot
 from remoe_adapt.expert_cache.types import Slot
 
 # For types alone, because experts.py imports this file.
@@ -94,7 +94,7 @@ class BlocksLayout(CodedLayout):
                 (param,) = group.params
                 like = self.plan.likes[layer][param]
                 rows, cols = reversed(like.shape) if self.plan.transposed[layer] else like.shape
-                bands = _bands(group, group.on_meta())
+                bands = bands_of(group, group.on_meta())
                 if sum(len(band.blocks_NB) for band in bands) != rows or any(
                     band.blocks_NB.shape[1] != band.kind.row_bytes(cols) for band in bands
                 ):
@@ -133,7 +133,7 @@ class BlocksLayout(CodedLayout):
                     slot[param].copy_(made[param])
                 continue
             pieces = {source.ending: stored[source.ending] for source in group.sources}
-            for place, band in zip(coded.bands, _bands(group, pieces), strict=True):
+            for place, band in zip(coded.bands, bands_of(group, pieces), strict=True):
                 slot[place.name].copy_(band.blocks_NB)
                 if place.order is not None and band.order_K is not None:
                     slot[place.order].copy_(band.order_K)
@@ -271,7 +271,7 @@ def _is_swiglu(module: Any) -> bool:
         return torch.allclose(module._apply_gate(both_N[None])[0], torch.nn.functional.silu(gate) * up)
 
 
-def _bands(group: Group, pieces: Mapping[str, Tensor]) -> list[Band]:
+def bands_of(group: Group, pieces: Mapping[str, Tensor]) -> list[Band]:
     """The bands of a coded parameter; neighbours of one type, whose columns are in order, are one."""
     assert group.blocks is not None
     found: list[Band] = []

@@ -48,7 +48,8 @@ class Shares:
     def __init__(self, source: ExpertSource, budget_bytes: int, policy: str, scope: str) -> None:
         self._source = source
         self._domains = domains_of(source, scope)
-        self._domain_of = [at for _, at in sorted((layer, at) for at, group in enumerate(self._domains) for layer in group)]
+        domain_of = {layer: at for at, layers in enumerate(self._domains) for layer in layers}
+        self._domain_of = [domain_of[layer] for layer in range(len(source.layers))]
         self.limits = shares_of(budget_bytes, source, self._domains)
         self.policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self.limits]
         self.budget_bytes = self.asked_bytes = budget_bytes

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from remoe_adapt.checkpoints import Extent, open_checkpoint
 from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding
-from remoe_adapt.expert_cache.layouts import Layout, ParamsLayout, StoredLayout
+from remoe_adapt.expert_cache.layouts import Layout, ParamsLayout
 from remoe_adapt.expert_cache.memory import Blocks
 from remoe_adapt.expert_cache.places import ALIGNMENT
 from remoe_adapt.expert_cache.plan import Group, Plan, plan_checkpoint
@@ -135,8 +135,8 @@ class ExpertStore(FileStore):
     def read(self, layer: int, expert: int) -> Slot:
         # Slots outlive the inference mode of the thread that happens to ask for them, so they are ordinary tensors.
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            if isinstance(self.layout, ParamsLayout | StoredLayout):
-                return self._slot(layer, *self._pieces(layer, expert, as_stored=isinstance(self.layout, StoredLayout)))
+            if (holds := self.layout.holds) != "own":
+                return self._slot(layer, *self._pieces(layer, expert, as_stored=holds == "stored"))
             return self.layout.filled(layer, self._stored(layer, expert))
 
     def stored(self, layer: int, expert: int) -> dict[str, Tensor]:

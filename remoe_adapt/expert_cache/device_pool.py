@@ -72,10 +72,14 @@ def part_of(memory: Tensor, number: int, place: tuple[int, tuple[int, ...], torc
 
 
 class DevicePool:
-    """Slots of one size: `memory` is uint8 [slots, slot_bytes]. Guarded by the lock of its DevicePools."""
+    """Slots of one size: `memory` is uint8 [slots, slot_bytes]. Guarded by the lock of its DevicePools.
 
-    def __init__(self, slot_bytes: int, memory: Tensor) -> None:
-        self.slot_bytes, self.memory = slot_bytes, memory
+    table: of DevicePools.
+    """
+
+    def __init__(self, slot_bytes: int, table: Tensor, streams: Streams) -> None:
+        self.slot_bytes, self.memory = slot_bytes, streams.memory(0, slot_bytes)
+        self._table, self._streams = table, streams
         self.free: list[int] = []
         # What kernels take of this memory, by layer; gone with it.
         self.matrices: dict[object, object] = {}
@@ -88,7 +92,21 @@ class DevicePool:
         """A part of all slots, [slots, ...], as a view."""
         offset, shape, dtype = place
         size = torch.Size(shape).numel() * dtype.itemsize
-        return self.memory.data[:, offset : offset + size].view(dtype).view(-1, *shape)
+        return self.memory.data[:, offset : offset + size].view(dtype).view(self.slots, *shape)
+
+    def numbers(
+        self, layer: int, ids_TK: Tensor, rows: Sequence[Sequence[int]], slots: Mapping[int, Slot] | None
+    ) -> Tensor:
+        """The slots of experts, int32 [T, K] on the device.
+
+        ids_TK: on the device.
+        rows: the same on the host.
+        slots: those that count, others are ABSENT; None: all, and the calling thread has leased every one of them.
+        """
+        if slots is None:
+            return torch.take(self._table[layer], ids_TK.long())
+        number = {expert: slot.number for expert, slot in slots.items() if isinstance(slot, DeviceSlot)}
+        return self._streams.on_device([[number.get(expert, ABSENT) for expert in row] for row in rows])
 
 
 class DevicePools:
@@ -105,10 +123,11 @@ class DevicePools:
     def __init__(self, places: Places, num_experts: Sequence[int], streams: Streams) -> None:
         self.places, self.streams = places, streams
         with torch.inference_mode(False):
-            self.pools = {size: DevicePool(size, streams.memory(0, size)) for size in sorted(set(places.slot_bytes))}
             numbers = torch.full((len(num_experts), max(num_experts)), ABSENT, dtype=torch.int32)
             self._shown = streams.pinned(numbers)
             self.table = numbers.to(streams.device, copy=True)
+            sizes = sorted(set(places.slot_bytes))
+            self.pools = {size: DevicePool(size, self.table, streams) for size in sizes}
         # The device reads these numbers while they are written: what is leased does not change, and nobody asks for
         # anything else.
         self._numbers = self._shown.numpy()
@@ -147,8 +166,9 @@ class DevicePools:
                 has_collected = True
             elif time.monotonic() - started > _PATIENCE_S:
                 raise ConfigError(
-                    f"no slot of {pool.slots} of {size_text(pool.slot_bytes)} on {self.streams.device} is free: somebody "
-                    "keeps slots that the expert cache has given up. Drop the traceback of the last error, if any."
+                    f"no slot of {pool.slots} of {size_text(pool.slot_bytes)} on {self.streams.device} is free: "
+                    "somebody keeps slots that the expert cache has given up. Drop the traceback of the last error, if "
+                    "any."
                 )
             else:
                 time.sleep(_PAUSE_S)
@@ -194,11 +214,6 @@ class DevicePools:
     def settle_locked(self) -> None:
         """Let go of what copies have been made of, without waiting for any."""
         self._held = [held for held in self._held if not held[0].query()]
-
-    def numbers(self, layer: int, rows: Sequence[Sequence[int]], slots: Mapping[int, Slot]) -> Tensor:
-        """int32 [T, C] on the device: the slot of each expert in these rows that is among `slots`, else ABSENT."""
-        number = {expert: slot.number for expert, slot in slots.items() if isinstance(slot, DeviceSlot)}
-        return self.streams.on_device([[number.get(expert, ABSENT) for expert in row] for row in rows])
 
     def fit(self, slots: Mapping[int, int], movable: Mapping[Key, Slot]) -> Fitted:
         """Have so many slots of each size; see TierSource. Waits for the device where anything changes."""

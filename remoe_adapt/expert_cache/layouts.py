@@ -52,6 +52,12 @@ class Layout(abc.ABC):
         self.places = Places([self.parts(at) for at in range(len(self.plan.layers))], self.plan.num_experts, device)
 
     @property
+    def holds(self) -> str:
+        """What a slot is of an expert: "params", the parameters of the model; "stored", the tensors of the files;
+        "own", what `filled` makes of these."""
+        return "own"
+
+    @property
     def workspace_bytes(self) -> int:
         """Memory beside the slots for weights that are dequantised, of one expert at a time."""
         return 0
@@ -94,6 +100,10 @@ class ParamsLayout(Layout):
     def __init__(self, plan: Plan, encoding: Encoding) -> None:
         super().__init__(plan)
         self.name, self._encoding = encoding.method or FLOATS_NAME, encoding
+
+    @property
+    def holds(self) -> str:
+        return "params"
 
     def parts(self, layer: int) -> dict[str, Tensor]:
         return self.plan.likes[layer]
@@ -162,6 +172,10 @@ class StoredLayout(CodedLayout):
         super().__init__(plan)
         self.name = method
         self._groups = [{param: group for group in groups for param in group.params} for groups in plan.groups]
+
+    @property
+    def holds(self) -> str:
+        return "stored"
 
     def parts(self, layer: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

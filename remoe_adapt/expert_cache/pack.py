@@ -47,10 +47,11 @@ from torch import Tensor
 from remoe_adapt._support import printable, read_json
 from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
 from remoe_adapt.errors import ConfigError, ExpertReadError
-from remoe_adapt.expert_cache.blocks_layout import BlocksLayout, CodedBand, CodedParam
+from remoe_adapt.expert_cache.blocks_layout import CodedBand, CodedParam
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, FileStore
+from remoe_adapt.expert_cache.device_layout import Kernels, SlotKernels, layout_for
 from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
-from remoe_adapt.expert_cache.encodings import BlockType, Ggml, block_type
+from remoe_adapt.expert_cache.encodings import BlockType, block_type
 from remoe_adapt.expert_cache.layouts import Layout
 from remoe_adapt.expert_cache.places import ALIGNMENT
 from remoe_adapt.expert_cache.types import Slot
@@ -238,7 +239,7 @@ class PackedStore(FileStore):
         folder: str | os.PathLike[str],
         source: ExpertStore,
         *,
-        kernels: Ggml | None = None,
+        kernels: Kernels | None = None,
         direct_io: bool = False,
         reader: Reader = os.preadv,
     ) -> None:
@@ -249,8 +250,9 @@ class PackedStore(FileStore):
         self.packed: list[PackedLayer] = manifest["layers"]
         self._check(manifest, source)
         self.layout: Layout = source.layout
-        if any(packed.encoded for packed in self.packed):
-            self.layout = BlocksLayout(source.plan, kernels, [packed.coded() for packed in self.packed])
+        if any(packed.encoded for packed in self.packed) or isinstance(kernels, SlotKernels):
+            self.layout = layout_for(source.plan, kernels, [packed.coded() for packed in self.packed])
+            self.layout.probe()
         parts = [self.layout.parts(layer) for layer in range(len(self.layers))]
         self.params = tuple(tuple(names) for names in parts)
         self.expert_bytes = tuple(sum(part.nbytes for part in layer.values()) for layer in parts)
