@@ -67,14 +67,21 @@ class LazyParameter:
     """A dense parameter that is read when from_pretrained takes it out of a state dict, and never kept.
 
     Indexing gives the whole tensor, whatever the index: transformers asks for all of it.
+
+    dtype: of its numbers; None: its rows of blocks.
     """
 
-    def __init__(self, parameter: DenseParameter, dtype: torch.dtype) -> None:
+    def __init__(self, parameter: DenseParameter, dtype: torch.dtype | None) -> None:
         self._parameter, self._dtype = parameter, dtype
-        self.shape = torch.Size(parameter.shape)
+        blocks = None if dtype is not None else parameter.as_blocks
+        self.shape = torch.Size(parameter.shape if blocks is None else blocks.extent.shape)
+
+    def get_dtype(self) -> str:
+        """As a slice of a safetensors file says it: of floats, or of codes, which nobody must cast."""
+        return "U8" if self._dtype is None else "F32"
 
     def __getitem__(self, _: object) -> Tensor:
-        return self._parameter.read(self._dtype)
+        return self._parameter.read_blocks() if self._dtype is None else self._parameter.read(self._dtype)
 
 
 def dense_by_table(

@@ -213,6 +213,36 @@ def test_settings_as_real_repositories_have_them_are_read(settings: dict[str, An
     assert of_settings(**settings) is not None
 
 
+@pytest.mark.parametrize(
+    ("settings", "names", "codes"),
+    [
+        ({"quant_method": "fp8"}, ["weight", "weight_scale_inv"], torch.float8_e4m3fn),
+        ({"quant_method": "fp8"}, ["weight", "scale"], torch.float8_e4m3fn),
+        ({"quant_method": "gptq", "bits": 4}, ["qweight", "qzeros", "scales"], torch.int32),
+        ({"quant_method": "awq", "bits": 4}, ["qweight", "qzeros", "scales"], torch.int32),
+        (compressed(), ["weight_packed", "weight_scale"], torch.int32),
+    ],
+)
+def test_codes_without_their_scales_are_refused(settings: dict[str, Any], names: list[str], codes: torch.dtype) -> None:
+    found = of_settings(**settings)
+    assert found is not None
+    dtypes = {f"experts.0.up_proj.{name}": codes if name == names[0] else torch.float32 for name in names}
+    dtypes |= {"norm.weight": torch.bfloat16, "experts.0.down_proj.weight": torch.bfloat16}
+    found.check_tensors(dtypes)
+    for name in names[1:]:
+        # As AutoFP8 writes it: a name that transformers does not know.
+        other = {("x." if key.endswith(name) else "") + key: dtype for key, dtype in dtypes.items()}
+        with pytest.raises(UncacheableError, match=rf"experts.0.up_proj.{names[0]} without experts.0.up_proj."):
+            found.check_tensors(other)
+
+
+def test_other_small_floats_are_refused() -> None:
+    found = of_settings(quant_method="fp8")
+    assert found is not None
+    with pytest.raises(UncacheableError, match=r"x\.weight in E5M2"):
+        found.check_tensors({"x.weight": torch.float8_e5m2, "x.weight_scale_inv": torch.float32})
+
+
 def test_modules_left_out_by_name_are_read_as_they_are(tmp_path: Path) -> None:
     folder = save_quantised(tmp_path / "q", "qwen3_moe", "gptq", dynamic={r"-:.*experts\.[0-9]*\.down_proj.*": {}})
     wanted = dict(reference(folder).named_parameters())
