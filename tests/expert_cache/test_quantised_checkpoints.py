@@ -61,11 +61,11 @@ def test_exact_is_the_dequantised_model_to_the_bit(checkpoint: Path) -> None:
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
-    """Within what activations of 8 bits cost these models, whose weights are random: a choice between two experts or
-    tokens that are nearly alike may fall otherwise. The bar for trained ones is in test_fast_arithmetic.py."""
-    lost = expected.max(-1).values - expected.gather(-1, found.argmax(-1, keepdim=True))[..., 0]
-    is_near = (lost <= 2e-2 * expected.std()).float().mean() >= 0.95
-    return bool(is_near and (found - expected).norm() <= 2e-2 * expected.norm())
+    """Nearly all tokens within what activations of 8 bits cost. The weights are random here, so that now and then a
+    token's choice between two experts that score nearly alike falls otherwise, which changes all that follows. The bar
+    for a trained model is in test_fast_arithmetic.py."""
+    near = (found - expected).norm(dim=-1) <= 2e-2 * expected.norm(dim=-1)
+    return bool(near.float().mean() >= 0.9)
 
 
 @fast_here
