@@ -20,6 +20,8 @@ class Lease:
     def __init__(self, end: Callable[[Lease], None]) -> None:
         self._end = end
         self.slots: dict[int, Slot] = {}
+        # What keeps the slots of a tier, whose `slots` are views alone.
+        self.held: dict[int, Slot] = {}
 
     def __enter__(self) -> Lease:
         return self
@@ -30,8 +32,7 @@ class Lease:
     def release(self) -> None:
         """Give the experts back; once is enough."""
         with held_back():
-            # The dict itself, which whoever computes may still have: a slot that anybody has is not filled anew.
-            self.slots.clear()
+            self.slots, self.held = {}, {}
             self._end(self)
 
 

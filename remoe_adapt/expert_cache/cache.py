@@ -141,7 +141,8 @@ class ExpertCache:
                     if awaited:
                         lease.slots |= self._await(layer, awaited, begun)
                     if self._tier is not None:
-                        self._tier.leased(lease.slots)
+                        lease.held = lease.slots
+                        lease.slots = self._tier.leased(lease.held)
                     handle_pending()
                 except BaseException:
                     self._abandon(lease, begun)

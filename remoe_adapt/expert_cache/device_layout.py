@@ -247,7 +247,7 @@ class DeviceLayout(CodedLayout):
 
 
 def _pool_of(slots: Mapping[int, Slot]) -> DevicePool | None:
-    """Where they lie; None: not on a device. A slot itself is not kept: its room is needed by a later group."""
+    """Where they lie; None: not on a device."""
     first = next(iter(slots.values()))
     return first.pool if isinstance(first, DeviceSlot) else None
 

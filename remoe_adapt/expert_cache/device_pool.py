@@ -1,6 +1,6 @@
 """Slots on a GPU: for each size of slot one tensor, filled by copies of whole slots of the RAM tier.
 
-A slot is free again when nobody has its `DeviceSlot` any more: the cache has dropped it, and no lease holds it. Its
+A slot is free again when nobody has its `TakenSlot` any more: the cache has dropped it, and no lease holds it. Its
 number is then taken by the next expert, while kernels may still read the last one: copies wait for all kernels that
 were queued before them. Kernels find slots by a table on the device, expert to number, or by numbers of their own.
 """
@@ -25,8 +25,8 @@ from remoe_adapt.expert_cache.types import Fitted, Key, Slot
 
 # What is in the table for an expert without a slot: kernels skip it.
 ABSENT = -1
-# A slot that the cache has dropped is held a moment longer by a thread that is about to let it go, or by a cycle of
-# references; then somebody keeps it.
+# A slot that the cache has dropped is held a moment longer by a thread that is about to let it go, or by the traceback
+# of an error.
 _PATIENCE_S, _PAUSE_S = 1.0, 0.001
 # Where the device has no memory for all slots, so much of them is tried next.
 _TRIED = 15 / 16
@@ -35,23 +35,14 @@ _TRIED = 15 / 16
 class DeviceSlot(Mapping[str, Tensor]):
     """The parts of one expert in a slot, by name: views that are valid while the expert is leased.
 
-    number: of the slot in its pool.
     pool: all slots of its size.
-    event: after it the expert is there; `order` counts such events.
+    number: of the slot in it.
     """
 
-    __slots__ = ("__weakref__", "_dead", "_parts", "event", "key", "number", "order", "pool")
+    __slots__ = ("_parts", "number", "pool")
 
-    def __init__(
-        self, pool: DevicePool, key: Key, number: int, parts: Parts, dead: list[tuple[DevicePool, Key, int]]
-    ) -> None:
-        self.pool, self.key, self.number, self._parts, self._dead = pool, key, number, parts, dead
-        self.event: Event | None = None
-        self.order = 0
-
-    def __del__(self) -> None:
-        # No lock: a finalizer runs wherever the last reference goes. `append` is one step of the interpreter.
-        self._dead.append((self.pool, self.key, self.number))
+    def __init__(self, pool: DevicePool, number: int, parts: Parts) -> None:
+        self.pool, self.number, self._parts = pool, number, parts
 
     def __getitem__(self, name: str) -> Tensor:
         return part_of(self.pool.memory, self.number, self._parts[name])
@@ -61,6 +52,34 @@ class DeviceSlot(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+class TakenSlot(Mapping[str, Tensor]):
+    """A slot that is taken as long as anybody has this: the cache, and leases. Whoever computes gets `slot` alone, or
+    each variable that still names a slot would keep it from the next expert.
+
+    event: after it the expert is there; `order` counts such events.
+    """
+
+    __slots__ = ("_dead", "event", "key", "order", "slot")
+
+    def __init__(self, slot: DeviceSlot, key: Key, dead: list[tuple[DeviceSlot, Key]]) -> None:
+        self.slot, self.key, self._dead = slot, key, dead
+        self.event: Event | None = None
+        self.order = 0
+
+    def __del__(self) -> None:
+        # No lock: a finalizer runs wherever the last reference goes. `append` is one step of the interpreter.
+        self._dead.append((self.slot, self.key))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.slot[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slot)
+
+    def __len__(self) -> int:
+        return len(self.slot)
 
 
 def part_of(memory: Tensor, number: int, place: tuple[int, tuple[int, ...], torch.dtype]) -> Tensor:
@@ -133,7 +152,7 @@ class DevicePools:
         self._numbers = self._shown.numpy()
         self._of_layer = [self.pools[size] for size in places.slot_bytes]
         self._lock = threading.Lock()
-        self._dead: list[tuple[DevicePool, Key, int]] = []
+        self._dead: list[tuple[DeviceSlot, Key]] = []
         # RAM slots that copies under way read, until the event.
         self._held: list[tuple[Event, list[Slot]]] = []
         self._orders = 0
@@ -146,7 +165,7 @@ class DevicePools:
         """Copies under way, as far as anybody has looked."""
         return len(self._held)
 
-    def fill(self, layer: int, below: Mapping[int, Slot]) -> dict[int, DeviceSlot]:
+    def fill(self, layer: int, below: Mapping[int, Slot]) -> dict[int, TakenSlot]:
         """Slots that these experts of a layer are copied into, all in one go; never waits for the device.
 
         What is copied from is held until the copies have ended.
@@ -173,11 +192,12 @@ class DevicePools:
             else:
                 time.sleep(_PAUSE_S)
 
-    def _fill(self, pool: DevicePool, layer: int, below: Mapping[int, Slot]) -> dict[int, DeviceSlot]:
-        parts, found = self.places.layers[layer], dict[int, DeviceSlot]()
+    def _fill(self, pool: DevicePool, layer: int, below: Mapping[int, Slot]) -> dict[int, TakenSlot]:
+        parts, found = self.places.layers[layer], dict[int, TakenSlot]()
         pairs: list[tuple[Tensor, Tensor]] = []
         for expert, source in below.items():
-            slot = found[expert] = DeviceSlot(pool, (layer, expert), heapq.heappop(pool.free), parts, self._dead)
+            slot = DeviceSlot(pool, heapq.heappop(pool.free), parts)
+            found[expert] = TakenSlot(slot, (layer, expert), self._dead)
             self._numbers[layer, expert] = slot.number
             if isinstance(source, PoolSlot) and source.parts == parts:
                 pairs.append((pool.memory[slot.number], source.bytes_B[: pool.slot_bytes]))
@@ -187,22 +207,28 @@ class DevicePools:
         pairs.append((self.table, self._shown))
         event = self.streams.copy(pairs, list(self._streams.values()))
         self._orders += 1
-        for slot in found.values():
-            slot.event, slot.order = event, self._orders
+        for taken in found.values():
+            taken.event, taken.order = event, self._orders
         self._held.append((event, list(below.values())))
         return found
 
-    def leased(self, slots: Mapping[int, Slot]) -> None:
-        """The calling thread's stream waits for these slots, and from now on copies wait for it."""
+    def leased(self, slots: Mapping[int, Slot]) -> dict[int, Slot]:
+        """The calling thread's stream waits for these slots, and from now on copies wait for it; see TierSource."""
         stream = self.streams.current()
         key = stream.key
         self._streams[key] = stream
-        newest = max((slot for slot in slots.values() if isinstance(slot, DeviceSlot)), key=_order, default=None)
+        newest, found = None, dict[int, Slot]()
+        for expert, taken in slots.items():
+            assert isinstance(taken, TakenSlot)
+            found[expert] = taken.slot
+            if newest is None or taken.order > newest.order:
+                newest = taken
         # Copies end in their order, so that the newest one stands for all.
         if newest is not None and newest.order > self._waited.get(key, 0):
             assert newest.event is not None
             self.streams.wait(stream, newest.event)
             self._waited[key] = newest.order
+        return found
 
     def settle(self) -> None:
         """Wait for all that is queued, and let go what it reads."""
@@ -224,7 +250,7 @@ class DevicePools:
             changing = [size for size in slots if slots[size] != self.pools[size].slots]
             for size in sorted(changing, key=lambda size: slots[size] - self.pools[size].slots):
                 pool = self.pools[size]
-                mine = [s for s in movable.values() if isinstance(s, DeviceSlot) and s.pool is pool]
+                mine = [s for s in movable.values() if isinstance(s, TakenSlot) and s.slot.pool is pool]
                 gone = self._resize(pool, slots[size], mine)
                 if gone is not None:
                     lost += gone
@@ -238,20 +264,20 @@ class DevicePools:
                 self.streams.give_back()
         return Fitted(whole, found, tuple(lost))
 
-    def _resize(self, pool: DevicePool, slots: int, movable: Sequence[DeviceSlot]) -> list[Key] | None:
+    def _resize(self, pool: DevicePool, slots: int, movable: Sequence[TakenSlot]) -> list[Key] | None:
         """Memory for so many slots, or for as many as there is; returns the experts that were lost over it.
 
         None: all stays as it is, because of slots that may not move: they have numbers that there would not be, or old
         and new memory do not fit beside one another.
         """
-        stuck = set(range(pool.slots)).difference(pool.free, (slot.number for slot in movable))
+        stuck = set(range(pool.slots)).difference(pool.free, (taken.slot.number for taken in movable))
         if any(number >= slots for number in stuck):
             return None
         # What has a number that stays keeps it; the others fill the gaps, as far as there are any.
-        staying = [slot for slot in movable if slot.number < slots]
-        moving = [slot for slot in movable if slot.number >= slots]
-        gaps = sorted(set(range(min(slots, pool.slots))).difference(stuck, (slot.number for slot in staying)))
-        places = [(slot, slot.number) for slot in staying] + list(zip(moving, gaps, strict=False))
+        staying = [taken for taken in movable if taken.slot.number < slots]
+        moving = [taken for taken in movable if taken.slot.number >= slots]
+        gaps = sorted(set(range(min(slots, pool.slots))).difference(stuck, (taken.slot.number for taken in staying)))
+        places = [(taken, taken.slot.number) for taken in staying] + list(zip(moving, gaps, strict=False))
         lost = moving[len(gaps) :]
         try:
             memory = self.streams.memory(slots, pool.slot_bytes)
@@ -260,20 +286,18 @@ class DevicePools:
                 return None
             places, lost = [], list(movable)
             memory = self._rest(pool, slots)
-        pairs = [(memory[to], pool.memory[slot.number]) for slot, to in places]
+        pairs = [(memory[to], pool.memory[taken.slot.number]) for taken, to in places]
         pairs += [(memory[number], pool.memory[number]) for number in stuck]
         self.streams.copy(pairs, list(self._streams.values()))
         self.streams.retire(pool.memory, list(self._streams.values()))
         pool.memory = memory
         pool.matrices.clear()
-        for slot, to in places:
-            self._numbers[slot.key] = slot.number = to
-        for slot in lost:
-            # It dies with its entry in the cache, and must not give back a number of the new memory.
-            self._numbers[slot.key] = slot.number = ABSENT
-        taken = stuck.union(to for _, to in places)
-        pool.free = [number for number in range(len(memory)) if number not in taken]
-        return [slot.key for slot in lost]
+        # The lost die with their entries in the cache, and must not give back numbers of the new memory.
+        for taken, to in [*places, *((taken, ABSENT) for taken in lost)]:
+            self._numbers[taken.key] = taken.slot.number = to
+        used = stuck.union(to for _, to in places)
+        pool.free = [number for number in range(len(memory)) if number not in used]
+        return [taken.key for taken in lost]
 
     def _rest(self, pool: DevicePool, slots: int) -> Tensor:
         """Memory for as many slots as there is, at most `slots`, when nothing of the old is needed any more."""
@@ -292,12 +316,8 @@ class DevicePools:
     def _collect(self) -> None:
         """Slots that nobody has any more are free."""
         while self._dead:
-            pool, key, number = self._dead.pop()
-            if number != ABSENT:
-                if self._numbers[key] == number:
+            slot, key = self._dead.pop()
+            if slot.number != ABSENT:
+                if self._numbers[key] == slot.number:
                     self._numbers[key] = ABSENT
-                heapq.heappush(pool.free, number)
-
-
-def _order(slot: DeviceSlot) -> int:
-    return slot.order
+                heapq.heappush(slot.pool.free, slot.number)

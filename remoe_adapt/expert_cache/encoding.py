@@ -118,9 +118,8 @@ class Floats:
 
         So every bit of the result is transformers' own, also when the experts come in several groups.
         """
-        # Every slot has the same parameters, so one of them names all. Their names alone: who keeps a slot keeps its
-        # room from the experts of a later group.
-        params = tuple(next(iter(chosen.slots.values()), ()))
+        # Every slot has the same parameters, so one of them names all.
+        params = next(iter(chosen.slots.values()), ())
         return eagerly(module, hidden_TD, ids_TK, weights_TK, {param: _Rows(chosen, param) for param in params})
 
 

@@ -16,7 +16,7 @@ import torch
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.checkpoint_store import FileStore
-from remoe_adapt.expert_cache.device_pool import DevicePools, DeviceSlot
+from remoe_adapt.expert_cache.device_pool import DevicePools, TakenSlot
 from remoe_adapt.expert_cache.streams import CudaStreams
 from remoe_adapt.expert_cache.types import Fitted, Key, Slot
 
@@ -45,7 +45,7 @@ class DeviceSource:
         """Raises what the tier below raises, and ConfigError where no slot is free."""
         # Experts that come one by one, or in groups, are of one token: the policy below must count them as such.
         continues, self._last_layer = layer == self._last_layer, layer
-        found, rest = dict[int, DeviceSlot](), list(experts)
+        found, rest = dict[int, TakenSlot](), list(experts)
         with torch.inference_mode(False), torch.no_grad():
             while rest:
                 with self.below.lease(layer, rest, continues=continues) as lease:
@@ -54,9 +54,9 @@ class DeviceSource:
                 continues = True
         return found
 
-    def leased(self, slots: Mapping[int, Slot]) -> None:
+    def leased(self, slots: Mapping[int, Slot]) -> dict[int, Slot]:
         """See TierSource."""
-        self.pools.leased(slots)
+        return self.pools.leased(slots)
 
     def fit(self, slots: Mapping[int, int], movable: Mapping[Key, Slot]) -> Fitted:
         """See TierSource."""

@@ -57,9 +57,9 @@ class TierSource(Protocol):
 
     slot_bytes: tuple[int, ...]
 
-    def leased(self, slots: Mapping[int, Slot]) -> None:
+    def leased(self, slots: Mapping[int, Slot]) -> dict[int, Slot]:
         """The calling thread queues kernels that read these slots from now on, until it gives them back. What is in
-        them may still be under way."""
+        them may still be under way. Returns what it computes with, while the lease holds the slots."""
         ...
 
     def fit(self, slots: Mapping[int, int], movable: Mapping[Key, Slot]) -> Fitted:

@@ -25,11 +25,15 @@ class FakeStream:
 
 @dataclass(eq=False)
 class FakeEvent:
-    """pairs: the copies before it, until they are made; after: the streams that they waited for."""
+    """pairs: the copies before it, until they are made; queued: how many; after: the streams that they waited for."""
 
     pairs: list[tuple[Tensor, Tensor]]
     after: list[int]
     done: bool = False
+    queued: int = 0
+
+    def __post_init__(self) -> None:
+        self.queued = len(self.pairs)
 
     def query(self) -> bool:
         return self.done
