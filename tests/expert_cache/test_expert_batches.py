@@ -72,6 +72,19 @@ def test_each_failure_of_a_batch_is_that_of_its_expert() -> None:
     assert values(cache, 0, [1, 2, 3, 5]) == [1, 2, 3, 5]
 
 
+def test_a_failure_that_is_no_expert_s_is_raised_by_the_look_up() -> None:
+    class TimeLimitError(Exception):
+        pass
+
+    source = Batches()
+    cache = ExpertCache(source, source.total)
+    source.raises.append(TimeLimitError())
+    with pytest.raises(TimeLimitError):
+        cache.lease(0, [1, 2])
+    assert cache.resident() == [(0, 1), (0, 2)] and not cache._loading and not cache._shares.pins
+    assert values(cache, 0, [1, 2]) == [1, 2] and len(source.calls) == 1
+
+
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_in_a_batch_stays_in_its_thread(interrupt: type[BaseException]) -> None:
     source = Batches()
