@@ -188,7 +188,7 @@ def _encodings() -> Iterator[Probe]:
     missing = "xllamacpp is not installed" if version is None else f"the kernels of xllamacpp {version} cannot be used"
     remedy = exact + "; pip install 'remoe-adapt[llamacpp]' brings the version that is known"
     yield _found(name, types and f"xllamacpp {version}: {types}", missing, remedy)
-    fault = _int4_fault()
+    fault = int4_fault()
     value = fault or "int4 in groups of 32, computes as it should"
     yield Probe("4-bit experts: torch int4", fault is None, value, exact if fault else "")
     if torch.cuda.is_available():
@@ -198,7 +198,7 @@ def _encodings() -> Iterator[Probe]:
         yield Probe("4-bit experts: triton", False, "no GPU", "experts are computed on the CPU")
 
 
-def _int4_fault() -> str | None:
+def int4_fault(kernels: Any = torch.ops.aten) -> str | None:
     """Why torch's product with int4 codes on the CPU cannot be used; None where it can."""
     generator = torch.Generator().manual_seed(0)
     codes_NK = torch.randint(0, 16, (64, 64), generator=generator, dtype=torch.int32)
@@ -206,8 +206,8 @@ def _int4_fault() -> str | None:
     # Of each group of 32: the scale, and what code 8 stands for.
     scales_GN2 = torch.stack([torch.full((2, 64), 0.125), torch.full((2, 64), 0.5)], dim=-1).bfloat16()
     try:
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
-        found_TN = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK, packed, 32, scales_GN2)
+        packed = kernels._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
+        found_TN = kernels._weight_int4pack_mm_for_cpu(x_TK, packed, 32, scales_GN2)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return first_line(error)
     expected_TN = x_TK.float() @ ((codes_NK.float() - 8) * 0.125 + 0.5).T

@@ -170,7 +170,8 @@ class BlocksLayout(CodedLayout):
                 rows_NK = torch.empty_like(rows_NK).index_copy_(1, slot[band.order], rows_NK)
             bands.append(rows_NK)
         whole_NK = bands[0] if len(bands) == 1 else torch.cat(bands)
-        return (whole_NK.T if self.plan.transposed[layer] else whole_NK).to(like.dtype)
+        # In the order of a parameter in memory: products with its transpose differ in the last place.
+        return (whole_NK.T.contiguous() if self.plan.transposed[layer] else whole_NK).to(like.dtype)
 
     def compute(
         self,

@@ -59,7 +59,9 @@ def test_an_adapter_that_names_its_base_is_loaded_whole(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "base", "qwen2_moe")
     tuned = get_peft_model(stock(folder), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     tuned.save_pretrained(str(tmp_path / "adapter"))
-    assert torch.equal(logits(load_whole_or_cached(tmp_path / "adapter", experts_implementation="eager")), logits(tuned))
+    assert torch.equal(
+        logits(load_whole_or_cached(tmp_path / "adapter", experts_implementation="eager")), logits(tuned)
+    )
 
 
 def test_what_cannot_be_cached_is_whole_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

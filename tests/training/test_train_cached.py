@@ -71,13 +71,13 @@ def test_a_killed_run_goes_on_and_other_experts_are_another_run(
     options: dict[str, Any] = {"options": TrainOptions(**SHORT), "progress": False}
     whole = train_family(*args[:3], tmp_path / "whole", **options)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def kill(name: str, log: dict[str, float]) -> None:
-        raise Killed
+        raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train_family(*args, **options, expert_cache=0.3, on_point=kill)
     assert json.loads((out / RUN_FILE).read_text())["experts"] == "fp8"
     # With another budget: where the experts are makes no other adapters.
