@@ -228,6 +228,17 @@ def test_blocks_are_the_rows_of_the_parameter(folder: str, kinds: tuple[str, ...
         assert sum(blocks.nbytes for _, blocks in bands) == sum(piece.nbytes for piece in stored)
 
 
+def test_a_parameter_has_memory_of_its_own(tmp_path: Path) -> None:
+    weights, _ = opened(write_checkpoint(random_model("qwen2_moe"), "qwen2_moe", tmp_path / "m.gguf"))
+    for group in weights.experts[0]:
+        stored = pieces(group, 0)
+        value = group.convert(stored, torch.float32)
+        kept = value.clone()
+        for piece in stored:
+            piece.zero_()
+        assert torch.equal(value, kept)
+
+
 def test_rows_of_two_types_that_come_in_turns_have_no_blocks(tmp_path: Path) -> None:
     model = random_model("gpt_oss")
     path = write_checkpoint(model, "gpt_oss", tmp_path / "m.gguf", experts_in("Q4_0", "Q8_0"))
