@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.gguf import is_gguf_arch_supported
 
 from remoe_adapt.checkpoints.load import auto_class
-from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, UncacheableError
+from remoe_adapt.errors import ConfigError, ExpertReadError, MissingDependencyError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.checkpoint_store import experts_modules
 from remoe_adapt.expert_cache.encodings.blocks import Q4_0, Q8_0, dequantise
 from remoe_adapt.expert_cache.experts import experts_left_out
@@ -195,6 +196,21 @@ def test_a_config_json_beside_the_file_counts_if_it_is_of_this_model(tmp_path: P
     assert entries.config.rope_parameters["rope_theta"] == 10000.0
     model.config.save_pretrained(tmp_path / "given")
     assert_same(every_number(path, config=tmp_path / "given"), model)
+
+
+def test_only_configurations_by_transformers_need_the_gguf_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = write_checkpoint(random_model("qwen3_moe"), "qwen3_moe", tmp_path / "q.gguf")
+    model = random_model("minimax_m2")
+    path = write_checkpoint(model, "minimax_m2", tmp_path / "m.gguf")
+    assert GgufCheckpoint(path).config.num_local_experts == 8
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert every_number(ours) and every_number(path, config=model.config)
+    with pytest.raises(
+        MissingDependencyError, match=r"by the gguf package .* 'remoe-adapt\[export\]', or give config="
+    ):
+        GgufCheckpoint(path)
 
 
 @pytest.mark.parametrize("folder", ["gpt_oss", "qwen3_moe"])
