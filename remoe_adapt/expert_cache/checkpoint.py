@@ -129,11 +129,13 @@ class QuantisedCheckpoint(Checkpoint):
     def plain_config(self) -> PretrainedConfig:
         config = super().plain_config()
         for part in (config.get_text_config(), config):
-            vars(part).pop("quantization_config", None)
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
         return config
 
     def plan(self, skeleton: PreTrainedModel) -> Plan:
         extents, quantizer = open_checkpoint(self.folder), self.format.quantizer(self.config)
+        self.format.check_tensors({name: extent.dtype for name, extent in extents.items()})
         return plan_checkpoint(self.folder, skeleton, extents, quantizer, self.format.blocks)
 
     def layout(self, kernels: Ggml | None) -> MakeLayout:

@@ -93,10 +93,22 @@ def needs_loader(folder: str) -> None:
         pytest.skip("this release of transformers does not load it")
 
 
+def round_as_converted(model: PreTrainedModel, folder: str) -> None:
+    """What the converter stores as another number comes back rounded."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("A_log"):
+                value.copy_(torch.log(torch.exp(value)))
+            elif folder == "qwen3_next" and name.endswith("norm.weight") and "linear_attn.norm" not in name:
+                value.copy_((value + 1) - 1)
+
+
 @pytest.mark.parametrize("folder", sorted(ARCH.keys() - {"qwen3_5_moe"}))
 def test_every_parameter_of_every_architecture_comes_back(folder: str, tmp_path: Path) -> None:
     model = random_model(folder)
-    assert_same(every_number(write_checkpoint(model, folder, tmp_path / "m.gguf"), config=model.config), model)
+    path = write_checkpoint(model, folder, tmp_path / "m.gguf")
+    round_as_converted(model, folder)
+    assert_same(every_number(path, config=model.config), model)
 
 
 def mixed(kinds: Sequence[str]) -> Kinds:
@@ -370,7 +382,7 @@ def test_a_type_without_a_reader_is_refused_by_name(tmp_path: Path) -> None:
     ("entries", "kind", "words"),
     [
         ({"expert_count": 9}, ConfigError, "do not make up"),
-        ({"expert_count": 0}, UncacheableError, "is a dense qwen3moe model"),
+        ({"expert_count": 0}, UncacheableError, "is a dense qwen3moe model, without experts"),
         ({"expert_count": 1 << 31}, ConfigError, "do not make up"),
         ({"block_count": 1 << 31}, ExpertReadError, "claims 2147483648 layers"),
         ({"block_count": 5}, ConfigError, "has no blk.4."),
@@ -431,9 +443,9 @@ def test_other_architectures_adapters_and_wrong_configurations_are_refused(tmp_p
     assert "is no file" in refusal(tmp_path / "none.gguf", ConfigError)
     write_checkpoint(model, "qwen3_moe", path, architecture="qwen9moe")
     assert "transformers makes none of them" in refusal(path, UncacheableError)
-    write_checkpoint(model, "qwen3_moe", path, architecture="jamba")
-    jamba = random_model("jamba").config
-    assert "stores jamba models is not known for certain" in refusal(path, UncacheableError, jamba)
+    write_checkpoint(model, "qwen3_moe", path, architecture="granitehybrid")
+    hybrid = random_model("granitemoehybrid").config
+    assert "stores granitemoehybrid models is not known for certain" in refusal(path, UncacheableError, hybrid)
 
 
 def test_parts_that_are_missing_or_of_two_models_are_refused(tmp_path: Path) -> None:
