@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,21 @@ def fingerprint_of(reader: ExtentReader, extents: Iterable[Extent]) -> str:
         found.update(f"{extent.dtype} {extent.shape}".encode())
         found.update(part.numpy().tobytes())
     return found.hexdigest()
+
+
+def dense_fingerprint(plan: Plan, extents: Mapping[str, Extent]) -> str:
+    """Ties a copy of the dense part to a checkpoint: `fingerprint_of` all its tensors that are of no expert.
+
+    plan: of its experts.
+    extents: of all tensors of the checkpoint, by name.
+    """
+    experts = {e.tensor for groups in plan.groups for group in groups for s in group.sources for e in s.extents}
+    dense = [extent for name, extent in extents.items() if name not in experts]
+    reader = ExtentReader(extent.path for extent in dense)
+    try:
+        return fingerprint_of(reader, dense)
+    finally:
+        reader.close()
 
 
 class FileStore(abc.ABC):
@@ -172,10 +187,6 @@ class ExpertStore(FileStore):
         experts = sorted({0, count - 1})
         sources = [source for group in self.plan.groups[layer] for source in group.sources]
         return fingerprint_of(self._reader, (source.of(expert, count) for expert in experts for source in sources))
-
-    def tensors(self) -> set[str]:
-        """The names that all experts' tensors have in the files."""
-        return {e.tensor for groups in self.plan.groups for g in groups for s in g.sources for e in s.extents}
 
     def state(self) -> list[list[Any]]:
         """Name, size and time of change (ns) of each file that experts are in (JSON-ready)."""

@@ -330,7 +330,7 @@ def pack_experts(
         if dense_bits is not None:
             with LOADING, _without_experts(skeleton, experts_modules(skeleton)):
                 model = checkpoint.load(skeleton, {}, experts_implementation=IMPLEMENTATION)
-            dense = DensePart(model, store, KINDS.get(dense_bits))
+            dense = DensePart(model, store.plan, checkpoint.extents(), KINDS.get(dense_bits))
         return write_pack(
             source, out, model_id=name, dense=dense, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes
         )  # fmt: skip
