@@ -26,6 +26,7 @@ from remoe_adapt.checkpoints.load import (
     check_place,
     checkpoint_folder,
     device_of,
+    gguf_path,
     is_gguf,
     load_base,
     load_tokenizer,

@@ -402,11 +402,13 @@ def evaluate_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    def scores(scored: nn.Module, strength: float | None) -> dict[str, Any]:
+    def wrapped(scored: nn.Module) -> Any:
         # One at a time, so that no padding reaches the routers and a score does not depend on its neighbours.
-        wrapped = HFLM(pretrained=scored, tokenizer=tokenizer, batch_size=1)
+        return HFLM(pretrained=scored, tokenizer=tokenizer, batch_size=1)
+
+    def scores(scored: Any, strength: float | None) -> dict[str, Any]:
         found = lm_eval.simple_evaluate(
-            model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+            model=scored, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
         )
         # lm-eval puts names and aliases among the metrics.
         values = {
@@ -418,10 +420,11 @@ def evaluate_tasks(
     other: dict[str, Any] | None = None
     if against is not None:
         with inference(against):
-            other = scores(against, None)
+            other = scores(wrapped(against), None)
     rows: dict[Arm, dict[str, Any]] = {}
     with arms_of(model, family, force=force) as arms, inference(model):
+        of_model = wrapped(model)
         for arm in arms:
             arms.use(arm)
-            rows[arm] = scores(model, arm.strength)
+            rows[arm] = scores(of_model, arm.strength)
     return {"against": other, **arms.by_kind(rows)}

@@ -144,6 +144,10 @@ class BlocksLayout(CodedLayout):
                     slot[place.order].copy_(band.order_K)
         return slot
 
+    def coded(self, layer: int) -> CodedLayer:
+        """The parameters of a layer that are in blocks, by name."""
+        return self._coded[layer]
+
     def lies_as(self, layer: int, parts: Parts) -> bool:
         """Whether the parts of a slot lie where these do, and are of their types and shapes."""
         return dict(parts) == self._places[layer]
@@ -166,7 +170,8 @@ class BlocksLayout(CodedLayout):
                 rows_NK = torch.empty_like(rows_NK).index_copy_(1, slot[band.order], rows_NK)
             bands.append(rows_NK)
         whole_NK = bands[0] if len(bands) == 1 else torch.cat(bands)
-        return (whole_NK.T if self.plan.transposed[layer] else whole_NK).to(like.dtype)
+        # In the order of a parameter in memory: products with its transpose differ in the last place.
+        return (whole_NK.T.contiguous() if self.plan.transposed[layer] else whole_NK).to(like.dtype)
 
     def compute(
         self,

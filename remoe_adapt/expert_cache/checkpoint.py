@@ -25,6 +25,7 @@ from remoe_adapt.checkpoints import (
     check_place,
     checkpoint_dtype,
     checkpoint_folder,
+    gguf_path,
     is_gguf,
     open_checkpoint,
     read_config,
@@ -34,7 +35,7 @@ from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.dense import Encoded, model_of
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
 from remoe_adapt.expert_cache.encodings import Band, Format, Ggml, dense_modules, format_of, ggml
-from remoe_adapt.expert_cache.gguf import DenseParameter, ExpertGroup, GgufCheckpoint
+from remoe_adapt.expert_cache.gguf import DenseParameter, ExpertGroup, GgufCheckpoint, LazyParameter
 from remoe_adapt.expert_cache.layouts import Layout, StoredLayout
 from remoe_adapt.expert_cache.plan import Group, Plan, Source, empty_plan, experts_modules, plan_checkpoint
 
@@ -97,6 +98,10 @@ class Checkpoint:
         """
         return None
 
+    def blocks(self) -> MakeLayout | None:
+        """The layout of blocks that its codes become; None: it has no codes."""
+        return None
+
     def encoded(self, skeleton: PreTrainedModel) -> dict[str, Encoded]:
         """The modules of the dense part whose weight may stay as it is stored, by name."""
         return {}
@@ -119,17 +124,20 @@ class QuantisedCheckpoint(Checkpoint):
     def plain_config(self) -> PretrainedConfig:
         config = super().plain_config()
         for part in (config.get_text_config(), config):
-            vars(part).pop("quantization_config", None)
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
         return config
 
     def plan(self, skeleton: PreTrainedModel) -> Plan:
         extents, quantizer = open_checkpoint(self.folder), self.format.quantizer(self.config)
+        self.format.check_tensors({name: extent.dtype for name, extent in extents.items()})
         return plan_checkpoint(self.folder, skeleton, extents, quantizer, self.format.blocks)
 
     def layout(self, kernels: Ggml | None) -> MakeLayout:
-        if kernels is None:
-            return partial(StoredLayout, method=self.format.method)
-        return partial(BlocksLayout, kernels=kernels)
+        return _coded_layout(self.format.method, kernels)
+
+    def blocks(self) -> MakeLayout:
+        return partial(BlocksLayout, kernels=None)
 
     def load(self, skeleton: PreTrainedModel, encoded: Mapping[str, Encoded], **kwargs: Any) -> Any:
         return super().load(skeleton, encoded, config=self.format.loading(self.config), **kwargs)
@@ -158,9 +166,10 @@ class GgufModel(Checkpoint):
         return plan
 
     def layout(self, kernels: Ggml | None) -> MakeLayout:
-        if kernels is None:
-            return partial(StoredLayout, method="gguf")
-        return partial(BlocksLayout, kernels=kernels)
+        return _coded_layout("gguf", kernels)
+
+    def blocks(self) -> MakeLayout:
+        return partial(BlocksLayout, kernels=None)
 
     def encoded(self, skeleton: PreTrainedModel) -> dict[str, Encoded]:
         found = {}
@@ -173,14 +182,19 @@ class GgufModel(Checkpoint):
         return found
 
     def load(self, skeleton: PreTrainedModel, encoded: Mapping[str, Encoded], **kwargs: Any) -> Any:
-        tensors: dict[str, Tensor] = {}
-        for name, entry in self._of(skeleton).dense.items():
-            is_encoded = name.removesuffix(".weight") in encoded
-            tensors[name] = entry.read_blocks() if is_encoded else entry.read(self.dtype)
+        # Each is read when transformers asks for it: no more than one of them is in memory twice.
+        tensors: dict[str, Any] = {
+            name: LazyParameter(entry, None if name.removesuffix(".weight") in encoded else self.dtype)
+            for name, entry in self._of(skeleton).dense.items()
+        }
         kwargs.pop("trust_remote_code", None)
         return model_of(
             type(skeleton), self.config, tensors, encoded, self.dtype, fast=True, folder=self.folder, **kwargs
         )
+
+
+def _coded_layout(method: str, kernels: Ggml | None) -> MakeLayout:
+    return partial(StoredLayout, method=method) if kernels is None else partial(BlocksLayout, kernels=kernels)
 
 
 def _gguf_group(group: ExpertGroup, dtype: torch.dtype) -> Group:
@@ -231,7 +245,8 @@ def find_checkpoint(
 ) -> Checkpoint:
     """The checkpoint of a folder, a hub id or a GGUF file, fetched if need be; dtype None or "auto": its own.
 
-    options: of from_pretrained, of which those for the hub, `trust_remote_code` and (of a GGUF) `config` count here.
+    options: of from_pretrained, of which those for the hub, `trust_remote_code`, `gguf_file`, and of a GGUF `config`
+        count here.
 
     Raises ConfigError when it is not there or the dtype is none, UncacheableError when it is quantised in a way that
     nobody reads: then no weights have been fetched.
@@ -239,6 +254,8 @@ def find_checkpoint(
     name, options = os.fspath(path), options or {}
     hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     trust = {key: options[key] for key in ("trust_remote_code",) if key in options}
+    if options.get("gguf_file") is not None:
+        path = gguf_path(path, options["gguf_file"], **hub)
     if is_gguf(path):
         file = GgufCheckpoint(path, options.get("config"), **hub, **trust)
         own = _dtype(file.dtype if dtype in (None, "auto") else dtype, None, file.path.parent)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -75,7 +74,7 @@ put_on(AUTO_QUANTIZER_MAPPING, _METHOD, BlocksQuantizer)
 def model_of(
     cls: type[PreTrainedModel],
     config: PretrainedConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Any],
     encoded: Mapping[str, Encoded],
     dtype: torch.dtype,
     *,
@@ -87,6 +86,7 @@ def model_of(
 
     cls, config: of the model.
     tensors: by name of the parameter or buffer; blocks (uint8 [rows, row bytes]) for the weights of encoded modules.
+        Something with a shape will do that gives the tensor when it is indexed.
     encoded: by name of the module.
     dtype: of the floats.
     fast: let encoded modules compute on their codes.

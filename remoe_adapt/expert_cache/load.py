@@ -35,7 +35,7 @@ from remoe_adapt.expert_cache.encodings import KINDS, Ggml, encode_dense
 from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
 from remoe_adapt.expert_cache.pack import PackedStore
-from remoe_adapt.expert_cache.pack_sources import DensePart, FloatExperts, QuantisedExperts
+from remoe_adapt.expert_cache.pack_sources import DensePart, FloatExperts, QuantisedExperts, StoredExperts
 from remoe_adapt.expert_cache.packed_dense import PackedDense
 from remoe_adapt.expert_cache.packing import write_pack
 from remoe_adapt.expert_cache.plan import experts_modules
@@ -116,7 +116,8 @@ def load_with_expert_cache(
     if not callable(reader):
         raise ConfigError(f"reader {reader!r}: give something that reads as os.preadv does.")
     # A GGUF may not tell its configuration: then it is an option of the checkpoint, and none of from_pretrained.
-    given = {"config"} if is_gguf(path) else set()
+    of_gguf = is_gguf(path) or "gguf_file" in from_pretrained_kwargs
+    given = {"config", "gguf_file"} if of_gguf else set()
     refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs) - given)
     if refused:
         raise ConfigError(
@@ -283,7 +284,8 @@ def pack_experts(
 
     path: of the checkpoint, or its hub id.
     out: the folder of the pack.
-    bits: 4 or 8: quantise the experts' matrices (q4_1, q8_0: a scale for each 32 numbers of a row); None: copy them.
+    bits: 4 or 8: quantise the experts' matrices (q4_1, q8_0: a scale for each 32 numbers of a row); None: copy them,
+        those of a quantised checkpoint as blocks of ggml, which lose nothing where ggml has its format.
     dense_bits: 4 or 8: have the dense part in the pack too, its linear layers and embeddings quantised so; 16: as it
         is; None: leave it in the checkpoint.
     dtype: of what is not quantised, which must be that of the model in memory; None: the checkpoint's.
@@ -309,12 +311,21 @@ def pack_experts(
     with LOADING:
         skeleton = checkpoint.skeleton()
     check_experts(experts_modules(skeleton))
+    # What is quantised already keeps its codes, unless other bits are asked for.
+    layout = None if bits is not None else checkpoint.blocks()
     store = ExpertStore(
-        checkpoint.folder, skeleton, checkpoint.encoding, plan=checkpoint.plan(skeleton), direct_io=True
+        checkpoint.folder,
+        skeleton,
+        checkpoint.encoding,
+        plan=checkpoint.plan(skeleton),
+        layout=layout,
+        direct_io=True,
     )
     name = Path(checkpoint.name).resolve().name if Path(checkpoint.name).is_dir() else checkpoint.name
     try:
-        source = FloatExperts(store) if bits is None else QuantisedExperts(store, skeleton, KINDS[bits])
+        source: FloatExperts = StoredExperts(store) if layout is not None else FloatExperts(store)
+        if bits is not None:
+            source = QuantisedExperts(store, skeleton, KINDS[bits])
         dense = None
         if dense_bits is not None:
             with LOADING, _without_experts(skeleton, experts_modules(skeleton)):

@@ -15,12 +15,11 @@ expert, straight to where it is computed with. `packing.py` writes packs.
         params: {parameter of the module: {
             codec              "float": the part of this name is the parameter; "ggml": a matrix in blocks
             rows, cols         ggml: of the matrix whose rows are in blocks
-            bands: [{type, rows, part, group}]
+            bands: [{type, rows, part, group, order}]
                                ggml: consecutive rows, the type of their blocks (one has `group` values), and the part
-                               that they are, uint8 [rows, bytes of a row]
+                               that they are, uint8 [rows, bytes of a row]; order, if given: the part, int64 [cols],
+                               that says for columns that are stored in another order which column each is
             transposed         ggml: the parameter is [cols, rows]
-            order              ggml, if given: the part, int64 [cols], that says for columns that are stored in another
-                               order which column of the matrix each is
         }}
         weight_error: {parameter: relative}
                                |numbers - what the blocks are worth| / |numbers|, over all experts; not of lossless ones
@@ -51,7 +50,7 @@ from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt.expert_cache.blocks_layout import BlocksLayout, CodedBand, CodedParam
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore, FileStore
 from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
-from remoe_adapt.expert_cache.encodings import BlockType, Ggml, block_type, dequantise
+from remoe_adapt.expert_cache.encodings import BlockType, Ggml, block_type
 from remoe_adapt.expert_cache.layouts import Layout
 from remoe_adapt.expert_cache.types import Slot
 
@@ -83,11 +82,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Consecutive rows of a matrix in blocks of one type: the part [rows, bytes of a row] of this name."""
+    """Consecutive rows of a matrix in blocks of one type: the part [rows, bytes of a row] of this name; `order` names
+    the part with the order of its columns, if they are not in theirs."""
 
     type: str
     rows: int
     part: str
+    order: str | None = None
 
     @property
     def kind(self) -> BlockType:
@@ -104,7 +105,6 @@ class PackedParam:
     cols: int = 0
     bands: tuple[Band, ...] = ()
     transposed: bool = False
-    order: str | None = None
 
     def shape(self, name: str, parts: Mapping[str, Part]) -> tuple[int, ...]:
         """Of the parameter of this name."""
@@ -116,17 +116,7 @@ class PackedParam:
         """Of the parts that the parameter of this name is made of."""
         if self.codec == FLOAT:
             return [name]
-        return [*(band.part for band in self.bands), *([self.order] if self.order is not None else [])]
-
-    def decode(self, name: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The parameter of this name as numbers of a float type; parts: of the expert, by name."""
-        if self.codec == FLOAT:
-            return parts[name].to(dtype)
-        rows = [dequantise(parts[band.part], band.kind, self.cols, dtype) for band in self.bands]
-        matrix_NK = rows[0] if len(rows) == 1 else torch.cat(rows)
-        if self.order is not None:
-            matrix_NK = torch.empty_like(matrix_NK).index_copy_(1, parts[self.order], matrix_NK)
-        return matrix_NK.t() if self.transposed else matrix_NK
+        return [part for band in self.bands for part in (band.part, band.order) if part is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +159,7 @@ class PackedLayer:
         """The matrices that are in blocks, as a slot's layout has them."""
         return {
             name: CodedParam(
-                tuple(CodedBand(band.part, band.kind, band.rows, param.order) for band in param.bands), param.cols
+                tuple(CodedBand(band.part, band.kind, band.rows, band.order) for band in param.bands), param.cols
             )
             for name, param in self.params.items()
             if param.codec == GGML
@@ -221,7 +211,8 @@ class PackedLayer:
             if param.codec == FLOAT:
                 continue
             blocks = [(("uint8"), (band.rows, band.kind.row_bytes(param.cols)), band.part) for band in param.bands]
-            wanted = [*blocks, *([("int64", (param.cols,), param.order)] if param.order is not None else [])]
+            orders = [("int64", (param.cols,), band.order) for band in param.bands if band.order is not None]
+            wanted = [*blocks, *orders]
             whole = bool(blocks) and sum(band.rows for band in param.bands) == param.rows
             if not whole or any((self.parts[n].dtype, self.parts[n].shape) != (d, s) for d, s, n in wanted):
                 raise ValueError(f"{self.name}: blocks of {wanted}")
@@ -415,18 +406,19 @@ def _param(entry: Mapping[str, Any]) -> PackedParam:
         return PackedParam()
     if entry["codec"] != GGML or not isinstance(entry["transposed"], bool):
         raise ValueError(f"codec {entry['codec']!r}")
-    bands = tuple(Band(block_type(e["type"]).name, _count(e["rows"]), e["part"]) for e in entry["bands"])
-    return PackedParam(
-        GGML, _count(entry["rows"]), _count(entry["cols"]), bands, entry["transposed"], entry.get("order")
+    bands = tuple(
+        Band(block_type(e["type"]).name, _count(e["rows"]), e["part"], e.get("order")) for e in entry["bands"]
     )
+    return PackedParam(GGML, _count(entry["rows"]), _count(entry["cols"]), bands, entry["transposed"])
 
 
 def _param_json(param: PackedParam) -> dict[str, Any]:
     if param.codec == FLOAT:
         return {"codec": FLOAT}
     entry = asdict(param)
-    entry["bands"] = [asdict(band) | {"group": band.kind.values} for band in param.bands]
-    return {key: value for key, value in entry.items() if value is not None}
+    bands = [asdict(band) | {"group": band.kind.values} for band in param.bands]
+    entry["bands"] = [{key: value for key, value in band.items() if value is not None} for band in bands]
+    return entry
 
 
 def _dense(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from remoe_adapt.checkpoints import open_checkpoint
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, fingerprint_of
 from remoe_adapt.expert_cache.direct_io import ExtentReader
 from remoe_adapt.expert_cache.encodings import BlockType, dense_modules, quantise
@@ -105,6 +106,46 @@ class QuantisedExperts(FloatExperts):
                 made = quantise(matrix_NK, self.kind, f"{name} of expert {expert} of {self.layers[layer]}")
                 parts[name], losses[name] = made.blocks_NB, (made.error, made.norm)
         return Piece(parts, losses)
+
+
+class StoredExperts(FloatExperts):
+    """The codes of a quantised checkpoint as blocks of ggml: their own where ggml has them, else the nearest.
+
+    store: reads the experts, into slots of blocks.
+    """
+
+    def __init__(self, store: ExpertStore) -> None:
+        super().__init__(store)
+        assert isinstance(store.layout, BlocksLayout)
+        self._layout = store.layout
+
+    def params(self, layer: int) -> dict[str, PackedParam]:
+        """A band of rows for each part of blocks."""
+        coded, plan = self._layout.coded(layer), self.store.plan
+        found = {name: PackedParam() for name in plan.likes[layer]}
+        for name, param in coded.items():
+            bands = tuple(Band(band.kind.name, band.rows, band.name, band.order) for band in param.bands)
+            rows = sum(band.rows for band in bands)
+            found[name] = PackedParam(GGML, rows, param.cols, bands, plan.transposed[layer])
+        return found
+
+    def fingerprint(self, layer: int) -> str | None:
+        """Of the codes before they became blocks."""
+        return self.store.fingerprint(layer)
+
+    def read(self, layer: int, expert: int) -> Piece:
+        """One expert; raises ExpertReadError."""
+        stored, plan = self.store.stored(layer, expert), self.store.plan
+        slot, losses = self._layout.filled(layer, stored), {}
+        with torch.no_grad():
+            exact: dict[str, torch.Tensor] = {}
+            for group in plan.groups[layer]:
+                exact |= plan.converted(group, stored)
+            for name in self._layout.coded(layer):
+                wanted = exact[name].float()
+                found = self._layout.weight(layer, slot, name).float()
+                losses[name] = float((found - wanted).square().sum()), float(wanted.square().sum())
+        return Piece(dict(slot), losses)
 
 
 class DensePart:

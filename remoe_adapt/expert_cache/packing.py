@@ -1,4 +1,4 @@
-"""Packs written: one file after another, with one expert in memory at a time.
+"""Packs written: one file after another, with a few experts in memory at a time.
 
 Nothing is there until all is. What is finished lies in the folder `.<name of out>.partial` meanwhile; it stays when the
 process dies, and the next run goes on with it unless model, layout or files of the checkpoint have changed.
@@ -12,8 +12,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt import __version__
-from remoe_adapt._support import disk_faults, made_parents, read_json, size_text
+from remoe_adapt._support import disk_faults, made_parents, read_json, size_text, usable_cores
 from remoe_adapt.checkpoints import SAFETENSORS_DTYPES
 from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt.expert_cache.direct_io import BLOCK
@@ -38,6 +40,8 @@ _FLUSH_BYTES = 128 << 20
 _PLAN = "plan.json"
 # Beside a finished file of a draft: what its encoding cost.
 _LOSSES = ".losses.json"
+# Experts that are read and encoded at a time, on machines with more cores: each is in memory as floats.
+_MOST_WORKERS = 16
 # Of a weight: the sum of its errors squared, and of its numbers squared.
 Losses = Mapping[str, tuple[float, float]]
 # The header of a safetensors file says so.
@@ -117,7 +121,7 @@ class _File:
     name: str
     header: bytes
     size: int
-    data: Callable[[], Iterator[tuple[np.ndarray, Losses]]]
+    data: Callable[[], Generator[tuple[np.ndarray, Losses]]]
 
 
 def write_pack(
@@ -244,14 +248,34 @@ def _expert_files(source: ExpertSource, layers: list[PackedLayer], model_id: str
         yield _File(name, header, size, partial(_pieces, source, layers, shard))
 
 
-def _pieces(source: ExpertSource, layers: list[PackedLayer], shard: _Shard) -> Iterator[tuple[np.ndarray, Losses]]:
-    for number, expert in shard:
-        layer = layers[number]
-        piece, read = np.zeros(layer.bytes, dtype=np.uint8), source.read(number, expert)
-        for name, value in read.parts.items():
-            start = layer.parts[name].offset
-            piece[start : start + value.nbytes] = _bytes(value)
-        yield piece, {f"{layer.name}.{param}": loss for param, loss in read.losses.items()}
+def _pieces(source: ExpertSource, layers: list[PackedLayer], shard: _Shard) -> Generator[tuple[np.ndarray, Losses]]:
+    with closing(_read_ahead(source, shard)) as experts:
+        for (number, _), read in zip(shard, experts, strict=True):
+            layer = layers[number]
+            piece = np.zeros(layer.bytes, dtype=np.uint8)
+            for name, value in read.parts.items():
+                start = layer.parts[name].offset
+                piece[start : start + value.nbytes] = _bytes(value)
+            yield piece, {f"{layer.name}.{param}": loss for param, loss in read.losses.items()}
+
+
+def _read_ahead(source: ExpertSource, shard: _Shard) -> Generator[Piece]:
+    """These experts in their order, as many of them at work as there are cores: encoding takes longer than reading."""
+    workers = max(1, min(_MOST_WORKERS, usable_cores()))
+    # One core for each expert: torch's own threads would wait for each other after every operation.
+    pool = ThreadPoolExecutor(workers, "remoe-pack", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        waiting = deque[Future[Piece]]()
+        for number, expert in shard:
+            waiting.append(pool.submit(source.read, number, expert))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # Threads that begin later take the number that was set last, by whichever thread.
+        torch.set_num_threads(torch.get_num_threads())
 
 
 def _dense_files(dense: DenseSource | None, model_id: str) -> Iterator[_File]:
@@ -261,7 +285,7 @@ def _dense_files(dense: DenseSource | None, model_id: str) -> Iterator[_File]:
     header = _header(tensors, model_id)
     data_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in tensors.values())
 
-    def data() -> Iterator[tuple[np.ndarray, Losses]]:
+    def data() -> Generator[tuple[np.ndarray, Losses]]:
         for name in tensors:
             piece = dense.read(name)
             yield _bytes(piece.parts[name]), piece.losses
@@ -362,13 +386,13 @@ def _losses_of(draft: Path, file: _File) -> Path:
 def _write_file(draft: Path, file: _File, on_bytes: Callable[[int], None]) -> None:
     scratch = draft / f"{file.name}.tmp"
     losses: dict[str, tuple[float, float]] = {}
-    with scratch.open("wb") as opened:
+    with scratch.open("wb") as opened, closing(file.data()) as data:
         # The file gets all its room at once: a full disk is noticed before the work, and the file lies in few pieces.
         _reserve(opened, file.size)
         opened.write(file.header)
         on_bytes(len(file.header))
         waiting = 0
-        for piece, lost in file.data():
+        for piece, lost in data:
             opened.write(piece.data)
             on_bytes(len(piece))
             for name, (error, norm) in lost.items():

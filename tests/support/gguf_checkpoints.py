@@ -30,35 +30,61 @@ ARCH = {
     "dots1": "dots1",
     "ernie4_5_moe": "ernie4_5-moe",
     "exaone_moe": "exaone-moe",
+    "gemma4": "gemma4",
     "glm4_moe": "glm4moe",
     "glm4_moe_lite": "deepseek2",
     "gpt_oss": "gpt-oss",
     "granitemoe": "granitemoe",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_moe": "hunyuan-moe",
+    "jamba": "jamba",
     "lfm2_moe": "lfm2moe",
+    "mimo_v2_flash": "mimo2",
     "minimax_m2": "minimax-m2",
     "mixtral": "llama",
+    "nemotron_h": "nemotron_h_moe",
     "olmoe": "olmoe",
+    "phimoe": "phimoe",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
     "qwen3_5_moe": "qwen35moe",
 }
-ROTARY = ("mixtral", "granitemoe", "granitemoeshared")
+ROTARY = ("mixtral", "granitemoe", "granitemoeshared", "nemotron_h")
+# Sizes that their layers need, or that are too large by themselves.
+SIZES: dict[str, dict[str, Any]] = {
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "gemma4": {"global_head_dim": 16, "hidden_size_per_layer_input": 16},
+    "granitemoeshared": {"shared_intermediate_size": 16},
+}
 # Names that the map lacks, since transformers has renamed them.
 _RENAMED: dict[str, str] = {
     r"mlp\.router\.(weight|bias)": r"ffn_gate_inp.\1",
     r"block_sparse_moe\.router\.weight": "ffn_gate_inp.weight",
     r"self_attn\.sinks": "attn_sinks.weight",
-    r"(?:mlp|feed_forward)\.(?:gate\.)?(?:moe_statics\.)?(?:e_score_correction_bias|expert_bias)": "exp_probs_b.bias",
+    r"layer_scalar": "layer_output_scale.weight",
+    r"router\.scale": "ffn_gate_inp.scale",
+    r"router\.per_expert_scale": "ffn_down_exps.scale",
+    r"router\.proj\.weight": "ffn_gate_inp.weight",
+    r"(?:mixer|linear_attn)\.dt_bias": "ssm_dt.bias",
+    r"(?:mixer|linear_attn|mamba)\.A_log": "ssm_a",
+    r"(?:mixer|mamba)\.D": "ssm_d",
+    r"(?:mlp|feed_forward|mixer)\.(?:gate\.|moe_statics\.)*\w*(?:correction|expert)_bias": "exp_probs_b.bias",
     r"mlp\.shared_expert_gate\.weight": "ffn_gate_inp_shexp.weight",
-    r"linear_attn\.dt_bias": "ssm_dt.bias",
-    r"linear_attn\.A_log": "ssm_a",
     r"shared_mlp\.output_linear\.weight": "ffn_down_shexp.weight",
 }
+_USED = ("num_experts_per_tok", "moe_k", "top_k_experts")
 # What each norm of a layer is called where the map has two for one name.
 _NORM = {"post_attention_layernorm": "post_attention_norm"}
-_POST_NORMS = ("afmoe", "glm4_moe", "gpt_oss", "qwen3_5_moe")
+_POST_NORMS = ("afmoe", "gemma4", "glm4_moe", "gpt_oss", "qwen3_next", "qwen3_5_moe")
 # Where the fp16 scales lie in a block of 256 numbers, which no quantiser of gguf-py makes.
 _SCALES_AT = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.Q3_K: (108,), Type.Q2_K: (80, 82)}
 
@@ -69,8 +95,7 @@ Tensors = dict[str, tuple[NDArray[Any], Any]]
 
 def random_model(folder: str, *, seed: int = 0, **sizes: Any) -> PreTrainedModel:
     """A tiny model whose every number is random, norms and biases too; fp32."""
-    # Only a model that ties its embeddings has none of them twice.
-    model = tiny_model(folder, seed=seed, **sizes).float()
+    model = tiny_model(folder, seed=seed, **(SIZES.get(folder, {}) | sizes)).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in model.state_dict().values():
@@ -96,9 +121,13 @@ def gguf_tensors(model: PreTrainedModel, folder: str) -> dict[str, Tensor]:
 
 def _converted(folder: str, config: Any, rest: str, value: Tensor) -> list[tuple[str, Tensor]]:
     """(name below the layer, or "" for that of the map; numbers)."""
-    experts = re.search(r"experts\.(gate_up_proj|down_proj)(_bias)?$", rest)
+    experts = re.search(r"experts\.(gate_up_proj|up_proj|down_proj)(_bias)?$", rest)
     if experts:
         ending = "bias" if experts[2] else "weight"
+        if experts[1] == "up_proj":
+            return [("ffn_up_exps.weight", value)]
+        if folder == "gemma4" and experts[1] == "gate_up_proj":
+            return [("ffn_gate_up_exps.weight", value)]
         if folder == "gpt_oss":
             value = value if experts[2] else value.transpose(1, 2)
             gate, up = value[:, ::2], value[:, 1::2]
@@ -120,8 +149,22 @@ def _converted(folder: str, config: Any, rest: str, value: Tensor) -> list[tuple
     if rest.endswith("shared_expert_gate.weight") and folder == "qwen2_moe":
         # A vector in the files of earlier converters, which are those that transformers reads.
         return [("", value[0])]
-    if "conv.conv.weight" in rest:
-        return [("", value.squeeze(1))]
+    if rest.endswith("in_proj_qkvz.weight"):
+        heads, size = config.linear_num_key_heads, config.linear_key_head_dim
+        each = config.linear_num_value_heads // heads * config.linear_value_head_dim
+        parts = value.view(heads, -1, value.shape[1]).split([size, size, each, each], dim=1)
+        query, key, values, gates = (part.reshape(-1, value.shape[1]) for part in parts)
+        return [("attn_qkv.weight", torch.cat([query, key, values])), ("attn_gate.weight", gates)]
+    if rest.endswith(("conv.conv.weight", "conv1d.weight")):
+        value = value.squeeze(1)
+    if rest == "mixer.norm.weight":
+        value = value.view(config.n_groups, -1)
+    if rest == "mixer.D":
+        value = value[:, None]
+    if rest.endswith("A_log") and folder != "qwen3_5_moe":
+        value = -torch.exp(value[:, None] if folder == "nemotron_h" else value)
+    if folder == "qwen3_next" and rest.endswith("norm.weight") and "linear_attn.norm" not in rest:
+        value = value + 1
     if folder == "qwen3_5_moe":
         return [("", _hybrid(config, rest, value))]
     return [("", value)]
@@ -145,7 +188,6 @@ def _hybrid(config: Any, rest: str, value: Tensor) -> Tensor:
     if rest.endswith("in_proj_z.weight"):
         return turned(value, size)
     if rest.endswith(("in_proj_qkv.weight", "conv1d.weight")):
-        value = value.squeeze(1)
         return torch.cat([value[:before], turned(value[before:], size)])
     if rest.endswith("linear_attn.out_proj.weight"):
         return turned(value.T.contiguous(), size).T
@@ -159,6 +201,8 @@ def _mapped(names: Any, folder: str, layer: str, rest: str, key: str) -> str:
     norm = rest.removesuffix(".weight")
     if folder in _POST_NORMS and norm in _NORM:
         return f"{layer}{_NORM[norm]}.weight"
+    if folder == "nemotron_h":
+        key = key.replace("model.", "backbone.", 1)
     found = names.get_name(key, try_suffixes=(".weight", ".bias"))
     assert found, key
     return str(found)
@@ -270,7 +314,7 @@ def add_entry(writer: Any, key: str, value: Any) -> None:
 def sizes_of(model: PreTrainedModel, folder: str) -> dict[str, Any]:
     """The entries of a model below its architecture, as the converter writes them."""
     config: Any = model.config
-    rope = config.rope_parameters or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     num_experts = next(
         value
         for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -286,10 +330,10 @@ def sizes_of(model: PreTrainedModel, folder: str) -> dict[str, Any]:
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
         "attention.layer_norm_rms_epsilon": float(getattr(config, "rms_norm_eps", 1e-5)),
         "expert_count": num_experts,
-        "expert_used_count": getattr(config, "num_experts_per_tok", None) or config.moe_k,
+        "expert_used_count": next(getattr(config, name) for name in _USED if getattr(config, name, None)),
         "expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
     }
-    if folder not in ("qwen2_moe", "olmoe"):
+    if folder not in ("qwen2_moe", "olmoe", "gemma4"):
         entries["attention.key_length"] = entries["attention.value_length"] = getattr(config, "head_dim", None)
     if folder in ("qwen2_moe", "qwen3_5_moe"):
         entries["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size

@@ -8,10 +8,13 @@ Qwen/Qwen3-30B-A3B-GPTQ-Int4 (gptq) and its AWQ.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from tiny_checkpoints import stock
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 METHODS = ("mxfp4", "fp8", "compressed-tensors", "gptq", "awq")
 # Sizes that groups and blocks of 32 fit into.
@@ -74,6 +79,8 @@ def save_quantised(
     writer: Callable[..., tuple[Stored, Stored, dict[str, Any]]] = {
         "mxfp4": _mxfp4, "fp8": _fp8, "compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq,
     }[method]  # fmt: skip
+    # Written, so that a test can hold a reference to the numbers that went in.
+    save_file(tensors, folder / "original.st")
     stored, plain, quantization = writer(tensors, **settings)
     config = json.loads((folder / "config.json").read_text())
     if plain:
@@ -105,6 +112,69 @@ def reference(folder: Path, **options: Any) -> PreTrainedModel:
         return stock(folder, quantization_config=kind(dequantize=True), **options)
 
 
+@dataclass(frozen=True)
+class StoredParam:
+    """What the files hold of one parameter of one expert, and the conversion that makes it.
+
+    name: of the parameter, in the model.
+    parts: tensors by the converter's pattern, in its order.
+    pieces: the same by the ending of their names in the files.
+    """
+
+    name: str
+    expert: int
+    converter: Any
+    parts: Stored
+    pieces: Stored
+
+    def convert(self, model: PreTrainedModel) -> Tensor:
+        """The parameter of this expert alone, as the converter makes it."""
+        converter = copy.deepcopy(self.converter)
+        for pattern, tensor in self.parts.items():
+            converter.add_tensor(self.name, self.name, pattern, tensor)
+        made = converter.convert(self.name, model=_OneExpert(model), config=model.config)[self.name]
+        one: Tensor = made[0] if isinstance(made, list) else made
+        assert len(one) == 1
+        return one[0]
+
+
+class _OneExpert:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._model.get_parameter(name)[:1]
+
+
+def stored_experts(folder: Path, model: PreTrainedModel, quantizer: Any) -> Iterator[StoredParam]:
+    """Each parameter of each expert that a quantizer's converters make; biases and the like are left out.
+
+    model: built of the folder's configuration.
+    """
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    stored = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    meta, found = model.state_dict(), defaultdict[str, dict[str, list[str]]](dict)
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta)
+        if name in meta and ".experts." in name and pattern is not None:
+            found[name].setdefault(pattern, []).append(key)
+    for name, by_pattern in found.items():
+        converter = next(entry for entry in converters if next(iter(by_pattern)) in entry.source_patterns)
+        ordered = {pattern: by_pattern[pattern] for pattern in converter.source_patterns if pattern in by_pattern}
+        for expert in range(len(meta[name])):
+            keys = {p: keys[expert if len(keys) > 1 else 0] for p, keys in ordered.items()}
+            row = slice(expert, expert + 1)
+            parts = {p: stored[k] if len(ordered[p]) > 1 else stored[k][row] for p, k in keys.items()}
+            endings = {p: re.sub(r"^.*\.experts\.(\d+\.)?", "", k) for p, k in keys.items()}
+            pieces = {endings[p]: value for p, value in parts.items()}
+            yield StoredParam(name, expert, converter, parts, pieces)
+
+
 def write_shards(folder: Path, stored: Stored, shards: int) -> None:
     """One file, or several with an index; each tensor lies in another one than the tensor before."""
     stored = {name: stored[name].contiguous() for name in sorted(stored)}
@@ -119,6 +189,11 @@ def write_shards(folder: Path, stored: Stored, shards: int) -> None:
     total = sum(value.nbytes for value in stored.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def original(folder: Path) -> Stored:
+    """The tensors before they were quantised, by their names in the files."""
+    return load_file(folder / "original.st")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -5,6 +5,7 @@ pinned wheel is installed, and a `PoolMatrix` says where such blocks lie in a po
 floats.
 """
 
+from remoe_adapt.expert_cache.encodings import torch_int4
 from remoe_adapt.expert_cache.encodings.blocks import (
     BF16,
     DECODED,
@@ -26,6 +27,7 @@ from remoe_adapt.expert_cache.encodings.blocks import (
     BlockType,
     block_type,
     check_blocks,
+    code_groups,
     dequantise,
 )
 from remoe_adapt.expert_cache.encodings.formats import Band, Format, format_of

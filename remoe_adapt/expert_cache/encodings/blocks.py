@@ -16,9 +16,9 @@ from torch import Tensor
 
 from remoe_adapt.errors import UncacheableError
 
-# Values that are dequantised at a time: temporaries stay in the processor's caches, and a matrix of any size takes no
-# more memory than this beside the result.
-_CHUNK_VALUES = 1 << 17
+# Values that are dequantised at a time: a matrix of any size takes some multiples of 2 MiB beside the result. A quarter
+# of it takes twice as long, for each of torch's operations costs some microseconds.
+_CHUNK_VALUES = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,34 @@ def dequantise(blocks_NB: Tensor, kind: BlockType, cols: int, dtype: torch.dtype
     return numbers_NK
 
 
+def code_groups(blocks_NB: Tensor, kind: BlockType, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [N, cols] of four bits, and scales and minima fp32 [N, G] of groups of 32 columns, the last of which
+    need not be full: a value is code * scale + minimum.
+
+    blocks_NB: uint8 [N, kind.row_bytes(cols)].
+    kind: q4_0, q4_1 or q4_K.
+
+    Raises UncacheableError for another type, and for tensors that are no such rows.
+    """
+    if kind not in (Q4_0, Q4_1, Q4_K):
+        raise UncacheableError(f"{kind.name} blocks hold no 4-bit codes with scale and minimum: dequantise them.")
+    check_blocks(blocks_NB, kind, cols)
+    blocks_MB = blocks_NB.reshape(-1, kind.bytes).clone()
+    if kind == Q4_K:
+        scales, minima = _scales_minima(blocks_MB)
+        minima.neg_()
+    else:
+        halfs = _halfs(blocks_MB[:, : 2 if kind == Q4_0 else 4])
+        scales, minima = halfs[:, :1], halfs[:, 1:] if kind == Q4_1 else -8 * halfs
+    codes = _bits(blocks_MB[:, kind.bytes - kind.values // 2 :], min(32, kind.values // 2), 4)
+    num_rows, num_groups = len(blocks_NB), -(-cols // 32)
+    codes_NK = codes.view(num_rows, kind.padded(cols))[:, :cols]
+    scales_NG, minima_NG = (
+        part.reshape(num_rows, kind.padded(cols) // 32)[:, :num_groups] for part in (scales, minima)
+    )
+    return codes_NK, scales_NG, minima_NG
+
+
 def check_blocks(blocks_NB: Tensor, kind: BlockType, cols: int) -> None:
     """Raises UncacheableError unless the tensor holds rows of `cols` values as blocks of this type."""
     if blocks_NB.dtype != torch.uint8 or blocks_NB.ndim != 2 or cols < 1 or blocks_NB.shape[1] != kind.row_bytes(cols):
@@ -138,28 +166,28 @@ def check_blocks(blocks_NB: Tensor, kind: BlockType, cols: int) -> None:
 
 
 # The decoders: blocks uint8 [M, bytes] -> fp32 [M, values]. Each keeps the order of gguf-py's roundings; products that
-# are exact in fp32, as code times small integer, may come in any.
+# are exact in fp32, as code times small integer, may come in any. Codes are taken apart eight bytes at a time: torch's
+# loops over rows of 16 bytes take several times as long.
 
 
-def _halfs(bytes_M2: Tensor) -> Tensor:
-    """fp16 numbers of two bytes each, as fp32 [M, n / 2]."""
-    return bytes_M2.contiguous().view(torch.float16).float()
-
-
-def _nibbles(bytes_MB: Tensor, span: int) -> Tensor:
-    """fp32 [M, B / span, 2, span]: of each `span` bytes the low halves, then the high halves."""
-    spans_MGS = bytes_MB.unflatten(1, (-1, span))
-    codes = torch.empty(*spans_MGS.shape[:2], 2, span, dtype=torch.float32, device=bytes_MB.device)
-    codes[:, :, 0] = spans_MGS & 15
-    codes[:, :, 1] = spans_MGS >> 4
-    return codes
+def _words(bytes_MB: Tensor, span: int) -> Tensor:
+    """int64 [M, B / span, span / 8]: eight bytes each."""
+    own = bytes_MB.reshape(-1)
+    own = own.clone() if own.storage_offset() % 8 else own
+    return own.view(torch.int64).view(len(bytes_MB), -1, span // 8)
 
 
 def _bits(bytes_MB: Tensor, span: int, width: int) -> Tensor:
-    """uint8 [M, B / span, 8 / width, span]: of each `span` bytes their lowest `width` bits, then the next ones."""
-    spans_MGS = bytes_MB.unflatten(1, (-1, span))
-    mask = (1 << width) - 1
-    return torch.stack([(spans_MGS >> shift) & mask for shift in range(0, 8, width)], dim=2)
+    """uint8 [M, 8 / width * B]: of each `span` bytes, a multiple of 8, the lowest `width` bits, then the next ones."""
+    words_MGW = _words(bytes_MB, span)
+    mask = ((1 << width) - 1) * 0x0101010101010101
+    parts = [(words_MGW >> shift if shift else words_MGW) & mask for shift in range(0, 8, width)]
+    return torch.stack(parts, dim=2).flatten(1).view(torch.uint8)
+
+
+def _halfs(bytes_MB: Tensor) -> Tensor:
+    """fp16 numbers of two bytes each, as fp32 [M, B / 2]."""
+    return bytes_MB.contiguous().view(torch.float16).float()
 
 
 def _f32(blocks: Tensor) -> Tensor:
@@ -171,19 +199,21 @@ def _bf16(blocks: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _nibbles(blocks[:, 2:], 16).flatten(1).sub_(8).mul_(_halfs(blocks[:, :2]))
+    return _bits(blocks[:, 2:], 16, 4).float().sub_(8).mul_(_halfs(blocks[:, :2]))
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
     scale_minimum = _halfs(blocks[:, :4])
-    return _nibbles(blocks[:, 4:], 16).flatten(1).mul_(scale_minimum[:, :1]).add_(scale_minimum[:, 1:])
+    return _bits(blocks[:, 4:], 16, 4).float().mul_(scale_minimum[:, :1]).add_(scale_minimum[:, 1:])
 
 
 def _fives(high_M4: Tensor, low_M16: Tensor) -> Tensor:
     """Codes of five bits: the fifth bit of value i is bit i of four bytes."""
-    shifts_8 = torch.arange(8, dtype=torch.uint8, device=high_M4.device)
-    fifth_M32 = ((high_M4.unsqueeze(2) >> shifts_8) & 1).flatten(1)
-    return _nibbles(low_M16, 16).flatten(1).add_(fifth_M32, alpha=16)
+    # Byte i of word b is bit i of b.
+    numbers = torch.arange(256, device=high_M4.device)
+    spread = torch.stack([((numbers >> i) & 1) << (8 * i) for i in range(8)]).sum(0)
+    fifth_M32 = spread.index_select(0, high_M4.reshape(-1).int()).view(torch.uint8).view(len(high_M4), 32)
+    return (_bits(low_M16, 16, 4) | (fifth_M32 << 4)).float()
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
@@ -203,19 +233,16 @@ def _q2_k(blocks: Tensor) -> Tensor:
     scales_MG, scale_minimum = blocks[:, :16], _halfs(blocks[:, 80:])
     dl = (scales_MG & 15) * scale_minimum[:, :1]
     ml = (scales_MG >> 4) * scale_minimum[:, 1:]
-    codes = _bits(blocks[:, 16:80], 32, 2).reshape(-1, 16, 16).float()
+    codes = _bits(blocks[:, 16:80], 32, 2).float().view(-1, 16, 16)
     return codes.mul_(dl.unsqueeze(2)).sub_(ml.unsqueeze(2)).flatten(1)
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
-    low = _nibbles(blocks[:, 96:104], 8).flatten(1)
-    high = _bits(blocks[:, 104:108], 4, 2).flatten(1)
-    dl = low.add_(high, alpha=16).sub_(32).mul_(_halfs(blocks[:, 108:]))
-    codes = _bits(blocks[:, 32:96], 32, 2).reshape(-1, 256).float()
-    # The mask's bit is one where nothing is subtracted.
-    absent = _bits(blocks[:, :32], 32, 1).reshape(-1, 256).bitwise_xor_(1)
-    codes.sub_(absent, alpha=4)
-    return codes.view(-1, 16, 16).mul_(dl.unsqueeze(2)).flatten(1)
+    high = torch.cat([(blocks[:, 104:108] >> shift) & 3 for shift in range(0, 8, 2)], dim=1)
+    scales = (_bits(blocks[:, 96:104], 8, 4) | (high << 4)).float().sub_(32).mul_(_halfs(blocks[:, 108:]))
+    # Four are subtracted where the mask's bit is zero.
+    codes = (_bits(blocks[:, 32:96], 32, 2) | (_bits(blocks[:, :32], 32, 1) << 2)).float().sub_(4)
+    return codes.view(-1, 16, 16).mul_(scales.unsqueeze(2)).flatten(1)
 
 
 def _scales_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,57 +256,58 @@ def _scales_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q4_k(blocks: Tensor) -> Tensor:
     scales, minima = _scales_minima(blocks)
-    return _nibbles(blocks[:, 16:], 32).view(-1, 8, 32).mul_(scales).sub_(minima).flatten(1)
+    return _bits(blocks[:, 16:], 32, 4).float().view(-1, 8, 32).mul_(scales).sub_(minima).flatten(1)
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
     scales, minima = _scales_minima(blocks)
-    fifth = _bits(blocks[:, 16:48], 32, 1).reshape(-1, 8, 32)
-    codes = _nibbles(blocks[:, 48:], 32).view(-1, 8, 32).add_(fifth, alpha=16)
-    return codes.mul_(scales).sub_(minima).flatten(1)
+    codes = _bits(blocks[:, 48:], 32, 4) | (_bits(blocks[:, 16:48], 32, 1) << 4)
+    return codes.float().view(-1, 8, 32).mul_(scales).sub_(minima).flatten(1)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
     scales = blocks[:, 192:208].view(torch.int8).float().mul_(_halfs(blocks[:, 208:]))
-    high = _bits(blocks[:, 128:192], 32, 2).reshape(-1, 256)
-    codes = _nibbles(blocks[:, :128], 64).flatten(1).add_(high, alpha=16).sub_(32)
-    return codes.view(-1, 16, 16).mul_(scales.unsqueeze(2)).flatten(1)
-
-
-# Not linear: the code is a place in a table. kvalues_mxfp4, doubled there for the halved scale below, and
-# kvalues_iq4nl of ggml-common.h.
-_MXFP4_VALUES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
-_IQ4_VALUES = (
-    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
-)  # fmt: skip
-
-
-def _looked_up(bytes_MB: Tensor, span: int, values: tuple[float, ...]) -> Tensor:
-    """Values fp32 [M, 2 B] that the nibbles of `bytes_MB` stand for, in the order of `_nibbles`."""
-    table = torch.tensor(values, dtype=torch.float32, device=bytes_MB.device)
-    spans_MGS = bytes_MB.unflatten(1, (-1, span))
-    places = torch.stack([spans_MGS & 15, spans_MGS >> 4], dim=2).flatten(1)
-    return table[places.int()]
+    codes = _bits(blocks[:, :128], 64, 4) | (_bits(blocks[:, 128:192], 32, 2) << 4)
+    return codes.float().sub_(32).view(-1, 16, 16).mul_(scales.unsqueeze(2)).flatten(1)
 
 
 def _mxfp4(blocks: Tensor) -> Tensor:
-    # An exponent e is the scale 2^(e - 128); the two smallest are subnormal.
+    # An exponent e is the scale 2^(e - 127), halved here for codes that are doubled; the two smallest are subnormal.
     exponents = blocks[:, :1].int()
-    bits = torch.where(exponents < 2, 0x00200000 << exponents.clamp(max=1), (exponents - 1) << 23)
-    return _looked_up(blocks[:, 1:], 16, _MXFP4_VALUES).mul_(bits.view(torch.float32))
+    halved = torch.where(exponents < 2, 0x00200000 << exponents.clamp(max=1), (exponents - 1) << 23)
+    # Sign, two bits of exponent and one of mantissa are also those of an fp16 that is 2^14 times smaller.
+    codes = _bits(blocks[:, 1:], 16, 4).to(torch.int16)
+    numbers = ((codes & 7) << 9 | (codes & 8) << 12).view(torch.float16).float()
+    # Code 8 is +0 there, and minus zero is not.
+    return numbers.mul_(2.0**15).add_(0.0).mul_(halved.view(torch.float32))
+
+
+# Not linear: the code is a place in a table (kvalues_iq4nl of ggml-common.h).
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _looked_up(bytes_MB: Tensor) -> Tensor:
+    """Values fp32 [M, 2 B] of that table, in the order of `_bits(..., 16, 4)`."""
+    values_16 = torch.tensor(_IQ4_VALUES, dtype=torch.int8, device=bytes_MB.device)
+    # Two codes at a time, of two bytes beside each other.
+    pairs = torch.stack([values_16.repeat(16), values_16.repeat_interleave(16)], dim=1).view(torch.int16).view(-1)
+    codes = _words(bytes_MB, 16).flatten(1)
+    first = codes & 0x000F000F000F000F | (codes & 0x0F000F000F000F00) >> 4
+    second = (codes & 0x00F000F000F000F0) >> 4 | (codes >> 8 & 0x00F000F000F000F0)
+    places = torch.stack([first.unflatten(1, (-1, 2)), second.unflatten(1, (-1, 2))], dim=2)
+    found = pairs.index_select(0, places.view(torch.int16).view(-1).int())
+    return found.view(torch.int8).view(len(bytes_MB), -1).float()
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return _looked_up(blocks[:, 2:], 16, _IQ4_VALUES).mul_(_halfs(blocks[:, :2]))
+    return _looked_up(blocks[:, 2:]).mul_(_halfs(blocks[:, :2]))
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     low = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], dim=2).flatten(1)
-    shifts_4 = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
-    high = ((blocks[:, 2:4].unsqueeze(2) >> shifts_4) & 3).flatten(1)
+    high = torch.stack([(blocks[:, 2:4] >> shift) & 3 for shift in range(0, 8, 2)], dim=2).flatten(1)
     scales = (low | (high << 4)).float().sub_(32).mul_(_halfs(blocks[:, :2]))
-    values = _looked_up(blocks[:, 8:], 16, _IQ4_VALUES).view(-1, 8, 32)
-    return values.mul_(scales.unsqueeze(2)).flatten(1)
+    return _looked_up(blocks[:, 8:]).view(-1, 8, 32).mul_(scales.unsqueeze(2)).flatten(1)
 
 
 _DECODERS: dict[BlockType, Callable[[Tensor], Tensor]] = {

@@ -64,18 +64,26 @@ class Format(abc.ABC):
             f"{self.name!r} is quantised ({self.method}) with {what}, which is not read: {_REMEDY}."
         )
 
+    def check_tensors(self, dtypes: Mapping[str, torch.dtype]) -> None:  # noqa: B027 (most names are the model's matter)
+        """Raise UncacheableError for a checkpoint whose tensors are not what the method says.
+
+        dtypes: of all its tensors, by name.
+        """
+
     @abc.abstractmethod
     def _loading_settings(self) -> dict[str, Any]:
         """The quantization_config with which transformers dequantises."""
 
     def loading(self, config: PretrainedConfig) -> PretrainedConfig:
         """A copy of the configuration with which `from_pretrained(folder, config=...)` dequantises the model."""
-        config = copy.deepcopy(config)
-        for part in (config.get_text_config(), config):
-            vars(part).pop("quantization_config", None)
+        copied: Any = copy.deepcopy(config)
+        text = copied.get_text_config()
+        if hasattr(text, "quantization_config"):
+            del text.quantization_config
         # transformers wants a dict here, as config.json has it.
-        vars(config)["quantization_config"] = self._loading_settings()
-        return config
+        copied.quantization_config = self._loading_settings()
+        made: PretrainedConfig = copied
+        return made
 
     def quantizer(self, config: PretrainedConfig) -> HfQuantizer:
         """For `get_model_conversion_mapping(model, hf_quantizer=...)`: converters that dequantise first.
@@ -143,9 +151,21 @@ class _Fp8(Format):
     def _loading_settings(self) -> dict[str, Any]:
         return self.settings | {"dequantize": True}
 
+    # The second and third are names that transformers takes for the first.
+    _scales = ("weight_scale_inv", "scale", "qscale_weight")
+
+    def check_tensors(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        # transformers would take codes without scales for the weights themselves.
+        for name, dtype in dtypes.items():
+            if dtype == torch.float8_e5m2:
+                raise self.refusal(f"{name} in E5M2")
+            if dtype == torch.float8_e4m3fn and name.endswith(".weight"):
+                stem = name.removesuffix("weight")
+                if not any(stem + scales in dtypes for scales in self._scales):
+                    raise self.refusal(f"{name} without {stem}{self._scales[0]}")
+
     def _quantised_band(self, stem: str, parts: Pieces) -> Band:
-        # Some files call the scales "scale", which transformers renames.
-        scales = next((part for part in parts if part in ("weight_scale_inv", "scale")), "weight_scale_inv")
+        scales = next((part for part in parts if part in self._scales), self._scales[0])
         weight_NK, scales_RC = block_scaled.checked_pair(stem, parts, "weight", scales)
         return Band(*block_scaled.tile_blocks(stem, weight_NK, scales_RC), None)
 
@@ -160,9 +180,19 @@ class _Integers(Format):
     """Codes in words, which transformers cannot dequantise, or not all of them."""
 
     storing: Storing
+    # Endings of names that come together: of the codes, then of what belongs to them.
+    needed: tuple[str, ...]
 
     def _loading_settings(self) -> dict[str, Any]:
         return {"quant_method": register(self.method, self.storing), "settings": self.settings}
+
+    def check_tensors(self, dtypes: Mapping[str, torch.dtype]) -> None:
+        codes, *others = self.needed
+        for name in dtypes:
+            stem, _, part = name.rpartition(".")
+            missing = [other for other in others if part == codes and f"{stem}.{other}" not in dtypes]
+            if missing:
+                raise self.refusal(f"{name} without {stem}.{missing[0]}")
 
     def _one_of(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
         value = self.settings.get(key, default)
@@ -178,6 +208,7 @@ class _Gptq(_Integers):
     """
 
     method = "gptq"
+    needed = ("qweight", "qzeros", "scales")
     storing = Storing(
         ("qweight", "qzeros", "scales", "g_idx"),
         lambda name, parts, settings, dtype, of_expert: integer_codes.gptq(
@@ -225,6 +256,7 @@ class _Awq(_Integers):
     """Codes of 4 bits in groups, as AutoAWQ writes them ("gemm"): (code - zero) * scale."""
 
     method = "awq"
+    needed = ("qweight", "qzeros", "scales")
     storing = Storing(
         ("qweight", "qzeros", "scales"),
         lambda name, parts, settings, dtype, of_expert: integer_codes.awq(name, parts).dequantise(dtype),
@@ -254,6 +286,7 @@ class _CompressedTensors(_Integers):
     """
 
     method = "compressed-tensors"
+    needed = ("weight_packed", "weight_scale")
     storing = Storing(
         ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight"),
         lambda name, parts, settings, dtype, of_expert: _compressed_matrix(name, parts, settings, dtype, of_expert),

@@ -9,6 +9,7 @@ A graph of ggml's is built once for each shape and kept; a call puts in the addr
 from __future__ import annotations
 
 import ctypes as C
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ _MANY_TOKENS, _MANY_TOKENS_OF_K_QUANTS = 32, 96
 # A product is wrong, not just rounded, from this relative error on.
 _TOLERANCE = 0.03
 _INT32 = torch.int32
+# The process that has imported this.
+_HOME = os.getpid()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +181,7 @@ class Ggml:
         # Shape -> graphs that wait. Lists and dicts change in one step here, so no lock is needed: a graph is taken out
         # for a call, and what two threads put back at the same time stays or is freed.
         self._waiting: OrderedDict[tuple[Any, ...], list[_Graph]] = OrderedDict()
-        self._is_child = False
+        self._is_child = os.getpid() != _HOME
         self._decoders: dict[BlockType, Callable[..., None]] = {}
         self._encoders: dict[BlockType, Callable[..., int]] = {}
         self.types = frozenset(kind for kind in DECODED if same_blocks(library, kind))

@@ -30,8 +30,8 @@ _CUTS = (1.0, 0.92, 0.84, 0.76)
 _BESIDE = ((0.97, 1.03), (1.0,))
 _GROUP, _TOP = 32, 15.0
 _HALF_MAX = torch.finfo(torch.float16).max
-# Groups that are worked on together: few enough for the processor's cache, many enough that calls of torch, of which
-# each takes a microsecond, cost little beside their work.
+# Groups that are worked on together: few enough for the processor's caches, many enough that calls of torch, of which
+# each takes microseconds, cost little beside their work.
 _CHUNK_GROUPS = 8192
 
 

@@ -96,7 +96,8 @@ class DequantisingQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: Any) -> None:
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
         # Before transformers 5.21 these would stay, and a later save_pretrained would run them backwards.
-        vars(model).pop("_weight_conversions", None)
+        if hasattr(model, "_weight_conversions"):
+            del model._weight_conversions
 
     def is_serializable(self) -> bool:
         """The model that comes of it is a plain one."""

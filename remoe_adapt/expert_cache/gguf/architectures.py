@@ -14,6 +14,7 @@ from typing import Any
 
 # How the tensors become the parameter; "" as they are.
 ROTARY, MINUS_ONE, LATENT, ROWS = "rotary", "minus one", "latent", "rows"
+LOG_NEGATED, FLAT, LINEAR_INPUTS = "log negated", "flat", "linear inputs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,9 @@ class Rule:
     tensors: their names in the file without "blk.N." and without ".weight" or ".bias", which they have from the
         parameter; with them where the parameter has neither.
     step: what undoes the converter: ROTARY (rows of each head in halves again instead of pairs), MINUS_ONE (norms
-        that are stored as w + 1), LATENT (keys and values of latent attention in one matrix), ROWS (one after another).
+        that are stored as w + 1), LATENT (keys and values of latent attention in one matrix), ROWS (one after another),
+        LOG_NEGATED (decays that are stored as -exp(w)), FLAT (a matrix as a vector), LINEAR_INPUTS (queries, keys,
+        values and gates of linear attention, by key head).
     instead: a single tensor that files of other converters have, which is the parameter as it is.
     """
 
@@ -164,6 +167,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         | _rules("mlp.gate.moe_statics.e_score_correction_bias exp_probs_b.bias"),
     ),
     "exaone_moe": Architecture(top=_TOP, layer=_GROUPED | _ATTENTION | _QK_NORMS),
+    "gemma4_text": Architecture(
+        top=_TOP
+        | _rules("""
+            model.embed_tokens_per_layer per_layer_token_embd
+            model.per_layer_model_projection per_layer_model_proj
+            model.per_layer_projection_norm per_layer_proj_norm
+        """),
+        layer=_POST_NORMS
+        | _ATTENTION
+        | _QK_NORMS
+        | _MLP
+        | _rules("""
+            layer_scalar layer_output_scale.weight
+            pre_feedforward_layernorm ffn_norm
+            pre_feedforward_layernorm_2 pre_ffw_norm_2
+            post_feedforward_layernorm post_ffw_norm
+            post_feedforward_layernorm_1 post_ffw_norm_1
+            post_feedforward_layernorm_2 post_ffw_norm_2
+            per_layer_input_gate inp_gate
+            per_layer_projection proj
+            post_per_layer_input_norm post_norm
+            router.proj ffn_gate_inp
+            router.scale ffn_gate_inp.scale
+            router.per_expert_scale ffn_down_exps.scale
+        """),
+    ),
     "glm4_moe": Architecture(top=_TOP, layer=_GROUPED | _ATTENTION | _QK_NORMS | _POST_NORMS),
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": Architecture(top=_TOP, layer=_GROUPED | _LATENT_ATTENTION | _INDEXER),
@@ -186,6 +215,28 @@ ARCHITECTURES: dict[str, Architecture] = {
             mlp.shared_mlp.gate_proj ffn_gate_shexp
             mlp.shared_mlp.up_proj ffn_up_shexp
             mlp.shared_mlp.down_proj ffn_down_shexp
+        """),
+    ),
+    "jamba": Architecture(
+        top=_TOP | _rules("model.final_layernorm output_norm"),
+        layer=_ATTENTION
+        | _rules("mamba.A_log ssm_a", LOG_NEGATED)
+        | _rules("""
+            input_layernorm attn_norm
+            pre_ff_layernorm ffn_norm
+            feed_forward.gate_proj ffn_gate
+            feed_forward.up_proj ffn_up
+            feed_forward.down_proj ffn_down
+            feed_forward.router ffn_gate_inp
+            mamba.D ssm_d
+            mamba.conv1d ssm_conv1d
+            mamba.in_proj ssm_in
+            mamba.x_proj ssm_x
+            mamba.dt_proj ssm_dt
+            mamba.out_proj ssm_out
+            mamba.dt_layernorm ssm_dt_norm
+            mamba.b_layernorm ssm_b_norm
+            mamba.c_layernorm ssm_c_norm
         """),
     ),
     "lfm2_moe": Architecture(
@@ -211,6 +262,10 @@ ARCHITECTURES: dict[str, Architecture] = {
             feed_forward.expert_bias exp_probs_b.bias
         """),
     ),
+    "mimo_v2_flash": Architecture(
+        top=_TOP,
+        layer=_NORMS | _ATTENTION | _MLP | _ROUTER | _CORRECTION | _rules("self_attn.sinks attn_sinks.weight"),
+    ),
     "minimax_m2": Architecture(
         top=_TOP,
         layer=_NORMS | _ATTENTION | _QK_NORMS | _ROUTER | _rules("mlp.e_score_correction_bias exp_probs_b.bias"),
@@ -221,6 +276,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         config={},
         entries=_LOCAL_EXPERTS | {"rope.dimension_count": "head_dim"} | _HEAD_SIZE,
     ),
+    "nemotron_h": Architecture(
+        top=_rules("""
+            model.embeddings token_embd
+            model.norm_f output_norm
+            lm_head output
+        """),
+        layer=_rules("mixer.A_log ssm_a", LOG_NEGATED)
+        | _rules("mixer.norm ssm_norm", FLAT)
+        | _rules("mixer.q_proj attn_q\nmixer.k_proj attn_k", ROTARY)
+        | _rules("""
+            norm attn_norm
+            mixer.D ssm_d
+            mixer.dt_bias ssm_dt.bias
+            mixer.conv1d ssm_conv1d
+            mixer.in_proj ssm_in
+            mixer.out_proj ssm_out
+            mixer.v_proj attn_v
+            mixer.o_proj attn_output
+            mixer.up_proj ffn_up
+            mixer.down_proj ffn_down
+            mixer.gate ffn_gate_inp
+            mixer.gate.e_score_correction_bias exp_probs_b.bias
+            mixer.shared_experts.up_proj ffn_up_shexp
+            mixer.shared_experts.down_proj ffn_down_shexp
+        """),
+    ),
     "olmoe": Architecture(
         top=_TOP,
         layer=_NORMS | _ATTENTION | _QK_NORMS | _ROUTER,
@@ -228,6 +309,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         config={"norm_topk_prob": False},
         entries=_NUM_EXPERTS | {"attention.clamp_kqv": "clip_qkv"},
     ),
+    "phimoe": Architecture(top=_TOP, layer=_NORMS | _ATTENTION | _rules("mlp.router ffn_gate_inp")),
     "qwen2_moe": Architecture(
         top=_TOP,
         layer=_NORMS | _ATTENTION | _MLP | _ROUTER | _SHARED_EXPERT,
@@ -240,5 +322,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         # It always does for this one.
         config={"norm_topk_prob": True},
         entries=_NUM_EXPERTS | _MOE_SIZE | _HEAD_SIZE,
+    ),
+    "qwen3_next": Architecture(
+        top=_TOP | _rules("model.norm output_norm", MINUS_ONE),
+        layer=_ATTENTION
+        | _MLP
+        | _ROUTER
+        | _SHARED_EXPERT
+        | _rules("linear_attn.A_log ssm_a", LOG_NEGATED)
+        | {"linear_attn.in_proj_qkvz": Rule(("attn_qkv", "attn_gate"), LINEAR_INPUTS)}
+        | _rules(
+            """
+            input_layernorm attn_norm
+            post_attention_layernorm post_attention_norm
+            self_attn.q_norm attn_q_norm
+            self_attn.k_norm attn_k_norm
+            """,
+            MINUS_ONE,
+        )
+        | _rules("""
+            linear_attn.dt_bias ssm_dt.bias
+            linear_attn.conv1d ssm_conv1d
+            linear_attn.in_proj_ba ssm_ba
+            linear_attn.norm ssm_norm
+            linear_attn.out_proj ssm_out
+        """),
     ),
 }

@@ -16,9 +16,9 @@ from remoe_adapt._support import is_file, printable
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.gguf.architectures import ARCHITECTURES
 from remoe_adapt.expert_cache.gguf.configuration import architecture_of, configuration, float_type
-from remoe_adapt.expert_cache.gguf.dense import DenseParameter, dense_by_table, dense_by_transformers
+from remoe_adapt.expert_cache.gguf.dense import DenseParameter, LazyParameter, dense_by_table, dense_by_transformers
 from remoe_adapt.expert_cache.gguf.experts import expert_groups
-from remoe_adapt.expert_cache.gguf.tensors import open_gguf
+from remoe_adapt.expert_cache.gguf.tensors import OTHER_CONFIG, open_gguf
 
 # Tensors that no model of transformers has: rotations, which it computes; layers that predict further tokens.
 _LEFT_OUT = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight|blk\.([0-9]+)\..*", re.DOTALL)
@@ -59,7 +59,7 @@ class GgufCheckpoint:
         if self.config.num_hidden_layers != self.num_blocks - predicting:
             raise ConfigError(
                 f"{printable(path)} has {self.num_blocks} layers, of which {predicting} predict further tokens, its "
-                f"configuration {self.config.num_hidden_layers}: is it that of this model?"
+                f"configuration {self.config.num_hidden_layers}: {OTHER_CONFIG}."
             )
         self.dtype = float_type(self.tensors)
 
@@ -97,6 +97,11 @@ class GgufWeights:
         for name, parameter in self.dense.items():
             yield name, parameter.read(dtype)
 
+    def state_dict(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The dense parameters as `type(model).from_pretrained(None, config=..., state_dict=...)` takes them: each is
+        read, in `dtype`, when transformers asks for it."""
+        return {name: LazyParameter(parameter, dtype) for name, parameter in self.dense.items()}
+
     def _dense(
         self, checkpoint: GgufCheckpoint, model: PreTrainedModel, names: Mapping[str, Tensor]
     ) -> dict[str, DenseParameter]:
@@ -124,8 +129,8 @@ class GgufWeights:
             twice = (tied and name == "output.weight") or re.fullmatch(r".*attn_[kv]_b\.weight", name)
             if not beyond and not twice:
                 raise ConfigError(
-                    f"{printable(self.path)}: {type(model).__name__} has no place for {printable(name)}: is the "
-                    "configuration that of this model?"
+                    f"{printable(self.path)}: {type(model).__name__} has no place for {printable(name)}: "
+                    f"{OTHER_CONFIG}."
                 )
 
 

@@ -29,6 +29,7 @@ _ROPE_SCALING = {
     "yarn_beta_slow": "beta_slow",
     "attn_factor": "attention_factor",
 }
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 
 
@@ -59,6 +60,12 @@ def configuration(
     """
     first = files[0]
     architecture = architecture_of(first)
+    num_experts = first.number(f"{architecture}.expert_count", 0)
+    if not num_experts:
+        raise UncacheableError(
+            f"{printable(first.path)} is a dense {printable(architecture)} model, without experts: load it with "
+            "from_pretrained(folder, gguf_file=...)."
+        )
     if given is not None:
         whole = given if isinstance(given, PretrainedConfig) else read_config(given, **options)
         config = whole.get_text_config()
@@ -71,6 +78,8 @@ def configuration(
     found = _beside(first, architecture, tensors) or _from_entries(first, architecture, tensors)
     if found is None:
         found = _of_transformers(first, architecture)
+        if num_experts not in [getattr(found, name, None) for name in _COUNTS]:
+            raise _not_enough(first, f"transformers does not read that it has {num_experts} experts")
         # transformers looks for the tensor in the first part alone.
         found.tie_word_embeddings = "output.weight" not in tensors
     return found
@@ -113,8 +122,6 @@ def _from_entries(file: GgufFile, architecture: str, tensors: Mapping[str, Store
     if not known:
         return None
     (model_type, entry), *_ = known.items()
-    if not file.number(f"{architecture}.expert_count", 0):
-        raise UncacheableError(f"{printable(file.path)} is a dense {printable(architecture)} model: it has no experts.")
     fields = _fields(file, architecture, entry)
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:

@@ -15,8 +15,18 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from remoe_adapt._support import printable
 from remoe_adapt.errors import ConfigError, UncacheableError
-from remoe_adapt.expert_cache.gguf.architectures import LATENT, MINUS_ONE, ROTARY, ROWS, Architecture, Rule
-from remoe_adapt.expert_cache.gguf.tensors import Stored, bytes_of, check_kind, numbers_of
+from remoe_adapt.expert_cache.gguf.architectures import (
+    FLAT,
+    LATENT,
+    LINEAR_INPUTS,
+    LOG_NEGATED,
+    MINUS_ONE,
+    ROTARY,
+    ROWS,
+    Architecture,
+    Rule,
+)
+from remoe_adapt.expert_cache.gguf.tensors import OTHER_CONFIG, Stored, bytes_of, check_kind, numbers_of
 
 _LAYER = re.compile(r"(?:model\.)?layers\.([0-9]+)\.(.+)", re.DOTALL)
 _ENDINGS = (".weight", ".bias")
@@ -61,6 +71,27 @@ class DenseParameter:
             if self.row_order is not None:
                 value = value[self.row_order]
         return value.reshape(self.shape).contiguous()
+
+
+class LazyParameter:
+    """A dense parameter that is read when from_pretrained takes it out of a state dict, and never kept.
+
+    Indexing gives the whole tensor, whatever the index: transformers asks for all of it.
+
+    dtype: of its numbers; None: its rows of blocks.
+    """
+
+    def __init__(self, parameter: DenseParameter, dtype: torch.dtype | None) -> None:
+        self._parameter, self._dtype = parameter, dtype
+        blocks = None if dtype is not None else parameter.as_blocks
+        self.shape = torch.Size(parameter.shape if blocks is None else blocks.extent.shape)
+
+    def get_dtype(self) -> str:
+        """As a slice of a safetensors file says it: of floats, or of codes, which nobody must cast."""
+        return "U8" if self._dtype is None else "F32"
+
+    def __getitem__(self, _: object) -> Tensor:
+        return self._parameter.read_blocks() if self._dtype is None else self._parameter.read(self._dtype)
 
 
 def dense_by_table(
@@ -115,19 +146,16 @@ def _dense(
     wanted = [f"{prefix}{tensor}{ending}" for tensor in rule.tensors]
     fused = _of_fused(config, name, shape, rule, prefix, ending, tensors)
     if missing := [tensor for tensor in wanted if tensor not in tensors and fused is None]:
-        raise ConfigError(
-            f"{printable(path)} has no {printable(missing[0])}, of which {name} is made: is the configuration that of "
-            "this model?"
-        )
+        raise ConfigError(f"{printable(path)} has no {printable(missing[0])}, of which {name} is made: {OTHER_CONFIG}.")
     stored = (fused,) if fused is not None else tuple(tensors[tensor] for tensor in wanted)
     step: Step | None = None
     order = None
     if rule.step == ROTARY:
         order = _rotary_order(config, name, shape[0], path)
-    elif rule.step == MINUS_ONE:
-        step = _minus_one
-    elif rule.step == ROWS:
-        step = _rows
+    elif rule.step == LINEAR_INPUTS:
+        step = _linear_inputs(config, name, shape, stored, path)
+    elif rule.step in _STEPS:
+        step = _STEPS[rule.step]
     elif rule.step == LATENT:
         step = _latent
         _check_latent(name, shape, stored, path)
@@ -165,12 +193,31 @@ def _rotary_order(config: Any, name: str, rows: int, path: object) -> Tensor:
     return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).flatten()
 
 
-def _minus_one(values: list[Tensor]) -> Tensor:
-    return values[0] - 1
+# Of these each number, or whole row, stays on its own.
+_STEPS: dict[str, Step] = {
+    MINUS_ONE: lambda values: values[0] - 1,
+    LOG_NEGATED: lambda values: torch.log(-values[0]),
+    FLAT: lambda values: values[0].flatten(),
+    ROWS: lambda values: torch.cat(values),
+}
 
 
-def _rows(values: list[Tensor]) -> Tensor:
-    return torch.cat(values)
+def _linear_inputs(config: Any, name: str, shape: tuple[int, ...], stored: tuple[Stored, ...], path: object) -> Step:
+    """in_proj_qkvz: of each key head its query, key, values and gates, which the file has one after another.
+
+    https://github.com/ggml-org/llama.cpp, conversion/qwen.py, `Qwen3NextModel.modify_tensors`; this undoes it.
+    """
+    heads, key_size = int(config.linear_num_key_heads), int(config.linear_key_head_dim)
+    values = int(config.linear_num_value_heads) * int(config.linear_value_head_dim)
+    rows = [heads * key_size, heads * key_size, values]
+    if [piece.shape for piece in stored] != [(sum(rows), shape[1]), (values, shape[1])]:
+        raise _unlike(name, shape, stored, path)
+
+    def merge(numbers: list[Tensor]) -> Tensor:
+        parts = [*numbers[0].split(rows), numbers[1]]
+        return torch.cat([part.view(heads, -1, shape[1]) for part in parts], dim=1).flatten(0, 1)
+
+    return merge
 
 
 def _latent(values: list[Tensor]) -> Tensor:
@@ -203,9 +250,7 @@ def _squeezed(shape: tuple[int, ...]) -> list[int]:
 
 def _unlike(name: str, shape: tuple[int, ...], stored: tuple[Stored, ...], path: object) -> ConfigError:
     shapes = " and ".join(f"{printable(piece.name)} {list(piece.shape)}" for piece in stored)
-    return ConfigError(
-        f"{printable(path)}: {shapes} do not make up {name} {list(shape)}: is the configuration that of this model?"
-    )
+    return ConfigError(f"{printable(path)}: {shapes} do not make up {name} {list(shape)}: {OTHER_CONFIG}.")
 
 
 def dense_by_transformers(
@@ -226,7 +271,7 @@ def dense_by_transformers(
             raise UncacheableError(f"{printable(path)}: {name} is made of several tensors in a way not known here.")
         found[name] = _checked(DenseParameter(name, tuple(names[name].shape), (stored,), step), path)
     if missing := sorted(names.keys() - found.keys()):
-        raise ConfigError(f"{printable(path)} has no tensor for {missing[0]}: is the configuration that of this model?")
+        raise ConfigError(f"{printable(path)} has no tensor for {missing[0]}: {OTHER_CONFIG}.")
     return found
 
 

@@ -12,7 +12,7 @@ from remoe_adapt._support import printable
 from remoe_adapt.checkpoints import Extent
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.encodings import BlockType, dequantise
-from remoe_adapt.expert_cache.gguf.tensors import Stored, check_kind, one_row
+from remoe_adapt.expert_cache.gguf.tensors import OTHER_CONFIG, Stored, check_kind, one_row
 
 # Parameter of an experts module, without "_bias" -> tensors that hold it, one after another; the first set that is
 # there counts.
@@ -114,9 +114,8 @@ def expert_groups(
         names = next((names for names in sets if all(tensor in tensors for tensor in names)), None)
         if names is None:
             raise ConfigError(
-                f"{printable(path)} has no {printable(sets[0][0])}, of which {name}.{param} is made: is the "
-                "configuration that of this model? (Files of early 2024 have a tensor for each expert: convert the "
-                "model again.)"
+                f"{printable(path)} has no {printable(sets[0][0])}, of which {name}.{param} is made: "
+                f"{OTHER_CONFIG}. (Files of early 2024 have a tensor for each expert: convert the model again.)"
             )
         stored = [tensors[tensor] for tensor in names]
         transposed = bool(module.is_transposed)
@@ -161,6 +160,6 @@ def _check(group: ExpertGroup, name: str, num_experts: int, stored: list[Stored]
     if not whole or not alike or found != tuple(wanted):
         shapes = " and ".join(f"{printable(piece.name)} {list(piece.shape)}" for piece in stored)
         raise ConfigError(
-            f"{printable(path)}: {shapes} do not make up {name}.{group.param}, {num_experts} x {list(group.shape)}: is "
-            "the configuration that of this model?"
+            f"{printable(path)}: {shapes} do not make up {name}.{group.param}, {num_experts} x {list(group.shape)}: "
+            f"{OTHER_CONFIG}."
         )

@@ -15,6 +15,8 @@ from remoe_adapt.checkpoints import Extent, GgufFile, GgufTensor, check_parts, s
 from remoe_adapt.errors import ConfigError, ExpertReadError, UncacheableError
 from remoe_adapt.expert_cache.encodings import DECODED, BlockType, block_type, dequantise
 
+# What to do where tensors and configuration do not fit.
+OTHER_CONFIG = "give config=, the folder or hub id of the very model that it was made from"
 # Blocks that are read and dequantised at a time, so that a matrix needs no second one beside it.
 _CHUNK_BYTES = 4 << 20
 

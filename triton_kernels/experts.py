@@ -1,0 +1,134 @@
+"""Experts of a layer straight from a pool of slots: which kernels, and how their threads lie on the matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .experts_few import BASES, down_kernel, up_kernel
+from .slots import FLOAT, FP8, INT4, INT8, MXFP4, Activation, SlotMatrix, check_experts
+
+# A product and its sum are one instruction; two would take twice as long.
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How the threads of a program lie on a matrix, see `experts_few`.
+
+    lanes: threads along columns, a power of two.
+    rows: a thread's own rows (pairs of a gate and an up in the first product), a power of two.
+    warps: of a program, whose 32 * warps / lanes other threads lie on rows, or on choices in the second product.
+    chunks: neighbouring chunks of eight columns that a thread reads at a time: 1, 2, or 4 for codes of four bits.
+    unroll: such reads of a row that are under way together.
+    """
+
+    lanes: int
+    rows: int
+    warps: int
+    chunks: int = 1
+    unroll: int = 1
+
+    @property
+    def others(self) -> int:
+        """Threads that lie on other rows or choices."""
+        return self.warps * 32 // self.lanes
+
+
+# First and second product.
+TILINGS: dict[str, tuple[Tiling, Tiling]] = {
+    FLOAT: (Tiling(128, 1, 4, unroll=2), Tiling(32, 2, 8, unroll=3)),
+    INT8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2)),
+    FP8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2)),
+    INT4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4)),
+    MXFP4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4)),
+}
+
+
+def experts_forward(
+    x_TD: Tensor, slots_TC: Tensor, weights_TC: Tensor, up: SlotMatrix, down: SlotMatrix, activation: Activation,
+    pairs_TCD: Tensor | None = None, last: bool = True, tilings: tuple[Tiling, Tiling] | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Weighted sum of the chosen experts, [T, D] in the dtype of `x_TD`: `experts_reference` as kernels.
+
+    Choices may come in turns, as those whose slots are there and those that still arrive: all but the last call leave
+    the outputs of their choices in `pairs_TCD`. The sum has the same bits however they are split.
+
+    x_TD: fp32, fp16 or bf16, last stride 1.
+    slots_TC: int32, the slot of each choice; SKIP: it counts nothing; DONE: an earlier call computed it.
+    weights_TC: what each choice counts, any float.
+    up: the first product's matrix [2I, D].
+    down: the second product's matrix [D, I].
+    activation: what comes between them.
+    pairs_TCD: fp32, contiguous; None: there is one call.
+    last: false: compute the choices that have a slot, and return None.
+    tilings: instead of those of the table.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    check_experts(x_TD, slots_TC, weights_TC, up, down)
+    (tokens, choices), device = slots_TC.shape, x_TD.device
+    out_TD = torch.empty((tokens, down.rows), dtype=x_TD.dtype, device=device)
+    if tokens == 0:
+        return out_TD if last else None
+    slots_TC, weights_TC = slots_TC.contiguous(), weights_TC.contiguous()
+    up_tiling = TILINGS[up.kind][0] if tilings is None else tilings[0]
+    down_tiling = _with_choices(TILINGS[down.kind][1], choices) if tilings is None else tilings[1]
+    inner, width = down.cols, _padded(down.cols, down, down_tiling)
+    hidden = torch.empty((tokens * choices, width), dtype=x_TD.dtype, device=device)
+    up_kernel[(triton.cdiv(inner, up_tiling.rows * up_tiling.others), tokens * choices)](
+        BASES.get(up.kind, 0), x_TD, x_TD.stride(0), slots_TC, *_parts(up), hidden, C=choices, INNER=inner, K=up.cols,
+        WIDTH=width, INTERLEAVED=activation.interleaved, FUNCTION=activation.function, ALPHA=activation.alpha,
+        LIMIT=activation.limit, SHIFT=activation.shift, DOWN_L=down_tiling.lanes,
+        DOWN_CHUNKS=1 if down.kind == FLOAT else down_tiling.chunks,
+        MASKED=_padded(up.cols, up, up_tiling) != up.cols, **_facts(up, up_tiling), **LAUNCH,
+    )  # fmt: skip
+    # A call that is the only one reads no pairs, but runs the same binary.
+    pairs = torch.empty(4, device=device) if pairs_TCD is None else pairs_TCD
+    pair_rows, out_rows = (0, down.rows) if last else (down.rows, 0)
+    down_kernel[(triton.cdiv(down.rows, down_tiling.rows), tokens)](
+        BASES.get(down.kind, 0), pair_rows, out_rows, hidden, slots_TC, weights_TC, *_parts(down), pairs, out_TD,
+        out_TD.stride(0), C=choices, N=down.rows, K=inner, WIDTH=width, **_facts(down, down_tiling), **LAUNCH,
+    )  # fmt: skip
+    return out_TD if last else None
+
+
+def _with_choices(tiling: Tiling, choices: int) -> Tiling:
+    """The tiling with no more threads along choices than there are: others would have nothing to read."""
+    others = min(tiling.others, triton.next_power_of_2(choices))
+    lanes = max(tiling.lanes, 32 // others)
+    return Tiling(lanes, tiling.rows, lanes * others // 32, tiling.chunks, tiling.unroll)
+
+
+def _parts(matrix: SlotMatrix) -> tuple[Any, ...]:
+    """Tensors and distances of slots, as the kernels take them: codes in words of 4 bytes."""
+    codes = matrix.codes if matrix.kind == FLOAT else matrix.codes.view(torch.int32)
+    parts = (codes, matrix.scales, matrix.minima, matrix.bias)
+    return tuple(value for part in parts for value in (part, 0 if part is None else part.stride(0)))
+
+
+def _values(matrix: SlotMatrix) -> int:
+    """Numbers in a word of codes; floats that a thread reads at a time."""
+    if matrix.kind == FLOAT:
+        return 16 // matrix.codes.element_size()
+    return 4 if matrix.kind in (INT8, FP8) else 8
+
+
+def _facts(matrix: SlotMatrix, tiling: Tiling) -> dict[str, Any]:
+    """Compile-time facts of a matrix and its tiling, by parameter name of the kernels."""
+    return {
+        "KIND": matrix.kind, "GROUP": matrix.group, "HALVES": matrix.halves, "VALUES": _values(matrix),
+        "R": tiling.rows, "Q": tiling.others, "L": tiling.lanes, "CHUNKS": tiling.chunks, "UNROLL": tiling.unroll,
+        "num_warps": tiling.warps,
+    }  # fmt: skip
+
+
+def _padded(columns: int, matrix: SlotMatrix, tiling: Tiling) -> int:
+    """Columns in whole reads of a program."""
+    own = _values(matrix) if matrix.kind == FLOAT else tiling.chunks * 8
+    tile = tiling.lanes * own * tiling.unroll
+    return -(-columns // tile) * tile
