@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from .slots import FLOAT, FP8, INT4, INT8, MXFP4, Activation, SlotMatrix, check_
 
 # A product and its sum are one instruction; two would take twice as long.
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
+# Fewer threads along columns read in shorter pieces, which a tenth of the reads is worth.
+_LITTLE_WASTE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Tiling:
     rows: a thread's own rows (pairs of a gate and an up in the first product), a power of two.
     warps: of a program, whose 32 * warps / lanes other threads lie on rows, or on choices in the second product.
     chunks: neighbouring chunks of eight columns that a thread reads at a time: 1, 2, or 4 for codes of four bits.
-    unroll: such reads of a row that are under way together.
+    unroll: reads of a row in one round of the loop, so many as are under way together.
     """
 
     lanes: int
@@ -39,14 +41,33 @@ class Tiling:
         return self.warps * 32 // self.lanes
 
 
-# First and second product.
+# First and second product; measured where `benchmarks/run.py pool sweep=true` says so.
 TILINGS: dict[str, tuple[Tiling, Tiling]] = {
     FLOAT: (Tiling(128, 1, 4, unroll=2), Tiling(32, 2, 8, unroll=3)),
-    INT8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2)),
-    FP8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2)),
-    INT4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4)),
-    MXFP4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4)),
+    INT8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2, 3)),
+    FP8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2, 3)),
+    INT4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4, 3)),
+    MXFP4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4, 3)),
 }
+
+
+def tiling_of(matrix: SlotMatrix, choices: int | None = None) -> Tiling:
+    """The table's tiling of a matrix, with so many threads along columns that few of them read beyond the last one.
+
+    choices: of a token, for a second product: threads lie on no more.
+    """
+    tiling = TILINGS[matrix.kind][0 if choices is None else 1]
+    chunks = tiling.chunks if matrix.kind == FLOAT else max(1, min(tiling.chunks, matrix.group // 8))
+    tiling = replace(tiling, chunks=chunks)
+    others = tiling.others if choices is None else min(tiling.others, triton.next_power_of_2(choices))
+    lanes, least = tiling.lanes, max(1, 32 // others)
+    while lanes // 2 >= max(8, least) and _waste(matrix, replace(tiling, lanes=lanes)) > _LITTLE_WASTE:
+        lanes //= 2
+    if choices is None:
+        # Threads that are not needed along columns lie on more rows.
+        return replace(tiling, lanes=lanes)
+    lanes = max(lanes, least)
+    return replace(tiling, lanes=lanes, warps=lanes * others // 32)
 
 
 def experts_forward(
@@ -76,8 +97,7 @@ def experts_forward(
     if tokens == 0:
         return out_TD if last else None
     slots_TC, weights_TC = slots_TC.contiguous(), weights_TC.contiguous()
-    up_tiling = TILINGS[up.kind][0] if tilings is None else tilings[0]
-    down_tiling = _with_choices(TILINGS[down.kind][1], choices) if tilings is None else tilings[1]
+    up_tiling, down_tiling = tilings or (tiling_of(up), tiling_of(down, choices))
     inner, width = down.cols, _padded(down.cols, down, down_tiling)
     hidden = torch.empty((tokens * choices, width), dtype=x_TD.dtype, device=device)
     up_kernel[(triton.cdiv(inner, up_tiling.rows * up_tiling.others), tokens * choices)](
@@ -97,11 +117,9 @@ def experts_forward(
     return out_TD if last else None
 
 
-def _with_choices(tiling: Tiling, choices: int) -> Tiling:
-    """The tiling with no more threads along choices than there are: others would have nothing to read."""
-    others = min(tiling.others, triton.next_power_of_2(choices))
-    lanes = max(tiling.lanes, 32 // others)
-    return Tiling(lanes, tiling.rows, lanes * others // 32, tiling.chunks, tiling.unroll)
+def _waste(matrix: SlotMatrix, tiling: Tiling) -> float:
+    """Share of a program's reads that is beyond the last column."""
+    return 1.0 - matrix.cols / _padded(matrix.cols, matrix, tiling)
 
 
 def _parts(matrix: SlotMatrix) -> tuple[Any, ...]:
@@ -130,5 +148,5 @@ def _facts(matrix: SlotMatrix, tiling: Tiling) -> dict[str, Any]:
 def _padded(columns: int, matrix: SlotMatrix, tiling: Tiling) -> int:
     """Columns in whole reads of a program."""
     own = _values(matrix) if matrix.kind == FLOAT else tiling.chunks * 8
-    tile = tiling.lanes * own * tiling.unroll
+    tile = tiling.lanes * own
     return -(-columns // tile) * tile
