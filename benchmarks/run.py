@@ -31,6 +31,11 @@ DECODE_SETTINGS = (
     "tokens", "quality_tokens", "dtype", "direct_io", "prefetch", "pack", "read_mib_per_s",
     "raw_bandwidth_bytes_per_s", "limit_ms", "memory_limit_bytes",
 )  # fmt: skip
+SCALE_FIGURES = (
+    "layers", "experts", "expert_bytes", "threads", "direct_io", "arithmetic", "file_bytes", "header_bytes", "open_s",
+    "load_s", "dense_bytes", "budget_bytes", "anon_growth_bytes", "maps", "max_map_count", "tpot_ms", "hit_rate",
+    "bytes_per_token", "stall_share", "hits_tpot_ms", "hits_hit_rate", "look_up_us", "look_ups_per_token", "tokens",
+)  # fmt: skip
 LLAMACPP_SETTINGS = ("model_bytes", "limit_bytes", "read_mib_per_s", "tokens", "rounds")
 
 app = typer.Typer(help="Every benchmark by name.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -107,6 +112,19 @@ def decode(settings: Settings = None) -> None:
     arms = result["arms"].items()
     keep("decode_cpu.csv", ({"arm": name, **picked(row, DECODE_FIGURES), **common} for name, row in arms))
     keep("decode_cpu_bars.csv", ({**picked(row, bar), **common} for row in result["bars"]))
+    print(json.dumps(result))
+
+
+@app.command()
+def scale(settings: Settings = None) -> None:
+    """`remoe bench scale`: scale_cpu.csv, scale_cpu_in_ram.csv (4 bits against bf16) and scale_cpu_bars.csv."""
+    from remoe_adapt.bench.scale.bench import ScaleOptions, run_scale
+
+    result = run_scale(options(ScaleOptions, settings))
+    common = picked(result, ("layers", "threads"))
+    keep("scale_cpu.csv", [picked(result, SCALE_FIGURES)])
+    keep("scale_cpu_in_ram.csv", ({**row, "threads": result["threads"]} for row in result["in_ram"]))
+    keep("scale_cpu_bars.csv", ({**row, **common} for row in result["bars"]))
     print(json.dumps(result))
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from remoe_adapt._support import disk_faults
-from remoe_adapt.checkpoints import Extent, open_checkpoint
+from remoe_adapt.checkpoints import Extent, entry_bytes, header_bytes, open_checkpoint
 from remoe_adapt.engines import clone_or_copy, gguf
 from remoe_adapt.errors import ConfigError, ExportError
 from remoe_adapt.expert_cache import BLOCK, LOADING, ExpertStore, ExtentReader, PackedStore, find_checkpoint, map_pages
@@ -201,7 +201,7 @@ def _model(path: Path, gigabytes: float) -> tuple[Path, Family]:
     architecture = next(iter(GGUF_ARCH.values()))
     entries = [_string("general.architecture", architecture), *_vocabulary()]
     sizes = {"block_count": LAYERS, "expert_count": EXPERTS, "embedding_length": HIDDEN}
-    entries += [gguf.entry_bytes(f"{architecture}.{key}", _UINT32, value) for key, value in sizes.items()]
+    entries += [entry_bytes(f"{architecture}.{key}", _UINT32, value) for key, value in sizes.items()]
     rows = int(gigabytes * 1e9 / LAYERS / EXPERTS / HIDDEN / _Q8_0_BYTES)
     tensors: list[tuple[str, tuple[int, ...], int, int]] = []
     end, routers = 0, []
@@ -213,7 +213,7 @@ def _model(path: Path, gigabytes: float) -> tuple[Path, Family]:
         end += int(EXPERTS * rows * HIDDEN * _Q8_0_BYTES)
         # llama.cpp refuses tensors that do not begin at a multiple of it.
         end += -end % _ALIGNMENT
-    header = gguf.header_bytes(entries, tensors, _ALIGNMENT)
+    header = header_bytes(entries, tensors, _ALIGNMENT)
     with path.open("wb") as file:
         file.write(header)
         for offset, weight_ED in routers:

@@ -1,15 +1,38 @@
 """Checkpoints on disk: which files count, how a base is loaded, and what may be asked for."""
 
+from remoe_adapt.checkpoints.gguf_file import (
+    ALIGNMENT_KEY,
+    INT32,
+    UINT16,
+    GgufFile,
+    GgufTensor,
+    entry_bytes,
+    header_bytes,
+    shard_name,
+    shard_paths,
+    text_entry,
+)
+from remoe_adapt.checkpoints.gguf_parts import (
+    ARCHITECTURE_KEY,
+    DIGEST_KEYS,
+    MODEL_KEY,
+    ROUTERS_KEY,
+    SPLIT_KEYS,
+    check_parts,
+)
 from remoe_adapt.checkpoints.load import (
     HUB_OPTIONS,
     auto_class,
     check_place,
     checkpoint_folder,
     device_of,
+    gguf_path,
+    is_gguf,
     load_base,
     load_tokenizer,
     load_with_tokenizer,
     max_positions,
+    model_config,
     on_device,
     read_config,
     stored_sources,
@@ -29,6 +52,7 @@ from remoe_adapt.checkpoints.safetensors_files import (
     Extent,
     checkpoint_dtype,
     chosen_file,
+    file_extents,
     file_inside,
     open_checkpoint,
     tensors_of,

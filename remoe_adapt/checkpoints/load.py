@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.quantizers.base import HfQuantizer
 
 import remoe_adapt.tuner  # noqa: F401 (transformers asks PEFT for the type of an adapter)
 from remoe_adapt._support import first_line, printable
+from remoe_adapt.checkpoints.gguf_file import MAGIC
 from remoe_adapt.checkpoints.options import CACHE_OPTIONS, unknown_option
+from remoe_adapt.checkpoints.safetensors_files import CONFIG
 from remoe_adapt.errors import ConfigError, RemoeError
 
 # Options that every function of the hub takes.
@@ -142,12 +146,17 @@ def usable_device(device: str | int | torch.device | None) -> str:
 
 
 def load_with_tokenizer(
-    path_or_hub_id: str | Path, *, device: str | None = None, dtype: str = "auto"
+    path_or_hub_id: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    load: Callable[..., nn.Module] | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer), the model as `load_base` makes it, in eval mode.
+    """(model, tokenizer), the model in eval mode.
 
     device: None: a GPU if there is one.
     dtype: one of `DTYPES`; "auto" means as stored.
+    load: makes the model of its name, `device` and `dtype`; None: as `load_base` does.
 
     Raises:
         ConfigError: nothing loadable is there, `device` cannot compute here, or `dtype` is unknown; in one line.
@@ -159,7 +168,8 @@ def load_with_tokenizer(
     check_place(path_or_hub_id, "cannot load the model:")
     model_config(name)  # first: where it is damaged, the tokenizer is not what is missing
     tokenizer = load_tokenizer(name)
-    return on_device(load_base(name, dtype=dtype), target).eval(), tokenizer
+    model = on_device(load_base(name, dtype=dtype), target) if load is None else load(name, device=target, dtype=dtype)
+    return model.eval(), tokenizer
 
 
 def on_device(model: nn.Module, device: str | None) -> nn.Module:
@@ -208,17 +218,67 @@ def is_path(text: str) -> bool:
     )
 
 
-def check_place(given: str | os.PathLike[str], what: str, *, error: type[RemoeError] = ConfigError, **hub: Any) -> None:
+def is_gguf(path: object) -> bool:
+    """Whether it is the path of a GGUF file that is there, by its name or its first bytes."""
+    if not isinstance(path, str | os.PathLike) or not os.path.isfile(path):  # noqa: PTH113
+        return False
+    if os.fspath(path).endswith(".gguf"):
+        return True
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def gguf_path(base: str | os.PathLike[str], gguf_file: str, **hub_options: Any) -> Path:
+    """Where a GGUF lies that is named as from_pretrained takes it: in a folder, or fetched from the hub, with its later
+    parts and the configuration beside it.
+
+    base: the folder or hub id.
+    gguf_file: the file in it, of a split model the first part.
+
+    Raises ConfigError when neither has it.
+    """
+    if not isinstance(gguf_file, str) or not gguf_file.endswith(".gguf") or ".." in Path(gguf_file).parts:
+        raise ConfigError(f"gguf_file {printable(repr(gguf_file))}: give the name of a GGUF file of the model.")
+    check_place(base, "model", **hub_options)
+    folder, shown = Path(os.fspath(base)), printable(os.fspath(base))
+    if not folder.is_dir():
+        parts = re.sub(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)", r"-?????\1", gguf_file)
+        beside = (Path(gguf_file).parent / CONFIG).as_posix()
+        try:
+            folder = Path(snapshot_download(os.fspath(base), allow_patterns=[parts, beside], **hub_options))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ConfigError(
+                f"{shown!r} cannot be found ({first_line(error)}): give a model folder or a hub id."
+            ) from error
+    if not is_gguf(path := folder / gguf_file):
+        raise ConfigError(f"{shown!r} has no GGUF {printable(gguf_file)}: check the spelling.")
+    return path
+
+
+def check_place(
+    given: str | os.PathLike[str], what: str, *, error: type[RemoeError] = ConfigError, gguf: bool = False, **hub: Any
+) -> None:
     """Whether a folder, or a model of the hub or its cache, is there, before anybody takes long to look for it.
 
-    what: what it is to be, the beginning of messages. hub: `cache_dir`, `revision`, `token`, `local_files_only`, as
-    from_pretrained takes them.
+    what: what it is to be, the beginning of messages.
+    gguf: a GGUF file will do as well.
+    hub: `cache_dir`, `revision`, `token`, `local_files_only`, as from_pretrained takes them.
 
     Raises `error` when it is not, naming what was given, and the reason.
     """
     text, shown = os.fspath(given), printable(os.fspath(given))
     if os.path.isdir(text):  # noqa: PTH112
         return
+    if is_gguf(text):
+        if gguf:
+            return
+        raise error(
+            f"{what} {shown!r} cannot be loaded, it is a GGUF, which load_with_expert_cache and get_remoe_model alone "
+            "read: give a folder, or a hub id."
+        )
     if os.path.isfile(text):  # noqa: PTH113
         raise error(f"{what} {shown!r} cannot be loaded, it is a file: give its folder, or a hub id.")
     cached = _cached(text, hub)
@@ -265,14 +325,15 @@ Sources = dict[str, dict[str | None, list[str]]]
 
 
 def stored_sources(
-    model: PreTrainedModel, meta: dict[str, Any], names: Iterable[str]
+    model: PreTrainedModel, meta: dict[str, Any], names: Iterable[str], quantizer: HfQuantizer | None = None
 ) -> tuple[Sources, dict[str, WeightConverter]]:
     """(which tensors of a checkpoint each parameter is made of, the conversions by their pattern).
 
     meta: the model's state dict, with or without values.
     names: of the checkpoint's tensors.
+    quantizer: of a quantised checkpoint, made with dequantize=True: its conversions begin with dequantising.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     found: defaultdict[str, dict[str | None, list[str]]] = defaultdict(dict)

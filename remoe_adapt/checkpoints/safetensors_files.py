@@ -32,8 +32,11 @@ SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
-_QUANTISED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
+_QUANTISED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +212,6 @@ def _no_header(path: Path) -> ExpertReadError:
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:
-    """The type of the first floating tensor; raises as `open_checkpoint`."""
-    extents = open_checkpoint(folder).values()
-    return next((extent.dtype for extent in extents if extent.dtype.is_floating_point), torch.float32)
+    """The type of the first floating tensor that is no code; raises as `open_checkpoint`."""
+    dtypes = [extent.dtype for extent in open_checkpoint(folder).values()]
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)

@@ -58,7 +58,8 @@ def decode(
     tokens: opt.DecodeTokens = 520, quality_tokens: opt.QualityTokens = 900, max_seconds: opt.DecodeSeconds = 400.0,
     work: opt.Work = None, keep: opt.KeepModel = False, quick: opt.Quick = False, threads: opt.Threads = 1,
     direct_io: opt.DirectIo = True, prefetch: opt.Prefetch = False, pack: opt.Pack = True,
-    read_mib: opt.ReadRate = 300.0, csv: opt.Csv = None, as_json: opt.Json = False,
+    read_mib: opt.ReadRate = 300.0, dtype: opt.BenchDtype = "float32", bits: opt.FewerBits = True,
+    csv: opt.Csv = None, as_json: opt.Json = False,
 ) -> CommandResult:  # fmt: skip
     """Decode with experts from storage: time per token against stock, accelerate and memory-mapped weights."""
     from remoe_adapt.bench.decode import DecodeOptions, quickly, run_decode
@@ -66,7 +67,7 @@ def decode(
     options = DecodeOptions(
         model=model, family=family, data=data or (), tokens=tokens, quality_tokens=quality_tokens,
         max_seconds=max_seconds, work=work, keep=keep, threads=threads, direct_io=direct_io, prefetch=prefetch,
-        pack=pack, read_mib_per_s=read_mib,
+        pack=pack, read_mib_per_s=read_mib, dtype=dtype, bits=bits,
     )  # fmt: skip
     quiet_libraries()
     with progress("decoding") as (total, advance):
@@ -107,6 +108,53 @@ def bars_table(result: Mapping[str, Any]) -> Table:
         sign = "<=" if row["at_most"] else ">="
         table.add_row(
             row["bar"], row.get("arm") or "", optional(row["value"], ".3f"), f"{sign} {row['target']:g}", verdict
+        )
+    return table
+
+
+@command(bench_app, "scale", rows.of_figures)
+def scale(
+    layers: opt.Layers = 48, tokens: opt.ScaleTokens = 24, threads: opt.ScaleThreads = None,
+    arithmetic: opt.ScaleArithmetic = "auto", direct_io: opt.DirectIo = True, in_ram: opt.InRam = True,
+    work: opt.Work = None, keep: opt.KeepFiles = False, csv: opt.Csv = None, as_json: opt.Json = False,
+) -> CommandResult:  # fmt: skip
+    """A 30B model's shape at 4 bits: load time, memory, time per token, and what a look-up costs."""
+    from remoe_adapt.bench.scale import ScaleOptions, run_scale
+
+    options = ScaleOptions(
+        layers=layers, tokens=tokens, threads=threads, arithmetic=arithmetic, direct_io=direct_io, in_ram=in_ram,
+        work=work, keep=keep,
+    )  # fmt: skip
+    quiet_libraries()
+    with report.byte_progress("writing the model") as (total, advance):
+        result = run_scale(options, on_start=total, on_bytes=advance)
+    return result, [scale_table(result), bars_table(result)]
+
+
+def scale_table(result: Mapping[str, Any]) -> Table:
+    """The figures of `run_scale`."""
+    table = Table(
+        title=f"{result['layers']} layers, {result['experts']} experts of {result['expert_bytes'] / _MIB:.1f} MiB, "
+        f"{result['threads']} thread(s), {result['arithmetic']}"
+    )
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    mib = {
+        "file": "file_bytes", "its header": "header_bytes", "dense part": "dense_bytes", "budget": "budget_bytes",
+        "anonymous memory": "anon_growth_bytes", "read for a token": "bytes_per_token",
+    }  # fmt: skip
+    for title, key in mib.items():
+        table.add_row(f"{title}, MiB", f"{result[key] / _MIB:,.1f}")
+    table.add_row("opened in, s", f"{result['open_s']:.2f}")
+    table.add_row("loaded in, s", f"{result['load_s']:.1f}")
+    table.add_row("memory mappings", f"{result['maps']:,} of {result['max_map_count']:,}")
+    table.add_row("TPOT in the budget, ms", f"{result['tpot_ms']:.1f} ({percent(result['hit_rate'])} hits)")
+    table.add_row("TPOT at hits alone, ms", f"{result['hits_tpot_ms']:.1f} ({percent(result['hits_hit_rate'])} hits)")
+    table.add_row("the cache's part of a look-up, us", f"{result['look_up_us']:.2f}")
+    for row in result["in_ram"]:
+        table.add_row(
+            f"all in RAM, experts {row['inner']} x {row['hidden']}: 4 bits, stock bf16 ({row['stock']}), ms",
+            f"{row['fast_ms']:.1f}, {row['stock_ms']:.1f}",
         )
     return table
 

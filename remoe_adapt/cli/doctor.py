@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import mmap
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from remoe_adapt._support import size_text, usable_cores
+from remoe_adapt._support import first_line, size_text, usable_cores
 from remoe_adapt.device_profile import list_profiles, read_profile
 from remoe_adapt.dial import GpuMemory
 from remoe_adapt.errors import ConfigError
@@ -28,6 +29,8 @@ from remoe_adapt.pressure import Measure, Sensors, os_sensors, unfit
 
 # Seconds between the two readings that rates are taken from.
 _RATES_S = 0.2
+# bf16 has three digits; a wrong layout is off by more than its norm.
+_INT4_TOLERANCE = 0.02
 # The first word of a sensor's name -> how the controller manages without it.
 _WITHOUT = {
     "cgroup": "budgets follow the machine's memory",
@@ -60,7 +63,7 @@ def examine(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) 
     """All probes, in the order of the report. A probe that itself fails is a finding, never an exception."""
     probes: list[Probe] = []
     for probe in (
-        _packages, _peft_type, _processor, _memory, _cuda, _triton, _gating, _compiler,
+        _packages, _peft_type, _processor, _memory, _cuda, _triton, _gating, _encodings, _compiler,
         lambda: _sensors(proc, cgroups), _direct_reads, _extras, _profiles, _example,
     ):  # fmt: skip
         probes += _guarded(probe)
@@ -172,6 +175,44 @@ def _gating() -> Iterator[Probe]:
         # On a CPU the plain torch backend is the best there is.
         best = chosen == "triton" or name == "cpu"
         yield Probe(f"gating on {name}", best, f"{chosen}: {why}", "" if best else "fused kernels are faster here")
+
+
+def _encodings() -> Iterator[Probe]:
+    """What computes on the codes of quantised experts; without any of them experts are dequantised on use."""
+    name, exact = "4-bit experts: ggml", "quantised experts are dequantised on use"
+    version = _version("xllamacpp")
+    # Loading it compares every type of block with our own arithmetic, and logs what is wrong.
+    kernels = getattr(importlib.import_module("remoe_adapt.expert_cache.encodings"), "ggml", None)
+    found = kernels() if callable(kernels) else None
+    types = None if found is None else ", ".join(sorted(kind.name for kind in found.types))
+    missing = "xllamacpp is not installed" if version is None else f"the kernels of xllamacpp {version} cannot be used"
+    remedy = exact + "; pip install 'remoe-adapt[llamacpp]' brings the version that is known"
+    yield _found(name, types and f"xllamacpp {version}: {types}", missing, remedy)
+    fault = int4_fault()
+    value = fault or "int4 in groups of 32, computes as it should"
+    yield Probe("4-bit experts: torch int4", fault is None, value, exact if fault else "")
+    if torch.cuda.is_available():
+        version = _version("triton")
+        yield _found("4-bit experts: triton", version, "not installed", "experts on a GPU are dequantised on use")
+    else:
+        yield Probe("4-bit experts: triton", False, "no GPU", "experts are computed on the CPU")
+
+
+def int4_fault(kernels: Any = torch.ops.aten) -> str | None:
+    """Why torch's product with int4 codes on the CPU cannot be used; None where it can."""
+    generator = torch.Generator().manual_seed(0)
+    codes_NK = torch.randint(0, 16, (64, 64), generator=generator, dtype=torch.int32)
+    x_TK = torch.randn(2, 64, generator=generator).bfloat16()
+    # Of each group of 32: the scale, and what code 8 stands for.
+    scales_GN2 = torch.stack([torch.full((2, 64), 0.125), torch.full((2, 64), 0.5)], dim=-1).bfloat16()
+    try:
+        packed = kernels._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
+        found_TN = kernels._weight_int4pack_mm_for_cpu(x_TK, packed, 32, scales_GN2)
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        return first_line(error)
+    expected_TN = x_TK.float() @ ((codes_NK.float() - 8) * 0.125 + 0.5).T
+    off = float((found_TN.float() - expected_TN).norm() / expected_TN.norm())
+    return None if off < _INT4_TOLERANCE else f"its result is wrong by {off:.1%} of its norm"
 
 
 def _compiler() -> Iterator[Probe]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typer
+from rich.console import RenderableType
 
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report
@@ -94,14 +95,23 @@ def gguf_lora(
 
 @command(app, "pack")
 def pack(
-    model: opt.Model, out: opt.PackOut, dtype: opt.Dtype = "auto", overwrite: opt.Overwrite = False,
-    as_json: opt.Json = False,
+    model: opt.Model, out: opt.PackOut, bits: opt.Bits = None, dense_bits: opt.DenseBits = None,
+    dtype: opt.Dtype = "auto", overwrite: opt.Overwrite = False, as_json: opt.Json = False,
 ) -> CommandResult:  # fmt: skip
-    """Copy a model's experts so that the expert cache gets each in one large direct read."""
+    """Copy a model's experts so that the expert cache gets each in one large direct read, quantised if you like.
+
+    A run that was killed goes on where it was when it is started again.
+    """
     from remoe_adapt.expert_cache import pack_experts
 
     quiet_libraries()
     with byte_progress("packing") as (total, advance):
-        result = pack_experts(model, out, dtype=dtype, overwrite=overwrite, on_start=total, on_bytes=advance)
+        result = pack_experts(
+            model, out, bits=bits, dense_bits=dense_bits, dtype=dtype, overwrite=overwrite, on_start=total,
+            on_bytes=advance,
+        )  # fmt: skip
     size = result["bytes"] / (1 << 30)
-    return result, [f"{result['experts']} experts, {size:.2f} GiB, in {result['out']}"]
+    shown: list[RenderableType] = [f"{result['experts']} experts, {size:.2f} GiB, in {result['out']}"]
+    if bits is not None or dense_bits in (4, 8):
+        shown.insert(0, report.weight_error_table(result))
+    return result, shown

@@ -82,6 +82,9 @@ FullGain = Annotated[float | None, typer.Option("--recency-gain", help="Its gain
 # From the table of modes, so that a new mode is in the help without a word here.
 _DECAYS = " or ".join(f"{mode.name}; default {mode.default_decay:g}" for mode in MODES.values() if mode.takes_decay)
 RecencyDecay = Annotated[float | None, typer.Option(help=f"Its decay in mode {_DECAYS}.")]
+Against = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Compare with this model, not with the base: what quantising cost.")
+]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
 
 # remoe trace, remoe simulate
@@ -105,6 +108,9 @@ ExpertCacheBudget = Annotated[
 ]
 DemoCache = Annotated[str, typer.Option("--expert-cache", help="So much of the experts in memory: a share, or 2GiB.")]
 Storage = Annotated[Path | None, typer.Option(help="Read experts from this folder of `remoe pack`.")]
+Arithmetic = Annotated[
+    str, typer.Option(help="Of quantised experts: exact (dequantised), fast (as they are), auto (fast if it can be).")
+]
 Log = Annotated[Path | None, typer.Option(help="Append swaps and samples here, one JSON object a line.")]
 LogPlot = Annotated[Path | None, typer.Option("--plot", help="Draw the --log over time here (extra: plot).")]
 MetricsPort = Annotated[
@@ -131,6 +137,14 @@ QualityTokens = Annotated[
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch, the same for every arm.")]
 DirectIo = Annotated[bool, typer.Option(help="Read experts past the page cache.")]
 Prefetch = Annotated[bool, typer.Option(help="Read ahead what the next layer's router will choose.")]
+BenchDtype = Annotated[str, typer.Option("--dtype", help="Type of the weights of every arm: float32 or bfloat16.")]
+FewerBits = Annotated[bool, typer.Option("--bits/--no-bits", help="Arms with experts in 4 and 8 bits.")]
+Layers = Annotated[int, typer.Option(min=1, help="Layers of the model: 48 take 18 GB on the disk and 8 of memory.")]
+ScaleTokens = Annotated[int, typer.Option("--tokens", min=1, help="Tokens that are timed, in each of two ways.")]
+ScaleThreads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch; default: all cores.")]
+ScaleArithmetic = Annotated[str, typer.Option("--arithmetic", help="Of the experts: auto, fast or exact.")]
+KeepFiles = Annotated[bool, typer.Option("--keep", help="Keep the models for the next run.")]
+InRam = Annotated[bool, typer.Option("--in-ram/--no-in-ram", help="Also 4 bits against bf16 with all experts in RAM.")]
 Pack = Annotated[bool, typer.Option(help="Read experts from a pack, not from the checkpoint.")]
 ReadRate = Annotated[
     float, typer.Option("--read-mib", min=0, help="Nobody reads faster than so many MiB/s; 0: the disk.")
@@ -154,6 +168,10 @@ Version = Annotated[bool, typer.Option("--version", help="Show the version and e
 
 # remoe pack
 PackOut = Annotated[Path, typer.Argument(help="Folder for the packed experts.", metavar="OUT")]
+Bits = Annotated[int | None, typer.Option(help="Quantise the experts: 4 or 8. Default: as they are.")]
+DenseBits = Annotated[
+    int | None, typer.Option(help="Pack the dense part too: 4, 8, or 16 (as it is). Default: leave it out.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 # remoe export
@@ -200,6 +218,14 @@ ReusePrompts = Annotated[
 KeepPoint = Annotated[bool, typer.Option("--keep", help="At the end, leave the strength as it is; default: the base.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="The server's --api-key.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+
+def budget(text: str) -> str | float:
+    """A share of the experts, or a size with its unit."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def words(text: str) -> list[str]:

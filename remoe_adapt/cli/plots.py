@@ -47,7 +47,8 @@ def plot_frontier(results: Mapping[str, Any], path: str | Path) -> None:
         axes.plot(control["eor"], control["ppl_ratio"], "x", color="black", label="control: next-token loss only")
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_xlabel("expert overlap ratio (EOR)")
-    axes.set_ylabel("perplexity / base perplexity")
+    compared = "perplexity of the other model" if results.get("against") else "base perplexity"
+    axes.set_ylabel(f"perplexity / {compared}")
     axes.legend()
     _write(figure, path)
 

@@ -27,7 +27,7 @@ from remoe_adapt.cli.rows import arm_rows
 
 Row = Mapping[str, Any]
 
-KL_MEANING = "KL: mean over tokens of KL(base || point) of the next-token distributions, in nats."
+KL_MEANING = "KL: mean over tokens of KL({compared} || point) of the next-token distributions, in nats."
 HIT_RATE_MEANING = (
     "policy@c: share of expert look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a "
     "document begins; all look-ups of a token see the cache as the previous token left it. policy@c/lookup: each "
@@ -42,10 +42,12 @@ def hit_keys(row: Row) -> list[str]:
 
 def eval_table(result: Mapping[str, Any]) -> Table:
     """The rows of `evaluate` as a table."""
+    compared = "against" if result.get("against") else "base"
     found = table(
         f"{result['tokens']} tokens of {', '.join(result.get('data', ())) or 'the given text'}, "
-        f"windows of {result['window']}",
-        "strength", "CE", "ppl", "ratio to base", "to control", "KL", "EOR", *hit_keys(result["base"]), "load entropy",
+        f"windows of {result['window']}; experts: {_arithmetic(result['arithmetic'])}",
+        "strength", "CE", "ppl", f"ratio to {compared}", "to control", "KL", "EOR", *hit_keys(result["base"]),
+        "load entropy",
     )  # fmt: skip
     for label, row in arm_rows(result):
         found.add_row(
@@ -53,8 +55,12 @@ def eval_table(result: Mapping[str, Any]) -> Table:
             _change(row["eor"], result["base"]["eor"]), *(percent(row[key]) for key in hit_keys(result["base"])),
             f"{row['load_entropy']:.3f}",
         )  # fmt: skip
-    found.caption = f"{KL_MEANING} {HIT_RATE_MEANING}"
+    found.caption = f"{KL_MEANING.format(compared=compared)} {HIT_RATE_MEANING}"
     return found
+
+
+def _arithmetic(arithmetic: Row) -> str:
+    return f"{arithmetic['name']}, {'exact' if arithmetic['exact'] else 'fast'}"
 
 
 def layer_table(rows: Sequence[tuple[str, Row]]) -> Table:
@@ -67,6 +73,19 @@ def layer_table(rows: Sequence[tuple[str, Row]]) -> Table:
     return found
 
 
+def weight_error_table(result: Row) -> Table:
+    """What quantising cost, of a pack."""
+    layers, dense = result["weight_error"], result["dense_weight_error"]
+    params = list(dict.fromkeys(param for row in layers.values() for param in row))
+    found = table("relative error of the weights", "layer", *params)
+    for name, row in layers.items():
+        found.add_row(Text(printable(name)), *(optional(row.get(param), ".4f") for param in params))
+    if dense:
+        worst = max(dense, key=lambda name: dense[name])
+        found.caption = f"Dense part: {len(dense)} weights, at most {dense[worst]:.4f} ({printable(worst)})."
+    return found
+
+
 def simulate_table(title: str, result: Row) -> Table:
     """What `summarise` says."""
     table = figures_table(title, {key: value for key, value in result.items() if key != "per_layer"})
@@ -76,8 +95,7 @@ def simulate_table(title: str, result: Row) -> Table:
 
 def task_table(result: Mapping[str, Any]) -> Table:
     """Task scores of `evaluate_tasks`, one column per arm."""
-    arms = [("base", result["base"]), *([("control", result["control"])] if result["control"] else [])]
-    arms += [(f"{row['strength']:.2f}", row) for row in result["points"]]
+    arms = arm_rows(result)
     found = table("task scores (lm-eval)", "task", "metric", *(label for label, _ in arms))
     for task, metrics in result["base"]["tasks"].items():
         for metric in metrics:
@@ -105,8 +123,8 @@ def demo_table(result: Mapping[str, Any]) -> Table:
     measured = (
         "replayed LRU cache of 25 % of experts, recorded decode"
         if cache is None
-        else f"expert cache of {cache['share']:.0%} of the experts ({cache['policy']}), empty when a document begins, "
-        "reads past the page cache. Stall: share of the time spent waiting for reads"
+        else f"expert cache of {cache['share']:.0%} of the experts ({cache['policy']}; {cache['arithmetic']}), empty "
+        "when a document begins, reads past the page cache. Stall: share of the time spent waiting for reads"
     )
     found.caption = f"EOR: expert overlap of neighbouring tokens. Hit rate: {measured}. TPOT: median time per token."
     return found
@@ -171,7 +189,10 @@ def profile_table(profiles: Mapping[str, Row]) -> Table:
 def status_line(status: Row) -> str:
     """The controller's state in one line."""
     experts = status["expert_cache"]
-    read = "" if experts is None else f"hit rate with the prompt {experts['hit_rate']:.1%}, {_read(experts)} | "
+    read = ""
+    if experts is not None:
+        found = f"hit rate with the prompt {experts['hit_rate']:.1%}, {_read(experts)}"
+        read = f"experts {experts['arithmetic']}: {found} | "
     return f"strength {status['strength']:.2f} | {status['swaps']} swap(s) | {read}{status['reason']}"
 
 
@@ -188,6 +209,7 @@ def run_summary(result: Row) -> Table:
     if status["expert_cache"] is not None:
         read = result["bytes_per_token"]
         figures |= {
+            "arithmetic": status["expert_cache"]["arithmetic"],
             "hit_rate": result["hit_rate"],
             "read per token": None if read is None else size_text(read),
             "stall_share": result["stall_share"],

@@ -9,8 +9,9 @@ Row = Mapping[str, Any]
 
 
 def arm_rows(result: Mapping[str, Any]) -> list[tuple[str, Row]]:
-    """(label, row) of base, control, points and priors on the base, in that order."""
-    rows: list[tuple[str, Row]] = [("base", result["base"])]
+    """(label, row) of another model that is compared with, base, control, points and priors on the base."""
+    rows: list[tuple[str, Row]] = [("against", result["against"])] if result.get("against") else []
+    rows.append(("base", result["base"]))
     if result.get("control"):
         rows.append(("control", result["control"]))
     rows += [(f"{row['strength']:.2f}", row) for row in result["points"]]

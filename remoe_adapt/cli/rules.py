@@ -25,6 +25,8 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 # command -> option -> those it would overrule
 EXCLUDES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    # A certificate compares a point with its base.
+    "eval": {"certified": ("against",)},
     "run": {"pressure": ("strength",)},
     "export gguf": {"undo": ("strength", "base", "force")},
     "bench decode": {"quick": ("tokens", "quality_tokens")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from remoe_adapt._support import check_appendable, check_extra
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, command, live_text, note
-from remoe_adapt.cli.options import CommandResult
+from remoe_adapt.cli.options import CommandResult, budget
 from remoe_adapt.cli.report import progress, quiet_libraries
 from remoe_adapt.errors import RemoeError
 
@@ -27,7 +28,7 @@ def demo(
     quiet_libraries()
     with progress("decoding") as (total, advance):
         result = run_demo(
-            model, family, data=data or (), expert_cache=_budget(expert_cache), tokens=tokens,
+            model, family, data=data or (), expert_cache=budget(expert_cache), tokens=tokens,
             new_tokens=max_new_tokens, max_seconds=max_seconds, force=force, on_start=total, on_tokens=advance,
         )  # fmt: skip
     return result, [report.demo_table(result), *report.demo_samples(result), report.demo_meaning(result)]
@@ -38,8 +39,8 @@ def run(
     model: opt.Model, prompt: opt.Prompt, family: opt.FamilyPath = None, profile: opt.Profile = None,
     pressure: opt.Pressure = None, strength: opt.Strength = None, max_new_tokens: opt.NewTokens = 128,
     recency: opt.Recency = None, recency_gain: opt.RecencyGain = None, recency_decay: opt.RecencyDecay = None,
-    expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, log: opt.Log = None,
-    plot: opt.LogPlot = None, metrics_port: opt.MetricsPort = None,
+    expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, arithmetic: opt.Arithmetic = "auto",
+    log: opt.Log = None, plot: opt.LogPlot = None, metrics_port: opt.MetricsPort = None,
     temperature: opt.Temperature = 0.0, seed: opt.Seed = 0, device: opt.Device = None, dtype: opt.Dtype = "auto",
     force: opt.Force = False, as_json: opt.Json = False,
 ) -> CommandResult:  # fmt: skip
@@ -57,7 +58,7 @@ def run(
     from remoe_adapt.evaluation import generate_text
 
     quiet_libraries()
-    base = _base_for(model, profile, expert_cache, storage, device, dtype)
+    base = _base_for(model, profile, expert_cache, storage, arithmetic, device, dtype)
     dialled = get_remoe_model(
         base, profile=profile, family=family, recency=recency, recency_gain=recency_gain, recency_decay=recency_decay,
         force=force,
@@ -97,23 +98,26 @@ def run(
 
 
 def _base_for(
-    model: str, profile: str | None, budget: str | None, storage: Path | None, device: str | None, dtype: str
+    model: str,
+    profile: str | None,
+    expert_cache: str | None,
+    storage: Path | None,
+    arithmetic: str,
+    device: str | None,
+    dtype: str,
 ) -> Any:
-    """Behind an expert cache where the profile or --expert-cache says so."""
+    """Behind an expert cache where the profile or --expert-cache says so, or the checkpoint is quantised."""
     from remoe_adapt.checkpoints import load_with_tokenizer
     from remoe_adapt.dial import load_base_under, profile_of
+    from remoe_adapt.expert_cache import check_arithmetic, load_whole_or_cached
 
-    # Without any of them nobody asked for an expert cache, and the model is loaded as it is.
-    if profile is None and budget is None and storage is None:
-        return load_with_tokenizer(model, device=device, dtype=dtype)[0]
-    size = None if budget is None else _budget(budget)
-    packed = {} if storage is None else {"storage": storage}
-    return load_base_under(profile_of(profile), model, size, device=device, dtype=dtype, **packed)
-
-
-def _budget(text: str) -> str | float:
-    """A share of the experts, or a size with its unit."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    check_arithmetic(arithmetic)
+    # Without any of them nobody asked for an expert cache.
+    if profile is None and expert_cache is None and storage is None:
+        load = partial(load_whole_or_cached, arithmetic=arithmetic)
+        return load_with_tokenizer(model, device=device, dtype=dtype, load=load)[0]
+    # Options of a cache make it a must, so only those that were given are passed on.
+    given: dict[str, Any] = {} if storage is None else {"storage": storage}
+    given |= {} if arithmetic == "auto" else {"arithmetic": arithmetic}
+    size = expert_cache and budget(expert_cache)
+    return load_base_under(profile_of(profile), model, size, device=device, dtype=dtype, **given)

@@ -30,11 +30,12 @@ def trace(
     from remoe_adapt.checkpoints import load_with_tokenizer
     from remoe_adapt.evaluation import check_data, prompts_from, record_decode, record_prefill
     from remoe_adapt.eviction import summarise
+    from remoe_adapt.expert_cache import load_whole_or_cached
     from remoe_adapt.texts import read_shared
 
     check_data(data, max_tokens)
     quiet_libraries()
-    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype)
+    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype, load=load_whole_or_cached)
     names = {"model_id": Path(model).name, "text": ", ".join(path.name for path in data)}
     if decode is None:
         documents = read_shared(data, tokenizer, max_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import typer
@@ -14,7 +15,7 @@ from remoe_adapt._support import check_extra, check_file
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, command
-from remoe_adapt.cli.options import CommandResult, numbers, words
+from remoe_adapt.cli.options import CommandResult, budget, numbers, words
 from remoe_adapt.cli.report import progress, quiet_libraries
 from remoe_adapt.cli.rows import arm_rows
 from remoe_adapt.errors import ConfigError, RemoeError
@@ -31,6 +32,7 @@ def train(
     recency: opt.Recency = None, recency_gain: opt.FullGain = None, recency_decay: opt.RecencyDecay = None,
     rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
     checkpoint_minutes: opt.CheckpointMinutes = None,
+    expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, arithmetic: opt.Arithmetic = "exact",
     device: opt.Device = None, as_json: opt.Json = False,
 ) -> CommandResult:  # fmt: skip
     """Train a family of router adapters, and the control that shows what training alone would do."""
@@ -42,15 +44,18 @@ def train(
     from remoe_adapt.checkpoints import load_with_tokenizer
     from remoe_adapt.evaluation import LEAST_CERTIFIED_TOKENS, certify
     from remoe_adapt.evaluation import evaluate as measure
+    from remoe_adapt.expert_cache import load_whole_or_cached
     from remoe_adapt.training import CHECKPOINT_MINUTES, TrainOptions, held_out_documents, train_family
 
     quiet_libraries()
+    placed: dict[str, Any] = {"expert_cache": expert_cache and budget(expert_cache), "storage": storage}
     options = TrainOptions(**{f.name: given[f.name] for f in fields(TrainOptions) if given.get(f.name) is not None})
     family = train_family(
         model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device,
         checkpoint_minutes=CHECKPOINT_MINUTES if checkpoint_minutes is None else checkpoint_minutes,
+        arithmetic=arithmetic, **placed,
     )  # fmt: skip
-    base, tokenizer = load_with_tokenizer(model, device=device)
+    base, tokenizer = load_with_tokenizer(model, device=device, load=partial(load_whole_or_cached, **placed))
     result: dict[str, Any] = {"family": str(out), "strengths": list(family.strengths), "control": None}
     documents = held_out_documents(data, tokenizer, base, options)
     # Of the processes of a distributed run one measures.
@@ -79,7 +84,9 @@ def evaluate(
     policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
     recency: opt.Recency = None, recency_gain: opt.RecencyGains = None, recency_decay: opt.RecencyDecay = None,
     tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
-    plot: opt.Plot = None, per_layer: opt.PerLayer = False, certified: opt.Certify = False, device: opt.Device = None,
+    plot: opt.Plot = None, per_layer: opt.PerLayer = False, certified: opt.Certify = False,
+    against: opt.Against = None, expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None,
+    arithmetic: opt.Arithmetic = "exact", device: opt.Device = None,
     dtype: opt.Dtype = "auto", force: opt.Force = False, csv: opt.Csv = None, as_json: opt.Json = False,
 ) -> CommandResult:  # fmt: skip
     """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores.
@@ -88,6 +95,9 @@ def evaluate(
     expert look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a document begins; all
     look-ups of a token see the cache as the previous token left it. policy@c/lookup, the figure that others publish:
     each look-up sees the cache as the look-up before left it.
+
+    With --against, ratios and KL are to that model: `remoe eval MODEL --storage PACK --against MODEL` tells what the
+    pack's encoding costs. A quantised MODEL is loaded behind an expert cache that holds its codes.
     """
     if not data and not tasks:
         raise typer.BadParameter("give --data FILE (repeat for more), or --tasks")
@@ -104,21 +114,24 @@ def evaluate(
     if tasks:
         check_extra("lm_eval", "eval", "task scores need lm-eval")
 
-    from remoe_adapt.checkpoints import load_with_tokenizer
+    from remoe_adapt.checkpoints import load_with_tokenizer, model_config
     from remoe_adapt.evaluation import (
         LEAST_CERTIFIED_TOKENS,
         certify,
         check_certifiable,
         check_data,
         check_priors,
+        check_vocabularies,
         evaluate_tasks,
         task_manager,
     )
     from remoe_adapt.evaluation import evaluate as measure
+    from remoe_adapt.expert_cache import check_arithmetic, load_whole_or_cached
     from remoe_adapt.family import Family
     from remoe_adapt.texts import read_shared
 
     quiet_libraries()
+    check_arithmetic(arithmetic)
     priors = [Recency.of(recency, gain, recency_decay) for gain in gains]
     points = None if family is None else Family.load(family)
     check_priors(points, priors)
@@ -133,8 +146,15 @@ def evaluate(
         )
     if certified and points is not None:
         check_file(points.path / "family.json", "--certify: family.json of --family")
-    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype)
-    result: dict[str, Any] = {"model": model, "family": family}
+    if against is not None:
+        check_vocabularies(model_config(model), model_config(against))
+    size = expert_cache and budget(expert_cache)
+    load = partial(load_whole_or_cached, expert_cache=size, storage=storage, arithmetic=arithmetic)
+    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype, load=load)
+    other: Any = None
+    if against is not None:
+        other, _ = load_with_tokenizer(against, device=device, dtype=dtype, load=load_whole_or_cached)
+    result: dict[str, Any] = {"model": model, "family": family, "against_model": against}
     shown: list[RenderableType] = []
 
     def afterwards(action: Callable[[], object], done: str) -> None:
@@ -150,11 +170,13 @@ def evaluate(
         documents = read_shared(data, tokenizer, max_tokens)
         if certified and points is not None:
             check_certifiable(sum(len(ids) - 1 for ids in documents))  # the first of a document has nothing to score it
-        arms = 1 + len(priors) + (0 if points is None else len(points.points) + (points.control is not None))
+        arms = 1 + (other is not None) + len(priors)
+        if points is not None:
+            arms += len(points.points) + (points.control is not None)
         with progress("scoring", sum(map(len, documents)) * arms) as (_, advance):
             result |= measure(
                 base, documents, family=points, policies=policy, caches=cache, window=window, priors=priors,
-                force=force, per_layer=per_layer, on_tokens=advance,
+                force=force, per_layer=per_layer, against=other, on_tokens=advance,
             )  # fmt: skip
         result["data"] = [path.name for path in data]
         shown.append(report.eval_table(result))
@@ -167,7 +189,9 @@ def evaluate(
     if tasks:
 
         def score() -> None:
-            scores = evaluate_tasks(base, tokenizer, points, words(tasks), folder=task_folder, limit=limit, force=force)
+            scores = evaluate_tasks(
+                base, tokenizer, points, words(tasks), folder=task_folder, limit=limit, force=force, against=other
+            )
             result["tasks"] = scores
             shown.append(report.task_table(scores))
 

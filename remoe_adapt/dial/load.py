@@ -19,6 +19,7 @@ from remoe_adapt.checkpoints import (
     check_flags,
     check_names,
     check_path,
+    is_gguf,
     load_base,
     on_device,
     usable_device,
@@ -27,7 +28,14 @@ from remoe_adapt.device_profile import DeviceProfile, StrengthProfile, load_prof
 from remoe_adapt.dial.controller import Controller
 from remoe_adapt.dial.recency import AskedRecency, DialPrior, RecencyPlan, plan_recency, training_free_family
 from remoe_adapt.errors import AdapterConflictError, ConfigError, DialError, FamilyError, UncacheableError
-from remoe_adapt.expert_cache import OWN_PLACEMENT, bind_prefetch, check_budget, expert_cache_of, load_with_expert_cache
+from remoe_adapt.expert_cache import (
+    OWN_PLACEMENT,
+    bind_prefetch,
+    check_budget,
+    expert_cache_of,
+    load_whole_or_cached,
+    load_with_expert_cache,
+)
 from remoe_adapt.family import Family
 from remoe_adapt.libraries import replace_module
 from remoe_adapt.routers import Routers, survey_routers
@@ -168,7 +176,8 @@ def load_base_under(
     device: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """The base by path or hub id, behind an expert cache as the profile has it; whole where all of it may be in memory.
+    """The base by path or hub id, behind an expert cache as the profile has it; whole where all of it may be in memory,
+    unless it is quantised: then the cache holds the codes of all experts.
 
     expert_cache: its budget instead of the profile's; with one, or with options of `load_with_expert_cache` among
     `kwargs` (storage, prefetch ...), a cache must be possible. Else models whose experts cannot be cached, and those
@@ -188,13 +197,17 @@ def _load_surveyed(
     settings, memory_bytes = profile.expert_cache, profile.memory.budget_bytes
     # Taken out, for what is left goes to from_pretrained, which knows none of these.
     of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
-    if expert_cache is None and not of_cache:
+    # A GGUF has an expert cache in any case: from_pretrained would make floats of all of it.
+    if expert_cache is None and not of_cache and not is_gguf(base):
         whole = settings.share == 1.0 and memory_bytes is None
         placed = sorted(OWN_PLACEMENT.intersection(kwargs))
         if placed and not whole:
             say_once(f"loaded with {', '.join(placed)}: profile {profile.name} builds no expert cache then.")
-        if placed or whole:
+        if placed:
             return _whole(base, device, kwargs)
+        if whole:
+            model = load_whole_or_cached(base, arithmetic="auto", device=device, **kwargs)
+            return model, survey_routers(model)
     options: dict[str, Any] = {
         "memory": memory_bytes if expert_cache is None else None,
         "policy": settings.policy,
@@ -211,7 +224,7 @@ def _load_surveyed(
     try:
         model = load_with_expert_cache(base, share, device="cpu" if device is None else device, **options)
     except UncacheableError as error:
-        if expert_cache is not None or of_cache:
+        if expert_cache is not None or of_cache or is_gguf(base):
             raise
         say_once(f"{error} It is loaded whole.")
         return _whole(base, device, kwargs)

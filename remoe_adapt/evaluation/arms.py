@@ -37,13 +37,14 @@ def check_priors(family: Family | None, priors: Sequence[Recency]) -> Recency | 
     """One of the points' priors and `priors`, which all have its mode and decay; None without any.
 
     Raises ConfigError when they differ in mode or decay, and for a prior on the base that prefers what an expert cache
-    holds: an evaluation has none, so it would do nothing.
+    holds: an evaluation has none, or does not show it to priors, so it would do nothing.
     """
     for prior in priors:
         if prior.kind.needs_expert_cache:
             others = " or ".join(sorted(name for name, mode in MODES.items() if not mode.needs_expert_cache))
             raise ConfigError(
-                f"recency {prior.mode!r} acts on an expert cache, and an evaluation has none: use {others}."
+                f"recency {prior.mode!r} prefers what an expert cache holds, on which an evaluation does not depend: "
+                f"use {others}."
             )
     found = [*priors, *(point.recency for point in (family.points if family else ()) if point.recency)]
     kinds = {(recency.mode, recency.decay) for recency in found}
@@ -51,7 +52,7 @@ def check_priors(family: Family | None, priors: Sequence[Recency]) -> Recency | 
         listed = ", ".join(f"{mode} (decay {decay:g})" for mode, decay in sorted(kinds))
         raise ConfigError(f"recency priors of one evaluation must be of one kind, not {listed}.")
     if found and found[0].kind.needs_expert_cache:
-        say_once(f"The points' recency prior is `{found[0].mode}`: without an expert cache, as here, it does nothing.")
+        say_once(f"The points' recency prior is `{found[0].mode}`: it follows an expert cache, and here does nothing.")
     return found[0] if found else None
 
 

@@ -124,7 +124,13 @@ def _settings(cache: ExpertCache | None) -> dict[str, Any] | None:
     share = cache.budget_bytes / sum(
         count * size for count, size in zip(cache.source.num_experts, cache.source.expert_bytes, strict=True)
     )
-    return {"policy": cache.policy, "scope": cache.scope, "budget_bytes": cache.budget_bytes, "share": share}
+    return {
+        "policy": cache.policy,
+        "scope": cache.scope,
+        "budget_bytes": cache.budget_bytes,
+        "share": share,
+        "arithmetic": cache.arithmetic,
+    }
 
 
 @dataclass(slots=True)

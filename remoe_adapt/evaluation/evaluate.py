@@ -2,7 +2,8 @@
 
 Protocol: windows of min(max positions, 1024) tokens, stride half, each token scored once, documents never joined; a
 token's routing is taken from the window that scores it; EOR and cache replay run in text order, reset per document.
-For each batch of windows the base runs once and every point after it, so no logits outlive their batch.
+For each batch of windows the base runs once and every point after it, so no logits outlive their batch. Where all of
+them are compared with another model, that one runs first.
 
 Shapes: B windows of a batch, T tokens of a window, S scored targets of it, V vocabulary, N rows of B * S.
 """
@@ -14,6 +15,7 @@ import inspect
 import math
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -37,10 +39,12 @@ from remoe_adapt.evaluation.record import (
     windows,
 )
 from remoe_adapt.eviction import check_replay, hit_rates, layer_rows
+from remoe_adapt.expert_cache import arithmetic_of
 from remoe_adapt.family import Family
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.texts import data_files
 from remoe_adapt.traces import Trace, eor, load_entropy, switch_rate
+from remoe_adapt.tuner import plain_base
 
 # Of two operating points the loss of a token differs by about 0.3 nats (standard deviation): over this many tokens the
 # perplexity ratio is known to about 1 %, which is what points of a family differ by.
@@ -61,7 +65,7 @@ class Tally:
     ids: dict[tuple[int, int], np.ndarray[Any, np.dtype[np.int16]]] = field(default_factory=dict)
 
     def add(self, logits_NV: Tensor, targets_N: Tensor, base_logits_NV: Tensor | None) -> None:
-        """Scores N next-token distributions; without base logits these are the base's own, at divergence 0."""
+        """Scores N next-token distributions; without logits to compare with these are their own, at divergence 0."""
         # Piece by piece, as the fp32 copies of a whole batch of logits would be several times its size.
         step = max(1, _PIECE_VALUES // logits_NV.shape[-1])
         for begin in range(0, len(targets_N), step):
@@ -83,7 +87,7 @@ class Tally:
         return make_trace(joined, num_experts, phase=phase)
 
     def row(
-        self, strength: float | None, base: Tally, control: Tally | None, trace: Trace,
+        self, strength: float | None, compared: Tally, control: Tally | None, trace: Trace,
         policies: Sequence[str] = POLICIES, caches: Sequence[float] = CACHES, per_layer: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
         """The keys of `remoe eval --json`: see `evaluate`."""
@@ -93,7 +97,7 @@ class Tally:
             "strength": strength,
             "ce": ce,
             "ppl": math.exp(ce),
-            "ppl_ratio": math.exp(ce - base.nll_nats / base.tokens),
+            "ppl_ratio": math.exp(ce - compared.nll_nats / compared.tokens),
             "ppl_ratio_control": to_control,
             "kl": self.kl_nats / self.tokens,
             "eor": eor(trace),
@@ -134,55 +138,105 @@ def evaluate(
     priors: Sequence[Recency] = (),
     force: bool = False,
     per_layer: bool = False,
+    against: nn.Module | None = None,
     on_tokens: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
     """Measures the base, the control, every stored point and `priors` on the base over token documents:
     `{"base", "control", "points", "priors"}`.
+
+    against: another model of the same vocabulary, with which all of them are compared instead of the base: the model
+        before it was quantised, for instance. Its own row is `against` then, which is None without one.
 
     Each row holds `strength` (0 for the base, None for the control), `ce` (nats per token), `ppl`, `ppl_ratio` (to the
     base), `ppl_ratio_control` (to the control; None without one), `kl` (mean over scored tokens of
     KL(P_base || P_point) of the next-token distributions, nats), `eor`, `switch_rate`, hit rates `policy@cache` and
     `policy@cache/lookup` (see `eviction.simulate`) and `load_entropy`, with `per_layer` the rows of `layer_rows` under
     that name, and with a recency prior `recency` and (mean) `recency_gain`; beside them `tokens` (scored),
-    `documents` and `window`. The model's weights are the same afterwards, bit for bit. `window` shortens the
-    protocol's windows; `on_tokens` hears of tokens done, over all arms.
+    `documents`, `window` and `arithmetic` (`{"name", "exact"}` of the model's experts). The model's weights are the
+    same afterwards, bit for bit. `window` shortens the protocol's windows; `on_tokens` hears of tokens done, over all
+    arms.
 
     Raises:
-        ConfigError: a window below 2 tokens, an unknown policy or a bad cache fraction.
+        ConfigError: a window below 2 tokens, an unknown policy or a bad cache fraction; `against` is the model itself,
+            or has another vocabulary.
         DataError: no document has two tokens.
         FingerprintMismatchError: the family is of another base.
     """
     check_replay(policies, caches)
-    length = window_tokens(model, window)
+    if against is not None:
+        check_comparable(model, against)
+    # Both score the same windows: those that fit into the shorter one's positions.
+    length = min(window_tokens(each, window) for each in (model, against) if each is not None)
     plan = windows([len(ids) for ids in documents], length)
     if not plan:
         raise DataError("nothing to score: no document has two tokens; give more text or a higher --max-tokens")
     with (
         arms_of(model, family, priors=priors, force=force) as arms,
-        record_forward(model) as recorder,
-        inference(model),
+        _measured(model) as measured,
+        _measured(against) as compared,
         freed_memory_kept(device_of(model).type),
     ):
+        assert measured is not None
         tallies = {arm: Tally() for arm in arms}
         config: Any = model.config
         for batch in _batches(plan, config.get_text_config().vocab_size):
-            _run_batch(model, documents, batch, arms, tallies, recorder)
+            _run_batch(documents, batch, arms, tallies, measured, compared)
             if on_tokens is not None:
-                on_tokens(sum(part.end - part.fresh for part in batch) * len(tallies))
-        base = tallies[arms.base]
+                on_tokens(sum(part.end - part.fresh for part in batch) * (len(tallies) + (compared is not None)))
+        base = tallies[arms.base] if compared is None else compared.tally
         control = None if arms.control is None else tallies[arms.control]
-        rows = {
-            arm: tally.row(arm.strength, base, control, tally.trace(recorder.num_experts), policies, caches, per_layer)
-            | arms.recency_of(arm)
-            for arm, tally in tallies.items()
-        }
+
+        def row(strength: float | None, tally: Tally, num_experts: int) -> dict[str, Any]:
+            return tally.row(strength, base, control, tally.trace(num_experts), policies, caches, per_layer)
+
+        experts = measured.recorder.num_experts
+        rows = {arm: row(arm.strength, tally, experts) | arms.recency_of(arm) for arm, tally in tallies.items()}
+        other = None if compared is None else row(None, compared.tally, compared.recorder.num_experts)
     return {
+        "against": other,
         **arms.by_kind(rows),
         "priors": [rows[arm] for arm in arms.priors],
         "tokens": base.tokens,
         "documents": len({part.document for part in plan}),
         "window": length,
+        "arithmetic": arithmetic_of(model),
     }
+
+
+def check_comparable(model: nn.Module, against: nn.Module) -> None:
+    """Raises ConfigError when next-token distributions of the two cannot be compared."""
+    if plain_base(model) is plain_base(against):
+        raise ConfigError("against: this is the model itself, whose routers change while it is measured: load another.")
+    check_vocabularies(model.config, against.config)
+
+
+def check_vocabularies(config: Any, against: Any) -> None:
+    """Raises ConfigError when the models of these configurations have vocabularies of different sizes."""
+    mine, theirs = (each.get_text_config().vocab_size for each in (config, against))
+    if mine != theirs:
+        raise ConfigError(
+            f"the model predicts one of {mine} tokens, the one it is to be compared with one of {theirs}: compare with "
+            "a model of the same vocabulary."
+        )
+
+
+@dataclass(eq=False)
+class _Measured:
+    """A model that is run, what its routers choose, and, for one that the others are compared with, its sums."""
+
+    model: nn.Module
+    recorder: Recorder
+    tally: Tally = field(default_factory=Tally)
+
+
+@contextmanager
+def _measured(model: nn.Module | None) -> Iterator[_Measured | None]:
+    """In eval mode, without gradients; None without a model."""
+    if model is None:
+        yield None
+        return
+    with record_forward(model) as recorder, inference(model):
+        yield _Measured(model, recorder)
 
 
 def _batches(plan: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
@@ -198,28 +252,44 @@ def _batches(plan: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
 
 
 def _run_batch(
-    model: nn.Module,
     documents: Sequence[Sequence[int]],
     batch: Sequence[Window],
     arms: Arms,
     tallies: Mapping[Arm, Tally],
-    recorder: Recorder,
+    measured: _Measured,
+    compared: _Measured | None,
 ) -> None:
-    ids_BT = torch.tensor([documents[part.document][part.begin : part.end] for part in batch], device=device_of(model))
-    scored = batch[0].scored
-    targets_N = ids_BT[:, ids_BT.shape[1] - scored :].flatten()
     base_logits_NV: Tensor | None = None
+    if compared is not None:
+        base_logits_NV = _score_batch(documents, batch, compared, compared.tally, None)
+        # The two may be on different devices.
+        base_logits_NV = base_logits_NV.to(device_of(measured.model))
     for arm, tally in tallies.items():
         arms.use(arm)
-        logits_NV = next_token_logits(model, ids_BT, scored).flatten(0, 1)
         # All arms run on one batch before the next, so that the base's logits need not be kept for the whole text.
-        ids_LBTK = recorder.take().unflatten(1, ids_BT.shape)
-        for row, part in enumerate(batch):
-            # Only the tokens that this window owns: the others were recorded with more context by the window before.
-            tally.ids[part.document, part.fresh] = ids_LBTK[:, row, part.fresh - part.begin :].numpy()
-        tally.add(logits_NV, targets_N, base_logits_NV)
+        logits_NV = _score_batch(documents, batch, measured, tally, base_logits_NV)
         if base_logits_NV is None:
             base_logits_NV = logits_NV
+
+
+def _score_batch(
+    documents: Sequence[Sequence[int]],
+    batch: Sequence[Window],
+    measured: _Measured,
+    tally: Tally,
+    base_logits_NV: Tensor | None,
+) -> Tensor:
+    """Runs a model as it is over a batch, counts that in `tally`, and returns the logits [N, V]."""
+    model, scored = measured.model, batch[0].scored
+    ids_BT = torch.tensor([documents[part.document][part.begin : part.end] for part in batch], device=device_of(model))
+    targets_N = ids_BT[:, ids_BT.shape[1] - scored :].flatten()
+    logits_NV = next_token_logits(model, ids_BT, scored).flatten(0, 1)
+    ids_LBTK = measured.recorder.take().unflatten(1, ids_BT.shape)
+    for row, part in enumerate(batch):
+        # Only the tokens that this window owns: the others were recorded with more context by the window before.
+        tally.ids[part.document, part.fresh] = ids_LBTK[:, row, part.fresh - part.begin :].numpy()
+    tally.add(logits_NV, targets_N, base_logits_NV)
+    return logits_NV
 
 
 def next_token_logits(model: nn.Module, ids_BT: Tensor, scored: int) -> Tensor:
@@ -269,15 +339,19 @@ def check_certifiable(scored_tokens: int) -> None:
 def certify(family: Family, result: Mapping[str, Any]) -> None:
     """Writes what `evaluate` measured into the family: one certificate per point and one of the control.
 
-    `result["data"]` (names of the data) goes into each, beside the scored tokens, the version and the commit.
+    `result["data"]` (names of the data) goes into each, beside the scored tokens, the arithmetic of the experts, the
+    version and the commit.
 
     Raises:
+        ConfigError: another model than the base was compared with: a certificate is of a point and its base.
         DataError: fewer tokens were scored than a certificate needs.
         FamilyError: the family has no such point.
     """
+    if result.get("against"):
+        raise ConfigError("these figures compare with another model than the base: certify a family without against.")
     # A certificate is believed without its text at hand, so few tokens must not make one.
     check_certifiable(result["tokens"])
-    facts = {key: result[key] for key in ("data", "tokens", "window") if key in result}
+    facts = {key: result[key] for key in ("data", "tokens", "window", "arithmetic") if key in result}
     # Version and commit go into each certificate, since points of one family may be measured at different times.
     facts |= {"remoe_adapt": importlib.metadata.version("remoe-adapt"), "commit": commit()}
     rows = [*result["points"], *([result["control"]] if result["control"] else [])]
@@ -315,10 +389,12 @@ def evaluate_tasks(
     folder: str | Path | None = None,
     limit: int | None = None,
     force: bool = False,
+    against: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Scores of lm-eval tasks per arm: `{"base", "control", "points"}` of `{strength, tasks: {task: {metric: value}}}`.
 
-    `folder` holds task files of your own beside those that lm-eval knows; `limit` is examples per task.
+    `folder` holds task files of your own beside those that lm-eval knows; `limit` is examples per task; `against` is
+    another model, whose scores are `against` then (None without one).
 
     Raises as `task_manager`; FingerprintMismatchError when the family is of another base (unless `force`).
     """
@@ -326,19 +402,29 @@ def evaluate_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    def wrapped(scored: nn.Module) -> Any:
+        # One at a time, so that no padding reaches the routers and a score does not depend on its neighbours.
+        return HFLM(pretrained=scored, tokenizer=tokenizer, batch_size=1)
+
+    def scores(scored: Any, strength: float | None) -> dict[str, Any]:
+        found = lm_eval.simple_evaluate(
+            model=scored, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+        )
+        # lm-eval puts names and aliases among the metrics.
+        values = {
+            task: {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+            for task, metrics in found["results"].items()
+        }
+        return {"strength": strength, "tasks": values}
+
+    other: dict[str, Any] | None = None
+    if against is not None:
+        with inference(against):
+            other = scores(wrapped(against), None)
     rows: dict[Arm, dict[str, Any]] = {}
     with arms_of(model, family, force=force) as arms, inference(model):
-        # One at a time, so that no padding reaches the routers and a score does not depend on its neighbours.
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        of_model = wrapped(model)
         for arm in arms:
             arms.use(arm)
-            found = lm_eval.simple_evaluate(
-                model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
-            )
-            # lm-eval puts names and aliases among the metrics.
-            scores = {
-                task: {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-                for task, metrics in found["results"].items()
-            }
-            rows[arm] = {"strength": arm.strength, "tasks": scores}
-    return arms.by_kind(rows)
+            rows[arm] = scores(of_model, arm.strength)
+    return {"against": other, **arms.by_kind(rows)}

@@ -49,6 +49,7 @@ class Policy(ABC, Generic[Key]):
 
     name: what it is called in options, profiles and results.
     online: it needs no future, so a live cache can run it.
+    only_rises: a use never lowers what its key is worth, which makes uses cheaper.
     takes: which options of `make_policy` its constructor has beside the capacity, as "future" or "decay".
 
     Raises ConfigError for a capacity that is not a positive int.
@@ -56,6 +57,7 @@ class Policy(ABC, Generic[Key]):
 
     name: ClassVar[str]
     online: ClassVar[bool] = True
+    only_rises: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, capacity: int) -> None:
@@ -70,9 +72,10 @@ class Policy(ABC, Generic[Key]):
         # Kept for keys that are absent too, so that an expert that returns has its history.
         self._last_use: dict[Key, int] = {}
         self._size: dict[Key, int] = {}
-        # A lazy heap: a use pushes a new entry and leaves the old one, since a heap has no quick way to find it. An
-        # entry counts only while its priority is still `_queued[key]`.
+        # A lazy heap, which a use leaves as it is: an entry whose key has been used since stands too far in front, and
+        # goes to its place when it gets there. So a look-up costs no step in a heap, and an eviction a few.
         self._heap: list[tuple[Priority, int, Key]] = []
+        # An entry counts only while its priority is still that: a key may have left and come back since.
         self._queued: dict[Key, Priority] = {}
         # Stands before the key in an entry, because keys need not be comparable.
         self._pushes = itertools.count()
@@ -98,12 +101,15 @@ class Policy(ABC, Generic[Key]):
         # Before anything changes: a policy may refuse the keys, and all is as it was then.
         self._begin(now, keys)
         self._token = now
+        last_use, use, seen = self._last_use, self._use, self._uses_seen
         for key in keys:
-            self._last_use[key] = self._uses_seen
-            self._uses_seen += 1
-            self._use(key)
-            # An absent key gets its entry when it is admitted; one made now would be evicted though nothing is there.
-            if key in self._size:
+            last_use[key] = seen
+            seen += 1
+            self._uses_seen = seen
+            use(key)
+            # A key that is worth less now would stand too far behind. An absent key gets its entry when it is admitted;
+            # one made now would be evicted though nothing is there.
+            if not self.only_rises and key in self._size:
                 self._push(key)
 
     def admit(self, key: Key, size: int = 1) -> None:
@@ -138,11 +144,21 @@ class Policy(ABC, Generic[Key]):
             ConfigError: every resident key is protected, or the cache is empty.
         """
         kept: list[tuple[Priority, int, Key]] = []
+        moved = 0
         try:
             while self._heap:
                 entry = heapq.heappop(self._heap)
                 priority, _, key = entry
                 if self._queued.get(key) != priority:
+                    continue
+                if priority[1] != self._last_use[key]:
+                    moved += 1
+                    # After a long time without evictions most are to be moved, which takes longer than a new heap.
+                    if moved > len(self._size) // 4:
+                        self._rebuild_heap()
+                        kept.clear()
+                    else:
+                        self._push(key)
                     continue
                 # A protected key keeps its place: its entry goes back when a victim is found.
                 if key in protected:
@@ -210,8 +226,8 @@ class Policy(ABC, Generic[Key]):
         priority = (self._value(key), self._last_use[key])
         self._queued[key] = priority
         heapq.heappush(self._heap, (priority, next(self._pushes), key))
-        # Dead entries pile up with every use of a resident key. A rebuild at twice the size costs each push O(1) in the
-        # mean; the 64 keep small caches from rebuilding at each use.
+        # Dead entries pile up with keys that are discarded, and with uses where those push. A rebuild at twice the size
+        # costs each push O(1) in the mean; the 64 keep small caches from rebuilding at each use.
         if len(self._heap) > 2 * len(self._size) + 64:
             self._rebuild_heap()
 
@@ -274,6 +290,7 @@ class LRU(Policy[Key]):
     """Drops the least recently used."""
 
     name = "lru"
+    only_rises = True
 
     def _value(self, key: Key) -> float:
         # All are worth the same, and of equals the least recently used leaves.
@@ -285,6 +302,7 @@ class LFU(Policy[Key]):
     """Drops the fewest uses since the start (of the cache, or of the document)."""
 
     name = "lfu"
+    only_rises = True
 
     def reset(self) -> None:
         super().reset()
@@ -304,6 +322,7 @@ class LRFU(Policy[Key]):
     `decay` runs from 0.5 (the order of LRU) to 1 (of LFU); others raise ConfigError."""
 
     name = "lrfu"
+    only_rises = True
     takes = ("decay",)
 
     def __init__(self, capacity: int, decay: float = LRFU_DECAY) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
@@ -53,7 +52,8 @@ class Shares:
         self.policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self.limits]
         self.budget_bytes = self.asked_bytes = budget_bytes
         self.in_force, self.requests = True, 0
-        self.pins: Counter[Key] = Counter()
+        # A plain dict: a Counter's methods run in Python, and each look-up pays two of them.
+        self.pins: dict[Key, int] = {}
         # By the id of each open lease: itself, its thread, its experts. The reference is weak, so that a lease whose
         # caller was interrupted before it could close it does not keep its experts for ever.
         self._leases: dict[int, tuple[weakref.ref[Lease], int, list[Key]]] = {}
@@ -86,7 +86,7 @@ class Shares:
         if (dead := self._leases.pop(id(lease), None)) is not None:
             self.unpin(dead[2])
         self._leases[id(lease)] = weakref.ref(lease), threading.get_ident(), keys
-        self.pins.update(keys)
+        self.pin(keys)
 
     def held_by(self, lease: Lease) -> list[Key]:
         """Its experts; none when it is closed."""
@@ -116,11 +116,17 @@ class Shares:
         self._leases.clear()
         self.pins.clear()
 
-    def unpin(self, keys: Iterable[Key]) -> None:
+    def pin(self, keys: Iterable[Key]) -> None:
+        pins = self.pins
         for key in keys:
-            self.pins[key] -= 1
-            if self.pins[key] <= 0:
-                del self.pins[key]
+            pins[key] = pins.get(key, 0) + 1
+
+    def unpin(self, keys: Iterable[Key]) -> None:
+        pins = self.pins
+        for key in keys:
+            left = pins.pop(key, 0) - 1
+            if left > 0:
+                pins[key] = left
 
     def fits(self, layer: int, keys: list[Key]) -> bool:
         """Whether these experts of it can be leased beside what is leased and read ahead now."""

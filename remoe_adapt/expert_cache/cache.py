@@ -7,7 +7,7 @@ with now; what is leased is never evicted. Experts may be read ahead of their le
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any
@@ -19,7 +19,7 @@ from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import Policy
 from remoe_adapt.expert_cache.budget import Lease, Shares, budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.reads import AbandonedError, Arrival, ReadAheads, outcome, read_all
-from remoe_adapt.expert_cache.types import ExpertSource, Key, LayerCounters, Slot, check_options, counted
+from remoe_adapt.expert_cache.types import BatchSource, ExpertSource, Key, LayerCounters, Slot, check_options, counted
 
 READ_THREADS = 4
 # A wrong read-ahead that has begun takes the device until it ends, so there are few of them at a time.
@@ -41,7 +41,7 @@ class ExpertCache:
     `resident_masks` has a tensor [1, E] for each layer, kept up to date in place: 1 where the expert is in its slot, 0
     elsewhere.
 
-    source: where experts are read from.
+    source: where experts are read from; of a BatchSource, all that a look-up misses in one call.
     budget_bytes: of all slots.
     policy: "lru", "lfu" or "lrfu".
     scope: "global", one budget over all layers, or "layer", each layer its share.
@@ -69,6 +69,9 @@ class ExpertCache:
         check_options(policy, scope, threads)
         self.source, self.policy, self.scope, self._threads = source, policy, scope, threads
         self.below, self._released = below, released
+        self._batches = source if isinstance(source, BatchSource) else None
+        # What the slots are computed with, for `stats`; "" until a model is bound, and in tiers below.
+        self.arithmetic = ""
         # How long a lease has lately waited for each expert that it missed.
         self.miss_s = 0.0
         self._shares = Shares(source, budget_bytes, policy, scope)
@@ -152,7 +155,7 @@ class ExpertCache:
                     break
                 policy.admit(key, size)
                 self._loading[key] = Arrival()
-                shares.pins[key] += 1
+                shares.pin((key,))
                 ahead.queue(key)
                 try:
                     self._ahead_pool.submit(self._read_ahead, key)
@@ -217,14 +220,16 @@ class ExpertCache:
 
     def stats(self, *, layers: bool = True) -> dict[str, Any]:
         """JSON-ready: settings, what is resident, counters summed up and, unless turned off, those of each layer
-        (`layers`). `asked_bytes`: the budget in force, or the smaller one that leases are in the way of. `below`: the
+        (`layers`). `asked_bytes`: the budget in force, or the smaller one that leases are in the way of.
+        `arithmetic`: what the slots are computed with, and whether that is exact; "" where no model is. `below`: the
         same of the tier below; None without one.
         """
         with self._changed:
             sizes = {"budget_bytes": self.budget_bytes, "asked_bytes": self._shares.asked_bytes}
             found = sizes | {"resident_bytes": self.resident_bytes} | counted(self._counters, layers)
         below = None if self.below is None else self.below.stats(layers=layers)
-        return {"policy": self.policy, "scope": self.scope, **found, "below": below}
+        settings = {"policy": self.policy, "scope": self.scope, "arithmetic": self.arithmetic}
+        return settings | found | {"below": below}
 
     def reset_stats(self) -> None:
         """Counters start again at 0, those of the tiers below too; slots and the policy's memory of uses stay."""
@@ -291,7 +296,10 @@ class ExpertCache:
         started, reads, slots = time.perf_counter(), len(begun), dict[int, Slot]()
         try:
             while awaited:
-                read_all(self._fetch, list(begun.items()), self._pool)
+                if self._batches is not None:
+                    self._fetch_many(self._batches, layer, begun)
+                else:
+                    read_all(self._fetch, list(begun.items()), self._pool)
                 # All are waited for, also behind a failed one: once this call has ended no read of it goes on.
                 failures = {key: outcome(arrival) for key, arrival in awaited.items()}
                 lost = [key for key, failure in failures.items() if isinstance(failure, AbandonedError)]
@@ -355,16 +363,27 @@ class ExpertCache:
         self, layer: int, keys: list[Key], begun: dict[Key, Arrival]
     ) -> tuple[dict[Key, Arrival], dict[int, Slot]]:
         """The leased experts still to come (the caller reads those in `begun`), and the slots of the others."""
+        # All are there, as in most look-ups. (While reads are under way, a slot may be about to be read anew.)
+        if not self._loading:
+            slots = self._slots
+            there = {key[1]: slots[key] for key in keys if key in slots}
+            if len(there) == len(keys):
+                return {}, there
         policy, size, ahead = self._shares.policy_of(layer), self.source.expert_bytes[layer], self._ahead
-        for key in keys:
-            if key in ahead.queued:  # its room is made already, and this lease takes the read over
-                begun[key] = self._loading[key]
-                ahead.forget(key)
-                self._shares.unpin((key,))
-            elif key not in policy:
+        for key in ahead.queued.intersection(keys):  # its room is made already, and this lease takes the read over
+            begun[key] = self._loading[key]
+            ahead.forget(key)
+            self._shares.unpin((key,))
+        missing = [key for key in keys if key not in policy]
+        # At once, unless some of what is predicted has to yield: then no more of it than must.
+        at_once = missing and not ahead.expected
+        if at_once:
+            self._make_room_locked(policy, size * len(missing))
+        for key in missing:
+            if not at_once:
                 self._make_room_locked(policy, size)
-                policy.admit(key, size)
-                begun[key] = self._loading[key] = Arrival()
+            policy.admit(key, size)
+            begun[key] = self._loading[key] = Arrival()
         awaited = {key: self._loading[key] for key in keys if key in self._loading} if self._loading else {}
         return awaited, {key[1]: self._slots[key] for key in keys if key not in awaited}
 
@@ -431,6 +450,30 @@ class ExpertCache:
                 return
             ahead = False
 
+    def _fetch_many(self, source: BatchSource, layer: int, begun: dict[Key, Arrival]) -> None:
+        """Read these experts in one call, but for those that other threads read."""
+        mine = {key: arrival for key, arrival in begun.items() if not arrival.done() and arrival.claim()}
+        if not mine:
+            return
+        try:
+            found = source.read_many(layer, [expert for _, expert in mine])
+            results: dict[Key, Slot | BaseException] = {key: found[key[1]] for key in mine}
+        except Exception:
+            # Which expert it was, only reads of one each can tell; in this thread, which has claimed them.
+            for key, arrival in mine.items():
+                self._fetch(key, arrival)
+            return
+        except BaseException:  # an interrupt is this thread's alone: leases that wait read them themselves
+            self._end_reads(mine, dict.fromkeys(mine, AbandonedError()))
+            raise
+        self._end_reads(mine, results)
+
+    def _end_reads(self, arrivals: Mapping[Key, Arrival], results: Mapping[Key, Slot | BaseException]) -> None:
+        with self._changed:
+            for key, arrival in arrivals.items():
+                self._arrive_locked(key, arrival, results[key])
+            self._shrink_locked()
+
     def _end_read(self, key: Key, arrival: Arrival, result: Slot | BaseException, ahead: bool) -> bool:
         """Keep what a read has brought, or hand on why it failed.
 
@@ -440,7 +483,7 @@ class ExpertCache:
         failed = isinstance(result, BaseException)
         with self._changed:
             # One pin is the read-ahead's; any other is a lease's.
-            is_awaited = ahead and self._shares.pins[key] > 1
+            is_awaited = ahead and self._shares.pins.get(key, 0) > 1
             if ahead:
                 self._ahead.end(key, came=not failed)
                 self._shares.unpin((key,))

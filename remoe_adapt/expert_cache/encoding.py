@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Indices and masks, which files may hold beside experts of any encoding.
 _NO_WEIGHTS = (torch.int64, torch.bool)
-# What transformers loads quantised weights with to make plain ones of them.
-_DEQUANTISED = {"fp8": "FineGrainedFP8Config(dequantize=True)", "mxfp4": "Mxfp4Config(dequantize=True)"}
 
 
 class Encoding(Protocol):
@@ -80,6 +78,22 @@ def eager_function(cls: type[nn.Module]) -> Callable[..., Tensor]:
     return found
 
 
+def eagerly(
+    module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, rows: Mapping[str, Any]
+) -> Tensor:
+    """Compute one layer by the eager function of its module's class.
+
+    rows: what stands for each parameter: `rows[param][expert]` is that expert's.
+    """
+    # The function reads its parameters from `self`: it gets a shallow copy of the module that has rows in their place.
+    # A copy for each call needs no lock and no thread-local, and shares the submodules.
+    copied: Any = object.__new__(type(module))
+    fields = vars(copied)
+    fields.update(vars(module))
+    fields.update(rows)
+    return eager_function(type(module))(copied, hidden_TD, ids_TK, weights_TK)
+
+
 class Floats:
     """Plain numbers: the parameters of transformers' experts modules, computed by their eager function."""
 
@@ -104,15 +118,9 @@ class Floats:
 
         So every bit of the result is transformers' own, also when the experts come in several groups.
         """
-        # The function reads its parameters from `self`: it gets a shallow copy of the module that has rows in their
-        # place. A copy for each call needs no lock and no thread-local, and shares the submodules.
-        copied: Any = object.__new__(type(module))
-        fields = vars(copied)
-        fields.update(vars(module))
         # Every slot has the same parameters, so one of them names all.
-        for param in next(iter(chosen.slots.values()), ()):
-            fields[param] = _Rows(chosen, param)
-        return eager_function(type(module))(copied, hidden_TD, ids_TK, weights_TK)
+        params = next(iter(chosen.slots.values()), ())
+        return eagerly(module, hidden_TD, ids_TK, weights_TK, {param: _Rows(chosen, param) for param in params})
 
 
 FLOATS = Floats()
@@ -124,26 +132,13 @@ def register(encoding: Encoding) -> None:
     _ENCODINGS[encoding.method] = encoding
 
 
-def encoding_of(name: str, config: PretrainedConfig) -> Encoding:
-    """The encoding of a checkpoint's experts.
-
-    name: of the checkpoint, for the error.
-
-    Raises UncacheableError when its configuration names one that nobody has registered.
-    """
+def encoding_of(config: PretrainedConfig) -> Encoding | None:
+    """The encoding of a checkpoint's experts by the `quant_method` of its configuration: floats where it names none,
+    None where nobody has registered that one here."""
     for part in (config, config.get_text_config()):
         settings = getattr(part, "quantization_config", None)
-        if settings is None:
-            continue
-        entries = settings if isinstance(settings, Mapping) else vars(settings)
-        method = str(getattr(entries.get("quant_method"), "value", entries.get("quant_method")) or "no method named")
-        if (found := _ENCODINGS.get(method)) is not None:
-            return found
-        remedy = "give the checkpoint that it was made from"
-        if method in _DEQUANTISED:
-            remedy = (
-                f"load it with from_pretrained(..., quantization_config={_DEQUANTISED[method]}), save_pretrained that "
-                "to a folder, and give the folder"
-            )
-        raise UncacheableError(f"{name!r} is quantised ({method}): experts are cached as plain numbers; {remedy}.")
+        if settings is not None:
+            entries = settings if isinstance(settings, Mapping) else vars(settings)
+            method = entries.get("quant_method")
+            return _ENCODINGS.get(str(getattr(method, "value", method)))
     return FLOATS

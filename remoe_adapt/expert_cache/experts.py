@@ -3,13 +3,6 @@
 A model enters by transformers' own door: it is loaded with `experts_implementation="remoe_cache"`, a function in the
 registry that every experts class asks when it is called. The function leases the slots of all experts that are asked
 for, and hands them to the layer's arithmetic.
-
-Two classes of quantised experts have doors beside this one. `FP8Experts` asks a registry of its own
-(`transformers.integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS`). `remoe_cache`, registered there too, serves it
-as it is: FP8's eager function reads weights and scales row by row, and the slots hold both under the names of its
-parameters. `Mxfp4GptOssExperts` asks none: its forward is one Triton kernel over the experts in one tensor. An encoding
-for it (encoding.py) leaves `GptOssExperts` in the model, which asks this registry, and brings an arithmetic of
-its own, which hands the blocks and scales of the chosen experts to such a kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +23,8 @@ from remoe_adapt._support import held_back, let_through
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.budget import Lease
 from remoe_adapt.expert_cache.cache import ExpertCache
-from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, eager_function
+from remoe_adapt.expert_cache.encoding import eager_function
+from remoe_adapt.expert_cache.layouts import FLOATS_NAME, Layout, ParamsLayout
 from remoe_adapt.expert_cache.types import Slot
 from remoe_adapt.libraries import Patches, override, put_on
 from remoe_adapt.tuner import plain_base
@@ -58,10 +52,19 @@ class ChosenExperts:
     expert_cache: where the experts are.
     layer: which layer of the cache.
     experts: distinct, in rising order.
+    weight: makes a parameter of a slot, by its name; None: the slots hold the parameters.
     """
 
-    def __init__(self, expert_cache: ExpertCache, layer: int, experts: Sequence[int]) -> None:
-        self._cache, self._layer, self._later = expert_cache, layer, experts
+    def __init__(
+        self,
+        expert_cache: ExpertCache,
+        layer: int,
+        experts: Sequence[int],
+        weight: Callable[[Slot, str], Tensor] | None = None,
+    ) -> None:
+        self._cache, self._layer, self._later, self._weight = expert_cache, layer, experts, weight
+        # The weight that was made last of each parameter: held, so that no other tensor gets its memory meanwhile.
+        self._made: dict[str, tuple[int, Tensor]] = {}
         self._lease: Lease | None = None
         self._is_first = True
         self.slots: Mapping[int, Slot] = {}
@@ -91,9 +94,14 @@ class ChosenExperts:
             self.lease_next()
             yield self.slots
 
+    def note_made(self, expert: int, param: str, weight: Tensor) -> None:
+        """A parameter of an expert was made of its slot: what backward needs of it is made again."""
+        self._made[param] = expert, weight
+
     def release(self) -> None:
         """Give back what is leased; once is enough."""
         lease, self._lease, self.slots = self._lease, None, {}
+        self._made = {}
         if lease is not None:
             lease.release()
 
@@ -105,7 +113,11 @@ class ChosenExperts:
                 for expert, slot in self.slots.items()
                 for name, param in slot.items()
             }
-        place = self._places.get(tensor.untyped_storage().data_ptr()) if self._lease is not None else None
+        address = tensor.untyped_storage().data_ptr()
+        place = self._places.get(address) if self._lease is not None else None
+        for param, (expert, weight) in self._made.items():
+            if weight.untyped_storage().data_ptr() == address:
+                place = expert, param
         if place is None:
             return tensor
         return _Saved(*place, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
@@ -115,7 +127,9 @@ class ChosenExperts:
         if isinstance(saved, Tensor):
             return saved
         with held_back(), self._cache.lease(self._layer, [saved.expert], continues=True) as lease:
-            whole = lease.slots[saved.expert][saved.param]
+            slot = lease.slots[saved.expert]
+            with torch.no_grad():
+                whole = slot[saved.param] if self._weight is None else self._weight(slot, saved.param)
         return whole.as_strided(saved.size, saved.stride, saved.offset)
 
 
@@ -132,15 +146,16 @@ class CachedExperts:
     expert_cache: where they are.
     layer: which layer of the cache.
     dtype, device: what hidden states must have.
-    encoding: computes with the slots.
+    layout: of the slots, computes with them.
     """
 
     def __init__(
-        self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype, device: torch.device, encoding: Encoding
+        self, expert_cache: ExpertCache, layer: int, dtype: torch.dtype, device: torch.device, layout: Layout
     ) -> None:
         self.cache, self.layer, self._dtype, self._device = expert_cache, layer, dtype, device
         self.predictor: Prefetcher | None = None
-        self._encoding = encoding
+        self.layout = layout
+        self._weight = None if isinstance(layout, ParamsLayout) else partial(layout.weight, layer)
         self._num_experts = expert_cache.source.num_experts[layer]
 
     def __deepcopy__(self, memo: object) -> CachedExperts:
@@ -166,7 +181,7 @@ class CachedExperts:
         with held_back():
             if predictor is not None:
                 predictor.score(self.layer, needed)
-            chosen = ChosenExperts(self.cache, self.layer, needed)
+            chosen = ChosenExperts(self.cache, self.layer, needed, self._weight)
             try:
                 if needed:
                     chosen.lease_next()
@@ -174,7 +189,7 @@ class CachedExperts:
                     if predictor is not None:
                         predictor.read_ahead(self.layer, hidden_TD)
                 with saved_tensors_hooks(chosen.pack, chosen.unpack) if has_graph else nullcontext(), let_through():
-                    return self._encoding.arithmetic(module, hidden_TD, ids_TK, weights_TK, chosen)
+                    return self.layout.compute(self.layer, module, hidden_TD, ids_TK, weights_TK, chosen)
             finally:
                 chosen.release()
 
@@ -227,25 +242,44 @@ def bind_experts(
     model: nn.Module,
     expert_cache: ExpertCache,
     dtype: torch.dtype,
+    layout: Layout,
     device: torch.device = _CPU,
-    encoding: Encoding = FLOATS,
 ) -> None:
     """Let the modules made under `experts_left_out` compute on a cache.
 
     model: loaded with the experts implementation "remoe_cache".
     expert_cache: its layers are named as the modules.
     dtype, device: of the model's hidden states.
-    encoding: of the experts in the slots.
+    layout: of the slots.
     """
     for layer, name in enumerate(expert_cache.source.layers):
-        experts = CachedExperts(expert_cache, layer, dtype, device, encoding)
+        experts = CachedExperts(expert_cache, layer, dtype, device, layout)
         put_on(model.get_submodule(name), "cached_experts", experts)
+    expert_cache.arithmetic = f"{layout.name}, {'exact' if layout.is_exact else 'fast'}"
 
 
 def expert_cache_of(model: nn.Module) -> ExpertCache | None:
     """The cache that a model (the base of a PeftModel) computes with; None without."""
     found = vars(plain_base(model)).get("expert_cache")
     return found if isinstance(found, ExpertCache) else None
+
+
+def arithmetic_of(model: nn.Module) -> dict[str, Any]:
+    """What the experts of a model (the base of a PeftModel) are computed with: `{"name", "exact"}`.
+
+    exact: results are those of the parameters that `from_pretrained` loads; not so where kernels compute on codes.
+    """
+    base = plain_base(model)
+    layouts = (vars(module)["cached_experts"].layout for module in base.modules() if "cached_experts" in vars(module))
+    layout = next(layouts, None)
+    if layout is not None:
+        return {"name": layout.name, "exact": layout.is_exact}
+    # transformers keeps its quantiser on a model that computes on codes, and takes it off a dequantised one.
+    quantizer: Any = getattr(base, "hf_quantizer", None)
+    if quantizer is None:
+        return {"name": FLOATS_NAME, "exact": True}
+    method = getattr(quantizer.quantization_config, "quant_method", "quantised")
+    return {"name": str(getattr(method, "value", method)), "exact": False}
 
 
 def cached_layer(block: nn.Module) -> int | None:

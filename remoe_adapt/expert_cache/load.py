@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import re
-import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from remoe_adapt._support import printable
 from remoe_adapt.checkpoints import (
     CACHE_OPTIONS,
     HUB_OPTIONS,
-    auto_class,
     check_flags,
     check_memory,
     check_names,
     check_path,
-    check_place,
-    checkpoint_dtype,
-    checkpoint_folder,
-    read_config,
+    is_gguf,
     unknown_option,
 )
-from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError, UncacheableError
+from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
 from remoe_adapt.expert_cache.budget import budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS
-from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, experts_modules
+from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, check_arithmetic, find_checkpoint, kernels_for
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
 from remoe_adapt.expert_cache.direct_io import Reader
-from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
+from remoe_adapt.expert_cache.encodings import KINDS, Ggml, encode_dense
 from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
-from remoe_adapt.expert_cache.pack import PackedStore, write_pack
+from remoe_adapt.expert_cache.pack import PackedStore
+from remoe_adapt.expert_cache.pack_sources import DensePart, FloatExperts, QuantisedExperts, StoredExperts
+from remoe_adapt.expert_cache.packed_dense import PackedDense
+from remoe_adapt.expert_cache.packing import write_pack
+from remoe_adapt.expert_cache.plan import experts_modules
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
 from remoe_adapt.expert_cache.types import check_options
 from remoe_adapt.libraries import Handle, become, class_attribute, put_on
 
-# Default dtype and classes of experts change for the whole process while a model is made.
-LOADING = threading.Lock()
 # 1 / _KV_CACHE_PART of `memory` is left for the KV cache, which grows only once the model runs.
 _KV_CACHE_PART = 16
 _KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
@@ -64,6 +61,7 @@ def load_with_expert_cache(
     ram_budget: str | int | float | None = None,
     memory: str | int | None = None,
     storage: str | os.PathLike[str] | None = None,
+    arithmetic: str = "auto",
     policy: str = "lrfu",
     scope: str = "global",
     prefetch: bool = False,
@@ -86,6 +84,9 @@ def load_with_expert_cache(
     memory: what the dense part and the slots may take together, with a sixteenth left for the KV cache; it lowers the
         budget.
     storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
+    arithmetic: of quantised experts. "exact": they are dequantised on use, bit-equal to the dequantised model of
+        transformers; "fast": computed as they are, within a tolerance (docs/concepts/encodings.md); "auto": fast where
+        there are kernels for it, else exact.
     policy: what is evicted, see ExpertCache.
     scope: of the budget, see ExpertCache.
     threads: reads at a time.
@@ -111,29 +112,40 @@ def load_with_expert_cache(
     options: dict[str, Any] = {"policy": policy, "scope": scope, "threads": threads}
     check_options(**options)
     check_flags(prefetch=prefetch, direct_io=direct_io)
+    check_arithmetic(arithmetic)
     if not callable(reader):
         raise ConfigError(f"reader {reader!r}: give something that reads as os.preadv does.")
-    refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs))
+    # A GGUF may not tell its configuration: then it is an option of the checkpoint, and none of from_pretrained.
+    of_gguf = is_gguf(path) or "gguf_file" in from_pretrained_kwargs
+    given = {"config", "gguf_file"} if of_gguf else set()
+    refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs) - given)
     if refused:
         raise ConfigError(
             f"{', '.join(refused)}: an expert cache places the model itself (device=), unquantised, eager, and reads "
-            "the folder's own safetensors files."
+            "the folder's own safetensors files (or the GGUF)."
         )
     old_name = from_pretrained_kwargs.pop("torch_dtype", None)
     dtype = old_name if dtype is None else dtype
     checkpoint = find_checkpoint(path, dtype, from_pretrained_kwargs)
-    folder, wanted, loader = checkpoint.folder, checkpoint.dtype, checkpoint.loader
-    kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in HUB_OPTIONS}
+    folder, wanted = checkpoint.folder, checkpoint.dtype
+    kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in {*HUB_OPTIONS, *given}}
     place = find_device(device)
     with LOADING:
+        kernels = kernels_for(arithmetic, place)
         skeleton = checkpoint.skeleton()
         modules = experts_modules(skeleton)
         check_experts(modules)
-        store = _store(checkpoint, skeleton, storage, direct_io=direct_io, reader=reader)
+        store = _store(checkpoint, skeleton, storage, kernels, direct_io=direct_io, reader=reader)
         try:
+            packed = PackedDense.of(store, checkpoint) if isinstance(store, PackedStore) else None
+            dense: Checkpoint | PackedDense = checkpoint if packed is None else packed
+            # Codes that nothing computes with would be dequantised in every step: then floats are kept.
+            encoded = {} if kernels is None else dense.encoded(skeleton)
             budget_bytes = budget_in_bytes(expert_cache, store.total_bytes)
             if memory is not None:
-                budget_bytes = min(budget_bytes, _bytes_for_slots(memory, skeleton, modules))
+                # In the places that they will have in the model, so that their bytes are counted.
+                encode_dense(skeleton, encoded)
+                budget_bytes = min(budget_bytes, _bytes_for_slots(memory, skeleton, modules, store))
             cache = make_cache(
                 store,
                 budget_bytes,
@@ -141,11 +153,8 @@ def load_with_expert_cache(
                 ram_budget_bytes=None if ram_budget is None else budget_in_bytes(ram_budget, store.total_bytes),
                 **options,
             )
-            left_out = [
-                f"{name}.{param}" for name, names in zip(store.layers, store.params, strict=True) for param in names
-            ]
-            with experts_left_out({type(module) for module in modules.values()}), _unexpected(type(skeleton), left_out):
-                model = loader.from_pretrained(folder, dtype=wanted, experts_implementation=IMPLEMENTATION, **kwargs)
+            with _without_experts(skeleton, modules):
+                model = dense.load(skeleton, encoded, experts_implementation=IMPLEMENTATION, **kwargs)
         except BaseException as error:
             # Also after Ctrl-C: nobody else could close the store's files.
             store.close()
@@ -158,13 +167,22 @@ def load_with_expert_cache(
     assert isinstance(model, PreTrainedModel)
     _unmap(model, place)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
-    bind_experts(model, cache, wanted, place, checkpoint.encoding)
+    bind_experts(model, cache, wanted, store.layout, place)
     if prefetch:
         bind_prefetch(model, cache)
     put_on(model, "expert_cache", cache)
     # By its class: attributes of the model are hooked and unhooked by others.
     become(model, _Cached)
     return model
+
+
+@contextmanager
+def _without_experts(skeleton: PreTrainedModel, modules: dict[str, torch.nn.Module]) -> Iterator[None]:
+    """Within, models of this class are made without their experts' parameters, and nobody misses them in the files."""
+    left_out = [f"{name}.{param}" for name, module in modules.items() for param in dict(module.named_parameters())]
+    classes = {type(module) for module in modules.values()}
+    with experts_left_out(classes), _unexpected(type(skeleton), left_out):
+        yield
 
 
 def _unmap(model: PreTrainedModel, device: torch.device) -> None:
@@ -198,26 +216,41 @@ def _store(
     checkpoint: Checkpoint,
     skeleton: PreTrainedModel,
     storage: str | os.PathLike[str] | None,
+    kernels: Ggml | None,
     *,
     direct_io: bool,
     reader: Reader,
 ) -> ExpertStore | PackedStore:
+    plan = checkpoint.plan(skeleton)
     if storage is None:
-        return ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=direct_io, reader=reader)
+        return ExpertStore(
+            checkpoint.folder,
+            skeleton,
+            checkpoint.encoding,
+            plan=plan,
+            layout=checkpoint.layout(kernels),
+            direct_io=direct_io,
+            reader=reader,
+        )
     # The pack is compared with the checkpoint, which is needed for nothing else.
-    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding)
+    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, plan=plan)
     try:
-        return PackedStore(storage, source, direct_io=direct_io, reader=reader)
+        return PackedStore(storage, source, kernels=kernels, direct_io=direct_io, reader=reader)
     finally:
         source.close()
 
 
-def _bytes_for_slots(memory: str | int, skeleton: PreTrainedModel, experts: dict[str, torch.nn.Module]) -> int:
-    """What `memory` leaves beside the dense part and the KV cache."""
+def _bytes_for_slots(
+    memory: str | int,
+    skeleton: PreTrainedModel,
+    experts: dict[str, torch.nn.Module],
+    store: ExpertStore | PackedStore,
+) -> int:
+    """What `memory` leaves beside the dense part, the KV cache, and an expert whose weights are dequantised."""
     left_out = {id(param) for module in experts.values() for param in module.parameters(recurse=False)}
     tensors = itertools.chain(skeleton.parameters(), skeleton.buffers())
     dense_bytes = sum(tensor.nbytes for tensor in tensors if id(tensor) not in left_out)
-    memory_bytes = budget_in_bytes(memory, 0)
+    memory_bytes, dense_bytes = budget_in_bytes(memory, 0), dense_bytes + store.layout.workspace_bytes
     left = memory_bytes - memory_bytes // _KV_CACHE_PART - dense_bytes
     if left <= 0:
         raise ConfigError(
@@ -239,6 +272,8 @@ def pack_experts(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    bits: int | None = None,
+    dense_bits: int | None = None,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
     on_start: Callable[[int], None] = lambda total_bytes: None,
@@ -249,7 +284,11 @@ def pack_experts(
 
     path: of the checkpoint, or its hub id.
     out: the folder of the pack.
-    dtype: of the copy, which must be that of the model in memory; None: the checkpoint's.
+    bits: 4 or 8: quantise the experts' matrices (q4_1, q8_0: a scale for each 32 numbers of a row); None: copy them,
+        those of a quantised checkpoint as blocks of ggml, which lose nothing where ggml has its format.
+    dense_bits: 4 or 8: have the dense part in the pack too, its linear layers and embeddings quantised so; 16: as it
+        is; None: leave it in the checkpoint.
+    dtype: of what is not quantised, which must be that of the model in memory; None: the checkpoint's.
     overwrite: replace a pack that is there.
     on_start: called with the bytes in all.
     on_bytes: called with the bytes that were written since the last call.
@@ -260,83 +299,40 @@ def pack_experts(
     """
     if unknown := sorted(options.keys() - {*HUB_OPTIONS, "trust_remote_code"}):
         raise ConfigError(
-            f"{', '.join(unknown)}: a pack is made of the folder's own safetensors files; give dtype, overwrite, "
-            f"trust_remote_code, {', '.join(HUB_OPTIONS)} alone."
+            f"{', '.join(unknown)}: a pack is made of the folder's own safetensors files; give bits, dense_bits, "
+            f"dtype, overwrite, trust_remote_code, {', '.join(HUB_OPTIONS)} alone."
         )
+    # 4.0 and True are equal to keys of these.
+    if bits is not None and (type(bits) is not int or bits not in KINDS):
+        raise ConfigError(f"bits {bits!r}: give 4 or 8, or None to copy the experts as they are.")
+    if dense_bits is not None and (type(dense_bits) is not int or dense_bits not in (*KINDS, 16)):
+        raise ConfigError(f"dense_bits {dense_bits!r}: give 4, 8, or 16, or None to leave the dense part where it is.")
     checkpoint = find_checkpoint(path, dtype, options)
     with LOADING:
         skeleton = checkpoint.skeleton()
     check_experts(experts_modules(skeleton))
-    source = ExpertStore(checkpoint.folder, skeleton, checkpoint.encoding, direct_io=True)
+    # What is quantised already keeps its codes, unless other bits are asked for.
+    layout = None if bits is not None else checkpoint.blocks()
+    store = ExpertStore(
+        checkpoint.folder,
+        skeleton,
+        checkpoint.encoding,
+        plan=checkpoint.plan(skeleton),
+        layout=layout,
+        direct_io=True,
+    )
     name = Path(checkpoint.name).resolve().name if Path(checkpoint.name).is_dir() else checkpoint.name
     try:
-        return write_pack(source, out, model_id=name, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes)
+        source: FloatExperts = StoredExperts(store) if layout is not None else FloatExperts(store)
+        if bits is not None:
+            source = QuantisedExperts(store, skeleton, KINDS[bits])
+        dense = None
+        if dense_bits is not None:
+            with LOADING, _without_experts(skeleton, experts_modules(skeleton)):
+                model = checkpoint.load(skeleton, {}, experts_implementation=IMPLEMENTATION)
+            dense = DensePart(model, store, KINDS.get(dense_bits))
+        return write_pack(
+            source, out, model_id=name, dense=dense, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes
+        )  # fmt: skip
     finally:
-        source.close()
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a model is and how it is made.
-
-    name: as it was given.
-    dtype: of its weights in memory.
-    encoding: of its experts.
-    """
-
-    name: str
-    folder: Path
-    config: PretrainedConfig
-    dtype: torch.dtype
-    trust: Mapping[str, Any]
-    encoding: Encoding = FLOATS
-
-    @property
-    def loader(self) -> Any:
-        """The auto class that makes it."""
-        return auto_class(self.config)
-
-    def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device; under LOADING. Raises UncacheableError when no auto class makes it."""
-        try:
-            # A copy, because from_config writes its choices into the configuration that it is given.
-            with torch.device("meta"):
-                model = self.loader.from_config(copy.deepcopy(self.config), dtype=self.dtype, **self.trust)
-        except Exception as error:  # config.json may hold anything
-            reason = str(error).partition("\n")[0].partition(" Model type should be")[0] or type(error).__name__
-            raise UncacheableError(
-                f"{printable(self.name)!r} cannot be made without its weights ({printable(reason)})."
-            ) from error
-        assert isinstance(model, PreTrainedModel)
-        self.encoding.prepare(model)
-        return model
-
-
-def find_checkpoint(
-    path: str | os.PathLike[str], dtype: str | torch.dtype | None = None, options: Mapping[str, Any] | None = None
-) -> Checkpoint:
-    """The checkpoint of a folder or hub id, fetched if need be; dtype None or "auto": the configuration's.
-
-    options: of from_pretrained, of which those for the hub and `trust_remote_code` count here.
-
-    Raises ConfigError when it is not there or the dtype is none, UncacheableError when the configuration says that it
-    is quantised in a way that no encoding reads: then no weights have been fetched.
-    """
-    name, options = os.fspath(path), options or {}
-    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-    trust = {key: options[key] for key in ("trust_remote_code",) if key in options}
-    check_place(path, "model", **hub)
-    config = read_config(name, **hub, **trust)
-    # Before the weights are fetched: they may be hundreds of gigabytes that nobody can use.
-    encoding = encoding_of(name, config)
-    folder = checkpoint_folder(name, **hub)
-    return Checkpoint(name, folder, config, _dtype(dtype, config, folder), trust, encoding)
-
-
-def _dtype(dtype: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:
-    if dtype is None or dtype == "auto":
-        dtype = getattr(config, "dtype", None) or checkpoint_dtype(folder)
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ConfigError(f"dtype {dtype!r} is no floating type of torch: give bfloat16 or float32, for instance.")
-    return found
+        store.close()

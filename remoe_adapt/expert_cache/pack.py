@@ -1,49 +1,122 @@
-"""Packed experts: a copy of a model's experts with all parameters of one in one aligned piece of a file.
+"""Packs: a copy of a model's experts with all parts of one in one aligned piece of a file, as floats or as blocks.
 
 A pack is a folder of safetensors files, whose data starts at a multiple of BLOCK, and `experts.json`, which says how
 they are to be understood. For each expert there is one tensor of bytes, `<experts module>.<expert>`, a multiple of
-BLOCK long; in it lie the parameters as the model has them, one after another, at multiples of ALIGNMENT. So one read
-brings an expert, straight to where it is computed with.
+BLOCK long; in it lie its parts, one after another, at multiples of ALIGNMENT, as a slot has them. So one read brings an
+expert, straight to where it is computed with. `packing.py` writes packs.
 
-`write_pack` makes packs, with one expert in memory at a time; what a killed run has finished the next one takes over.
+`experts.json`, format 2 (format 1, of floats alone, is read too):
+
+    format, model, tool        2, what the pack is a copy of, and which version of what wrote it
+    files                      of the experts
+    layers: [{
+        name, experts, bytes   the experts module, how many it has, and the bytes of each one's piece
+        parts: {part: {shape, dtype, offset}}
+        params: {parameter of the module: {
+            codec              "float": the part of this name is the parameter; "ggml": a matrix in blocks
+            rows, cols         ggml: of the matrix whose rows are in blocks
+            bands: [{type, rows, part, group, order}]
+                               ggml: consecutive rows, the type of their blocks (one has `group` values), and the part
+                               that they are, uint8 [rows, bytes of a row]; order, if given: the part, int64 [cols],
+                               that says for columns that are stored in another order which column each is
+            transposed         ggml: the parameter is [cols, rows]
+        }}
+        weight_error: {parameter: relative}
+                               |numbers - what the blocks are worth| / |numbers|, over all experts; not of lossless ones
+        fingerprint            layers with blocks: what ties them to a checkpoint, see ExpertStore.fingerprint
+    }]
+    dense: {parameter of the model: {codec, rows, cols, weight_error}}
+                               where the dense part is in the pack as well, `dense.safetensors`: its weights in blocks
+                               of the type `codec` ("q8_0"), uint8 [rows, bytes of a row] there; every other parameter
+                               and buffer is there as it is, under its name in the model, but for tied ones
+    dense_fingerprint          as `fingerprint`, of every tensor of the checkpoint that is of no expert
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from remoe_adapt._support import disk_faults, made_parents, printable, read_json, size_text
+from remoe_adapt._support import printable, read_json
 from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
 from remoe_adapt.errors import ConfigError, ExpertReadError
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout, CodedBand, CodedParam
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore, FileStore
 from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
+from remoe_adapt.expert_cache.encodings import BlockType, Ggml, block_type
+from remoe_adapt.expert_cache.layouts import Layout
+from remoe_adapt.expert_cache.types import Slot
 
-# The number of the format, which older versions refuse, and the file that says it.
-FORMAT, MANIFEST = 1, "experts.json"
+# The number of the format, the older ones that are read too, and the file that says it.
+FORMAT, OLDER, MANIFEST = 2, (1,), "experts.json"
+# The dense part, where the pack has it.
+DENSE = "dense.safetensors"
 # Numbers of each parameter of the first and the last expert of every layer that are compared with the checkpoint.
 SAMPLE = 2048
+FLOAT, GGML = "float", "ggml"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+)}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class PackedParam:
-    """One parameter of one expert; `offset` in its piece, bytes."""
+class Part:
+    """A tensor of one expert; `offset` in its piece and in its slot, bytes."""
 
     shape: tuple[int, ...]
     dtype: str
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * _DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Consecutive rows of a matrix in blocks of one type: the part [rows, bytes of a row] of this name; `order` names
+    the part with the order of its columns, if they are not in theirs."""
+
+    type: str
+    rows: int
+    part: str
+    order: str | None = None
+
+    @property
+    def kind(self) -> BlockType:
+        """Raises UncacheableError for a type that is not known."""
+        return block_type(self.type)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedParam:
+    """How a parameter of one expert is encoded; see the fields of `experts.json` above."""
+
+    codec: str = FLOAT
+    rows: int = 0
+    cols: int = 0
+    bands: tuple[Band, ...] = ()
+    transposed: bool = False
+
+    def shape(self, name: str, parts: Mapping[str, Part]) -> tuple[int, ...]:
+        """Of the parameter of this name."""
+        if self.codec == FLOAT:
+            return parts[name].shape
+        return (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
+
+    def names(self, name: str) -> list[str]:
+        """Of the parts that the parameter of this name is made of."""
+        if self.codec == FLOAT:
+            return [name]
+        return [part for band in self.bands for part in (band.part, band.order) if part is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +126,96 @@ class PackedLayer:
     name: str
     experts: int
     bytes: int
+    parts: Mapping[str, Part]
     params: Mapping[str, PackedParam]
+    fingerprint: str | None = None
 
     @classmethod
-    def of(cls, source: ExpertStore, layer: int) -> PackedLayer:
-        """The layer as it is packed from this store."""
-        params, at = {}, 0
-        for name, like in source.like(layer).items():
-            params[name] = PackedParam(tuple(like.shape), str(like.dtype).removeprefix("torch."), at)
-            at = round_up(at + like.nbytes, ALIGNMENT)
-        return cls(source.layers[layer], source.num_experts[layer], round_up(at, BLOCK), params)
+    def of(
+        cls,
+        name: str,
+        experts: int,
+        parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        params: Mapping[str, PackedParam],
+        fingerprint: str | None = None,
+    ) -> PackedLayer:
+        """A layer whose experts have these parts, laid one after another."""
+        laid, at = {}, 0
+        for part, (shape, dtype) in parts.items():
+            laid[part] = Part(tuple(shape), str(dtype).removeprefix("torch."), at)
+            at = round_up(at + laid[part].nbytes, ALIGNMENT)
+        return cls(name, experts, round_up(at, BLOCK), laid, dict(params), fingerprint)
+
+    @property
+    def encoded(self) -> bool:
+        """Whether some parameter is not plain floats."""
+        return any(param.codec != FLOAT for param in self.params.values())
+
+    def slot_parts(self) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
+        """Offset, shape and type of each part, as a slot of a pool is laid out."""
+        return {name: (part.offset, part.shape, _DTYPES[part.dtype]) for name, part in self.parts.items()}
+
+    def coded(self) -> dict[str, CodedParam]:
+        """The matrices that are in blocks, as a slot's layout has them."""
+        return {
+            name: CodedParam(
+                tuple(CodedBand(band.part, band.kind, band.rows, band.order) for band in param.bands), param.cols
+            )
+            for name, param in self.params.items()
+            if param.codec == GGML
+        }
+
+    def views(self, memory: Any) -> dict[str, Tensor]:
+        """The parts of an expert whose piece lies in this memory (a buffer)."""
+        return {
+            name: torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel(), offset=offset).view(shape)
+            for name, (offset, shape, dtype) in self.slot_parts().items()
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Its entry in `experts.json`."""
+        entry: dict[str, Any] = {"name": self.name, "experts": self.experts, "bytes": self.bytes}
+        entry["parts"] = {name: asdict(part) for name, part in self.parts.items()}
+        entry["params"] = {name: _param_json(param) for name, param in self.params.items()}
+        if self.fingerprint is not None:
+            entry["fingerprint"] = self.fingerprint
+        found: dict[str, Any] = json.loads(json.dumps(entry))
+        return found
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any], number: int) -> PackedLayer:
+        """The layer of an entry of format `number`; raises KeyError, TypeError, ValueError and the like for none."""
+        if number == 1:
+            entry = {**entry, "parts": entry["params"], "params": {name: {"codec": FLOAT} for name in entry["params"]}}
+        parts = {name: _part(part) for name, part in entry["parts"].items()}
+        params = {name: _param(param) for name, param in entry["params"].items()}
+        fingerprint = entry.get("fingerprint")
+        name, experts, size = entry["name"], _count(entry["experts"]), _count(entry["bytes"])
+        if not isinstance(name, str) or not isinstance(fingerprint, str | None) or size % BLOCK:
+            raise ValueError(f"layer {name!r}")
+        layer = cls(name, experts, size, parts, params, fingerprint)
+        layer._check()
+        return layer
+
+    def _check(self) -> None:
+        end = 0
+        # In the order of their bytes: an overlap is then one of neighbours.
+        for part in sorted(self.parts.values(), key=lambda part: part.offset):
+            if part.offset % ALIGNMENT or part.offset < end:
+                raise ValueError(f"{self.name}: parts at {part.offset}")
+            end = part.offset + part.nbytes
+        used = [name for param, packed in self.params.items() for name in packed.names(param)]
+        if end > self.bytes or sorted(used) != sorted(self.parts):
+            raise ValueError(f"{self.name}: parts up to {end} of {self.bytes}, of {used}")
+        for param in self.params.values():
+            if param.codec == FLOAT:
+                continue
+            blocks = [(("uint8"), (band.rows, band.kind.row_bytes(param.cols)), band.part) for band in param.bands]
+            orders = [("int64", (param.cols,), band.order) for band in param.bands if band.order is not None]
+            wanted = [*blocks, *orders]
+            whole = bool(blocks) and sum(band.rows for band in param.bands) == param.rows
+            if not whole or any((self.parts[n].dtype, self.parts[n].shape) != (d, s) for d, s, n in wanted):
+                raise ValueError(f"{self.name}: blocks of {wanted}")
 
 
 class PackedStore(FileStore):
@@ -70,7 +223,10 @@ class PackedStore(FileStore):
 
     folder: of the pack.
     source: the store of the checkpoint that the pack must be a copy of.
+    kernels: compute with blocks; None: they are dequantised on use.
     direct_io, reader: as for ExpertStore.
+
+    `packed` has the layers as the pack has them: what lies in a piece, and how it is encoded.
 
     Raises ConfigError when the folder is no pack or one of another model, type or fine-tuning, ExpertReadError for
     files that are missing, truncated or cannot be read.
@@ -81,60 +237,85 @@ class PackedStore(FileStore):
         folder: str | os.PathLike[str],
         source: ExpertStore,
         *,
+        kernels: Ggml | None = None,
         direct_io: bool = False,
         reader: Reader = os.preadv,
     ) -> None:
-        self.folder = Path(folder)
-        self.layers, self.num_experts, self.params = source.layers, source.num_experts, source.params
-        self.expert_bytes = source.expert_bytes
-        self._likes = [source.like(layer) for layer in range(len(self.layers))]
-        self._packed = [PackedLayer.of(source, layer) for layer in range(len(self.layers))]
-        manifest = read_manifest(self.folder)
+        self.folder, self.plan = Path(folder), source.plan
+        self.layers, self.num_experts = source.layers, source.num_experts
+        self._likes = source.plan.likes
+        self.manifest = manifest = read_manifest(self.folder)
+        self.packed: list[PackedLayer] = manifest["layers"]
         self._check(manifest, source)
+        self.layout: Layout = source.layout
+        if any(packed.encoded for packed in self.packed):
+            self.layout = BlocksLayout(source.plan, kernels, [packed.coded() for packed in self.packed])
+        parts = [self.layout.parts(layer) for layer in range(len(self.layers))]
+        self.params = tuple(tuple(names) for names in parts)
+        self.expert_bytes = tuple(sum(part.nbytes for part in layer.values()) for layer in parts)
         self._extents = self._find(manifest["files"])
         super().__init__({extent.path for extents in self._extents for extent in extents}, direct_io, reader)
         self._compare(manifest, source)
 
-    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
+    def read(self, layer: int, expert: int) -> Slot:
+        if not isinstance(self.layout, BlocksLayout):
+            return self.read_parts(layer, expert)
         with torch.inference_mode(False), torch.no_grad():
-            extent, params = self._extents[layer][expert], self._packed[layer].params
-            block = self._blocks.take(extent.size)
-            self._reader.fill([(extent, torch.frombuffer(block, dtype=torch.uint8))])
-            return {
-                name: torch.frombuffer(
-                    block, dtype=like.dtype, count=like.numel(), offset=params[name].offset
-                ).view(like.shape)
-                for name, like in self._likes[layer].items()
-            }  # fmt: skip
+            packed = self.packed[layer]
+            slot = self.layout.pools.of(layer).take()
+            # Where a slot has its parts elsewhere, or floats of another type, they are put there one by one.
+            if not self.layout.lies_as(layer, packed.slot_parts()):
+                return self.layout.copied(layer, self.read_parts(layer, expert))
+            self.read_into(layer, expert, slot.bytes_B)
+            return slot.lay_out(packed.slot_parts())
+
+    def read_parts(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """The parts of one expert as the pack has them, in one block of memory; raises as `read`."""
+        with torch.inference_mode(False), torch.no_grad():
+            block = self._blocks.take(self.packed[layer].bytes)
+            self.read_into(layer, expert, torch.frombuffer(block, dtype=torch.uint8))
+            return self.packed[layer].views(block)
+
+    def read_into(self, layer: int, expert: int, memory_B: Tensor) -> None:
+        """One expert's piece, in one read, to memory of a slot: parts lie there as `slot_parts` says.
+
+        memory_B: uint8, contiguous, on the CPU; it may be shorter than the piece by what follows the last part.
+
+        Raises ExpertReadError as `read`.
+        """
+        extent = self._extents[layer][expert]
+        size = min(extent.size, memory_B.numel())
+        self._reader.fill([(replace(extent, shape=(size,), size=size), memory_B[:size])])
 
     def _check(self, manifest: dict[str, Any], source: ExpertStore) -> None:
-        found, wanted = manifest["layers"], [as_json(layer) for layer in self._packed]
-        if found == wanted:
-            return
+        found, count = self.packed, len(source.layers)
         what = f"{self.folder} is a pack of {manifest['model']}"
         remedy = "give the pack of this model, or make it with `remoe pack`."
-        if len(found) != len(wanted):
-            raise ConfigError(
-                f"{what} with {len(found)} layers of experts, {source.folder} has {len(wanted)}: {remedy}"
-            )
-        theirs, mine = next(pair for pair in zip(found, wanted, strict=True) if pair[0] != pair[1])
-        if _without_dtypes(theirs) == _without_dtypes(mine):
-            had, asked = (
-                ", ".join(sorted({param["dtype"] for param in one["params"].values()})) for one in (theirs, mine)
-            )
-            raise ConfigError(
-                f"{what} in {printable(had)}, the model is to be loaded in {asked}: choose the pack's type with "
-                "dtype=, or pack again with --dtype."
-            )
-        raise ConfigError(
-            f"{what} ({printable(theirs['name'])}: {theirs['experts']} experts, {printable(_shapes(theirs))}), not of "
-            f"{source.folder} ({mine['name']}: {mine['experts']} experts, {_shapes(mine)}): {remedy}"
-        )
+        if len(found) != count:
+            raise ConfigError(f"{what} with {len(found)} layers of experts, {source.folder} has {count}: {remedy}")
+        for layer, packed in enumerate(found):
+            theirs = {name: list(param.shape(name, packed.parts)) for name, param in packed.params.items()}
+            ours = {name: list(like.shape) for name, like in self._likes[layer].items()}
+            name, experts = source.layers[layer], source.num_experts[layer]
+            if (packed.name, packed.experts, theirs) != (name, experts, ours):
+                raise ConfigError(
+                    f"{what} ({printable(packed.name)}: {packed.experts} experts, {printable(_shapes(theirs))}), not "
+                    f"of {source.folder} ({name}: {experts} experts, {_shapes(ours)}): {remedy}"
+                )
+            dtypes = {name: str(like.dtype).removeprefix("torch.") for name, like in self._likes[layer].items()}
+            # Blocks are worth the same in any type, and what lies beside them is converted.
+            if not packed.encoded and any(packed.parts[name].dtype != dtype for name, dtype in dtypes.items()):
+                had = ", ".join(sorted({part.dtype for part in packed.parts.values()}))
+                raise ConfigError(
+                    f"{what} in {printable(had)}, the model is to be loaded in "
+                    f"{', '.join(sorted(set(dtypes.values())))}: choose the pack's type with dtype=, or pack again "
+                    "with --dtype."
+                )
 
     def _find(self, files: Sequence[str]) -> list[list[Extent]]:
         extents = tensors_of(file_inside(self.folder, file) for file in files)
         found = []
-        for layer in self._packed:
+        for layer in self.packed:
             names = [f"{layer.name}.{expert}" for expert in range(layer.experts)]
             for name in names:
                 if name not in extents or extents[name].size != layer.bytes:
@@ -145,59 +326,62 @@ class PackedStore(FileStore):
     def _compare(self, manifest: dict[str, Any], source: ExpertStore) -> None:
         # A fine-tuned sibling has the same names and shapes; only the numbers tell it apart. Training changes all
         # layers, so the first and the last expert of each are enough.
-        for layer, (packed, extents) in enumerate(zip(self._packed, self._extents, strict=True)):
+        for layer, (packed, extents) in enumerate(zip(self.packed, self._extents, strict=True)):
+            if packed.encoded:
+                if packed.fingerprint != source.fingerprint(layer):
+                    raise self._other(manifest, source, f"the experts of {packed.name}")
+                continue
             for expert in sorted({0, packed.experts - 1}):
                 for name, wanted in source.sample(layer, expert, SAMPLE).items():
-                    found, param, extent = torch.empty_like(wanted), packed.params[name], extents[expert]
+                    found, part, extent = torch.empty_like(wanted), packed.parts[name], extents[expert]
                     cut = replace(
                         extent,
                         shape=tuple(found.shape),
                         dtype=found.dtype,
-                        offset=extent.offset + param.offset,
+                        offset=extent.offset + part.offset,
                         size=found.nbytes,
                     )
                     self._reader.fill([(cut, found)])
                     # As bytes: NaN is not equal to itself.
                     if not torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)):
-                        raise ConfigError(
-                            f"{self.folder} (a pack of {manifest['model']}) has other numbers than {source.folder} in "
-                            f"{name} of expert {expert} of {packed.name}: it is of another training of this model. "
-                            "Give this one's pack, or make it with `remoe pack`."
-                        )
+                        raise self._other(manifest, source, f"{name} of expert {expert} of {packed.name}")
+
+    def _other(self, manifest: dict[str, Any], source: ExpertStore, where: str) -> ConfigError:
+        return ConfigError(
+            f"{self.folder} (a pack of {manifest['model']}) has other numbers than {source.folder} in {where}: it is "
+            "of another training of this model. Give this one's pack, or make it with `remoe pack`."
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `experts.json` says; raises ConfigError when it is not there or not understood."""
+    """What `experts.json` says, `layers` as PackedLayer; raises ConfigError when it is not there or not understood."""
     file = folder / MANIFEST
     if not file.is_file():
         raise ConfigError(
             f"{printable(folder)} is no folder of packed experts (no {MANIFEST}): make it with `remoe pack`."
         )
-    try:
-        manifest: dict[str, Any] = read_json(file)
-        number, files = manifest["format"], manifest["files"]
-        whole = isinstance(manifest["model"], str) and isinstance(files, list) and len(set(files)) == len(files)
-        whole = whole and all(isinstance(name, str) and Path(name).name == name for name in files)
-        manifest["model"] = printable(manifest["model"])
-        for layer in manifest["layers"]:
-            whole = whole and isinstance(layer["name"], str) and isinstance(layer["experts"], int)
-            for param in layer["params"].values():
-                whole = whole and isinstance(param["shape"], list) and isinstance(param["dtype"], str)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{printable(file)} is not whole ({printable(error)}): pack again.") from error
-    if type(number) is not int or number != FORMAT:
+    entries = read_json(file)
+    number = entries.get("format") if isinstance(entries, dict) else None
+    if type(number) is not int or number not in (FORMAT, *OLDER):
         raise ConfigError(
-            f"{printable(file)} is of format {printable(repr(number))}, this version reads {FORMAT}: pack again."
+            f"{printable(file)} is of format {printable(repr(number))}, this version reads "
+            f"{', '.join(map(str, (*OLDER, FORMAT)))}: pack again."
         )
+    try:
+        manifest: dict[str, Any] = dict(entries)
+        files = manifest["files"]
+        whole = isinstance(manifest["model"], str) and isinstance(files, list)
+        whole = whole and all(isinstance(name, str) and Path(name).name == name for name in files)
+        whole = whole and len(set(files)) == len(files)
+        manifest["model"] = printable(manifest["model"])
+        manifest["layers"] = [PackedLayer.from_json(layer, number) for layer in manifest["layers"]]
+        manifest["dense"] = {name: _dense(entry) for name, entry in manifest.get("dense", {}).items()}
+    # ConfigError: a type of blocks that is not known.
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"{printable(file)} is not whole ({printable(error)}): pack again.") from error
     if not whole:
         raise ConfigError(f"{printable(file)} is not whole: pack again.")
     return manifest
-
-
-def as_json(layer: PackedLayer) -> dict[str, Any]:
-    """The entry of a layer in `experts.json`."""
-    entry: dict[str, Any] = json.loads(json.dumps(asdict(layer)))
-    return entry
 
 
 def round_up(number: int, step: int) -> int:
@@ -205,253 +389,43 @@ def round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def _without_dtypes(entry: dict[str, Any]) -> list[Any]:
-    params = {name: param["shape"] for name, param in entry["params"].items()}
-    return [entry["name"], entry["experts"], params]
+def _count(value: Any, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{value!r} is no number from {least} on")
+    return value
 
 
-def _shapes(entry: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {param['shape']}" for name, param in entry["params"].items())
+def _part(entry: Mapping[str, Any]) -> Part:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"type {entry['dtype']!r}")
+    return Part(tuple(_count(length) for length in entry["shape"]), entry["dtype"], _count(entry["offset"], 0))
 
 
-# What a killed run has to write again is less than one file.
-SHARD_BYTES = 4 << 30
-# A pack waits for the disk after so many bytes: dirty pages of a whole pack would push everything else out of memory.
-_FLUSH_BYTES = 128 << 20
-# What a draft is a draft of; a pack that is finished has none.
-_PLAN = "plan.json"
-# The (layer, expert) pairs of one file, in its order.
-_Shard = list[tuple[int, int]]
+def _param(entry: Mapping[str, Any]) -> PackedParam:
+    if entry["codec"] == FLOAT:
+        return PackedParam()
+    if entry["codec"] != GGML or not isinstance(entry["transposed"], bool):
+        raise ValueError(f"codec {entry['codec']!r}")
+    bands = tuple(
+        Band(block_type(e["type"]).name, _count(e["rows"]), e["part"], e.get("order")) for e in entry["bands"]
+    )
+    return PackedParam(GGML, _count(entry["rows"]), _count(entry["cols"]), bands, entry["transposed"])
 
 
-def write_pack(
-    source: ExpertStore,
-    out: str | os.PathLike[str],
-    *,
-    model_id: str,
-    overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-    on_start: Callable[[int], None] = lambda total_bytes: None,
-    on_bytes: Callable[[int], None] = lambda count: None,
-) -> dict[str, Any]:
-    """Pack all experts of `source` into the folder `out`; nothing is there until all is.
+def _param_json(param: PackedParam) -> dict[str, Any]:
+    if param.codec == FLOAT:
+        return {"codec": FLOAT}
+    entry = asdict(param)
+    bands = [asdict(band) | {"group": band.kind.values} for band in param.bands]
+    entry["bands"] = [{key: value for key, value in band.items() if value is not None} for band in bands]
+    return entry
 
-    source: the store of the checkpoint.
-    out: the folder of the pack.
-    model_id: says in the pack what it is a copy of.
-    overwrite: replace a pack that is there.
-    shard_bytes: a file has at most about so many bytes.
-    on_start: called with the bytes in all.
-    on_bytes: called with the bytes that were written since the last call.
 
-    Returns (JSON-ready) `out`, `model`, `dtypes`, `layers`, `experts`, `bytes` and `files`.
-
-    What is finished lies in the folder `.<name of out>.partial` meanwhile. It stays when the process dies, and the next
-    call goes on with it unless model or layout have changed.
-
-    Raises ConfigError when `out` cannot be had (there is something already, another process packs into it, the disk
-    is too full: what was written is removed then), WriteError for other faults of the disk, and ExpertReadError when
-    the checkpoint cannot be read.
-    """
-    out = Path(out).resolve()
-    with disk_faults(out, what="written"):
-        _refuse(out, overwrite)
-    layers = [PackedLayer.of(source, layer) for layer in range(len(source.layers))]
-    shards = list(_shards(layers, shard_bytes))
-    names = [f"experts-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    manifest = {"format": FORMAT, "model": model_id, "files": names, "layers": [as_json(layer) for layer in layers]}
-    headers = [_header(layers, shard, model_id) for shard in shards]
-    sizes = [
-        len(head) + sum(layers[layer].bytes for layer, _ in shard) for head, shard in zip(headers, shards, strict=True)
-    ]
-    on_start(sum(sizes))
-    draft = out.with_name(f".{out.name}.partial")
-    with disk_faults(out, what="written"), made_parents(out), _alone(draft, out):
-        # Once more: another process may have published its pack before this one got the lock.
-        _refuse(out, overwrite)
-        try:
-            _continue(draft, manifest | {"source": source.state()})
-            done = [
-                (draft / name).exists() and (draft / name).stat().st_size == size
-                for name, size in zip(names, sizes, strict=True)
-            ]
-            _check_room(draft, sum(size for size, there in zip(sizes, done, strict=True) if not there))
-            for number, shard in enumerate(shards):
-                if done[number]:
-                    on_bytes(sizes[number])
-                else:
-                    _write_shard(draft / names[number], headers[number], shard, source, layers, on_bytes)
-            _write_json(draft / MANIFEST, manifest)
-        except ExpertReadError:
-            raise
-        except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise ConfigError(
-                f"the disk of {out.parent} became full; what was packed has been removed. The pack takes "
-                f"{size_text(sum(sizes))}: make room, or give another folder."
-            ) from error
-        # Opened as every user will open it, before it replaces anything.
-        PackedStore(draft, source).close()
-        (draft / _PLAN).unlink(missing_ok=True)
-        _publish(draft, out)
-    dtypes = sorted({param.dtype for layer in layers for param in layer.params.values()})
+def _dense(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "out": str(out),
-        "model": model_id,
-        "dtypes": dtypes,
-        "layers": len(layers),
-        "experts": sum(layer.experts for layer in layers),
-        "bytes": sum(sizes),
-        "files": len(names),
-    }
+        **entry, "codec": block_type(entry["codec"]).name, "rows": _count(entry["rows"]), "cols": _count(entry["cols"])
+    }  # fmt: skip
 
 
-def _refuse(out: Path, overwrite: bool) -> None:
-    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / MANIFEST).is_file():
-        raise ConfigError(f"{out} is there and no pack: give another folder.")
-    if not overwrite:
-        raise ConfigError(f"{out} is there: give another folder, or --overwrite to replace it.")
-
-
-def _shards(layers: list[PackedLayer], shard_bytes: int) -> Iterator[_Shard]:
-    shard: _Shard = []
-    used = 0
-    for number, layer in enumerate(layers):
-        for expert in range(layer.experts):
-            if shard and used + layer.bytes > shard_bytes:
-                yield shard
-                shard, used = [], 0
-            shard.append((number, expert))
-            used += layer.bytes
-    yield shard
-
-
-def _header(layers: list[PackedLayer], shard: _Shard, model_id: str) -> bytes:
-    """The start of a safetensors file, as long as whole blocks."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "remoe_pack": str(FORMAT), "model": model_id}}
-    at = 0
-    for layer, expert in shard:
-        size = layers[layer].bytes
-        entries[f"{layers[layer].name}.{expert}"] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    length = round_up(8 + len(text), BLOCK) - 8
-    return length.to_bytes(8, "little") + text.ljust(length)
-
-
-@contextmanager
-def _alone(draft: Path, out: Path) -> Iterator[None]:
-    draft.mkdir(exist_ok=True)
-    # The system lets go of a lock when its process dies, however it dies; a lock file would stay.
-    lock = os.open(draft, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ConfigError(f"another process packs into {out} now: wait for it, or give another folder.") from error
-    finally:
-        os.close(lock)
-
-
-def _continue(draft: Path, plan: dict[str, Any]) -> None:
-    """Keep what there is if it follows this plan, else begin anew."""
-    try:
-        same = read_json(draft / _PLAN) == plan
-    except ConfigError:
-        same = False
-    if not same:
-        for path in draft.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        _write_json(draft / _PLAN, plan)
-
-
-def _check_room(draft: Path, needed: int) -> None:
-    # Halves of a killed run are written over, so their room counts as free.
-    free = shutil.disk_usage(draft).free + sum(path.stat().st_size for path in draft.glob("*.tmp"))
-    if needed > free:
-        shutil.rmtree(draft)
-        raise ConfigError(
-            f"the pack needs {size_text(needed)} more on the disk of {draft.parent}, which has {size_text(free)} free: "
-            "make room, or give another folder."
-        )
-
-
-def _write_shard(
-    path: Path,
-    header: bytes,
-    shard: _Shard,
-    source: ExpertStore,
-    layers: list[PackedLayer],
-    on_bytes: Callable[[int], None],
-) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    with draft.open("wb") as file:
-        # The file gets all its room at once: a full disk is noticed before the work, and the file lies in few pieces.
-        _reserve(file, len(header) + sum(layers[layer].bytes for layer, _ in shard))
-        file.write(header)
-        on_bytes(len(header))
-        waiting = 0
-        for layer, expert in shard:
-            piece = np.zeros(layers[layer].bytes, dtype=np.uint8)
-            for name, value in source.read(layer, expert).items():
-                start = layers[layer].params[name].offset
-                piece[start : start + value.nbytes] = value.view(-1).view(torch.uint8).numpy()
-            file.write(piece.data)
-            on_bytes(len(piece))
-            waiting += len(piece)
-            if waiting >= _FLUSH_BYTES:
-                _flush(file)
-                waiting = 0
-        _flush(file)
-    draft.replace(path)
-
-
-def _reserve(file: BinaryIO, size: int) -> None:
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        # A file system that cannot reserve room is found full later.
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-
-
-def _flush(file: BinaryIO) -> None:
-    """Bring the file to the disk, and out of the page cache, which others need more."""
-    file.flush()
-    os.fsync(file.fileno())
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_name(f"{path.name}.tmp")
-    with draft.open("wb") as file:
-        file.write(json.dumps(content, indent=1).encode())
-        _flush(file)
-    draft.replace(path)
-
-
-def _publish(draft: Path, out: Path) -> None:
-    # The files are on the disk before their folder has its name, and the old pack is there until the new one is: a
-    # power cut leaves one of the two.
-    _sync(draft)
-    old = out.with_name(f".{out.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
-    if (out / MANIFEST).is_file():
-        out.rename(old)
-    draft.rename(out)
-    _sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,7 +19,10 @@ Slot = Mapping[str, Tensor]
 
 
 class ExpertSource(Protocol):
-    """What experts are read from: a store, or the tier below. Any number of threads at once."""
+    """What experts are read from: a store, or the tier below. Any number of threads at once.
+
+    A source that brings several experts at once for less than one after the other is a `BatchSource` too.
+    """
 
     layers: tuple[str, ...]
     num_experts: tuple[int, ...]
@@ -31,6 +34,18 @@ class ExpertSource(Protocol):
 
     def give_back(self) -> None:
         """Memory that is kept for the next reads goes to the system."""
+        ...
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """Reads all that a look-up misses in one call, in the thread that looks up. Stores on the CPU have threads."""
+
+    def read_many(self, layer: int, experts: Sequence[int]) -> Mapping[int, Slot]:
+        """These experts of one layer, each in memory of its own, by number.
+
+        When it raises, the experts are read one by one, so that each failure is that of its expert.
+        """
         ...
 
 

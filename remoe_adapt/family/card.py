@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _MARK = "<!-- written by remoe-adapt with family.json; without this line it is left alone -->"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _MAX_CARD_BYTES = 1 << 20
+# The arithmetic of experts that are not quantised.
+_PLAIN = "float"
 _FIGURES = ("ppl_ratio", "kl", "eor", "lru@0.25", "tokens")
 
 
@@ -61,7 +63,8 @@ strength 0 is the base, 1 the strongest. Only the weights of the mixture-of-expe
 
 The figures are the certificates in `family.json` (`remoe eval` writes them): perplexity over the base's, KL to the base
 in nats, share of experts used again by the next token, hit rate of an LRU cache for a quarter of the experts, tokens
-measured. Where a prior is named, they hold with it only, so not for the adapter folder loaded alone.
+measured.{_experts(certificate for *_, certificate in measured)} Where a prior is named, they hold with it only, so not
+for the adapter folder loaded alone.
 
 ## How to load
 
@@ -74,6 +77,18 @@ model.controller.set_strength(1.0)
 
 One point as a PEFT adapter, after `import remoe_adapt`: `PeftModel.from_pretrained(base, folder, subfolder=...)`.
 """
+
+
+def _experts(certificates: Iterable[Mapping[str, Any] | None]) -> str:
+    """A sentence on the arithmetic of the experts, where it was not that of plain numbers."""
+    found = set()
+    for certificate in certificates:
+        entry = (certificate or {}).get("arithmetic")
+        name, exact = (entry.get("name"), entry.get("exact")) if isinstance(entry, Mapping) else (None, None)
+        # A certificate may be written by anybody, and one of an older version says nothing.
+        if isinstance(name, str) and name != _PLAIN and isinstance(exact, bool):
+            found.add(code(f"{name}, {'exact' if exact else 'fast'}"))
+    return f" The experts were computed as {', '.join(sorted(found))}." if found else ""
 
 
 def _figure(certificate: Mapping[str, Any] | None, name: str) -> str:

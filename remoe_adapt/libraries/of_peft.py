@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import inspect
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from remoe_adapt.libraries.patching import hook
+from remoe_adapt.libraries.patching import hook, override
 from remoe_adapt.libraries.table import hold, relied_on
 
 
@@ -146,6 +147,52 @@ def saved_names() -> None:
     wanted = {"base_model.model.gate.lora_A.weight", "base_model.model.gate.lora_B.weight"}
     hold(keys == wanted, f"an adapter is saved as {sorted(keys)}, not as {sorted(wanted)}.")
     hold(model.note == "kept" and model.get_base_model() is base, "a PeftModel does not hand on what its base has.")
+
+
+@relied_on(
+    "peft",
+    "A tuner asks `_check_merge_allowed` before it merges; LoRA takes any nn.Linear or nn.Embedding, gives adapters "
+    "beside a weight of bytes a floating type, and asks a module that has `W_q` for `dequantize()` where it needs the "
+    "weight.",
+    "expert_cache/encodings/linear.py",
+    names="peft.tuners.tuners_utils.BaseTuner peft.tuners.tuners_utils.BaseTunerLayer",
+    interposes="BaseTuner._check_merge_allowed refuses where an adapted module keeps its weight in codes (for the "
+    "process; other models are handed through); linear and embedding modules of a model that is loaded are replaced by "
+    "ones that keep codes (for the model's life)",
+    patches="expert_cache/encodings/linear.py:override,replace_module",
+)
+def weights_in_codes() -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTuner
+
+    hold("_check_merge_allowed" in vars(BaseTuner), "BaseTuner has no _check_merge_allowed any more.")
+
+    class Codes(nn.Linear):
+        asked = 0
+
+        def dequantize(self) -> torch.Tensor:
+            self.asked += 1
+            return self.weight.float()
+
+    base = _small()
+    base.gate = codes = Codes(4, 3, bias=False)
+    codes.W_q = codes.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.uint8), requires_grad=False)
+    # Of an adapter with DoRA, whose norms are those of the whole weight.
+    model: Any = get_peft_model(base, LoraConfig(target_modules=["gate"], use_dora=True))
+    hold(codes.asked, "PEFT takes the bytes of a quantised weight for its values.")
+    adapter = model.base_model.model.gate.lora_A.default
+    hold(adapter.weight.is_floating_point(), "an adapter gets the type of its weight's bytes.")
+    asked: list[Any] = []
+
+    def refuse(check: Any, tuner: Any) -> None:
+        asked.append(tuner)
+        raise InterruptedError
+
+    with override(BaseTuner, "_check_merge_allowed", refuse):
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with contextlib.suppress(InterruptedError):
+                merge()
+    hold(len(asked) == 2, "PEFT merges without asking _check_merge_allowed.")
 
 
 @relied_on(

@@ -110,7 +110,8 @@ def check_same_run(record: Path, run: dict[str, Any]) -> None:
         raise ConfigError(f"{error} It is the record of a run: choose another --out, or delete that folder") from error
     if not isinstance(earlier, dict):
         raise ConfigError(f"{record} is not a record of a run: choose another --out, or train anew")
-    earlier = json.loads(json.dumps(asdict(TrainOptions()))) | earlier  # options that are younger than the record
+    # Before options of these names there were, a run was as if they had been left out.
+    earlier = json.loads(json.dumps(asdict(TrainOptions()))) | {"experts": "float"} | earlier
     changed = [
         f"{key} was {printable(repr(earlier.get(key)))}, now {value!r}"
         for key, value in run.items()

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from remoe_adapt._support import disk_faults, freed_memory_kept
-from remoe_adapt.checkpoints import check_place, load_base, load_tokenizer, max_positions, on_device, usable_device
+from remoe_adapt.checkpoints import check_place, load_tokenizer, max_positions, usable_device
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
+from remoe_adapt.expert_cache import arithmetic_of, check_arithmetic, expert_cache_of, load_whole_or_cached
 from remoe_adapt.family import Family, write_whole
 from remoe_adapt.routers import survey_routers
 from remoe_adapt.texts import data_files, pieces, read_file, tokenize_documents
@@ -29,7 +30,10 @@ from remoe_adapt.training.options import TrainOptions, check_same_run, check_str
 from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, check_fits, check_writable, train_point
 from remoe_adapt.tuner import FAMILY_FILE, plain_base
 
-__all__ = ["LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "held_out_documents", "token_rows", "train_family"]
+__all__ = [
+    "LOG_FILE", "RUN_FILE", "WORK_FOLDER", "TrainOptions", "check_exact", "held_out_documents", "token_rows",
+    "train_family",
+]  # fmt: skip
 
 WORK_FOLDER = ".train"
 LOG_FILE = "training_log.jsonl"
@@ -99,6 +103,9 @@ def train_family(
     progress: bool = True,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
+    expert_cache: str | int | float | None = None,
+    storage: str | Path | None = None,
+    arithmetic: str = "exact",
     on_point: Callable[[str, dict[str, float]], None] | None = None,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
 ) -> Family:
@@ -108,23 +115,27 @@ def train_family(
     was when called again with the same options: finished points are kept, the point under way restarts from its last
     checkpoint; other strengths add points. `base` (a path, hub id or loaded model) is left as it was.
     A checkpoint is kept every `checkpoint_minutes` (and at every fifth of a point): that much is lost at most.
+    `expert_cache` and `storage` put the experts of a base that is loaded into an expert cache, of that budget and
+    reading from that pack (see `load_whole_or_cached`, also for quantised checkpoints); adapters are the same as those
+    of the dequantised model. `arithmetic`: "exact", or "auto", which is exact here.
     `on_point(name, last_log)` is called after each. Under `accelerate launch` every process calls this: rows are shared
     out, the main process writes.
 
     Raises:
-        ConfigError: bad strengths or options, a rank above a router's, a device that is not there, a base or tokenizer
-            that cannot be loaded, `out` holds a run with other options, base or data, cannot be written or has no
-            space left. All but the last are found before any work.
+        ConfigError: bad strengths or options, fast arithmetic, a rank above a router's, a device that is not there, a
+            base or tokenizer that cannot be loaded, `out` holds a run with other options, base, experts or data, cannot
+            be written or has no space left. All but the last are found before any work.
         DataError: no usable text.
         FamilyError: `out` holds a family that was not made by such a run, or `resume` is off and it exists.
     """
     options = options or TrainOptions()
+    check_exact(arithmetic)
     wanted, out = check_strengths(strengths), Path(out)
     # The cheap checks come first: a model may take minutes to load.
     data_files(data)
     check_writable(out)
     processes = PartialState()
-    model, base_id = _load(base, device, dtype)
+    model, base_id = _load(base, device, dtype, expert_cache, storage)
     # Kept for the whole run: after each point its wrappers are gone, and the same routers are in their places.
     routers = survey_routers(plain_base(model))
     check_fits(routers, options, len(wanted) + control, out)
@@ -136,6 +147,8 @@ def train_family(
         torch.set_flush_denormal(True)  # second moments of small gradients slow a CPU down tenfold
 
     run = {**asdict(options), "length": length, "base": routers.fingerprint, "data": _digest(train)}
+    # A pack may hold other experts than the checkpoint, under the same routers.
+    run |= {"experts": arithmetic_of(model)["name"]}
     with disk_faults(out, ConfigError, _GOES_ON, "written"):
         _claim(out, json.loads(json.dumps(run)), resume)
     exists = (out / FAMILY_FILE).exists()
@@ -221,11 +234,33 @@ def _claim(out: Path, run: dict[str, Any], resume: bool) -> None:
     processes.wait_for_everyone()
 
 
+def check_exact(arithmetic: str) -> None:
+    """Raises ConfigError for an arithmetic that training cannot have."""
+    check_arithmetic(arithmetic)
+    if arithmetic == "fast":
+        raise ConfigError(
+            'arithmetic="fast" is for decoding: gradients are of dequantised experts, so training is exact. Leave it '
+            'out, or give "exact".'
+        )
+
+
 def _load(
-    base: str | Path | PreTrainedModel, device: str | None, dtype: torch.dtype | str | None
+    base: str | Path | PreTrainedModel,
+    device: str | None,
+    dtype: torch.dtype | str | None,
+    expert_cache: str | int | float | None,
+    storage: str | Path | None,
 ) -> tuple[PreTrainedModel, str]:
     # A loaded model stays where and as it is: its owner chose the device and the type.
     if isinstance(base, nn.Module):
+        if expert_cache is not None or storage is not None:
+            raise ConfigError("expert_cache and storage are options of loading, but base is a model already.")
+        arithmetic = arithmetic_of(base)
+        if expert_cache_of(base) is not None and not arithmetic["exact"]:
+            raise ConfigError(
+                f"the base computes its experts fast ({arithmetic['name']}), and training is exact: load it with "
+                'arithmetic="exact".'
+            )
         return base, str(getattr(base.config, "name_or_path", "") or "unnamed")
     processes = PartialState()
     if processes.num_processes > 1:
@@ -234,5 +269,5 @@ def _load(
     check_place(base, "cannot load the model:")
     # Half precision is slow on most CPUs, and small bases train there.
     dtype = dtype or (torch.float32 if device == "cpu" else "auto")
-    model: Any = on_device(load_base(base, dtype=dtype), device)
+    model: Any = load_whole_or_cached(base, expert_cache, storage=storage, device=device, dtype=dtype)
     return model, str(base)

@@ -21,7 +21,7 @@ from tiny_checkpoints import save_tiny
 from transformers import AutoModelForCausalLM
 
 from remoe_adapt.bench.decode.bench import DecodeOptions, quickly, run_decode
-from remoe_adapt.bench.decode.figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio, times_faster
+from remoe_adapt.bench.decode.figures import arm_row, bars, coded_bars, limit_ms, miss_bursts, ppl_ratio, times_faster
 from remoe_adapt.bench.decode.worker import Worker
 from remoe_adapt.bench.harness import widen as widening
 from remoe_adapt.bench.harness.disk import (
@@ -38,7 +38,7 @@ from remoe_adapt.bench.harness.process import WorkerProcess, serve_lines
 from remoe_adapt.bench.harness.widen import check_same, save_whole, widen
 from remoe_adapt.errors import ConfigError, RemoeError
 from remoe_adapt.evaluation.shipped import example_folder
-from remoe_adapt.expert_cache.checkpoint_store import experts_modules
+from remoe_adapt.expert_cache.plan import experts_modules
 
 MIB = 1 << 20
 
@@ -200,6 +200,18 @@ def test_figures_and_bars_are_those_of_their_definitions() -> None:
     assert adapter["arm"] == "cache25_s50" and adapter["value"] == pytest.approx(1.25) and adapter["met"]
     memory = next(row for row in bars(steps, rows, limit, facts) if row["bar"].startswith("cache25"))
     assert memory["value"] == pytest.approx(40 / (2.2 + 32)) and not memory["met"]
+
+
+def test_bars_of_fewer_bits_are_of_bf16_slots() -> None:
+    steps = {
+        "cache25_s0": _steps(0.1, 5), "cache25_q4_s0": _steps(0.03, 0), "cache7_q4_s0": _steps(0.06, 5),
+        "cache7_q4_prior20": _steps(0.034, 1),
+    }  # fmt: skip
+    found = coded_bars(steps, is_bf16=True)
+    assert [row["value"] for row in found] == [pytest.approx(value) for value in (0.3, 0.6, 0.34)]
+    assert [row["met"] for row in found] == [True, False, True]
+    assert [row["met"] for row in coded_bars(steps, is_bf16=False)] == [None] * 3
+    assert [row["met"] for row in coded_bars({"cache25_s0": steps["cache25_s0"]}, is_bf16=True)] == [None] * 3
 
 
 def test_the_worker_answers_errors_and_goes_on() -> None:

@@ -15,6 +15,8 @@ from tiny_checkpoints import save_tiny
 from remoe_adapt.checkpoints.load import (
     check_place,
     checkpoint_folder,
+    gguf_path,
+    is_gguf,
     is_path,
     load_base,
     load_tokenizer,
@@ -23,7 +25,8 @@ from remoe_adapt.checkpoints.load import (
 from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.engines.base import BaseFiles
 from remoe_adapt.errors import ConfigError, FamilyError
-from remoe_adapt.expert_cache.load import find_checkpoint, pack_experts
+from remoe_adapt.expert_cache.checkpoint import find_checkpoint
+from remoe_adapt.expert_cache.load import pack_experts
 from remoe_adapt.training.run import train_family
 
 TEXT = Path(__file__).parents[1] / "data" / "readings-squeeze.jsonl"
@@ -102,10 +105,28 @@ def test_names_that_are_no_ids_and_files_are_said(tmp_path: Path, asked: list[An
         with pytest.raises(ConfigError, match="give one of them") as said:
             load_base(text)
         assert "\x1b" not in str(said.value) and "\0" not in str(said.value) and len(str(said.value)) < 600
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"what")
     with pytest.raises(ConfigError, match="it is a file"):
         load_base(file)
+    assert not asked
+
+
+def test_a_gguf_is_known_by_its_name_or_its_first_bytes(tmp_path: Path, asked: list[Any]) -> None:
+    named, by_bytes, other = tmp_path / "a.gguf", tmp_path / "blob", tmp_path / "c.bin"
+    for path, content in ((named, b""), (by_bytes, b"GGUF\3"), (other, b"GGU")):
+        path.write_bytes(content)
+    assert is_gguf(named) and is_gguf(os.fspath(by_bytes)) and not is_gguf(other)
+    assert not any(is_gguf(what) for what in (tmp_path, "owner/name-GGUF", tmp_path / "no.gguf", None, 3, "null\0"))
+    for load in (load_base, load_with_tokenizer, checkpoint_folder):
+        with pytest.raises(ConfigError, match="is a GGUF, which load_with_expert_cache and get_remoe_model alone read"):
+            load(named)
+    check_place(named, "model", gguf=True)
+    assert gguf_path(tmp_path, "a.gguf") == named
+    wrong: Any
+    for wrong in ("b.gguf", "c.bin", "../a.gguf", 3):
+        with pytest.raises(ConfigError, match=r"gguf_file .* give the name|has no GGUF b\.gguf"):
+            gguf_path(tmp_path, wrong)
     assert not asked
 
 

@@ -46,6 +46,30 @@ def test_it_says_which_gates_run_and_why(probes: dict[str, Probe], monkeypatch: 
     assert not broken.ok and "'cuda': give one of auto, torch, triton" in broken.remedy
 
 
+def test_it_says_what_computes_on_codes(probes: dict[str, Probe], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ggml", "torch int4", "triton"):
+        probe = probes[f"4-bit experts: {name}"]
+        assert probe.ok != bool(probe.remedy) and not probe.required
+    assert probes["4-bit experts: triton"].ok == torch.cuda.is_available()
+    ggml = getattr(importlib.import_module("remoe_adapt.expert_cache.encodings"), "ggml", None)
+    if callable(ggml) and ggml() is not None:
+        version = importlib.metadata.version("xllamacpp")
+        assert probes["4-bit experts: ggml"].value.startswith(f"xllamacpp {version}: ")
+        assert {"q4_0", "q4_1", "q8_0", "mxfp4"} <= {*probes["4-bit experts: ggml"].value.split(": ")[1].split(", ")}
+
+    class Wrong:
+        """torch's kernels, with codes that stand for something else."""
+
+        _convert_weight_to_int4pack_for_cpu = staticmethod(
+            lambda codes_NK, tiles: torch.ops.aten._convert_weight_to_int4pack_for_cpu(15 - codes_NK, tiles)
+        )
+        _weight_int4pack_mm_for_cpu = staticmethod(torch.ops.aten._weight_int4pack_mm_for_cpu)
+
+    if probes["4-bit experts: torch int4"].ok:
+        assert doctor.int4_fault() is None and "is wrong by" in str(doctor.int4_fault(Wrong))
+    assert "has no attribute" in str(doctor.int4_fault(object()))
+
+
 def test_a_profile_of_a_larger_device_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "remoe" / "profiles").mkdir(parents=True)
     text = (list_profiles()["orin-8gb"]).read_text(encoding="utf-8").replace("name: orin-8gb", "name: huge")

@@ -17,8 +17,8 @@ from killed import killed_at_write
 from tiny_checkpoints import save_tiny, stock
 from tiny_families import tiny_family
 
+from remoe_adapt.checkpoints.gguf_file import GgufFile
 from remoe_adapt.engines.base import BaseFiles, read_tensor
-from remoe_adapt.engines.gguf.file import GgufFile
 from remoe_adapt.engines.gguf.lora import check_applied, export_gguf_lora, factor
 from remoe_adapt.engines.gguf.patch import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.engines.gguf.routers import GgufModel

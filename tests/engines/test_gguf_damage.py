@@ -35,7 +35,7 @@ from raw_gguf import (
     weights,
 )
 
-from remoe_adapt.engines.gguf.file import BLOCKS, GgufFile
+from remoe_adapt.checkpoints.gguf_file import BLOCKS, GgufFile
 from remoe_adapt.engines.gguf.patch import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.split import split_gguf

@@ -17,7 +17,7 @@ from killed import killed_at_write
 from raw_gguf import STRING, RawTensor, raw_family, raw_model, router, weights
 from safetensors.numpy import load_file, save_file
 
-from remoe_adapt.engines.gguf.file import GgufFile
+from remoe_adapt.checkpoints.gguf_file import GgufFile
 from remoe_adapt.engines.gguf.live import LiveRouters
 from remoe_adapt.engines.gguf.lora import export_gguf_lora
 from remoe_adapt.engines.gguf.patch import export_gguf, patch_in_place, undo_in_place

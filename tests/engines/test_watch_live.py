@@ -28,10 +28,10 @@ from llama_child import LlamaChild
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from watched_server import PlayedSensors, quick
 
+from remoe_adapt.checkpoints.gguf_file import GgufFile
 from remoe_adapt.dial.load import profile_of
 from remoe_adapt.engines.files import ignore_bytes
 from remoe_adapt.engines.gguf import split as gguf_split
-from remoe_adapt.engines.gguf.file import GgufFile
 from remoe_adapt.engines.gguf.live import LiveRouters
 from remoe_adapt.engines.gguf.patch import patch_in_place, undo_in_place
 from remoe_adapt.engines.gguf.split import split_gguf

@@ -53,7 +53,7 @@ def over_two_tiers(folder: Path, budget: float, below_budget: float, **options: 
     model: Any = load_with_expert_cache(folder, **options)
     store = model.expert_cache.source
     cache = two_tiers(store, int(budget * store.total_bytes), int(below_budget * store.total_bytes))
-    bind_experts(model, cache, model.dtype)
+    bind_experts(model, cache, model.dtype, store.layout)
     model.__dict__["expert_cache"] = cache
     return model
 

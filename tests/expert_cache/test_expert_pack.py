@@ -28,7 +28,9 @@ from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
 from remoe_adapt.expert_cache.direct_io import ATTEMPTS, BLOCK
 from remoe_adapt.expert_cache.load import pack_experts
-from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore, write_pack
+from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore
+from remoe_adapt.expert_cache.pack_sources import FloatExperts
+from remoe_adapt.expert_cache.packing import write_pack
 
 # Experts in tensors of their own, packed with biases, interleaved.
 LAYOUTS = ("qwen2_moe", "gpt_oss", "inkling2")
@@ -40,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("packs")
     for name in LAYOUTS:
         source = store_of(save_tiny(root / name, name))
-        write_pack(source, root / f"{name}.pack", model_id=name, shard_bytes=SMALL)
+        write_pack(FloatExperts(source), root / f"{name}.pack", model_id=name, shard_bytes=SMALL)
     return {path.name: path for path in root.iterdir()}
 
 
@@ -97,6 +99,16 @@ def test_its_files_are_plain_safetensors_of_whole_blocks(folders: dict[str, Path
             piece = opened.get_tensor(next(iter(opened.keys())))
             assert piece.dtype == torch.uint8 and piece.numel() % BLOCK == 0
     assert sorted(names) == sorted(f"{m['name']}.{n}" for m in manifest["layers"] for n in range(m["experts"]))
+
+
+def test_packs_of_format_1_are_read(folders: dict[str, Path], pack: Path) -> None:
+    manifest = json.loads((pack / MANIFEST).read_text())
+    for layer in manifest["layers"]:
+        layer["params"] = layer.pop("parts")
+    old = {key: manifest[key] for key in ("model", "files", "layers")} | {"format": 1}
+    (pack / MANIFEST).write_text(json.dumps(old))
+    source = store_of(folders["qwen2_moe"])
+    assert_equal(source, PackedStore(pack, source))
 
 
 def test_a_miss_is_one_direct_read_into_its_place(folders: dict[str, Path]) -> None:
@@ -176,7 +188,7 @@ def test_folders_that_are_no_whole_pack_are_refused(folders: dict[str, Path], pa
     with pytest.raises(ConfigError, match="no folder of packed experts"):
         PackedStore(tmp_path, source)
     for spoiled, words in (
-        ({"format": 2}, "is of format 2, this version reads 1"),
+        ({"format": 3}, "is of format 3, this version reads 1, 2"),
         ({"files": ["../other.safetensors"]}, "is not whole"),
         ({"layers": None}, "is not whole"),
     ):
@@ -225,14 +237,14 @@ def test_faults_while_reading_are_retried_or_named(folders: dict[str, Path], pac
 KILLED = """
 import sys, time
 from remoe_adapt.expert_cache.load import pack_experts
-import remoe_adapt.expert_cache.pack
+import remoe_adapt.expert_cache.packing
 done = 0
 def slowly(count):
     global done
     done += count
     print(done, flush=True)
     time.sleep(0.02)
-remoe_adapt.expert_cache.pack.write_pack.__kwdefaults__["shard_bytes"] = int(sys.argv[3])
+remoe_adapt.expert_cache.packing.write_pack.__kwdefaults__["shard_bytes"] = int(sys.argv[3])
 pack_experts(sys.argv[1], sys.argv[2], on_bytes=slowly)
 """
 
@@ -255,7 +267,7 @@ def test_a_killed_run_leaves_nothing_half_and_the_next_goes_on(
     draft = tmp_path / ".out.partial"
     finished = {path.name: path.stat().st_mtime_ns for path in draft.glob("*.safetensors")}
     assert finished and not out.exists()
-    write_pack(store_of(folder), out, model_id="qwen2_moe", shard_bytes=SMALL)
+    write_pack(FloatExperts(store_of(folder)), out, model_id="qwen2_moe", shard_bytes=SMALL)
     assert not draft.exists()
     assert_equal(store_of(folder), PackedStore(out, store_of(folder)))
     # Its model was called otherwise: nothing of it is used. Under the same name it is.
@@ -264,13 +276,16 @@ def test_a_killed_run_leaves_nothing_half_and_the_next_goes_on(
     shutil.copy(draft / MANIFEST, draft / "plan.json")
     plan = json.loads((draft / MANIFEST).read_text()) | {"source": store_of(folder).state()}
     (draft / "plan.json").write_text(json.dumps(plan))
+    for file in list(draft.glob("*.safetensors")):
+        (draft / f"{file.name}.losses.json").write_text("{}")
     kept = {path.name: path.stat().st_mtime_ns for path in draft.glob("*.safetensors")}
     lost = sorted(kept)[1]
     (draft / lost).unlink()
     counted: list[int] = []
     made = write_pack(
-        store_of(folder), out, model_id="qwen2_moe", shard_bytes=SMALL, on_start=counted.append, on_bytes=counted.append
-    )
+        FloatExperts(store_of(folder)), out, model_id="qwen2_moe", shard_bytes=SMALL, on_start=counted.append,
+        on_bytes=counted.append,
+    )  # fmt: skip
     assert counted[0] == sum(counted[1:]) == made["bytes"]
     assert {name for name, then in kept.items() if (out / name).stat().st_mtime_ns != then} == {lost}
     assert contents(out) == contents(folders["qwen2_moe.pack"])
@@ -282,7 +297,7 @@ def test_a_disk_that_is_full_or_becomes_so(folder: Path, tmp_path: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(ConfigError, match=r"needs \S+ KiB more on the disk of .*, which has 1000 B free"):
-            write_pack(source, out, model_id="x")
+            write_pack(FloatExperts(source), out, model_id="x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     reserved = os.posix_fallocate
 
@@ -293,7 +308,7 @@ def test_a_disk_that_is_full_or_becomes_so(folder: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ConfigError, match=r"became full; what was packed has been removed. The pack takes \S+ KiB"):
-        write_pack(source, out, model_id="x", shard_bytes=SMALL)
+        write_pack(FloatExperts(source), out, model_id="x", shard_bytes=SMALL)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -303,6 +318,6 @@ def test_one_process_packs_at_a_time(folder: Path, tmp_path: Path) -> None:
     other = os.open(draft, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(ConfigError, match="another process packs into"):
-        write_pack(store_of(folder), tmp_path / "out", model_id="x")
+        write_pack(FloatExperts(store_of(folder)), tmp_path / "out", model_id="x")
     os.close(other)
-    write_pack(store_of(folder), tmp_path / "out", model_id="x")
+    write_pack(FloatExperts(store_of(folder)), tmp_path / "out", model_id="x")

@@ -19,9 +19,9 @@ from tiny_models import tiny_model
 
 from remoe_adapt.checkpoints.safetensors_files import Extent
 from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, UncacheableError
+from remoe_adapt.expert_cache.checkpoint import find_checkpoint
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
 from remoe_adapt.expert_cache.direct_io import ATTEMPTS, CHUNK, ExtentReader
-from remoe_adapt.expert_cache.load import find_checkpoint
 
 # Experts in tensors of their own, under other names, packed with biases, interleaved, without gate, packed.
 LAYOUTS = ("qwen2_moe", "mixtral", "gpt_oss", "inkling2", "nemotron_h", "granitemoe")
@@ -273,9 +273,9 @@ def test_quantised_experts_are_refused_before_a_byte_of_them_is_read(kind: str, 
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("fp8", r"\(fp8\).*FineGrainedFP8Config\(dequantize=True\)"),
-        ("mxfp4", r"\(mxfp4\).*Mxfp4Config\(dequantize=True\)"),
-        ("gptq", r"\(gptq\).*give the checkpoint that it was made from"),
+        ("bitsandbytes", r"\(bitsandbytes\).*give the checkpoint that it was made from"),
+        ("torchao", r"\(torchao\).*give the checkpoint that it was made from"),
+        ("hqq", r"\(hqq\).*give the checkpoint that it was made from"),
     ],
 )
 def test_a_configuration_that_says_so_is_refused_before_weights_are_fetched(

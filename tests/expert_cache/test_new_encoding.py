@@ -19,9 +19,9 @@ from remoe_adapt import load_with_expert_cache
 from remoe_adapt.checkpoints.safetensors_files import Extent
 from remoe_adapt.errors import UncacheableError
 from remoe_adapt.expert_cache import encoding as encodings
-from remoe_adapt.expert_cache.checkpoint_store import experts_modules
 from remoe_adapt.expert_cache.experts import ChosenExperts
 from remoe_adapt.expert_cache.load import pack_experts
+from remoe_adapt.expert_cache.plan import experts_modules
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 PARTS = ("high", "low")

@@ -310,6 +310,19 @@ def test_a_strength_that_is_no_number_is_one_error(strength: Any, copied: Path) 
 # Cards
 
 
+def test_a_card_says_how_experts_were_computed_where_they_were_codes(copied: Path) -> None:
+    family = Family.load(copied)
+    for arithmetic, words in (
+        ({"name": "float", "exact": True}, None),
+        ({"name": "mxfp4", "exact": True}, "The experts were computed as `mxfp4, exact`."),
+        ({"name": "ggml q4_0", "exact": False}, "The experts were computed as `ggml q4_0, fast`."),
+        ({"name": ["q"], "exact": "yes"}, None), ("exact", None), (None, None),
+    ):  # fmt: skip
+        family.set_certificate(0.5, {"arithmetic": arithmetic})
+        text = (copied / "README.md").read_text()
+        assert (words in text) if words else ("The experts were" not in text)
+
+
 def test_a_family_has_a_card_which_nobody_s_own_text_is_lost_to(copied: Path) -> None:
     family = Family.load(copied)
     family.set_certificate(0.5, {"ppl_ratio": 1.01234, "eor": 0.4, "tokens": 5000, "kl": "<script>"})

@@ -28,13 +28,15 @@ ROOMS = (
     "recency objective",
     "tuner",
     "checkpoints",
+    "expert_cache.encodings",
+    "expert_cache.gguf",
     "family expert_cache",
     "dial training",
     "evaluation engines",
     "engines.gguf",
     "engines.llamacpp",
     "bench.harness",
-    "bench bench.decode bench.controller",
+    "bench bench.decode bench.controller bench.scale",
     "cli",
     "__main__ __init__",
 )
@@ -52,8 +54,11 @@ ARCHITECTURES = re.compile(
     r"minimax|glm_?4|ernie|hunyuan|longcat|kimi|lfm2|afmoe|\bdoge|zaya|gemma|inkling|bailing|dots_?1",
     re.IGNORECASE,
 )
-# The table of router classes; the contracts, which need one real model to be checked on.
-NAMES_ARCHITECTURES = {"routers.table", "libraries.tiny"}
+# The tables of router classes and of GGUF layouts; the contracts, which are checked on one real model; a checkpoint of
+# one model's shape.
+NAMES_ARCHITECTURES = {
+    "routers.table", "expert_cache.gguf.architectures", "libraries.tiny", "bench.scale.checkpoint",
+}  # fmt: skip
 MAX_LINES, MIN_LINES = 600, 30
 MAX_ROOMS, MAX_ROOT_FILES, MAX_FACE_LINES = 20, 6, 80
 

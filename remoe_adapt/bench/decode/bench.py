@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from remoe_adapt.bench import harness
-from remoe_adapt.bench.decode.figures import arm_row, bars, limit_ms, miss_bursts, ppl_ratio
+from remoe_adapt.bench.decode.figures import arm_row, bars, coded_bars, limit_ms, miss_bursts, ppl_ratio
 from remoe_adapt.checkpoints import load_with_tokenizer
-from remoe_adapt.errors import DataError, RemoeError
+from remoe_adapt.errors import ConfigError, DataError, RemoeError
 from remoe_adapt.evaluation import held_out
 from remoe_adapt.expert_cache import READ_THREADS, pack_experts
 
@@ -38,7 +38,13 @@ _REHEARSAL_STEPS = 16
 _MOST_BURSTS = 100
 # What others offer for the same memory, by arm: the regime.
 _OTHERS = {"accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped"}
-_SCORED = ("stock", "cache25", "cache25_prior")
+_SCORED = ("stock", "cache25", "cache25_prior", "cache25_q4", "cache25_q8", "cache7_q4_prior")
+# Processes that hold experts in fewer bits, by name: how many, and the budget as a share of their own bytes; None: as
+# many bytes as a quarter of bf16 experts takes.
+_CODED = {"cache25_q4": (4, None), "cache25_q8": (8, None), "cache7_q4": (4, 0.25), "cache7_q4_prior": (4, 0.25)}
+_CODED_GAIN = 0.2
+# Types of weights that all arms compute with.
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Our total memory is measured with caches full; a longer document needs a little more.
 _LIMIT_SLACK_BYTES = 8 << 20
 # Options that a result states, beside those that it states in other words.
@@ -60,12 +66,13 @@ class DecodeOptions:
     keep: bool = False
     threads: int = 1
     read_threads: int = READ_THREADS
-    dtype: torch.dtype = torch.float32
+    dtype: str = "float32"
     expert_bytes: int = harness.EXPERT_BYTES
     direct_io: bool = True
     prefetch: bool = False
     pack: bool = True
     limits: bool = True
+    bits: bool = True
     read_mib_per_s: float = 300.0
     turn_seconds: float = 3.0
     max_seconds: float = 400.0
@@ -100,19 +107,21 @@ def run_decode(
     processes are gone afterwards, whatever happens.
     """
     started_s = time.perf_counter()
+    if options.dtype not in _DTYPES:
+        raise ConfigError(f"dtype {options.dtype!r}: give {' or '.join(_DTYPES)}.")
     model, work = harness.chosen_model(options.model), harness.work_folder(options.work)
     timed, more = _documents(model, options)
     family = harness.checked_family(model, options.family)
     bench = _Bench(options, family, (timed, more), on_start, on_tokens)
     wide_model = harness.wide_copy(
-        model, work, dtype=options.dtype, expert_bytes=options.expert_bytes, keep=options.keep
+        model, work, dtype=_DTYPES[options.dtype], expert_bytes=options.expert_bytes, keep=options.keep
     )
     with wide_model as (wide, _), ExitStack() as undo:
         result = bench.run(wide, work, undo)
     return {
         "model": str(model),
         "family": family,
-        "dtype": str(options.dtype).removeprefix("torch."),
+        "dtype": options.dtype,
         **{name: getattr(options, name) for name in _SETTINGS},
         **result,
         "seconds": round(time.perf_counter() - started_s, 1),
@@ -141,6 +150,9 @@ class _Bench:
             _Arm(f"cache25_prior{round(100 * gain)}", "cache25_prior", {"strength": gain / top})
             for gain in options.gains
         ]
+        if options.bits:
+            self._arms += [_Arm(f"{name}_s0", name, {"strength": 0.0}) for name in _CODED if not name.endswith("prior")]
+            self._arms.append(_Arm(f"cache7_q4_prior{round(100 * _CODED_GAIN)}", "cache7_q4_prior", {"strength": 1.0}))
         self._arms += [_Arm(name, name) for name in _OTHERS]
         self._decoded = 0
         self._skipped: dict[str, str] = {}
@@ -197,13 +209,31 @@ class _Bench:
             "cache100": ("cached", cached | {"budget": 1.0}),
             "cache25": ("cached", cached | {"budget": BUDGET}),
             "cache25_prior": ("cached", cached | prior | {"budget": BUDGET}),
+            **self._coded_plans(folder, cached),
             **{name: (regime, {}) for name, regime in _OTHERS.items()},
         }
         return {name: plan for name, plan in plans.items() if any(arm.worker == name for arm in self._arms)}
 
+    def _coded_plans(self, folder: Path, cached: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Experts in fewer bits: from packs of their own, computed by the fast arithmetic."""
+        plans: dict[str, tuple[str, dict[str, Any]]] = {}
+        for name, (bits, budget) in _CODED.items() if self._options.bits else ():
+            pack = folder.parent / f"{folder.name}.q{bits}.pack"
+            if not pack.exists():
+                pack_experts(str(folder), pack, bits=bits)
+            harness.evict(pack)
+            cache = {**cached["cache"], "storage": str(pack), "arithmetic": "fast"}
+            gain = _CODED_GAIN if name.endswith("prior") else 0.0
+            plans[name] = ("cached", {**cached, "cache": cache, "budget": budget, "gain": gain, "dial": gain > 0})
+        return plans
+
     def _load(self, name: str, regime: str, settings: dict[str, Any], folder: Path) -> None:
         """Loaded and rehearsed, so that the code it runs is in memory; those we compare with may fail."""
         harness.evict(folder)
+        if settings.get("budget", 0) is None:
+            # What a quarter of the experts would take in bf16, whatever type the arms loaded before this one have.
+            itemsize = _DTYPES[self._options.dtype].itemsize
+            settings = settings | {"budget": self._facts["cache25"]["budget_bytes"] * 2 // itemsize}
         try:
             self._facts[name] = self._workers[name].ask(
                 "load", regime=regime, folder=str(folder), threads=self._options.threads, options=settings
@@ -296,7 +326,8 @@ class _Bench:
             "documents": self._decoded,
             "quality_tokens": len(nll["stock"]),
             "arms": {arm.name: rows.get(arm.name) or {"skipped": self._skipped[arm.worker]} for arm in self._arms},
-            "bars": bars(steps, rows, limit, self._facts),
+            "bars": bars(steps, rows, limit, self._facts)
+            + (coded_bars(steps, is_bf16=self._options.dtype == "bfloat16") if self._options.bits else []),
             "raw_bandwidth_bytes_per_s": speed,
             "raw_read_bytes": self._raw["read_bytes"],
             "limit_ms": limit,

@@ -117,6 +117,20 @@ def bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], limit: float, fact
     return found
 
 
+def coded_bars(steps: Mapping[str, Steps], *, is_bf16: bool) -> list[Row]:
+    """The bars of experts in 4 bits, which are of bf16 slots: not measured where the other arms hold another type."""
+    base = steps["cache25_s0"]
+    found = []
+    for title, name, target in (
+        ("4 bits in 25 % of the bf16 bytes: TPOT / bf16 slots'", "cache25_q4_s0", 0.35),
+        ("4 bits in 25 % of their own bytes: TPOT / bf16 slots'", "cache7_q4_s0", 0.55),
+        ("the same with the resident prior: TPOT / bf16 slots'", "cache7_q4_prior20", 0.35),
+    ):
+        ratio = 1 / times_faster(steps[name], base) if is_bf16 and name in steps else None
+        found.append(bar(title, ratio, target) | {"arm": name})
+    return found
+
+
 def _over(steps: Mapping[str, Steps], baseline: str) -> float | None:
     return times_faster(steps["cache25_s0"], steps[baseline]) if baseline in steps else None
 

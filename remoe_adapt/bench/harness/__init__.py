@@ -13,5 +13,12 @@ from remoe_adapt.bench.harness.disk import (
 )
 from remoe_adapt.bench.harness.memory_group import MemoryGroup, memory_group, why_no_groups
 from remoe_adapt.bench.harness.process import Worker, WorkerProcess, speak
-from remoe_adapt.bench.harness.results import REPO_ROOT, bar, checked_family, chosen_model, work_folder
-from remoe_adapt.bench.harness.widen import EXPERT_BYTES, wide_copy
+from remoe_adapt.bench.harness.results import (
+    REPO_ROOT,
+    bar,
+    checked_family,
+    chosen_model,
+    terminated_as_interrupted,
+    work_folder,
+)
+from remoe_adapt.bench.harness.widen import EXPERT_BYTES, check_space, save_whole, wide_copy

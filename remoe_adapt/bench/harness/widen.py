@@ -49,7 +49,8 @@ def wide_copy(
         try:
             yield wide, pack
         finally:
-            for folder in () if keep else (wide, pack):
+            # Packs in fewer bits lie beside it too.
+            for folder in () if keep else (wide, *wide.parent.glob(f"{wide.name}*.pack")):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

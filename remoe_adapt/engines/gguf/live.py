@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from remoe_adapt._support import disk_faults, printable
+from remoe_adapt.checkpoints import ROUTERS_KEY
 from remoe_adapt.engines import write_pieces
-from remoe_adapt.engines.gguf.parts import ROUTERS_KEY
 from remoe_adapt.engines.gguf.patch import Base, locked, refuse_links
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.undo import Undo, digest

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from remoe_adapt._support import check_extra, disk_faults, printable
 from remoe_adapt.engines import left_out, new_files
-from remoe_adapt.engines.gguf.parts import FINGERPRINT_KEY, STRENGTH_KEY
 from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.errors import ConfigError, ExportError, UnsupportedRouterError
 from remoe_adapt.family import Family
 from remoe_adapt.routers import GGUF_ARCH, GGUF_LORA_IGNORED
+
+# A router LoRA carries these two entries: its strength, and the fingerprint of its base.
+STRENGTH_KEY, FINGERPRINT_KEY = "remoe.strength", "remoe.fingerprint"
 
 
 def export_gguf_lora(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from remoe_adapt._support import disk_faults, is_file, printable
+from remoe_adapt.checkpoints import GgufFile, shard_name
 from remoe_adapt.engines import OnBytes, clone_or_copy, ignore_bytes, left_out, link_or_copy, new_files, write_at
-from remoe_adapt.engines.gguf.file import GgufFile, shard_name
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.undo import Undo, undo_path
 from remoe_adapt.errors import ConfigError, ExportError

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from remoe_adapt._support import disk_faults, is_file, printable
+from remoe_adapt.checkpoints import ARCHITECTURE_KEY, GgufFile, GgufTensor, check_parts, shard_paths
 from remoe_adapt.engines import BaseFiles, read_at, read_tensor, tensor_bytes
-from remoe_adapt.engines.gguf.file import GgufFile, GgufTensor, shard_paths
-from remoe_adapt.engines.gguf.parts import ARCHITECTURE_KEY, check_parts
 from remoe_adapt.engines.gguf.undo import Undo
 from remoe_adapt.errors import ConfigError, ExportError, FamilyError, FingerprintMismatchError, UnsupportedRouterError
 from remoe_adapt.family import Family

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from remoe_adapt._support import disk_faults, printable
-from remoe_adapt.engines import OnBytes, append, copy_range, ignore_bytes, new_files, read_at
-from remoe_adapt.engines.gguf.file import (
+from remoe_adapt.checkpoints import (
     ALIGNMENT_KEY,
+    ARCHITECTURE_KEY,
+    DIGEST_KEYS,
     INT32,
+    MODEL_KEY,
+    ROUTERS_KEY,
+    SPLIT_KEYS,
     UINT16,
     GgufFile,
     GgufTensor,
@@ -21,7 +25,7 @@ from remoe_adapt.engines.gguf.file import (
     header_bytes,
     text_entry,
 )
-from remoe_adapt.engines.gguf.parts import ARCHITECTURE_KEY, DIGEST_KEYS, MODEL_KEY, ROUTERS_KEY, SPLIT_KEYS
+from remoe_adapt.engines import OnBytes, append, copy_range, ignore_bytes, new_files, read_at
 from remoe_adapt.engines.gguf.patch import NOTHING_LEFT, Base, export_facts, part_paths
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.undo import digest

@@ -23,9 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from remoe_adapt._support import printable
+from remoe_adapt.checkpoints import ROUTERS_KEY, GgufFile, GgufTensor
 from remoe_adapt.engines import read_at, replace_file, sync, write_at
-from remoe_adapt.engines.gguf.file import GgufFile, GgufTensor
-from remoe_adapt.engines.gguf.parts import ROUTERS_KEY
 from remoe_adapt.errors import ExportError
 
 # The number is raised when a reader of today would misread a file of tomorrow.

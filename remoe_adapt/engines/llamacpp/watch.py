@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remoe_adapt._support import check_extra
+from remoe_adapt.checkpoints import GgufFile
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.dial import Engine, turn
-from remoe_adapt.engines.gguf import FINGERPRINT_KEY, STRENGTH_KEY, GgufFile, LiveRouters
+from remoe_adapt.engines.gguf import FINGERPRINT_KEY, STRENGTH_KEY, LiveRouters
 from remoe_adapt.engines.llamacpp.client import Address
 from remoe_adapt.engines.llamacpp.live import LlamaFile
 from remoe_adapt.engines.llamacpp.process import MappingProcess, ServerProcess, ServerSensors, WatchedProcess

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from remoe_adapt._support import is_file, printable
-from remoe_adapt.errors import ExportError
+from remoe_adapt.errors import ExportError, RemoeError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT_KEY, DEFAULT_ALIGNMENT = "general.alignment", 32
@@ -62,55 +62,59 @@ class GgufFile:
     `values` are the entries that are no arrays; `entries` the bytes of every entry by key, in order; `tensors` in the
     header's order; `header_digest` stands for every byte before the data.
 
-    Raises ExportError when it cannot be read, is no GGUF file, is of another version or byte order, is cut off anywhere
+    error: what is raised; ExportError unless a reader of weights says otherwise.
+
+    Raises `error` when it cannot be read, is no GGUF file, is of another version or byte order, is cut off anywhere
     (also inside its last tensor), or claims what cannot be: keys or tensors twice, tensors that overlap or are of
     unknown types, counts and lengths beyond the file or all reason. Memory: the header, at most MAX_HEADER_BYTES.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, error: type[RemoeError] = ExportError) -> None:
+        self.path, self.error = path, error
         try:
             with path.open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 self._parse(_Reader(file, self.size))
-        except OSError as error:
-            raise ExportError(f"{printable(path)} cannot be read: {error.strerror or error}.") from error
-        except (struct.error, UnicodeDecodeError, EOFError, OverflowError) as error:
-            reason = printable(error)
-            raise ExportError(f"{printable(path)} is not a whole GGUF file ({reason}): fetch it again.") from error
+        except RemoeError:  # some of them are errors of the system too
+            raise
+        except OSError as fault:
+            raise error(f"{printable(path)} cannot be read: {fault.strerror or fault}.") from fault
+        except (struct.error, UnicodeDecodeError, EOFError, OverflowError) as fault:
+            reason = printable(fault)
+            raise error(f"{printable(path)} is not a whole GGUF file ({reason}): fetch it again.") from fault
 
     def number(self, key: str, default: int) -> int:
-        """The whole number, not negative, that an entry holds. Raises ExportError when it holds something else."""
+        """The whole number, not negative, that an entry holds. Raises `error` when it holds something else."""
         value = self.values.get(key, default)
         if key in self.entries and (key not in self.values or type(value) is not int or value < 0):
             raise self._odd(key, "a whole number")
         return int(value)
 
     def text(self, key: str, default: str) -> str:
-        """The text that an entry holds. Raises ExportError when it holds something else."""
+        """The text that an entry holds. Raises `error` when it holds something else."""
         value = self.values.get(key, default)
         if key in self.entries and not (key in self.values and isinstance(value, str)):
             raise self._odd(key, "text")
         return str(value)
 
-    def _odd(self, key: str, wanted: str) -> ExportError:
+    def _odd(self, key: str, wanted: str) -> RemoeError:
         found = printable(repr(self.values[key])) if key in self.values else "a list"
         return self._damaged(f"{printable(key)} is {found} where {wanted} belongs")
 
-    def _damaged(self, fault: str) -> ExportError:
-        return ExportError(f"{printable(self.path)}: {fault}: is the file damaged?")
+    def _damaged(self, fault: str) -> RemoeError:
+        return self.error(f"{printable(self.path)}: {fault}: is the file damaged?")
 
-    def _cut_off(self, where: str) -> ExportError:
-        return ExportError(f"{printable(self.path)} ends at byte {self.size}, {where}: fetch it again.")
+    def _cut_off(self, where: str) -> RemoeError:
+        return self.error(f"{printable(self.path)} ends at byte {self.size}, {where}: fetch it again.")
 
     def _parse(self, reader: _Reader) -> None:
         if (magic := reader.take(4)) != MAGIC:
-            raise ExportError(f"{printable(self.path)} is no GGUF file: it starts with {magic!r}.")
+            raise self.error(f"{printable(self.path)} is no GGUF file: it starts with {magic!r}.")
         version, num_tensors, num_entries = reader.unpack("I"), reader.unpack("Q"), reader.unpack("Q")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
             kind = "a big-endian file" if swapped else f"version {version}"
-            raise ExportError(f"{printable(self.path)} is {kind}; GGUF versions 2 and 3, little-endian, are supported.")
+            raise self.error(f"{printable(self.path)} is {kind}; GGUF versions 2 and 3, little-endian, are supported.")
         if max(num_tensors, num_entries) > MAX_ITEMS:
             raise self._damaged(f"it claims {num_tensors} tensors and {num_entries} entries")
         self.entries: dict[str, bytes] = {}
@@ -172,7 +176,7 @@ class GgufFile:
 
     def _size_of(self, name: str, shape: tuple[int, ...], kind: int) -> int:
         if kind not in BLOCKS:
-            raise ExportError(
+            raise self.error(
                 f"{printable(self.path)}: tensor {printable(name)} is of ggml type {kind}, which is not known here, so "
                 "it cannot be told whether the file is whole: use a newer remoe-adapt, or a GGUF of another type."
             )
@@ -184,26 +188,26 @@ class GgufFile:
         return prod(shape) * block_bytes // values
 
 
-def shard_paths(path: Path) -> list[Path]:
+def shard_paths(path: Path, error: type[RemoeError] = ExportError) -> list[Path]:
     """All files of a split GGUF of which `path` is the first, or just `path`.
 
-    Raises ExportError for another part than the first, for a number that cannot be, or when a part is missing.
+    Raises `error` for another part than the first, for a number that cannot be, or when a part is missing.
     """
     match = _SHARD.fullmatch(path.name)
     if not match:
         return [path]
     number, count, shown = int(match["number"]), int(match["count"]), printable(path)
     if not 1 <= number <= count:
-        raise ExportError(f"{shown} is named part {number} of {count}, which cannot be: give the file its name back.")
+        raise error(f"{shown} is named part {number} of {count}, which cannot be: give the file its name back.")
     if number != 1:
         first = printable(shard_name(match["stem"], 1, count))
-        raise ExportError(f"{shown} is a later part of a split GGUF: give the first, {first}.")
+        raise error(f"{shown} is a later part of a split GGUF: give the first, {first}.")
     paths = [path]
     for later in range(2, count + 1):
         paths.append(part := path.with_name(shard_name(match["stem"], later, count)))
         if not is_file(part):
             name = printable(part.name)
-            raise ExportError(f"{shown} is a split GGUF whose part {name} is not beside it: fetch it too.")
+            raise error(f"{shown} is a split GGUF whose part {name} is not beside it: fetch it too.")
     return paths
 
 
