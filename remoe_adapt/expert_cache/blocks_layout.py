@@ -128,9 +128,20 @@ class BlocksLayout(CodedLayout):
             found |= {param: like} if coded is None else coded.parts()
         return found
 
-    def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
-        slot = self.pools.of(layer).slot(self._places[layer])
+    def empty(self, layer: int) -> PoolSlot:
+        """A slot of this layer, to be filled."""
+        return self.pools.of(layer).slot(self._places[layer])
+
+    def bytes_of(self, layer: int, param: str, slot: Slot) -> list[Tensor]:
+        """The blocks of a parameter in a slot, flat, a tensor for each band: where sources that are blocks belong."""
+        return [slot[band.name].view(-1) for band in self._coded[layer][param].bands]
+
+    def filled(self, layer: int, stored: Mapping[str, Tensor], slot: PoolSlot | None = None) -> Slot:
+        """As `Layout.filled`; slot: one where what `stored` lacks has been read to already."""
+        slot = self.empty(layer) if slot is None else slot
         for group in self.plan.groups[layer]:
+            if group.sources[0].ending not in stored and group.params[0] not in stored:
+                continue
             coded = self._coded[layer].get(group.params[0])
             if coded is None:
                 made = self.plan.converted(group, stored)

@@ -223,6 +223,7 @@ def _gguf_group(group: ExpertGroup, dtype: torch.dtype) -> Group:
         straight=False,
         is_coded=True,
         blocks=blocks if group.has_blocks and not group.is_bias else None,
+        are_blocks=group.has_blocks and not group.is_bias and not group.interleaved,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt.checkpoints import Extent, open_checkpoint
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding
 from remoe_adapt.expert_cache.layouts import Layout, ParamsLayout
@@ -152,7 +153,26 @@ class ExpertStore(FileStore):
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             if isinstance(self.layout, ParamsLayout):
                 return self._params(layer, expert)
+            if isinstance(self.layout, BlocksLayout):
+                return self._blocked(self.layout, layer, expert)
             return self.layout.filled(layer, self._stored(layer, expert))
+
+    def _blocked(self, layout: BlocksLayout, layer: int, expert: int) -> Slot:
+        """Blocks are read to their places in the slot; what must become blocks first goes by way of other memory."""
+        slot, parts = layout.empty(layer), []
+        groups = [group for group in self.plan.groups[layer] if not group.are_blocks]
+        for group in (group for group in self.plan.groups[layer] if group.are_blocks):
+            extents = [source.of(expert, self.num_experts[layer]) for source in group.sources]
+            for whole in layout.bytes_of(layer, group.params[0], slot):
+                mine, size = [], 0
+                # A band is one tensor of the file, or several of one type.
+                while size < whole.nbytes:
+                    mine.append(extents.pop(0))
+                    size += mine[-1].size
+                parts += _parts(mine, whole)
+        if parts:
+            self._reader.fill(parts)
+        return layout.filled(layer, self._stored(layer, expert, groups), slot) if groups else slot
 
     def stored(self, layer: int, expert: int) -> dict[str, Tensor]:
         """One expert as the files have it: codes and scales by the endings of their names, floats as parameters."""
@@ -207,11 +227,12 @@ class ExpertStore(FileStore):
                 found |= self._converted(group, layer, expert)
         return found | self._straight(straight)
 
-    def _stored(self, layer: int, expert: int) -> dict[str, Tensor]:
+    def _stored(self, layer: int, expert: int, groups: Sequence[Group] | None = None) -> dict[str, Tensor]:
+        """The tensors of these groups; None: of all."""
         count = self.num_experts[layer]
         found: dict[str, Tensor] = {}
         straight: list[_Wanted] = []
-        for group in self.plan.groups[layer]:
+        for group in self.plan.groups[layer] if groups is None else groups:
             if group.is_coded:
                 for source, (ending, like) in zip(group.sources, group.on_meta().items(), strict=True):
                     straight.append((ending, like, [source.of(expert, count)]))
