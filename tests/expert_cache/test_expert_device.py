@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 from expert_support import EXPERTS, LAYERS, Source
+from fake_streams import FakeStreams, tier_over, two_tiers
 from prefetch_support import always, decoded, in_threads
 from tiny_checkpoints import Faults, save_tiny, stock
 
 from remoe_adapt import load_with_expert_cache
 from remoe_adapt.errors import ConfigError, ExpertReadError
-from remoe_adapt.expert_cache import gpu as devices
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.experts import bind_experts
-from remoe_adapt.expert_cache.gpu import DeviceBlocks, DeviceSource, PinnedBlock, find_device, make_cache
+from remoe_adapt.expert_cache.gpu import find_device, make_cache
+from remoe_adapt.expert_cache.streams import CudaStreams
 from remoe_adapt.expert_cache.memory import Blocks
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
 
@@ -41,11 +42,6 @@ def allocated() -> int:
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
     return torch.cuda.memory_allocated()
-
-
-def two_tiers(source: Any, budget: int, below_budget: int, **options: Any) -> ExpertCache:
-    below = ExpertCache(source, below_budget, threads=2)
-    return ExpertCache(DeviceSource(below), budget, threads=2, below=below, **options)
 
 
 def over_two_tiers(folder: Path, budget: float, below_budget: float, **options: Any) -> Any:
@@ -125,15 +121,24 @@ def test_faults_leave_both_tiers_consistent(folder: Path) -> None:
     source.broken = set()
     cache.lease(1, [2, 3]).release()
 
-    @contextmanager
-    def full() -> Iterator[None]:
-        raise torch.OutOfMemoryError("the device is full")
-        yield
+    class Broken(FakeStreams):
+        def copy(self, pairs: Any, after: Any) -> Any:
+            if self.is_full:
+                raise torch.OutOfMemoryError("the device is full")
+            return super().copy(pairs, after)
 
-    broken = ExpertCache(DeviceSource(cache.below, copies=full), source.total, below=cache.below)
+        is_full = False
+
+    streams = Broken()
+    broken = tier_over(cache.below, source.total, streams)
+    broken.lease(0, [0]).release()
+    streams.is_full = True
     with pytest.raises(torch.OutOfMemoryError):
         broken.lease(0, [1])
-    assert broken.resident() == [] and (0, 1) in cache.below.resident() and not cache.below._shares.pins
+    assert broken.resident() == [(0, 0)] and (0, 1) in cache.below.resident() and not cache.below._shares.pins
+    streams.is_full = False
+    with broken.lease(0, [0, 1]) as lease:
+        assert [float(lease.slots[expert]["w"][0]) for expert in (0, 1)] == [0.0, 1.0]
 
     faults = Faults(os.preadv)
     model = over_two_tiers(folder, 0.3, 0.5, reader=faults)
@@ -167,42 +172,6 @@ def test_a_block_serves_again_once_nothing_uses_it() -> None:
     assert second.data_ptr() != address, "a view is a use"
     del view
     assert blocks.empty((16, 4), torch.bfloat16).data_ptr() == address
-
-
-def test_pinned_memory_is_registered_in_its_size_and_let_go_before_it_is_unmapped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    held: dict[int, int] = {}
-    code = 0
-
-    def register(address: int, size: int, flags: int) -> int:
-        held[address] = size
-        return code
-
-    def unregister(address: int) -> int:
-        ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
-        assert any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
-        del held[address]
-        return 0
-
-    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    device = torch.device("cuda", 0)
-    blocks = Blocks(lambda size: PinnedBlock(size, device))
-    tensors = [blocks.empty((3, 1000), torch.float32) for _ in range(2)]
-    assert sorted(held) == sorted(tensor.data_ptr() for tensor in tensors) and set(held.values()) == {12000}
-    tensors.pop()
-    assert len(held) == 2, "kept for the next"
-    blocks.give_back()
-    assert list(held) == [tensors[0].data_ptr()]
-    tensors.clear()
-    del blocks
-    gc.collect()
-    assert not held
-    code = 2
-    with pytest.raises(ConfigError, match=r"4096 more bytes of RAM cannot be pinned .* lower ram_budget"):
-        PinnedBlock(4096, device)
 
 
 def test_options_of_devices_are_checked(folder: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.integrations.gguf import is_gguf_arch_supported
 
 from remoe_adapt.checkpoints.load import auto_class
 from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, UncacheableError
-from remoe_adapt.expert_cache.checkpoint_store import experts_modules
+from remoe_adapt.expert_cache.plan import experts_modules
 from remoe_adapt.expert_cache.encodings.blocks import Q4_0, Q8_0, dequantise
 from remoe_adapt.expert_cache.experts import experts_left_out
 from remoe_adapt.expert_cache.gguf.checkpoint import GgufCheckpoint, GgufWeights
