@@ -176,8 +176,9 @@ class BlocksLayout(CodedLayout):
         weights_TK: Tensor,
         chosen: ChosenExperts,
     ) -> Tensor:
+        # In training all forwards are alike: a checkpointed one runs without a graph first, and then again with one.
         has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
-        if self._kernels is None or has_graph or not self._is_coded(layer, module):
+        if self._kernels is None or has_graph or module.training or not self._is_coded(layer, module):
             return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
         out_TD: Tensor | None = None
         for slots in chosen.groups():
