@@ -12,7 +12,7 @@ from remoe_adapt.errors import UncacheableError
 from remoe_adapt.expert_cache.encodings import Band, BlockType, Ggml, PoolMatrix, dequantise
 from remoe_adapt.expert_cache.layouts import CodedLayout
 from remoe_adapt.expert_cache.plan import Group, Plan
-from remoe_adapt.expert_cache.pool import Parts, Pools, PoolSlot
+from remoe_adapt.expert_cache.pool import PoolSlot
 from remoe_adapt.expert_cache.types import Slot
 
 # For types alone, because experts.py imports this file.
@@ -49,8 +49,6 @@ class CodedParam(NamedTuple):
         return found
 
 
-# Parts of a slot lie at multiples of so many bytes, as torch's tensors do.
-ALIGNMENT = 64
 # By name of the parameter: those that are coded.
 CodedLayer = Mapping[str, CodedParam]
 
@@ -60,8 +58,6 @@ class BlocksLayout(CodedLayout):
 
     The kernels round activations to 8 bits in groups of 32, as llama.cpp does. A step that needs gradients is computed
     with dequantised weights, as all are without kernels.
-
-    pools: memory for slots, one pool for all slots of one size.
 
     kernels: compute; None: the exact arithmetic.
     coded: how each layer is encoded; None: an expert of the files will tell (`probe`).
@@ -88,9 +84,7 @@ class BlocksLayout(CodedLayout):
             )
         names = ", ".join(sorted(kind.name for kind in kinds))
         self.name = names if self._kernels is None else f"{names} by ggml"
-        placed = [_placed(self.parts(layer)) for layer in range(len(self.plan.layers))]
-        self._places = [parts for parts, _ in placed]
-        self.pools = Pools([size for _, size in placed], self.plan.num_experts)
+        self.place(None)
         self._fused: dict[int, bool] = {}
 
     def _probed(self, layer: int) -> CodedLayer:
@@ -100,7 +94,7 @@ class BlocksLayout(CodedLayout):
                 (param,) = group.params
                 like = self.plan.likes[layer][param]
                 rows, cols = reversed(like.shape) if self.plan.transposed[layer] else like.shape
-                bands = _bands(group, group.on_meta())
+                bands = bands_of(group, group.on_meta())
                 if sum(len(band.blocks_NB) for band in bands) != rows or any(
                     band.blocks_NB.shape[1] != band.kind.row_bytes(cols) for band in bands
                 ):
@@ -128,9 +122,21 @@ class BlocksLayout(CodedLayout):
             found |= {param: like} if coded is None else coded.parts()
         return found
 
+    def bands(self, layer: int, param: str) -> tuple[str, ...]:
+        coded = self._coded[layer].get(param)
+        return () if coded is None else tuple(band.name for band in coded.bands)
+
     def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
-        slot = self.pools.of(layer).slot(self._places[layer])
+        assert self.places is not None
+        slot = self.places.slot(layer)
+        self.fill(layer, stored, slot)
+        return slot
+
+    def fill(self, layer: int, stored: Mapping[str, Tensor], slot: Slot) -> None:
+        """Put into a slot what these stored tensors make of it; others have been read to their places."""
         for group in self.plan.groups[layer]:
+            if group.sources[0].ending not in stored and group.params[0] not in stored:
+                continue
             coded = self._coded[layer].get(group.params[0])
             if coded is None:
                 made = self.plan.converted(group, stored)
@@ -138,26 +144,14 @@ class BlocksLayout(CodedLayout):
                     slot[param].copy_(made[param])
                 continue
             pieces = {source.ending: stored[source.ending] for source in group.sources}
-            for place, band in zip(coded.bands, _bands(group, pieces), strict=True):
+            for place, band in zip(coded.bands, bands_of(group, pieces), strict=True):
                 slot[place.name].copy_(band.blocks_NB)
                 if place.order is not None and band.order_K is not None:
                     slot[place.order].copy_(band.order_K)
-        return slot
 
     def coded(self, layer: int) -> CodedLayer:
         """The parameters of a layer that are in blocks, by name."""
         return self._coded[layer]
-
-    def lies_as(self, layer: int, parts: Parts) -> bool:
-        """Whether the parts of a slot lie where these do, and are of their types and shapes."""
-        return dict(parts) == self._places[layer]
-
-    def copied(self, layer: int, parts: Mapping[str, Tensor]) -> Slot:
-        """A slot with these parts, which lie elsewhere."""
-        slot = self.pools.of(layer).slot(self._places[layer])
-        for name, part in slot.items():
-            part.copy_(parts[name])
-        return slot
 
     def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
         coded, like = self._coded[layer].get(param), self.plan.likes[layer][param]
@@ -182,8 +176,9 @@ class BlocksLayout(CodedLayout):
         weights_TK: Tensor,
         chosen: ChosenExperts,
     ) -> Tensor:
+        # In training all forwards are alike: a checkpointed one runs without a graph first, and then again with one.
         has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
-        if self._kernels is None or has_graph or not self._is_coded(layer, module):
+        if self._kernels is None or has_graph or module.training or not self._is_coded(layer, module):
             return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
         out_TD: Tensor | None = None
         for slots in chosen.groups():
@@ -225,7 +220,8 @@ class BlocksLayout(CodedLayout):
         return self._fused[layer]
 
     def _matrices(self, layer: int, param: str) -> list[PoolMatrix]:
-        coded, pool, places = self._coded[layer][param], self.pools.of(layer), self._places[layer]
+        assert self.places is not None
+        coded, pool, places = self._coded[layer][param], self.places.pools.of(layer), self.places.layers[layer]
         return [
             PoolMatrix(
                 pool.address + places[band.name][0], pool.slots, pool.slot_bytes, band.kind, band.rows, coded.cols
@@ -287,16 +283,7 @@ def _is_swiglu(module: Any) -> bool:
         return torch.allclose(module._apply_gate(both_N[None])[0], torch.nn.functional.silu(gate) * up)
 
 
-def _placed(parts: Mapping[str, Tensor]) -> tuple[Parts, int]:
-    """The parts of a slot one after another, and their bytes."""
-    found, at = {}, 0
-    for name, like in parts.items():
-        found[name] = at, tuple(like.shape), like.dtype
-        at += -(-like.nbytes // ALIGNMENT) * ALIGNMENT
-    return found, max(1, at)
-
-
-def _bands(group: Group, pieces: Mapping[str, Tensor]) -> list[Band]:
+def bands_of(group: Group, pieces: Mapping[str, Tensor]) -> list[Band]:
     """The bands of a coded parameter; neighbours of one type, whose columns are in order, are one."""
     assert group.blocks is not None
     found: list[Band] = []
