@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,10 +11,17 @@ import triton
 from torch import Tensor
 
 from .experts_few import BASES, down_kernel, up_kernel
+from .experts_many import blocks_of, down_tiles_kernel, sum_kernel, up_tiles_kernel
 from .slots import FLOAT, FP8, INT4, INT8, MXFP4, Activation, SlotMatrix, check_experts
 
 # A product and its sum are one instruction; two would take twice as long.
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
+# So many tokens are computed as many products with a vector: a tensor core would multiply as often with nothing.
+MAX_FEW = 8
+# Outputs of pairs that wait for their sum.
+_WORKSPACE_BYTES = 256 << 20
+# Fewer threads along columns read in shorter pieces, which a tenth of the reads is worth.
+_LITTLE_WASTE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +32,7 @@ class Tiling:
     rows: a thread's own rows (pairs of a gate and an up in the first product), a power of two.
     warps: of a program, whose 32 * warps / lanes other threads lie on rows, or on choices in the second product.
     chunks: neighbouring chunks of eight columns that a thread reads at a time: 1, 2, or 4 for codes of four bits.
-    unroll: such reads of a row that are under way together.
+    unroll: reads of a row in one round of the loop, so many as are under way together.
     """
 
     lanes: int
@@ -39,14 +47,39 @@ class Tiling:
         return self.warps * 32 // self.lanes
 
 
-# First and second product.
+# First and second product; measured where `benchmarks/run.py pool sweep=true` says so.
 TILINGS: dict[str, tuple[Tiling, Tiling]] = {
     FLOAT: (Tiling(128, 1, 4, unroll=2), Tiling(32, 2, 8, unroll=3)),
-    INT8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2)),
-    FP8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2)),
-    INT4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4)),
-    MXFP4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4)),
+    INT8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2, 3)),
+    FP8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2, 3)),
+    INT4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4, 3)),
+    MXFP4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4, 3)),
 }
+# Tiles of the products of more tokens, for at most so many: a slot has some T * C / E of them.
+TILES: tuple[tuple[float, dict[str, int]], ...] = (
+    (64, {"BM": 16, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}),
+    (256, {"BM": 32, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}),
+    (math.inf, {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}),
+)
+
+
+def tiling_of(matrix: SlotMatrix, choices: int | None = None) -> Tiling:
+    """The table's tiling of a matrix, with so many threads along columns that few of them read beyond the last one.
+
+    choices: of a token, for a second product: threads lie on no more.
+    """
+    tiling = TILINGS[matrix.kind][0 if choices is None else 1]
+    chunks = tiling.chunks if matrix.kind == FLOAT else max(1, min(tiling.chunks, matrix.group // 8))
+    tiling = replace(tiling, chunks=chunks)
+    others = tiling.others if choices is None else min(tiling.others, triton.next_power_of_2(choices))
+    lanes, least = tiling.lanes, max(1, 32 // others)
+    while lanes // 2 >= max(8, least) and _waste(matrix, replace(tiling, lanes=lanes)) > _LITTLE_WASTE:
+        lanes //= 2
+    if choices is None:
+        # Threads that are not needed along columns lie on more rows.
+        return replace(tiling, lanes=lanes)
+    lanes = max(lanes, least)
+    return replace(tiling, lanes=lanes, warps=lanes * others // 32)
 
 
 def experts_forward(
@@ -71,37 +104,73 @@ def experts_forward(
     Raises ValueError for shapes that do not fit.
     """
     check_experts(x_TD, slots_TC, weights_TC, up, down)
-    (tokens, choices), device = slots_TC.shape, x_TD.device
-    out_TD = torch.empty((tokens, down.rows), dtype=x_TD.dtype, device=device)
-    if tokens == 0:
-        return out_TD if last else None
-    slots_TC, weights_TC = slots_TC.contiguous(), weights_TC.contiguous()
-    up_tiling = TILINGS[up.kind][0] if tilings is None else tilings[0]
-    down_tiling = _with_choices(TILINGS[down.kind][1], choices) if tilings is None else tilings[1]
-    inner, width = down.cols, _padded(down.cols, down, down_tiling)
-    hidden = torch.empty((tokens * choices, width), dtype=x_TD.dtype, device=device)
-    up_kernel[(triton.cdiv(inner, up_tiling.rows * up_tiling.others), tokens * choices)](
-        BASES.get(up.kind, 0), x_TD, x_TD.stride(0), slots_TC, *_parts(up), hidden, C=choices, INNER=inner, K=up.cols,
-        WIDTH=width, INTERLEAVED=activation.interleaved, FUNCTION=activation.function, ALPHA=activation.alpha,
-        LIMIT=activation.limit, SHIFT=activation.shift, DOWN_L=down_tiling.lanes,
-        DOWN_CHUNKS=1 if down.kind == FLOAT else down_tiling.chunks,
-        MASKED=_padded(up.cols, up, up_tiling) != up.cols, **_facts(up, up_tiling), **LAUNCH,
-    )  # fmt: skip
-    # A call that is the only one reads no pairs, but runs the same binary.
-    pairs = torch.empty(4, device=device) if pairs_TCD is None else pairs_TCD
-    pair_rows, out_rows = (0, down.rows) if last else (down.rows, 0)
-    down_kernel[(triton.cdiv(down.rows, down_tiling.rows), tokens)](
-        BASES.get(down.kind, 0), pair_rows, out_rows, hidden, slots_TC, weights_TC, *_parts(down), pairs, out_TD,
-        out_TD.stride(0), C=choices, N=down.rows, K=inner, WIDTH=width, **_facts(down, down_tiling), **LAUNCH,
-    )  # fmt: skip
+    tokens = len(x_TD)
+    out_TD = torch.empty((tokens, down.rows), dtype=x_TD.dtype, device=x_TD.device)
+    args = (slots_TC.contiguous(), weights_TC.contiguous(), up, down, activation)
+    if 0 < tokens <= MAX_FEW:
+        _forward_few(
+            x_TD, *args, pairs_TCD, last, tilings or (tiling_of(up), tiling_of(down, slots_TC.shape[1])), out_TD
+        )
+    elif pairs_TCD is not None:
+        _forward_many(x_TD, *args, pairs_TCD, last, out_TD)
+    elif tokens:
+        step = max(MAX_FEW + 1, _WORKSPACE_BYTES // (4 * slots_TC.shape[1] * down.rows))
+        for first in range(0, tokens, step):
+            some = slice(first, first + step)
+            pairs = torch.empty((*slots_TC[some].shape, down.rows), device=x_TD.device)
+            _forward_many(x_TD[some], args[0][some], args[1][some], *args[2:], pairs, last, out_TD[some])
     return out_TD if last else None
 
 
-def _with_choices(tiling: Tiling, choices: int) -> Tiling:
-    """The tiling with no more threads along choices than there are: others would have nothing to read."""
-    others = min(tiling.others, triton.next_power_of_2(choices))
-    lanes = max(tiling.lanes, 32 // others)
-    return Tiling(lanes, tiling.rows, lanes * others // 32, tiling.chunks, tiling.unroll)
+def _forward_few(
+    x_TD: Tensor, slots_TC: Tensor, weights_TC: Tensor, up: SlotMatrix, down: SlotMatrix, activation: Activation,
+    pairs_TCD: Tensor | None, last: bool, tilings: tuple[Tiling, Tiling], out_TD: Tensor,
+) -> None:  # fmt: skip
+    (tokens, choices), inner, (up_tiling, down_tiling) = slots_TC.shape, down.cols, tilings
+    width = _padded(inner, down, down_tiling)
+    hidden = torch.empty((tokens * choices, width), dtype=x_TD.dtype, device=x_TD.device)
+    up_kernel[(triton.cdiv(inner, up_tiling.rows * up_tiling.others), tokens * choices)](
+        BASES.get(up.kind, 0), x_TD, x_TD.stride(0), slots_TC, *_parts(up), hidden, C=choices, INNER=inner, K=up.cols,
+        WIDTH=width, DOWN_L=down_tiling.lanes, DOWN_CHUNKS=1 if down.kind == FLOAT else down_tiling.chunks,
+        MASKED=_padded(up.cols, up, up_tiling) != up.cols, **_between(activation), **_facts(up),
+        **_threads(up_tiling), **LAUNCH,
+    )  # fmt: skip
+    # A call that is the only one reads no pairs, but runs the same binary.
+    pairs = torch.empty(4, device=x_TD.device) if pairs_TCD is None else pairs_TCD
+    pair_rows, out_rows = (0, down.rows) if last else (down.rows, 0)
+    down_kernel[(triton.cdiv(down.rows, down_tiling.rows), tokens)](
+        BASES.get(down.kind, 0), pair_rows, out_rows, hidden, slots_TC, weights_TC, *_parts(down), pairs, out_TD,
+        out_TD.stride(0), C=choices, N=down.rows, K=inner, WIDTH=width, **_facts(down), **_threads(down_tiling),
+        **LAUNCH,
+    )  # fmt: skip
+
+
+def _forward_many(
+    x_TD: Tensor, slots_TC: Tensor, weights_TC: Tensor, up: SlotMatrix, down: SlotMatrix, activation: Activation,
+    pairs_TCD: Tensor, last: bool, out_TD: Tensor,
+) -> None:  # fmt: skip
+    (tokens, choices), inner = slots_TC.shape, down.cols
+    tile = next(tile for most, tile in TILES if tokens <= most)
+    blocks = blocks_of(slots_TC, tile["BM"], up.slots)
+    hidden = torch.empty((tokens * choices, inner), dtype=x_TD.dtype, device=x_TD.device)
+    common = (tokens * choices, blocks.order, blocks.firsts)
+    up_tiles_kernel[(triton.cdiv(inner, tile["BN"]), len(blocks.firsts))](
+        BASES.get(up.kind, 0), *common, x_TD, x_TD.stride(0), slots_TC, *_parts(up), hidden, C=choices, INNER=inner,
+        K=up.cols, **_between(activation), **_facts(up), **tile, **LAUNCH,
+    )  # fmt: skip
+    down_tiles_kernel[(triton.cdiv(down.rows, tile["BN"]), len(blocks.firsts))](
+        BASES.get(down.kind, 0), *common, hidden, slots_TC, *_parts(down), pairs_TCD, N=down.rows, K=inner,
+        **_facts(down), **tile, **LAUNCH,
+    )  # fmt: skip
+    if last:
+        sum_kernel[(tokens, triton.cdiv(down.rows, 1024))](
+            pairs_TCD, slots_TC, weights_TC, out_TD, out_TD.stride(0), C=choices, N=down.rows, BN=1024, **LAUNCH
+        )
+
+
+def _waste(matrix: SlotMatrix, tiling: Tiling) -> float:
+    """Share of a program's reads that is beyond the last column."""
+    return 1.0 - matrix.cols / _padded(matrix.cols, matrix, tiling)
 
 
 def _parts(matrix: SlotMatrix) -> tuple[Any, ...]:
@@ -118,17 +187,27 @@ def _values(matrix: SlotMatrix) -> int:
     return 4 if matrix.kind in (INT8, FP8) else 8
 
 
-def _facts(matrix: SlotMatrix, tiling: Tiling) -> dict[str, Any]:
-    """Compile-time facts of a matrix and its tiling, by parameter name of the kernels."""
+def _facts(matrix: SlotMatrix) -> dict[str, Any]:
+    """Compile-time facts of a matrix, by parameter name of the kernels."""
+    return {"KIND": matrix.kind, "GROUP": matrix.group, "HALVES": matrix.halves, "VALUES": _values(matrix)}
+
+
+def _threads(tiling: Tiling) -> dict[str, Any]:
     return {
-        "KIND": matrix.kind, "GROUP": matrix.group, "HALVES": matrix.halves, "VALUES": _values(matrix),
         "R": tiling.rows, "Q": tiling.others, "L": tiling.lanes, "CHUNKS": tiling.chunks, "UNROLL": tiling.unroll,
         "num_warps": tiling.warps,
+    }  # fmt: skip
+
+
+def _between(activation: Activation) -> dict[str, Any]:
+    return {
+        "INTERLEAVED": activation.interleaved, "FUNCTION": activation.function, "ALPHA": activation.alpha,
+        "LIMIT": activation.limit, "SHIFT": activation.shift,
     }  # fmt: skip
 
 
 def _padded(columns: int, matrix: SlotMatrix, tiling: Tiling) -> int:
     """Columns in whole reads of a program."""
     own = _values(matrix) if matrix.kind == FLOAT else tiling.chunks * 8
-    tile = tiling.lanes * own * tiling.unroll
+    tile = tiling.lanes * own
     return -(-columns // tile) * tile

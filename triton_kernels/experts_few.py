@@ -107,12 +107,19 @@ def interleaved(hidden_QL8, W: tl.constexpr):
 
 
 @triton.jit
-def scales_of(pointers, mask, MASKED: tl.constexpr, KIND: tl.constexpr):
-    """fp32 scales or minima; E8M0 is the exponent of an fp32."""
+def load(pointers, mask, MASKED: tl.constexpr):
+    """What lies there, 0 where masked."""
     if MASKED:
         values = tl.load(pointers, mask=mask, other=0)
     else:
         values = tl.load(pointers)
+    return values
+
+
+@triton.jit
+def scales_of(pointers, mask, MASKED: tl.constexpr, KIND: tl.constexpr):
+    """fp32 scales or minima; E8M0 is the exponent of an fp32."""
+    values = load(pointers, mask, MASKED)
     if KIND == MXFP4:
         # The smallest, 2^-127, is subnormal.
         found = tl.where(values == 0, 0x00400000, values.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
@@ -122,131 +129,117 @@ def scales_of(pointers, mask, MASKED: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_hidden(pointers, mask, MASKED: tl.constexpr):
-    """Hidden values, 0 beyond the last column."""
-    if MASKED:
-        values = tl.load(pointers, mask=mask, other=0.0)
-    else:
-        values = tl.load(pointers)
-    return values
-
-
-@triton.jit
 def products(
-    base, x_Q11, codes_1Q1, scales_1Q1, minima_1Q1, row_RQ1, live_1Q1, K: tl.constexpr, ROWS: tl.constexpr,
-    KIND: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, VALUES: tl.constexpr, PLACED: tl.constexpr,
-    MASKED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, CHUNKS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    base, x_Q1, codes_M1, scales_M1, minima_M1, live_Q1, live_M1, K: tl.constexpr, KIND: tl.constexpr,
+    GROUP: tl.constexpr, VALUES: tl.constexpr, PLACED: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
+    Q: tl.constexpr, L: tl.constexpr, CHUNKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a matrix [ROWS, K] in a slot times hidden values, fp32 [R, Q].
+    """Rows of K columns times hidden values, fp32 [R, Q]. Row m of M = R * Q is of thread m % Q.
+
+    Tiles are read as [M, L * ...]: with two axes of which one is contiguous, threads go along that in every Triton.
 
     base: see `values_of`.
-    x_Q11: pointers to hidden values; PLACED: chunks of eight lie as `up_kernel` leaves them.
-    codes_1Q1, scales_1Q1, minima_1Q1: pointers to the slot's parts, one or one for each of Q; minima may be None.
-    row_RQ1: the rows.
-    live_1Q1: which of Q are read at all; MASKED: whether that or the number of columns leaves anything out.
+    x_Q1: pointers to hidden values; PLACED: chunks of eight lie as `up_kernel` leaves them.
+    codes_M1, scales_M1, minima_M1: pointers to the first of a row; minima may be None.
+    live_Q1, live_M1: what is read at all; MASKED: whether that or the number of columns leaves anything out.
     VALUES: numbers in 4 bytes of codes; of FLOAT, numbers that a thread reads at a time.
     """
-    lane_11L = tl.arange(0, L)[None, None, :]
-    lane_1L1 = tl.arange(0, L)[None, :, None]
-    live_Q11 = tl.reshape(live_1Q1, (Q, 1, 1))
-    COLUMNS: tl.constexpr = VALUES if KIND == FLOAT else CHUNKS * 8
-    WORDS: tl.constexpr = COLUMNS if KIND == FLOAT else COLUMNS // VALUES
-    OFFSET: tl.constexpr = (KIND == INT4) | (KIND == INT8)
-    word_111W = tl.arange(0, WORDS)[None, None, None, :]
+    # Columns of a thread in one read, the columns of a tile.
+    OWN: tl.constexpr = VALUES if KIND == FLOAT else CHUNKS * 8
+    TILE: tl.constexpr = L * OWN
     if KIND == FLOAT:
-        value_11V = tl.arange(0, VALUES)[None, None, :]
-        total_RQLV = tl.full((R, Q, L, VALUES), 0.0, tl.float32)
+        column_1T = tl.arange(0, TILE)[None, :]
+        # A thread reads its columns at once where all or none of them are inside.
+        last_1T = column_1T // VALUES * VALUES if K % VALUES == 0 else column_1T
+        total_RQT = tl.full((R, Q, TILE), 0.0, tl.float32)
+        next_MT = load(codes_M1 + column_1T, (last_1T < K) & live_M1, MASKED)
+        for start in tl.range(0, K, TILE, loop_unroll_factor=UNROLL):
+            weight_MT = next_MT
+            if K > TILE:
+                next_MT = load(codes_M1 + (start + TILE + column_1T), (start + TILE + last_1T < K) & live_M1, True)
+            hidden_QT = load(x_Q1 + (start + column_1T), (start + last_1T < K) & live_Q1, MASKED)
+            total_RQT += tl.reshape(weight_MT.to(tl.float32), (R, Q, TILE)) * hidden_QT.to(tl.float32)[None, :, :]
+        sum_RQ = tl.sum(total_RQT, axis=2)
     else:
-        GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-        BLOCKS: tl.constexpr = (ROWS // 2 + FP8_BLOCK - 1) // FP8_BLOCK
-        value_11V = tl.arange(0, 8)[None, None, :]
-        total_RQL = tl.full((R, Q, L), 0.0, tl.float32)
-        if KIND == FP8:
-            if HALVES:
-                lower_RQ1 = row_RQ1 // (ROWS // 2)
-                scale_row_RQ1 = lower_RQ1 * BLOCKS + (row_RQ1 - lower_RQ1 * (ROWS // 2)) // FP8_BLOCK
-            else:
-                scale_row_RQ1 = row_RQ1 // FP8_BLOCK
-        else:
-            scale_row_RQ1 = row_RQ1
+        WORDS: tl.constexpr = OWN // VALUES
+        OFFSET: tl.constexpr = (KIND == INT4) | (KIND == INT8)
+        lane_1L = tl.arange(0, L)[None, :]
+        word_1W = tl.arange(0, L * WORDS)[None, :]
+        value_1V = tl.arange(0, L * 8)[None, :]
+        # A chunk of a thread: in its place, or beside those of other threads.
+        spread_1V = value_1V if PLACED else value_1V // 8 * OWN + value_1V % 8
+        APART: tl.constexpr = L * 8 if PLACED else 8
         # What `values_of` puts beside a code, and the 8 that a symmetric code of four bits has beside it.
         if KIND == INT4:
-            zero: tl.constexpr = 16.0 if minima_1Q1 is not None else 24.0
+            zero: tl.constexpr = 16.0 if minima_M1 is not None else 24.0
             offset_118 = zero + 240.0 * (tl.arange(0, 8)[None, None, :] % 2)
         else:
             offset_118 = 384.0
-    for first in range(0, K, L * COLUMNS * UNROLL):
-        for step in tl.static_range(UNROLL):
-            start = first + step * (L * COLUMNS)
-            column_11L = start + lane_11L * COLUMNS
-            if KIND == FLOAT:
-                at_RQL1 = row_RQ1[:, :, :, None] * K + column_11L[:, :, :, None]
-            else:
-                at_RQL1 = row_RQ1[:, :, :, None] * (K // VALUES) + column_11L[:, :, :, None] // VALUES
-            codes_RQLW = codes_1Q1[:, :, :, None] + (at_RQL1 + word_111W)
-            if MASKED:
-                inside_QL1 = (start + lane_1L1 * COLUMNS < K) & live_Q11
-                mask_1QL = (column_11L < K) & live_1Q1
-                if KIND == FLOAT and K % VALUES:
-                    inside_QL1 = (start + lane_1L1 * COLUMNS + value_11V < K) & live_Q11
-                    mask_1QL1 = (column_11L[:, :, :, None] + word_111W < K) & live_1Q1[:, :, :, None]
-                else:
-                    mask_1QL1 = mask_1QL[:, :, :, None]
-                tile_RQLW = tl.load(codes_RQLW, mask=mask_1QL1, other=0)
-            else:
-                inside_QL1 = None
-                mask_1QL = None
-                tile_RQLW = tl.load(codes_RQLW)
-            if KIND == FLOAT:
-                hidden_QLV = load_hidden(x_Q11 + (start + lane_1L1 * COLUMNS + value_11V), inside_QL1, MASKED)
-                total_RQLV += tile_RQLW.to(tl.float32) * hidden_QLV.to(tl.float32)[None, :, :, :]
-            else:
-                group_RQL = scale_row_RQ1 * GROUPS + column_11L // GROUP
-                scale_RQL = scales_of(scales_1Q1 + group_RQL, mask_1QL, MASKED, KIND)
-                if minima_1Q1 is not None:
-                    minimum_RQL = scales_of(minima_1Q1 + group_RQL, mask_1QL, MASKED, KIND)
-                    sum_QL8 = tl.full((Q, L, 8), 0.0, tl.float32)
-                part_RQL8 = tl.full((R, Q, L, 8), 0.0, tl.float32)
-                beside_QL8 = tl.full((Q, L, 8), 0.0, tl.float32)
-                for chunk in tl.static_range(CHUNKS):
-                    if PLACED:
-                        hidden_Q18 = x_Q11 + (start + (chunk * L + lane_1L1) * 8 + value_11V)
-                    else:
-                        hidden_Q18 = x_Q11 + (start + (lane_1L1 * CHUNKS + chunk) * 8 + value_11V)
-                    hidden_QL8 = load_hidden(hidden_Q18, inside_QL1, MASKED).to(tl.float32)
-                    if not OFFSET:
-                        hidden_QL8 = interleaved(hidden_QL8, 8 // VALUES)
-                    words_RQLW = chunk_of(tile_RQLW, chunk, CHUNKS).to(tl.uint32, bitcast=True)
-                    part_RQL8 += values_of(words_RQLW, base, KIND) * hidden_QL8[None, :, :, :]
-                    if OFFSET:
-                        beside_QL8 += hidden_QL8 * offset_118
-                    if minima_1Q1 is not None:
-                        sum_QL8 += hidden_QL8
-                part_RQL = tl.sum(part_RQL8, axis=3)
+        total_RQL = tl.full((R, Q, L), 0.0, tl.float32)
+        # Codes are read a tile ahead of what is computed with them.
+        next_MW = load(codes_M1 + word_1W, (word_1W // WORDS * OWN < K) & live_M1, MASKED)
+        for start in tl.range(0, K, TILE, loop_unroll_factor=UNROLL):
+            tile_MW = next_MW
+            if K > TILE:
+                inside_1W = start + TILE + word_1W // WORDS * OWN < K
+                next_MW = load(codes_M1 + ((start + TILE) // VALUES + word_1W), inside_1W & live_M1, True)
+            tile_RQLW = tl.reshape(tile_MW, (R, Q, L, WORDS)).to(tl.uint32, bitcast=True)
+            inside_ML = (start + lane_1L * OWN < K) & live_M1
+            # The hint is for older Triton, which would lay threads across rows where scales are alike in a row.
+            group_1L = tl.max_contiguous((start + lane_1L * OWN) // GROUP, (1, L))
+            scale_RQL = tl.reshape(scales_of(scales_M1 + group_1L, inside_ML, MASKED, KIND), (R, Q, L))
+            if minima_M1 is not None:
+                minimum_RQL = tl.reshape(scales_of(minima_M1 + group_1L, inside_ML, MASKED, KIND), (R, Q, L))
+                sum_QL8 = tl.full((Q, L, 8), 0.0, tl.float32)
+            part_RQL8 = tl.full((R, Q, L, 8), 0.0, tl.float32)
+            beside_QL8 = tl.full((Q, L, 8), 0.0, tl.float32)
+            inside_QV = (start + value_1V // 8 * OWN < K) & live_Q1
+            for chunk in tl.static_range(CHUNKS):
+                hidden_QV = load(x_Q1 + (start + chunk * APART + spread_1V), inside_QV, MASKED)
+                hidden_QL8 = tl.reshape(hidden_QV.to(tl.float32), (Q, L, 8))
+                if not OFFSET:
+                    hidden_QL8 = interleaved(hidden_QL8, 8 // VALUES)
+                words_RQLW = chunk_of(tile_RQLW, chunk, CHUNKS)
+                part_RQL8 += values_of(words_RQLW, base, KIND) * hidden_QL8[None, :, :, :]
                 if OFFSET:
-                    part_RQL -= tl.sum(beside_QL8, axis=2)[None, :, :]
-                total_RQL += scale_RQL * part_RQL
-                if minima_1Q1 is not None:
-                    total_RQL += minimum_RQL * tl.sum(sum_QL8, axis=2)[None, :, :]
-    if KIND == FLOAT:
-        total_RQL = tl.sum(total_RQLV, axis=3)
-    sum_RQ = tl.sum(total_RQL, axis=2)
-    if KIND == MXFP4:
-        sum_RQ *= 16384.0
-    elif KIND == FP8:
-        sum_RQ *= 256.0
+                    beside_QL8 += hidden_QL8 * offset_118
+                if minima_M1 is not None:
+                    sum_QL8 += hidden_QL8
+            part_RQL = tl.sum(part_RQL8, axis=3)
+            if OFFSET:
+                part_RQL -= tl.sum(beside_QL8, axis=2)[None, :, :]
+            total_RQL += scale_RQL * part_RQL
+            if minima_M1 is not None:
+                total_RQL += minimum_RQL * tl.sum(sum_QL8, axis=2)[None, :, :]
+        sum_RQ = tl.sum(total_RQL, axis=2)
+        if KIND == MXFP4:
+            sum_RQ *= 16384.0
+        elif KIND == FP8:
+            sum_RQ *= 256.0
     return sum_RQ
+
+
+@triton.jit
+def scale_row(row, ROWS: tl.constexpr, KIND: tl.constexpr, HALVES: tl.constexpr):
+    """The row of scales for a row of a matrix [ROWS, ...]."""
+    if KIND != FP8:
+        found = row
+    elif HALVES:
+        half = row // (ROWS // 2)
+        found = half * ((ROWS // 2 + FP8_BLOCK - 1) // FP8_BLOCK) + (row - half * (ROWS // 2)) // FP8_BLOCK
+    else:
+        found = row // FP8_BLOCK
+    return found
 
 
 @triton.jit(do_not_specialize=["base"], do_not_specialize_on_alignment=SCATTERED)
 def up_kernel(
     base, x, stride_x, slots, codes, stride_c, scales, stride_s, minima, stride_m, bias, stride_b, hidden,
-    C: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-    HALVES: tl.constexpr, VALUES: tl.constexpr, INTERLEAVED: tl.constexpr, FUNCTION: tl.constexpr,
-    ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, DOWN_L: tl.constexpr, DOWN_CHUNKS: tl.constexpr,
-    MASKED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, CHUNKS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    C: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, VALUES: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, DOWN_L: tl.constexpr,
+    DOWN_CHUNKS: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, L: tl.constexpr,
+    CHUNKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Program (i, p): R * Q activated rows from i * R * Q on, of pair p (token p // C), to `hidden` [pairs, WIDTH].
 
@@ -258,29 +251,25 @@ def up_kernel(
     slot = tl.load(slots + pair).to(tl.int64)
     if slot >= 0:
         # A thread's rows are R gates and then their R ups.
-        member = tl.arange(0, 2 * R)[:, None, None]
-        row_RQ1 = tl.program_id(0) * (R * Q) + (member % R) * Q + tl.arange(0, Q)[None, :, None]
+        half_M1 = tl.arange(0, 2 * R * Q)[:, None] // (R * Q)
+        row_M1 = tl.program_id(0) * (R * Q) + tl.arange(0, 2 * R * Q)[:, None] % (R * Q)
         if INNER % (R * Q):
-            row_RQ1 = tl.minimum(row_RQ1, INNER - 1)
-        if INTERLEAVED:
-            row_RQ1 = row_RQ1 * 2 + member // R
-        else:
-            row_RQ1 = row_RQ1 + (member // R) * INNER
-        nothing_1Q1 = tl.full((1, Q, 1), 0, tl.int32)
-        codes_1Q1 = codes + slot * stride_c + nothing_1Q1
-        scales_1Q1 = None
-        minima_1Q1 = None
+            row_M1 = tl.minimum(row_M1, INNER - 1)
+        row_M1 = row_M1 * 2 + half_M1 if INTERLEAVED else row_M1 + half_M1 * INNER
+        scales_M1 = None
+        minima_M1 = None
         if scales is not None:
-            scales_1Q1 = scales + slot * stride_s + nothing_1Q1
-        if minima is not None:
-            minima_1Q1 = minima + slot * stride_m + nothing_1Q1
-        x_Q11 = x + (pair // C).to(tl.int64) * stride_x + tl.full((Q, 1, 1), 0, tl.int32)
+            scale_M1 = scale_row(row_M1, 2 * INNER, KIND, HALVES) * ((K + GROUP - 1) // GROUP)
+            scales_M1 = scales + slot * stride_s + scale_M1
+            if minima is not None:
+                minima_M1 = minima + slot * stride_m + scale_M1
         dots_RQ = products(
-            base, x_Q11, codes_1Q1, scales_1Q1, minima_1Q1, row_RQ1, nothing_1Q1 == 0, K, 2 * INNER, KIND, GROUP,
-            HALVES, VALUES, False, MASKED, 2 * R, Q, L, CHUNKS, UNROLL,
+            base, x + (pair // C).to(tl.int64) * stride_x + tl.arange(0, Q)[:, None] * 0,
+            codes + slot * stride_c + row_M1 * (K if KIND == FLOAT else K // VALUES), scales_M1, minima_M1, True, True,
+            K, KIND, GROUP, VALUES, False, MASKED, 2 * R, Q, L, CHUNKS, UNROLL,
         )  # fmt: skip
         if bias is not None:
-            dots_RQ += tl.load(bias + slot * stride_b + tl.reshape(row_RQ1, (2 * R, Q))).to(tl.float32)
+            dots_RQ += tl.reshape(tl.load(bias + slot * stride_b + row_M1), (2 * R, Q)).to(tl.float32)
         gate_RQ, up_RQ = tl.split(tl.permute(tl.reshape(dots_RQ, (2, R, Q)), (1, 2, 0)))
         value_RQ = activated(gate_RQ, up_RQ, FUNCTION, ALPHA, LIMIT, SHIFT)
         column_RQ = tl.program_id(0) * (R * Q) + tl.arange(0, R)[:, None] * Q + tl.arange(0, Q)[None, :]
@@ -295,10 +284,9 @@ def up_kernel(
 @triton.jit(do_not_specialize=["base", "pair_rows", "out_rows"], do_not_specialize_on_alignment=SCATTERED)
 def down_kernel(
     base, pair_rows, out_rows, hidden, slots, weights, codes, stride_c, scales, stride_s, minima, stride_m, bias,
-    stride_b, pairs, out, stride_o,
-    C: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr,
-    HALVES: tl.constexpr, VALUES: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, L: tl.constexpr, CHUNKS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    stride_b, pairs, out, stride_o, C: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr, VALUES: tl.constexpr, R: tl.constexpr,
+    Q: tl.constexpr, L: tl.constexpr, CHUNKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Program (i, t): R rows from i * R on for token t: the weighted sum over its C choices, Q at a time.
 
@@ -307,34 +295,36 @@ def down_kernel(
     """
     token = tl.program_id(1).to(tl.int64)
     row_R = tl.program_id(0) * R + tl.arange(0, R)
-    real_R = row_R < N
-    row_RQ1 = row_R[:, None, None] + tl.full((R, Q, 1), 0, tl.int32)
+    row_M1 = tl.program_id(0) * R + tl.arange(0, R * Q)[:, None] // Q
     if N % R:
-        row_RQ1 = tl.minimum(row_RQ1, N - 1)
+        row_M1 = tl.minimum(row_M1, N - 1)
     total_R = tl.full((R,), 0.0, tl.float32)
     for first in tl.static_range(0, C, Q):
         choice_Q = first + tl.arange(0, Q)
+        choice_M1 = first + tl.arange(0, R * Q)[:, None] % Q
         slot_Q = tl.load(slots + token * C + choice_Q, mask=choice_Q < C, other=-1)
+        slot_M1 = tl.load(slots + token * C + choice_M1, mask=choice_M1 < C, other=-1)
         pair_Q = token * C + tl.minimum(choice_Q, C - 1)
-        at_1Q1 = tl.maximum(slot_Q, 0).to(tl.int64)[None, :, None]
+        at_M1 = tl.maximum(slot_M1, 0).to(tl.int64)
         live_Q = slot_Q >= 0
-        done_Q = slot_Q == DONE
-        scales_1Q1 = None
-        minima_1Q1 = None
+        scales_M1 = None
+        minima_M1 = None
         if scales is not None:
-            scales_1Q1 = scales + at_1Q1 * stride_s
-        if minima is not None:
-            minima_1Q1 = minima + at_1Q1 * stride_m
+            scale_M1 = scale_row(row_M1, N, KIND, HALVES) * ((K + GROUP - 1) // GROUP)
+            scales_M1 = scales + at_M1 * stride_s + scale_M1
+            if minima is not None:
+                minima_M1 = minima + at_M1 * stride_m + scale_M1
         dots_RQ = products(
-            base, hidden + pair_Q[:, None, None] * WIDTH, codes + at_1Q1 * stride_c, scales_1Q1, minima_1Q1, row_RQ1,
-            live_Q[None, :, None], K, N, KIND, GROUP, HALVES, VALUES, True, True, R, Q, L, CHUNKS, UNROLL,
+            base, hidden + pair_Q[:, None] * WIDTH,
+            codes + at_M1 * stride_c + row_M1 * (K if KIND == FLOAT else K // VALUES), scales_M1, minima_M1,
+            live_Q[:, None], slot_M1 >= 0, K, KIND, GROUP, VALUES, True, True, R, Q, L, CHUNKS, UNROLL,
         )  # fmt: skip
         if bias is not None:
-            bias_RQ = bias + tl.reshape(at_1Q1, (1, Q)) * stride_b + row_R[:, None]
-            dots_RQ += tl.load(bias_RQ, mask=real_R[:, None] & live_Q[None, :], other=0.0).to(tl.float32)
+            dots_RQ += tl.reshape(tl.load(bias + at_M1 * stride_b + row_M1), (R, Q)).to(tl.float32)
+        done_Q = slot_Q == DONE
         pairs_RQ = pairs + pair_Q[None, :] * N + row_R[:, None]
         tl.store(pairs_RQ, dots_RQ, mask=(row_R < pair_rows)[:, None] & live_Q[None, :])
-        kept_RQ = tl.load(pairs_RQ, mask=real_R[:, None] & done_Q[None, :], other=0.0)
+        kept_RQ = tl.load(pairs_RQ, mask=(row_R < out_rows)[:, None] & done_Q[None, :], other=0.0)
         dots_RQ = tl.where(live_Q[None, :], dots_RQ, kept_RQ)
         weight_Q = tl.load(weights + token * C + choice_Q, mask=live_Q | done_Q, other=0.0).to(tl.float32)
         total_R += tl.sum(dots_RQ * weight_Q[None, :], axis=1)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from remoe_adapt.checkpoints import Extent, open_checkpoint
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding
 from remoe_adapt.expert_cache.layouts import Layout, ParamsLayout
@@ -47,6 +48,21 @@ def fingerprint_of(reader: ExtentReader, extents: Iterable[Extent]) -> str:
         found.update(f"{extent.dtype} {extent.shape}".encode())
         found.update(part.numpy().tobytes())
     return found.hexdigest()
+
+
+def dense_fingerprint(plan: Plan, extents: Mapping[str, Extent]) -> str:
+    """Ties a copy of the dense part to a checkpoint: `fingerprint_of` all its tensors that are of no expert.
+
+    plan: of its experts.
+    extents: of all tensors of the checkpoint, by name.
+    """
+    experts = {e.tensor for groups in plan.groups for group in groups for s in group.sources for e in s.extents}
+    dense = [extent for name, extent in extents.items() if name not in experts]
+    reader = ExtentReader(extent.path for extent in dense)
+    try:
+        return fingerprint_of(reader, dense)
+    finally:
+        reader.close()
 
 
 class FileStore(abc.ABC):
@@ -144,7 +160,27 @@ class ExpertStore(FileStore):
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             if (holds := self.layout.holds) != "own":
                 return self._slot(layer, *self._pieces(layer, expert, as_stored=holds == "stored"))
-            return self.layout.filled(layer, self._stored(layer, expert))
+            return self._blocked(layer, expert)
+
+    def _blocked(self, layer: int, expert: int) -> Slot:
+        """Blocks are read to their places in the slot; what must become blocks first goes by way of other memory."""
+        layout, groups = self.layout, self.plan.groups[layer]
+        direct = [group for group in groups if group.are_blocks and layout.bands(layer, group.params[0])]
+        if not direct or not isinstance(layout, BlocksLayout) or layout.places is None:
+            return layout.filled(layer, self._stored(layer, expert))
+        slot, parts = layout.places.slot(layer), []
+        for group in direct:
+            extents = [source.of(expert, self.num_experts[layer]) for source in group.sources]
+            for name in layout.bands(layer, group.params[0]):
+                mine = [extents.pop(0)]
+                # A band is one tensor of the file, or several of one type.
+                while sum(extent.size for extent in mine) < slot[name].nbytes:
+                    mine.append(extents.pop(0))
+                parts += _parts(mine, slot[name])
+        self._reader.fill(parts)
+        if rest := [group for group in groups if group not in direct]:
+            layout.fill(layer, self._stored(layer, expert, rest), slot)
+        return slot
 
     def give_back(self) -> None:
         super().give_back()
@@ -184,17 +220,13 @@ class ExpertStore(FileStore):
         sources = [source for group in self.plan.groups[layer] for source in group.sources]
         return fingerprint_of(self._reader, (source.of(expert, count) for expert in experts for source in sources))
 
-    def tensors(self) -> set[str]:
-        """The names that all experts' tensors have in the files."""
-        return {e.tensor for groups in self.plan.groups for g in groups for s in g.sources for e in s.extents}
-
     def state(self) -> list[list[Any]]:
         """Name, size and time of change (ns) of each file that experts are in (JSON-ready)."""
         stats = [(path.name, path.stat()) for path in sorted(self._paths)]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
-    def _stored(self, layer: int, expert: int) -> dict[str, Tensor]:
-        straight, found = self._pieces(layer, expert, as_stored=True)
+    def _stored(self, layer: int, expert: int, groups: Sequence[Group] | None = None) -> dict[str, Tensor]:
+        straight, found = self._pieces(layer, expert, as_stored=True, groups=groups)
         if straight:
             parts, size = _laid(straight)
             found |= self._block(parts, size)
@@ -230,15 +262,18 @@ class ExpertStore(FileStore):
     def _fill(self, straight: list[_Wanted], into: Mapping[str, Tensor]) -> None:
         self._reader.fill([part for name, _, extents in straight for part in _parts(extents, into[name])])
 
-    def _pieces(self, layer: int, expert: int, *, as_stored: bool) -> tuple[list[_Wanted], dict[str, Tensor]]:
+    def _pieces(
+        self, layer: int, expert: int, *, as_stored: bool, groups: Sequence[Group] | None = None
+    ) -> tuple[list[_Wanted], dict[str, Tensor]]:
         """What of an expert can be read as it is, and the rest, read and converted.
 
         as_stored: codes are left as they are; else they become parameters.
+        groups: of the layer; None: all.
         """
         count = self.num_experts[layer]
         found: dict[str, Tensor] = {}
         straight: list[_Wanted] = []
-        for group in self.plan.groups[layer]:
+        for group in self.plan.groups[layer] if groups is None else groups:
             if group.is_coded and as_stored:
                 for source, (ending, like) in zip(group.sources, group.on_meta().items(), strict=True):
                     straight.append((ending, like, [source.of(expert, count)]))
