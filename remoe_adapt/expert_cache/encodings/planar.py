@@ -14,26 +14,32 @@ from torch import Tensor
 from remoe_adapt.errors import UncacheableError
 from remoe_adapt.expert_cache.encodings.blocks import (
     BF16,
+    BYTE_CODED,
     F16,
     F32,
     MXFP4,
+    Q2_K,
+    Q3_K,
     Q4_0,
     Q4_1,
     Q4_K,
-    Q8_0,
     BlockType,
+    byte_groups,
     check_blocks,
     code_groups,
 )
 from remoe_adapt.triton_kernels import slots
 
 _FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+# Codes of fewer bits are also four bits in planes, others eight.
 _KINDS = {
-    Q4_0: slots.INT4, Q4_1: slots.INT4, Q4_K: slots.INT4, Q8_0: slots.INT8, MXFP4: slots.MXFP4,
+    **dict.fromkeys(BYTE_CODED, slots.INT8),
+    **dict.fromkeys((Q2_K, Q3_K, Q4_0, Q4_1, Q4_K), slots.INT4),
     **dict.fromkeys(_FLOATS, slots.FLOAT),
-}  # fmt: skip
-# Columns of a group.
-_GROUP = 32
+    MXFP4: slots.MXFP4,
+}
+# Kernels read so many columns together; groups of 16 lie in them in pairs.
+_TOGETHER = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +55,11 @@ class Planar:
 def planar_kind(kind: BlockType, cols: int) -> str | None:
     """The kernels' name of the planes of such rows; None: there are none."""
     found = _KINDS.get(kind)
-    return found if found == slots.FLOAT or cols % _GROUP == 0 else None
+    return found if found == slots.FLOAT or cols % _TOGETHER == 0 else None
 
 
 def planar_from_blocks(kind: BlockType, blocks_NB: Tensor, cols: int) -> Planar:
-    """The same numbers in planes; scales and minima of 4-bit codes are rounded to fp16, which only those of q4_K feel.
+    """The same numbers in planes; scales and minima are rounded to fp16, which only types of blocks of 256 feel.
 
     kind: of the blocks, one that `planar_kind` has planes for.
     blocks_NB: uint8 [N, kind.row_bytes(cols)].
@@ -67,18 +73,24 @@ def planar_from_blocks(kind: BlockType, blocks_NB: Tensor, cols: int) -> Planar:
     check_blocks(blocks_NB, kind, cols)
     if found == slots.FLOAT:
         return Planar(found, blocks_NB.contiguous().view(_FLOATS[kind]))
+    if found == slots.MXFP4:
+        # The first half of a block is in the low halves of its bytes, here neighbours share a byte.
+        blocks_NGB = blocks_NB.unflatten(1, (-1, kind.bytes))
+        low, high = blocks_NGB[..., 1:] & 15, blocks_NGB[..., 1:] >> 4
+        return Planar(found, _halves(torch.cat([low, high], dim=-1).flatten(1)), blocks_NGB[..., 0].contiguous())
+    minima: Tensor | None
+    if kind in BYTE_CODED:
+        codes_NK, scales_NG, minima = byte_groups(blocks_NB, kind, cols)
+    else:
+        codes_NK, scales_NG, minima = code_groups(blocks_NB, kind, cols)
+    if kind == Q4_0:
+        # A symmetric type has no minima: -8 * scale is what its kernel adds.
+        minima = None
+    elif kind == Q3_K:
+        codes_NK = codes_NK + 8
     if found == slots.INT4:
-        codes_NK, scales_NG, minima_NG = code_groups(blocks_NB, kind, cols)
-        # A symmetric type has no minima: -8 * scale is what its kernel subtracts.
-        minima = None if kind == Q4_0 else minima_NG.half()
-        return Planar(found, _halves(codes_NK), scales_NG.half(), minima)
-    blocks_NGB = blocks_NB.unflatten(1, (-1, kind.bytes))
-    if found == slots.INT8:
-        scales_NG = blocks_NGB[..., :2].contiguous().view(torch.float16)[..., 0]
-        return Planar(found, blocks_NGB[..., 2:].flatten(1).view(torch.int8), scales_NG.contiguous())
-    # The first half of a block is in the low halves of its bytes, here neighbours share a byte.
-    low, high = blocks_NGB[..., 1:] & 15, blocks_NGB[..., 1:] >> 4
-    return Planar(found, _halves(torch.cat([low, high], dim=-1).flatten(1)), blocks_NGB[..., 0].contiguous())
+        codes_NK = _halves(codes_NK.to(torch.uint8))
+    return Planar(found, codes_NK.contiguous(), scales_NG.half(), None if minima is None else minima.half())
 
 
 def _halves(codes_NK: Tensor) -> Tensor:
