@@ -47,7 +47,8 @@ from torch import Tensor
 from remoe_adapt._support import printable, read_json
 from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
 from remoe_adapt.errors import ConfigError, ExpertReadError
-from remoe_adapt.expert_cache.blocks_layout import BlocksLayout, CodedBand, CodedParam
+from remoe_adapt.expert_cache.block_products import CodedBand, CodedParam
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore, FileStore
 from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
 from remoe_adapt.expert_cache.encodings import BlockType, Ggml, block_type
