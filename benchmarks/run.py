@@ -84,6 +84,12 @@ def given(settings: list[str] | None) -> dict[str, Any]:
     return found
 
 
+def file_name(device: str) -> str:
+    """The part of a file's name that names a device: "h100" for "NVIDIA H100 80GB HBM3"."""
+    name = re.sub(r"[\s-]\d+gb.*", "", device.lower().removeprefix("nvidia"))
+    return re.sub(r"[^a-z0-9]+", "_", name.strip()).strip("_")
+
+
 def texts() -> list[Path]:
     """Held-out text beside the clone; without it, benchmarks decode the shipped model's own."""
     paths = (REPO_ROOT.parent / "shared" / "data" / "heldout" / name for name in HELD_OUT)
@@ -134,9 +140,7 @@ def gating(gpu_only: bool = False) -> None:
     from remoe_adapt.bench.gating import gpu_rows, run_gating
 
     def keep_row(row: dict[str, Any]) -> None:
-        name = re.sub(r"[\s-]\d+gb.*", "", row["device"].lower().removeprefix("nvidia"))
-        device = re.sub(r"[^a-z0-9]+", "_", name.strip())
-        keep(f"gating_{device}.csv", [row])
+        keep(f"gating_{file_name(row['device'])}.csv", [row])
         print(json.dumps(row), flush=True)
 
     if gpu_only:
@@ -144,6 +148,20 @@ def gating(gpu_only: bool = False) -> None:
             keep_row(row)
         return
     for what, why in run_gating(on_row=keep_row)["skipped"].items():
+        print(f"no rows for {what}: {why}", file=sys.stderr)
+
+
+@app.command()
+def pool(settings: Settings = None) -> None:
+    """Experts out of a pool of slots on a GPU: pool_<device>.csv (kernels) and pool_decode_<device>.csv (steps)."""
+    from remoe_adapt.bench.pool import PoolOptions, run_pool
+
+    def keep_row(row: dict[str, Any]) -> None:
+        name = "pool_decode" if row["what"] == "decode" else "pool"
+        keep(f"{name}_{file_name(row['device'])}.csv", [row])
+        print(json.dumps(row), flush=True)
+
+    for what, why in run_pool(options(PoolOptions, settings), on_row=keep_row)["skipped"].items():
         print(f"no rows for {what}: {why}", file=sys.stderr)
 
 

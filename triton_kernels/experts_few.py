@@ -20,8 +20,9 @@ SILU, GELU, GELU_TANH = tl.constexpr(words.SILU), tl.constexpr(words.GELU), tl.c
 DONE = tl.constexpr(words.DONE)
 # What `values_of` sets beside a code: exponents of 16 and 256.
 BASES = {words.INT4: 0x41800000, words.INT8: 0x43C00000}
-# Pointers of unknown alignment are read one value a thread, as the tiles above want their scales.
-SCATTERED = ["scales", "stride_s", "minima", "stride_m"]
+# Pointers of unknown alignment are read one value a thread, as the tiles above want their scales. Of the rest, where a
+# caller's slots and weights begin must not choose among binaries.
+SCATTERED = ["scales", "stride_s", "minima", "stride_m", "slots"]
 
 
 @triton.jit
@@ -281,7 +282,9 @@ def up_kernel(
 
 
 # One binary whether pairs come at once or in turns, so that every sum has the same bits.
-@triton.jit(do_not_specialize=["base", "pair_rows", "out_rows"], do_not_specialize_on_alignment=SCATTERED)
+@triton.jit(
+    do_not_specialize=["base", "pair_rows", "out_rows"], do_not_specialize_on_alignment=[*SCATTERED, "weights", "pairs"]
+)
 def down_kernel(
     base, pair_rows, out_rows, hidden, slots, weights, codes, stride_c, scales, stride_s, minima, stride_m, bias,
     stride_b, pairs, out, stride_o, C: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,

@@ -13,7 +13,6 @@ from remoe_adapt.expert_cache.block_products import CodedBand, CodedLayer, Coded
 from remoe_adapt.expert_cache.encodings import Band, Ggml, dequantise
 from remoe_adapt.expert_cache.layouts import CodedLayout
 from remoe_adapt.expert_cache.plan import Group, Plan
-from remoe_adapt.expert_cache.pool import Parts, Pools, PoolSlot
 from remoe_adapt.expert_cache.types import Slot
 
 # For types alone, because experts.py imports this file.
@@ -21,15 +20,11 @@ if TYPE_CHECKING:
     from remoe_adapt.expert_cache.experts import ChosenExperts
 
 
-# Parts of a slot lie at multiples of so many bytes, as torch's tensors do.
-ALIGNMENT = 64
-
-
 class BlocksLayout(CodedLayout):
     """ggml blocks; with kernels within a tolerance of the exact result.
 
-    The kernels round activations to 8 bits, as llama.cpp does. A step that needs gradients is computed with dequantised
-    weights, as all are without kernels. `pools` are the memory for slots, one pool for all slots of one size.
+    The kernels round activations to 8 bits, as llama.cpp does. A step that needs gradients is computed
+    with dequantised weights, as all are without kernels.
 
     kernels: compute; None: the exact arithmetic.
     coded: how each layer is encoded; None: an expert of the files will tell (`probe`).
@@ -44,7 +39,7 @@ class BlocksLayout(CodedLayout):
 
     def probe(self) -> None:
         if not self._coded:
-            self._use(probed(self.plan))
+            self._use(coded_layers(self.plan))
 
     def _use(self, coded: Sequence[CodedLayer]) -> None:
         self._coded = list(coded)
@@ -56,9 +51,11 @@ class BlocksLayout(CodedLayout):
             )
         names = ", ".join(sorted(kind.name for kind in kinds))
         self.name = names if self._kernels is None else f"{names} by ggml"
-        placed = [_placed(self.parts(layer)) for layer in range(len(self.plan.layers))]
-        self._places = [parts for parts, _ in placed]
-        self.pools = Pools([size for _, size in placed], self.plan.num_experts)
+        self.place(None)
+
+    def place(self, device: torch.device | None) -> None:
+        super().place(device)
+        # Of a layer: they know where the pool is.
         self._products: dict[int, LayerProducts | None] = {}
 
     def parts(self, layer: int) -> dict[str, Tensor]:
@@ -68,17 +65,18 @@ class BlocksLayout(CodedLayout):
             found |= {param: like} if coded is None else coded.parts()
         return found
 
-    def empty(self, layer: int) -> PoolSlot:
-        """A slot of this layer, to be filled."""
-        return self.pools.of(layer).slot(self._places[layer])
+    def bands(self, layer: int, param: str) -> tuple[str, ...]:
+        coded = self._coded[layer].get(param)
+        return () if coded is None else tuple(band.name for band in coded.bands)
 
-    def bytes_of(self, layer: int, param: str, slot: Slot) -> list[Tensor]:
-        """The blocks of a parameter in a slot, flat, a tensor for each band: where sources that are blocks belong."""
-        return [slot[band.name].view(-1) for band in self._coded[layer][param].bands]
+    def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
+        assert self.places is not None
+        slot = self.places.slot(layer)
+        self.fill(layer, stored, slot)
+        return slot
 
-    def filled(self, layer: int, stored: Mapping[str, Tensor], slot: PoolSlot | None = None) -> Slot:
-        """As `Layout.filled`; slot: one where what `stored` lacks has been read to already."""
-        slot = self.empty(layer) if slot is None else slot
+    def fill(self, layer: int, stored: Mapping[str, Tensor], slot: Slot) -> None:
+        """Put into a slot what these stored tensors make of it; others have been read to their places."""
         for group in self.plan.groups[layer]:
             if group.sources[0].ending not in stored and group.params[0] not in stored:
                 continue
@@ -89,26 +87,14 @@ class BlocksLayout(CodedLayout):
                     slot[param].copy_(made[param])
                 continue
             pieces = {source.ending: stored[source.ending] for source in group.sources}
-            for place, band in zip(coded.bands, _bands(group, pieces), strict=True):
+            for place, band in zip(coded.bands, bands_of(group, pieces), strict=True):
                 slot[place.name].copy_(band.blocks_NB)
                 if place.order is not None and band.order_K is not None:
                     slot[place.order].copy_(band.order_K)
-        return slot
 
     def coded(self, layer: int) -> CodedLayer:
         """The parameters of a layer that are in blocks, by name."""
         return self._coded[layer]
-
-    def lies_as(self, layer: int, parts: Parts) -> bool:
-        """Whether the parts of a slot lie where these do, and are of their types and shapes."""
-        return dict(parts) == self._places[layer]
-
-    def copied(self, layer: int, parts: Mapping[str, Tensor]) -> Slot:
-        """A slot with these parts, which lie elsewhere."""
-        slot = self.pools.of(layer).slot(self._places[layer])
-        for name, part in slot.items():
-            part.copy_(parts[name])
-        return slot
 
     def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
         coded, like = self._coded[layer].get(param), self.plan.likes[layer][param]
@@ -133,8 +119,10 @@ class BlocksLayout(CodedLayout):
         weights_TK: Tensor,
         chosen: ChosenExperts,
     ) -> Tensor:
+        # In training all forwards are alike: a checkpointed one runs without a graph first, and then again with one.
         has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
-        products = None if has_graph or self._kernels is None else self._products_of(self._kernels, layer, module)
+        is_exact = self._kernels is None or has_graph or module.training
+        products = None if is_exact else self._products_of(layer, module)
         if products is None:
             return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
         out_TD: Tensor | None = None
@@ -143,34 +131,35 @@ class BlocksLayout(CodedLayout):
             out_TD = part_TD if out_TD is None else out_TD.add_(part_TD)
         return torch.zeros_like(hidden_TD) if out_TD is None else out_TD.to(hidden_TD.dtype)
 
-    def _products_of(self, kernels: Ggml, layer: int, module: nn.Module) -> LayerProducts | None:
+    def _products_of(self, layer: int, module: nn.Module) -> LayerProducts | None:
         """None: what the module computes is not known to be products of codes."""
         if layer not in self._products:
-            coded = self._coded[layer]
+            assert self.places is not None and self._kernels is not None
+            coded, places = self._coded[layer], self.places
             self._products[layer] = (
-                LayerProducts(kernels, coded, self.pools.of(layer), self._places[layer], module)
+                LayerProducts(self._kernels, coded, places.pools.of(layer), places.layers[layer], module)
                 if is_coded(coded, module)
                 else None
             )
         return self._products[layer]
 
 
-def probed(plan: Plan) -> list[CodedLayer]:
+def coded_layers(plan: Plan) -> list[CodedLayer]:
     """How each layer of a plan becomes blocks.
 
     Raises UncacheableError for codes that do not make up the model's parameters.
     """
-    return [_probed(plan, layer) for layer in range(len(plan.layers))]
+    return [_coded_layer(plan, layer) for layer in range(len(plan.layers))]
 
 
-def _probed(plan: Plan, layer: int) -> CodedLayer:
+def _coded_layer(plan: Plan, layer: int) -> CodedLayer:
     found: dict[str, CodedParam] = {}
     for group in plan.groups[layer]:
         if group.is_coded and group.blocks is not None:
             (param,) = group.params
             like = plan.likes[layer][param]
             rows, cols = reversed(like.shape) if plan.transposed[layer] else like.shape
-            bands = _bands(group, group.on_meta())
+            bands = bands_of(group, group.on_meta())
             if sum(len(band.blocks_NB) for band in bands) != rows or any(
                 band.blocks_NB.shape[1] != band.kind.row_bytes(cols) for band in bands
             ):
@@ -190,16 +179,7 @@ def _probed(plan: Plan, layer: int) -> CodedLayer:
     return found
 
 
-def _placed(parts: Mapping[str, Tensor]) -> tuple[Parts, int]:
-    """The parts of a slot one after another, and their bytes."""
-    found, at = {}, 0
-    for name, like in parts.items():
-        found[name] = at, tuple(like.shape), like.dtype
-        at += -(-like.nbytes // ALIGNMENT) * ALIGNMENT
-    return found, max(1, at)
-
-
-def _bands(group: Group, pieces: Mapping[str, Tensor]) -> list[Band]:
+def bands_of(group: Group, pieces: Mapping[str, Tensor]) -> list[Band]:
     """The bands of a coded parameter; neighbours of one type, whose columns are in order, are one."""
     assert group.blocks is not None
     found: list[Band] = []

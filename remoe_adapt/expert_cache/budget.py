@@ -11,7 +11,7 @@ from remoe_adapt._support import held_back
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import Policy, make_policy
-from remoe_adapt.expert_cache.types import ExpertSource, Key, Slot
+from remoe_adapt.expert_cache.types import ExpertSource, Key, Slot, TierSource
 
 
 class Lease:
@@ -20,6 +20,8 @@ class Lease:
     def __init__(self, end: Callable[[Lease], None]) -> None:
         self._end = end
         self.slots: dict[int, Slot] = {}
+        # What keeps the slots of a tier, whose `slots` are views alone.
+        self.held: dict[int, Slot] = {}
 
     def __enter__(self) -> Lease:
         return self
@@ -30,7 +32,7 @@ class Lease:
     def release(self) -> None:
         """Give the experts back; once is enough."""
         with held_back():
-            self.slots = {}
+            self.slots, self.held = {}, {}
             self._end(self)
 
 
@@ -47,7 +49,8 @@ class Shares:
     def __init__(self, source: ExpertSource, budget_bytes: int, policy: str, scope: str) -> None:
         self._source = source
         self._domains = domains_of(source, scope)
-        self._domain_of = [0 if scope == "global" else layer for layer in range(len(source.layers))]
+        domain_of = {layer: at for at, layers in enumerate(self._domains) for layer in layers}
+        self._domain_of = [domain_of[layer] for layer in range(len(source.layers))]
         self.limits = shares_of(budget_bytes, source, self._domains)
         self.policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self.limits]
         self.budget_bytes = self.asked_bytes = budget_bytes
@@ -110,6 +113,18 @@ class Shares:
         for at in lost:
             self.unpin(self._leases.pop(at)[2])
         return bool(lost)
+
+    def slots(self) -> dict[int, int]:
+        """How many slots of each size a tier's budget holds, by the bytes of a slot."""
+        assert isinstance(self._source, TierSource)
+        found: dict[int, int] = {}
+        for limit, layers in zip(self.limits, self._domains, strict=True):
+            size = self._source.slot_bytes[layers[0]]
+            # The largest experts may be fewer, but never more than all that there are.
+            least = min(self._source.expert_bytes[layer] for layer in layers)
+            there = sum(self._source.num_experts[layer] for layer in layers)
+            found[size] = found.get(size, 0) + min(limit // least, there)
+        return found
 
     def close_all(self) -> None:
         """Forget all leases and reads: in the child of a fork nobody closes those of its parent."""
@@ -201,8 +216,15 @@ def shares_of(budget_bytes: int, source: ExpertSource, domains: Sequence[Sequenc
 
 def domains_of(source: ExpertSource, scope: str) -> list[list[int]]:
     """The groups of layers that share a limit."""
-    layers = list(range(len(source.layers)))
-    return [layers] if scope == "global" else [[layer] for layer in layers]
+    layers = range(len(source.layers))
+    if scope != "global":
+        return [[layer] for layer in layers]
+    # A tier has a pool for each size of slot: room of one pool is none of another.
+    sizes = source.slot_bytes if isinstance(source, TierSource) else [0] * len(layers)
+    groups: dict[int, list[int]] = {}
+    for layer in layers:
+        groups.setdefault(sizes[layer], []).append(layer)
+    return list(groups.values())
 
 
 def least_budget(source: ExpertSource, domains: Sequence[Sequence[int]]) -> int:

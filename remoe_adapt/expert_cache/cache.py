@@ -7,19 +7,36 @@ with now; what is leased is never evicted. Experts may be read ahead of their le
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from typing import Any
 
 import torch
 
-from remoe_adapt._support import HeldCondition, handle_pending, held_back, mend_after_fork, return_freed_memory
+from remoe_adapt._support import (
+    HeldCondition,
+    handle_pending,
+    held_back,
+    mend_after_fork,
+    return_freed_memory,
+    say_once,
+    size_text,
+)
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import Policy
 from remoe_adapt.expert_cache.budget import Lease, Shares, budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.reads import AbandonedError, Arrival, ReadAheads, outcome, read_all
-from remoe_adapt.expert_cache.types import BatchSource, ExpertSource, Key, LayerCounters, Slot, check_options, counted
+from remoe_adapt.expert_cache.resident import ResidentMasks
+from remoe_adapt.expert_cache.types import (
+    BatchSource,
+    ExpertSource,
+    Key,
+    LayerCounters,
+    Slot,
+    TierSource,
+    check_options,
+    counted,
+)
 
 READ_THREADS = 4
 # A wrong read-ahead that has begun takes the device until it ends, so there are few of them at a time.
@@ -28,8 +45,6 @@ AHEAD_THREADS = 2
 _AHEAD_PART = 2
 # `miss_s` is a mean over about the last 1 / _MISS_S_RATE waits.
 _MISS_S_RATE = 0.1
-# Masks begin at multiples of so many floats (64 bytes), as tensors of their own would.
-_MASK_STEP = 16
 
 
 class ExpertCache:
@@ -47,7 +62,6 @@ class ExpertCache:
     scope: "global", one budget over all layers, or "layer", each layer its share.
     threads: reads at a time.
     below: the tier that the source reads from, for `stats` and `clear`.
-    released: called in the thread that gives a lease back, before anything of it can be evicted.
     device: of `resident_masks`; None: the CPU.
 
     Raises ConfigError for an unknown policy or scope, and for a budget that does not hold one expert (of each layer
@@ -63,13 +77,15 @@ class ExpertCache:
         scope: str = "global",
         threads: int = READ_THREADS,
         below: ExpertCache | None = None,
-        released: Callable[[], None] | None = None,
         device: torch.device | None = None,
     ) -> None:
         check_options(policy, scope, threads)
         self.source, self.policy, self.scope, self._threads = source, policy, scope, threads
-        self.below, self._released = below, released
+        self.below = below
         self._batches = source if isinstance(source, BatchSource) else None
+        # Whether the tier's memory is as the budget has it: brought there before anything is read into it.
+        self._tier = source if isinstance(source, TierSource) else None
+        self._is_fitted = self._tier is None
         # What the slots are computed with, for `stats`; "" until a model is bound, and in tiers below.
         self.arithmetic = ""
         # How long a lease has lately waited for each expert that it missed.
@@ -122,6 +138,9 @@ class ExpertCache:
                     awaited = self._open(lease, layer, wanted, continues, begun)
                     if awaited:
                         lease.slots |= self._await(layer, awaited, begun)
+                    if self._tier is not None:
+                        lease.held = lease.slots
+                        lease.slots = self._tier.leased(lease.held)
                     handle_pending()
                 except BaseException:
                     self._abandon(lease, begun)
@@ -139,6 +158,8 @@ class ExpertCache:
         or half of the budget. A read that fails leaves no trace: a lease reads again, and raises.
         """
         with self._changed:
+            if not self._is_fitted:
+                self._fit_locked()
             shares, size, ahead = self._shares, self.source.expert_bytes[layer], self._ahead
             policy, limit = shares.policy_of(layer), shares.limit_of(layer)
             keys = [(layer, expert) for expert in experts]
@@ -191,9 +212,13 @@ class ExpertCache:
                     policy.discard(key)
                     self._drop_locked([key])
             self._resident.show()
+            if self._tier is not None:
+                self._tier.fit(dict.fromkeys(self._shares.slots(), 0), {})
+                self._is_fitted = False
+        # Copies that are under way hold memory of the tier below.
+        self._give_back()
         if self.below is not None:
             self.below.clear()
-        self._give_back()
 
     def resize(self, budget: str | int | float, *, wait: bool = True) -> None:
         """Another budget from now on: a size as "2GiB", bytes, or a share of all experts (a float above 0, up to 1.0).
@@ -210,11 +235,14 @@ class ExpertCache:
         with self._changed:
             before = self.resident_bytes
             request = self._shares.ask(budget_bytes)
+            self._is_fitted = self._tier is None
             self._cancel_locked(list(self._ahead.queued))
             self._shrink_locked()
             # A later call asks for another budget: this one's never comes into force then.
             while wait and not self._shares.in_force and self._shares.requests == request:
                 self._wait_for_room_locked()
+            if not self._is_fitted:
+                self._fit_locked()
         if self.resident_bytes < before:
             self._give_back()
 
@@ -272,6 +300,8 @@ class ExpertCache:
             if ahead.expected and not continues:
                 self._cancel_locked(ahead.look_up(layer, wanted))
             while True:
+                if not self._is_fitted:
+                    self._fit_locked()
                 most = max(1, shares.limit_of(layer) // self.source.expert_bytes[layer])
                 keys = [(layer, expert) for expert in wanted[:most]]
                 if shares.fits(layer, keys):
@@ -335,15 +365,12 @@ class ExpertCache:
 
     def _end(self, lease: Lease) -> None:
         """A lease calls it when it is released; once is enough."""
-        # First: what is given back may be overwritten at once, and a GPU must know by then which kernels read it.
-        try:
-            if self._released is not None:
-                self._released()
-        finally:
-            with self._changed:
-                self._shares.close(lease)
-                has_shrunk = self._shrink_locked()
-                self._changed.notify_all()
+        with self._changed:
+            self._shares.close(lease)
+            has_shrunk = self._shrink_locked()
+            if not self._is_fitted:
+                self._fit_locked()
+            self._changed.notify_all()
         if has_shrunk:
             self._give_back()
 
@@ -369,6 +396,8 @@ class ExpertCache:
             there = {key[1]: slots[key] for key in keys if key in slots}
             if len(there) == len(keys):
                 return {}, there
+        if not self._is_fitted:
+            self._fit_locked()
         policy, size, ahead = self._shares.policy_of(layer), self.source.expert_bytes[layer], self._ahead
         for key in ahead.queued.intersection(keys):  # its room is made already, and this lease takes the read over
             begun[key] = self._loading[key]
@@ -404,6 +433,33 @@ class ExpertCache:
         self._resident.show()
         self._changed.notify_all()
         return self._shares.in_force
+
+    def _fit_locked(self) -> None:
+        """Bring the memory of the tier to the budget, as far as leases and the device allow.
+
+        Where the device has no more, the budget falls to what there is; raises ConfigError if that is no expert.
+        """
+        if self._tier is None:
+            return
+        pins, wanted = self._shares.pins, self._shares.slots()
+        fitted = self._tier.fit(wanted, {key: slot for key, slot in self._slots.items() if key not in pins})
+        for key in fitted.lost:
+            self._shares.policy_of(key[0]).discard(key)
+        self._drop_locked(fitted.lost)
+        self._is_fitted = fitted.whole
+        share = min(fitted.slots[size] / count for size, count in wanted.items())
+        if share < 1.0:
+            experts = zip(self.source.num_experts, self.source.expert_bytes, strict=True)
+            asked_bytes = min(self._shares.asked_bytes, sum(count * size for count, size in experts))
+            self._is_fitted = False
+            self._shares.ask(int(asked_bytes * share))
+            self._is_fitted = True
+            self._shrink_locked()
+            say_once(
+                f"the device has no memory for {size_text(asked_bytes)} of experts beside what it holds now: the "
+                f"budget of the expert cache is {size_text(self._shares.asked_bytes)} from now on."
+            )
+        self._resident.show()
 
     def _cancel_locked(self, keys: list[Key]) -> bool:
         """Call off read-aheads that have not begun; whether there were any."""
@@ -462,6 +518,9 @@ class ExpertCache:
             # Which expert it was, only reads of one each can tell; in this thread, which has claimed them.
             for key, arrival in mine.items():
                 self._fetch(key, arrival)
+            if all(arrival.exception() is None for arrival in mine.values()):
+                # It was no expert's: a time limit, perhaps, whose handler has raised in a tier below.
+                raise
             return
         except BaseException:  # an interrupt is this thread's alone: leases that wait read them themselves
             self._end_reads(mine, dict.fromkeys(mine, AbandonedError()))
@@ -513,44 +572,3 @@ class ExpertCache:
         if is_current:
             del self._loading[key]
         self._changed.notify_all()
-
-
-class ResidentMasks:
-    """`masks` has a tensor [1, E] for each layer: 1 where the expert is in memory, 0 elsewhere; never reallocated.
-
-    A resident prior reads them. The cache writes single numbers in RAM. On the CPU the masks are these numbers; for a
-    device `show` copies all of them in one call, instead of a kernel for each expert.
-
-    num_experts: how many each layer has.
-    device: where the masks are.
-    copied: the masks are a copy on the CPU too.
-    """
-
-    def __init__(self, num_experts: Sequence[int], device: torch.device, *, copied: bool = False) -> None:
-        *starts, end = accumulate((-(-count // _MASK_STEP) * _MASK_STEP for count in num_experts), initial=0)
-        # Tensors that are made in inference mode could not be read outside it.
-        with torch.inference_mode(False):
-            self._written = torch.zeros(end)
-            self._shown = self._written.to(device, copy=copied)
-            places = [slice(start, start + count) for start, count in zip(starts, num_experts, strict=True)]
-            self.masks = [self._shown[place].view(1, -1) for place in places]
-        # A tensor would take much longer to write a single number, once for each expert that comes or goes.
-        numbers = self._written.numpy()
-        self._of_layer = [numbers[place] for place in places]
-        self._is_stale = False
-
-    def write(self, layer: int, expert: int, is_there: bool) -> None:
-        """An expert has come, or goes."""
-        self._of_layer[layer][expert] = is_there
-        self._is_stale = True
-
-    def show(self) -> None:
-        """Bring the masks up to date, after any number of writes."""
-        if self._is_stale and self._shown is not self._written:
-            with torch.inference_mode(False), torch.no_grad():
-                self._shown.copy_(self._written)
-        self._is_stale = False
-
-    def is_whole(self, layer: int) -> bool:
-        """All experts of this layer are there."""
-        return bool(self._of_layer[layer].all())

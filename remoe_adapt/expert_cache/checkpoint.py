@@ -34,8 +34,9 @@ from remoe_adapt.checkpoints import (
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.dense import Encoded, model_of
+from remoe_adapt.expert_cache.device_layout import DeviceLayout, Kernels, SlotKernels, layout_for, slot_kernels
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
-from remoe_adapt.expert_cache.encodings import Band, Format, Ggml, dense_modules, format_of, ggml
+from remoe_adapt.expert_cache.encodings import Band, Format, dense_modules, format_of, ggml
 from remoe_adapt.expert_cache.gguf import DenseParameter, ExpertGroup, GgufCheckpoint, LazyParameter
 from remoe_adapt.expert_cache.layouts import Layout, StoredLayout
 from remoe_adapt.expert_cache.plan import Group, Plan, Source, empty_plan, experts_modules, plan_checkpoint
@@ -92,12 +93,12 @@ class Checkpoint:
         """Where its experts lie; None: in the folder's files, as parameters of the model."""
         return None
 
-    def layout(self, kernels: Ggml | None) -> MakeLayout | None:
+    def layout(self, kernels: Kernels | None) -> MakeLayout | None:
         """What slots shall hold; None: the parameters.
 
         kernels: compute; None: the exact arithmetic.
         """
-        return None
+        return partial(DeviceLayout, kernels=kernels) if isinstance(kernels, SlotKernels) else None
 
     def blocks(self) -> MakeLayout | None:
         """The layout of blocks that its codes become; None: it has no codes."""
@@ -138,7 +139,7 @@ class QuantisedCheckpoint(Checkpoint):
         self.format.check_tensors({name: extent.dtype for name, extent in extents.items()})
         return plan_checkpoint(self.folder, skeleton, extents, quantizer, self.format.blocks)
 
-    def layout(self, kernels: Ggml | None) -> MakeLayout:
+    def layout(self, kernels: Kernels | None) -> MakeLayout:
         return _coded_layout(self.format.method, kernels)
 
     def blocks(self) -> MakeLayout:
@@ -170,7 +171,7 @@ class GgufModel(Checkpoint):
         )
         return plan
 
-    def layout(self, kernels: Ggml | None) -> MakeLayout:
+    def layout(self, kernels: Kernels | None) -> MakeLayout:
         return _coded_layout("gguf", kernels)
 
     def blocks(self) -> MakeLayout:
@@ -201,8 +202,8 @@ class GgufModel(Checkpoint):
         )
 
 
-def _coded_layout(method: str, kernels: Ggml | None) -> MakeLayout:
-    return partial(StoredLayout, method=method) if kernels is None else partial(BlocksLayout, kernels=kernels)
+def _coded_layout(method: str, kernels: Kernels | None) -> MakeLayout:
+    return partial(StoredLayout, method=method) if kernels is None else partial(layout_for, kernels=kernels)
 
 
 def _gguf_group(group: ExpertGroup, dtype: torch.dtype) -> Group:
@@ -233,18 +234,19 @@ def check_arithmetic(arithmetic: object) -> None:
         raise ConfigError(f"arithmetic {arithmetic!r} is not one of {', '.join(ARITHMETICS)}.")
 
 
-def kernels_for(arithmetic: str, device: torch.device) -> Ggml | None:
-    """What computes with codes on this device; None: they are dequantised.
+def kernels_for(arithmetic: str, device: torch.device) -> Kernels | None:
+    """What computes with experts on this device; None: their model's own function, on floats.
 
     Raises ConfigError where "fast" is asked for and there is nothing.
     """
     if arithmetic == "exact":
         return None
-    kernels = ggml() if device.type == "cpu" else None
+    kernels = ggml() if device.type == "cpu" else slot_kernels()
     if kernels is None and arithmetic == "fast":
+        remedy = "remoe-adapt[llamacpp]" if device.type == "cpu" else "triton"
         raise ConfigError(
-            f'arithmetic "fast": there are no kernels for codes on {device} here (on a CPU: pip install '
-            '\'remoe-adapt[llamacpp]\'); give "exact", or "auto" for whatever there is.'
+            f"arithmetic \"fast\": there are no kernels for experts on {device} here (pip install '{remedy}'); give "
+            '"exact", or "auto" for whatever there is.'
         )
     return kernels
 

@@ -18,16 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt.checkpoints import Extent, open_checkpoint
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding
 from remoe_adapt.expert_cache.layouts import Layout, ParamsLayout
 from remoe_adapt.expert_cache.memory import Blocks
+from remoe_adapt.expert_cache.places import ALIGNMENT
 from remoe_adapt.expert_cache.plan import Group, Plan, plan_checkpoint
+from remoe_adapt.expert_cache.pool import Parts, Pools
 from remoe_adapt.expert_cache.types import Slot
 
-# Parameters lie at multiples of so many bytes, as torch's tensors do: elsewhere some kernels compute other last bits.
-ALIGNMENT = 64
 # Of each tensor's bytes so many go into a fingerprint.
 _FINGERPRINT_BYTES = 4096
 
@@ -75,8 +76,10 @@ class FileStore(abc.ABC):
     num_experts: tuple[int, ...]
     expert_bytes: tuple[int, ...]
     params: tuple[tuple[str, ...], ...]
+    layout: Layout
 
     def __init__(self, paths: Iterable[Path], direct_io: bool, reader: Reader) -> None:
+        # `_blocks` is for what is in no slot yet.
         self._reader, self._blocks = ExtentReader(paths, direct_io=direct_io, reader=reader), Blocks()
         self.direct_io, self.close = self._reader.direct_io, self._reader.close
 
@@ -84,6 +87,14 @@ class FileStore(abc.ABC):
     def total_bytes(self) -> int:
         """What all experts take in memory."""
         return sum(count * size for count, size in zip(self.num_experts, self.expert_bytes, strict=True))
+
+    def _block(self, parts: Parts, size: int) -> dict[str, Tensor]:
+        """These parts in memory of their own, one block for all: they come and go together, and each mapping counts."""
+        memory = self._blocks.take(size)
+        return {
+            name: torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel(), offset=offset).view(shape)
+            for name, (offset, shape, dtype) in parts.items()
+        }
 
     @abc.abstractmethod
     def read(self, layer: int, expert: int) -> Slot:
@@ -95,10 +106,8 @@ class FileStore(abc.ABC):
     def give_back(self) -> None:
         """Memory that is kept for the next reads goes to the system."""
         self._blocks.give_back()
-
-    def use_blocks(self, blocks: Blocks) -> None:
-        """Read into this memory from now on."""
-        self._blocks = blocks
+        if self.layout.places is not None:
+            self.layout.places.give_back()
 
 
 class ExpertStore(FileStore):
@@ -136,43 +145,46 @@ class ExpertStore(FileStore):
         self.plan = plan
         self.layers, self.num_experts = plan.layers, plan.num_experts
         self._paths = plan.paths
+        self.layout = ParamsLayout(plan, encoding) if layout is None else layout(plan)
+        self.layout.probe()
+        self._likes = likes = [self.layout.parts(layer) for layer in range(len(self.layers))]
+        # Each part may begin anywhere in a block of its file.
+        sizes = [sum(part.nbytes + BLOCK for part in parts.values()) for parts in likes]
+        self._pools = Pools(sizes, self.num_experts)
         super().__init__(self._paths, direct_io, reader)
-        try:
-            self.layout: Layout = ParamsLayout(plan, encoding) if layout is None else layout(plan)
-            self.layout.probe()
-        except BaseException:
-            self.close()
-            raise
-        likes = [self.layout.parts(layer) for layer in range(len(self.layers))]
-        self._likes = likes
         self.params = tuple(tuple(parts) for parts in likes)
         self.expert_bytes = tuple(sum(part.nbytes for part in parts.values()) for parts in likes)
 
     def read(self, layer: int, expert: int) -> Slot:
         # Slots outlive the inference mode of the thread that happens to ask for them, so they are ordinary tensors.
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            if isinstance(self.layout, ParamsLayout):
-                return self._params(layer, expert)
-            if isinstance(self.layout, BlocksLayout):
-                return self._blocked(self.layout, layer, expert)
-            return self.layout.filled(layer, self._stored(layer, expert))
+            if (holds := self.layout.holds) != "own":
+                return self._slot(layer, *self._pieces(layer, expert, as_stored=holds == "stored"))
+            return self._blocked(layer, expert)
 
-    def _blocked(self, layout: BlocksLayout, layer: int, expert: int) -> Slot:
+    def _blocked(self, layer: int, expert: int) -> Slot:
         """Blocks are read to their places in the slot; what must become blocks first goes by way of other memory."""
-        slot, parts = layout.empty(layer), []
-        groups = [group for group in self.plan.groups[layer] if not group.are_blocks]
-        for group in (group for group in self.plan.groups[layer] if group.are_blocks):
+        layout, groups = self.layout, self.plan.groups[layer]
+        direct = [group for group in groups if group.are_blocks and layout.bands(layer, group.params[0])]
+        if not direct or not isinstance(layout, BlocksLayout) or layout.places is None:
+            return layout.filled(layer, self._stored(layer, expert))
+        slot, parts = layout.places.slot(layer), []
+        for group in direct:
             extents = [source.of(expert, self.num_experts[layer]) for source in group.sources]
-            for whole in layout.bytes_of(layer, group.params[0], slot):
-                mine, size = [], 0
+            for name in layout.bands(layer, group.params[0]):
+                mine = [extents.pop(0)]
                 # A band is one tensor of the file, or several of one type.
-                while size < whole.nbytes:
+                while sum(extent.size for extent in mine) < slot[name].nbytes:
                     mine.append(extents.pop(0))
-                    size += mine[-1].size
-                parts += _parts(mine, whole)
-        if parts:
-            self._reader.fill(parts)
-        return layout.filled(layer, self._stored(layer, expert, groups), slot) if groups else slot
+                parts += _parts(mine, slot[name])
+        self._reader.fill(parts)
+        if rest := [group for group in groups if group not in direct]:
+            layout.fill(layer, self._stored(layer, expert, rest), slot)
+        return slot
+
+    def give_back(self) -> None:
+        super().give_back()
+        self._pools.give_back()
 
     def stored(self, layer: int, expert: int) -> dict[str, Tensor]:
         """One expert as the files have it: codes and scales by the endings of their names, floats as parameters."""
@@ -213,34 +225,63 @@ class ExpertStore(FileStore):
         stats = [(path.name, path.stat()) for path in sorted(self._paths)]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
-    def _owned(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._blocks.empty(tuple(value.shape), dtype).copy_(value)
-
-    def _params(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """The parameters of the model."""
-        found: dict[str, Tensor] = {}
-        straight: list[_Wanted] = []
-        for group in self.plan.groups[layer]:
-            if group.straight:
-                straight.append(self._wanted(group, layer, expert))
-            else:
-                found |= self._converted(group, layer, expert)
-        return found | self._straight(straight)
-
     def _stored(self, layer: int, expert: int, groups: Sequence[Group] | None = None) -> dict[str, Tensor]:
-        """The tensors of these groups; None: of all."""
+        straight, found = self._pieces(layer, expert, as_stored=True, groups=groups)
+        if straight:
+            parts, size = _laid(straight)
+            found |= self._block(parts, size)
+            self._fill(straight, found)
+        return found
+
+    def _slot(self, layer: int, straight: list[_Wanted], made: Mapping[str, Tensor]) -> Slot:
+        """A slot with what is read straight into it, and what was made of other reads."""
+        slot: Slot
+        if self.layout.places is not None:
+            slot = self.layout.places.slot(layer)
+        else:
+            parts, at = _laid(straight)
+            likes = self._likes[layer]
+            for name in made:
+                at += -at % ALIGNMENT
+                parts[name] = at, tuple(likes[name].shape), likes[name].dtype
+                at += likes[name].nbytes
+            slot = self._anywhere(layer, parts, at)
+        self._fill(straight, slot)
+        for name, value in made.items():
+            slot[name].copy_(value)
+        return slot
+
+    def _anywhere(self, layer: int, parts: Parts, size: int) -> Slot:
+        """These parts in a slot that no kernel looks for: of the pool, or beside it where more slots are kept than the
+        pool has."""
+        try:
+            return self._pools.of(layer).slot(parts)
+        except ConfigError:
+            return self._block(parts, size)
+
+    def _fill(self, straight: list[_Wanted], into: Mapping[str, Tensor]) -> None:
+        self._reader.fill([part for name, _, extents in straight for part in _parts(extents, into[name])])
+
+    def _pieces(
+        self, layer: int, expert: int, *, as_stored: bool, groups: Sequence[Group] | None = None
+    ) -> tuple[list[_Wanted], dict[str, Tensor]]:
+        """What of an expert can be read as it is, and the rest, read and converted.
+
+        as_stored: codes are left as they are; else they become parameters.
+        groups: of the layer; None: all.
+        """
         count = self.num_experts[layer]
         found: dict[str, Tensor] = {}
         straight: list[_Wanted] = []
         for group in self.plan.groups[layer] if groups is None else groups:
-            if group.is_coded:
+            if group.is_coded and as_stored:
                 for source, (ending, like) in zip(group.sources, group.on_meta().items(), strict=True):
                     straight.append((ending, like, [source.of(expert, count)]))
             elif group.straight:
                 straight.append(self._wanted(group, layer, expert))
             else:
                 found |= self._converted(group, layer, expert)
-        return found | self._straight(straight)
+        return sorted(straight, key=lambda entry: (entry[2][0].path, entry[2][0].offset)), found
 
     def _wanted(self, group: Group, layer: int, expert: int) -> _Wanted:
         assert group.order is not None
@@ -256,36 +297,28 @@ class ExpertStore(FileStore):
         if group.order is not None:
             whole = self._blocks.empty(tuple(like.shape), pieces[0].dtype)
             self._reader.fill(_parts([pieces[place] for place in group.order], whole))
-            return {group.params[0]: self._owned(whole, like.dtype)}
+            return {group.params[0]: whole.to(like.dtype)}
         tensors = [
             self._blocks.empty(source.shape(), piece.dtype) for piece, source in zip(pieces, group.sources, strict=True)
         ]
         self._reader.fill(zip(pieces, tensors, strict=True))
         # Codes are no numbers yet: in the parameter's type they would lose digits before they are converted.
         made = group.convert(tensors if group.is_coded else [part.to(like.dtype) for part in tensors])
-        return {name: self._owned(made[name], likes[name].dtype) for name in group.params}
+        return {name: made[name].to(likes[name].dtype) for name in group.params}
 
-    def _straight(self, wanted: list[_Wanted]) -> dict[str, Tensor]:
-        """These tensors in one block, as far as possible read straight into it: in the order of the file, and at
-        addresses that are its offsets modulo the block size, unless that would spoil the alignment of the tensors."""
-        if not wanted:
-            return {}
-        # One block for all: the parts of an expert come and go together, and each mapping counts. Each of them may
-        # begin anywhere in a block of the file, so each gets one block more.
-        whole_bytes = sum(like.nbytes for _, like, _ in wanted)
-        block = self._blocks.take((-(-whole_bytes // BLOCK) + len(wanted)) * BLOCK)
-        at, found, parts = 0, {}, []
-        for name, like, extents in sorted(wanted, key=lambda entry: (entry[2][0].path, entry[2][0].offset)):
-            offset = extents[0].offset
-            step, phase = (ALIGNMENT, 0) if offset % ALIGNMENT else (BLOCK, offset % BLOCK)
-            at += (phase - at) % step
-            count = like.numel()
-            whole = torch.frombuffer(block, dtype=like.dtype, count=count, offset=at).view(like.shape)
-            at += count * like.dtype.itemsize
-            parts += _parts(extents, whole)
-            found[name] = whole
-        self._reader.fill(parts)
-        return found
+
+def _laid(straight: list[_Wanted]) -> tuple[dict[str, tuple[int, tuple[int, ...], torch.dtype]], int]:
+    """Where these lie in memory of their own, and its size: in the order of the file, and at addresses that are its
+    offsets modulo the block size, unless that would spoil the alignment of the tensors. So most of them are read
+    straight into it."""
+    found, at = {}, 0
+    for name, like, extents in straight:
+        offset = extents[0].offset
+        step, phase = (ALIGNMENT, 0) if offset % ALIGNMENT else (BLOCK, offset % BLOCK)
+        at += (phase - at) % step
+        found[name] = at, tuple(like.shape), like.dtype
+        at += like.nbytes
+    return found, at
 
 
 # Name, shape and type (on the meta device) of a tensor, and the extents that are it, one after another.

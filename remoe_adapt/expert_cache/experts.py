@@ -7,7 +7,9 @@ for, and hands them to the layer's arithmetic.
 
 from __future__ import annotations
 
+import bisect
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +25,7 @@ from remoe_adapt._support import held_back, let_through
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.budget import Lease
 from remoe_adapt.expert_cache.cache import ExpertCache
+from remoe_adapt.expert_cache.device_pool import DeviceSlot
 from remoe_adapt.expert_cache.encoding import eager_function
 from remoe_adapt.expert_cache.layouts import FLOATS_NAME, Layout, ParamsLayout
 from remoe_adapt.expert_cache.types import Slot
@@ -53,6 +56,8 @@ class ChosenExperts:
     layer: which layer of the cache.
     experts: distinct, in rising order.
     weight: makes a parameter of a slot, by its name; None: the slots hold the parameters.
+    rows: the ids of the experts that each token chose, on the host.
+    has_others: there are ids among them that are no experts.
     """
 
     def __init__(
@@ -61,21 +66,27 @@ class ChosenExperts:
         layer: int,
         experts: Sequence[int],
         weight: Callable[[Slot, str], Tensor] | None = None,
+        *,
+        rows: Sequence[Sequence[int]] = (),
+        has_others: bool = False,
     ) -> None:
+        self.rows, self.has_others = rows, has_others
         self._cache, self._layer, self._later, self._weight = expert_cache, layer, experts, weight
         # The weight that was made last of each parameter: held, so that no other tensor gets its memory meanwhile.
         self._made: dict[str, tuple[int, Tensor]] = {}
         self._lease: Lease | None = None
         self._is_first = True
         self.slots: Mapping[int, Slot] = {}
-        self._places: dict[int, tuple[int, str]] | None = None
+        # The parts of the slots as ranges of addresses: where each begins, and what it is, in rising order.
+        self._starts: list[int] = []
+        self._parts: list[tuple[int, str, Tensor]] | None = None
 
     def lease_next(self) -> None:
         """Lease the next group: `slots` holds it, and it alone."""
         with held_back():
             self.release()
             self._lease = self._cache.lease(self._layer, self._later, continues=not self._is_first)
-            self._is_first, self.slots, self._places = False, self._lease.slots, None
+            self._is_first, self.slots, self._parts = False, self._lease.slots, None
             self._later = self._later[len(self.slots) :]
 
     def slot(self, expert: int) -> Slot:
@@ -85,6 +96,11 @@ class ChosenExperts:
                 raise KeyError(expert)
             self.lease_next()
         return self.slots[expert]
+
+    @property
+    def has_more(self) -> bool:
+        """Some experts come in a later group."""
+        return bool(self._later)
 
     def groups(self) -> Iterator[Mapping[int, Slot]]:
         """The slots by expert, group after group: a single one where the budget holds all of them."""
@@ -101,26 +117,31 @@ class ChosenExperts:
     def release(self) -> None:
         """Give back what is leased; once is enough."""
         lease, self._lease, self.slots = self._lease, None, {}
-        self._made = {}
+        self._made, self._parts = {}, None
         if lease is not None:
             lease.release()
 
     def pack(self, tensor: Tensor) -> Tensor | _Saved:
         """For saved_tensors_hooks: a view of a slot is saved as its place."""
-        if self._places is None:
-            self._places = {
-                param.untyped_storage().data_ptr(): (expert, name)
-                for expert, slot in self.slots.items()
-                for name, param in slot.items()
-            }
-        address = tensor.untyped_storage().data_ptr()
-        place = self._places.get(address) if self._lease is not None else None
-        for param, (expert, weight) in self._made.items():
-            if weight.untyped_storage().data_ptr() == address:
-                place = expert, param
-        if place is None:
+        if self._lease is None or tensor.layout != torch.strided:
             return tensor
-        return _Saved(*place, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        if self._parts is None:
+            parts = [(expert, name, part) for expert, slot in self.slots.items() for name, part in slot.items()]
+            self._parts = sorted(parts, key=lambda entry: entry[2].data_ptr())
+            self._starts = [part.data_ptr() for _, _, part in self._parts]
+        # By addresses: all slots of a pool may be one storage.
+        address = tensor.data_ptr()
+        at = bisect.bisect_right(self._starts, address) - 1
+        near = [self._parts[at]] if at >= 0 else []
+        near += [(expert, name, weight) for name, (expert, weight) in self._made.items()]
+        for expert, name, part in reversed(near):
+            begin = part.data_ptr()
+            if begin <= address < begin + part.nbytes and part.device == tensor.device:
+                if part.dtype != tensor.dtype:
+                    return tensor.clone()
+                offset = (address - begin) // part.element_size()
+                return _Saved(expert, name, tensor.size(), tensor.stride(), offset)
+        return tensor
 
     def unpack(self, saved: Tensor | _Saved) -> Tensor:
         """For saved_tensors_hooks, in backward."""
@@ -130,7 +151,9 @@ class ChosenExperts:
             slot = lease.slots[saved.expert]
             with torch.no_grad():
                 whole = slot[saved.param] if self._weight is None else self._weight(slot, saved.param)
-        return whole.as_strided(saved.size, saved.stride, saved.offset)
+                part = whole.as_strided(saved.size, saved.stride, int(whole.storage_offset()) + saved.offset)
+                # A slot of a device is filled anew once its lease has ended, which is now.
+                return part.clone() if isinstance(slot, DeviceSlot) else part
 
 
 # What `experts_implementation` is of a model whose experts are in a cache.
@@ -175,13 +198,16 @@ class CachedExperts:
                 "is loaded instead of converting it."
             )
         count, predictor = self._num_experts, self.predictor
+        rows: list[list[int]] = ids_TK.tolist()
+        needed = sorted(set(itertools.chain.from_iterable(rows)))
         # Ids from `count` on are null experts, which some routers choose and which have no weights.
-        needed = sorted(expert for expert in set(ids_TK.flatten().tolist()) if 0 <= expert < count)
+        if has_others := bool(needed) and (needed[0] < 0 or needed[-1] >= count):
+            needed = [expert for expert in needed if 0 <= expert < count]
         has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
         with held_back():
             if predictor is not None:
                 predictor.score(self.layer, needed)
-            chosen = ChosenExperts(self.cache, self.layer, needed, self._weight)
+            chosen = ChosenExperts(self.cache, self.layer, needed, self._weight, rows=rows, has_others=has_others)
             try:
                 if needed:
                     chosen.lease_next()

@@ -1,190 +1,70 @@
 """A tier of slots on a GPU over one in RAM: experts go from storage to pinned RAM slots, and from there to the GPU.
 
-Both tiers are expert caches with a budget and a policy each; the upper one's source leases an expert below and copies
-it. Copies run on a stream of their own, beside the kernels of the model, and a slot is handed over once its copy has
-ended. Two things order memory that is used again: a RAM slot stays leased until its copy has ended, and a copy into
-recycled GPU memory waits for the kernels that were queued when it was given back.
+Both tiers are expert caches with a budget and a policy each; the upper one's source leases experts below and has their
+slots copied, all that a look-up misses in one go, on a stream of its own. Nobody waits for a copy but the kernels that
+read it. The expert below may be evicted meanwhile; its memory stays until the copy has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.checkpoint_store import FileStore
-from remoe_adapt.expert_cache.memory import Block, Blocks
-from remoe_adapt.expert_cache.types import Slot
+from remoe_adapt.expert_cache.device_pool import DevicePools, TakenSlot
+from remoe_adapt.expert_cache.streams import CudaStreams
+from remoe_adapt.expert_cache.types import Fitted, Key, Slot
 
 # The RAM tier is so many times the GPU's budget: it holds what the GPU holds, and as much again for its next misses.
 RAM_TO_GPU = 2
 
 
 class DeviceSource:
-    """Reads experts out of a cache `below` into blocks of another tier.
+    """Reads experts out of a cache `below` into slots of a device. A BatchSource and a TierSource.
 
     below: the cache that holds them.
-    blocks: the memory of this tier; None: RAM.
-    copies: around the copies of one expert, and over when they are.
+    pools: the slots; laid out as the slots of `below` are.
     """
 
-    def __init__(
-        self,
-        below: ExpertCache,
-        blocks: Blocks | None = None,
-        copies: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
+    def __init__(self, below: ExpertCache, pools: DevicePools) -> None:
         source = below.source
         self.layers, self.num_experts, self.expert_bytes = source.layers, source.num_experts, source.expert_bytes
-        self.below, self._blocks, self._copies = below, blocks or Blocks(), copies
+        self.below, self.pools, self.slot_bytes = below, pools, pools.places.slot_bytes
         self._last_layer = -1
 
     def read(self, layer: int, expert: int) -> Slot:
         """Raises what the tier below raises."""
-        # A token's misses of one layer come here one by one. The policy below must count them as one token too.
+        return self.read_many(layer, [expert])[expert]
+
+    def read_many(self, layer: int, experts: Sequence[int]) -> Mapping[int, Slot]:
+        """Raises what the tier below raises, and ConfigError where no slot is free."""
+        # Experts that come one by one, or in groups, are of one token: the policy below must count them as such.
         continues, self._last_layer = layer == self._last_layer, layer
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            self.below.lease(layer, [expert], continues=continues) as lease,
-            self._copies(),
-        ):
-            return {
-                name: self._blocks.empty(tuple(param.shape), param.dtype).copy_(param, non_blocking=True)
-                for name, param in lease.slots[expert].items()
-            }
+        found, rest = dict[int, TakenSlot](), list(experts)
+        with torch.inference_mode(False), torch.no_grad():
+            while rest:
+                with self.below.lease(layer, rest, continues=continues) as lease:
+                    rest = rest[len(lease.slots) :]
+                    found |= self.pools.fill(layer, lease.slots)
+                continues = True
+        return found
+
+    def leased(self, slots: Mapping[int, Slot]) -> dict[int, Slot]:
+        """See TierSource."""
+        return self.pools.leased(slots)
+
+    def fit(self, slots: Mapping[int, int], movable: Mapping[Key, Slot]) -> Fitted:
+        """See TierSource."""
+        return self.pools.fit(slots, movable)
 
     def give_back(self) -> None:
-        """Memory of this tier that is kept for the next reads goes to its device."""
-        self._blocks.give_back()
-
-
-class PinnedBlock(Block):
-    """RAM that a GPU reads by itself: registered in its exact size, which torch's pinned memory would round up.
-
-    Raises ConfigError when the system does not allow it.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        super().__init__(size)
-        self._device, self._address = device, 0
-        address: int = self.memory.ctypes.data
-        with torch.cuda.device(device):
-            failed = torch.cuda.cudart().cudaHostRegister(address, size, 0)
-        if int(failed):
-            raise ConfigError(
-                f"{size} more bytes of RAM cannot be pinned for the GPU (CUDA error {int(failed)}): lower ram_budget."
-            )
-        # Only now, so that `__del__` does not unregister what was refused.
-        self._address = address
-
-    def __del__(self) -> None:
-        # Memory must be unregistered before it is unmapped. At the end of the process CUDA may be gone, with all of it.
-        if getattr(self, "_address", 0) and not sys.is_finalizing():
-            with torch.cuda.device(self._device):
-                torch.cuda.cudart().cudaHostUnregister(self._address)
-
-
-class _Lent:
-    """Stands for a block in the tensor that uses it: torch holds it as long as that tensor's storage."""
-
-    def __init__(self, memory: Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (memory.numel(),),
-            "typestr": "|u1",
-            "data": (memory.data_ptr(), False),
-            "version": 2,
-        }
-
-
-class DeviceBlock(Block):
-    """GPU memory. `freed`: recorded when its last user had queued all that reads it."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.size = size
-        self.memory: Tensor = torch.empty(size, dtype=torch.uint8, device=device)
-        self.freed: torch.cuda.Event | None = None
-
-    def lend(self) -> _Lent:
-        """For work queued on the current stream."""
-        # The host need not wait: the stream does, for the kernels that read the block's last tensor.
-        if self.freed is not None:
-            torch.cuda.current_stream(self.memory.device).wait_event(self.freed)
-        return _Lent(self.memory)
-
-
-class DeviceBlocks(Blocks):
-    """GPU memory for tensors that are written on the current stream, and read on any."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(lambda size: DeviceBlock(size, device))
-        self._device = device
-        # The last work of each stream that computed with these tensors, by its handle.
-        self._computed: dict[int, torch.cuda.Event] = {}
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Contiguous, with arbitrary contents; to be written on the current stream."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        owner = self.take(max(1, size))
-        stream = torch.cuda.current_stream(self._device)
-        # Kernels that read the last tensor of this block may still be queued.
-        for event in tuple(self._computed.values()):
-            stream.wait_event(event)
-        return torch.as_tensor(owner, device=self._device)[:size].view(dtype).view(shape)
-
-    def computed(self) -> None:
-        """What the current stream has queued so far may read tensors that are given back from now on."""
-        stream = torch.cuda.current_stream(self._device)
-        event = self._computed.get(stream.cuda_stream)
-        # One event a stream is enough: a later record stands for all work before it.
-        if event is None:
-            event = self._computed[stream.cuda_stream] = torch.cuda.Event()
-        event.record(stream)
-
-    def give_back(self) -> None:
-        """Free blocks go to the device, once it is idle: its allocator would give them to other streams at once."""
-        # Taken away first, as other threads may ask for blocks while this one waits for the device.
-        free, self._free = self._free, {}
-        if any(free.values()):
-            torch.cuda.synchronize(self._device)
-            free.clear()
-            with torch.cuda.device(self._device):
-                torch.cuda.empty_cache()
-
-    def _keep(self, block: Block) -> None:
-        # CUDA may be gone already at the end of the process, and records no more events.
-        if sys.is_finalizing():
-            return
-        assert isinstance(block, DeviceBlock)
-        # `computed` is not enough: backward gives blocks back from threads of its own, outside any lease.
-        block.freed = torch.cuda.current_stream(self._device).record_event()
-        super()._keep(block)
-
-
-class CopyStream:
-    """Around copies to a GPU: they run on a stream of their own, and have ended when the block is left."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with torch.cuda.stream(self._stream):
-            try:
-                yield
-            finally:
-                # A blocking event lets the thread sleep: polling would take a core from what computes.
-                copied = torch.cuda.Event(blocking=True)
-                copied.record(self._stream)
-                copied.synchronize()
+        """Wait for copies under way, and let go of the RAM that they read."""
+        self.pools.settle()
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -235,8 +115,7 @@ def make_cache(
     except ConfigError as error:
         raise ConfigError(f"ram_budget: {error}") from error
     # Pinned memory alone is copied by the GPU itself, beside its kernels; from other memory each copy would wait.
-    store.use_blocks(Blocks(partial(PinnedBlock, device=device)))
-    blocks = DeviceBlocks(device)
-    # `computed` runs before a lease's slots can be evicted, so that no copy overwrites what kernels still read.
-    source = DeviceSource(below, blocks, CopyStream(device))
-    return ExpertCache(source, budget_bytes, below=below, released=blocks.computed, device=device, **options)
+    store.layout.place(device)
+    assert store.layout.places is not None
+    pools = DevicePools(store.layout.places, store.num_experts, CudaStreams(device))
+    return ExpertCache(DeviceSource(below, pools), budget_bytes, below=below, device=device, **options)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from remoe_adapt.errors import UncacheableError
 from remoe_adapt.expert_cache.encoding import Encoding, eagerly
+from remoe_adapt.expert_cache.places import Places
 from remoe_adapt.expert_cache.plan import Plan
 from remoe_adapt.expert_cache.types import Slot
 
@@ -36,6 +37,8 @@ class Layout(abc.ABC):
 
     name: str
     is_exact: bool
+    # Where the parts of every slot lie; None: in each slot as the files happen to have them.
+    places: Places | None = None
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -43,6 +46,16 @@ class Layout(abc.ABC):
     def probe(self) -> None:
         """Find out what the files hold, before anything else is asked; raises UncacheableError for what is odd."""
         return
+
+    def place(self, device: torch.device | None) -> None:
+        """Have the same places in all slots of a layer from now on, in memory that is pinned for this GPU, if any."""
+        self.places = Places([self.parts(at) for at in range(len(self.plan.layers))], self.plan.num_experts, device)
+
+    @property
+    def holds(self) -> str:
+        """What a slot is of an expert: "params", the parameters of the model; "stored", the tensors of the files;
+        "own", what `filled` makes of these."""
+        return "own"
 
     @property
     def workspace_bytes(self) -> int:
@@ -56,6 +69,15 @@ class Layout(abc.ABC):
     @abc.abstractmethod
     def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
         """The slot of an expert whose stored tensors are these; it may hold these very tensors."""
+
+    def bands(self, layer: int, param: str) -> tuple[str, ...]:
+        """The slot's tensors that are rows of blocks of this parameter, in order; none where it is held otherwise."""
+        return ()
+
+    def packed(self, layer: int, parts: Mapping[str, Tensor]) -> Slot:
+        """The slot of an expert whose parts a pack has in its own way; the layout has places."""
+        assert self.places is not None
+        return self.places.copied(layer, parts)
 
     @abc.abstractmethod
     def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
@@ -82,6 +104,10 @@ class ParamsLayout(Layout):
     def __init__(self, plan: Plan, encoding: Encoding) -> None:
         super().__init__(plan)
         self.name, self._encoding = encoding.method or FLOATS_NAME, encoding
+
+    @property
+    def holds(self) -> str:
+        return "params"
 
     def parts(self, layer: int) -> dict[str, Tensor]:
         return self.plan.likes[layer]
@@ -150,6 +176,10 @@ class StoredLayout(CodedLayout):
         super().__init__(plan)
         self.name = method
         self._groups = [{param: group for group in groups for param in group.params} for groups in plan.groups]
+
+    @property
+    def holds(self) -> str:
+        return "stored"
 
     def parts(self, layer: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

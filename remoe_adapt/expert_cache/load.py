@@ -30,8 +30,9 @@ from remoe_adapt.expert_cache.budget import budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS
 from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, check_arithmetic, find_checkpoint, kernels_for
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
+from remoe_adapt.expert_cache.device_layout import Kernels
 from remoe_adapt.expert_cache.direct_io import Reader
-from remoe_adapt.expert_cache.encodings import KINDS, Ggml, encode_dense
+from remoe_adapt.expert_cache.encodings import KINDS, EncodedEmbedding, EncodedLinear, Ggml, encode_dense
 from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
 from remoe_adapt.expert_cache.pack import PackedStore
@@ -84,9 +85,10 @@ def load_with_expert_cache(
     memory: what the dense part and the slots may take together, with a sixteenth left for the KV cache; it lowers the
         budget.
     storage: a folder that `remoe pack` made of this model, to read experts from; None: the checkpoint.
-    arithmetic: of quantised experts. "exact": they are dequantised on use, bit-equal to the dequantised model of
-        transformers; "fast": computed as they are, within a tolerance (docs/concepts/encodings.md); "auto": fast where
-        there are kernels for it, else exact.
+    arithmetic: of the experts. "exact": bit-equal to transformers' eager model, quantised ones to its dequantised
+        model, for which they are dequantised on use; "fast": quantised ones on a CPU, and all on a GPU, by kernels on
+        the slots, within a tolerance (docs/concepts/encodings.md); "auto": fast where there are kernels for it, else
+        exact.
     policy: what is evicted, see ExpertCache.
     scope: of the budget, see ExpertCache.
     threads: reads at a time.
@@ -140,7 +142,7 @@ def load_with_expert_cache(
             packed = PackedDense.of(store, checkpoint) if isinstance(store, PackedStore) else None
             dense: Checkpoint | PackedDense = checkpoint if packed is None else packed
             # Codes that nothing computes with would be dequantised in every step: then floats are kept.
-            encoded = {} if kernels is None else dense.encoded(skeleton)
+            encoded = dense.encoded(skeleton) if isinstance(kernels, Ggml) else {}
             budget_bytes = budget_in_bytes(expert_cache, store.total_bytes)
             if memory is not None:
                 # In the places that they will have in the model, so that their bytes are counted.
@@ -204,6 +206,17 @@ class _Cached:
             "with the PeftModel's save_pretrained; to save the whole model, load it with from_pretrained first."
         )
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        # The class that this one is put before is a model's, of which it knows nothing itself.
+        model: Any = self
+        if any(isinstance(module, EncodedEmbedding | EncodedLinear) for module in model.modules()):
+            raise ConfigError(
+                "this model's dense part is in codes, which cannot be given other rows: to change its vocabulary, load "
+                'it with arithmetic="exact".'
+            )
+        stock: Any = super()
+        return stock.resize_token_embeddings(*args, **kwargs)
+
     def set_experts_implementation(self, *args: object, **kwargs: object) -> NoReturn:
         raise ConfigError(
             "this model's experts are in a cache, which computes them as "
@@ -216,7 +229,7 @@ def _store(
     checkpoint: Checkpoint,
     skeleton: PreTrainedModel,
     storage: str | os.PathLike[str] | None,
-    kernels: Ggml | None,
+    kernels: Kernels | None,
     *,
     direct_io: bool,
     reader: Reader,

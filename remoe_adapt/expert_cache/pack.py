@@ -48,11 +48,12 @@ from remoe_adapt._support import printable, read_json
 from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
 from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt.expert_cache.block_products import CodedBand, CodedParam
-from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
-from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore, FileStore
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, FileStore
+from remoe_adapt.expert_cache.device_layout import Kernels, SlotKernels, layout_for
 from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
-from remoe_adapt.expert_cache.encodings import BlockType, Ggml, block_type
+from remoe_adapt.expert_cache.encodings import BlockType, block_type
 from remoe_adapt.expert_cache.layouts import Layout
+from remoe_adapt.expert_cache.places import ALIGNMENT
 from remoe_adapt.expert_cache.types import Slot
 
 # The number of the format, the older ones that are read too, and the file that says it.
@@ -238,7 +239,7 @@ class PackedStore(FileStore):
         folder: str | os.PathLike[str],
         source: ExpertStore,
         *,
-        kernels: Ggml | None = None,
+        kernels: Kernels | None = None,
         direct_io: bool = False,
         reader: Reader = os.preadv,
     ) -> None:
@@ -249,26 +250,29 @@ class PackedStore(FileStore):
         self.packed: list[PackedLayer] = manifest["layers"]
         self._check(manifest, source)
         self.layout: Layout = source.layout
-        if any(packed.encoded for packed in self.packed):
-            self.layout = BlocksLayout(source.plan, kernels, [packed.coded() for packed in self.packed])
+        if any(packed.encoded for packed in self.packed) or isinstance(kernels, SlotKernels):
+            self.layout = layout_for(source.plan, kernels, [packed.coded() for packed in self.packed])
+            self.layout.probe()
         parts = [self.layout.parts(layer) for layer in range(len(self.layers))]
         self.params = tuple(tuple(names) for names in parts)
         self.expert_bytes = tuple(sum(part.nbytes for part in layer.values()) for layer in parts)
         self._extents = self._find(manifest["files"])
         super().__init__({extent.path for extents in self._extents for extent in extents}, direct_io, reader)
+        # The pieces of all experts of a layer are alike, and a slot is one of them where it can be.
+        if self.layout.places is None:
+            self.layout.place(None)
         self._compare(manifest, source)
 
     def read(self, layer: int, expert: int) -> Slot:
-        if not isinstance(self.layout, BlocksLayout):
-            return self.read_parts(layer, expert)
         with torch.inference_mode(False), torch.no_grad():
-            packed = self.packed[layer]
-            slot = self.layout.pools.of(layer).take()
+            parts, places = self.packed[layer].slot_parts(), self.layout.places
+            assert places is not None
             # Where a slot has its parts elsewhere, or floats of another type, they are put there one by one.
-            if not self.layout.lies_as(layer, packed.slot_parts()):
-                return self.layout.copied(layer, self.read_parts(layer, expert))
+            if dict(parts) != places.layers[layer]:
+                return self.layout.packed(layer, self.read_parts(layer, expert))
+            slot = places.pools.of(layer).take()
             self.read_into(layer, expert, slot.bytes_B)
-            return slot.lay_out(packed.slot_parts())
+            return slot.lay_out(parts)
 
     def read_parts(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The parts of one expert as the pack has them, in one block of memory; raises as `read`."""

@@ -44,9 +44,45 @@ class BatchSource(Protocol):
     def read_many(self, layer: int, experts: Sequence[int]) -> Mapping[int, Slot]:
         """These experts of one layer, each in memory of its own, by number.
 
-        When it raises, the experts are read one by one, so that each failure is that of its expert.
+        When it raises, the experts are read one by one, so that each failure is that of its expert; where none fails,
+        the look-up raises what this did.
         """
         ...
+
+
+@runtime_checkable
+class TierSource(Protocol):
+    """A source whose slots lie in memory of its own, of a fixed size, which a device fills and reads in an order of its
+    own: a GPU. The cache over it tells how many slots there shall be, and which thread computes with which of them.
+    """
+
+    slot_bytes: tuple[int, ...]
+
+    def leased(self, slots: Mapping[int, Slot]) -> dict[int, Slot]:
+        """The calling thread queues kernels that read these slots from now on, until it gives them back. What is in
+        them may still be under way. Returns what it computes with, while the lease holds the slots."""
+        ...
+
+    def fit(self, slots: Mapping[int, int], movable: Mapping[Key, Slot]) -> Fitted:
+        """Have so many slots of each size (bytes), and no memory for more.
+
+        movable: the slots that nobody computes with. They may get other numbers, or be lost.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What became of a tier's memory.
+
+    whole: it is as it was asked for; else slots that are computed with are in the way, or the device has no more.
+    slots: how many it has, by size; fewer than asked for only where the device has no more.
+    lost: the experts whose contents are gone.
+    """
+
+    whole: bool
+    slots: Mapping[int, int]
+    lost: tuple[Key, ...] = ()
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from expert_support import EXPERTS, LAYERS, Source
+from fake_streams import tier_over
 from kv import kv
 from tiny_checkpoints import save_tiny, stock
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from remoe_adapt._support import interrupts
 from remoe_adapt._support.interrupts import held_back, let_through
 from remoe_adapt.errors import ExpertReadError
 from remoe_adapt.expert_cache.cache import ExpertCache
-from remoe_adapt.expert_cache.gpu import DeviceSource
 from remoe_adapt.expert_cache.load import load_with_expert_cache
 
 IDS = torch.randint(3, 96, (1, 2), generator=torch.Generator().manual_seed(0))
@@ -162,7 +162,7 @@ def test_a_budget_that_moves_and_other_threads_stand_interrupts_too(tmp_path: Pa
 def test_leases_of_a_hand_are_given_back_when_a_timer_raises(tiers: int) -> None:
     source = Source(delay_s=0.0001)
     below = ExpertCache(source, source.total // 3, threads=2)
-    cache = below if tiers == 1 else ExpertCache(DeviceSource(below), source.total // 4, below=below)
+    cache = below if tiers == 1 else tier_over(below, source.total // 4)
     chance, lease = random.Random(2), cache.lease(0, [0])
 
     class TimeLimitError(Exception):

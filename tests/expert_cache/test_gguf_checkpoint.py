@@ -20,11 +20,11 @@ from transformers.integrations.gguf import is_gguf_arch_supported
 
 from remoe_adapt.checkpoints.load import auto_class
 from remoe_adapt.errors import ConfigError, ExpertReadError, MissingDependencyError, RemoeError, UncacheableError
-from remoe_adapt.expert_cache.checkpoint_store import experts_modules
 from remoe_adapt.expert_cache.encodings.blocks import Q4_0, Q8_0, dequantise
 from remoe_adapt.expert_cache.experts import experts_left_out
 from remoe_adapt.expert_cache.gguf.checkpoint import GgufCheckpoint, GgufWeights
 from remoe_adapt.expert_cache.gguf.experts import ExpertGroup
+from remoe_adapt.expert_cache.plan import experts_modules
 
 # Types whose blocks are 32 numbers long, and those with 256.
 SHORT, LONG = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"), ("Q4_K", "Q5_K", "Q6_K")

@@ -23,7 +23,7 @@ from remoe_adapt.cli.app import app
 from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
 from remoe_adapt.expert_cache.direct_io import BLOCK
-from remoe_adapt.expert_cache.encodings import KINDS, dequantise, quantise
+from remoe_adapt.expert_cache.encodings import KINDS, dequantise, ggml, quantise
 from remoe_adapt.expert_cache.load import pack_experts
 from remoe_adapt.expert_cache.pack import DENSE, MANIFEST, PackedStore, read_manifest
 
@@ -331,3 +331,14 @@ def test_a_killed_run_goes_on_and_knows_all_errors(folders: dict[str, Path], tmp
     run(tmp_path / "out", 0)
     assert contents(tmp_path / "out") == expected and not draft.exists()
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == then for name, then in finished.items())
+
+
+def test_a_vocabulary_in_codes_is_not_resized(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", "qwen2_moe")
+    pack_experts(folder, tmp_path / "pack", bits=8, dense_bits=8)
+    floats = load_with_expert_cache(folder, 0.5)
+    assert floats.resize_token_embeddings(100).num_embeddings == 100
+    if ggml() is None:
+        pytest.skip("no kernels for codes here (extra: llamacpp)")
+    with pytest.raises(ConfigError, match="dense part is in codes"):
+        load_with_expert_cache(folder, 0.5, storage=tmp_path / "pack", arithmetic="fast").resize_token_embeddings(100)

@@ -36,7 +36,8 @@ ROOMS = (
     "engines.gguf",
     "engines.llamacpp",
     "bench.harness",
-    "bench bench.decode bench.controller bench.scale",
+    "bench.decode bench.controller bench.scale",
+    "bench",
     "cli",
     "__main__ __init__",
 )

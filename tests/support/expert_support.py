@@ -37,6 +37,10 @@ class Source:
             raise ExpertReadError(f"expert {expert} of layer {layer}")
         return {"w": torch.full((self.expert_bytes[layer] // 4,), 10.0 * layer + expert)}
 
+    def like(self, layer: int) -> dict[str, Tensor]:
+        """What a slot of this layer holds."""
+        return {"w": torch.empty(self.expert_bytes[layer] // 4, device="meta")}
+
     def give_back(self) -> None:
         """Nothing is kept."""
 

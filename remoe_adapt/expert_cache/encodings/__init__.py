@@ -40,4 +40,5 @@ from remoe_adapt.expert_cache.encodings.linear import (
     encode_dense,
     load_blocks,
 )
+from remoe_adapt.expert_cache.encodings.planar import Planar, planar_from_blocks, planar_kind
 from remoe_adapt.expert_cache.encodings.quantise import KINDS, Quantised, quantise

@@ -156,6 +156,28 @@ def code_groups(blocks_NB: Tensor, kind: BlockType, cols: int) -> tuple[Tensor, 
     return codes_NK, scales_NG, minima_NG
 
 
+def byte_groups(blocks_NB: Tensor, kind: BlockType, cols: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes int8 [N, cols], and scales fp32 [N, G] of groups of 16 or 32 columns, the last of which need not be full;
+    minima likewise, or None where there are none: a value is code * scale + minimum.
+
+    blocks_NB: uint8 [N, kind.row_bytes(cols)].
+    kind: one of `BYTE_CODED`.
+
+    Raises UncacheableError for another type, and for tensors that are no such rows.
+    """
+    if (decode := _BYTES.get(kind)) is None:
+        raise UncacheableError(f"{kind.name} blocks hold no codes of up to eight bits in groups: dequantise them.")
+    check_blocks(blocks_NB, kind, cols)
+    codes, scales, minima = decode(blocks_NB.reshape(-1, kind.bytes).clone())
+    num_rows, group = len(blocks_NB), kind.values // scales[0].numel()
+    codes_NK = codes.view(num_rows, -1)[:, :cols].to(torch.int8)
+    scales_NG, minima_NG = (
+        None if part is None else part.reshape(num_rows, -1)[:, : -(-cols // group)] for part in (scales, minima)
+    )
+    assert scales_NG is not None
+    return codes_NK, scales_NG, minima_NG
+
+
 def check_blocks(blocks_NB: Tensor, kind: BlockType, cols: int) -> None:
     """Raises UncacheableError unless the tensor holds rows of `cols` values as blocks of this type."""
     if blocks_NB.dtype != torch.uint8 or blocks_NB.ndim != 2 or cols < 1 or blocks_NB.shape[1] != kind.row_bytes(cols):
@@ -164,6 +186,9 @@ def check_blocks(blocks_NB: Tensor, kind: BlockType, cols: int) -> None:
             f"{kind.name} blocks: those are torch.uint8 [rows, {kind.row_bytes(cols)}]. Is the checkpoint damaged?"
         )
 
+
+# Codes [M, values], scales and minima of the groups of a block.
+_Codes = tuple[Tensor, Tensor, Tensor | None]
 
 # The decoders: blocks uint8 [M, bytes] -> fp32 [M, values]. Each keeps the order of gguf-py's roundings; products that
 # are exact in fp32, as code times small integer, may come in any. Codes are taken apart eight bytes at a time: torch's
@@ -217,32 +242,53 @@ def _fives(high_M4: Tensor, low_M16: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    return _fives(blocks[:, 2:6], blocks[:, 6:]).sub_(16).mul_(_halfs(blocks[:, :2]))
+    codes, scales, _ = _q5_0_codes(blocks)
+    return codes.mul_(scales)
+
+
+def _q5_0_codes(blocks: Tensor) -> _Codes:
+    return _fives(blocks[:, 2:6], blocks[:, 6:]).sub_(16), _halfs(blocks[:, :2]), None
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
+    codes, scales, minima = _q5_1_codes(blocks)
+    return codes.mul_(scales).add_(minima)
+
+
+def _q5_1_codes(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale_minimum = _halfs(blocks[:, :4])
-    return _fives(blocks[:, 4:8], blocks[:, 8:]).mul_(scale_minimum[:, :1]).add_(scale_minimum[:, 1:])
+    return _fives(blocks[:, 4:8], blocks[:, 8:]), scale_minimum[:, :1], scale_minimum[:, 1:]
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
     return blocks[:, 2:].view(torch.int8).float().mul_(_halfs(blocks[:, :2]))
 
 
+def _q8_0_codes(blocks: Tensor) -> _Codes:
+    return blocks[:, 2:].contiguous().view(torch.int8), _halfs(blocks[:, :2]), None
+
+
 def _q2_k(blocks: Tensor) -> Tensor:
+    codes, scales, minima = _q2_k_codes(blocks)
+    return codes.float().view(-1, 16, 16).mul_(scales.unsqueeze(2)).add_(minima.unsqueeze(2)).flatten(1)
+
+
+def _q2_k_codes(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales_MG, scale_minimum = blocks[:, :16], _halfs(blocks[:, 80:])
-    dl = (scales_MG & 15) * scale_minimum[:, :1]
-    ml = (scales_MG >> 4) * scale_minimum[:, 1:]
-    codes = _bits(blocks[:, 16:80], 32, 2).float().view(-1, 16, 16)
-    return codes.mul_(dl.unsqueeze(2)).sub_(ml.unsqueeze(2)).flatten(1)
+    scales, minima = (scales_MG & 15) * scale_minimum[:, :1], (scales_MG >> 4) * scale_minimum[:, 1:]
+    return _bits(blocks[:, 16:80], 32, 2), scales, minima.neg_()
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
+    codes, scales, _ = _q3_k_codes(blocks)
+    return codes.view(-1, 16, 16).mul_(scales.unsqueeze(2)).flatten(1)
+
+
+def _q3_k_codes(blocks: Tensor) -> _Codes:
     high = torch.cat([(blocks[:, 104:108] >> shift) & 3 for shift in range(0, 8, 2)], dim=1)
     scales = (_bits(blocks[:, 96:104], 8, 4) | (high << 4)).float().sub_(32).mul_(_halfs(blocks[:, 108:]))
     # Four are subtracted where the mask's bit is zero.
-    codes = (_bits(blocks[:, 32:96], 32, 2) | (_bits(blocks[:, :32], 32, 1) << 2)).float().sub_(4)
-    return codes.view(-1, 16, 16).mul_(scales.unsqueeze(2)).flatten(1)
+    return (_bits(blocks[:, 32:96], 32, 2) | (_bits(blocks[:, :32], 32, 1) << 2)).float().sub_(4), scales, None
 
 
 def _scales_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,15 +306,24 @@ def _q4_k(blocks: Tensor) -> Tensor:
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
+    codes, scales, minima = _q5_k_codes(blocks)
+    return codes.float().view(-1, 8, 32).mul_(scales).add_(minima).flatten(1)
+
+
+def _q5_k_codes(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales, minima = _scales_minima(blocks)
-    codes = _bits(blocks[:, 48:], 32, 4) | (_bits(blocks[:, 16:48], 32, 1) << 4)
-    return codes.float().view(-1, 8, 32).mul_(scales).sub_(minima).flatten(1)
+    return _bits(blocks[:, 48:], 32, 4) | (_bits(blocks[:, 16:48], 32, 1) << 4), scales, minima.neg_()
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
+    codes, scales, _ = _q6_k_codes(blocks)
+    return codes.view(-1, 16, 16).mul_(scales.unsqueeze(2)).flatten(1)
+
+
+def _q6_k_codes(blocks: Tensor) -> _Codes:
     scales = blocks[:, 192:208].view(torch.int8).float().mul_(_halfs(blocks[:, 208:]))
     codes = _bits(blocks[:, :128], 64, 4) | (_bits(blocks[:, 128:192], 32, 2) << 4)
-    return codes.float().sub_(32).view(-1, 16, 16).mul_(scales.unsqueeze(2)).flatten(1)
+    return codes.float().sub_(32), scales, None
 
 
 def _mxfp4(blocks: Tensor) -> Tensor:
@@ -300,14 +355,24 @@ def _looked_up(bytes_MB: Tensor) -> Tensor:
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return _looked_up(blocks[:, 2:]).mul_(_halfs(blocks[:, :2]))
+    codes, scales, _ = _iq4_nl_codes(blocks)
+    return codes.mul_(scales)
+
+
+def _iq4_nl_codes(blocks: Tensor) -> _Codes:
+    return _looked_up(blocks[:, 2:]), _halfs(blocks[:, :2]), None
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
+    codes, scales, _ = _iq4_xs_codes(blocks)
+    return codes.view(-1, 8, 32).mul_(scales.unsqueeze(2)).flatten(1)
+
+
+def _iq4_xs_codes(blocks: Tensor) -> _Codes:
     low = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], dim=2).flatten(1)
     high = torch.stack([(blocks[:, 2:4] >> shift) & 3 for shift in range(0, 8, 2)], dim=2).flatten(1)
     scales = (low | (high << 4)).float().sub_(32).mul_(_halfs(blocks[:, :2]))
-    return _looked_up(blocks[:, 8:]).view(-1, 8, 32).mul_(scales.unsqueeze(2)).flatten(1)
+    return _looked_up(blocks[:, 8:]), scales, None
 
 
 _DECODERS: dict[BlockType, Callable[[Tensor], Tensor]] = {
@@ -315,6 +380,11 @@ _DECODERS: dict[BlockType, Callable[[Tensor], Tensor]] = {
     Q2_K: _q2_k, Q3_K: _q3_k, Q4_K: _q4_k, Q5_K: _q5_k, Q6_K: _q6_k, MXFP4: _mxfp4, IQ4_NL: _iq4_nl, IQ4_XS: _iq4_xs,
 }  # fmt: skip
 DECODED = frozenset(_DECODERS)
+_BYTES: dict[BlockType, Callable[[Tensor], _Codes]] = {
+    Q5_0: _q5_0_codes, Q5_1: _q5_1_codes, Q8_0: _q8_0_codes, Q2_K: _q2_k_codes, Q3_K: _q3_k_codes, Q5_K: _q5_k_codes,
+    Q6_K: _q6_k_codes, IQ4_NL: _iq4_nl_codes, IQ4_XS: _iq4_xs_codes,
+}  # fmt: skip
+BYTE_CODED = frozenset(_BYTES)
 
 
 def _decoded_names() -> str:

@@ -524,7 +524,7 @@ def ggml() -> Ggml | None:
         return Ggml(load_library())
     except Exception as error:
         say_once(
-            f"ggml's kernels are not used ({printable(error)}): experts in blocks are computed several times slower. "
+            f"ggml's kernels are not used ({printable(error)}): "
             "pip install 'remoe-adapt[llamacpp]' brings the version that is known."
         )
         return None
