@@ -38,6 +38,11 @@ class TorchInt4:
 
     is_demanded: bool
 
+    @classmethod
+    def found(cls, is_demanded: bool) -> TorchInt4 | None:
+        """None where the kernels cannot be used, which is said once."""
+        return cls(is_demanded) if is_usable() else None
+
 
 def packed_shapes(rows: int, cols: int, group: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
     """Shapes of what `pack` gives for a matrix: uint8 codes, bf16 scales.
