@@ -36,7 +36,7 @@ from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.dense import Encoded, model_of
 from remoe_adapt.expert_cache.device_layout import DeviceLayout, Kernels, SlotKernels, layout_for, slot_kernels
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding, encoding_of
-from remoe_adapt.expert_cache.encodings import Band, Format, dense_modules, format_of, ggml
+from remoe_adapt.expert_cache.encodings import Band, Format, TorchInt4, dense_modules, format_of, ggml
 from remoe_adapt.expert_cache.gguf import DenseParameter, ExpertGroup, GgufCheckpoint, LazyParameter
 from remoe_adapt.expert_cache.layouts import Layout, StoredLayout
 from remoe_adapt.expert_cache.plan import Group, Plan, Source, empty_plan, experts_modules, plan_checkpoint
@@ -206,7 +206,8 @@ class GgufModel(Checkpoint):
 
 
 def _coded_layout(method: str, kernels: Kernels | None) -> MakeLayout:
-    return partial(StoredLayout, method=method) if kernels is None else partial(layout_for, kernels=kernels)
+    exact = partial(StoredLayout, method=method)
+    return exact if kernels is None else partial(layout_for, kernels=kernels, exact=exact)
 
 
 def _gguf_group(group: ExpertGroup, dtype: torch.dtype) -> Group:
@@ -244,7 +245,9 @@ def kernels_for(arithmetic: str, device: torch.device) -> Kernels | None:
     """
     if arithmetic == "exact":
         return None
-    kernels = ggml() if device.type == "cpu" else slot_kernels()
+    kernels: Kernels | None = ggml() if device.type == "cpu" else slot_kernels()
+    if kernels is None and device.type == "cpu":
+        kernels = TorchInt4.found(is_demanded=arithmetic == "fast")
     if kernels is None and arithmetic == "fast":
         remedy = "remoe-adapt[llamacpp]" if device.type == "cpu" else "triton"
         raise ConfigError(

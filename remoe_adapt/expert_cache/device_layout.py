@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt._support import say_once
-from remoe_adapt.expert_cache.blocks_layout import BlocksLayout, CodedLayer, bands_of
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.expert_cache.block_products import CodedLayer
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout, bands_of, coded_layers
 from remoe_adapt.expert_cache.device_pool import DevicePool, DeviceSlot
-from remoe_adapt.expert_cache.encodings import Ggml, Planar, planar_from_blocks, planar_kind
+from remoe_adapt.expert_cache.encodings import Ggml, Planar, TorchInt4, planar_from_blocks, planar_kind
+from remoe_adapt.expert_cache.int4_layout import Int4Layout, others_than_groups
 from remoe_adapt.expert_cache.layouts import FLOATS_NAME, CodedLayout, Layout
 from remoe_adapt.expert_cache.places import Places
 from remoe_adapt.expert_cache.plan import Plan
@@ -44,8 +47,8 @@ class SlotKernels:
     forward: Callable[..., Tensor | None]
 
 
-# What computes with experts: ggml's on a CPU, those for slots of a GPU.
-Kernels = Ggml | SlotKernels
+# What computes with experts: ggml's on a CPU, else torch's for 4 bits; those for slots of a GPU.
+Kernels = Ggml | TorchInt4 | SlotKernels
 
 
 def slot_kernels() -> SlotKernels | None:
@@ -280,11 +283,32 @@ def activation_of(module: Any) -> Activation | None:
     return None
 
 
-def layout_for(plan: Plan, kernels: Kernels | None, coded: Sequence[CodedLayer] | None = None) -> Layout:
+def layout_for(
+    plan: Plan,
+    kernels: Kernels | None,
+    coded: Sequence[CodedLayer] | None = None,
+    exact: Callable[[Plan], Layout] | None = None,
+) -> Layout:
     """What these kernels compute with; None: blocks that are dequantised on use.
 
     coded: how each layer is encoded; None: an expert of the files will tell.
+    exact: makes what is computed exactly where kernels that may be missing do not know the codes; None: blocks.
+
+    Raises ConfigError for codes that torch's kernels do not know where those were asked for.
     """
     if isinstance(kernels, SlotKernels):
         return DeviceLayout(plan, kernels, coded)
-    return BlocksLayout(plan, kernels, coded)
+    if not isinstance(kernels, TorchInt4):
+        return BlocksLayout(plan, kernels, coded)
+    coded = coded_layers(plan) if coded is None else coded
+    if not (others := others_than_groups(coded)):
+        say_once("experts of 4 bits are computed by torch's kernels for them instead.")
+        return Int4Layout(plan, coded)
+    if kernels.is_demanded:
+        raise ConfigError(
+            f'arithmetic "fast": {plan.where} has experts in {", ".join(others)}, which torch\'s 4-bit kernels do not '
+            "compute, and ggml's cannot be used here (pip install 'remoe-adapt[llamacpp]'); give \"exact\", or "
+            '"auto" for whatever there is.'
+        )
+    say_once(f"experts in {', '.join(others)} are dequantised on every use, which takes several times as long.")
+    return BlocksLayout(plan, None, coded) if exact is None else exact(plan)

@@ -47,7 +47,7 @@ from torch import Tensor
 from remoe_adapt._support import printable, read_json
 from remoe_adapt.checkpoints import Extent, file_inside, tensors_of
 from remoe_adapt.errors import ConfigError, ExpertReadError
-from remoe_adapt.expert_cache.blocks_layout import CodedBand, CodedParam
+from remoe_adapt.expert_cache.block_products import CodedBand, CodedParam
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, FileStore
 from remoe_adapt.expert_cache.device_layout import Kernels, SlotKernels, layout_for
 from remoe_adapt.expert_cache.direct_io import BLOCK, Reader

@@ -11,6 +11,7 @@ from remoe_adapt.expert_cache.encodings.blocks import (
     DECODED,
     F16,
     F32,
+    GROUPED,
     IQ4_NL,
     IQ4_XS,
     MXFP4,
@@ -42,3 +43,4 @@ from remoe_adapt.expert_cache.encodings.linear import (
 )
 from remoe_adapt.expert_cache.encodings.planar import Planar, planar_from_blocks, planar_kind
 from remoe_adapt.expert_cache.encodings.quantise import KINDS, Quantised, quantise
+from remoe_adapt.expert_cache.encodings.torch_int4 import TorchInt4

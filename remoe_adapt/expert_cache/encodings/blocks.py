@@ -82,6 +82,8 @@ _TABLE = (
     BlockType("nvfp4", 40, 64, 36),
     BlockType("q1_0", 41, 128, 18),
 )
+# Types of 4-bit codes with a scale and a minimum for 32 columns each, see `code_groups`.
+GROUPED = frozenset({Q4_0, Q4_1, Q4_K})
 _BY_KEY: dict[str | int, BlockType] = {key: kind for kind in _TABLE for key in (kind.number, kind.name.lower())}
 
 
@@ -133,11 +135,11 @@ def code_groups(blocks_NB: Tensor, kind: BlockType, cols: int) -> tuple[Tensor, 
     need not be full: a value is code * scale + minimum.
 
     blocks_NB: uint8 [N, kind.row_bytes(cols)].
-    kind: q4_0, q4_1 or q4_K.
+    kind: one of `GROUPED`.
 
     Raises UncacheableError for another type, and for tensors that are no such rows.
     """
-    if kind not in (Q4_0, Q4_1, Q4_K):
+    if kind not in GROUPED:
         raise UncacheableError(f"{kind.name} blocks hold no 4-bit codes with scale and minimum: dequantise them.")
     check_blocks(blocks_NB, kind, cols)
     blocks_MB = blocks_NB.reshape(-1, kind.bytes).clone()

@@ -1,9 +1,11 @@
 """Products with ggml's blocks by ggml's own CPU kernels, called through ctypes in the pinned wheel xllamacpp.
 
-The kernels round activations to eight bits in blocks of 32, as llama.cpp always does: a layer's results differ from
-exact arithmetic by some thousandths of their norm. For types of blocks of 256 they round in blocks of 256, where the
-largest value of more of them sets the step, and errors are two to three times as large. So with those types there are
-two products, with the rounded activations and with what rounding took from them (`_Twice`).
+The kernels round activations to eight bits in blocks of 32, as llama.cpp always does: a product differs from the exact
+one by some thousandths of its norm. For types of blocks of 256 they round in blocks of 256, where the largest value of
+more of them sets the step. What that costs a model's logits, and where it is more than the hundredth that is promised,
+docs/concepts/encodings.md says. There products are computed twice, with the rounded activations and with what rounding
+took from them, and are off by less than a ten-thousandth: those of experts with types of blocks of 256, and all of
+`matmul`, since every token takes every matrix of the dense part.
 
 `ggml()` gives None where the kernels cannot be used, and says why once.
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from remoe_adapt._support import mend_after_fork, printable, say_once
 from remoe_adapt.errors import ConfigError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.encodings import blocks
-from remoe_adapt.expert_cache.encodings.blocks import BF16, DECODED, F16, F32, BlockType, block_type, check_blocks
+from remoe_adapt.expert_cache.encodings.blocks import BF16, DECODED, F16, F32, Q8_0, BlockType, block_type, check_blocks
 from remoe_adapt.expert_cache.encodings.ggml_library import (
     I32_NUMBER,
     Context,
@@ -44,12 +46,13 @@ _MAX_WORK_BYTES = 32 << 20
 # Below that many bytes of weights a second thread costs more than it computes.
 _BYTES_OF_A_THREAD = 1 << 18
 # From that many tokens of a slot on, its matrix is dequantised and multiplied by torch: ggml's kernels compute each
-# token for itself. K-quants (blocks of 256) have the quicker kernels, though they are called twice for each token.
-# Measured with AVX2, 1536 x 2048, one thread.
-_MANY_TOKENS, _MANY_TOKENS_OF_K_QUANTS = 32, 48
+# token for itself. Measured with AVX2, 1536 x 2048, one thread.
+_MANY_TOKENS = 32
 # A product is wrong, not just rounded, from this relative error on; one that is computed twice, from the other one.
 _TOLERANCE, _TOLERANCE_OF_TWICE = 0.03, 1e-3
-# Types whose kernels round activations in blocks of 256 (to ggml's type q8_K).
+# What rounding took away is computed with so many times as large: the fp16 scales of its blocks would lose it.
+_REST_SCALE = 256.0
+# Types whose kernels round activations in blocks of 256, to q8_K; others round them to q8_0, or to q8_1 of its codes.
 _ROUNDED_IN_256 = frozenset(kind for kind in DECODED if kind.values == 256)
 _Q8_K = block_type("q8_K")
 _INT32 = torch.int32
@@ -80,14 +83,13 @@ class PoolMatrix:
 class _Graph:
     """Products with pools, or with one matrix, in one call of ggml; one thread at a time.
 
-    A single product with a type of `_ROUNDED_IN_256` is computed twice for each token: W x = W a + W (x - a) with
-    a = x rounded as ggml's kernels do. They find a as it is, and round in x - a what is a hundredth of x.
-
     shapes: (kind, rows, cols, slots) of the first product and, with SwiGLU between, of the second; slots are 0 for a
         matrix without a pool.
     num_tokens, num_choices: of each call.
     each: every choice has its own input.
     threads: of ggml.
+    twice: a single product is computed twice for each token: W x = W a + W (x - a) with a = x rounded as ggml's kernels
+        do. They find a as it is, and round x - a, which is a hundredth of x.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class _Graph:
         num_choices: int,
         each: bool,
         threads: int,
+        twice: bool,
     ) -> None:
         self._library = library
         self._compute = library.ggml_graph_compute
@@ -105,8 +108,8 @@ class _Graph:
         new_3d = library.ggml_new_tensor_3d
         first, cols = shapes[0][0], shapes[0][2]
         padded = first.padded(cols)
-        self._is_twice = first in _ROUNDED_IN_256
-        columns = num_tokens * (2 if self._is_twice else 1)
+        self._is_twice = twice
+        columns = num_tokens * (2 if twice else 1)
         inputs = (num_choices if each else 1) if shapes[0][3] else columns
         x = new_3d(context.pointer, F32.number, padded, inputs, columns if shapes[0][3] else 1)
         ids = library.ggml_new_tensor_2d(context.pointer, I32_NUMBER, num_choices, columns)
@@ -119,10 +122,13 @@ class _Graph:
             self._copied = torch.zeros(inputs * (columns if shapes[0][3] else 1), padded)
             self._inputs = self._copied[:, :cols]
             self._is_padded, self._cols = padded != cols, cols
-            if self._is_twice:
+            if twice:
+                rounding = _rounding(first)
+                self._round = getattr(library, f"quantize_row_{rounding.name}_ref")
+                self._widen = getattr(library, f"dequantize_row_{rounding.name}")
                 self._rounded, self._rest = self._copied.chunk(2)
                 self._inputs = self._rest[:, :cols]
-                self._codes = torch.empty(len(self._rest), _Q8_K.row_bytes(cols), dtype=torch.uint8)
+                self._codes = torch.empty(len(self._rest), rounding.row_bytes(cols), dtype=torch.uint8)
                 self._ids_2TC = torch.empty(2, num_tokens, num_choices, dtype=_INT32)
                 self._parts_2P = torch.empty(2, num_tokens * num_choices * shapes[-1][1])
             result = x
@@ -154,7 +160,7 @@ class _Graph:
             plan.work_data = self._work.data_ptr() + -self._work.data_ptr() % 64
         self._plan_pointer = C.byref(plan)
         self.kept_bytes = len(self._work) + self._copied.nbytes + sum(len(memory) for memory in self._between)
-        if self._is_twice:
+        if twice:
             self.kept_bytes += self._codes.nbytes + self._ids_2TC.nbytes + self._parts_2P.nbytes
 
     def __del__(self) -> None:
@@ -192,14 +198,14 @@ class _Graph:
     def _run_twice(self, x: Tensor, slots_TC: Tensor | None, result: Tensor) -> None:
         self._put_inputs(x)
         rest, codes, rounded, count = self._rest, self._codes.data_ptr(), self._rounded, self._rest.numel()
-        self._library.quantize_row_q8_K_ref(rest.data_ptr(), codes, count)
-        self._library.dequantize_row_q8_K(codes, rounded.data_ptr(), count)
-        rest.sub_(rounded)
+        self._round(rest.data_ptr(), codes, count)
+        self._widen(codes, rounded.data_ptr(), count)
+        rest.sub_(rounded).mul_(_REST_SCALE)
         self._x.data = self._copied.data_ptr()
         if slots_TC is not None:
             slots_TC = self._ids_2TC.copy_(slots_TC)
         self._start(slots_TC, self._parts_2P)
-        torch.add(self._parts_2P[0], self._parts_2P[1], out=result.view(-1))
+        torch.add(self._parts_2P[0], self._parts_2P[1], alpha=1 / _REST_SCALE, out=result.view(-1))
 
     def _put_inputs(self, x: Tensor) -> None:
         x = x.detach() if x.requires_grad else x
@@ -302,7 +308,10 @@ class Ggml:
         if result_TN.numel():
             threads = self._threads(blocks_NB.nbytes)
             key = (kind.number, rows, cols, 0, num_tokens, threads)
-            graph = self._take(key) or _Graph(self._library, ((kind, rows, cols, 0),), num_tokens, 1, False, threads)
+            graph = self._take(key)
+            if graph is None:
+                shapes, twice = ((kind, rows, cols, 0),), kind not in _PLAIN
+                graph = _Graph(self._library, shapes, num_tokens, 1, False, threads, twice)
             graph.put_matrix(blocks_NB.data_ptr())
             graph.run(x_TK, None, result_TN)
             self._put_back(key, graph)
@@ -321,7 +330,7 @@ class Ggml:
         slots_TC = self._checked(x, slots_TC, weights)
         num_tokens, num_choices = slots_TC.shape
         result_TCN = torch.empty(num_tokens, num_choices, weights.rows)
-        if num_tokens >= _MANY_TOKENS and _are_many(slots_TC, weights.kind):
+        if num_tokens >= _MANY_TOKENS and _are_many(slots_TC):
             self._by_slot(x, slots_TC, weights, result_TCN)
         elif num_tokens * num_choices:
             self._in_pieces((weights,), x, slots_TC, result_TCN)
@@ -348,7 +357,7 @@ class Ggml:
         # that are computed twice need sums between.
         num_tokens, num_choices = slots_TC.shape
         is_whole = down.cols % down.kind.values == 0 and _ROUNDED_IN_256.isdisjoint((up.kind, down.kind))
-        if is_whole and not (num_tokens >= _MANY_TOKENS and _are_many(slots_TC, up.kind)):
+        if is_whole and not (num_tokens >= _MANY_TOKENS and _are_many(slots_TC)):
             result_TCD = torch.empty(num_tokens, num_choices, down.rows)
             if num_tokens * num_choices:
                 self._in_pieces((up, down), x_TD, slots_TC, result_TCD)
@@ -393,7 +402,8 @@ class Ggml:
         graph = self._take(key)
         if graph is None:
             shapes = tuple((pool.kind, pool.rows, pool.cols, pool.slots) for pool in pools)
-            graph = _Graph(self._library, shapes, num_tokens, num_choices, each, threads)
+            twice = first.kind in _ROUNDED_IN_256
+            graph = _Graph(self._library, shapes, num_tokens, num_choices, each, threads, twice)
         graph.put_pools(pools)
         graph.run(x, slots_TC, result)
         self._put_back(key, graph)
@@ -434,8 +444,8 @@ class Ggml:
             encoder.argtypes, encoder.restype = [C.c_void_p, C.c_void_p, C.c_int64, C.c_int64, C.c_void_p], C.c_size_t
             decoder.argtypes, decoder.restype = [C.c_void_p, C.c_void_p, C.c_int64], None
             self._encoders[kind], self._decoders[kind] = encoder, decoder
-        if kind in _ROUNDED_IN_256:
-            for name in ("quantize_row_q8_K_ref", "dequantize_row_q8_K"):
+            rounding = _rounding(kind).name
+            for name in (f"quantize_row_{rounding}_ref", f"dequantize_row_{rounding}"):
                 if (function := getattr(self._library, name, None)) is None:
                     return False
                 function.argtypes, function.restype = [C.c_void_p, C.c_void_p, C.c_int64], None
@@ -459,7 +469,8 @@ class Ggml:
         found_TCN = self.expert_matmul(x_TK, slots_TC, pool)
         found_1N = self.matmul(x_TK[:1], pool_SB[1, 32 : 32 + matrix_bytes].view(rows, -1), kind, rows)
         tolerance = _TOLERANCE_OF_TWICE if kind in _ROUNDED_IN_256 else _TOLERANCE
-        return _close(found_TCN, expected_TCN, tolerance) and _close(found_1N, x_TK[:1] @ exact[1].T, tolerance)
+        tolerance_1 = _TOLERANCE if kind in _PLAIN else _TOLERANCE_OF_TWICE
+        return _close(found_TCN, expected_TCN, tolerance) and _close(found_1N, x_TK[:1] @ exact[1].T, tolerance_1)
 
     def _check_type(self, kind: BlockType) -> None:
         if kind not in self.types:
@@ -491,12 +502,15 @@ class Ggml:
             return
 
 
-def _are_many(slots_TC: Tensor, kind: BlockType) -> bool:
+def _are_many(slots_TC: Tensor) -> bool:
     """Whether the slots have so many tokens that their matrices are better dequantised."""
-    many = _MANY_TOKENS_OF_K_QUANTS if kind.values > 32 else _MANY_TOKENS
     pairs = slots_TC.numel()
     # The cheaper question first: how many slots there are is a sort.
-    return pairs >= many and pairs >= many * len(slots_TC.unique())
+    return pairs >= _MANY_TOKENS and pairs >= _MANY_TOKENS * len(slots_TC.unique())
+
+
+def _rounding(kind: BlockType) -> BlockType:
+    return _Q8_K if kind in _ROUNDED_IN_256 else Q8_0
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -510,7 +524,7 @@ def ggml() -> Ggml | None:
         return Ggml(load_library())
     except Exception as error:
         say_once(
-            f"ggml's kernels are not used ({printable(error)}): experts in blocks are computed several times slower. "
+            f"ggml's kernels are not used ({printable(error)}): "
             "pip install 'remoe-adapt[llamacpp]' brings the version that is known."
         )
         return None

@@ -26,7 +26,7 @@ from remoe_adapt.expert_cache.encodings.ggml import Ggml, ggml
 from remoe_adapt.libraries import Patches, override, replace_module
 
 # From as many tokens on, products in fp32 make up for the time that it takes to dequantise a weight.
-_MANY_TOKENS = 96
+_MANY_TOKENS = 16
 # Values of a weight that are dequantised at a time for those.
 _PART_VALUES = 1 << 22
 
