@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from rich.console import RenderableType
 
+from remoe_adapt._support import size_text
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report
 from remoe_adapt.cli.app import app, command, export_app
@@ -110,8 +111,7 @@ def pack(
             model, out, bits=bits, dense_bits=dense_bits, dtype=dtype, overwrite=overwrite, on_start=total,
             on_bytes=advance,
         )  # fmt: skip
-    size = result["bytes"] / (1 << 30)
-    shown: list[RenderableType] = [f"{result['experts']} experts, {size:.2f} GiB, in {result['out']}"]
+    shown: list[RenderableType] = [f"{result['experts']} experts, {size_text(result['bytes'])}, in {result['out']}"]
     if bits is not None or dense_bits in (4, 8):
         shown.insert(0, report.weight_error_table(result))
     return result, shown

@@ -122,10 +122,21 @@ class BlocksLayout(CodedLayout):
             found |= {param: like} if coded is None else coded.parts()
         return found
 
+    def bands(self, layer: int, param: str) -> tuple[str, ...]:
+        coded = self._coded[layer].get(param)
+        return () if coded is None else tuple(band.name for band in coded.bands)
+
     def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
         assert self.places is not None
         slot = self.places.slot(layer)
+        self.fill(layer, stored, slot)
+        return slot
+
+    def fill(self, layer: int, stored: Mapping[str, Tensor], slot: Slot) -> None:
+        """Put into a slot what these stored tensors make of it; others have been read to their places."""
         for group in self.plan.groups[layer]:
+            if group.sources[0].ending not in stored and group.params[0] not in stored:
+                continue
             coded = self._coded[layer].get(group.params[0])
             if coded is None:
                 made = self.plan.converted(group, stored)
@@ -137,7 +148,6 @@ class BlocksLayout(CodedLayout):
                 slot[place.name].copy_(band.blocks_NB)
                 if place.order is not None and band.order_K is not None:
                     slot[place.order].copy_(band.order_K)
-        return slot
 
     def coded(self, layer: int) -> CodedLayer:
         """The parameters of a layer that are in blocks, by name."""
@@ -166,8 +176,9 @@ class BlocksLayout(CodedLayout):
         weights_TK: Tensor,
         chosen: ChosenExperts,
     ) -> Tensor:
+        # In training all forwards are alike: a checkpointed one runs without a graph first, and then again with one.
         has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
-        if self._kernels is None or has_graph or not self._is_coded(layer, module):
+        if self._kernels is None or has_graph or module.training or not self._is_coded(layer, module):
             return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
         out_TD: Tensor | None = None
         for slots in chosen.groups():

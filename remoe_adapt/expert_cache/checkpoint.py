@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from remoe_adapt._support import printable
 from remoe_adapt.checkpoints import (
     HUB_OPTIONS,
+    Extent,
     auto_class,
     check_place,
     checkpoint_dtype,
@@ -103,6 +104,10 @@ class Checkpoint:
         """The layout of blocks that its codes become; None: it has no codes."""
         return None
 
+    def extents(self) -> Mapping[str, Extent]:
+        """Every tensor of its files; raises ExpertReadError for damaged ones."""
+        return open_checkpoint(self.folder)
+
     def encoded(self, skeleton: PreTrainedModel) -> dict[str, Encoded]:
         """The modules of the dense part whose weight may stay as it is stored, by name."""
         return {}
@@ -172,6 +177,9 @@ class GgufModel(Checkpoint):
     def blocks(self) -> MakeLayout:
         return partial(BlocksLayout, kernels=None)
 
+    def extents(self) -> Mapping[str, Extent]:
+        return {name: stored.extent for name, stored in self.file.tensors.items()}
+
     def encoded(self, skeleton: PreTrainedModel) -> dict[str, Encoded]:
         found = {}
         leave = {*experts_modules(skeleton)}
@@ -216,6 +224,7 @@ def _gguf_group(group: ExpertGroup, dtype: torch.dtype) -> Group:
         straight=False,
         is_coded=True,
         blocks=blocks if group.has_blocks and not group.is_bias else None,
+        are_blocks=group.has_blocks and not group.is_bias and not group.interleaved,
     )
 
 

@@ -18,13 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from remoe_adapt.checkpoints import Extent, open_checkpoint
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader, Reader
 from remoe_adapt.expert_cache.encoding import FLOATS, Encoding
 from remoe_adapt.expert_cache.layouts import Layout, ParamsLayout
 from remoe_adapt.expert_cache.memory import Blocks
 from remoe_adapt.expert_cache.places import ALIGNMENT
 from remoe_adapt.expert_cache.plan import Group, Plan, plan_checkpoint
-from remoe_adapt.expert_cache.pool import Pools, PoolSlot
+from remoe_adapt.expert_cache.pool import Parts, Pools
 from remoe_adapt.expert_cache.types import Slot
 
 # Of each tensor's bytes so many go into a fingerprint.
@@ -48,6 +50,21 @@ def fingerprint_of(reader: ExtentReader, extents: Iterable[Extent]) -> str:
     return found.hexdigest()
 
 
+def dense_fingerprint(plan: Plan, extents: Mapping[str, Extent]) -> str:
+    """Ties a copy of the dense part to a checkpoint: `fingerprint_of` all its tensors that are of no expert.
+
+    plan: of its experts.
+    extents: of all tensors of the checkpoint, by name.
+    """
+    experts = {e.tensor for groups in plan.groups for group in groups for s in group.sources for e in s.extents}
+    dense = [extent for name, extent in extents.items() if name not in experts]
+    reader = ExtentReader(extent.path for extent in dense)
+    try:
+        return fingerprint_of(reader, dense)
+    finally:
+        reader.close()
+
+
 class FileStore(abc.ABC):
     """What stores of experts in files share: which experts there are, the files' reader, and the memory that it fills.
 
@@ -61,17 +78,23 @@ class FileStore(abc.ABC):
     params: tuple[tuple[str, ...], ...]
     layout: Layout
 
-    def __init__(self, paths: Iterable[Path], slot_bytes: Sequence[int], direct_io: bool, reader: Reader) -> None:
-        # `_blocks` is for what is not in a slot yet, `_pools` for slots that the layout has no places for; `slot_bytes`
-        # of the latter, by layer.
+    def __init__(self, paths: Iterable[Path], direct_io: bool, reader: Reader) -> None:
+        # `_blocks` is for what is in no slot yet.
         self._reader, self._blocks = ExtentReader(paths, direct_io=direct_io, reader=reader), Blocks()
-        self._pools = Pools(slot_bytes, self.num_experts)
         self.direct_io, self.close = self._reader.direct_io, self._reader.close
 
     @property
     def total_bytes(self) -> int:
         """What all experts take in memory."""
         return sum(count * size for count, size in zip(self.num_experts, self.expert_bytes, strict=True))
+
+    def _block(self, parts: Parts, size: int) -> dict[str, Tensor]:
+        """These parts in memory of their own, one block for all: they come and go together, and each mapping counts."""
+        memory = self._blocks.take(size)
+        return {
+            name: torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel(), offset=offset).view(shape)
+            for name, (offset, shape, dtype) in parts.items()
+        }
 
     @abc.abstractmethod
     def read(self, layer: int, expert: int) -> Slot:
@@ -83,7 +106,6 @@ class FileStore(abc.ABC):
     def give_back(self) -> None:
         """Memory that is kept for the next reads goes to the system."""
         self._blocks.give_back()
-        self._pools.give_back()
         if self.layout.places is not None:
             self.layout.places.give_back()
 
@@ -128,7 +150,8 @@ class ExpertStore(FileStore):
         self._likes = likes = [self.layout.parts(layer) for layer in range(len(self.layers))]
         # Each part may begin anywhere in a block of its file.
         sizes = [sum(part.nbytes + BLOCK for part in parts.values()) for parts in likes]
-        super().__init__(self._paths, sizes, direct_io, reader)
+        self._pools = Pools(sizes, self.num_experts)
+        super().__init__(self._paths, direct_io, reader)
         self.params = tuple(tuple(parts) for parts in likes)
         self.expert_bytes = tuple(sum(part.nbytes for part in parts.values()) for parts in likes)
 
@@ -137,7 +160,31 @@ class ExpertStore(FileStore):
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             if (holds := self.layout.holds) != "own":
                 return self._slot(layer, *self._pieces(layer, expert, as_stored=holds == "stored"))
-            return self.layout.filled(layer, self._stored(layer, expert))
+            return self._blocked(layer, expert)
+
+    def _blocked(self, layer: int, expert: int) -> Slot:
+        """Blocks are read to their places in the slot; what must become blocks first goes by way of other memory."""
+        layout, groups = self.layout, self.plan.groups[layer]
+        direct = [group for group in groups if group.are_blocks and layout.bands(layer, group.params[0])]
+        if not direct or not isinstance(layout, BlocksLayout) or layout.places is None:
+            return layout.filled(layer, self._stored(layer, expert))
+        slot, parts = layout.places.slot(layer), []
+        for group in direct:
+            extents = [source.of(expert, self.num_experts[layer]) for source in group.sources]
+            for name in layout.bands(layer, group.params[0]):
+                mine = [extents.pop(0)]
+                # A band is one tensor of the file, or several of one type.
+                while sum(extent.size for extent in mine) < slot[name].nbytes:
+                    mine.append(extents.pop(0))
+                parts += _parts(mine, slot[name])
+        self._reader.fill(parts)
+        if rest := [group for group in groups if group not in direct]:
+            layout.fill(layer, self._stored(layer, expert, rest), slot)
+        return slot
+
+    def give_back(self) -> None:
+        super().give_back()
+        self._pools.give_back()
 
     def stored(self, layer: int, expert: int) -> dict[str, Tensor]:
         """One expert as the files have it: codes and scales by the endings of their names, floats as parameters."""
@@ -173,29 +220,22 @@ class ExpertStore(FileStore):
         sources = [source for group in self.plan.groups[layer] for source in group.sources]
         return fingerprint_of(self._reader, (source.of(expert, count) for expert in experts for source in sources))
 
-    def tensors(self) -> set[str]:
-        """The names that all experts' tensors have in the files."""
-        return {e.tensor for groups in self.plan.groups for g in groups for s in g.sources for e in s.extents}
-
     def state(self) -> list[list[Any]]:
         """Name, size and time of change (ns) of each file that experts are in (JSON-ready)."""
         stats = [(path.name, path.stat()) for path in sorted(self._paths)]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
-    def _stored(self, layer: int, expert: int) -> dict[str, Tensor]:
-        straight, found = self._pieces(layer, expert, as_stored=True)
+    def _stored(self, layer: int, expert: int, groups: Sequence[Group] | None = None) -> dict[str, Tensor]:
+        straight, found = self._pieces(layer, expert, as_stored=True, groups=groups)
         if straight:
             parts, size = _laid(straight)
-            # One block for all: the parts of an expert come and go together, and each mapping counts.
-            memory = self._blocks.take(size)
-            for name, (offset, shape, dtype) in parts.items():
-                count = torch.Size(shape).numel()
-                found[name] = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+            found |= self._block(parts, size)
             self._fill(straight, found)
         return found
 
-    def _slot(self, layer: int, straight: list[_Wanted], made: Mapping[str, Tensor]) -> PoolSlot:
+    def _slot(self, layer: int, straight: list[_Wanted], made: Mapping[str, Tensor]) -> Slot:
         """A slot with what is read straight into it, and what was made of other reads."""
+        slot: Slot
         if self.layout.places is not None:
             slot = self.layout.places.slot(layer)
         else:
@@ -205,24 +245,35 @@ class ExpertStore(FileStore):
                 at += -at % ALIGNMENT
                 parts[name] = at, tuple(likes[name].shape), likes[name].dtype
                 at += likes[name].nbytes
-            slot = self._pools.of(layer).slot(parts)
+            slot = self._anywhere(layer, parts, at)
         self._fill(straight, slot)
         for name, value in made.items():
             slot[name].copy_(value)
         return slot
 
+    def _anywhere(self, layer: int, parts: Parts, size: int) -> Slot:
+        """These parts in a slot that no kernel looks for: of the pool, or beside it where more slots are kept than the
+        pool has."""
+        try:
+            return self._pools.of(layer).slot(parts)
+        except ConfigError:
+            return self._block(parts, size)
+
     def _fill(self, straight: list[_Wanted], into: Mapping[str, Tensor]) -> None:
         self._reader.fill([part for name, _, extents in straight for part in _parts(extents, into[name])])
 
-    def _pieces(self, layer: int, expert: int, *, as_stored: bool) -> tuple[list[_Wanted], dict[str, Tensor]]:
+    def _pieces(
+        self, layer: int, expert: int, *, as_stored: bool, groups: Sequence[Group] | None = None
+    ) -> tuple[list[_Wanted], dict[str, Tensor]]:
         """What of an expert can be read as it is, and the rest, read and converted.
 
         as_stored: codes are left as they are; else they become parameters.
+        groups: of the layer; None: all.
         """
         count = self.num_experts[layer]
         found: dict[str, Tensor] = {}
         straight: list[_Wanted] = []
-        for group in self.plan.groups[layer]:
+        for group in self.plan.groups[layer] if groups is None else groups:
             if group.is_coded and as_stored:
                 for source, (ending, like) in zip(group.sources, group.on_meta().items(), strict=True):
                     straight.append((ending, like, [source.of(expert, count)]))

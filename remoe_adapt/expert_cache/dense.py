@@ -52,6 +52,11 @@ class BlocksQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         settings = self.quantization_config
         which = {name: (block_type(kind), rows, cols) for name, (kind, rows, cols) in settings.modules.items()}
+        # Only after loading does transformers tie weights: a head of floats would get the embedding's bytes then.
+        for head, own in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            name, source = head.removesuffix(".weight"), own.removesuffix(".weight")
+            if source in which:
+                which.setdefault(name, which[source])
         encode_dense(model, which, fast=settings.fast)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:

@@ -201,7 +201,7 @@ class DeviceLayout(CodedLayout):
         # Without choices there are no slots to look at, and nothing to compute.
         for slots in chosen.groups():
             pool = _pool_of(slots)
-            if activation is None or has_graph or pool is None:
+            if activation is None or has_graph or module.training or pool is None:
                 return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
             up, down = self._slot_matrices(layer, module, pool)
             is_all = out_TD is None and not chosen.has_more and not chosen.has_others

@@ -70,6 +70,10 @@ class Layout(abc.ABC):
     def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
         """The slot of an expert whose stored tensors are these; it may hold these very tensors."""
 
+    def bands(self, layer: int, param: str) -> tuple[str, ...]:
+        """The slot's tensors that are rows of blocks of this parameter, in order; none where it is held otherwise."""
+        return ()
+
     def packed(self, layer: int, parts: Mapping[str, Tensor]) -> Slot:
         """The slot of an expert whose parts a pack has in its own way; the layout has places."""
         assert self.places is not None

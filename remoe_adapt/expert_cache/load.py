@@ -32,7 +32,7 @@ from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, check_arith
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
 from remoe_adapt.expert_cache.device_layout import Kernels
 from remoe_adapt.expert_cache.direct_io import Reader
-from remoe_adapt.expert_cache.encodings import KINDS, Ggml, encode_dense
+from remoe_adapt.expert_cache.encodings import KINDS, EncodedEmbedding, EncodedLinear, Ggml, encode_dense
 from remoe_adapt.expert_cache.experts import IMPLEMENTATION, bind_experts, check_experts, experts_left_out
 from remoe_adapt.expert_cache.gpu import find_device, make_cache
 from remoe_adapt.expert_cache.pack import PackedStore
@@ -206,6 +206,17 @@ class _Cached:
             "with the PeftModel's save_pretrained; to save the whole model, load it with from_pretrained first."
         )
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        # The class that this one is put before is a model's, of which it knows nothing itself.
+        model: Any = self
+        if any(isinstance(module, EncodedEmbedding | EncodedLinear) for module in model.modules()):
+            raise ConfigError(
+                "this model's dense part is in codes, which cannot be given other rows: to change its vocabulary, load "
+                'it with arithmetic="exact".'
+            )
+        stock: Any = super()
+        return stock.resize_token_embeddings(*args, **kwargs)
+
     def set_experts_implementation(self, *args: object, **kwargs: object) -> NoReturn:
         raise ConfigError(
             "this model's experts are in a cache, which computes them as "
@@ -332,7 +343,7 @@ def pack_experts(
         if dense_bits is not None:
             with LOADING, _without_experts(skeleton, experts_modules(skeleton)):
                 model = checkpoint.load(skeleton, {}, experts_implementation=IMPLEMENTATION)
-            dense = DensePart(model, store, KINDS.get(dense_bits))
+            dense = DensePart(model, store.plan, checkpoint.extents(), KINDS.get(dense_bits))
         return write_pack(
             source, out, model_id=name, dense=dense, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes
         )  # fmt: skip

@@ -257,18 +257,20 @@ class PackedStore(FileStore):
         self.params = tuple(tuple(names) for names in parts)
         self.expert_bytes = tuple(sum(part.nbytes for part in layer.values()) for layer in parts)
         self._extents = self._find(manifest["files"])
-        sizes = [packed.bytes for packed in self.packed]
-        super().__init__({extent.path for extents in self._extents for extent in extents}, sizes, direct_io, reader)
+        super().__init__({extent.path for extents in self._extents for extent in extents}, direct_io, reader)
+        # The pieces of all experts of a layer are alike, and a slot is one of them where it can be.
+        if self.layout.places is None:
+            self.layout.place(None)
         self._compare(manifest, source)
 
     def read(self, layer: int, expert: int) -> Slot:
         with torch.inference_mode(False), torch.no_grad():
             parts, places = self.packed[layer].slot_parts(), self.layout.places
+            assert places is not None
             # Where a slot has its parts elsewhere, or floats of another type, they are put there one by one.
-            if places is not None and dict(parts) != places.layers[layer]:
+            if dict(parts) != places.layers[layer]:
                 return self.layout.packed(layer, self.read_parts(layer, expert))
-            pools = self._pools if places is None else places.pools
-            slot = pools.of(layer).take()
+            slot = places.pools.of(layer).take()
             self.read_into(layer, expert, slot.bytes_B)
             return slot.lay_out(parts)
 

@@ -6,20 +6,20 @@ blocks; where the model has it the other way round (`is_transposed`), it is turn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from remoe_adapt.checkpoints import open_checkpoint
+from remoe_adapt.checkpoints import Extent
 from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
-from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, fingerprint_of
-from remoe_adapt.expert_cache.direct_io import ExtentReader
+from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, dense_fingerprint
 from remoe_adapt.expert_cache.encodings import BlockType, dense_modules, quantise
 from remoe_adapt.expert_cache.pack import GGML, Band, PackedParam, PackedStore
 from remoe_adapt.expert_cache.packing import Piece
-from remoe_adapt.expert_cache.plan import experts_modules
+from remoe_adapt.expert_cache.plan import Plan, experts_modules
 from remoe_adapt.routers import survey_routers
 
 # Weights with fewer rows stay as they are: gates of a shared expert, heads of a few classes. They decide, as routers
@@ -155,19 +155,22 @@ class DensePart:
     neither nn.Linear nor nn.Embedding, see `dense_modules`.
 
     model: with its dense part loaded, on the CPU; its experts have no parameters.
-    store: of its experts; the folder's other tensors are the dense part.
+    plan: of its experts.
+    extents: of all tensors of the checkpoint, by name.
     kind: of the blocks; None: all as it is.
     """
 
-    def __init__(self, model: PreTrainedModel, store: ExpertStore, kind: BlockType | None) -> None:
-        self._store, self._kind = store, kind
+    def __init__(
+        self, model: PreTrainedModel, plan: Plan, extents: Mapping[str, Extent], kind: BlockType | None
+    ) -> None:
+        self._plan, self._extents, self._kind = plan, extents, kind
         self._entries: dict[str, dict[str, Any]] = {}
         # state_dict lists tied weights under each of their names: the first one counts.
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         self._tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         if kind is None:
             return
-        for module, (rows, cols) in dense_modules(model, {*store.layers, *_routers(model)}).items():
+        for module, (rows, cols) in dense_modules(model, {*plan.layers, *_routers(model)}).items():
             name = f"{module}.weight"
             if rows >= _LEAST_ROWS and name in self._tensors:
                 self._entries[name] = {"codec": kind.name, "rows": rows, "cols": cols}
@@ -186,8 +189,8 @@ class DensePart:
         }
 
     def fingerprint(self) -> str:
-        """Of all tensors of the checkpoint's folder that are of no expert."""
-        return dense_fingerprint(self._store)
+        """Of all tensors of the checkpoint that are of no expert."""
+        return dense_fingerprint(self._plan, self._extents)
 
     def read(self, name: str) -> Piece:
         """One tensor; raises ConfigError for numbers that no block can hold."""
@@ -200,17 +203,6 @@ class DensePart:
         entry = self._entries[name]
         assert self._kind is not None
         return entry["rows"], self._kind.row_bytes(entry["cols"])
-
-
-def dense_fingerprint(store: ExpertStore) -> str:
-    """What ties a dense part in a pack to the checkpoint of this store; raises ExpertReadError as it does."""
-    mine = store.tensors()
-    extents = [extent for name, extent in open_checkpoint(store.folder).items() if name not in mine]
-    reader = ExtentReader(extent.path for extent in extents)
-    try:
-        return fingerprint_of(reader, extents)
-    finally:
-        reader.close()
 
 
 def _routers(model: PreTrainedModel) -> set[str]:

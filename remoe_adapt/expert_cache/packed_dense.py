@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from remoe_adapt._support import printable
 from remoe_adapt.checkpoints import Extent, file_extents, file_inside
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.expert_cache.checkpoint import Checkpoint
+from remoe_adapt.expert_cache.checkpoint_store import dense_fingerprint
 from remoe_adapt.expert_cache.dense import Encoded, model_of
 from remoe_adapt.expert_cache.direct_io import ExtentReader
 from remoe_adapt.expert_cache.encodings import block_type, dequantise
@@ -27,9 +29,17 @@ class PackedDense:
 
     @classmethod
     def of(cls, store: PackedStore, checkpoint: Checkpoint) -> PackedDense | None:
-        """The dense part of a pack; None where it has none. Raises ConfigError and ExpertReadError for damaged ones."""
-        if "dense_fingerprint" not in store.manifest:
+        """The dense part of a pack; None where it has none.
+
+        Raises ConfigError for that of another checkpoint, ExpertReadError for a damaged one.
+        """
+        if (found := store.manifest.get("dense_fingerprint")) is None:
             return None
+        if found != dense_fingerprint(store.plan, checkpoint.extents()):
+            raise ConfigError(
+                f"{store.folder} has another dense part than {printable(checkpoint.name)}: routers, attention or "
+                "embeddings were trained since it was packed. Pack again, or leave the dense part out of the pack."
+            )
         return cls(store, checkpoint, file_extents(file_inside(store.folder, DENSE)))
 
     def encoded(self, skeleton: PreTrainedModel) -> dict[str, Encoded]:

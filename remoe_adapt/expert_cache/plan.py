@@ -59,6 +59,7 @@ class Group:
     straight: so, and of the parameter's type.
     is_coded: the sources are codes and scales.
     blocks: makes bands of ggml blocks of coded sources, by their endings, for one parameter; None where nothing does.
+    are_blocks: the sources are these very blocks, one after another.
     """
 
     params: tuple[str, ...]
@@ -68,6 +69,7 @@ class Group:
     straight: bool
     is_coded: bool = False
     blocks: Callable[[Mapping[str, Tensor]], list[Band]] | None = None
+    are_blocks: bool = False
 
     def on_meta(self) -> dict[str, Tensor]:
         """One expert's tensors by the endings of their names, on the meta device."""

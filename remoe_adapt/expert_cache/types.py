@@ -44,7 +44,8 @@ class BatchSource(Protocol):
     def read_many(self, layer: int, experts: Sequence[int]) -> Mapping[int, Slot]:
         """These experts of one layer, each in memory of its own, by number.
 
-        When it raises, the experts are read one by one, so that each failure is that of its expert.
+        When it raises, the experts are read one by one, so that each failure is that of its expert; where none fails,
+        the look-up raises what this did.
         """
         ...
 

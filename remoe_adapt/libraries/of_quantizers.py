@@ -138,3 +138,79 @@ def quantizer_registries() -> None:
     wanted = dict(model.named_parameters())
     same = all(torch.equal(value, wanted[name].float()) for name, value in loaded.named_parameters())
     hold(same, "a model that came through a quantizer of ours has other weights.")
+
+
+@relied_on(
+    "transformers",
+    "A model class's from_pretrained(None, config=..., state_dict=...) hands out tensors as they are, codes too, after "
+    "a quantizer has put other modules in their places, and takes things with a shape and get_dtype for tensors that "
+    "it indexes.",
+    "expert_cache/dense.py expert_cache/gguf/dense.py",
+    names="transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING "
+    "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING transformers.quantizers.base.HfQuantizer "
+    "transformers.utils.quantization_config.QuantizationConfigMixin",
+    interposes="the two registries of quantizers, which gain 'remoe_blocks' (for good: configurations that do not name "
+    "it never see it)",
+    patches="expert_cache/dense.py:put_on",
+)
+def tensors_handed_out() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Quantizer(HfQuantizer):
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+            codes = torch.empty(model.config.vocab_size, 3, dtype=torch.uint8, device="meta")
+            model.lm_head.weight = nn.Parameter(codes, requires_grad=False)
+
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, quant_method: Any, **_: Any) -> None:
+            self.quant_method = quant_method
+
+    class Later:
+        def __init__(self, value: torch.Tensor) -> None:
+            self.value, self.shape = value, value.shape
+
+        def get_dtype(self) -> str:
+            return "U8" if self.value.dtype == torch.uint8 else "F32"
+
+        def __getitem__(self, _: object) -> torch.Tensor:
+            return self.value
+
+    model = tiny_model()
+    codes = torch.randint(0, 256, (model.config.vocab_size, 3), dtype=torch.uint8)
+    state = {name: Later(value) for name, value in model.state_dict().items()} | {"lm_head.weight": Later(codes)}
+    placed = Patches(
+        put_on(AUTO_QUANTIZER_MAPPING, "remoe_contract", Quantizer),
+        put_on(AUTO_QUANTIZATION_CONFIG_MAPPING, "remoe_contract", Config),
+    )
+    with placed, no_bars():
+        config = tiny_config()
+        config.quantization_config = {"quant_method": "remoe_contract"}
+        loaded: Any = model_class().from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    hold(torch.equal(loaded.lm_head.weight, codes), "codes that are handed to from_pretrained come out changed.")
+    wanted = dict(model.named_parameters())
+    rest = {name: value for name, value in loaded.named_parameters() if name != "lm_head.weight"}
+    hold(all(torch.equal(value, wanted[name]) for name, value in rest.items()), "other weights come out changed.")
+
+
+@relied_on(
+    "transformers",
+    "From 5.23 on, a table names for some architectures of GGUF files how each tensor becomes a parameter; older ones "
+    "do without it.",
+    "expert_cache/gguf/checkpoint.py",
+    names="transformers.integrations.gguf.gguf_conversion_mapping.GGUF_ARCHS",
+)
+def gguf_conversions() -> None:
+    try:
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:
+        return
+    hold(all(callable(build) for build in GGUF_ARCHS.values()), "the table of GGUF architectures has other entries.")

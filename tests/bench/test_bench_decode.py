@@ -248,7 +248,15 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path, shipped: Path) -> None:
     assert arms["cache25_s100"]["ppl_ratio"] != pytest.approx(1, abs=1e-3)
     misses = arms["cache25_s0"]["bytes_per_token"] / result["workers"]["cache25"]["expert_bytes"]
     assert misses / (5 * 6) == pytest.approx(1 - arms["cache25_s0"]["hit_rate"], rel=1e-6)
-    assert result["raw_bandwidth_bytes_per_s"] > MIB and len(result["bars"]) == 10
+    # In fewer bits more experts fit into less.
+    coded = {name: row for name, row in arms.items() if "_q" in name}
+    assert list(coded) == ["cache25_q4_s0", "cache25_q8_s0", "cache7_q4_s0", "cache7_q4_prior20"]
+    workers = result["workers"]
+    assert workers["cache25_q4"]["budget_bytes"] == workers["cache25"]["budget_bytes"] // 2, "of bf16, not of float32"
+    assert arms["cache25_s0"]["hit_rate"] < arms["cache25_q8_s0"]["hit_rate"] < arms["cache25_q4_s0"]["hit_rate"]
+    assert arms["cache7_q4_s0"]["hit_rate"] < arms["cache7_q4_prior20"]["hit_rate"]
+    assert all(row["ppl_ratio"] == pytest.approx(1, abs=0.2) for row in coded.values())
+    assert result["raw_bandwidth_bytes_per_s"] > MIB and len(result["bars"]) == 10 + 3 + 4
     assert json.loads(json.dumps(result)) and result["seconds"] <= time.time() - began + 1
     assert not list(tmp_path.iterdir())  # the widened model is not kept
     assert shutil.disk_usage(tmp_path).free

@@ -35,7 +35,7 @@ from raw_gguf import (
     weights,
 )
 
-from remoe_adapt.checkpoints.gguf_file import BLOCKS, GgufFile
+from remoe_adapt.checkpoints.gguf_file import GgufFile
 from remoe_adapt.engines.gguf.patch import export_gguf, patch_in_place, undo_in_place
 from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.gguf.split import split_gguf
@@ -55,12 +55,6 @@ def refusal(path: Path, kind: type[RemoeError] = ExportError) -> str:
     message = str(caught.value)
     assert message.isprintable()
     return message
-
-
-def test_sizes_of_types_are_those_of_the_gguf_package() -> None:
-    gguf = pytest.importorskip("gguf", reason="the gguf package's own table (extra: export)")
-    theirs = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-    assert theirs.items() <= BLOCKS.items()
 
 
 def test_a_file_cut_inside_its_last_tensor_is_refused_and_missing_padding_is_not(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The experts' kernels on slots of a device: loaded as for a GPU, on a device that is none, by the kernels' definition."""
+"""The experts' kernels on slots: loaded as for a GPU, on a device that is none, by the kernels' definition."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from fake_streams import FakeStreams, tier_over
 from prefetch_support import always, decoded
 from quantised_checkpoints import reference, save_quantised
+from remoe_adapt.triton_kernels.experts_reference import experts_reference
+from remoe_adapt.triton_kernels.slots import Activation
 from tiny_checkpoints import save_tiny, stock
 from tiny_models import tiny_model
 from torch import Tensor, nn
@@ -23,8 +25,6 @@ from remoe_adapt.expert_cache.device_layout import DeviceLayout, SlotKernels, ac
 from remoe_adapt.expert_cache.device_pool import DeviceSlot
 from remoe_adapt.expert_cache.experts import arithmetic_of
 from remoe_adapt.expert_cache.plan import experts_modules
-from remoe_adapt.triton_kernels.experts_reference import experts_reference
-from remoe_adapt.triton_kernels.slots import Activation
 
 IDS = torch.randint(3, 96, (1, 10), generator=torch.Generator().manual_seed(0))
 Load = Callable[..., Any]

@@ -248,7 +248,7 @@ def test_a_lease_that_lost_its_room_keeps_what_is_in_it(monkeypatch: pytest.Monk
     lease = cache.lease(0, [0, 1])
     kept = lease.slots[1]
     # Leases of this thread make room for its next one, as on a CPU; but what is in a slot is not written over.
-    with pytest.raises(ConfigError, match="somebody keeps slots .* Drop the traceback"):
+    with pytest.raises(ConfigError, match=r"somebody keeps slots .* Drop the traceback"):
         values(cache, 0, [2, 3])
     assert float(kept["w"][0]) == 1.0
     lease.release()

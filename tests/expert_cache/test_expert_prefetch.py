@@ -23,7 +23,8 @@ from waiting import until
 from remoe_adapt import get_remoe_model, load_with_expert_cache
 from remoe_adapt.errors import ExpertReadError
 from remoe_adapt.expert_cache import prefetch as prefetching
-from remoe_adapt.expert_cache.cache import AHEAD_THREADS, ExpertCache, ResidentMasks
+from remoe_adapt.expert_cache.cache import AHEAD_THREADS, ExpertCache
+from remoe_adapt.expert_cache.resident import ResidentMasks
 from remoe_adapt.routers.discover import discover_routers
 
 # One for each way of ranking, with a bias inside or beside the router, and with experts that are no experts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.gguf import is_gguf_arch_supported
 
 from remoe_adapt.checkpoints.load import auto_class
-from remoe_adapt.errors import ConfigError, ExpertReadError, RemoeError, UncacheableError
-from remoe_adapt.expert_cache.plan import experts_modules
+from remoe_adapt.errors import ConfigError, ExpertReadError, MissingDependencyError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.encodings.blocks import Q4_0, Q8_0, dequantise
 from remoe_adapt.expert_cache.experts import experts_left_out
 from remoe_adapt.expert_cache.gguf.checkpoint import GgufCheckpoint, GgufWeights
 from remoe_adapt.expert_cache.gguf.experts import ExpertGroup
+from remoe_adapt.expert_cache.plan import experts_modules
 
 # Types whose blocks are 32 numbers long, and those with 256.
 SHORT, LONG = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"), ("Q4_K", "Q5_K", "Q6_K")
@@ -197,6 +198,19 @@ def test_a_config_json_beside_the_file_counts_if_it_is_of_this_model(tmp_path: P
     assert_same(every_number(path, config=tmp_path / "given"), model)
 
 
+def test_only_configurations_by_transformers_need_the_gguf_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = write_checkpoint(random_model("qwen3_moe"), "qwen3_moe", tmp_path / "q.gguf")
+    model = random_model("minimax_m2")
+    path = write_checkpoint(model, "minimax_m2", tmp_path / "m.gguf")
+    assert GgufCheckpoint(path).config.num_local_experts == 8
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert every_number(ours) and every_number(path, config=model.config)
+    with pytest.raises(MissingDependencyError, match=r"by the gguf package .* or give config="):
+        GgufCheckpoint(path)
+
+
 @pytest.mark.parametrize("folder", ["gpt_oss", "qwen3_moe"])
 def test_a_split_model_is_read_like_the_whole(folder: str, tmp_path: Path) -> None:
     model = random_model(folder, norm_topk_prob=True) if folder == "qwen3_moe" else random_model(folder)
@@ -226,6 +240,17 @@ def test_blocks_are_the_rows_of_the_parameter(folder: str, kinds: tuple[str, ...
         else:
             assert torch.equal(numbers, expected.T if group.transposed else expected)
         assert sum(blocks.nbytes for _, blocks in bands) == sum(piece.nbytes for piece in stored)
+
+
+def test_a_parameter_has_memory_of_its_own(tmp_path: Path) -> None:
+    weights, _ = opened(write_checkpoint(random_model("qwen2_moe"), "qwen2_moe", tmp_path / "m.gguf"))
+    for group in weights.experts[0]:
+        stored = pieces(group, 0)
+        value = group.convert(stored, torch.float32)
+        kept = value.clone()
+        for piece in stored:
+            piece.zero_()
+        assert torch.equal(value, kept)
 
 
 def test_rows_of_two_types_that_come_in_turns_have_no_blocks(tmp_path: Path) -> None:

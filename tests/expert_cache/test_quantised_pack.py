@@ -23,12 +23,13 @@ from remoe_adapt.cli.app import app
 from remoe_adapt.errors import ConfigError, ExpertReadError
 from remoe_adapt.expert_cache.checkpoint_store import ALIGNMENT, ExpertStore
 from remoe_adapt.expert_cache.direct_io import BLOCK
-from remoe_adapt.expert_cache.encodings import KINDS, dequantise, quantise
+from remoe_adapt.expert_cache.encodings import KINDS, dequantise, ggml, quantise
 from remoe_adapt.expert_cache.load import pack_experts
 from remoe_adapt.expert_cache.pack import DENSE, MANIFEST, PackedStore, read_manifest
 
 # Experts in tensors of their own, transposed with biases, interleaved.
 LAYOUTS = ("qwen2_moe", "gpt_oss", "inkling2")
+IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,27 @@ def through_blocks(weight: torch.Tensor, bits: int, transposed: bool = False) ->
     matrix = weight.t() if transposed else weight
     values = dequantise(quantise(matrix, KINDS[bits]).blocks_NB, KINDS[bits], matrix.shape[1])
     return values.t() if transposed else values
+
+
+def through(model: Any, source: ExpertStore, bits: int) -> Any:
+    """The model with every matrix of its experts as their blocks are worth."""
+    for layer, name in enumerate(source.layers):
+        for value in model.get_submodule(name).parameters(recurse=False):
+            for expert in range(source.num_experts[layer] if value.ndim == 3 else 0):
+                value.data[expert] = through_blocks(value.data[expert], bits, source.plan.transposed[layer])
+    return model
+
+
+def changed(folder: Path, out: Path, ending: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a checkpoint with another tensor of this name."""
+    shutil.copytree(folder, out)
+    weights = {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    (name,) = (name for name in weights if name.endswith(ending))
+    weights[name] = how(weights[name])
+    for file in out.glob("model*"):
+        file.unlink()
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return out
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -117,19 +139,11 @@ def test_one_read_brings_an_expert_to_a_slot(folders: dict[str, Path]) -> None:
 
 
 def test_models_decode_from_a_quantised_pack(folders: dict[str, Path]) -> None:
-    ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
     for name in LAYOUTS:
-        source = store_of(folders[name])
         model: Any = load_with_expert_cache(folders[name], 0.5, storage=folders[f"{name}.8"], arithmetic="exact")
-        expected = stock(folders[name])
-        for layer, module_name in enumerate(source.layers):
-            module = expected.get_submodule(module_name)
-            for value in module.parameters(recurse=False):
-                for expert in range(source.num_experts[layer]):
-                    if value.ndim == 3:
-                        value.data[expert] = through_blocks(value.data[expert], 8, name == "gpt_oss")
+        expected = through(stock(folders[name]), store_of(folders[name]), 8)
         with torch.no_grad():
-            assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+            assert torch.equal(model(input_ids=IDS).logits, expected(input_ids=IDS).logits)
 
 
 def test_blocks_serve_every_type_and_floats_beside_them_are_converted(folders: dict[str, Path]) -> None:
@@ -186,6 +200,31 @@ def test_the_dense_part_lies_beside_the_experts(folders: dict[str, Path], tmp_pa
     assert whole["dense_weight_error"] == {} and torch.equal(load_file(tmp_path / "16" / DENSE)[name], params[name])
 
 
+def test_a_model_takes_its_dense_part_from_the_pack(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name in LAYOUTS:
+        pack_experts(folders[name], tmp_path / name, bits=4, dense_bits=8)
+        model: Any = load_with_expert_cache(folders[name], 0.5, storage=tmp_path / name, arithmetic="exact")
+        expected = through(stock(folders[name]), store_of(folders[name]), 4)
+        for param in read_manifest(tmp_path / name)["dense"]:
+            weight = expected.get_parameter(param)
+            weight.data = through_blocks(weight.data, 8)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+
+
+def test_a_dense_part_that_was_trained_since_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As after `remoe export merged`: the experts are the same, and only routers differ."""
+    pack_experts(folders["qwen2_moe"], tmp_path / "pack", bits=8, dense_bits=16)
+    pack_experts(folders["qwen2_moe"], tmp_path / "experts", bits=8)
+    tuned = changed(folders["qwen2_moe"], tmp_path / "tuned", "layers.2.mlp.gate.weight", lambda weight: weight * 1.01)
+    with pytest.raises(ConfigError, match=r"has another dense part than .*tuned.*Pack again"):
+        load_with_expert_cache(tuned, storage=tmp_path / "pack")
+    model: Any = load_with_expert_cache(tuned, 0.5, storage=tmp_path / "experts", arithmetic="exact")
+    expected = through(stock(tuned), store_of(tuned), 8)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+
+
 def test_tied_weights_are_packed_once(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "qwen2_moe", tie_word_embeddings=True)
     pack_experts(folder, tmp_path / "pack", dense_bits=4)
@@ -199,14 +238,10 @@ def test_packs_of_other_models_are_refused(folders: dict[str, Path], pack: Path,
     other = save_tiny(tmp_path / "other", "qwen2_moe", moe_intermediate_size=24)
     with pytest.raises(ConfigError, match=r"pack of qwen2_moe .*\[32, 32\].*, not of .*\[48, 32\]"):
         PackedStore(pack, store_of(other))
-    tuned = shutil.copytree(folders["qwen2_moe"], tmp_path / "tuned")
-    weights = {name: value for file in tuned.glob("*.safetensors") for name, value in load_file(file).items()}
-    name = next(name for name in weights if "layers.2.mlp.experts.7.down_proj" in name)
     # Less than a step of the blocks: the numbers before they were encoded tell.
-    weights[name] = weights[name] * (1 + 1e-6)
-    for file in tuned.glob("model*"):
-        file.unlink()
-    save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    tuned = changed(
+        folders["qwen2_moe"], tmp_path / "tuned", "layers.2.mlp.experts.7.down_proj.weight", lambda w: w * (1 + 1e-6)
+    )
     with pytest.raises(ConfigError, match=r"other numbers than .* in the experts of model\.layers\.2\.mlp\.experts"):
         load_with_expert_cache(tuned, storage=pack)
 
@@ -231,7 +266,7 @@ SPOILED = {
     "a type that nobody knows": spoil(lambda layer: layer["params"]["down_proj"]["bands"][0].update(type="q9_9")),
     "a codec that nobody knows": spoil(lambda layer: layer["params"]["down_proj"].update(codec="gzip")),
     "a part of an unknown type": spoil(lambda layer: layer["parts"]["down_proj"].update(dtype="complex64")),
-    "an order that is no part": spoil(lambda layer: layer["params"]["down_proj"].update(order="gate_up_proj")),
+    "an order that is no part": spoil(lambda layer: layer["params"]["down_proj"]["bands"][0].update(order="none")),
     "a huge shape": spoil(lambda layer: layer["parts"]["down_proj"].update(shape=[1 << 40, 1 << 40])),
     "a size that is no number": spoil(lambda layer: layer.update(bytes="many")),
     "a size that is no whole number of blocks": spoil(lambda layer: layer.update(bytes=BLOCK + 1)),
@@ -248,13 +283,12 @@ def test_manifests_that_lie_are_refused(how: str, folders: dict[str, Path], pack
 
 
 def test_numbers_that_cannot_be_encoded_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(folders["qwen2_moe"], tmp_path / "model")
-    weights = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
-    name = next(name for name in weights if "layers.1.mlp.experts.3.down_proj" in name)
-    weights[name][0, 0] = float("nan")
-    for file in folder.glob("model*"):
-        file.unlink()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    def spoiled(weight: torch.Tensor) -> torch.Tensor:
+        weight[0, 0] = float("nan")
+        return weight
+
+    name = "layers.1.mlp.experts.3.down_proj.weight"
+    folder = changed(folders["qwen2_moe"], tmp_path / "model", name, spoiled)
     with pytest.raises(ConfigError, match=r"down_proj of expert 3 of model\.layers\.1\.mlp\.experts holds NaN"):
         pack_experts(folder, tmp_path / "pack", bits=4)
     assert not (tmp_path / "pack").exists()
@@ -297,3 +331,14 @@ def test_a_killed_run_goes_on_and_knows_all_errors(folders: dict[str, Path], tmp
     run(tmp_path / "out", 0)
     assert contents(tmp_path / "out") == expected and not draft.exists()
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == then for name, then in finished.items())
+
+
+def test_a_vocabulary_in_codes_is_not_resized(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "m", "qwen2_moe")
+    pack_experts(folder, tmp_path / "pack", bits=8, dense_bits=8)
+    floats = load_with_expert_cache(folder, 0.5)
+    assert floats.resize_token_embeddings(100).num_embeddings == 100
+    if ggml() is None:
+        pytest.skip("no kernels for codes here (extra: llamacpp)")
+    with pytest.raises(ConfigError, match="dense part is in codes"):
+        load_with_expert_cache(folder, 0.5, storage=tmp_path / "pack", arithmetic="fast").resize_token_embeddings(100)

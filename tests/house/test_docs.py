@@ -100,7 +100,7 @@ def registries() -> Iterator[None]:
         getattr(remoe_adapt, name)  # every room is imported, so that its registries are seen
     modules = [module for name, module in sys.modules.items() if name.startswith("remoe_adapt.")]
     tables = [value for module in modules for name, value in vars(module).items() if name.strip("_").isupper()]
-    before = [(table, table.copy()) for table in tables if isinstance(table, dict | list)]
+    before = [(table, table.copy()) for table in tables if type(table) in (dict, list)]
     yield
     for table, copied in before:
         table.clear()

@@ -1,7 +1,11 @@
 """Products with ggml's blocks by ggml's own CPU kernels, called through ctypes in the pinned wheel xllamacpp.
 
-The kernels round activations to eight bits in blocks of 32 or 256, as llama.cpp always does: results differ from exact
-arithmetic by some thousandths of their norm. `ggml()` gives None where they cannot be used, and says why once.
+The kernels round activations to eight bits in blocks of 32, as llama.cpp always does: a layer's results differ from
+exact arithmetic by some thousandths of their norm. For types of blocks of 256 they round in blocks of 256, where the
+largest value of more of them sets the step, and errors are two to three times as large. So with those types there are
+two products, with the rounded activations and with what rounding took from them (`_Twice`).
+
+`ggml()` gives None where the kernels cannot be used, and says why once.
 
 A graph of ggml's is built once for each shape and kept; a call puts in the addresses of its tensors and computes.
 """
@@ -22,7 +26,7 @@ from torch import Tensor
 from remoe_adapt._support import mend_after_fork, printable, say_once
 from remoe_adapt.errors import ConfigError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.encodings import blocks
-from remoe_adapt.expert_cache.encodings.blocks import BF16, DECODED, F16, F32, BlockType, check_blocks
+from remoe_adapt.expert_cache.encodings.blocks import BF16, DECODED, F16, F32, BlockType, block_type, check_blocks
 from remoe_adapt.expert_cache.encodings.ggml_library import (
     I32_NUMBER,
     Context,
@@ -40,10 +44,14 @@ _MAX_WORK_BYTES = 32 << 20
 # Below that many bytes of weights a second thread costs more than it computes.
 _BYTES_OF_A_THREAD = 1 << 18
 # From that many tokens of a slot on, its matrix is dequantised and multiplied by torch: ggml's kernels compute each
-# token for itself. K-quants (blocks of 256) have the quicker kernels. Measured with AVX2, 1536 x 2048, one thread.
-_MANY_TOKENS, _MANY_TOKENS_OF_K_QUANTS = 32, 96
-# A product is wrong, not just rounded, from this relative error on.
-_TOLERANCE = 0.03
+# token for itself. K-quants (blocks of 256) have the quicker kernels, though they are called twice for each token.
+# Measured with AVX2, 1536 x 2048, one thread.
+_MANY_TOKENS, _MANY_TOKENS_OF_K_QUANTS = 32, 48
+# A product is wrong, not just rounded, from this relative error on; one that is computed twice, from the other one.
+_TOLERANCE, _TOLERANCE_OF_TWICE = 0.03, 1e-3
+# Types whose kernels round activations in blocks of 256 (to ggml's type q8_K).
+_ROUNDED_IN_256 = frozenset(kind for kind in DECODED if kind.values == 256)
+_Q8_K = block_type("q8_K")
 _INT32 = torch.int32
 # The process that has imported this.
 _HOME = os.getpid()
@@ -72,6 +80,9 @@ class PoolMatrix:
 class _Graph:
     """Products with pools, or with one matrix, in one call of ggml; one thread at a time.
 
+    A single product with a type of `_ROUNDED_IN_256` is computed twice for each token: W x = W a + W (x - a) with
+    a = x rounded as ggml's kernels do. They find a as it is, and round in x - a what is a hundredth of x.
+
     shapes: (kind, rows, cols, slots) of the first product and, with SwiGLU between, of the second; slots are 0 for a
         matrix without a pool.
     num_tokens, num_choices: of each call.
@@ -94,18 +105,26 @@ class _Graph:
         new_3d = library.ggml_new_tensor_3d
         first, cols = shapes[0][0], shapes[0][2]
         padded = first.padded(cols)
-        inputs = (num_choices if each else 1) if shapes[0][3] else num_tokens
-        x = new_3d(context.pointer, F32.number, padded, inputs, num_tokens if shapes[0][3] else 1)
-        ids = library.ggml_new_tensor_2d(context.pointer, I32_NUMBER, num_choices, num_tokens)
+        self._is_twice = first in _ROUNDED_IN_256
+        columns = num_tokens * (2 if self._is_twice else 1)
+        inputs = (num_choices if each else 1) if shapes[0][3] else columns
+        x = new_3d(context.pointer, F32.number, padded, inputs, columns if shapes[0][3] else 1)
+        ids = library.ggml_new_tensor_2d(context.pointer, I32_NUMBER, num_choices, columns)
         self._x, self._ids = x.contents, ids.contents
         self._weights: list[Struct] = []
         between: list[Any] = []
         # Kept: the structs point into them.
         with torch.inference_mode(False):
             # Of zeros, so that columns beyond the matrix count nothing; else the caller's own memory is read.
-            self._copied = torch.zeros(num_tokens * (inputs if shapes[0][3] else 1), padded)
+            self._copied = torch.zeros(inputs * (columns if shapes[0][3] else 1), padded)
             self._inputs = self._copied[:, :cols]
             self._is_padded, self._cols = padded != cols, cols
+            if self._is_twice:
+                self._rounded, self._rest = self._copied.chunk(2)
+                self._inputs = self._rest[:, :cols]
+                self._codes = torch.empty(len(self._rest), _Q8_K.row_bytes(cols), dtype=torch.uint8)
+                self._ids_2TC = torch.empty(2, num_tokens, num_choices, dtype=_INT32)
+                self._parts_2P = torch.empty(2, num_tokens * num_choices * shapes[-1][1])
             result = x
             for number, (kind, rows, size, slots) in enumerate(shapes):
                 if number:
@@ -135,6 +154,8 @@ class _Graph:
             plan.work_data = self._work.data_ptr() + -self._work.data_ptr() % 64
         self._plan_pointer = C.byref(plan)
         self.kept_bytes = len(self._work) + self._copied.nbytes + sum(len(memory) for memory in self._between)
+        if self._is_twice:
+            self.kept_bytes += self._codes.nbytes + self._ids_2TC.nbytes + self._parts_2P.nbytes
 
     def __del__(self) -> None:
         if getattr(self, "_threadpool", None):
@@ -153,19 +174,40 @@ class _Graph:
         """The next call is for the matrix that begins there."""
         self._weights[0].data = address
 
-    def run(self, x: Tensor, ids_address: int, result_address: int) -> None:
-        """Compute fp32 results from inputs [..., cols] and int32 ids.
+    def run(self, x: Tensor, slots_TC: Tensor | None, result: Tensor) -> None:
+        """Compute fp32 results from inputs [..., cols] and int32 slots; none for a matrix without a pool.
 
         Raises RemoeError when ggml reports an error.
         """
+        if self._is_twice:
+            self._run_twice(x, slots_TC, result)
+            return
         if x.dtype is torch.float32 and not self._is_padded and x.is_contiguous():
             self._x.data = x.data_ptr()
         else:
-            x = x.detach() if x.requires_grad else x
-            self._inputs.copy_(x if x.ndim == 2 else x.reshape(-1, self._cols))
+            self._put_inputs(x)
             self._x.data = self._copied.data_ptr()
-        self._ids.data = ids_address
-        self._result.data = result_address
+        self._start(slots_TC, result)
+
+    def _run_twice(self, x: Tensor, slots_TC: Tensor | None, result: Tensor) -> None:
+        self._put_inputs(x)
+        rest, codes, rounded, count = self._rest, self._codes.data_ptr(), self._rounded, self._rest.numel()
+        self._library.quantize_row_q8_K_ref(rest.data_ptr(), codes, count)
+        self._library.dequantize_row_q8_K(codes, rounded.data_ptr(), count)
+        rest.sub_(rounded)
+        self._x.data = self._copied.data_ptr()
+        if slots_TC is not None:
+            slots_TC = self._ids_2TC.copy_(slots_TC)
+        self._start(slots_TC, self._parts_2P)
+        torch.add(self._parts_2P[0], self._parts_2P[1], out=result.view(-1))
+
+    def _put_inputs(self, x: Tensor) -> None:
+        x = x.detach() if x.requires_grad else x
+        self._inputs.copy_(x if x.ndim == 2 else x.reshape(-1, self._cols))
+
+    def _start(self, slots_TC: Tensor | None, result: Tensor) -> None:
+        self._ids.data = 0 if slots_TC is None else slots_TC.data_ptr()
+        self._result.data = result.data_ptr()
         if status := self._compute(self._graph, self._plan_pointer):
             raise RemoeError(f"ggml could not compute a product (status {status}).")
 
@@ -262,7 +304,7 @@ class Ggml:
             key = (kind.number, rows, cols, 0, num_tokens, threads)
             graph = self._take(key) or _Graph(self._library, ((kind, rows, cols, 0),), num_tokens, 1, False, threads)
             graph.put_matrix(blocks_NB.data_ptr())
-            graph.run(x_TK, 0, result_TN.data_ptr())
+            graph.run(x_TK, None, result_TN)
             self._put_back(key, graph)
         return result_TN
 
@@ -302,9 +344,10 @@ class Ggml:
                 f"Experts of {up.rows} rows in {up.slots} slots, then {down.cols} columns in {down.slots}, are no "
                 f"SwiGLU experts for inputs {list(x_TD.shape)}: the rows are twice the columns."
             )
-        # Inner results of a matrix whose last block is not full would need columns of zeros beside them.
+        # Inner results of a matrix whose last block is not full would need columns of zeros beside them, and products
+        # that are computed twice need sums between.
         num_tokens, num_choices = slots_TC.shape
-        is_whole = down.cols % down.kind.values == 0
+        is_whole = down.cols % down.kind.values == 0 and _ROUNDED_IN_256.isdisjoint((up.kind, down.kind))
         if is_whole and not (num_tokens >= _MANY_TOKENS and _are_many(slots_TC, up.kind)):
             result_TCD = torch.empty(num_tokens, num_choices, down.rows)
             if num_tokens * num_choices:
@@ -330,7 +373,8 @@ class Ggml:
     def _in_pieces(self, pools: tuple[PoolMatrix, ...], x: Tensor, slots_TC: Tensor, result: Tensor) -> None:
         """Compute with so many tokens at a time that ggml's lists of them stay small."""
         num_tokens, num_choices = slots_TC.shape
-        step = max(1, _MAX_WORK_BYTES // (8 * pools[0].slots * num_choices))
+        columns = num_choices * (2 if pools[0].kind in _ROUNDED_IN_256 else 1)
+        step = max(1, _MAX_WORK_BYTES // (8 * pools[0].slots * columns))
         if num_tokens <= step:
             self._product(pools, x, slots_TC, result)
             return
@@ -351,7 +395,7 @@ class Ggml:
             shapes = tuple((pool.kind, pool.rows, pool.cols, pool.slots) for pool in pools)
             graph = _Graph(self._library, shapes, num_tokens, num_choices, each, threads)
         graph.put_pools(pools)
-        graph.run(x, slots_TC.data_ptr(), result.data_ptr())
+        graph.run(x, slots_TC, result)
         self._put_back(key, graph)
 
     def _checked(self, x: Tensor, slots_TC: Tensor, weights: PoolMatrix) -> Tensor:
@@ -390,6 +434,11 @@ class Ggml:
             encoder.argtypes, encoder.restype = [C.c_void_p, C.c_void_p, C.c_int64, C.c_int64, C.c_void_p], C.c_size_t
             decoder.argtypes, decoder.restype = [C.c_void_p, C.c_void_p, C.c_int64], None
             self._encoders[kind], self._decoders[kind] = encoder, decoder
+        if kind in _ROUNDED_IN_256:
+            for name in ("quantize_row_q8_K_ref", "dequantize_row_q8_K"):
+                if (function := getattr(self._library, name, None)) is None:
+                    return False
+                function.argtypes, function.restype = [C.c_void_p, C.c_void_p, C.c_int64], None
         # Three slots with gaps, two tokens that choose two of them; the last block of a row is not full.
         rows, cols, slots = 24, 2 * kind.values + (8 if kind.values > 1 else 64), 3
         random = torch.Generator().manual_seed(kind.number)
@@ -409,7 +458,8 @@ class Ggml:
         expected_TCN = torch.stack([torch.stack([x_TK[t] @ exact[s].T for s in slots_TC[t]]) for t in range(2)])
         found_TCN = self.expert_matmul(x_TK, slots_TC, pool)
         found_1N = self.matmul(x_TK[:1], pool_SB[1, 32 : 32 + matrix_bytes].view(rows, -1), kind, rows)
-        return _close(found_TCN, expected_TCN) and _close(found_1N, x_TK[:1] @ exact[1].T)
+        tolerance = _TOLERANCE_OF_TWICE if kind in _ROUNDED_IN_256 else _TOLERANCE
+        return _close(found_TCN, expected_TCN, tolerance) and _close(found_1N, x_TK[:1] @ exact[1].T, tolerance)
 
     def _check_type(self, kind: BlockType) -> None:
         if kind not in self.types:
@@ -449,7 +499,7 @@ def _are_many(slots_TC: Tensor, kind: BlockType) -> bool:
     return pairs >= many and pairs >= many * len(slots_TC.unique())
 
 
-def _close(found: Tensor, expected: Tensor, tolerance: float = _TOLERANCE) -> bool:
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
 
 

@@ -13,6 +13,7 @@ from remoe_adapt.expert_cache.encodings.blocks import Q4_0, Q4_1, Q8_0, BlockTyp
 
 # Values of a block of the types made here.
 BLOCK = 32
+_CHUNK_VALUES = 1 << 16
 # The low four bits of each of eight bytes.
 _LOW_HALVES = 0x0F0F0F0F0F0F0F0F
 
@@ -104,6 +105,12 @@ def q8_0_of(values_NK: Tensor) -> Tensor:
     The scale of a block is its largest number / 127, rounded to fp16 before the codes are chosen, which ggml's own
     quantiser does after.
     """
+    # A few rows at a time, whose temporaries stay in the processor's caches.
+    rows = max(1, _CHUNK_VALUES // values_NK.shape[1])
+    return torch.cat([_q8_0_of_rows(chunk_NK) for chunk_NK in values_NK.split(rows)])
+
+
+def _q8_0_of_rows(values_NK: Tensor) -> Tensor:
     values_NBK = _padded(values_NK).unflatten(1, (-1, BLOCK))
     scales_NB = (values_NBK.abs().amax(-1) / 127).half().float()
     # Rounding may have taken the scale down: the largest code then is 128 or more.
@@ -147,9 +154,12 @@ def renibble(pairs_NBH: Tensor, out_NBH: Tensor) -> None:
 
 def _q4_blocks(kind: BlockType, codes_NK: Tensor, numbers_NG: list[Tensor]) -> Tensor:
     """Codes below 16, one a byte, after the fp16 numbers of their groups."""
-    halves_NBSH = _padded(codes_NK).unflatten(1, (-1, 2, BLOCK // 2))
-    blocks_NBC, front = with_numbers(kind, numbers_NG, halves_NBSH)
-    torch.bitwise_or(halves_NBSH[..., 0, :], halves_NBSH[..., 1, :] << 4, out=blocks_NBC[..., front:])
+    codes_NBK = _padded(codes_NK).unflatten(1, (-1, BLOCK))
+    blocks_NBC, front = with_numbers(kind, numbers_NG, codes_NBK)
+    # In words of eight bytes, of which a block has two of low halves and two of high ones.
+    words_NBW = codes_NBK.view(torch.int64)
+    pairs_NBW = words_NBW[..., :2] | (words_NBW[..., 2:] << 4)
+    blocks_NBC[..., front:] = pairs_NBW.view(torch.uint8)
     return blocks_NBC.flatten(1)
 
 
@@ -163,10 +173,9 @@ def with_numbers(kind: BlockType, numbers_NG: list[Tensor], codes: Tensor) -> tu
             raise ExpertReadError(
                 f"a scale of {each_NG.abs().max():g} is beyond fp16, in which ggml holds scales: is the file whole?"
             )
-        num_groups = halfs_NG.shape[1]
-        bytes_NG2 = halfs_NG.contiguous().view(-1).view(torch.uint8).view(num_rows, num_groups, 1, 2)
-        spot_NGB2 = blocks_NBC[..., 2 * place : 2 * place + 2].unflatten(1, (num_groups, -1))
-        spot_NGB2.copy_(bytes_NG2.expand_as(spot_NGB2))
+        # Two bytes are one number here: every type has an even count of them.
+        spots_NGB = blocks_NBC.view(torch.float16)[..., place].unflatten(1, (halfs_NG.shape[1], -1))
+        spots_NGB.copy_(halfs_NG[..., None].expand_as(spots_NGB))
     return blocks_NBC, 2 * len(numbers_NG)
 
 

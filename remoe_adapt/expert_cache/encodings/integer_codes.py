@@ -63,22 +63,43 @@ class Codes:
 
     def dequantise(self, dtype: torch.dtype, through: torch.dtype = torch.float32) -> Tensor:
         """[N, K]: the product in fp32, where it is exact for scales of 16 bits, rounded to `through`, then `dtype`."""
-        num_rows, num_groups = self.scales_NG.shape
         scales_NG = self.scales_NG.float()
-        if self.group_K is not None:
-            zeros_NK = self.middle if self.zeros_NG is None else self.zeros_NG[:, self.group_K].float()
-            values_NK = (self.codes_NK.float() - zeros_NK) * scales_NG[:, self.group_K]
-        else:
-            zeros_NG1 = self.middle if self.zeros_NG is None else self.zeros_NG.float()[..., None]
-            codes_NGK = self.codes_NK.reshape(num_rows, num_groups, -1).float()
-            values_NK = ((codes_NGK - zeros_NG1) * scales_NG[..., None]).view(num_rows, self.cols)
-        return values_NK.to(through).to(dtype)
+        zeros_NG = self.middle if self.zeros_NG is None else self.zeros_NG.float()
+        if self.group_K is None:
+            return self._products(self.codes_NK, scales_NG, zeros_NG).to(through).to(dtype)
+        if (order_K := self._order()) is not None:
+            # By groups, and then back: scales for every single column would be as many numbers as the matrix has.
+            values_NK = self._products(_columns(self.codes_NK, order_K), scales_NG, zeros_NG).to(through).to(dtype)
+            return _columns(values_NK, order_K.argsort())
+        zeros_NK = zeros_NG if isinstance(zeros_NG, int) else zeros_NG[:, self.group_K]
+        return ((self.codes_NK.float() - zeros_NK) * scales_NG[:, self.group_K]).to(through).to(dtype)
+
+    def _products(self, codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | int) -> Tensor:
+        """fp32 [N, K] of groups of neighbours."""
+        values_NGK = codes_NK.float().view(*scales_NG.shape, -1)
+        values_NGK -= zeros_NG if isinstance(zeros_NG, int) else zeros_NG[..., None]
+        values_NGK *= scales_NG[..., None]
+        return values_NGK.view(len(codes_NK), -1)
+
+    def _order(self) -> Tensor | None:
+        """Columns in the order of their groups; None where those are not of one size."""
+        assert self.group_K is not None
+        num_groups = self.scales_NG.shape[1]
+        if self.group_K.is_meta:
+            return torch.empty_like(self.group_K)
+        counts_G = self.group_K.bincount(minlength=num_groups)
+        return self.group_K.argsort(stable=True) if bool((counts_G * num_groups == self.cols).all()) else None
 
     def groups(self) -> Groups:
-        """The same with columns in the order of their groups."""
+        """The same with columns in the order of their groups.
+
+        Raises ExpertReadError for act-order with groups of several sizes.
+        """
         codes_NK, order_K = self.codes_NK, None
         if self.group_K is not None:
-            order_K = self.group_K.argsort(stable=True)
+            if (order_K := self._order()) is None:
+                counts = sorted(set(self.group_K.bincount().tolist()))
+                raise ExpertReadError(f"g_idx makes groups of {counts} columns: fetch the file again.")
             codes_NK = _columns(codes_NK, order_K)
         scales_NG = self.scales_NG.float()
         if self.zeros_NG is None:
@@ -94,13 +115,6 @@ class Codes:
             pairs_NBH = self.packed_NB.view(num_rows, -1, BLOCK // 2)
             return (*q4_of_pairs(pairs_NBH, self.scales_NG.float(), minima_NG), None)
         groups = self.groups()
-        # Groups of act-order are as wide as others, but nothing in a file says so.
-        if self.group_K is not None and not self.group_K.is_meta:
-            counts_G = self.group_K.bincount(minlength=num_groups)
-            if self.cols % num_groups or bool((counts_G != self.cols // num_groups).any()):
-                raise ExpertReadError(
-                    f"g_idx makes groups of {sorted(set(counts_G.tolist()))} columns: fetch it again."
-                )
         return (*groups.to_blocks(), groups.order_K)
 
     def _minima(self) -> Tensor:
@@ -187,10 +201,13 @@ def unpacked(packed_NB: Tensor, bits: int) -> Tensor:
     """Bytes uint8 [N, B] as unsigned codes uint8 [N, B * 8 / bits], the first in the lowest bits of a byte."""
     if bits == 8:
         return packed_NB
+    if bits == 4:
+        wide_NB = packed_NB.to(torch.int16)
+        return ((wide_NB & 0x0F) | ((wide_NB & 0xF0) << 4)).view(torch.uint8)
     each = 8 // bits
     codes_NBE = torch.empty((*packed_NB.shape, each), dtype=torch.uint8, device=packed_NB.device)
     for place in range(each):
-        torch.bitwise_and(packed_NB >> (place * bits), (1 << bits) - 1, out=codes_NBE[..., place])
+        codes_NBE[..., place] = (packed_NB >> (place * bits)) & ((1 << bits) - 1)
     return codes_NBE.flatten(1)
 
 
@@ -205,28 +222,30 @@ def _turned(words_RW: Tensor) -> Tensor:
     return torch.empty_like(words_RW.T, memory_format=torch.contiguous_format).copy_(words_RW.T)
 
 
-def _columns(codes_NK: Tensor, order_K: Tensor) -> Tensor:
+def _columns(values_NK: Tensor, order_K: Tensor) -> Tensor:
     """These columns in this order."""
-    if codes_NK.device.type == "cpu":
-        # Three times as fast as torch's index_select along rows.
-        return torch.from_numpy(np.take(codes_NK.numpy(), order_K.numpy(), axis=1))
-    return codes_NK.index_select(1, order_K)
+    if values_NK.device.type != "cpu":
+        return values_NK.index_select(1, order_K)
+    # Three times as fast as torch's index_select along rows. numpy knows no bf16, but integers as wide.
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values_NK.element_size()]
+    taken = np.take(values_NK.contiguous().view(width).numpy(), order_K.numpy(), axis=1)
+    return torch.from_numpy(taken).view(values_NK.dtype)
 
 
 def _awq_rows(words_KW: Tensor) -> Tensor:
     """Words [K, N / 8] as codes of rows, uint8 [N, K / 2 rounded up], the even column in the low half of a byte."""
-    words_WK = _turned(words_KW)
-    if words_WK.shape[1] % 2:
-        words_WK = F.pad(words_WK, (0, 1))
-    even_WH, odd_WH = words_WK.unflatten(1, (-1, 2)).unbind(-1)
+    if len(words_KW) % 2:
+        words_KW = F.pad(words_KW, (0, 0, 0, 1))
+    columns_HSW = words_KW.unflatten(0, (-1, 2))
+    even_WH, odd_WH = (_turned(columns_HSW[:, place]) for place in range(2))
     # Each word has eight outputs: those of its even nibbles for two columns are the bytes of one new word, those of its
     # odd nibbles the bytes of another.
     pairs = (
         (even_WH & _LOW_HALVES) | ((odd_WH & _LOW_HALVES) << 4),
         ((even_WH >> 4) & _LOW_HALVES) | (odd_WH & ~_LOW_HALVES),
     )
-    bytes_SWHB = [pair.contiguous().view(torch.uint8).unflatten(1, (-1, 4)) for pair in pairs]
-    rows_WOH = torch.empty((len(words_WK), 8, even_WH.shape[1]), dtype=torch.uint8, device=words_KW.device)
+    bytes_SWHB = [pair.view(torch.uint8).unflatten(1, (-1, 4)) for pair in pairs]
+    rows_WOH = torch.empty((len(even_WH), 8, even_WH.shape[1]), dtype=torch.uint8, device=words_KW.device)
     for nibble, output in enumerate(_AWQ_OUTPUTS):
         rows_WOH[:, output] = bytes_SWHB[nibble % 2][..., nibble // 2]
     return rows_WOH.flatten(0, 1)

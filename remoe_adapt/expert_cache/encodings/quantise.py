@@ -5,7 +5,7 @@ given codes from least squares, as in ggml's `make_qkx2_quants`
 (https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c). Each candidate is judged by the error of the numbers
 that are stored, the scale and the minimum rounded to fp16; ggml judges before it rounds. The search has four candidates
 that narrow the group's range, then two beside the best of those, then one more step of least squares: seven candidates
-find what 16 evenly spaced ones with two steps each do (32 candidates), in a fifth of the time.
+find what 16 evenly spaced ones with two steps each do (32 candidates), in a tenth of the time.
 
 No calibration text is needed: each number of a matrix counts alike.
 """

@@ -168,12 +168,17 @@ def _of_fused(
     """Queries, keys or values as rows of the one tensor in which some converters put all three."""
     order = ("attn_q", "attn_k", "attn_v")
     whole = tensors.get(f"{prefix}attn_qkv{ending}")
-    if whole is None or rule.tensors[0] not in order or f"{prefix}{rule.tensors[0]}{ending}" in tensors:
+    if (
+        whole is None
+        or len(whole.shape) != 2
+        or rule.tensors[0] not in order
+        or f"{prefix}{rule.tensors[0]}{ending}" in tensors
+    ):
         return None
     keys = int(config.num_key_value_heads) * _head_size(config)
     sizes = (whole.shape[0] - 2 * keys, keys, keys)
     place = order.index(rule.tensors[0])
-    if ending == ".bias" or sizes[place] != shape[0]:
+    if sizes[place] != shape[0]:
         return None
     return whole.rows(sum(sizes[:place]), sizes[place])
 
@@ -190,7 +195,7 @@ def _rotary_order(config: Any, name: str, rows: int, path: object) -> Tensor:
     heads = int(config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
     if heads < 1 or rows % (2 * heads):
         raise ConfigError(f"{printable(path)}: {name} has {rows} rows, which {heads} heads cannot share.")
-    return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).flatten()
+    return torch.arange(rows, device="cpu").view(heads, rows // heads // 2, 2).transpose(1, 2).flatten()
 
 
 # Of these each number, or whole row, stays on its own.

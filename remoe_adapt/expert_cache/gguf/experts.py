@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from remoe_adapt._support import printable
 from remoe_adapt.checkpoints import Extent
 from remoe_adapt.errors import ConfigError, UncacheableError
-from remoe_adapt.expert_cache.encodings import BlockType, dequantise
-from remoe_adapt.expert_cache.gguf.tensors import OTHER_CONFIG, Stored, check_kind, one_row
+from remoe_adapt.expert_cache.encodings import BlockType
+from remoe_adapt.expert_cache.gguf.tensors import OTHER_CONFIG, Stored, check_kind, decoded, one_row
 
 # Parameter of an experts module, without "_bias" -> tensors that hold it, one after another; the first set that is
 # there counts.
@@ -60,11 +60,13 @@ class ExpertGroup:
         dtype: which the dequantised fp32 numbers are rounded to.
         """
         bands = [
-            dequantise(piece_NB, kind, self.cols, dtype)
+            decoded(piece_NB, kind, self.cols, dtype)
             for piece_NB, kind in zip(one_row(pieces), self.kinds, strict=True)
         ]
         weight_NK = self._merged(bands)
-        return (weight_NK.T if self.transposed and not self.is_bias else weight_NK).reshape(self.shape).contiguous()
+        weight = (weight_NK.T if self.transposed and not self.is_bias else weight_NK).reshape(self.shape).contiguous()
+        # The bytes are the caller's, who may read the next expert into them.
+        return weight.clone() if weight.data_ptr() in [piece.data_ptr() for piece in pieces] else weight
 
     def blocks(self, pieces: Sequence[Tensor]) -> list[tuple[BlockType, Tensor]]:
         """The same as bands of rows of ggml blocks, (type, torch.uint8 [rows, row bytes]), in the order of the outputs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,11 @@ from torch import Tensor
 from remoe_adapt._support import printable
 from remoe_adapt.checkpoints import Extent, GgufFile, GgufTensor, check_parts, shard_paths
 from remoe_adapt.errors import ConfigError, ExpertReadError, UncacheableError
-from remoe_adapt.expert_cache.encodings import DECODED, BlockType, block_type, dequantise
+from remoe_adapt.expert_cache.encodings import BF16, DECODED, F16, F32, BlockType, block_type, dequantise
 
 # What to do where tensors and configuration do not fit.
 OTHER_CONFIG = "give config=, the folder or hub id of the very model that it was made from"
+_FLOATS = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 # Blocks that are read and dequantised at a time, so that a matrix needs no second one beside it.
 _CHUNK_BYTES = 4 << 20
 
@@ -98,8 +100,9 @@ def numbers_of(stored: Stored, dtype: torch.dtype) -> Tensor:
                 _fill(file.fileno(), part, extent.offset + first * row_bytes, extent)
                 blocks_NB = torch.frombuffer(part, dtype=torch.uint8).view(count, row_bytes)
                 rows_NK = numbers_NK[first : first + count]
-                rows_NK.copy_(dequantise(blocks_NB, stored.kind, cols, dtype))
-                if not torch.isfinite(rows_NK).all():
+                rows_NK.copy_(decoded(blocks_NB, stored.kind, cols, dtype))
+                # The sum is quick, and finite unless a number is not, or all of them are huge.
+                if not math.isfinite(float(rows_NK.sum(dtype=torch.float32))) and not torch.isfinite(rows_NK).all():
                     raise ExpertReadError(
                         f"{printable(extent.path)}: tensor {printable(extent.tensor)} at byte {extent.offset} has "
                         "numbers that are not finite: fetch it again."
@@ -127,6 +130,15 @@ def bytes_of(stored: Stored) -> Tensor:
             f"{printable(extent.path)} cannot be read: {error.strerror or printable(error)}."
         ) from error
     return blocks_NB
+
+
+def decoded(blocks_NB: Tensor, kind: BlockType, cols: int, dtype: torch.dtype) -> Tensor:
+    """As `dequantise`; plain numbers, which need no decoder, are a view where they are of `dtype` already."""
+    floats = _FLOATS.get(kind)
+    # A row of a file may begin anywhere, but numbers of two and four bytes may not.
+    if floats is None or blocks_NB.data_ptr() % floats.itemsize:
+        return dequantise(blocks_NB, kind, cols, dtype)
+    return blocks_NB.view(floats).to(dtype)
 
 
 def _fill(fd: int, part: memoryview, offset: int, extent: Extent) -> None:

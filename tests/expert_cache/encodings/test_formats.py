@@ -264,6 +264,15 @@ def test_integer_checkpoints_of_compressed_tensors_need_no_package(
         assert torch.equal(value, wanted[name])
 
 
+def test_fp8_under_its_other_name(tmp_path: Path) -> None:
+    folder = save_quantised(tmp_path / "q", "qwen3_moe", "fp8", block=(1, 32), scales="bytes")
+    edit_config(folder, quant_method="mxfp8")
+    assert read(folder)[1].method == "mxfp8"
+    wanted = dict(reference(folder).named_parameters())
+    for name, value in loaded(folder).named_parameters():
+        assert torch.equal(value, wanted[name])
+
+
 def test_mixed_bits_of_compressed_tensors_are_told_by_shapes(tmp_path: Path) -> None:
     folder = save_quantised(tmp_path / "q", "qwen3_moe", "compressed-tensors", symmetric=False, bits=8)
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
