@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .experts_few import BASES, down_kernel, up_kernel
 from .experts_many import blocks_of, down_tiles_kernel, sum_kernel, up_tiles_kernel
-from .slots import FLOAT, FP8, INT4, INT8, MXFP4, Activation, SlotMatrix, check_experts
+from .slots import FLOAT, FP8, INT4, INT8, MXFP4, Activation, Coding, SlotMatrix, check_experts
 
 # A product and its sum are one instruction; two would take twice as long.
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
@@ -61,25 +62,39 @@ TILES: tuple[tuple[float, dict[str, int]], ...] = (
     (256, {"BM": 32, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}),
     (math.inf, {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}),
 )
+# Of hidden states of 4 bytes, whose products take three times as many registers.
+FP32_TILE = {"BM": 16, "BN": 64, "BK": 32, "num_stages": 2}
 
 
-def tiling_of(matrix: SlotMatrix, choices: int | None = None) -> Tiling:
+@functools.lru_cache(maxsize=1024)
+def tiling_of(coding: Coding, choices: int | None = None) -> Tiling:
     """The table's tiling of a matrix, with so many threads along columns that few of them read beyond the last one.
 
     choices: of a token, for a second product: threads lie on no more.
     """
-    tiling = TILINGS[matrix.kind][0 if choices is None else 1]
-    chunks = tiling.chunks if matrix.kind == FLOAT else max(1, min(tiling.chunks, matrix.group // 8))
-    tiling = replace(tiling, chunks=chunks)
+    tiling = TILINGS[coding.kind][0 if choices is None else 1]
+    if coding.kind != FLOAT:
+        tiling = replace(tiling, chunks=min(tiling.chunks, coding.group // 8))
     others = tiling.others if choices is None else min(tiling.others, triton.next_power_of_2(choices))
     lanes, least = tiling.lanes, max(1, 32 // others)
-    while lanes // 2 >= max(8, least) and _waste(matrix, replace(tiling, lanes=lanes)) > _LITTLE_WASTE:
+    while lanes // 2 >= max(8, least) and _waste(coding, replace(tiling, lanes=lanes)) > _LITTLE_WASTE:
         lanes //= 2
     if choices is None:
         # Threads that are not needed along columns lie on more rows.
         return replace(tiling, lanes=lanes)
     lanes = max(lanes, least)
     return replace(tiling, lanes=lanes, warps=lanes * others // 32)
+
+
+def _waste(coding: Coding, tiling: Tiling) -> float:
+    """Share of a program's reads that is beyond the last column."""
+    return 1.0 - coding.cols / _padded(coding, tiling)
+
+
+def _padded(coding: Coding, tiling: Tiling) -> int:
+    """Columns in whole reads of a program."""
+    tile = tiling.lanes * (coding.values if coding.kind == FLOAT else tiling.chunks * 8)
+    return -(-coding.cols // tile) * tile
 
 
 def experts_forward(
@@ -99,25 +114,24 @@ def experts_forward(
     activation: what comes between them.
     pairs_TCD: fp32, contiguous; None: there is one call.
     last: false: compute the choices that have a slot, and return None.
-    tilings: instead of those of the table.
+    tilings: instead of those of the table, for up to `MAX_FEW` tokens.
 
     Raises ValueError for shapes that do not fit.
     """
     check_experts(x_TD, slots_TC, weights_TC, up, down)
-    tokens = len(x_TD)
-    out_TD = torch.empty((tokens, down.rows), dtype=x_TD.dtype, device=x_TD.device)
+    tokens, choices = slots_TC.shape
+    out_TD = torch.empty_like(x_TD)
     args = (slots_TC.contiguous(), weights_TC.contiguous(), up, down, activation)
     if 0 < tokens <= MAX_FEW:
-        _forward_few(
-            x_TD, *args, pairs_TCD, last, tilings or (tiling_of(up), tiling_of(down, slots_TC.shape[1])), out_TD
-        )
+        tilings = tilings or (tiling_of(up.coding), tiling_of(down.coding, choices))
+        _forward_few(x_TD, *args, pairs_TCD, last, tilings, out_TD)
     elif pairs_TCD is not None:
         _forward_many(x_TD, *args, pairs_TCD, last, out_TD)
     elif tokens:
-        step = max(MAX_FEW + 1, _WORKSPACE_BYTES // (4 * slots_TC.shape[1] * down.rows))
+        step = max(MAX_FEW + 1, _WORKSPACE_BYTES // (4 * choices * x_TD.shape[1]))
         for first in range(0, tokens, step):
             some = slice(first, first + step)
-            pairs = torch.empty((*slots_TC[some].shape, down.rows), device=x_TD.device)
+            pairs = torch.empty((*slots_TC[some].shape, x_TD.shape[1]), device=x_TD.device)
             _forward_many(x_TD[some], args[0][some], args[1][some], *args[2:], pairs, last, out_TD[some])
     return out_TD if last else None
 
@@ -126,70 +140,85 @@ def _forward_few(
     x_TD: Tensor, slots_TC: Tensor, weights_TC: Tensor, up: SlotMatrix, down: SlotMatrix, activation: Activation,
     pairs_TCD: Tensor | None, last: bool, tilings: tuple[Tiling, Tiling], out_TD: Tensor,
 ) -> None:  # fmt: skip
-    (tokens, choices), inner, (up_tiling, down_tiling) = slots_TC.shape, down.cols, tilings
-    width = _padded(inner, down, down_tiling)
-    hidden = torch.empty((tokens * choices, width), dtype=x_TD.dtype, device=x_TD.device)
-    up_kernel[(triton.cdiv(inner, up_tiling.rows * up_tiling.others), tokens * choices)](
-        BASES.get(up.kind, 0), x_TD, x_TD.stride(0), slots_TC, *_parts(up), hidden, C=choices, INNER=inner, K=up.cols,
-        WIDTH=width, DOWN_L=down_tiling.lanes, DOWN_CHUNKS=1 if down.kind == FLOAT else down_tiling.chunks,
-        MASKED=_padded(up.cols, up, up_tiling) != up.cols, **_between(activation), **_facts(up),
-        **_threads(up_tiling), **LAUNCH,
-    )  # fmt: skip
+    (tokens, choices), rows = slots_TC.shape, out_TD.shape[1]
+    plan = _plan_few(up.coding, down.coding, activation, choices, tilings)
+    hidden = torch.empty((tokens * choices, plan.width), dtype=x_TD.dtype, device=x_TD.device)
+    up_kernel[(plan.up_programs, tokens * choices)](
+        plan.up_base, x_TD, x_TD.stride(0), slots_TC, *up.arguments, hidden, **plan.up_facts
+    )
     # A call that is the only one reads no pairs, but runs the same binary.
     pairs = torch.empty(4, device=x_TD.device) if pairs_TCD is None else pairs_TCD
-    pair_rows, out_rows = (0, down.rows) if last else (down.rows, 0)
-    down_kernel[(triton.cdiv(down.rows, down_tiling.rows), tokens)](
-        BASES.get(down.kind, 0), pair_rows, out_rows, hidden, slots_TC, weights_TC, *_parts(down), pairs, out_TD,
-        out_TD.stride(0), C=choices, N=down.rows, K=inner, WIDTH=width, **_facts(down), **_threads(down_tiling),
-        **LAUNCH,
+    pair_rows, out_rows = (0, rows) if last else (rows, 0)
+    down_kernel[(plan.down_programs, tokens)](
+        plan.down_base, pair_rows, out_rows, hidden, slots_TC, weights_TC, *down.arguments, pairs, out_TD,
+        out_TD.stride(0), **plan.down_facts,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Few:
+    """What two launches need beside tensors."""
+
+    width: int
+    up_base: int
+    up_programs: int
+    up_facts: dict[str, Any]
+    down_base: int
+    down_programs: int
+    down_facts: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_few(up: Coding, down: Coding, activation: Activation, choices: int, tilings: tuple[Tiling, Tiling]) -> _Few:
+    first, second = tilings
+    width = _padded(down, second)
+    up_facts = {
+        "C": choices, "INNER": down.cols, "K": up.cols, "WIDTH": width, "DOWN_L": second.lanes,
+        "DOWN_CHUNKS": 1 if down.kind == FLOAT else second.chunks, "MASKED": _padded(up, first) != up.cols,
+        **_between(activation), **_facts(up), **_threads(first), **LAUNCH,
+    }  # fmt: skip
+    down_facts = {
+        "C": choices, "N": down.rows, "K": down.cols, "WIDTH": width, **_facts(down), **_threads(second), **LAUNCH
+    }  # fmt: skip
+    return _Few(
+        width,
+        BASES.get(up.kind, 0),
+        triton.cdiv(down.cols, first.rows * first.others),
+        up_facts,
+        BASES.get(down.kind, 0),
+        triton.cdiv(down.rows, second.rows),
+        down_facts,
+    )
 
 
 def _forward_many(
     x_TD: Tensor, slots_TC: Tensor, weights_TC: Tensor, up: SlotMatrix, down: SlotMatrix, activation: Activation,
     pairs_TCD: Tensor, last: bool, out_TD: Tensor,
 ) -> None:  # fmt: skip
-    (tokens, choices), inner = slots_TC.shape, down.cols
+    (tokens, choices), (rows, inner) = slots_TC.shape, (down.coding.rows, down.coding.cols)
     tile = next(tile for most, tile in TILES if tokens <= most)
+    if x_TD.dtype == torch.float32:
+        tile = tile | FP32_TILE
     blocks = blocks_of(slots_TC, tile["BM"], up.slots)
     hidden = torch.empty((tokens * choices, inner), dtype=x_TD.dtype, device=x_TD.device)
     common = (tokens * choices, blocks.order, blocks.firsts)
     up_tiles_kernel[(triton.cdiv(inner, tile["BN"]), len(blocks.firsts))](
-        BASES.get(up.kind, 0), *common, x_TD, x_TD.stride(0), slots_TC, *_parts(up), hidden, C=choices, INNER=inner,
-        K=up.cols, **_between(activation), **_facts(up), **tile, **LAUNCH,
+        BASES.get(up.kind, 0), *common, x_TD, x_TD.stride(0), slots_TC, *up.arguments, hidden, C=choices, INNER=inner,
+        K=up.coding.cols, **_between(activation), **_facts(up.coding), **tile, **LAUNCH,
     )  # fmt: skip
-    down_tiles_kernel[(triton.cdiv(down.rows, tile["BN"]), len(blocks.firsts))](
-        BASES.get(down.kind, 0), *common, hidden, slots_TC, *_parts(down), pairs_TCD, N=down.rows, K=inner,
-        **_facts(down), **tile, **LAUNCH,
+    down_tiles_kernel[(triton.cdiv(rows, tile["BN"]), len(blocks.firsts))](
+        BASES.get(down.kind, 0), *common, hidden, slots_TC, *down.arguments, pairs_TCD, N=rows, K=inner,
+        **_facts(down.coding), **tile, **LAUNCH,
     )  # fmt: skip
     if last:
-        sum_kernel[(tokens, triton.cdiv(down.rows, 1024))](
-            pairs_TCD, slots_TC, weights_TC, out_TD, out_TD.stride(0), C=choices, N=down.rows, BN=1024, **LAUNCH
+        sum_kernel[(tokens, triton.cdiv(rows, 1024))](
+            pairs_TCD, slots_TC, weights_TC, out_TD, out_TD.stride(0), C=choices, N=rows, BN=1024, **LAUNCH
         )
 
 
-def _waste(matrix: SlotMatrix, tiling: Tiling) -> float:
-    """Share of a program's reads that is beyond the last column."""
-    return 1.0 - matrix.cols / _padded(matrix.cols, matrix, tiling)
-
-
-def _parts(matrix: SlotMatrix) -> tuple[Any, ...]:
-    """Tensors and distances of slots, as the kernels take them: codes in words of 4 bytes."""
-    codes = matrix.codes if matrix.kind == FLOAT else matrix.codes.view(torch.int32)
-    parts = (codes, matrix.scales, matrix.minima, matrix.bias)
-    return tuple(value for part in parts for value in (part, 0 if part is None else part.stride(0)))
-
-
-def _values(matrix: SlotMatrix) -> int:
-    """Numbers in a word of codes; floats that a thread reads at a time."""
-    if matrix.kind == FLOAT:
-        return 16 // matrix.codes.element_size()
-    return 4 if matrix.kind in (INT8, FP8) else 8
-
-
-def _facts(matrix: SlotMatrix) -> dict[str, Any]:
+def _facts(coding: Coding) -> dict[str, Any]:
     """Compile-time facts of a matrix, by parameter name of the kernels."""
-    return {"KIND": matrix.kind, "GROUP": matrix.group, "HALVES": matrix.halves, "VALUES": _values(matrix)}
+    return {"KIND": coding.kind, "GROUP": coding.group, "HALVES": coding.halves, "VALUES": coding.values}
 
 
 def _threads(tiling: Tiling) -> dict[str, Any]:
@@ -204,10 +233,3 @@ def _between(activation: Activation) -> dict[str, Any]:
         "INTERLEAVED": activation.interleaved, "FUNCTION": activation.function, "ALPHA": activation.alpha,
         "LIMIT": activation.limit, "SHIFT": activation.shift,
     }  # fmt: skip
-
-
-def _padded(columns: int, matrix: SlotMatrix, tiling: Tiling) -> int:
-    """Columns in whole reads of a program."""
-    own = _values(matrix) if matrix.kind == FLOAT else tiling.chunks * 8
-    tile = tiling.lanes * own
-    return -(-columns // tile) * tile

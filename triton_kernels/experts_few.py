@@ -5,6 +5,8 @@ a thread's own and share what it has read of the hidden state. Of a row and tile
 most, and the one scale that they need: neither codes nor scales move between threads, only sums do. Values of four and
 eight bits become floats by bit patterns, since conversions of integers take four times as long as other instructions.
 All further axes of a tile (W words of 4 bytes, P values of a word) are inside a thread: their shifts are constants.
+
+Kinds and functions are words of slots.py, written out: Triton compares globals of kernels at every launch.
 """
 
 from __future__ import annotations
@@ -14,10 +16,6 @@ import triton.language as tl
 
 from . import slots as words
 
-FLOAT, INT8, INT4 = tl.constexpr(words.FLOAT), tl.constexpr(words.INT8), tl.constexpr(words.INT4)
-MXFP4, FP8, FP8_BLOCK = tl.constexpr(words.MXFP4), tl.constexpr(words.FP8), tl.constexpr(words.FP8_BLOCK)
-SILU, GELU, GELU_TANH = tl.constexpr(words.SILU), tl.constexpr(words.GELU), tl.constexpr(words.GELU_TANH)
-DONE = tl.constexpr(words.DONE)
 # What `values_of` sets beside a code: exponents of 16 and 256.
 BASES = {words.INT4: 0x41800000, words.INT8: 0x43C00000}
 # Pointers of unknown alignment are read one value a thread, as the tiles above want their scales. Of the rest, where a
@@ -31,11 +29,11 @@ def activated(gate, up, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.c
     if LIMIT is not None:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-    if FUNCTION == SILU:
+    if FUNCTION == "silu":
         gate = gate / (1.0 + tl.exp(-ALPHA * gate))
-    elif FUNCTION == GELU:
+    elif FUNCTION == "gelu":
         gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    elif FUNCTION == GELU_TANH:
+    elif FUNCTION == "gelu_tanh":
         # 0.5 * (1 + tanh(z)) is the sigmoid of 2z.
         gate = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
     else:
@@ -75,20 +73,20 @@ def values_of(word_RQLW, base, KIND: tl.constexpr):
     L: tl.constexpr = word_RQLW.shape[2]
     W: tl.constexpr = word_RQLW.shape[3]
     word = tl.reshape(word_RQLW, (R, Q, L, W, 1))
-    if KIND == INT4:
+    if KIND == "int4":
         # A code is four bits of a mantissa, worth 1 to 8. Odd ones lie four bits lower: two can share a shift.
         number = tl.arange(0, 8)[None, None, None, None, :]
         codes = ((word >> (4 * number)) & 15) << (19 - 4 * (number % 2))
         values = (codes | (base + 0x02000000 * (number % 2)).to(tl.uint32)).to(tl.float32, bitcast=True)
-    elif KIND == INT8:
+    elif KIND == "int8":
         # A code is eight bits of a mantissa, of which the highest, its sign, is turned over.
         codes = ((word >> (8 * tl.arange(0, 4)[None, None, None, None, :])) & 255) << 15
         values = (codes ^ base.to(tl.uint32)).to(tl.float32, bitcast=True)
     else:
         # Sign, exponent and mantissa can stand as such in an fp16: subnormal ones of both formats are exact there.
-        J: tl.constexpr = 4 if KIND == MXFP4 else 2
+        J: tl.constexpr = 4 if KIND == "mxfp4" else 2
         j = tl.arange(0, J)[None, None, None, None, :]
-        if KIND == MXFP4:
+        if KIND == "mxfp4":
             moved = word << (12 - 4 * j)
             pairs = (moved & 0x80008000) | ((moved >> 3) & 0x0E000E00)
         else:
@@ -121,7 +119,7 @@ def load(pointers, mask, MASKED: tl.constexpr):
 def scales_of(pointers, mask, MASKED: tl.constexpr, KIND: tl.constexpr):
     """fp32 scales or minima; E8M0 is the exponent of an fp32."""
     values = load(pointers, mask, MASKED)
-    if KIND == MXFP4:
+    if KIND == "mxfp4":
         # The smallest, 2^-127, is subnormal.
         found = tl.where(values == 0, 0x00400000, values.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
     else:
@@ -146,9 +144,9 @@ def products(
     VALUES: numbers in 4 bytes of codes; of FLOAT, numbers that a thread reads at a time.
     """
     # Columns of a thread in one read, the columns of a tile.
-    OWN: tl.constexpr = VALUES if KIND == FLOAT else CHUNKS * 8
+    OWN: tl.constexpr = VALUES if KIND == "float" else CHUNKS * 8
     TILE: tl.constexpr = L * OWN
-    if KIND == FLOAT:
+    if KIND == "float":
         column_1T = tl.arange(0, TILE)[None, :]
         # A thread reads its columns at once where all or none of them are inside.
         last_1T = column_1T // VALUES * VALUES if K % VALUES == 0 else column_1T
@@ -163,7 +161,7 @@ def products(
         sum_RQ = tl.sum(total_RQT, axis=2)
     else:
         WORDS: tl.constexpr = OWN // VALUES
-        OFFSET: tl.constexpr = (KIND == INT4) | (KIND == INT8)
+        OFFSET: tl.constexpr = (KIND == "int4") | (KIND == "int8")
         lane_1L = tl.arange(0, L)[None, :]
         word_1W = tl.arange(0, L * WORDS)[None, :]
         value_1V = tl.arange(0, L * 8)[None, :]
@@ -171,7 +169,7 @@ def products(
         spread_1V = value_1V if PLACED else value_1V // 8 * OWN + value_1V % 8
         APART: tl.constexpr = L * 8 if PLACED else 8
         # What `values_of` puts beside a code, and the 8 that a symmetric code of four bits has beside it.
-        if KIND == INT4:
+        if KIND == "int4":
             zero: tl.constexpr = 16.0 if minima_M1 is not None else 24.0
             offset_118 = zero + 240.0 * (tl.arange(0, 8)[None, None, :] % 2)
         else:
@@ -213,23 +211,23 @@ def products(
             if minima_M1 is not None:
                 total_RQL += minimum_RQL * tl.sum(sum_QL8, axis=2)[None, :, :]
         sum_RQ = tl.sum(total_RQL, axis=2)
-        if KIND == MXFP4:
+        if KIND == "mxfp4":
             sum_RQ *= 16384.0
-        elif KIND == FP8:
+        elif KIND == "fp8":
             sum_RQ *= 256.0
     return sum_RQ
 
 
 @triton.jit
-def scale_row(row, ROWS: tl.constexpr, KIND: tl.constexpr, HALVES: tl.constexpr):
-    """The row of scales for a row of a matrix [ROWS, ...]."""
-    if KIND != FP8:
+def scale_row(row, ROWS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr):
+    """The row of scales for a row of a matrix [ROWS, ...]; blocks of FP8 have as many rows as columns."""
+    if KIND != "fp8":
         found = row
     elif HALVES:
         half = row // (ROWS // 2)
-        found = half * ((ROWS // 2 + FP8_BLOCK - 1) // FP8_BLOCK) + (row - half * (ROWS // 2)) // FP8_BLOCK
+        found = half * ((ROWS // 2 + GROUP - 1) // GROUP) + (row - half * (ROWS // 2)) // GROUP
     else:
-        found = row // FP8_BLOCK
+        found = row // GROUP
     return found
 
 
@@ -260,14 +258,14 @@ def up_kernel(
         scales_M1 = None
         minima_M1 = None
         if scales is not None:
-            scale_M1 = scale_row(row_M1, 2 * INNER, KIND, HALVES) * ((K + GROUP - 1) // GROUP)
+            scale_M1 = scale_row(row_M1, 2 * INNER, KIND, GROUP, HALVES) * ((K + GROUP - 1) // GROUP)
             scales_M1 = scales + slot * stride_s + scale_M1
             if minima is not None:
                 minima_M1 = minima + slot * stride_m + scale_M1
         dots_RQ = products(
             base, x + (pair // C).to(tl.int64) * stride_x + tl.arange(0, Q)[:, None] * 0,
-            codes + slot * stride_c + row_M1 * (K if KIND == FLOAT else K // VALUES), scales_M1, minima_M1, True, True,
-            K, KIND, GROUP, VALUES, False, MASKED, 2 * R, Q, L, CHUNKS, UNROLL,
+            codes + slot * stride_c + row_M1 * (K if KIND == "float" else K // VALUES), scales_M1, minima_M1, True,
+            True, K, KIND, GROUP, VALUES, False, MASKED, 2 * R, Q, L, CHUNKS, UNROLL,
         )  # fmt: skip
         if bias is not None:
             dots_RQ += tl.reshape(tl.load(bias + slot * stride_b + row_M1), (2 * R, Q)).to(tl.float32)
@@ -313,18 +311,19 @@ def down_kernel(
         scales_M1 = None
         minima_M1 = None
         if scales is not None:
-            scale_M1 = scale_row(row_M1, N, KIND, HALVES) * ((K + GROUP - 1) // GROUP)
+            scale_M1 = scale_row(row_M1, N, KIND, GROUP, HALVES) * ((K + GROUP - 1) // GROUP)
             scales_M1 = scales + at_M1 * stride_s + scale_M1
             if minima is not None:
                 minima_M1 = minima + at_M1 * stride_m + scale_M1
         dots_RQ = products(
             base, hidden + pair_Q[:, None] * WIDTH,
-            codes + at_M1 * stride_c + row_M1 * (K if KIND == FLOAT else K // VALUES), scales_M1, minima_M1,
+            codes + at_M1 * stride_c + row_M1 * (K if KIND == "float" else K // VALUES), scales_M1, minima_M1,
             live_Q[:, None], slot_M1 >= 0, K, KIND, GROUP, VALUES, True, True, R, Q, L, CHUNKS, UNROLL,
         )  # fmt: skip
         if bias is not None:
             dots_RQ += tl.reshape(tl.load(bias + at_M1 * stride_b + row_M1), (R, Q)).to(tl.float32)
-        done_Q = slot_Q == DONE
+        # DONE of slots.py.
+        done_Q = slot_Q == -2
         pairs_RQ = pairs + pair_Q[None, :] * N + row_R[:, None]
         tl.store(pairs_RQ, dots_RQ, mask=(row_R < pair_rows)[:, None] & live_Q[None, :])
         kept_RQ = tl.load(pairs_RQ, mask=(row_R < out_rows)[:, None] & done_Q[None, :], other=0.0)

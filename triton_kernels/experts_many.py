@@ -1,8 +1,9 @@
 """Experts of many tokens out of a pool of slots: matrix products of tiles, each of tokens that chose the same slot.
 
 Pairs of a token and a choice are sorted by slot on the device; a program multiplies BM of them with BN rows of their
-slot, whose codes become numbers of the hidden states' type on the way to the tensor cores. Outputs of pairs are summed
-by a kernel of its own, in the order of the choices: the sum does not depend on who chose the same slot.
+slot, whose codes become numbers of the hidden states' type on the way to the tensor cores (fp32 as three products of
+TF32, which keep its precision). Outputs of pairs are summed by a kernel of its own, in the order of the choices: the
+sum does not depend on who chose the same slot.
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import slots as words
-from .experts_few import FLOAT, INT4, INT8, MXFP4, activated, load, scale_row, scales_of, values_of
-
-SKIP = tl.constexpr(words.SKIP)
+from .experts_few import activated, load, scale_row, scales_of, values_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ def weight_tile(
     VALUES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Numbers [BN, BK] of rows of a slot's matrix from column `start` on; pointers as for `products`."""
-    if KIND == FLOAT:
+    if KIND == "float":
         column_1K = start + tl.arange(0, BK)[None, :]
         tile_NK = load(codes_N1 + column_1K, column_1K < K, MASKED)
     else:
@@ -69,13 +67,13 @@ def weight_tile(
         tile_NW = load(codes_N1 + word_1W, word_1W * VALUES < K, MASKED).to(tl.uint32, bitcast=True)
         # `values_of` takes chunks of eight columns.
         value_NK = values_of(tl.reshape(tile_NW, (1, BN, BK // 8, 8 // VALUES)), base, KIND)
-        if KIND == INT4:
+        if KIND == "int4":
             value_NK -= 16.0 + 240.0 * (tl.arange(0, 8)[None, None, None, :] % 2)
-        elif KIND == INT8:
+        elif KIND == "int8":
             value_NK -= 384.0
         else:
             halves = tl.reshape(value_NK, (BN, BK // VALUES, VALUES // 2, 2))
-            value_NK = tl.permute(halves, (0, 1, 3, 2)) * (16384.0 if KIND == MXFP4 else 256.0)
+            value_NK = tl.permute(halves, (0, 1, 3, 2)) * (16384.0 if KIND == "mxfp4" else 256.0)
         group_1L = (start + tl.arange(0, L)[None, :] * OWN) // GROUP
         inside_1L = start + tl.arange(0, L)[None, :] * OWN < K
         scale_NL = scales_of(scales_N1 + group_1L, inside_1L, MASKED, KIND)
@@ -83,7 +81,7 @@ def weight_tile(
         if minima_N1 is not None:
             number_NLK = number_NLK * scale_NL[:, :, None]
             number_NLK += scales_of(minima_N1 + group_1L, inside_1L, MASKED, KIND)[:, :, None]
-        elif KIND == INT4:
+        elif KIND == "int4":
             number_NLK = (number_NLK - 8.0) * scale_NL[:, :, None]
         else:
             number_NLK = number_NLK * scale_NL[:, :, None]
@@ -111,15 +109,15 @@ def up_tiles_kernel(
         row_N1 = tl.minimum(column_N, INNER - 1)[:, None]
         gate_N1 = row_N1 * 2 if INTERLEAVED else row_N1
         up_N1 = row_N1 * 2 + 1 if INTERLEAVED else row_N1 + INNER
-        row_values: tl.constexpr = K if KIND == FLOAT else K // VALUES
+        row_values: tl.constexpr = K if KIND == "float" else K // VALUES
         gate_scales = None
         up_scales = None
         gate_minima = None
         up_minima = None
         if scales is not None:
             GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-            gate_at = scale_row(gate_N1, 2 * INNER, KIND, HALVES) * GROUPS
-            up_at = scale_row(up_N1, 2 * INNER, KIND, HALVES) * GROUPS
+            gate_at = scale_row(gate_N1, 2 * INNER, KIND, GROUP, HALVES) * GROUPS
+            up_at = scale_row(up_N1, 2 * INNER, KIND, GROUP, HALVES) * GROUPS
             gate_scales = scales + at * stride_s + gate_at
             up_scales = scales + at * stride_s + up_at
             if minima is not None:
@@ -135,12 +133,12 @@ def up_tiles_kernel(
                 base, codes + at * stride_c + gate_N1 * row_values, gate_scales, gate_minima, start, K, KIND, GROUP,
                 VALUES, BN, BK, K % BK != 0, hidden_MK.dtype,
             )  # fmt: skip
-            gate_MN = tl.dot(hidden_MK, tl.trans(gate_NK), gate_MN, input_precision="ieee")
+            gate_MN = tl.dot(hidden_MK, tl.trans(gate_NK), gate_MN, input_precision="tf32x3")
             up_NK = weight_tile(
                 base, codes + at * stride_c + up_N1 * row_values, up_scales, up_minima, start, K, KIND, GROUP, VALUES,
                 BN, BK, K % BK != 0, hidden_MK.dtype,
             )  # fmt: skip
-            up_MN = tl.dot(hidden_MK, tl.trans(up_NK), up_MN, input_precision="ieee")
+            up_MN = tl.dot(hidden_MK, tl.trans(up_NK), up_MN, input_precision="tf32x3")
         if bias is not None:
             bias_N1 = bias + at * stride_b
             gate_MN += tl.trans(tl.load(bias_N1 + gate_N1).to(tl.float32))
@@ -166,11 +164,11 @@ def down_tiles_kernel(
         at = slot.to(tl.int64)
         row_N = tl.program_id(0) * BN + tl.arange(0, BN)
         row_N1 = tl.minimum(row_N, N - 1)[:, None]
-        row_values: tl.constexpr = K if KIND == FLOAT else K // VALUES
+        row_values: tl.constexpr = K if KIND == "float" else K // VALUES
         scales_N1 = None
         minima_N1 = None
         if scales is not None:
-            scale_at = scale_row(row_N1, N, KIND, HALVES) * ((K + GROUP - 1) // GROUP)
+            scale_at = scale_row(row_N1, N, KIND, GROUP, HALVES) * ((K + GROUP - 1) // GROUP)
             scales_N1 = scales + at * stride_s + scale_at
             if minima is not None:
                 minima_N1 = minima + at * stride_m + scale_at
@@ -184,7 +182,7 @@ def down_tiles_kernel(
                 base, codes + at * stride_c + row_N1 * row_values, scales_N1, minima_N1, start, K, KIND, GROUP, VALUES,
                 BN, BK, K % BK != 0, hidden_MK.dtype,
             )  # fmt: skip
-            sum_MN = tl.dot(hidden_MK, tl.trans(weight_NK), sum_MN, input_precision="ieee")
+            sum_MN = tl.dot(hidden_MK, tl.trans(weight_NK), sum_MN, input_precision="tf32x3")
         if bias is not None:
             sum_MN += tl.trans(tl.load(bias + at * stride_b + row_N1).to(tl.float32))
         target_MN = pairs + pair_M.to(tl.int64)[:, None] * N + row_N[None, :]
@@ -199,10 +197,10 @@ def sum_kernel(pairs, slots, weights, out, stride_o, C: tl.constexpr, N: tl.cons
     total_N = tl.full((BN,), 0.0, tl.float32)
     for choice in range(C):
         slot = tl.load(slots + token * C + choice)
-        # What is skipped was never written: it may be no numbers.
+        # What is skipped (SKIP of slots.py) was never written: it may be no numbers.
         pair_N = tl.load(
-            pairs + (token * C + choice) * N + column_N, mask=column_N < tl.where(slot == SKIP, 0, N), other=0.0
+            pairs + (token * C + choice) * N + column_N, mask=column_N < tl.where(slot == -1, 0, N), other=0.0
         )
         weight = tl.load(weights + token * C + choice).to(tl.float32)
-        total_N += tl.where(slot == SKIP, 0.0, weight) * pair_N
+        total_N += tl.where(slot == -1, 0.0, weight) * pair_N
     tl.store(out + token * stride_o + column_N, total_N.to(out.dtype.element_ty), mask=column_N < N)

@@ -4,7 +4,8 @@ what comes between an expert's two products. No triton here: the reference and a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,34 @@ MXFP4_GROUP, FP8_BLOCK = 32, 128
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """What kernels are compiled for: all of a matrix but where it lies.
+
+    kind, halves: of SlotMatrix.
+    rows, cols: N, the outputs, and K, the inputs.
+    group: columns that share a scale; 0 where there is none.
+    itemsize: bytes of one code of FLOAT.
+    has_minima: whether groups have minima of their own.
+    """
+
+    kind: str
+    rows: int
+    cols: int
+    group: int
+    halves: bool
+    itemsize: int
+    has_minima: bool
+
+    @property
+    def values(self) -> int:
+        """Numbers in 4 bytes of codes; of FLOAT, numbers in the 16 that a thread reads at a time."""
+        if self.kind == FLOAT:
+            return 16 // self.itemsize
+        return 4 if self.kind in (INT8, FP8) else 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SlotMatrix:
     """One matrix of N rows (outputs) and K columns (inputs) in each of S slots.
 
@@ -35,6 +63,7 @@ class SlotMatrix:
         with a row for every 128 of N; see `halves`.
     minima: INT8 and INT4, shaped as scales. None: 0 for INT8, -8 * scale for INT4.
     bias: [S, N] fp32, fp16 or bf16.
+    coding, arguments: what launches need of it: tensors, codes as words, and the distances of their slots.
     halves: of FP8 alone: gate and up rows were coded apart, so blocks of rows begin anew at N / 2, and B counts both.
     """
 
@@ -44,6 +73,9 @@ class SlotMatrix:
     minima: Tensor | None = None
     bias: Tensor | None = None
     halves: bool = False
+    # Kernels ask for these at every launch.
+    coding: Coding = field(init=False, repr=False)
+    arguments: tuple[Any, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError for tensors that the kernels would read wrongly."""
@@ -71,8 +103,21 @@ class SlotMatrix:
                     f"{name} {part.dtype} {list(part.shape)} with strides {list(part.stride())} for {self.kind} codes "
                     f"{list(self.codes.shape)}: give contiguous slots {[self.slots, *shape]} of one of {dtypes}."
                 )
-        if self.kind != FLOAT and self.cols % self.group and self.kind != FP8:
-            raise ValueError(f"{self.cols} columns in {self.kind} groups of {self.group}: they do not fit.")
+        group, cols = self.group, self.cols
+        if group and (group & (group - 1) or group < 16 or cols % (32 if self.kind == FP8 else group)):
+            raise ValueError(
+                f"{cols} columns in {self.kind} groups of {group}: give whole groups of 16, 32, 64 ... (FP8: a "
+                "multiple of 32 columns)."
+            )
+        # Kernels read codes in words of 4 bytes.
+        codes = self.codes if self.kind == FLOAT else self.codes.view(torch.int32)
+        parts = (codes, self.scales, self.minima, self.bias)
+        arguments = tuple(value for part in parts for value in (part, 0 if part is None else part.stride(0)))
+        coding = Coding(
+            self.kind, self.rows, cols, group, self.halves, self.codes.element_size(), self.minima is not None
+        )
+        object.__setattr__(self, "arguments", arguments)
+        object.__setattr__(self, "coding", coding)
 
     @property
     def slots(self) -> int:
@@ -145,8 +190,12 @@ class Activation:
 def check_experts(x_TD: Tensor, slots_TC: Tensor, weights_TC: Tensor, up: SlotMatrix, down: SlotMatrix) -> None:
     """Raises ValueError where a kernel would read or write beside a tensor."""
     tokens, width = x_TD.shape
-    if up.cols != width or up.rows != 2 * down.cols:
-        raise ValueError(f"hidden states {width} wide for experts {up.rows}x{up.cols} and {down.rows}x{down.cols}.")
+    first, second = up.coding, down.coding
+    if first.cols != width or first.rows != 2 * second.cols or second.rows != width or x_TD.stride(1) != 1:
+        raise ValueError(
+            f"hidden states {width} wide, strides {list(x_TD.stride())}, for experts {first.rows}x{first.cols} and "
+            f"{second.rows}x{second.cols}."
+        )
     if slots_TC.shape != weights_TC.shape or slots_TC.shape[:1] != (tokens,) or slots_TC.dtype != torch.int32:
         raise ValueError(
             f"slots {slots_TC.dtype} {list(slots_TC.shape)} and weights {list(weights_TC.shape)} for {tokens} tokens: "

@@ -155,7 +155,7 @@ def _sweep_rows(options: PoolOptions, device: str) -> Iterator[Row]:
         from remoe_adapt.triton_kernels.experts import tiling_of
 
         experts = random_experts(name, *_shape(options), _slots(options), device)
-        best = (tiling_of(experts.up), tiling_of(experts.down, len(experts.sets[0][0])))
+        best = (tiling_of(experts.up.coding), tiling_of(experts.down.coding, len(experts.sets[0][0])))
         rows: list[Row] = []
         for product in (0, 1):
             tried = [best, *(_with(best, product, tiling) for tiling in _candidates(experts, product, options.quick))]
@@ -216,7 +216,9 @@ def _row(what: str, name: str, experts: _Experts, tokens: int, bandwidth: float,
     def call() -> None:
         experts_forward(x_TD, next(turns), weights_TC, experts.up, experts.down, Activation(), tilings=tilings)
 
-    row = _empty_row(what, name, tokens, tilings or (tiling_of(experts.up), tiling_of(experts.down, chosen)))
+    row = _empty_row(
+        what, name, tokens, tilings or (tiling_of(experts.up.coding), tiling_of(experts.down.coding, chosen))
+    )
     row |= {"device": _device_name(device), "K": chosen, "inner": experts.down.cols, "width": width}
     if device == "cpu":
         call()

@@ -198,7 +198,8 @@ def _load_surveyed(
     # Taken out, for what is left goes to from_pretrained, which knows none of these.
     of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
     # A GGUF has an expert cache in any case: from_pretrained would make floats of all of it.
-    if expert_cache is None and not of_cache and not is_gguf(base):
+    of_gguf = is_gguf(base) or "gguf_file" in kwargs
+    if expert_cache is None and not of_cache and not of_gguf:
         whole = settings.share == 1.0 and memory_bytes is None
         placed = sorted(OWN_PLACEMENT.intersection(kwargs))
         if placed and not whole:
@@ -224,7 +225,7 @@ def _load_surveyed(
     try:
         model = load_with_expert_cache(base, share, device="cpu" if device is None else device, **options)
     except UncacheableError as error:
-        if expert_cache is not None or of_cache or is_gguf(base):
+        if expert_cache is not None or of_cache or of_gguf:
             raise
         say_once(f"{error} It is loaded whole.")
         return _whole(base, device, kwargs)

@@ -98,7 +98,10 @@ class Checkpoint:
 
         kernels: compute; None: the exact arithmetic.
         """
-        return partial(DeviceLayout, kernels=kernels) if isinstance(kernels, SlotKernels) else None
+        # A registered encoding computes its own slots, on a GPU too.
+        if not isinstance(kernels, SlotKernels) or self.encoding is not FLOATS:
+            return None
+        return partial(DeviceLayout, kernels=kernels)
 
     def blocks(self) -> MakeLayout | None:
         """The layout of blocks that its codes become; None: it has no codes."""

@@ -55,7 +55,7 @@ def test_kernels_are_not_interpreted_unless_triton_was_told_to(monkeypatch: pyte
 
 @without_a_gpu
 def test_a_sweep_tries_both_products_and_ends_with_the_best() -> None:
-    found = run_pool(PoolOptions(quick=True, codings="int8", sweep="int8", decode=False))
+    found = run_pool(PoolOptions(quick=True, codings="bf16", sweep="bf16", decode=False))
     swept = [row for row in found["kernels"] if row["what"] == "sweep"]
     assert len({row["up"] for row in swept}) > 1 and len({row["down"] for row in swept}) > 1
     assert [row["what"] for row in found["kernels"]][-1] == "best"

@@ -37,6 +37,7 @@ OURS = {
     ("tuner/config.py", "setattr"): "fields of a RemoeConfig",
     ("bench/gating_cpu.py", "setattr"): "a configuration that the benchmark has made",
     ("bench/harness/widen.py", "setattr"): "a copy of a configuration",
+    ("bench/pool_decode.py", "dict"): "a model that the benchmark has loaded for itself",
     ("bench/decode/regimes.py", "setattr"): "the mapped experts of a model that the benchmark has loaded for itself",
 }
 LIBRARIES = ("transformers", "peft", "accelerate", "torch")

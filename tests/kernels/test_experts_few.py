@@ -49,9 +49,7 @@ def test_hidden_states_of_two_bytes(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", list(CODINGS))
-@pytest.mark.parametrize(
-    ("tokens", "chosen", "inner", "width"), [(1, 8, 768, 2048), (8, 6, 1408, 2048), (3, 4, 288, 96)]
-)
+@pytest.mark.parametrize("shape", [(1, 8, 768, 2048), (8, 6, 1408, 2048), (3, 4, 288, 96)])
 def test_real_shapes_on_a_gpu(name: str, shape: tuple[int, int, int, int]) -> None:
     """The table's tilings on what they are for."""
     tokens, chosen, inner, width = shape
