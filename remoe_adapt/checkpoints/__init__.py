@@ -2,6 +2,7 @@
 
 from remoe_adapt.checkpoints.gguf_file import (
     ALIGNMENT_KEY,
+    BLOCKS,
     INT32,
     UINT16,
     GgufFile,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from remoe_adapt.checkpoints import BLOCKS
 from remoe_adapt.errors import UncacheableError
 
 # Values that are dequantised at a time: a matrix of any size takes some multiples of 2 MiB beside the result. A quarter
@@ -45,42 +46,46 @@ class BlockType:
         return -(-cols // self.values) * self.values
 
 
+def _type(name: str, number: int) -> BlockType:
+    return BlockType(name, number, *BLOCKS[number])
+
+
 # Every type that a GGUF may hold, as ggml numbers it (enum ggml_type in ggml.h).
 _TABLE = (
-    F32 := BlockType("f32", 0, 1, 4),
-    F16 := BlockType("f16", 1, 1, 2),
-    Q4_0 := BlockType("q4_0", 2, 32, 18),
-    Q4_1 := BlockType("q4_1", 3, 32, 20),
-    Q5_0 := BlockType("q5_0", 6, 32, 22),
-    Q5_1 := BlockType("q5_1", 7, 32, 24),
-    Q8_0 := BlockType("q8_0", 8, 32, 34),
-    BlockType("q8_1", 9, 32, 40),
-    Q2_K := BlockType("q2_K", 10, 256, 84),
-    Q3_K := BlockType("q3_K", 11, 256, 110),
-    Q4_K := BlockType("q4_K", 12, 256, 144),
-    Q5_K := BlockType("q5_K", 13, 256, 176),
-    Q6_K := BlockType("q6_K", 14, 256, 210),
-    BlockType("q8_K", 15, 256, 292),
-    BlockType("iq2_xxs", 16, 256, 66),
-    BlockType("iq2_xs", 17, 256, 74),
-    BlockType("iq3_xxs", 18, 256, 98),
-    BlockType("iq1_s", 19, 256, 50),
-    IQ4_NL := BlockType("iq4_nl", 20, 32, 18),
-    BlockType("iq3_s", 21, 256, 110),
-    BlockType("iq2_s", 22, 256, 82),
-    IQ4_XS := BlockType("iq4_xs", 23, 256, 136),
-    BlockType("i8", 24, 1, 1),
-    BlockType("i16", 25, 1, 2),
-    BlockType("i32", 26, 1, 4),
-    BlockType("i64", 27, 1, 8),
-    BlockType("f64", 28, 1, 8),
-    BlockType("iq1_m", 29, 256, 56),
-    BF16 := BlockType("bf16", 30, 1, 2),
-    BlockType("tq1_0", 34, 256, 54),
-    BlockType("tq2_0", 35, 256, 66),
-    MXFP4 := BlockType("mxfp4", 39, 32, 17),
-    BlockType("nvfp4", 40, 64, 36),
-    BlockType("q1_0", 41, 128, 18),
+    F32 := _type("f32", 0),
+    F16 := _type("f16", 1),
+    Q4_0 := _type("q4_0", 2),
+    Q4_1 := _type("q4_1", 3),
+    Q5_0 := _type("q5_0", 6),
+    Q5_1 := _type("q5_1", 7),
+    Q8_0 := _type("q8_0", 8),
+    _type("q8_1", 9),
+    Q2_K := _type("q2_K", 10),
+    Q3_K := _type("q3_K", 11),
+    Q4_K := _type("q4_K", 12),
+    Q5_K := _type("q5_K", 13),
+    Q6_K := _type("q6_K", 14),
+    _type("q8_K", 15),
+    _type("iq2_xxs", 16),
+    _type("iq2_xs", 17),
+    _type("iq3_xxs", 18),
+    _type("iq1_s", 19),
+    IQ4_NL := _type("iq4_nl", 20),
+    _type("iq3_s", 21),
+    _type("iq2_s", 22),
+    IQ4_XS := _type("iq4_xs", 23),
+    _type("i8", 24),
+    _type("i16", 25),
+    _type("i32", 26),
+    _type("i64", 27),
+    _type("f64", 28),
+    _type("iq1_m", 29),
+    BF16 := _type("bf16", 30),
+    _type("tq1_0", 34),
+    _type("tq2_0", 35),
+    MXFP4 := _type("mxfp4", 39),
+    _type("nvfp4", 40),
+    _type("q1_0", 41),
 )
 # Types of 4-bit codes with a scale and a minimum for 32 columns each, see `code_groups`.
 GROUPED = frozenset({Q4_0, Q4_1, Q4_K})
