@@ -238,12 +238,14 @@ def check_arithmetic(arithmetic: object) -> None:
         raise ConfigError(f"arithmetic {arithmetic!r} is not one of {', '.join(ARITHMETICS)}.")
 
 
-def kernels_for(arithmetic: str, device: torch.device) -> Kernels | None:
+def kernels_for(arithmetic: str, device: torch.device, may_be_codes: bool = True) -> Kernels | None:
     """What computes with experts on this device; None: their model's own function, on floats.
+
+    may_be_codes: False for floats, which a CPU computes by their model's own function in any case.
 
     Raises ConfigError where "fast" is asked for and there is nothing.
     """
-    if arithmetic == "exact":
+    if arithmetic == "exact" or (device.type == "cpu" and not may_be_codes):
         return None
     kernels: Kernels | None = ggml() if device.type == "cpu" else slot_kernels()
     if kernels is None and device.type == "cpu":

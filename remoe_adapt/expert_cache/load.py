@@ -133,9 +133,7 @@ def load_with_expert_cache(
     kwargs = {name: value for name, value in from_pretrained_kwargs.items() if name not in {*HUB_OPTIONS, *given}}
     place = find_device(device)
     with LOADING:
-        # On a CPU, floats are computed by their model's own function in any case.
-        is_plain = place.type == "cpu" and storage is None and checkpoint.blocks() is None
-        kernels = None if is_plain else kernels_for(arithmetic, place)
+        kernels = kernels_for(arithmetic, place, storage is not None or checkpoint.blocks() is not None)
         skeleton = checkpoint.skeleton()
         modules = experts_modules(skeleton)
         check_experts(modules)

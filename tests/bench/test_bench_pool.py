@@ -53,6 +53,7 @@ def test_kernels_are_not_interpreted_unless_triton_was_told_to(monkeypatch: pyte
     assert not found["kernels"] and "TRITON_INTERPRET=1" in found["skipped"]["kernels"]
 
 
+@pytest.mark.slow
 @without_a_gpu
 def test_a_sweep_tries_both_products_and_ends_with_the_best() -> None:
     found = run_pool(PoolOptions(quick=True, codings="bf16", sweep="bf16", decode=False))

@@ -165,6 +165,7 @@ def test_more_layers_than_the_memory_holds_are_refused_before_anything_is_writte
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_small_run_from_end_to_end(tmp_path: Path) -> None:
     written: list[int] = []
     options = ScaleOptions(tokens=6, threads=1, work=tmp_path, in_ram=False)
@@ -177,6 +178,7 @@ def test_a_small_run_from_end_to_end(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_4_bits_are_timed_against_stock(tmp_path: Path) -> None:
     row = run_in_ram(768, work=tmp_path, keep=False, threads=1, shape=SMALL)
     assert row["stock_ms"] > 0 and row["fast_ms"] > 0 and row["ratio"] > 0 and row["inner"] == 768

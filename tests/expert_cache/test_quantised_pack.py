@@ -309,6 +309,7 @@ pack_experts(sys.argv[1], sys.argv[2], bits=4, dense_bits=8, on_bytes=slowly)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_knows_all_errors(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = folders["qwen2_moe"]
 
