@@ -48,12 +48,15 @@ class Tiling:
         return self.warps * 32 // self.lanes
 
 
+WITH_MINIMA = "int4, minima"
 # First and second product; measured where `benchmarks/run.py pool sweep=true` says so.
 TILINGS: dict[str, tuple[Tiling, Tiling]] = {
     FLOAT: (Tiling(128, 1, 4, unroll=2), Tiling(32, 2, 8, unroll=3)),
     INT8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2, 3)),
     FP8: (Tiling(32, 2, 4, 2, 2), Tiling(16, 4, 4, 2, 3)),
     INT4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4, 3)),
+    # Triton 3.6 would spill one register with more reads under way.
+    WITH_MINIMA: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4, 1)),
     MXFP4: (Tiling(32, 2, 4, 4, 2), Tiling(8, 4, 2, 4, 3)),
 }
 # Tiles of the products of more tokens, for at most so many: a slot has some T * C / E of them.
@@ -72,7 +75,8 @@ def tiling_of(coding: Coding, choices: int | None = None) -> Tiling:
 
     choices: of a token, for a second product: threads lie on no more.
     """
-    tiling = TILINGS[coding.kind][0 if choices is None else 1]
+    named = WITH_MINIMA if coding.kind == INT4 and coding.has_minima else coding.kind
+    tiling = TILINGS[named][0 if choices is None else 1]
     if coding.kind != FLOAT:
         tiling = replace(tiling, chunks=min(tiling.chunks, coding.group // 8))
     others = tiling.others if choices is None else min(tiling.others, triton.next_power_of_2(choices))
