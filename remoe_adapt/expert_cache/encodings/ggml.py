@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import isfinite
 from typing import Any
 
 import torch
@@ -28,7 +29,16 @@ from torch import Tensor
 from remoe_adapt._support import mend_after_fork, printable, say_once
 from remoe_adapt.errors import ConfigError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.encodings import blocks
-from remoe_adapt.expert_cache.encodings.blocks import BF16, DECODED, F16, F32, Q8_0, BlockType, block_type, check_blocks
+from remoe_adapt.expert_cache.encodings.blocks import (
+    BF16,
+    DECODED,
+    F16,
+    F32,
+    Q8_0,
+    BlockType,
+    block_type,
+    check_blocks,
+)
 from remoe_adapt.expert_cache.encodings.ggml_library import (
     I32_NUMBER,
     Context,
@@ -315,6 +325,8 @@ class Ggml:
             graph.put_matrix(blocks_NB.data_ptr())
             graph.run(x_TK, None, result_TN)
             self._put_back(key, graph)
+            if not _is_finite(result_TN):
+                result_TN = torch.nn.functional.linear(x_TK.detach().float(), self.dequantise(blocks_NB, kind, cols))
         return result_TN
 
     def expert_matmul(self, x: Tensor, slots_TC: Tensor, weights: PoolMatrix) -> Tensor:
@@ -334,6 +346,8 @@ class Ggml:
             self._by_slot(x, slots_TC, weights, result_TCN)
         elif num_tokens * num_choices:
             self._in_pieces((weights,), x, slots_TC, result_TCN)
+            if not _is_finite(result_TCN):
+                self._by_slot(x, slots_TC, weights, result_TCN)
         return result_TCN
 
     def expert_mlp(self, x_TD: Tensor, slots_TC: Tensor, up: PoolMatrix, down: PoolMatrix) -> Tensor:
@@ -361,7 +375,8 @@ class Ggml:
             result_TCD = torch.empty(num_tokens, num_choices, down.rows)
             if num_tokens * num_choices:
                 self._in_pieces((up, down), x_TD, slots_TC, result_TCD)
-            return result_TCD
+            if _is_finite(result_TCD):
+                return result_TCD
         gate_TCI, up_TCI = self.expert_matmul(x_TD, slots_TC, up).chunk(2, dim=-1)
         return self.expert_matmul(torch.nn.functional.silu(gate_TCI) * up_TCI, slots_TC, down)
 
@@ -507,6 +522,12 @@ def _are_many(slots_TC: Tensor) -> bool:
     pairs = slots_TC.numel()
     # The cheaper question first: how many slots there are is a sort.
     return pairs >= _MANY_TOKENS and pairs >= _MANY_TOKENS * len(slots_TC.unique())
+
+
+def _is_finite(result: Tensor) -> bool:
+    """Whether a product is to be trusted: kernels keep scales and sums of rounded activations in fp16, in which large
+    ones become infinite."""
+    return isfinite(result.sum())
 
 
 def _rounding(kind: BlockType) -> BlockType:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from remoe_adapt.errors import ConfigError, RemoeError, UncacheableError
 from remoe_adapt.expert_cache.encodings import (
@@ -25,7 +26,9 @@ from remoe_adapt.expert_cache.encodings import (
     F32,
     MXFP4,
     Q4_0,
+    Q4_1,
     Q4_K,
+    Q5_1,
     Q8_0,
     BlockType,
     Ggml,
@@ -96,6 +99,34 @@ def test_products_of_a_pool_are_those_of_exact_arithmetic(kernels: Ggml, kind: B
     slots_TC = torch.tensor([[4, 0, 2], [1, 1, 4]], dtype=torch.int32)
     for x in (torch.randn(2, 256), torch.randn(2, 3, 256)):
         assert off(kernels.expert_matmul(x, slots_TC, pool.matrix), pool.expected(x, slots_TC)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.values > 1], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])
+def test_products_that_are_computed_twice_are_nearly_exact(kernels: Ggml, kind: BlockType, size: float) -> None:
+    blocks_NB = kernels.quantise(torch.randn(48, 500), kind)
+    # A few values far from the others, as models have them: one in a block sets its step.
+    x_TK = size * torch.randn(5, 500) * torch.where(torch.rand(500) < 0.02, 30.0, 1.0)
+    expected = x_TK @ dequantise(blocks_NB, kind, 500).T
+    assert off(kernels.matmul(x_TK, blocks_NB, kind, 48), expected) < 2e-3
+    if kind.values == 256:
+        pool = Pool(kernels, kind, 3, 48, 500)
+        slots_TC = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [1, 2]])
+        for x in (x_TK, x_TK[:, None] * torch.tensor([1.0, -0.5])[:, None]):
+            assert off(kernels.expert_matmul(x, slots_TC, pool.matrix), pool.expected(x, slots_TC)) < 2e-3
+
+
+@pytest.mark.parametrize("kind", [Q4_1, Q5_1, Q4_0], ids=lambda kind: kind.name)
+def test_activations_too_large_for_fp16(kernels: Ggml, kind: BlockType) -> None:
+    up, down = Pool(kernels, kind, 3, 64, 96), Pool(kernels, kind, 3, 96, 32)
+    slots_TC = torch.tensor([[0, 2], [1, 0]])
+    # The sum of a block of 32 is more than fp16 holds, and behind the gate even its scale is.
+    x_TD = 1e4 * torch.randn(2, 96).abs()
+    found = kernels.expert_matmul(x_TD, slots_TC, up.matrix)
+    assert off(found, up.expected(x_TD, slots_TC)) < TOLERANCE
+    gate_TCI, up_TCI = up.expected(x_TD, slots_TC).chunk(2, dim=-1)
+    expected = down.expected(F.silu(gate_TCI) * up_TCI, slots_TC)
+    assert off(kernels.expert_mlp(x_TD, slots_TC, up.matrix, down.matrix), expected) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("kind", [Q4_0, Q4_K, MXFP4, F32], ids=lambda kind: kind.name)

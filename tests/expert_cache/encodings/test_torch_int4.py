@@ -121,6 +121,18 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         torch_int4.matmul(torch.randn(1, 64), packed_NB, scales_GN2[:, :8], 16)
 
 
+@pytest.mark.parametrize("rows", [16, 50, 150])
+def test_packed_codes_come_back(rows: int) -> None:
+    for group in torch_int4.GROUPS:
+        codes_NK, scales_NG, minima_NG = groups(rows, group + 8, group)
+        packed = torch_int4.pack(codes_NK, torch.ones_like(scales_NG), torch.zeros_like(minima_NG), group)
+        # Such scales and zeros are numbers of bf16.
+        assert torch.equal(torch_int4.dequantise(*packed, rows, group + 8), codes_NK.float())
+        packed = torch_int4.pack(codes_NK, scales_NG, minima_NG, group)
+        found = torch_int4.dequantise(*packed, rows, group + 8)
+        assert off(found, exact(codes_NK, scales_NG, minima_NG, group)) < TOLERANCE
+
+
 @pytest.fixture
 def afresh() -> Iterator[None]:
     """The self-test runs again inside the test, and after it."""
@@ -150,5 +162,7 @@ def test_operators_that_fail_their_test_are_not_used(
     assert "experts are dequantised" in record.getMessage()
     with pytest.raises(ConfigError, match="cannot be used here: dequantise instead"):
         torch_int4.matmul(torch.randn(1, 64), *packed, 16)
+    with pytest.raises(ConfigError, match="cannot be used here: dequantise instead"):
+        torch_int4.dequantise(*packed, 16, 64)
     with pytest.raises(ConfigError, match="cannot be used here: dequantise instead"):
         torch_int4.pack(*groups(16, 64, 32), 32)
