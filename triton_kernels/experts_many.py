@@ -89,6 +89,16 @@ def weight_tile(
     return tile_NK.to(dtype)
 
 
+@triton.jit
+def pairs_of_block(first, num_pairs, order, slots, BM: tl.constexpr):
+    """(pairs [BM] from place `first` of the order on, which of them have the slot of the first one, that slot)."""
+    at_M = first + tl.arange(0, BM)
+    pair_M = tl.load(order + at_M, mask=at_M < num_pairs, other=0)
+    slot = tl.load(slots + tl.load(order + first))
+    mine_M = (at_M < num_pairs) & (tl.load(slots + pair_M) == slot)
+    return pair_M, mine_M, slot.to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["base", "num_pairs"])
 def up_tiles_kernel(
     base, num_pairs, order, firsts, x, stride_x, slots, codes, stride_c, scales, stride_s, minima, stride_m, bias,
@@ -100,11 +110,7 @@ def up_tiles_kernel(
     """Program (i, b): columns i * BN and on of the activated rows of block b's pairs, to `hidden` [pairs, INNER]."""
     first = tl.load(firsts + tl.program_id(1))
     if first >= 0:
-        at_M = first + tl.arange(0, BM)
-        pair_M = tl.load(order + at_M, mask=at_M < num_pairs, other=0)
-        slot = tl.load(slots + tl.load(order + first))
-        mine_M = (at_M < num_pairs) & (tl.load(slots + pair_M) == slot)
-        at = slot.to(tl.int64)
+        pair_M, mine_M, at = pairs_of_block(first, num_pairs, order, slots, BM)
         column_N = tl.program_id(0) * BN + tl.arange(0, BN)
         row_N1 = tl.minimum(column_N, INNER - 1)[:, None]
         gate_N1 = row_N1 * 2 if INTERLEAVED else row_N1
@@ -157,11 +163,7 @@ def down_tiles_kernel(
     """Program (i, b): rows i * BN and on of the outputs of block b's pairs, to `pairs` [pairs, N]."""
     first = tl.load(firsts + tl.program_id(1))
     if first >= 0:
-        at_M = first + tl.arange(0, BM)
-        pair_M = tl.load(order + at_M, mask=at_M < num_pairs, other=0)
-        slot = tl.load(slots + tl.load(order + first))
-        mine_M = (at_M < num_pairs) & (tl.load(slots + pair_M) == slot)
-        at = slot.to(tl.int64)
+        pair_M, mine_M, at = pairs_of_block(first, num_pairs, order, slots, BM)
         row_N = tl.program_id(0) * BN + tl.arange(0, BN)
         row_N1 = tl.minimum(row_N, N - 1)[:, None]
         row_values: tl.constexpr = K if KIND == "float" else K // VALUES

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from remoe_adapt.expert_cache.activations import activation_of
 from remoe_adapt.expert_cache.encodings import BlockType, Ggml, PoolMatrix
 from remoe_adapt.expert_cache.pool import Parts, SlotPool
 from remoe_adapt.expert_cache.types import Slot
+from remoe_adapt.triton_kernels.slots import Activation
 
 # Up to so many choices a loop over them takes less time than torch's operations.
 _FEW_CHOICES = 64
@@ -136,7 +138,7 @@ class LayerProducts:
         self._up, self._down = up, down
         # One call of the kernels computes gate rows, then up rows, with silu between, and no biases.
         self._whole: tuple[PoolMatrix, PoolMatrix] | None = None
-        if module.has_gate and up.is_plain and down.is_plain and _is_swiglu(module):
+        if up.is_plain and down.is_plain and activation_of(module) == Activation():
             self._whole = up.bands[0].pool, down.bands[0].pool
 
     def experts(self, module: Any, x_TD: Tensor, numbers_TC: Tensor) -> Tensor:
@@ -183,12 +185,3 @@ def _of_all_slots(pool: SlotPool, offset: int, shape: Sequence[int], dtype: torc
     return whole_B.view(dtype).as_strided(
         (pool.slots, length), (pool.slot_bytes // dtype.itemsize, 1), offset // dtype.itemsize
     )
-
-
-def _is_swiglu(module: Any) -> bool:
-    """Whether a module's gate is silu(gate) * up of one half and the other: tried out, since any class may have its
-    own."""
-    both_N = torch.linspace(-3.0, 3.0, 64)
-    gate, up = both_N.chunk(2)
-    with torch.no_grad():
-        return torch.allclose(module._apply_gate(both_N[None])[0], torch.nn.functional.silu(gate) * up)

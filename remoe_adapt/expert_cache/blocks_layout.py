@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from remoe_adapt.errors import UncacheableError
 from remoe_adapt.expert_cache.block_products import CodedBand, CodedLayer, CodedParam, LayerProducts, is_coded
 from remoe_adapt.expert_cache.encodings import Band, Ggml, dequantise
-from remoe_adapt.expert_cache.layouts import CodedLayout
+from remoe_adapt.expert_cache.layouts import CodedLayout, needs_weights
 from remoe_adapt.expert_cache.plan import Group, Plan
 from remoe_adapt.expert_cache.types import Slot
 
@@ -20,19 +20,14 @@ if TYPE_CHECKING:
     from remoe_adapt.expert_cache.experts import ChosenExperts
 
 
-class BlocksLayout(CodedLayout):
-    """ggml blocks; with kernels within a tolerance of the exact result.
+class BandsLayout(CodedLayout):
+    """What layouts share whose matrices are made of bands of ggml blocks, whatever a slot holds of them.
 
-    The kernels round activations to 8 bits, as llama.cpp does. A step that needs gradients is computed
-    with dequantised weights, as all are without kernels.
-
-    kernels: compute; None: the exact arithmetic.
-    coded: how each layer is encoded; None: an expert of the files will tell (`probe`).
+    coded: how each layer is encoded; None: the stored tensors tell (`probe`).
     """
 
-    def __init__(self, plan: Plan, kernels: Ggml | None, coded: Sequence[CodedLayer] | None = None) -> None:
+    def __init__(self, plan: Plan, coded: Sequence[CodedLayer] | None = None) -> None:
         super().__init__(plan)
-        self._kernels, self.is_exact = kernels, kernels is None
         self._coded: list[CodedLayer] = []
         if coded is not None:
             self._use(coded)
@@ -43,6 +38,73 @@ class BlocksLayout(CodedLayout):
 
     def _use(self, coded: Sequence[CodedLayer]) -> None:
         self._coded = list(coded)
+
+    def coded(self, layer: int) -> CodedLayer:
+        """The parameters of a layer that are coded, by name."""
+        return self._coded[layer]
+
+    def parts(self, layer: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for param, like in self.plan.likes[layer].items():
+            coded = self._coded[layer].get(param)
+            found |= {param: like} if coded is None else coded.parts()
+        return found
+
+    def in_blocks(self, layer: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """An expert as a pack has it, floats and bands of blocks by name, of as many groups as `stored` has."""
+        found: dict[str, Tensor] = {}
+        for group in self.plan.groups[layer]:
+            if group.sources[0].ending not in stored and group.params[0] not in stored:
+                continue
+            coded = self._coded[layer].get(group.params[0])
+            if coded is None:
+                made = self.plan.converted(group, stored)
+                found |= {param: made[param] for param in group.params}
+                continue
+            pieces = {source.ending: stored[source.ending] for source in group.sources}
+            for place, band in zip(coded.bands, bands_of(group, pieces), strict=True):
+                found[place.name] = band.blocks_NB
+                if place.order is not None and band.order_K is not None:
+                    found[place.order] = band.order_K
+        return found
+
+    def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
+        return self.packed(layer, self.in_blocks(layer, stored))
+
+    def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
+        coded, like = self._coded[layer].get(param), self.plan.likes[layer][param]
+        if coded is None:
+            return slot[param]
+        bands = []
+        for band in coded.bands:
+            rows_NK = self._rows(slot, band, coded.cols)
+            if band.order is not None:
+                rows_NK = torch.empty_like(rows_NK).index_copy_(1, slot[band.order], rows_NK)
+            bands.append(rows_NK)
+        whole_NK = bands[0] if len(bands) == 1 else torch.cat(bands)
+        # In the order of a parameter in memory: products with its transpose differ in the last place.
+        return (whole_NK.T if self.plan.transposed[layer] else whole_NK).to(like.dtype).contiguous()
+
+    def _rows(self, slot: Slot, band: CodedBand, cols: int) -> Tensor:
+        """fp32 [N, K]: the rows of a band, its columns as they are stored."""
+        return dequantise(slot[band.name], band.kind, cols)
+
+
+class BlocksLayout(BandsLayout):
+    """ggml blocks; with kernels within a tolerance of the exact result.
+
+    The kernels round activations to 8 bits, as llama.cpp does. A step that needs gradients is computed
+    with dequantised weights, as all are without kernels.
+
+    kernels: compute; None: the exact arithmetic.
+    """
+
+    def __init__(self, plan: Plan, kernels: Ggml | None, coded: Sequence[CodedLayer] | None = None) -> None:
+        self._kernels, self.is_exact = kernels, kernels is None
+        super().__init__(plan, coded)
+
+    def _use(self, coded: Sequence[CodedLayer]) -> None:
+        super()._use(coded)
         kinds = {band.kind for layer in coded for param in layer.values() for band in param.bands}
         if self._kernels is not None and (missing := sorted(kind.name for kind in kinds - self._kernels.types)):
             raise UncacheableError(
@@ -58,58 +120,6 @@ class BlocksLayout(CodedLayout):
         # Of a layer: they know where the pool is.
         self._products: dict[int, LayerProducts | None] = {}
 
-    def parts(self, layer: int) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for param, like in self.plan.likes[layer].items():
-            coded = self._coded[layer].get(param)
-            found |= {param: like} if coded is None else coded.parts()
-        return found
-
-    def bands(self, layer: int, param: str) -> tuple[str, ...]:
-        coded = self._coded[layer].get(param)
-        return () if coded is None else tuple(band.name for band in coded.bands)
-
-    def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
-        assert self.places is not None
-        slot = self.places.slot(layer)
-        self.fill(layer, stored, slot)
-        return slot
-
-    def fill(self, layer: int, stored: Mapping[str, Tensor], slot: Slot) -> None:
-        """Put into a slot what these stored tensors make of it; others have been read to their places."""
-        for group in self.plan.groups[layer]:
-            if group.sources[0].ending not in stored and group.params[0] not in stored:
-                continue
-            coded = self._coded[layer].get(group.params[0])
-            if coded is None:
-                made = self.plan.converted(group, stored)
-                for param in group.params:
-                    slot[param].copy_(made[param])
-                continue
-            pieces = {source.ending: stored[source.ending] for source in group.sources}
-            for place, band in zip(coded.bands, bands_of(group, pieces), strict=True):
-                slot[place.name].copy_(band.blocks_NB)
-                if place.order is not None and band.order_K is not None:
-                    slot[place.order].copy_(band.order_K)
-
-    def coded(self, layer: int) -> CodedLayer:
-        """The parameters of a layer that are in blocks, by name."""
-        return self._coded[layer]
-
-    def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
-        coded, like = self._coded[layer].get(param), self.plan.likes[layer][param]
-        if coded is None:
-            return slot[param]
-        bands = []
-        for band in coded.bands:
-            rows_NK = dequantise(slot[band.name], band.kind, coded.cols)
-            if band.order is not None:
-                rows_NK = torch.empty_like(rows_NK).index_copy_(1, slot[band.order], rows_NK)
-            bands.append(rows_NK)
-        whole_NK = bands[0] if len(bands) == 1 else torch.cat(bands)
-        # In the order of a parameter in memory: products with its transpose differ in the last place.
-        return (whole_NK.T.contiguous() if self.plan.transposed[layer] else whole_NK).to(like.dtype)
-
     def compute(
         self,
         layer: int,
@@ -119,9 +129,7 @@ class BlocksLayout(CodedLayout):
         weights_TK: Tensor,
         chosen: ChosenExperts,
     ) -> Tensor:
-        # In training all forwards are alike: a checkpointed one runs without a graph first, and then again with one.
-        has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
-        is_exact = self._kernels is None or has_graph or module.training
+        is_exact = self._kernels is None or needs_weights(module, hidden_TD, weights_TK)
         products = None if is_exact else self._products_of(layer, module)
         if products is None:
             return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)

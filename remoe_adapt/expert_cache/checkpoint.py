@@ -5,6 +5,7 @@ Three kinds: floats (or what a registered encoding makes of them), codes in safe
 
 from __future__ import annotations
 
+import abc
 import copy
 import os
 import threading
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +65,8 @@ class Checkpoint:
     dtype: torch.dtype
     trust: Mapping[str, Any]
     encoding: Encoding = FLOATS
+    # Whether `load` leaves tensors in mapped files.
+    is_mapped: ClassVar[bool] = True
 
     @property
     def loader(self) -> Any:
@@ -125,10 +128,31 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantisedCheckpoint(Checkpoint):
+class CodedCheckpoint(Checkpoint, abc.ABC):
+    """A model whose experts are codes."""
+
+    @property
+    @abc.abstractmethod
+    def method(self) -> str:
+        """How they are encoded, as `status()` shows it."""
+
+    def layout(self, kernels: Kernels | None) -> MakeLayout:
+        exact = partial(StoredLayout, method=self.method)
+        return exact if kernels is None else partial(layout_for, kernels=kernels, exact=exact)
+
+    def blocks(self) -> MakeLayout:
+        return partial(BlocksLayout, kernels=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedCheckpoint(CodedCheckpoint):
     """A model in safetensors files, of codes in a format that transformers or we dequantise."""
 
     format: Format
+
+    @property
+    def method(self) -> str:
+        return self.format.method
 
     def plain_config(self) -> PretrainedConfig:
         config = super().plain_config()
@@ -142,23 +166,19 @@ class QuantisedCheckpoint(Checkpoint):
         self.format.check_tensors({name: extent.dtype for name, extent in extents.items()})
         return plan_checkpoint(self.folder, skeleton, extents, quantizer, self.format.blocks)
 
-    def layout(self, kernels: Kernels | None) -> MakeLayout:
-        return _coded_layout(self.format.method, kernels)
-
-    def blocks(self) -> MakeLayout:
-        return partial(BlocksLayout, kernels=None)
-
     def load(self, skeleton: PreTrainedModel, encoded: Mapping[str, Encoded], **kwargs: Any) -> Any:
         return super().load(skeleton, encoded, config=self.format.loading(self.config), **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GgufModel(Checkpoint):
+class GgufModel(CodedCheckpoint):
     """A model in a GGUF, whole or split. `name` is the path of its (first) file."""
 
     file: GgufCheckpoint
     # Plan and dense part are made of one look at the file.
     _weights: dict[int, Any] = field(default_factory=dict)
+    method = "gguf"
+    is_mapped = False
 
     def _of(self, skeleton: PreTrainedModel) -> Any:
         if id(skeleton) not in self._weights:
@@ -173,12 +193,6 @@ class GgufModel(Checkpoint):
             [[_gguf_group(group, likes[group.param].dtype) for group in found] for likes, found in groups]
         )
         return plan
-
-    def layout(self, kernels: Kernels | None) -> MakeLayout:
-        return _coded_layout("gguf", kernels)
-
-    def blocks(self) -> MakeLayout:
-        return partial(BlocksLayout, kernels=None)
 
     def extents(self) -> Mapping[str, Extent]:
         return {name: stored.extent for name, stored in self.file.tensors.items()}
@@ -203,11 +217,6 @@ class GgufModel(Checkpoint):
         return model_of(
             type(skeleton), self.config, tensors, encoded, self.dtype, fast=True, folder=self.folder, **kwargs
         )
-
-
-def _coded_layout(method: str, kernels: Kernels | None) -> MakeLayout:
-    exact = partial(StoredLayout, method=method)
-    return exact if kernels is None else partial(layout_for, kernels=kernels, exact=exact)
 
 
 def _gguf_group(group: ExpertGroup, dtype: torch.dtype) -> Group:

@@ -26,7 +26,7 @@ from remoe_adapt.expert_cache.layouts import Layout, ParamsLayout
 from remoe_adapt.expert_cache.memory import Blocks
 from remoe_adapt.expert_cache.places import ALIGNMENT
 from remoe_adapt.expert_cache.plan import Group, Plan, plan_checkpoint
-from remoe_adapt.expert_cache.pool import Parts, Pools
+from remoe_adapt.expert_cache.pool import Parts, Pools, views
 from remoe_adapt.expert_cache.types import Slot
 
 # Of each tensor's bytes so many go into a fingerprint.
@@ -90,11 +90,7 @@ class FileStore(abc.ABC):
 
     def _block(self, parts: Parts, size: int) -> dict[str, Tensor]:
         """These parts in memory of their own, one block for all: they come and go together, and each mapping counts."""
-        memory = self._blocks.take(size)
-        return {
-            name: torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel(), offset=offset).view(shape)
-            for name, (offset, shape, dtype) in parts.items()
-        }
+        return views(self._blocks.take(size), parts)
 
     @abc.abstractmethod
     def read(self, layer: int, expert: int) -> Slot:
@@ -165,21 +161,25 @@ class ExpertStore(FileStore):
     def _blocked(self, layer: int, expert: int) -> Slot:
         """Blocks are read to their places in the slot; what must become blocks first goes by way of other memory."""
         layout, groups = self.layout, self.plan.groups[layer]
-        direct = [group for group in groups if group.are_blocks and layout.bands(layer, group.params[0])]
-        if not direct or not isinstance(layout, BlocksLayout) or layout.places is None:
+        if not isinstance(layout, BlocksLayout) or not any(group.are_blocks for group in groups):
             return layout.filled(layer, self._stored(layer, expert))
-        slot, parts = layout.places.slot(layer), []
-        for group in direct:
+        assert layout.places is not None
+        slot, parts, rest = layout.places.slot(layer), list[tuple[Extent, Tensor]](), list[Group]()
+        for group in groups:
+            if not group.are_blocks:
+                rest.append(group)
+                continue
             extents = [source.of(expert, self.num_experts[layer]) for source in group.sources]
-            for name in layout.bands(layer, group.params[0]):
+            for band in layout.coded(layer)[group.params[0]].bands:
                 mine = [extents.pop(0)]
                 # A band is one tensor of the file, or several of one type.
-                while sum(extent.size for extent in mine) < slot[name].nbytes:
+                while sum(extent.size for extent in mine) < slot[band.name].nbytes:
                     mine.append(extents.pop(0))
-                parts += _parts(mine, slot[name])
+                parts += _parts(mine, slot[band.name])
         self._reader.fill(parts)
-        if rest := [group for group in groups if group not in direct]:
-            layout.fill(layer, self._stored(layer, expert, rest), slot)
+        if rest:
+            for name, part in layout.in_blocks(layer, self._stored(layer, expert, rest)).items():
+                slot[name].copy_(part)
         return slot
 
     def give_back(self) -> None:

@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from remoe_adapt.expert_cache.encodings import BlockType, block_type, encode_dense
-from remoe_adapt.libraries import put_on
+from remoe_adapt.expert_cache.encodings import BlockType, add_quantizer, block_type, encode_dense
 
 _METHOD = "remoe_blocks"
 
@@ -72,8 +70,7 @@ class BlocksQuantizer(HfQuantizer):
         return True
 
 
-put_on(AUTO_QUANTIZATION_CONFIG_MAPPING, _METHOD, BlocksConfig)
-put_on(AUTO_QUANTIZER_MAPPING, _METHOD, BlocksQuantizer)
+add_quantizer(_METHOD, BlocksConfig, BlocksQuantizer)
 
 
 def model_of(

@@ -6,7 +6,6 @@ the slots on a device. What the kernels do not know is computed by the model's o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,17 +15,18 @@ from torch import Tensor, nn
 
 from remoe_adapt._support import say_once
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.expert_cache.activations import activation_of
 from remoe_adapt.expert_cache.block_products import CodedLayer
-from remoe_adapt.expert_cache.blocks_layout import BlocksLayout, bands_of, coded_layers
+from remoe_adapt.expert_cache.blocks_layout import BandsLayout, BlocksLayout, coded_layers
 from remoe_adapt.expert_cache.device_pool import DevicePool, DeviceSlot
 from remoe_adapt.expert_cache.encodings import Ggml, Planar, TorchInt4, planar_from_blocks, planar_kind
 from remoe_adapt.expert_cache.int4_layout import Int4Layout, others_than_groups
-from remoe_adapt.expert_cache.layouts import FLOATS_NAME, CodedLayout, Layout
+from remoe_adapt.expert_cache.layouts import FLOATS_NAME, Layout, needs_weights
 from remoe_adapt.expert_cache.places import Places
 from remoe_adapt.expert_cache.plan import Plan
 from remoe_adapt.expert_cache.types import Slot
-from remoe_adapt.triton_kernels.experts_reference import activated, dequantised
-from remoe_adapt.triton_kernels.slots import FLOAT, FUNCTIONS, Activation, SlotMatrix
+from remoe_adapt.triton_kernels.experts_reference import dequantised
+from remoe_adapt.triton_kernels.slots import FLOAT, Activation, SlotMatrix
 
 # For types alone, because experts.py imports this file.
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class _Matrix:
     names: Mapping[str, str]
 
 
-class DeviceLayout(CodedLayout):
+class DeviceLayout(BandsLayout):
     """Matrices [N, K] in the kernels' codings, all else as the model has it.
 
     A step that needs gradients is computed with dequantised weights, as are layers that the kernels do not know.
@@ -83,16 +83,16 @@ class DeviceLayout(CodedLayout):
     is_exact = False
 
     def __init__(self, plan: Plan, kernels: SlotKernels, coded: Sequence[CodedLayer] | None = None) -> None:
-        super().__init__(plan)
-        # Knows how codes lie in bands of blocks, and how blocks that kernels do not read are dequantised.
-        self._blocks, self._kernels = BlocksLayout(plan, None, coded), kernels
+        super().__init__(plan, coded)
+        self._kernels = kernels
         self._matrices: list[dict[str, _Matrix]] = []
         self._likes: list[dict[str, Tensor]] = []
         self._activations: dict[int, Activation | None] = {}
+        self._holds = "own"
 
     def probe(self) -> None:
-        self._blocks.probe()
-        for layer in range(len(self.plan.layers)):
+        super().probe()
+        for layer, coded in enumerate(self._coded):
             matrices, likes = dict[str, _Matrix](), dict[str, Tensor]()
             for param, like in self.plan.likes[layer].items():
                 planar = self._planar_like(layer, param, like)
@@ -104,16 +104,17 @@ class DeviceLayout(CodedLayout):
                     matrices[param] = _Matrix(planar.kind, rows, cols, names)
                     likes |= {name: getattr(planar, part).to("meta") for part, name in names.items()}
                 else:
-                    coded = self._blocks.coded(layer).get(param)
-                    likes |= {param: like} if coded is None else coded.parts()
+                    likes |= coded[param].parts() if param in coded else {param: like}
             self._matrices.append(matrices)
             self._likes.append(likes)
         kinds = sorted({matrix.kind for matrices in self._matrices for matrix in matrices.values()})
         self.name = f"{', '.join(kinds) or FLOATS_NAME} by {self._kernels.name}"
+        if not any(self._coded) and not any(self.plan.transposed):
+            self._holds = "params"
 
     def _planar_like(self, layer: int, param: str, like: Tensor) -> Planar | None:
         """What kernels read of a matrix, of no numbers; None: they do not read it."""
-        coded = self._blocks.coded(layer).get(param)
+        coded = self._coded[layer].get(param)
         if coded is None:
             if like.ndim != 2:
                 return None
@@ -126,33 +127,15 @@ class DeviceLayout(CodedLayout):
 
     @property
     def holds(self) -> str:
-        plain = not any(self._blocks.coded(layer) for layer in range(len(self.plan.layers)))
-        return "params" if plain and not any(self.plan.transposed) else "own"
+        return self._holds
 
     def parts(self, layer: int) -> dict[str, Tensor]:
         return self._likes[layer]
 
-    def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
-        slot = self._placed().slot(layer)
-        for group in self.plan.groups[layer]:
-            coded = self._blocks.coded(layer).get(group.params[0])
-            if coded is None:
-                made = self.plan.converted(group, stored)
-                for param in group.params:
-                    self._put_floats(layer, slot, param, made[param])
-                continue
-            bands = bands_of(group, {source.ending: stored[source.ending] for source in group.sources})
-            found = {place.name: band.blocks_NB for place, band in zip(coded.bands, bands, strict=True)}
-            for place, band in zip(coded.bands, bands, strict=True):
-                if place.order is not None and band.order_K is not None:
-                    found[place.order] = band.order_K
-            self._put_blocks(layer, slot, group.params[0], found)
-        return slot
-
     def packed(self, layer: int, parts: Mapping[str, Tensor]) -> Slot:
         slot = self._placed().slot(layer)
         for param in self.plan.likes[layer]:
-            if param in self._blocks.coded(layer):
+            if param in self._coded[layer]:
                 self._put_blocks(layer, slot, param, parts)
             else:
                 self._put_floats(layer, slot, param, parts[param])
@@ -167,7 +150,7 @@ class DeviceLayout(CodedLayout):
         slot[param].copy_(value.T if turned else value)
 
     def _put_blocks(self, layer: int, slot: Slot, param: str, parts: Mapping[str, Tensor]) -> None:
-        coded, matrix = self._blocks.coded(layer)[param], self._matrices[layer].get(param)
+        coded, matrix = self._coded[layer][param], self._matrices[layer].get(param)
         if matrix is None:
             for name in coded.parts():
                 slot[name].copy_(parts[name])
@@ -180,7 +163,7 @@ class DeviceLayout(CodedLayout):
     def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
         matrix, like = self._matrices[layer].get(param), self.plan.likes[layer][param]
         if matrix is None:
-            return self._blocks.weight(layer, slot, param)
+            return super().weight(layer, slot, param)
         parts: dict[str, Any] = {part: slot[name][None] for part, name in matrix.names.items()}
         if matrix.kind == FLOAT:
             whole_NK = parts["codes"][0]
@@ -198,13 +181,13 @@ class DeviceLayout(CodedLayout):
         weights_TK: Tensor,
         chosen: ChosenExperts,
     ) -> Tensor:
-        has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
+        is_exact = needs_weights(module, hidden_TD, weights_TK)
         activation = self._activation(layer, module)
         out_TD: Tensor | None = None
         # Without choices there are no slots to look at, and nothing to compute.
         for slots in chosen.groups():
             pool = _pool_of(slots)
-            if activation is None or has_graph or module.training or pool is None:
+            if activation is None or is_exact or pool is None:
                 return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
             up, down = self._slot_matrices(layer, module, pool)
             is_all = out_TD is None and not chosen.has_more and not chosen.has_others
@@ -253,34 +236,6 @@ def _pool_of(slots: Mapping[int, Slot]) -> DevicePool | None:
     """Where they lie; None: not on a device."""
     first = next(iter(slots.values()))
     return first.pool if isinstance(first, DeviceSlot) else None
-
-
-def activation_of(module: Any) -> Activation | None:
-    """What an experts module computes between its products, if the kernels know it.
-
-    It is tried out, since any class may have its own: with each function that the kernels know, and the limits and
-    factors that the module has.
-    """
-    if not module.has_gate or getattr(module, "has_post_expert_norm", False):
-        return None
-    floats = {name: value for name, value in vars(module).items() if type(value) in (int, float)}
-    limits = [None, *(float(value) for name, value in floats.items() if "limit" in name)]
-    alphas = [1.0, *(float(value) for name, value in floats.items() if "alpha" in name)]
-    generator = torch.Generator().manual_seed(0)
-    # Wide, so that what is cut off shows.
-    both = torch.randn(8, 64, generator=generator, device="cpu") * 8.0
-    try:
-        with torch.no_grad():
-            expected = module._apply_gate(both)
-    except (RuntimeError, AttributeError, TypeError):  # it computes with more than the rows
-        return None
-    for interleaved, function, limit, alpha, shift in itertools.product(
-        (False, True), FUNCTIONS, limits, alphas, (0.0, 1.0)
-    ):
-        tried = Activation(function=function, alpha=alpha, limit=limit, shift=shift, interleaved=interleaved)
-        if torch.allclose(activated(both, tried), expected, rtol=1e-4, atol=1e-4):
-            return tried
-    return None
 
 
 def layout_for(

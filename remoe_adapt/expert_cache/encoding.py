@@ -78,6 +78,11 @@ def eager_function(cls: type[nn.Module]) -> Callable[..., Tensor]:
     return found
 
 
+def has_graph(hidden_TD: Tensor, weights_TK: Tensor) -> bool:
+    """Whether a gradient will be asked of what is computed from these."""
+    return torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
+
+
 def eagerly(
     module: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, rows: Mapping[str, Any]
 ) -> Tensor:

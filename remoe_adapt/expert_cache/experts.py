@@ -26,7 +26,7 @@ from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.budget import Lease
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.device_pool import DeviceSlot
-from remoe_adapt.expert_cache.encoding import eager_function
+from remoe_adapt.expert_cache.encoding import eager_function, has_graph
 from remoe_adapt.expert_cache.layouts import FLOATS_NAME, Layout, ParamsLayout
 from remoe_adapt.expert_cache.types import Slot
 from remoe_adapt.libraries import Patches, override, put_on
@@ -203,7 +203,7 @@ class CachedExperts:
         # Ids from `count` on are null experts, which some routers choose and which have no weights.
         if has_others := bool(needed) and (needed[0] < 0 or needed[-1] >= count):
             needed = [expert for expert in needed if 0 <= expert < count]
-        has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
+        hooks_needed = has_graph(hidden_TD, weights_TK)
         with held_back():
             if predictor is not None:
                 predictor.score(self.layer, needed)
@@ -214,7 +214,7 @@ class CachedExperts:
                     # Not before: a read-ahead would compete with what this layer waits for.
                     if predictor is not None:
                         predictor.read_ahead(self.layer, hidden_TD)
-                with saved_tensors_hooks(chosen.pack, chosen.unpack) if has_graph else nullcontext(), let_through():
+                with saved_tensors_hooks(chosen.pack, chosen.unpack) if hooks_needed else nullcontext(), let_through():
                     return self.layout.compute(self.layer, module, hidden_TD, ids_TK, weights_TK, chosen)
             finally:
                 chosen.release()

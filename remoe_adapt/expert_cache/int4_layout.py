@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.expert_cache.block_products import CodedBand, CodedLayer, is_coded, matrices_of
-from remoe_adapt.expert_cache.blocks_layout import bands_of
+from remoe_adapt.expert_cache.blocks_layout import BandsLayout
 from remoe_adapt.expert_cache.encodings import GROUPED, code_groups, torch_int4
-from remoe_adapt.expert_cache.layouts import CodedLayout
+from remoe_adapt.expert_cache.layouts import needs_weights
 from remoe_adapt.expert_cache.plan import Plan
 from remoe_adapt.expert_cache.types import Slot
 
@@ -29,7 +29,7 @@ def others_than_groups(coded: Sequence[CodedLayer]) -> list[str]:
     return sorted(kind.name for kind in kinds - GROUPED)
 
 
-class Int4Layout(CodedLayout):
+class Int4Layout(BandsLayout):
     """Codes of 4 bits, and scales and zeros in bf16, packed when an expert is read.
 
     Activations are rounded to bf16, and so are the weights' scales: results differ from exact ones by some thousandths
@@ -41,8 +41,7 @@ class Int4Layout(CodedLayout):
     is_exact = False
 
     def __init__(self, plan: Plan, coded: Sequence[CodedLayer]) -> None:
-        super().__init__(plan)
-        self._coded = list(coded)
+        super().__init__(plan, coded)
         kinds = {band.kind.name for layer in coded for param in layer.values() for band in param.bands}
         self.name = f"{', '.join(sorted(kinds))} by torch int4"
         self.place(None)
@@ -62,20 +61,6 @@ class Int4Layout(CodedLayout):
                     found[band.order] = torch.empty(coded.cols, dtype=torch.int64, device="meta")
         return found
 
-    def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
-        found: dict[str, Tensor] = {}
-        for group in self.plan.groups[layer]:
-            coded = self._coded[layer].get(group.params[0])
-            if coded is None:
-                found |= {param: self.plan.converted(group, stored)[param] for param in group.params}
-                continue
-            pieces = {source.ending: stored[source.ending] for source in group.sources}
-            for place, band in zip(coded.bands, bands_of(group, pieces), strict=True):
-                found[place.name] = band.blocks_NB
-                if place.order is not None and band.order_K is not None:
-                    found[place.order] = band.order_K
-        return self.packed(layer, found)
-
     def packed(self, layer: int, parts: Mapping[str, Tensor]) -> Slot:
         assert self.places is not None
         slot = self.places.slot(layer)
@@ -93,18 +78,8 @@ class Int4Layout(CodedLayout):
                     slot[band.order].copy_(parts[band.order])
         return slot
 
-    def weight(self, layer: int, slot: Slot, param: str) -> Tensor:
-        coded, like = self._coded[layer].get(param), self.plan.likes[layer][param]
-        if coded is None:
-            return slot[param]
-        bands = []
-        for band in coded.bands:
-            rows_NK = torch_int4.dequantise(slot[band.name], slot[_scales(band)], band.rows, coded.cols)
-            if band.order is not None:
-                rows_NK = torch.empty_like(rows_NK).index_copy_(1, slot[band.order], rows_NK)
-            bands.append(rows_NK)
-        whole_NK = bands[0] if len(bands) == 1 else torch.cat(bands)
-        return (whole_NK.T if self.plan.transposed[layer] else whole_NK).to(like.dtype).contiguous()
+    def _rows(self, slot: Slot, band: CodedBand, cols: int) -> Tensor:
+        return torch_int4.dequantise(slot[band.name], slot[_scales(band)], band.rows, cols)
 
     def compute(
         self,
@@ -115,9 +90,7 @@ class Int4Layout(CodedLayout):
         weights_TK: Tensor,
         chosen: ChosenExperts,
     ) -> Tensor:
-        # In training all forwards are alike: a checkpointed one runs without a graph first, and then again with one.
-        has_graph = torch.is_grad_enabled() and (hidden_TD.requires_grad or weights_TK.requires_grad)
-        if has_graph or module.training or not is_coded(self._coded[layer], module):
+        if needs_weights(module, hidden_TD, weights_TK) or not is_coded(self._coded[layer], module):
             return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
         out_TD, weights_TK = torch.zeros(hidden_TD.shape, dtype=torch.float32), weights_TK.float()
         for slots in chosen.groups():

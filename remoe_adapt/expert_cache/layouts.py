@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.errors import UncacheableError
-from remoe_adapt.expert_cache.encoding import Encoding, eagerly
+from remoe_adapt.expert_cache.encoding import Encoding, eagerly, has_graph
 from remoe_adapt.expert_cache.places import Places
 from remoe_adapt.expert_cache.plan import Plan
 from remoe_adapt.expert_cache.types import Slot
@@ -69,10 +69,6 @@ class Layout(abc.ABC):
     @abc.abstractmethod
     def filled(self, layer: int, stored: Mapping[str, Tensor]) -> Slot:
         """The slot of an expert whose stored tensors are these; it may hold these very tensors."""
-
-    def bands(self, layer: int, param: str) -> tuple[str, ...]:
-        """The slot's tensors that are rows of blocks of this parameter, in order; none where it is held otherwise."""
-        return ()
 
     def packed(self, layer: int, parts: Mapping[str, Tensor]) -> Slot:
         """The slot of an expert whose parts a pack has in its own way; the layout has places."""
@@ -145,6 +141,14 @@ class _Decoded:
         # Backward makes the weight anew: kept by the graph, all weights of a step would be in memory.
         self._chosen.note_made(number, self._param, weight)
         return weight
+
+
+def needs_weights(module: nn.Module, hidden_TD: Tensor, weights_TK: Tensor) -> bool:
+    """Whether a layer is computed with dequantised weights, whatever kernels there are: a gradient is asked for.
+
+    In training all forwards are alike: a checkpointed one runs without a graph first, and then again with one.
+    """
+    return module.training or has_graph(hidden_TD, weights_TK)
 
 
 class CodedLayout(Layout):

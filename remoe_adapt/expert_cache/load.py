@@ -167,7 +167,7 @@ def load_with_expert_cache(
                 raise ExpertReadError(f"{folder} cannot be loaded ({printable(error)}): fetch it again.") from error
             raise
     assert isinstance(model, PreTrainedModel)
-    _unmap(model, place)
+    _unmap(model, place, dense.is_mapped)
     model.config._name_or_path = model.name_or_path = os.fspath(path)
     bind_experts(model, cache, wanted, store.layout, place)
     if prefetch:
@@ -187,10 +187,12 @@ def _without_experts(skeleton: PreTrainedModel, modules: dict[str, torch.nn.Modu
         yield
 
 
-def _unmap(model: PreTrainedModel, device: torch.device) -> None:
+def _unmap(model: PreTrainedModel, device: torch.device, is_mapped: bool) -> None:
     """Move the dense part from the mapped files, whose pages come and go with memory pressure, to memory of its own."""
     if device.type != "cpu":
         model.to(device)  # type: ignore[arg-type]
+        return
+    if not is_mapped:
         return
     # One by one, so that no more than a single tensor is in memory twice.
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -338,7 +340,7 @@ def pack_experts(
     try:
         source: FloatExperts = StoredExperts(store) if layout is not None else FloatExperts(store)
         if bits is not None:
-            source = QuantisedExperts(store, skeleton, KINDS[bits])
+            source = QuantisedExperts(store, KINDS[bits])
         dense = None
         if dense_bits is not None:
             with LOADING, _without_experts(skeleton, experts_modules(skeleton)):

@@ -51,9 +51,10 @@ from remoe_adapt.expert_cache.block_products import CodedBand, CodedParam
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, FileStore
 from remoe_adapt.expert_cache.device_layout import Kernels, SlotKernels, layout_for
 from remoe_adapt.expert_cache.direct_io import BLOCK, Reader
-from remoe_adapt.expert_cache.encodings import BlockType, block_type
+from remoe_adapt.expert_cache.encodings import block_type
 from remoe_adapt.expert_cache.layouts import Layout
 from remoe_adapt.expert_cache.places import ALIGNMENT
+from remoe_adapt.expert_cache.pool import Parts, views
 from remoe_adapt.expert_cache.types import Slot
 
 # The number of the format, the older ones that are read too, and the file that says it.
@@ -83,29 +84,13 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Band:
-    """Consecutive rows of a matrix in blocks of one type: the part [rows, bytes of a row] of this name; `order` names
-    the part with the order of its columns, if they are not in theirs."""
-
-    type: str
-    rows: int
-    part: str
-    order: str | None = None
-
-    @property
-    def kind(self) -> BlockType:
-        """Raises UncacheableError for a type that is not known."""
-        return block_type(self.type)
-
-
-@dataclass(frozen=True, slots=True)
 class PackedParam:
     """How a parameter of one expert is encoded; see the fields of `experts.json` above."""
 
     codec: str = FLOAT
     rows: int = 0
     cols: int = 0
-    bands: tuple[Band, ...] = ()
+    bands: tuple[CodedBand, ...] = ()
     transposed: bool = False
 
     def shape(self, name: str, parts: Mapping[str, Part]) -> tuple[int, ...]:
@@ -118,7 +103,7 @@ class PackedParam:
         """Of the parts that the parameter of this name is made of."""
         if self.codec == FLOAT:
             return [name]
-        return [part for band in self.bands for part in (band.part, band.order) if part is not None]
+        return [part for band in self.bands for part in (band.name, band.order) if part is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,26 +138,13 @@ class PackedLayer:
         """Whether some parameter is not plain floats."""
         return any(param.codec != FLOAT for param in self.params.values())
 
-    def slot_parts(self) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
+    def slot_parts(self) -> Parts:
         """Offset, shape and type of each part, as a slot of a pool is laid out."""
         return {name: (part.offset, part.shape, _DTYPES[part.dtype]) for name, part in self.parts.items()}
 
     def coded(self) -> dict[str, CodedParam]:
         """The matrices that are in blocks, as a slot's layout has them."""
-        return {
-            name: CodedParam(
-                tuple(CodedBand(band.part, band.kind, band.rows, band.order) for band in param.bands), param.cols
-            )
-            for name, param in self.params.items()
-            if param.codec == GGML
-        }
-
-    def views(self, memory: Any) -> dict[str, Tensor]:
-        """The parts of an expert whose piece lies in this memory (a buffer)."""
-        return {
-            name: torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel(), offset=offset).view(shape)
-            for name, (offset, shape, dtype) in self.slot_parts().items()
-        }
+        return {name: CodedParam(param.bands, param.cols) for name, param in self.params.items() if param.codec == GGML}
 
     def as_json(self) -> dict[str, Any]:
         """Its entry in `experts.json`."""
@@ -212,7 +184,7 @@ class PackedLayer:
         for param in self.params.values():
             if param.codec == FLOAT:
                 continue
-            blocks = [(("uint8"), (band.rows, band.kind.row_bytes(param.cols)), band.part) for band in param.bands]
+            blocks = [(("uint8"), (band.rows, band.kind.row_bytes(param.cols)), band.name) for band in param.bands]
             orders = [("int64", (param.cols,), band.order) for band in param.bands if band.order is not None]
             wanted = [*blocks, *orders]
             whole = bool(blocks) and sum(band.rows for band in param.bands) == param.rows
@@ -261,25 +233,28 @@ class PackedStore(FileStore):
         # The pieces of all experts of a layer are alike, and a slot is one of them where it can be.
         if self.layout.places is None:
             self.layout.place(None)
+        assert self.layout.places is not None
+        placed = zip(self.packed, self.layout.places.layers, strict=True)
+        self._lies_as_slots = [packed.slot_parts() == places for packed, places in placed]
         self._compare(manifest, source)
 
     def read(self, layer: int, expert: int) -> Slot:
         with torch.inference_mode(False), torch.no_grad():
-            parts, places = self.packed[layer].slot_parts(), self.layout.places
+            places = self.layout.places
             assert places is not None
             # Where a slot has its parts elsewhere, or floats of another type, they are put there one by one.
-            if dict(parts) != places.layers[layer]:
+            if not self._lies_as_slots[layer]:
                 return self.layout.packed(layer, self.read_parts(layer, expert))
-            slot = places.pools.of(layer).take()
+            slot = places.slot(layer)
             self.read_into(layer, expert, slot.bytes_B)
-            return slot.lay_out(parts)
+            return slot
 
     def read_parts(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The parts of one expert as the pack has them, in one block of memory; raises as `read`."""
         with torch.inference_mode(False), torch.no_grad():
             block = self._blocks.take(self.packed[layer].bytes)
             self.read_into(layer, expert, torch.frombuffer(block, dtype=torch.uint8))
-            return self.packed[layer].views(block)
+            return views(block, self.packed[layer].slot_parts())
 
     def read_into(self, layer: int, expert: int, memory_B: Tensor) -> None:
         """One expert's piece, in one read, to memory of a slot: parts lie there as `slot_parts` says.
@@ -412,7 +387,7 @@ def _param(entry: Mapping[str, Any]) -> PackedParam:
     if entry["codec"] != GGML or not isinstance(entry["transposed"], bool):
         raise ValueError(f"codec {entry['codec']!r}")
     bands = tuple(
-        Band(block_type(e["type"]).name, _count(e["rows"]), e["part"], e.get("order")) for e in entry["bands"]
+        CodedBand(e["part"], block_type(e["type"]), _count(e["rows"]), e.get("order")) for e in entry["bands"]
     )
     return PackedParam(GGML, _count(entry["rows"]), _count(entry["cols"]), bands, entry["transposed"])
 
@@ -420,10 +395,13 @@ def _param(entry: Mapping[str, Any]) -> PackedParam:
 def _param_json(param: PackedParam) -> dict[str, Any]:
     if param.codec == FLOAT:
         return {"codec": FLOAT}
-    entry = asdict(param)
-    bands = [asdict(band) | {"group": band.kind.values} for band in param.bands]
-    entry["bands"] = [{key: value for key, value in band.items() if value is not None} for band in bands]
-    return entry
+    bands = []
+    for name, kind, rows, order in param.bands:
+        band = {"type": kind.name, "rows": rows, "part": name, "group": kind.values}
+        bands.append(band if order is None else band | {"order": order})
+    return {
+        "codec": param.codec, "rows": param.rows, "cols": param.cols, "bands": bands, "transposed": param.transposed
+    }  # fmt: skip
 
 
 def _dense(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from remoe_adapt.checkpoints import Extent
+from remoe_adapt.expert_cache.block_products import CodedBand
 from remoe_adapt.expert_cache.blocks_layout import BlocksLayout
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore, dense_fingerprint
 from remoe_adapt.expert_cache.encodings import BlockType, dense_modules, quantise
-from remoe_adapt.expert_cache.pack import GGML, Band, PackedParam, PackedStore
+from remoe_adapt.expert_cache.pack import GGML, PackedParam, PackedStore
 from remoe_adapt.expert_cache.packing import Piece
-from remoe_adapt.expert_cache.plan import Plan, experts_modules
+from remoe_adapt.expert_cache.plan import Plan
 from remoe_adapt.routers import survey_routers
 
 # Weights with fewer rows stay as they are: gates of a shared expert, heads of a few classes. They decide, as routers
@@ -63,15 +64,12 @@ class QuantisedExperts(FloatExperts):
     """Every matrix in blocks of one type; what is no matrix, as a bias, stays as it is.
 
     store: reads the experts, in whatever float type.
-    model: whose experts they are, on the meta device: its modules know how their parameters lie.
     kind: of the blocks, Q4_1 or Q8_0.
     """
 
-    def __init__(self, store: ExpertStore, model: PreTrainedModel, kind: BlockType) -> None:
+    def __init__(self, store: ExpertStore, kind: BlockType) -> None:
         super().__init__(store)
         self.kind = kind
-        modules = experts_modules(model)
-        self._turned = [bool(cast(Any, modules[name]).is_transposed) for name in store.layers]
 
     def parts(self, layer: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """A matrix is one part of blocks."""
@@ -83,14 +81,13 @@ class QuantisedExperts(FloatExperts):
 
     def params(self, layer: int) -> dict[str, PackedParam]:
         """One band of rows for each matrix."""
-        found = {}
+        found, turned = {}, self.store.plan.transposed[layer]
         for name, like in self.store.like(layer).items():
             if like.ndim != 2:
                 found[name] = PackedParam()
                 continue
-            rows, cols = reversed(like.shape) if self._turned[layer] else like.shape
-            bands = (Band(self.kind.name, rows, name),)
-            found[name] = PackedParam(GGML, rows, cols, bands, self._turned[layer])
+            rows, cols = reversed(like.shape) if turned else like.shape
+            found[name] = PackedParam(GGML, rows, cols, (CodedBand(name, self.kind, rows),), turned)
         return found
 
     def fingerprint(self, layer: int) -> str | None:
@@ -124,9 +121,8 @@ class StoredExperts(FloatExperts):
         coded, plan = self._layout.coded(layer), self.store.plan
         found = {name: PackedParam() for name in plan.likes[layer]}
         for name, param in coded.items():
-            bands = tuple(Band(band.kind.name, band.rows, band.name, band.order) for band in param.bands)
-            rows = sum(band.rows for band in bands)
-            found[name] = PackedParam(GGML, rows, param.cols, bands, plan.transposed[layer])
+            rows = sum(band.rows for band in param.bands)
+            found[name] = PackedParam(GGML, rows, param.cols, param.bands, plan.transposed[layer])
         return found
 
     def fingerprint(self, layer: int) -> str | None:

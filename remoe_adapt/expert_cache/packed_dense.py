@@ -23,6 +23,8 @@ from remoe_adapt.expert_cache.pack import DENSE, PackedStore
 class PackedDense:
     """Stands where the checkpoint would for the dense part; made by `of`."""
 
+    is_mapped = False
+
     def __init__(self, store: PackedStore, checkpoint: Checkpoint, extents: Mapping[str, Extent]) -> None:
         self._store, self._checkpoint, self._extents = store, checkpoint, extents
         self._entries: dict[str, dict[str, Any]] = store.manifest["dense"]

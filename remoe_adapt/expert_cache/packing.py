@@ -205,7 +205,7 @@ def write_pack(
         for path in (draft / _PLAN, *draft.glob(f"*{_LOSSES}")):
             path.unlink(missing_ok=True)
         _publish(draft, out)
-    codes = {band.type for layer in layers for param in layer.params.values() for band in param.bands}
+    codes = {band.kind.name for layer in layers for param in layer.params.values() for band in param.bands}
     floats = {layer.parts[name].dtype for layer in layers for name, p in layer.params.items() if not p.bands}
     return {
         "out": str(out),

@@ -64,21 +64,30 @@ class PoolSlot(dict[str, Tensor]):
 
         Raises ConfigError for a part that does not lie in the slot.
         """
-        size = len(self.memory)
-        for name, (offset, shape, dtype) in parts.items():
-            count = 1
-            for length in shape:
-                count *= length
-            if offset < 0 or offset + count * dtype.itemsize > size:
-                raise ConfigError(f"{name} {shape} of {dtype} at byte {offset} does not lie in a slot of {size} bytes.")
-            # A storage for each tensor, so that a saved tensor's storage tells which parameter it is.
-            self[name] = (
-                torch.frombuffer(self.memory, dtype=dtype, count=count, offset=offset).view(shape)
-                if count
-                else torch.empty(shape, dtype=dtype)
-            )
+        self.update(views(self.memory, parts))
         self.parts = parts
         return self
+
+
+def views(memory: np.ndarray, parts: Parts) -> dict[str, Tensor]:
+    """A tensor over each of these parts of the memory of a slot, by name.
+
+    Raises ConfigError for a part that does not lie in it.
+    """
+    size, found = memory.nbytes, {}
+    for name, (offset, shape, dtype) in parts.items():
+        count = 1
+        for length in shape:
+            count *= length
+        if offset < 0 or offset + count * dtype.itemsize > size:
+            raise ConfigError(f"{name} {shape} of {dtype} at byte {offset} does not lie in a slot of {size} bytes.")
+        # A storage for each tensor, so that a saved tensor's storage tells which parameter it is.
+        found[name] = (
+            torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+            if count
+            else torch.empty(shape, dtype=dtype)
+        )
+    return found
 
 
 class Pins:

@@ -74,7 +74,8 @@ def dequantising_quantizers() -> None:
     "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING transformers.quantizers.base.HfQuantizer "
     "transformers.core_model_loading.ConversionOps transformers.utils.quantization_config.QuantizationConfigMixin",
     interposes="the two registries of quantizers, which gain 'remoe_gptq', 'remoe_awq' and 'remoe_compressed_tensors' "
-    "when a checkpoint of theirs is read (for good: configurations that do not name them never see them)",
+    "when a checkpoint of theirs is read, and 'remoe_blocks' (for good: configurations that do not name them never see "
+    "them)",
     patches="expert_cache/encodings/quantizers.py:put_on",
 )
 def quantizer_registries() -> None:
@@ -146,12 +147,7 @@ def quantizer_registries() -> None:
     "a quantizer has put other modules in their places, and takes things with a shape and get_dtype for tensors that "
     "it indexes.",
     "expert_cache/dense.py expert_cache/gguf/dense.py",
-    names="transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING "
-    "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING transformers.quantizers.base.HfQuantizer "
-    "transformers.utils.quantization_config.QuantizationConfigMixin",
-    interposes="the two registries of quantizers, which gain 'remoe_blocks' (for good: configurations that do not name "
-    "it never see it)",
-    patches="expert_cache/dense.py:put_on",
+    names="transformers.quantizers.base.HfQuantizer transformers.utils.quantization_config.QuantizationConfigMixin",
 )
 def tensors_handed_out() -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from remoe_adapt import load_with_expert_cache
 from remoe_adapt.expert_cache import load, pack_experts
+from remoe_adapt.expert_cache.activations import activation_of
 from remoe_adapt.expert_cache.cache import ExpertCache
-from remoe_adapt.expert_cache.device_layout import DeviceLayout, SlotKernels, activation_of
+from remoe_adapt.expert_cache.device_layout import DeviceLayout, SlotKernels
 from remoe_adapt.expert_cache.device_pool import DeviceSlot
 from remoe_adapt.expert_cache.experts import arithmetic_of
 from remoe_adapt.expert_cache.plan import experts_modules

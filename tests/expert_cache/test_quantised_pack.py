@@ -105,8 +105,8 @@ def test_a_pack_holds_what_its_blocks_are_worth(name: str, bits: int, folders: d
                     continue
                 assert how.transposed == (name == "gpt_oss")
                 (band,) = how.bands
-                assert parts[band.part].shape == (how.rows, KINDS[bits].row_bytes(how.cols))
-                assert torch.equal(slot[band.part], parts[band.part])
+                assert parts[band.name].shape == (how.rows, KINDS[bits].row_bytes(how.cols))
+                assert torch.equal(slot[band.name], parts[band.name])
                 assert torch.equal(found, through_blocks(value, bits, how.transposed))
                 left = (found - value).square().sum(), value.square().sum()
                 sums[param] = [one + float(more) for one, more in zip(sums.get(param, [0.0, 0.0]), left, strict=True)]

@@ -30,10 +30,9 @@ class _InBlocks(QuantisedExperts):
 
 def pack_in(kind: BlockType, kernels: Ggml, folder: Path, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A pack of a checkpoint whose experts are in blocks of this type."""
-    model = skeleton(folder, dtype)
-    store = ExpertStore(folder, model)
+    store = ExpertStore(folder, skeleton(folder, dtype))
     try:
-        source = _InBlocks(store, model, kind)
+        source = _InBlocks(store, kind)
         source.kernels = kernels
         write_pack(source, out, model_id=folder.name)
     finally:

@@ -43,4 +43,5 @@ from remoe_adapt.expert_cache.encodings.linear import (
 )
 from remoe_adapt.expert_cache.encodings.planar import Planar, planar_from_blocks, planar_kind
 from remoe_adapt.expert_cache.encodings.quantise import KINDS, Quantised, quantise
+from remoe_adapt.expert_cache.encodings.quantizers import add_quantizer
 from remoe_adapt.expert_cache.encodings.torch_int4 import TorchInt4

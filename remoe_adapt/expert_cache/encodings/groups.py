@@ -111,12 +111,18 @@ def q8_0_of(values_NK: Tensor) -> Tensor:
 
 
 def _q8_0_of_rows(values_NK: Tensor) -> Tensor:
-    values_NBK = _padded(values_NK).unflatten(1, (-1, BLOCK))
-    scales_NB = (values_NBK.abs().amax(-1) / 127).half().float()
+    codes_NBK, scales_NB = q8_0_codes(_padded(values_NK).unflatten(1, (-1, BLOCK)))
+    return q8_0_blocks(codes_NBK.to(torch.int8).flatten(1), scales_NB.float())
+
+
+def q8_0_codes(values_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of blocks of numbers, whole fp32 numbers [..., 32], and the scale of each block, fp16 [...]."""
+    scales_B = (torch.maximum(-values_BK.amin(-1), values_BK.amax(-1)) / 127).half()
+    steps_B = scales_B.float()
+    # A block of zeros has no scale.
+    inverse_B = steps_B.reciprocal().masked_fill_(steps_B == 0, 0.0)
     # Rounding may have taken the scale down: the largest code then is 128 or more.
-    inverse_NB = torch.where(scales_NB > 0, 1 / scales_NB, 0)
-    codes_NBK = (values_NBK * inverse_NB[..., None]).round_().clamp_(-127, 127).to(torch.int8)
-    return q8_0_blocks(codes_NBK.flatten(1), scales_NB)
+    return (values_BK * inverse_B[..., None]).round_().clamp_(-127, 127), scales_B
 
 
 def q8_0_blocks(codes_NK: Tensor, scales_NG: Tensor) -> Tensor:

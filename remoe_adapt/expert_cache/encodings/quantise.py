@@ -20,6 +20,7 @@ from torch import Tensor
 
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.encodings.blocks import Q4_1, Q8_0, BlockType
+from remoe_adapt.expert_cache.encodings.groups import q8_0_codes
 
 # What `--bits` stands for.
 KINDS = {4: Q4_1, 8: Q8_0}
@@ -121,14 +122,11 @@ def _check(groups_GV: Tensor, kind: BlockType, name: str) -> None:
 
 def _encode_8(groups_GV: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:
     """Blocks and what they miss [G, 32]. q8_0: fp16 scale, int8 codes, to nearest on the scale that is stored."""
-    low_G, high_G = groups_GV.amin(1), groups_GV.amax(1)
-    scales_G = (torch.maximum(-low_G, high_G) / 127).half()
-    steps_G = scales_G.float()
-    codes_GV = (groups_GV * _inverse(steps_G)[:, None]).round_().clamp_(-127, 127)
+    codes_GV, scales_G = q8_0_codes(groups_GV)
     blocks_GB = torch.empty(len(groups_GV), Q8_0.bytes, dtype=torch.uint8)
     blocks_GB.view(torch.float16)[:, 0] = scales_G
     blocks_GB[:, 2:].view(torch.int8).copy_(codes_GV)
-    return blocks_GB, codes_GV.mul_(steps_G[:, None]).sub_(groups_GV)
+    return blocks_GB, codes_GV.mul_(scales_G.float()[:, None]).sub_(groups_GV)
 
 
 def _encode_4(groups_GV: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:

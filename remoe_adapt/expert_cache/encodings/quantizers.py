@@ -172,7 +172,13 @@ def register(method: str, storing: Storing) -> str:
     """Make the method known to transformers under a name of ours, which is returned; once for each."""
     name = "remoe_" + re.sub(r"\W", "_", method)
     if name not in AUTO_QUANTIZER_MAPPING:
-        quantizer = type(f"{name}_quantizer", (DequantisingQuantizer,), {"storing": storing})
-        put_on(AUTO_QUANTIZATION_CONFIG_MAPPING, name, DequantisingConfig)
-        put_on(AUTO_QUANTIZER_MAPPING, name, quantizer)
+        add_quantizer(
+            name, DequantisingConfig, type(f"{name}_quantizer", (DequantisingQuantizer,), {"storing": storing})
+        )
     return name
+
+
+def add_quantizer(name: str, config: type[QuantizationConfigMixin], quantizer: type[HfQuantizer]) -> None:
+    """From now on transformers finds these by a configuration's `quant_method`; for good."""
+    put_on(AUTO_QUANTIZATION_CONFIG_MAPPING, name, config)
+    put_on(AUTO_QUANTIZER_MAPPING, name, quantizer)

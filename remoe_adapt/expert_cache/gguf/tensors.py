@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,27 +93,20 @@ def numbers_of(stored: Stored, dtype: torch.dtype) -> Tensor:
     numbers_NK = torch.empty(num_rows, cols, dtype=dtype, device="cpu")
     step = max(1, _CHUNK_BYTES // row_bytes)
     buffer = bytearray(min(step, num_rows) * row_bytes)
-    try:
-        with extent.path.open("rb", buffering=0) as file:
-            for first in range(0, num_rows, step):
-                count = min(step, num_rows - first)
-                part = memoryview(buffer)[: count * row_bytes]
-                _fill(file.fileno(), part, extent.offset + first * row_bytes, extent)
-                blocks_NB = torch.frombuffer(part, dtype=torch.uint8).view(count, row_bytes)
-                rows_NK = numbers_NK[first : first + count]
-                rows_NK.copy_(decoded(blocks_NB, stored.kind, cols, dtype))
-                # The sum is quick, and finite unless a number is not, or all of them are huge.
-                if not math.isfinite(float(rows_NK.sum(dtype=torch.float32))) and not torch.isfinite(rows_NK).all():
-                    raise ExpertReadError(
-                        f"{printable(extent.path)}: tensor {printable(extent.tensor)} at byte {extent.offset} has "
-                        "numbers that are not finite: fetch it again."
-                    )
-    except OSError as error:
-        if isinstance(error, ExpertReadError):
-            raise
-        raise ExpertReadError(
-            f"{printable(extent.path)} cannot be read: {error.strerror or printable(error)}."
-        ) from error
+    with _opened(extent) as fd:
+        for first in range(0, num_rows, step):
+            count = min(step, num_rows - first)
+            part = memoryview(buffer)[: count * row_bytes]
+            _fill(fd, part, extent.offset + first * row_bytes, extent)
+            blocks_NB = torch.frombuffer(part, dtype=torch.uint8).view(count, row_bytes)
+            rows_NK = numbers_NK[first : first + count]
+            rows_NK.copy_(decoded(blocks_NB, stored.kind, cols, dtype))
+            # The sum is quick, and finite unless a number is not, or all of them are huge.
+            if not math.isfinite(float(rows_NK.sum(dtype=torch.float32))) and not torch.isfinite(rows_NK).all():
+                raise ExpertReadError(
+                    f"{printable(extent.path)}: tensor {printable(extent.tensor)} at byte {extent.offset} has "
+                    "numbers that are not finite: fetch it again."
+                )
     return numbers_NK.view(stored.shape)
 
 
@@ -120,16 +114,23 @@ def bytes_of(stored: Stored) -> Tensor:
     """The blocks of a matrix as they are, uint8 [rows, row bytes]. Raises ExpertReadError when they cannot be read."""
     extent = stored.extent
     blocks_NB = torch.empty(extent.size // extent.shape[-1], extent.shape[-1], dtype=torch.uint8, device="cpu")
+    with _opened(extent) as fd:
+        _fill(fd, blocks_NB.view(-1).numpy().data, extent.offset, extent)
+    return blocks_NB
+
+
+@contextmanager
+def _opened(extent: Extent) -> Iterator[int]:
+    """The file of a tensor; raises ExpertReadError when it cannot be opened, or read within."""
     try:
         with extent.path.open("rb", buffering=0) as file:
-            _fill(file.fileno(), blocks_NB.view(-1).numpy().data, extent.offset, extent)
+            yield file.fileno()
     except OSError as error:
         if isinstance(error, ExpertReadError):
             raise
         raise ExpertReadError(
             f"{printable(extent.path)} cannot be read: {error.strerror or printable(error)}."
         ) from error
-    return blocks_NB
 
 
 def decoded(blocks_NB: Tensor, kind: BlockType, cols: int, dtype: torch.dtype) -> Tensor:
