@@ -114,16 +114,22 @@ class Shares:
             self.unpin(self._leases.pop(at)[2])
         return bool(lost)
 
-    def slots(self) -> dict[int, int]:
-        """How many slots of each size a tier's budget holds, by the bytes of a slot."""
+    def slots(self, *, of_budget: bool = True) -> dict[int, int]:
+        """How many slots of each size a tier needs, by the bytes of a slot: for what is leased and being read, and for
+        as much as the budget holds (`of_budget`).
+        """
         assert isinstance(self._source, TierSource)
-        found: dict[int, int] = {}
-        for limit, layers in zip(self.limits, self._domains, strict=True):
-            size = self._source.slot_bytes[layers[0]]
-            # The largest experts may be fewer, but never more than all that there are.
-            least = min(self._source.expert_bytes[layer] for layer in layers)
-            there = sum(self._source.num_experts[layer] for layer in layers)
-            found[size] = found.get(size, 0) + min(limit // least, there)
+        found = dict.fromkeys(self._source.slot_bytes, 0)
+        for layer, _ in self.pins:
+            found[self._source.slot_bytes[layer]] += 1
+        if of_budget:
+            held = dict.fromkeys(found, 0)
+            for limit, layers in zip(self.limits, self._domains, strict=True):
+                # The largest experts may be fewer, but never more than all that there are.
+                least = min(self._source.expert_bytes[layer] for layer in layers)
+                there = sum(self._source.num_experts[layer] for layer in layers)
+                held[self._source.slot_bytes[layers[0]]] += min(limit // least, there)
+            found = {size: max(count, held[size]) for size, count in found.items()}
         return found
 
     def close_all(self) -> None:

@@ -213,7 +213,7 @@ class ExpertCache:
                     self._drop_locked([key])
             self._resident.show()
             if self._tier is not None:
-                self._tier.fit(dict.fromkeys(self._shares.slots(), 0), {})
+                self._tier.fit(self._shares.slots(of_budget=False), {})
                 self._is_fitted = False
         # Copies that are under way hold memory of the tier below.
         self._give_back()
@@ -446,7 +446,8 @@ class ExpertCache:
         for key in fitted.lost:
             self._shares.policy_of(key[0]).discard(key)
         self._drop_locked(fitted.lost)
-        self._is_fitted = fitted.whole
+        # More than the budget holds may be leased, until it comes into force.
+        self._is_fitted = fitted.whole and self._shares.in_force
         share = min(fitted.slots[size] / count for size, count in wanted.items())
         if share < 1.0:
             experts = zip(self.source.num_experts, self.source.expert_bytes, strict=True)

@@ -217,7 +217,8 @@ class DeviceLayout(BandsLayout):
         return self._activations[layer]
 
     def _slot_matrices(self, layer: int, module: Any, pool: DevicePool) -> tuple[SlotMatrix, SlotMatrix]:
-        found: Any = pool.matrices.get(layer)
+        of_layer = pool.matrices
+        found: Any = of_layer.get(layer)
         if found is None:
             places = self._placed().layers[layer]
             matrices = []
@@ -227,7 +228,7 @@ class DeviceLayout(BandsLayout):
                 if module.has_bias:
                     parts["bias"] = pool.column(places[f"{param}_bias"])
                 matrices.append(SlotMatrix(kind=matrix.kind, **parts))
-            found = pool.matrices[layer] = tuple(matrices)
+            found = of_layer[layer] = tuple(matrices)
         up, down = found
         return up, down
 

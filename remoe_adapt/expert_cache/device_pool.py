@@ -100,12 +100,18 @@ class DevicePool:
         self.slot_bytes, self.memory = slot_bytes, streams.memory(0, slot_bytes)
         self._table, self._streams = table, streams
         self.free: list[int] = []
-        # What kernels take of this memory, by layer; gone with it.
+        # What kernels take of this memory, by layer; gone with it. A thread takes the dict before the memory, and so
+        # never puts old memory among what is of the new.
         self.matrices: dict[object, object] = {}
 
     @property
     def slots(self) -> int:
         return len(self.memory)
+
+    def renew(self, memory: Tensor) -> None:
+        """Other memory, which already holds what is leased."""
+        self.memory = memory
+        self.matrices = {}
 
     def column(self, place: tuple[int, tuple[int, ...], torch.dtype]) -> Tensor:
         """A part of all slots, [slots, ...], as a view."""
@@ -289,9 +295,10 @@ class DevicePools:
         pairs = [(memory[to], pool.memory[taken.slot.number]) for taken, to in places]
         pairs += [(memory[number], pool.memory[number]) for number in stuck]
         self.streams.copy(pairs, list(self._streams.values()))
+        # Threads that compute with leased slots read the new memory from its first moment on.
+        self.streams.synchronize()
         self.streams.retire(pool.memory, list(self._streams.values()))
-        pool.memory = memory
-        pool.matrices.clear()
+        pool.renew(memory)
         # The lost die with their entries in the cache, and must not give back numbers of the new memory.
         for taken, to in [*places, *((taken, ABSENT) for taken in lost)]:
             self._numbers[taken.key] = taken.slot.number = to
@@ -302,8 +309,7 @@ class DevicePools:
     def _rest(self, pool: DevicePool, slots: int) -> Tensor:
         """Memory for as many slots as there is, at most `slots`, when nothing of the old is needed any more."""
         self.streams.synchronize()
-        pool.memory = self.streams.memory(0, pool.slot_bytes)
-        pool.matrices.clear()
+        pool.renew(self.streams.memory(0, pool.slot_bytes))
         self.streams.give_back()
         while True:
             try:

@@ -37,13 +37,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_eval_of_a_quantised_model_is_exact_whatever_the_budget(home: Path) -> None:
     documents = read_shared([home / "a.txt"], byte_tokenizer(), None)
-    expected = json.loads(json.dumps(evaluate(load_with_expert_cache(home / "coded", 1.0), documents)))
-    for options in ((), ("--expert-cache", 0.3), ("--expert-cache", 0.3, "--arithmetic", "auto")):
+    model = load_with_expert_cache(home / "coded", 1.0, arithmetic="exact")
+    expected = json.loads(json.dumps(evaluate(model, documents)))
+    assert expected["arithmetic"] == {"name": "fp8", "exact": True}
+    for options in ((), ("--expert-cache", 0.3)):
         result = found("eval", home / "coded", "--data", home / "a.txt", *options)
         assert {key: result[key] for key in expected} == expected
-        assert result["arithmetic"] == {"name": "fp8", "exact": True}
     shown = call("eval", home / "coded", "--data", home / "a.txt").stdout
     assert "experts: fp8, exact" in " ".join(shown.split()) and "ratio to base" in " ".join(shown.split())
+
+
+def test_eval_by_the_fast_arithmetic_says_so(home: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="ggml's kernels are those of its wheel")
+    args = ("eval", home / "coded", "--data", home / "a.txt", "--expert-cache", 0.3)
+    exact, fast = found(*args), found(*args, "--arithmetic", "auto")
+    assert fast["arithmetic"] == {"name": "q8_0 by ggml", "exact": False}
+    assert fast["base"]["ce"] != exact["base"]["ce"]
+    assert fast["base"]["ce"] == pytest.approx(exact["base"]["ce"], abs=2e-3)
 
 
 def test_eval_against_the_plain_model_tells_what_codes_cost(home: Path) -> None:

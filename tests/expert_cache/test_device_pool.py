@@ -193,6 +193,65 @@ def test_leased_slots_delay_a_smaller_memory() -> None:
     check(cache)
 
 
+class Held(Sized):
+    """Reads that wait until they are let go on."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        self.begun.set()
+        assert self.go_on.wait(HANGS_S)
+        return super().read(layer, expert)
+
+
+@pytest.mark.parametrize("shrink", [lambda cache: cache.resize(2 * 64, wait=False), ExpertCache.clear])
+def test_what_is_being_read_has_its_slot_whatever_the_budget_becomes(shrink: Callable[[ExpertCache], None]) -> None:
+    source = Held(64, 64, 64)
+    cache = two_tiers(source, 4 * 64, source.total)
+    with cache.lease(0, [0, 1]):
+        source.begun.clear()
+        source.go_on.clear()
+        found: list[list[float]] = []
+        thread = in_thread(lambda: found.append(values(cache, 1, [2, 3])))
+        assert source.begun.wait(HANGS_S)
+        # Four are leased and two of them are still on their way: none of their slots may go.
+        shrink(cache)
+        source.go_on.set()
+        thread.join(HANGS_S)
+        assert found == [[2, 3]]
+    (pool,) = pools_of(cache).pools.values()
+    assert values(cache, 2, [5, 6]) == [5, 6]
+    assert pool.slots == cache.budget_bytes // 64
+    check(cache)
+
+
+def test_leased_slots_are_never_seen_in_memory_that_they_are_not_in_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Sized(64, 64, 64)
+    cache = two_tiers(source, 4 * 64, source.total)
+    (pool,) = pools_of(cache).pools.values()
+    streams, seen, before_copies = streams_of(cache), list[float](), FakeStreams.synchronize
+
+    def synchronize(streams: FakeStreams) -> None:
+        # What a thread that computes with its lease reads before the copies are made, and after.
+        seen.append(float(lease.slots[3]["w"][0]))
+        before_copies(streams)
+        seen.append(float(lease.slots[3]["w"][0]))
+
+    with cache.lease(0, [3]) as lease:
+        old = pool.matrices
+        monkeypatch.setattr(FakeStreams, "synchronize", synchronize)
+        cache.resize(8 * 64)
+        assert streams.copies and seen and set(seen) == {3.0}
+    # Views that a thread has made of the old memory, and comes to note down now, are not found again.
+    old[0] = "of the old memory"
+    assert pool.slots == 8 and 0 not in pool.matrices
+    monkeypatch.undo()
+    check(cache)
+
+
 def test_each_size_of_slot_has_its_share() -> None:
     source = Sized(64, 256, 1024)
     cache, chance = two_tiers(source, source.total // 2, source.total), random.Random(0)
@@ -272,6 +331,7 @@ def test_threads_with_streams_of_their_own_always_find_their_experts() -> None:
     source = Sized(64, 128, 128)
     cache = two_tiers(source, source.total // 2, source.total // 2)
     wrong: list[object] = []
+    ended: list[int] = []
 
     def run(seed: int) -> None:
         chance = random.Random(seed)
@@ -284,6 +344,7 @@ def test_threads_with_streams_of_their_own_always_find_their_experts() -> None:
                     if float(slot["w"][0]) != 10 * layer + expert or table[expert] != slot.number:
                         wrong.append((layer, expert))
             cache.prefetch((layer + 1) % LAYERS, chance.sample(range(EXPERTS), 2))
+        ended.append(seed)
 
     threads = [in_thread(lambda seed=seed: run(seed)) for seed in range(3)]  # type: ignore[misc]
     for count in range(12):
@@ -294,5 +355,5 @@ def test_threads_with_streams_of_their_own_always_find_their_experts() -> None:
         thread.join(HANGS_S)
         assert not thread.is_alive()
     until(lambda: not cache._loading)
-    assert not wrong and not cache._shares.pins
+    assert not wrong and len(ended) == len(threads) and not cache._shares.pins
     check(cache)
