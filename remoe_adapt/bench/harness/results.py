@@ -83,9 +83,11 @@ def chosen_model(model: str | Path | None) -> str | Path:
     return example_folder() if model is None else model
 
 
-def work_folder(work: Path | None) -> Path:
+def work_folder(work: str | Path | None) -> Path:
     """The folder for what is made for a run: the one asked for, or one in the user's cache."""
-    return work or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe" / "bench"
+    if work:
+        return Path(work)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe" / "bench"
 
 
 def checked_family(model: str | Path, family: str | Path | None) -> str | None:
