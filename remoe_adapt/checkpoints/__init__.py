@@ -34,6 +34,7 @@ from remoe_adapt.checkpoints.load import (
     load_with_tokenizer,
     max_positions,
     model_config,
+    names_gguf,
     on_device,
     read_config,
     stored_sources,

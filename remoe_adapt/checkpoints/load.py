@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,11 @@ def is_gguf(path: object) -> bool:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
+
+
+def names_gguf(path: object, options: Mapping[str, Any]) -> bool:
+    """Whether what is asked for is a GGUF: by its path, or as from_pretrained takes one."""
+    return is_gguf(path) or options.get("gguf_file") is not None
 
 
 def gguf_path(base: str | os.PathLike[str], gguf_file: str, **hub_options: Any) -> Path:

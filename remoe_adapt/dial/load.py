@@ -19,8 +19,8 @@ from remoe_adapt.checkpoints import (
     check_flags,
     check_names,
     check_path,
-    is_gguf,
     load_base,
+    names_gguf,
     on_device,
     usable_device,
 )
@@ -198,7 +198,7 @@ def _load_surveyed(
     # Taken out, for what is left goes to from_pretrained, which knows none of these.
     of_cache = {name: kwargs.pop(name) for name in CACHE_OPTIONS if name in kwargs}
     # A GGUF has an expert cache in any case: from_pretrained would make floats of all of it.
-    of_gguf = is_gguf(base) or "gguf_file" in kwargs
+    of_gguf = names_gguf(base, kwargs)
     if expert_cache is None and not of_cache and not of_gguf:
         whole = settings.share == 1.0 and memory_bytes is None
         placed = sorted(OWN_PLACEMENT.intersection(kwargs))

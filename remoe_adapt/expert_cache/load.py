@@ -22,7 +22,7 @@ from remoe_adapt.checkpoints import (
     check_memory,
     check_names,
     check_path,
-    is_gguf,
+    names_gguf,
     unknown_option,
 )
 from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
@@ -118,7 +118,7 @@ def load_with_expert_cache(
     if not callable(reader):
         raise ConfigError(f"reader {reader!r}: give something that reads as os.preadv does.")
     # A GGUF may not tell its configuration: then it is an option of the checkpoint, and none of from_pretrained.
-    of_gguf = is_gguf(path) or "gguf_file" in from_pretrained_kwargs
+    of_gguf = names_gguf(path, from_pretrained_kwargs)
     given = {"config", "gguf_file"} if of_gguf else set()
     refused = sorted(OWN_PLACEMENT.intersection(from_pretrained_kwargs) - given)
     if refused:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from remoe_adapt._support import say_once
-from remoe_adapt.checkpoints import HUB_OPTIONS, load_base, on_device, read_config, usable_device
+from remoe_adapt.checkpoints import HUB_OPTIONS, load_base, names_gguf, on_device, read_config, usable_device
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.checkpoint import check_arithmetic
 from remoe_adapt.expert_cache.encoding import FLOATS, encoding_of
@@ -66,7 +66,7 @@ def load_whole_or_cached(
 
 def _has_codes(path: str | os.PathLike[str], device: str | None, options: dict[str, Any]) -> bool:
     """Whether weights of this checkpoint are quantised, and a cache could hold them."""
-    if os.fspath(path).endswith(".gguf"):
+    if names_gguf(path, options):
         return True
     if device is not None and torch.device(device).type not in _CACHED_ON:
         return False
