@@ -312,7 +312,7 @@ def _tells_the_truth(address: int) -> bool:
                 facts = Path(name[0]).stat()
             except (OSError, IndexError):
                 return False
-            return facts.st_ino == int(inode) and (facts.st_uid == os.geteuid() or os.access(name[0], os.W_OK))
+            return facts.st_ino == int(inode) and (facts.st_uid == os.geteuid() or os.access(name[0], os.W_OK, effective_ids=True))
     return False
 
 
