@@ -6,18 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from gguf_checkpoints import random_model, write_checkpoint
+from gguf_checkpoints import Tensors, random_model, write_checkpoint
 from gguf_writer import ARCH, small_model, write_gguf
 from transformers import PreTrainedModel
 
 VOCAB, HIDDEN, EXPERTS, TOP_K = 96, 64, 16, 4
 _SIGMOID = 2
-# Each model type reads one of these names.
-_COUNTS = dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), EXPERTS)
-_COUNTS |= dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), TOP_K)
 _DENSE_FIRST = {"first_k_dense_replace": 1, "num_hidden_layers": 3}
 _YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def _counts(experts: int = EXPERTS, top_k: int = TOP_K) -> dict[str, int]:
+    """Both numbers by every name that a model type reads them from."""
+    found = dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), experts)
+    return found | dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), top_k)
 
 
 def _latent(config: Any) -> dict[str, Any]:
@@ -102,8 +106,8 @@ _MORE: dict[str, tuple[dict[str, Any], Callable[[Any], dict[str, Any]]]] = {
 KINDS = (*ARCH, *_MORE)
 
 
-def engine_model(kind: str, path: Path, **sizes: Any) -> PreTrainedModel:
-    """A random model of one of KINDS, 16 experts and top-4 unless `sizes` says otherwise, and its F32 file at `path`.
+def engine_model(kind: str, path: Path, *, experts: int = EXPERTS, top_k: int = TOP_K) -> PreTrainedModel:
+    """A random model of one of KINDS and its F32 file at `path`; those of ARCH have always 16 experts and top-4.
 
     Routers and selection biases are such that neither alone decides.
     """
@@ -112,7 +116,7 @@ def engine_model(kind: str, path: Path, **sizes: Any) -> PreTrainedModel:
         write_gguf(model, kind, path)
         return model
     fixed, entries = _MORE[kind]
-    model = random_model(kind, vocab_size=VOCAB, hidden_size=HIDDEN, **(_COUNTS | fixed | sizes))
+    model = random_model(kind, vocab_size=VOCAB, hidden_size=HIDDEN, **(_counts(experts, top_k) | fixed))
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name.endswith(("gate.weight", "router.weight", "gate.wg.weight")):
@@ -121,3 +125,18 @@ def engine_model(kind: str, path: Path, **sizes: Any) -> PreTrainedModel:
                 value.mul_(0.3)
     write_checkpoint(model, kind, path, entries=entries(model.config))
     return model
+
+
+def write_dense(path: Path) -> Path:
+    """A file of a model without experts: the first expert of each layer for all tokens."""
+
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if "ffn_" in name and "norm" not in name]:
+            data, kind = tensors.pop(name)
+            if "_exps" in name:
+                tensors[name.replace("_exps", "")] = (np.ascontiguousarray(data[0]), kind)
+
+    fixed, entries = _MORE["mixtral"]
+    model = random_model("mixtral", vocab_size=VOCAB, hidden_size=HIDDEN, **(_counts() | fixed))
+    without = {"expert_count": None, "expert_used_count": None}
+    return write_checkpoint(model, "mixtral", path, entries=entries(model.config) | without, change=change)
