@@ -120,9 +120,7 @@ def test_each_layer_has_its_gain_and_a_decay_is_taken(ids: list[int], home: tupl
         LlamaModel(path, recency="ema", gain=(0.1, 0.2))
 
 
-def test_a_gain_turned_in_mid_generation_acts_from_the_next_token(
-    ids: list[int], home: tuple[Path, nn.Module]
-) -> None:
+def test_a_gain_turned_in_mid_generation_acts_from_the_next_token(ids: list[int], home: tuple[Path, nn.Module]) -> None:
     path, model = home
     with LlamaModel(path, recency="ema", gain=0.0) as engine, recency_prior(model, "ema", 0.0) as ours, torch.no_grad():
         past = None
@@ -139,9 +137,7 @@ def test_a_gain_turned_in_mid_generation_acts_from_the_next_token(
         plain.set_gain(0.1)
 
 
-def test_sequences_in_one_batch_are_each_alone(
-    ids: list[int], others: list[int], home: tuple[Path, nn.Module]
-) -> None:
+def test_sequences_in_one_batch_are_each_alone(ids: list[int], others: list[int], home: tuple[Path, nn.Module]) -> None:
     path, _ = home
     alone = [run(path, text, recency="ema", gain=0.4)[0] for text in (ids, others)]
     both = [token for pair in zip(ids, others, strict=True) for token in pair]

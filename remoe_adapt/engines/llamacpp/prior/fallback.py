@@ -82,7 +82,9 @@ class NumpyPrior(EnginePrior):
         self._is_on, self._residents = False, _Residents()
         self._experts: dict[int, int] = {}
         self._pending: dict[int, tuple[int, set[str]]] = {}
-        self._used = dict.fromkeys("tokens changed_rows swapped kept chosen restarts rewinds refused calls ns".split(), 0)
+        self._used = dict.fromkeys(
+            "tokens changed_rows swapped kept chosen restarts rewinds refused calls ns".split(), 0
+        )
         self._batch: list[tuple[int, int, bool]] = []
         self._at: dict[int, int] = {}
         self.reset()
@@ -312,7 +314,9 @@ def _tells_the_truth(address: int) -> bool:
                 facts = Path(name[0]).stat()
             except (OSError, IndexError):
                 return False
-            return facts.st_ino == int(inode) and (facts.st_uid == os.geteuid() or os.access(name[0], os.W_OK, effective_ids=True))
+            return facts.st_ino == int(inode) and (
+                facts.st_uid == os.geteuid() or os.access(name[0], os.W_OK, effective_ids=True)
+            )
     return False
 
 

@@ -13,7 +13,7 @@ from remoe_adapt.recency_settings import Recency
 
 
 def engine_prior(engine: Any, sequences: int, recency: Recency, *, renormalise: bool = False) -> EnginePrior:
-    """The prior of a context of `sequences` sequences in llama.cpp's loaded library `engine`; its gain is 0 until `set`.
+    """The prior of a context of so many sequences in llama.cpp's loaded library `engine`; its gain is 0 until `set`.
 
     renormalise: divide the weights of the chosen experts by their sum, for a model that does in a file whose
     architecture llama.cpp does not. Without a compiler the prior is computed in numpy, which is said once.

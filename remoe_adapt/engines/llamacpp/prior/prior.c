@@ -706,7 +706,6 @@ uint32_t rp_probe(rp *p, void *(*find)(const char *, void *), void *user) {
         tensor *flat = w ? new_3d(ctx, TYPE_F32, 1, E, T) : NULL;
         if (flat) {
             set_name(top, "ffn_moe_topk-3");
-            tensor *y = mul_mat_id(ctx, w, x, top), *rows = get_rows(ctx, flat, top);
             /* The address of the name first: all other offsets that are read lie before it. */
             bool same = (const char *)get_name(top) == top->name && !strcmp(top->name, "ffn_moe_topk-3") &&
                 get_data(top) == top->data && get_data(order) == order->data && get_data(scores) == scores->data &&
@@ -716,9 +715,12 @@ uint32_t rp_probe(rp *p, void *(*find)(const char *, void *), void *user) {
                 top->nb[1] == E * 4 && scores->ne[0] == E && scores->nb[1] == E * 4 && w->ne[2] == E &&
                 w->nb[2] == IN * OUT * 4 && nbytes(scores) == E * T * 4 && nbytes(w) == IN * OUT * E * 4 &&
                 scores->type == TYPE_F32 && top->type == TYPE_I32 && !strcmp(type_name(TYPE_F32), "f32") &&
-                !strcmp(type_name(TYPE_I32), "i32") && y->src[0] == w && y->src[1] == x && y->src[2] == top &&
-                rows->src[0] == flat && rows->src[1] == top && !strcmp(op_desc(y), "MUL_MAT_ID") &&
-                !strcmp(op_desc(rows), "GET_ROWS") && !strcmp(op_desc(order), "ARGSORT") && !scores->buffer;
+                !strcmp(type_name(TYPE_I32), "i32") && !strcmp(op_desc(order), "ARGSORT") && !scores->buffer;
+            if (same) {
+                tensor *y = mul_mat_id(ctx, w, x, top), *rows = get_rows(ctx, flat, top);
+                same = y->src[0] == w && y->src[1] == x && y->src[2] == top && rows->src[0] == flat &&
+                    rows->src[1] == top && !strcmp(op_desc(y), "MUL_MAT_ID") && !strcmp(op_desc(rows), "GET_ROWS");
+            }
             if (same) found = RP_ON;
         }
         if (ctx) end(ctx);
