@@ -258,6 +258,7 @@ def test_controls_that_cannot_be_count_as_none(graph: Graph) -> None:
     assert graph.control.changed_rows == 0
     graph.control.n_layer_gain = 0
     graph.choose(scores, K)
+    assert graph.control.changed_rows > 0
     mine = np.zeros(E, np.float32)
     graph.lib.rp_get(graph.prior, 0, 0, mine.ctypes.data, E)
     assert np.isfinite(mine).all()

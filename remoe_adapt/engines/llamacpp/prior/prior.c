@@ -555,7 +555,7 @@ static void serve(rp *p, tensor *t, int layer) {
     int k = (int)k64, rows = (int)t->ne[1], E = (int)E64;
     layer_state *s = state(p, layer, E);
     if (!s) return;
-    if (!s->proven) { s->pending = t; s->weights_seen = s->product_seen = false; p->unproven++; }
+    if (!s->proven && !p->trusted) { s->pending = t; s->weights_seen = s->product_seen = false; p->unproven++; }
     /* A warm-up runs all experts: there is nothing to choose, and nothing to remember. */
     if (k == E || k > RP_MAXK) { p->c->calls++; return; }
     bool may = !p->is_off && (p->trusted || (p->c->status == RP_ON && s->proven));
