@@ -84,7 +84,7 @@ def test_logits_are_those_of_our_prior_in_transformers(kind: str, ids: list[int]
 @pytest.mark.parametrize("weights", ["F32", "Q8_0", "Q4_K", "IQ4_XS"])
 def test_gain_0_is_the_engine_bit_for_bit(weights: str, ids: list[int], tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_gguf(small_model("qwen2moe", hidden=256, inner=256, layers=2), "qwen2moe", path, weights=weights)
+    write_gguf(small_model("qwen2moe", hidden=256, inner=256, layers=1), "qwen2moe", path, weights=weights)
     with LlamaModel(path) as plain:
         at_once = plain.decode(ids)
         plain.clear()
@@ -278,6 +278,21 @@ def test_where_it_cannot_act_it_stays_off_and_says_why(
     assert np.array_equal(logits, base)
     assert not status.acts and reason in status.reason and status.computed_by == computed_by
     assert status.swapped == status.changed_rows == 0
+
+
+def test_residency_that_is_the_same_for_all_is_the_engine_bit_for_bit(
+    ids: list[int], home: tuple[Path, nn.Module], request: pytest.FixtureRequest
+) -> None:
+    """A file that lies wholly in memory, as these do: nothing is rounded otherwise."""
+    path, _ = home
+    with LlamaModel(path) as plain:
+        base = plain.decode(ids)
+    for computed_by in ("c", "numpy"):
+        if computed_by == "numpy":
+            request.getfixturevalue("_no_compiler")
+        logits, status = run(path, ids, recency="resident", gain=0.5)
+        assert np.array_equal(logits, base) and status.acts and status.computed_by == computed_by
+        assert status.mode == "resident" and not status.is_blind and status.changed_rows == 0
 
 
 def test_settings_that_cannot_be_are_refused(home: tuple[Path, nn.Module]) -> None:

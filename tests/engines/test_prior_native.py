@@ -127,6 +127,14 @@ def test_positions_are_followed_and_what_cannot_be_is_counted(graph: Graph) -> N
     graph.lib.rp_restart(graph.prior, 0)
     graph.rows([0], [1])
     assert not state().any() and graph.control.restarts == 2
+    graph.choose(scores[:1], K)
+    graph.rows([0], [0])
+    graph.choose(scores[:1], K)
+    graph.rows([0], [500])
+    graph.choose(scores[:1], K)
+    assert graph.control.restarts == 3
+    graph.rows([0], [400])  # before what is known of it
+    assert not state().any() and graph.control.restarts == 4
 
 
 def test_far_behind_the_memory_of_a_sequence_it_begins_anew(graph: Graph) -> None:
@@ -209,6 +217,18 @@ def test_nodes_of_another_form_turn_it_off_with_the_reason(
     assert graph.choose(scores, k, change=change).tolist() == before
     assert reason in graph.why()
     assert graph.choose(np.ones((1, E), np.float32), K).tolist() == [list(range(K))] and reason in graph.why()
+
+
+def test_a_warm_up_with_all_experts_proves_the_graph_and_leaves_no_trace(engine: Any) -> None:
+    """llama.cpp's servers begin with one."""
+    graph, wide = Graph(engine), 128
+    graph.control.gain = 1.0
+    scores = np.random.default_rng(9).normal(size=(20, wide)).astype(np.float32)
+    graph.choose(scores[:1].copy(), wide)
+    graph.consume(np.zeros((wide, 2, 2), np.float32))
+    graph.choose(scores.copy(), 8)
+    assert graph.why() == "on" and graph.control.changed_rows > 0 and graph.control.unproven_rows == 0
+    graph.close()
 
 
 def test_a_graph_is_proven_before_the_prior_acts(engine: Any) -> None:

@@ -321,7 +321,10 @@ class _Residents:
 
 def _tells_the_truth(address: int) -> bool:
     """Linux tells of a mapped file only to who owns it or may write it (since 5.2)."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return False
+    for line in maps.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         span, _mode, _offset, _device, inode, *name = line.split(maxsplit=5)
         start, _, end = span.partition("-")
         if int(start, 16) <= address < int(end, 16):
