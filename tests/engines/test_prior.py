@@ -69,11 +69,14 @@ def in_transformers(model: nn.Module, ids: list[int], mode: str, gain: Any, deca
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_our_prior_in_transformers(kind: str, ids: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("gains", [(0.3,), pytest.param((0.1, 0.6), marks=pytest.mark.slow)])
+def test_logits_are_those_of_our_prior_in_transformers(
+    gains: tuple[float, ...], kind: str, ids: list[int], tmp_path: Path
+) -> None:
     path = tmp_path / "model.gguf"
     model = engine_model(kind, path)
     before = in_transformers(model, ids, "ema", 0.0)
-    for gain in (0.1, 0.3, 0.6):
+    for gain in gains:
         expected = in_transformers(model, ids, "ema", gain)
         logits, status = run(path, ids, recency="ema", gain=gain)
         assert np.abs(logits - expected).max() < 1e-5, gain
@@ -81,7 +84,7 @@ def test_logits_are_those_of_our_prior_in_transformers(kind: str, ids: list[int]
     assert np.abs(expected - before).max() > 0.01, "the prior changes nothing here, so this shows nothing"
 
 
-@pytest.mark.parametrize("weights", ["F32", "Q8_0", "Q4_K", "IQ4_XS"])
+@pytest.mark.parametrize("weights", ["F32", "Q8_0", "Q4_K", pytest.param("IQ4_XS", marks=pytest.mark.slow)])
 def test_gain_0_is_the_engine_bit_for_bit(weights: str, ids: list[int], tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(small_model("qwen2moe", hidden=256, inner=256, layers=1), "qwen2moe", path, weights=weights)
