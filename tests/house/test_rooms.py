@@ -32,7 +32,7 @@ ROOMS = (
     "expert_cache.gguf",
     "family expert_cache",
     "dial training",
-    "evaluation engines",
+    "evaluation engines engines.page",
     "engines.gguf",
     "engines.llamacpp",
     "bench.harness",
