@@ -35,6 +35,7 @@ ROOMS = (
     "evaluation engines engines.page",
     "engines.gguf",
     "engines.llamacpp",
+    "engines.serving",
     "bench.harness",
     "bench.decode bench.controller bench.scale",
     "bench",
