@@ -234,6 +234,8 @@ class Turn(StoppingCriteria):
         if self._asked.temperature is not None:
             # transformers takes a temperature and goes on greedily where the model's own settings say so.
             settings.do_sample = self._asked.temperature > 0
+            # Greedy steps know no temperature, and one of 0 is refused or warned of.
+            settings.temperature = self._asked.temperature or 1.0
 
     def __call__(self, input_ids: Tensor, scores: Any, **_more: Any) -> Tensor:
         """After each token: counts it at the strength of its forward, which no swap can have changed before the next
