@@ -50,7 +50,7 @@ def completion(served: Served, **options: Any) -> Any:
 
 
 def post(served: Served, body: Any, route: str = "/v1/completions", **options: Any) -> httpx.Response:
-    return httpx.post(served.url + route, json=body, timeout=60, **options)
+    return served.http.post(served.url + route, json=body, **options)
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_chats_and_responses_answer_alike_whole_and_streamed(served: Served) -> 
 def test_a_stream_says_its_strength_before_it_says_a_word_and_ends_as_clients_expect(served: Served) -> None:
     served.model.controller.set_strength(1.0)
     body = {"prompt": PROMPT, "max_tokens": TOKENS, "stream": True, "stream_options": {"include_usage": True}}
-    with httpx.stream("POST", served.url + "/v1/completions", json=body) as answer:
+    with served.http.stream("POST", served.url + "/v1/completions", json=body) as answer:
         assert answer.headers["x-remoe-strength"] == "1" and "text/event-stream" in answer.headers["content-type"]
         lines = [line for line in answer.iter_lines() if line]
     assert lines[-1] == "data: [DONE]" and json.loads(lines[-2][6:])["usage"]["remoe"]["strength"] == 1.0
@@ -244,7 +244,7 @@ def test_what_cannot_be_had_is_refused_by_name(served: Served, wrong: Any, words
 
 def test_a_body_that_is_no_request_is_refused(served: Served) -> None:
     def sent(content: bytes, kind: str = "application/json", **headers: str) -> int:
-        return httpx.post(
+        return served.http.post(
             served.url + "/v1/completions", content=content, headers={"content-type": kind, **headers}
         ).status_code
 
@@ -254,7 +254,9 @@ def test_a_body_that_is_no_request_is_refused(served: Served) -> None:
     assert sent(b'{"prompt": "a", "max_tokens": 1}', **{"x-remoe-strength": "nan"}) == 400
     assert sent(b'{"prompt": "a", "remoe": {"strength": 1}}', **{"x-remoe-strength": "0"}) == 400
     chunks = iter([b'{"prompt": "', *[b"a" * 5000] * 5])
-    answer = httpx.post(served.url + "/v1/completions", content=chunks, headers={"content-type": "application/json"})
+    answer = served.http.post(
+        served.url + "/v1/completions", content=chunks, headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 413
 
 
@@ -277,8 +279,8 @@ def test_another_model_and_another_route_are_not_here(served: Served) -> None:
     assert served.client.models.retrieve("tiny").object == "model"
     with pytest.raises(openai.NotFoundError):
         served.client.models.retrieve("someone/else")
-    assert error_of(httpx.get(served.url + "/v1/nothing"))["type"] == "not_found_error"
-    assert httpx.get(served.url + "/v1/completions").status_code == 405
+    assert error_of(served.http.get(served.url + "/v1/nothing"))["type"] == "not_found_error"
+    assert served.http.get(served.url + "/v1/completions").status_code == 405
     for gone in ("/load_model", "/reset", "/docs", "/openapi.json"):  # of transformers' own app
         assert post(served, {"model": "tiny"}, gone).status_code == 404
 
@@ -290,22 +292,22 @@ def test_without_a_chat_template_completions_still_work_and_a_key_guards_all_but
         assert completion(served, model="other", max_tokens=1).choices[0].finish_reason == "length"
         for route in ("/remoe/status", "/metrics", "/v1/models", "/nothing"):
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-                answer = httpx.get(served.url + route, headers=headers)
+                answer = served.http.get(served.url + route, headers=headers)
                 assert answer.status_code == 401 and error_of(answer)["code"] == "invalid_api_key"
         assert post(served, {"prompt": "a"}).status_code == 401
         assert post(served, {"pressure": 1}, "/remoe/pressure").status_code == 401
         assert served.model.controller.strength == 0.0
-        assert httpx.get(served.url + "/health").json() == {"status": "ok"}
-        assert httpx.get(served.url + "/").status_code == 200
+        assert served.http.get(served.url + "/health").json() == {"status": "ok"}
+        assert served.http.get(served.url + "/").status_code == 200
         key = {"Authorization": "Bearer secret"}
-        assert httpx.get(served.url + "/remoe/status", headers=key).json()["state"] == "ready"
+        assert served.http.get(served.url + "/remoe/status", headers=key).json()["state"] == "ready"
         # Whoever has the key may call the server what they like.
-        assert httpx.get(served.url + "/v1/models", headers={**key, "Host": "my.name"}).status_code == 200
+        assert served.http.get(served.url + "/v1/models", headers={**key, "Host": "my.name"}).status_code == 200
 
 
 def test_pages_of_web_sites_cannot_reach_it_by_a_name_of_their_own(served: Served) -> None:
     for host, status in (("evil.example", 403), ("localhost:1", 200), ("[::1]:8000", 200), ("127.0.0.1", 200)):
-        assert httpx.get(served.url + "/remoe/status", headers={"Host": host}).status_code == status, host
+        assert served.http.get(served.url + "/remoe/status", headers={"Host": host}).status_code == status, host
 
 
 def test_a_model_that_fails_says_so_and_the_next_answer_is_whole(served: Served) -> None:
@@ -415,18 +417,18 @@ def test_an_answer_that_takes_too_long_for_the_end_is_no_whole_one(folder: Path)
 
 
 def test_the_status_the_metrics_and_the_page(served: Served) -> None:
-    before = httpx.get(served.url + "/remoe/status").json()
+    before = served.http.get(served.url + "/remoe/status").json()
     answer = completion(served, extra_body={"remoe": {"strength": 0.5}})
-    found = httpx.get(served.url + "/remoe/status").json()
+    found = served.http.get(served.url + "/remoe/status").json()
     assert (found["engine"], found["model"], found["state"]) == ("transformers", "tiny", "ready")
     assert found["tokens"] == before["tokens"] + TOKENS and found["points"] == [0.5, 1.0] and found["strength"] == 0.0
     assert found["last"]["id"] == answer.id and found["last"]["tokens_at"] == {"0.5": TOKENS}
     assert found["memory"]["process_bytes"] > 1 << 20 and found["requests"]["running"] == 0
     assert found["detail"]["engine"] == "transformers" and "dial of" in found["acts"][0]
-    text = httpx.get(served.url + "/metrics").text
+    text = served.http.get(served.url + "/metrics").text
     assert f"remoe_tokens_total {found['tokens']}" in text and "remoe_strength 0.0" in text
     assert f'remoe_requests_total{{how="answered"}} {found["requests"]["answered"]}' in text
-    page = httpx.get(served.url + "/")
+    page = served.http.get(served.url + "/")
     assert page.headers["content-type"] == "text/html; charset=utf-8" and "data-key" in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
 
