@@ -7,22 +7,32 @@ with the code that loads and packs models: its blocks, its parts of a piece, its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from remoe_adapt.errors import UncacheableError
+from remoe_adapt._support import printable
+from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.block_products import CodedBand, CodedParam
 from remoe_adapt.expert_cache.blocks_layout import coded_layers
 from remoe_adapt.expert_cache.budget import bytes_of_dense
 from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, GgufModel, QuantisedCheckpoint
 from remoe_adapt.expert_cache.dense import Encoded
-from remoe_adapt.expert_cache.encodings import KINDS, BlockType, EncodedEmbedding, EncodedLinear, encode_dense
+from remoe_adapt.expert_cache.encodings import (
+    KINDS,
+    BlockType,
+    EncodedEmbedding,
+    EncodedLinear,
+    block_type,
+    encode_dense,
+)
 from remoe_adapt.expert_cache.experts import check_experts
-from remoe_adapt.expert_cache.pack import PackedLayer, PackedParam
+from remoe_adapt.expert_cache.pack import DENSE, PackedLayer, read_manifest
 from remoe_adapt.expert_cache.pack_sources import DensePart, quantised_params, quantised_parts
 from remoe_adapt.expert_cache.plan import Plan, empty_plan, experts_modules
 from remoe_adapt.routers import survey_routers
@@ -107,12 +117,14 @@ def footprint(
     bits: int | None = None,
     dense_bits: int | None = None,
     *,
+    pack: Path | None = None,
     has_files: bool = False,
     on_codes: bool = True,
 ) -> Footprint:
     """What a checkpoint's model takes.
 
     bits, dense_bits: as `pack_experts` takes them; None: as stored.
+    pack: a folder of `remoe pack` that is there, instead of them.
     has_files: the headers of all its files are there, and tell how codes are stored; else the configuration does.
     on_codes: there are kernels for codes on the CPU, so that the dense part stays in codes where it has them, and
         experts of a quantised checkpoint become blocks; else the dense part is floats, and they stay as stored.
@@ -125,7 +137,10 @@ def footprint(
         modules = experts_modules(skeleton)
         check_experts(modules)
         plan = empty_plan(checkpoint.folder, skeleton)
-        if bits is not None:
+        manifest = {} if pack is None else read_manifest(pack)
+        if pack is not None:
+            experts = _packed(plan, manifest["layers"], pack)
+        elif bits is not None:
             experts = _quantised(plan, KINDS[bits])
         elif isinstance(checkpoint, GgufModel) or (has_files and isinstance(checkpoint, QuantisedCheckpoint)):
             experts = _coded(checkpoint.plan(skeleton), on_codes)
@@ -133,27 +148,33 @@ def footprint(
             experts = _described(plan, checkpoint, on_codes)
         else:
             experts = _floats(plan)
-        encoded = checkpoint.encoded(skeleton) if dense_bits is None else {}
+        entries: Mapping[str, dict[str, Any]] | None = manifest.get("dense") or None
         packed_bytes = 0
-        if dense_bits is not None:
+        if pack is not None and entries is not None:
+            packed_bytes = (pack / DENSE).stat().st_size
+        elif dense_bits is not None:
             part = DensePart(skeleton, plan, {}, KINDS.get(dense_bits))
-            shapes = part.tensors().values()
+            shapes, entries = part.tensors().values(), part.entries()
             packed_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
-            encoded = {
-                name.removesuffix(".weight"): Encoded(KINDS[dense_bits], entry["rows"], entry["cols"])
-                for name, entry in part.entries().items()
-            }
+        encoded = checkpoint.encoded(skeleton) if entries is None else _encoded(entries)
         if on_codes:
             encode_dense(skeleton, encoded)
     dense_bytes = bytes_of_dense(skeleton, modules)
     files = sum(count * size for count, size in zip(plan.num_experts, experts.piece_bytes, strict=True))
-    if bits is None and dense_bits is None:
+    if bits is None and dense_bits is None and pack is None:
         files += dense_bytes
     workspace = max(sum(like.nbytes for like in likes.values()) for likes in plan.likes) if experts.is_coded else 0
     return Footprint(
         bits, dense_bits, plan.layers, plan.num_experts, tuple(experts.slot_bytes), tuple(experts.piece_bytes),
         dense_bytes, workspace, files + packed_bytes, _read_bytes(skeleton, modules), experts.kinds(),
     )  # fmt: skip
+
+
+def _encoded(entries: Mapping[str, dict[str, Any]]) -> dict[str, Encoded]:
+    return {
+        name.removesuffix(".weight"): Encoded(block_type(entry["codec"]), entry["rows"], entry["cols"])
+        for name, entry in entries.items()
+    }
 
 
 class _Experts:
@@ -196,13 +217,22 @@ def _quantised(plan: Plan, kind: BlockType) -> _Experts:
         found.add(
             {part: torch.empty(shape, dtype=dtype, device="meta") for part, (shape, dtype) in parts.items()},
             packed.bytes,
-            _kind_bytes({param: _coded_param(entry) for param, entry in params.items() if entry.bands}),
+            _kind_bytes(packed.coded()),
         )
     return found
 
 
-def _coded_param(param: PackedParam) -> CodedParam:
-    return CodedParam(param.bands, param.cols)
+def _packed(plan: Plan, layers: Sequence[PackedLayer], folder: Path) -> _Experts:
+    """As a pack that is there has them. Raises ConfigError for that of another model."""
+    ours = [(name, count, sorted(likes)) for name, count, likes in zip(plan.layers, plan.num_experts, plan.likes)]
+    if [(layer.name, layer.experts, sorted(layer.params)) for layer in layers] != ours:
+        raise ConfigError(f"{printable(folder)} is a pack of another model than {printable(plan.where)}: give its own.")
+    found = _Experts(is_coded=any(layer.encoded for layer in layers))
+    for layer in layers:
+        places = layer.slot_parts().values()
+        parts = {str(at): torch.empty(shape, dtype=dtype, device="meta") for at, (_, shape, dtype) in enumerate(places)}
+        found.add(parts, layer.bytes, _kind_bytes(layer.coded()))
+    return found
 
 
 def _kind_bytes(coded: Mapping[str, CodedParam]) -> dict[str, int]:

@@ -33,6 +33,7 @@ ROOMS = (
     "family expert_cache",
     "dial training",
     "evaluation engines",
+    "evaluation.planning",
     "engines.gguf",
     "engines.llamacpp",
     "bench.harness",
