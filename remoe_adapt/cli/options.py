@@ -170,7 +170,6 @@ Version = Annotated[bool, typer.Option("--version", help="Show the version and e
 PlannedModel = Annotated[
     str, typer.Argument(help="Folder with a config.json, GGUF file or hub id; weights need not be there.")
 ]
-PlanProfile = Annotated[str, typer.Option("--profile", help="Profile name or YAML file of the device.")]
 PlanTrace = Annotated[
     Path | None, typer.Option("--trace", metavar="FILE.npz", help="Its routing (remoe trace), for hit rates.")
 ]

@@ -23,7 +23,7 @@ def _csv_rows(result: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 @command(app, "plan", _csv_rows)
 def plan(
-    model: opt.PlannedModel, profile: opt.PlanProfile = "server", storage: opt.Storage = None,
+    model: opt.PlannedModel, profile: opt.Profile = None, storage: opt.Storage = None,
     family: opt.FamilyPath = None, trace: opt.PlanTrace = None, config: opt.PlanConfig = None,
     storage_mib: opt.StorageMib = None, ram_mib: opt.RamMib = None, memory: opt.PlanMemory = None,
     share: opt.PlanShare = None, csv: opt.Csv = None, as_json: opt.Json = False,

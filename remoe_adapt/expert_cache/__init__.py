@@ -19,7 +19,7 @@ from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
 from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader
 from remoe_adapt.expert_cache.encoding import Encoding, Floats, register
 from remoe_adapt.expert_cache.experts import arithmetic_of, cached_layer, expert_cache_of
-from remoe_adapt.expert_cache.footprint import Footprint, Parameters, footprint, parameters_of
+from remoe_adapt.expert_cache.footprint import Footprint, Footprints, Parameters, parameters_of
 from remoe_adapt.expert_cache.load import OWN_PLACEMENT, load_with_expert_cache, pack_experts
 from remoe_adapt.expert_cache.memory import map_pages
 from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class Footprint:
 
 
 def parameters_of(checkpoint: Checkpoint) -> Parameters:
-    """Counts the parameters of a checkpoint's model. Raises as `footprint`."""
+    """Counts the parameters of a checkpoint's model. Raises as `Footprints`."""
     with LOADING:
         skeleton = checkpoint.skeleton()
     modules = experts_modules(skeleton)
@@ -112,62 +112,99 @@ def parameters_of(checkpoint: Checkpoint) -> Parameters:
     )  # fmt: skip
 
 
+class Footprints:
+    """What a checkpoint's model takes, in any format; what formats share is counted once.
+
+    has_files: the headers of all its files are there, and tell how codes are stored; else the configuration does.
+    on_codes: there are kernels for codes on the CPU, so that the dense part stays in codes where it has them, and
+        experts of a quantised checkpoint become blocks; else the dense part is floats, and they stay as stored.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, has_files: bool = False, on_codes: bool = True) -> None:
+        self._checkpoint, self._has_files, self._on_codes = checkpoint, has_files, on_codes
+        with LOADING:
+            self._skeleton = checkpoint.skeleton()
+        check_experts(experts_modules(self._skeleton))
+        self._plan = empty_plan(checkpoint.folder, self._skeleton)
+        self._dense: dict[int | None, _Dense] = {}
+
+    def of(self, bits: int | None = None, dense_bits: int | None = None) -> Footprint:
+        """As stored, or as `pack_experts` makes it of these bits.
+
+        Raises UncacheableError for models whose experts cannot be cached, ConfigError and ExpertReadError for files
+        that are not this model's.
+        """
+        experts = self._stored() if bits is None else _quantised(self._plan, KINDS[bits])
+        if dense_bits is not None and bits is None:
+            experts.pack()
+        if dense_bits not in self._dense:
+            self._dense[dense_bits] = self._dense_part(dense_bits)
+        dense = self._dense[dense_bits]
+        in_files = dense.nbytes if bits is None and dense_bits is None else dense.packed_bytes
+        return self._footprint(bits, dense_bits, experts, dense, in_files)
+
+    def of_pack(self, folder: Path) -> Footprint:
+        """A pack that is there. Raises ConfigError for one of another model."""
+        manifest = read_manifest(folder)
+        experts, entries = _packed(self._plan, manifest["layers"], folder), manifest["dense"]
+        dense = self._dense_part(None, entries or None)
+        in_files = (folder / DENSE).stat().st_size if (folder / DENSE).is_file() else 0
+        return self._footprint(None, None, experts, dense, in_files)
+
+    def _footprint(
+        self, bits: int | None, dense_bits: int | None, experts: _Experts, dense: _Dense, in_files: int
+    ) -> Footprint:
+        plan = self._plan
+        pieces = sum(count * size for count, size in zip(plan.num_experts, experts.piece_bytes, strict=True))
+        workspace = max(sum(like.nbytes for like in likes.values()) for likes in plan.likes) if experts.is_coded else 0
+        return Footprint(
+            bits, dense_bits, plan.layers, plan.num_experts, tuple(experts.slot_bytes), tuple(experts.piece_bytes),
+            dense.nbytes, workspace, pieces + in_files, dense.read_bytes, experts.kinds(),
+        )  # fmt: skip
+
+    def _stored(self) -> _Experts:
+        checkpoint = self._checkpoint
+        if isinstance(checkpoint, GgufModel) or (self._has_files and isinstance(checkpoint, QuantisedCheckpoint)):
+            return _coded(checkpoint.plan(self._skeleton), self._on_codes)
+        if isinstance(checkpoint, QuantisedCheckpoint):
+            return _described(self._plan, checkpoint, self._on_codes)
+        return _floats(self._plan)
+
+    def _dense_part(self, dense_bits: int | None, entries: Mapping[str, dict[str, Any]] | None = None) -> _Dense:
+        """entries: of a pack, instead of bits."""
+        with LOADING:
+            # One of its own, since modules of it are encoded.
+            skeleton = self._checkpoint.skeleton()
+            modules = experts_modules(skeleton)
+            packed_bytes = 0
+            if dense_bits is not None:
+                part = DensePart(skeleton, self._plan, {}, KINDS.get(dense_bits))
+                shapes, entries = part.tensors().values(), part.entries()
+                packed_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
+            encoded = self._checkpoint.encoded(skeleton) if entries is None else _encoded(entries)
+            if self._on_codes:
+                encode_dense(skeleton, encoded)
+        return _Dense(bytes_of_dense(skeleton, modules), packed_bytes, _read_bytes(skeleton, modules))
+
+
 def footprint(
     checkpoint: Checkpoint,
     bits: int | None = None,
     dense_bits: int | None = None,
     *,
-    pack: Path | None = None,
     has_files: bool = False,
     on_codes: bool = True,
 ) -> Footprint:
-    """What a checkpoint's model takes.
+    """What a checkpoint's model takes in one format; see `Footprints`."""
+    return Footprints(checkpoint, has_files=has_files, on_codes=on_codes).of(bits, dense_bits)
 
-    bits, dense_bits: as `pack_experts` takes them; None: as stored.
-    pack: a folder of `remoe pack` that is there, instead of them.
-    has_files: the headers of all its files are there, and tell how codes are stored; else the configuration does.
-    on_codes: there are kernels for codes on the CPU, so that the dense part stays in codes where it has them, and
-        experts of a quantised checkpoint become blocks; else the dense part is floats, and they stay as stored.
 
-    Raises UncacheableError for models whose experts cannot be cached, ConfigError and ExpertReadError for files that
-    are not this model's.
-    """
-    with LOADING:
-        skeleton = checkpoint.skeleton()
-        modules = experts_modules(skeleton)
-        check_experts(modules)
-        plan = empty_plan(checkpoint.folder, skeleton)
-        manifest = {} if pack is None else read_manifest(pack)
-        if pack is not None:
-            experts = _packed(plan, manifest["layers"], pack)
-        elif bits is not None:
-            experts = _quantised(plan, KINDS[bits])
-        elif isinstance(checkpoint, GgufModel) or (has_files and isinstance(checkpoint, QuantisedCheckpoint)):
-            experts = _coded(checkpoint.plan(skeleton), on_codes)
-        elif isinstance(checkpoint, QuantisedCheckpoint):
-            experts = _described(plan, checkpoint, on_codes)
-        else:
-            experts = _floats(plan)
-        entries: Mapping[str, dict[str, Any]] | None = manifest.get("dense") or None
-        packed_bytes = 0
-        if pack is not None and entries is not None:
-            packed_bytes = (pack / DENSE).stat().st_size
-        elif dense_bits is not None:
-            part = DensePart(skeleton, plan, {}, KINDS.get(dense_bits))
-            shapes, entries = part.tensors().values(), part.entries()
-            packed_bytes = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
-        encoded = checkpoint.encoded(skeleton) if entries is None else _encoded(entries)
-        if on_codes:
-            encode_dense(skeleton, encoded)
-    dense_bytes = bytes_of_dense(skeleton, modules)
-    files = sum(count * size for count, size in zip(plan.num_experts, experts.piece_bytes, strict=True))
-    if bits is None and dense_bits is None and pack is None:
-        files += dense_bytes
-    workspace = max(sum(like.nbytes for like in likes.values()) for likes in plan.likes) if experts.is_coded else 0
-    return Footprint(
-        bits, dense_bits, plan.layers, plan.num_experts, tuple(experts.slot_bytes), tuple(experts.piece_bytes),
-        dense_bytes, workspace, files + packed_bytes, _read_bytes(skeleton, modules), experts.kinds(),
-    )  # fmt: skip
+class _Dense(NamedTuple):
+    """Bytes of a dense part in memory, in a pack's file, and of what a token multiplies with by kind."""
+
+    nbytes: int
+    packed_bytes: int
+    read_bytes: dict[str, int]
 
 
 def _encoded(entries: Mapping[str, dict[str, Any]]) -> dict[str, Encoded]:
@@ -185,14 +222,21 @@ class _Experts:
         self.piece_bytes: list[int] = []
         self.is_coded = is_coded
         self._kinds: Counter[str] = Counter()
+        self._parts: list[Mapping[str, Tensor]] = []
 
     def add(self, parts: Mapping[str, Tensor], piece_bytes: int | None = None, kinds: Mapping[str, int] = {}) -> None:
         """A layer: the parts of a slot on the meta device, what is read (None: the same), and bytes by kind (empty: all
         of the parts' own type)."""
         size = sum(part.nbytes for part in parts.values())
+        self._parts.append(parts)
         self.slot_bytes.append(size)
         self.piece_bytes.append(size if piece_bytes is None else piece_bytes)
         self._kinds.update(kinds or {_name(next(iter(parts.values())).dtype): size})
+
+    def pack(self) -> None:
+        """From here on they lie in a pack, in pieces of whole blocks."""
+        layers = [{name: (tuple(part.shape), part.dtype) for name, part in parts.items()} for parts in self._parts]
+        self.piece_bytes = [PackedLayer.of("", 1, parts, {}).bytes for parts in layers]
 
     def kinds(self) -> dict[str, float]:
         whole = sum(self._kinds.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,37 +24,50 @@ def names_of(each: Footprint) -> str:
     """What a format is called: "as stored", or by the bits of experts and dense part."""
     if each.bits is None and each.dense_bits is None:
         return "as stored"
-    dense = "as stored" if each.dense_bits is None else f"{each.dense_bits} bits"
-    return f"{each.bits} bits, dense part {dense}"
+    experts, dense = ("as stored" if bits is None else f"{bits} bits" for bits in (each.bits, each.dense_bits))
+    return f"{experts}, dense part {dense}"
 
 
-def commands(source: Source, options: PlanOptions, each: Footprint, row: dict[str, Any]) -> dict[str, Any]:
+def commands(
+    source: Source, options: PlanOptions, each: Footprint, row: Mapping[str, Any], budget_bytes: int
+) -> dict[str, Any]:
     """`commands`: lines of a shell, in order; `python`: the same as a call. Of the row that is recommended, with the
-    recency prior where experts come from storage."""
-    lines, loading = [], [repr(source.name), f"profile={_profile(options)!r}"]
-    run = ["remoe", "run", source.name, "--profile", _profile(options)]
-    out: Path | str | None = options.storage if row["format"].startswith("pack ") else None
-    if each.bits is not None:
-        out = f"{Path(source.name).stem if source.is_gguf else Path(source.name).name}-q{each.bits}"
-        pack = ["remoe", "pack", source.name, out, "--bits", str(each.bits)]
-        lines.append(shlex.join(pack + ([] if each.dense_bits is None else ["--dense-bits", str(each.dense_bits)])))
-    if out is not None:
-        run += ["--storage", str(out)]
-        loading.append(f"storage={str(out)!r}")
+    recency prior where experts come from storage.
+
+    budget_bytes: of its slots.
+    """
+    lines = []
+    settings: dict[str, Any] = {} if options.profile_name is None else {"profile": options.profile_name}
+    if row["format"].startswith("pack "):
+        settings["storage"] = str(options.storage)
+    elif each.bits is not None or each.dense_bits is not None:
+        bits = {"--bits": each.bits, "--dense-bits": each.dense_bits}
+        stem = Path(source.name).stem if source.is_gguf else Path(source.name).name
+        settings["storage"] = out = f"{stem}-q{each.bits or each.dense_bits}"
+        chosen = [word for name, value in bits.items() if value is not None for word in (name, str(value))]
+        lines.append(shlex.join(["remoe", "pack", source.name, out, *chosen]))
+    if (budget := _budget(options, row, budget_bytes, whole=not settings.get("storage"))) is not None:
+        settings["expert_cache"] = budget
     if row["share"] < 1.0:
-        run += ["--recency", "resident", "--recency-gain", f"{_GAIN:g}"]
-        loading.append(f'recency="resident", recency_gain={_GAIN:g}')
+        settings |= {"recency": "resident", "recency_gain": _GAIN}
     if options.family is not None:
-        run += ["--family", options.family]
-        loading.append(f"family={options.family!r}")
+        settings["family"] = options.family
     # A GGUF brings no tokenizer that transformers reads, which `remoe run` needs.
     if not source.is_gguf:
-        lines.append(shlex.join([*run, "--prompt", "Once upon a time"]))
-    return {"commands": lines, "python": f"get_remoe_model({', '.join(loading)})"}
+        words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        lines.append(shlex.join(["remoe", "run", source.name, *words, "--prompt", "Once upon a time"]))
+    given = "".join(f", {name}={value!r}" for name, value in settings.items())
+    return {"commands": lines, "python": f"get_remoe_model({source.name!r}{given})"}
 
 
-def _profile(options: PlanOptions) -> str:
-    return options.profile_name or options.profile.name
+def _budget(options: PlanOptions, row: Mapping[str, Any], budget_bytes: int, *, whole: bool) -> str | float | None:
+    """What `expert_cache=` must say; None: what the profile makes of it is what was planned."""
+    profile = options.profile
+    if row["share"] == 1.0:
+        return None if whole and profile.expert_cache.share == 1.0 and profile.memory.budget_bytes is None else 1.0
+    if options.memory is None and options.share is None and profile.memory.budget_bytes is not None:
+        return None
+    return f"{budget_bytes >> 20}MiB"
 
 
 def unknowns(

@@ -26,10 +26,10 @@ from remoe_adapt.evaluation.planning.sources import Source, open_source
 from remoe_adapt.expert_cache import (
     KV_CACHE_PART,
     Footprint,
+    Footprints,
     Parameters,
     bytes_for_slots,
     domains_of,
-    footprint,
     least_budget,
     parameters_of,
 )
@@ -37,7 +37,9 @@ from remoe_adapt.expert_cache.encodings import ggml
 from remoe_adapt.pressure import Sensors, os_sensors
 
 # What `remoe pack` can make, as (bits, dense_bits).
-PACKS = ((8, None), (8, 8), (4, None), (4, 8), (4, 4))
+PACKS = ((None, 8), (None, 4), (8, None), (8, 8), (4, None), (4, 8), (4, 4))
+# A pack is worth its time where experts or dense part become smaller than this part of what they are.
+_SMALLER = 0.95
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def plan_model(options: PlanOptions) -> dict[str, Any]:
         "hit_rates": {"source": hits.source, "prior": GAIN_SOURCE},
         "formats": [_format(name, each, fits[name], source, memory_bytes) for name, each in footprints.items()],
         "rows": rows,
-        "advice": None if best is None else {**commands(source, options, footprints[best["format"]], best), "row": best},
+        "advice": None if best is None else {**commands(source, options, footprints[best["format"]], best, fits[best["format"]].budget_bytes), "row": best},
         "unknown": unknowns(source, options, storage, compute, hits, parameters),
     }
 
@@ -177,15 +179,19 @@ def _memory(options: PlanOptions) -> tuple[int, str]:
 
 def _footprints(source: Source, storage: Path | None) -> dict[str, Footprint]:
     """Formats by name, the stored one first; packs only where they take less memory than it."""
-    common: dict[str, Any] = {"has_files": source.has_files, "on_codes": ggml() is not None}
-    stored = footprint(source.checkpoint, **common)
+    counted = Footprints(source.checkpoint, has_files=source.has_files, on_codes=ggml() is not None)
+    stored = counted.of()
     found = {names_of(stored): stored}
     if storage is not None:
-        found[f"pack {storage.name}"] = footprint(source.checkpoint, pack=storage, **common)
+        found[f"pack {storage.name}"] = counted.of_pack(storage)
         return found
     for bits, dense_bits in PACKS:
-        made = footprint(source.checkpoint, bits, dense_bits, **common)
-        if made.total_bytes < 0.95 * stored.total_bytes:
+        # Experts of floats stay so in a pack only where somebody wants no other.
+        if bits is None and not stored.workspace_bytes:
+            continue
+        made = counted.of(bits, dense_bits)
+        experts, dense = made.total_bytes / stored.total_bytes, made.dense_bytes / stored.dense_bytes
+        if experts <= 1.0 and dense <= 1.0 and min(experts, dense) < _SMALLER:
             found[names_of(made)] = made
     return found
 
