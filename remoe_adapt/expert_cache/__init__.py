@@ -16,7 +16,7 @@ from remoe_adapt.expert_cache.checkpoint import (
     find_checkpoint,
 )
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
-from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader
+from remoe_adapt.expert_cache.direct_io import BLOCK, CHUNK, ExtentReader
 from remoe_adapt.expert_cache.encoding import Encoding, Floats, register
 from remoe_adapt.expert_cache.experts import arithmetic_of, cached_layer, expert_cache_of
 from remoe_adapt.expert_cache.footprint import Footprint, Footprints, Parameters, parameters_of

@@ -62,14 +62,14 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """A model in one format; what an `ExpertSource` says of its experts is here too (layers, num_experts, expert_bytes).
+    """A model in one format; layers, num_experts and expert_bytes as an `ExpertSource` has them.
 
     bits, dense_bits: of `remoe pack`; None: as stored.
     expert_bytes: of a slot, by layer. piece_bytes: what is read for one expert, by layer.
     dense_bytes: in memory. workspace_bytes: of an expert that is dequantised on use.
     stored_bytes: of the checkpoint's files as they are, or of the pack with its dense part if that is in it.
     read_bytes: of the dense part that a token multiplies with, by kind ("bfloat16", "q8_0" ...). expert_kinds: of the
-        experts' matrices, each with its part of their bytes.
+        experts' matrices, each with its part of their bytes. matrices: [outputs, inputs] of those of one expert.
     """
 
     bits: int | None
@@ -83,6 +83,7 @@ class Footprint:
     stored_bytes: int
     read_bytes: Mapping[str, int]
     expert_kinds: Mapping[str, float]
+    matrices: tuple[tuple[int, int], ...]
 
     @property
     def total_bytes(self) -> int:
@@ -160,6 +161,7 @@ class Footprints:
         return Footprint(
             bits, dense_bits, plan.layers, plan.num_experts, tuple(experts.slot_bytes), tuple(experts.piece_bytes),
             dense.nbytes, workspace, pieces + in_files, dense.read_bytes, experts.kinds(),
+            _matrices(plan),
         )  # fmt: skip
 
     def _stored(self) -> _Experts:
@@ -212,6 +214,11 @@ def _encoded(entries: Mapping[str, dict[str, Any]]) -> dict[str, Encoded]:
         name.removesuffix(".weight"): Encoded(block_type(entry["codec"]), entry["rows"], entry["cols"])
         for name, entry in entries.items()
     }
+
+
+def _matrices(plan: Plan) -> tuple[tuple[int, int], ...]:
+    shapes = [like.shape for like in plan.likes[0].values() if like.ndim == 2]
+    return tuple((cols, rows) if plan.transposed[0] else (rows, cols) for rows, cols in shapes)
 
 
 class _Experts:
@@ -268,7 +275,8 @@ def _quantised(plan: Plan, kind: BlockType) -> _Experts:
 
 def _packed(plan: Plan, layers: Sequence[PackedLayer], folder: Path) -> _Experts:
     """As a pack that is there has them. Raises ConfigError for that of another model."""
-    ours = [(name, count, sorted(likes)) for name, count, likes in zip(plan.layers, plan.num_experts, plan.likes)]
+    modules = zip(plan.layers, plan.num_experts, plan.likes, strict=True)
+    ours = [(name, count, sorted(likes)) for name, count, likes in modules]
     if [(layer.name, layer.experts, sorted(layer.params)) for layer in layers] != ours:
         raise ConfigError(f"{printable(folder)} is a pack of another model than {printable(plan.where)}: give its own.")
     found = _Experts(is_coded=any(layer.encoded for layer in layers))
@@ -294,9 +302,7 @@ def _coded(plan: Plan | None, on_codes: bool) -> _Experts:
     for likes, groups, coded in zip(plan.likes, plan.groups, coded_layers(plan), strict=True):
         sources = [source for group in groups for source in group.sources]
         # A row of a tensor with one for each expert, or a tensor of its own.
-        read = sum(
-            source.extents[0].size // (source.extents[0].shape[0] if source.packed else 1) for source in sources
-        )
+        read = sum(source.extents[0].size // (source.extents[0].shape[0] if source.packed else 1) for source in sources)
         parts: dict[str, Tensor] = {}
         for group in groups:
             in_blocks = on_codes and group.params[0] in coded

@@ -82,8 +82,8 @@ def unknowns(
     found = []
     if hits.source == BASE_SOURCE:
         found.append(
-            "How this model routes: hit rates are those of another model. Record a trace where it runs (remoe trace) and "
-            "give --trace."
+            "How this model routes: hit rates are those of another model. Record a trace where it runs (remoe trace), "
+            "and give --trace."
         )
     found.append(
         "How it routes under the recency prior, and what that costs it in quality: both are from the shipped model."

@@ -11,7 +11,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,12 @@ from torch.nn import functional as F
 
 from remoe_adapt.checkpoints import Extent
 from remoe_adapt.errors import ExpertReadError, RemoeError
-from remoe_adapt.evaluation.record import Decoder
+from remoe_adapt.evaluation import Decoder
 from remoe_adapt.expert_cache import BLOCK, READ_THREADS, ExtentReader, load_with_expert_cache
 from remoe_adapt.expert_cache.encodings import block_type, dequantise, ggml
 from remoe_adapt.libraries import tiny_moe
 
-# Matrices as large as those of an expert, and so many that no cache of a processor holds them.
-_MATRIX_BYTES, _SET_BYTES, _COLS = 2 << 20, 96 << 20, 1024
+_SET_BYTES, _MOST_COPIES = 96 << 20, 256
 _PRODUCTS_S, _READS_S = 0.15, 0.6
 _STEPS, _WARM_STEPS, _LAYERS = 24, 6, 4
 # Enough that a device's own cache does not hold it.
@@ -120,60 +119,73 @@ def _timed(file: Path, read_bytes: int, source: str) -> Storage:
     return Storage(done / took_s, source if reader.direct_io else f"{source}, through the page cache")
 
 
-def measured_compute(kinds: Iterable[str], top_k: int, ram_mib_per_s: float | None = None) -> Compute:
+def measured_compute(
+    kinds: Iterable[str], shapes: Sequence[tuple[int, int]], top_k: int, ram_mib_per_s: float | None = None
+) -> Compute:
     """Times products with each kind of weights, and the layers of a tiny model, on this machine, with torch's threads.
 
+    shapes: [outputs, inputs] of an expert's matrices: products with short rows take longer.
     top_k: experts of a token, each of which costs calls.
     ram_mib_per_s: instead of the rates of products.
     """
     if ram_mib_per_s is None:
-        rates, source = {kind: _rate(kind) for kind in kinds}, "measured on this machine"
+        rates, source = {kind: _rate(kind, shapes) for kind in kinds}, "measured on this machine"
     else:
         rates, source = dict.fromkeys(kinds, ram_mib_per_s * (1 << 20)), "given"
     layer_s, cached_layer_s = _layers_s(top_k)
     return Compute(rates, layer_s, cached_layer_s, torch.get_num_threads(), source)
 
 
-def _rate(kind: str) -> float:
+def _rate(kind: str, shapes: Sequence[tuple[int, int]]) -> float:
     """Bytes per second of products of one token with matrices of this kind."""
-    product, nbytes = _floats(kind) if hasattr(torch, kind) else _blocks(kind)
+    found = [_timed_product(kind, rows, cols) for rows, cols in shapes]
+    return sum(nbytes for nbytes, _ in found) / sum(took_s for _, took_s in found)
+
+
+def _timed_product(kind: str, rows: int, cols: int) -> tuple[int, float]:
+    """(bytes of a matrix, seconds of a product with it)."""
+    product, nbytes = _floats(kind, rows, cols) if hasattr(torch, kind) else _blocks(kind, rows, cols)
     product(0)
     times_s, begin = list[float](), time.perf_counter()
     while (before := time.perf_counter()) - begin < _PRODUCTS_S:
         product(len(times_s) + 1)
         times_s.append(time.perf_counter() - before)
     # The median, because others use the machine too.
-    return nbytes / median(times_s)
+    return nbytes, median(times_s)
 
 
-def _floats(kind: str) -> tuple[Callable[[int], Any], int]:
+def _floats(kind: str, rows: int, cols: int) -> tuple[Callable[[int], Any], int]:
     dtype: torch.dtype = getattr(torch, kind)
-    rows = _MATRIX_BYTES // dtype.itemsize // _COLS
-    matrices = [torch.ones(rows, _COLS, dtype=dtype) for _ in range(_SET_BYTES // _MATRIX_BYTES)]
-    x_TK = torch.ones(1, _COLS, dtype=dtype)
+    nbytes = rows * cols * dtype.itemsize
+    matrices = [torch.ones(rows, cols, dtype=dtype) for _ in range(_copies(nbytes))]
+    x_TK = torch.ones(1, cols, dtype=dtype)
 
     def product(number: int) -> Tensor:
         with torch.inference_mode():
             return F.linear(x_TK, matrices[number % len(matrices)])
 
-    return product, _MATRIX_BYTES
+    return product, nbytes
 
 
-def _blocks(kind: str) -> tuple[Callable[[int], Any], int]:
+def _copies(nbytes: int) -> int:
+    """So many matrices that no cache of a processor holds them."""
+    return max(2, min(_MOST_COPIES, _SET_BYTES // nbytes))
+
+
+def _blocks(kind: str, rows: int, cols: int) -> tuple[Callable[[int], Any], int]:
     """By the kernels that the cache would use, else by dequantising."""
     blocks, kernels = block_type(kind), ggml()
-    row_bytes = blocks.row_bytes(_COLS)
-    rows = _MATRIX_BYTES // row_bytes
+    row_bytes = blocks.row_bytes(cols)
     # Bytes of 0x3C are no tiny scales in any type of block, with which processors compute slowly.
-    matrices = [torch.full((rows, row_bytes), 0x3C, dtype=torch.uint8) for _ in range(_SET_BYTES // _MATRIX_BYTES)]
-    x_TK = torch.ones(1, _COLS)
+    matrices = [torch.full((rows, row_bytes), 0x3C, dtype=torch.uint8) for _ in range(_copies(rows * row_bytes))]
+    x_TK = torch.ones(1, cols)
 
     def product(number: int) -> Tensor:
         matrix_NB = matrices[number % len(matrices)]
         with torch.inference_mode():
             if kernels is not None and blocks in kernels.types:
                 return kernels.matmul(x_TK, matrix_NB, blocks, rows)
-            return F.linear(x_TK, dequantise(matrix_NB, blocks, _COLS))
+            return F.linear(x_TK, dequantise(matrix_NB, blocks, cols))
 
     return product, rows * row_bytes
 

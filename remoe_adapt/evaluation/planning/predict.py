@@ -24,7 +24,9 @@ from remoe_adapt.evaluation.planning.machine import (
 )
 from remoe_adapt.evaluation.planning.sources import Source, open_source
 from remoe_adapt.expert_cache import (
+    CHUNK,
     KV_CACHE_PART,
+    READ_THREADS,
     Footprint,
     Footprints,
     Parameters,
@@ -40,13 +42,16 @@ from remoe_adapt.pressure import Sensors, os_sensors
 PACKS = ((None, 8), (None, 4), (8, None), (8, 8), (4, None), (4, 8), (4, 4))
 # A pack is worth its time where experts or dense part become smaller than this part of what they are.
 _SMALLER = 0.95
+# KV cache of a short text, activations, and buffers of libraries: a process grew by 6 to 10 MB.
+_PROCESS_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """What to plan for; None: as described at the command line.
 
-    profile: the device's; profile_name: as commands are to name it, where it is a file. storage: a pack that is there. storage_mib, ram_mib: MiB/s. memory: instead of the profile's.
+    profile: the device's; profile_name: as commands are to name it, where it is a file.
+    storage: a pack that is there. storage_mib, ram_mib: MiB/s. memory: instead of the profile's.
     share: of the experts in the cache, instead of the profile's. hub: options of from_pretrained for the hub.
     """
 
@@ -99,7 +104,8 @@ def plan_model(options: PlanOptions) -> dict[str, Any]:
     hits = known_rates(options.trace, options.family, [fit.share for fit in fits.values() if fit.share])
     storage = _storage(options, source, footprints)
     kinds = {kind for each in footprints.values() for kind in (*each.read_bytes, *each.expert_kinds)}
-    compute = measured_compute(sorted(kinds), max(parameters.chosen_L, default=1), options.ram_mib)
+    shapes = next(iter(footprints.values())).matrices
+    compute = measured_compute(sorted(kinds), shapes, max(parameters.chosen_L, default=1), options.ram_mib)
     rows = [
         row
         for name, each in footprints.items()
@@ -139,7 +145,12 @@ def plan_model(options: PlanOptions) -> dict[str, Any]:
         "hit_rates": {"source": hits.source, "prior": GAIN_SOURCE},
         "formats": [_format(name, each, fits[name], source, memory_bytes) for name, each in footprints.items()],
         "rows": rows,
-        "advice": None if best is None else {**commands(source, options, footprints[best["format"]], best, fits[best["format"]].budget_bytes), "row": best},
+        "advice": None
+        if best is None
+        else {
+            **commands(source, options, footprints[best["format"]], best, fits[best["format"]].budget_bytes),
+            "row": best,
+        },
         "unknown": unknowns(source, options, storage, compute, hits, parameters),
     }
 
@@ -200,15 +211,19 @@ def _fit(each: Footprint, memory_bytes: int, wanted_share: float, scope: str) ->
     """Divides memory as `load_with_expert_cache(memory=)` does."""
     total = each.total_bytes
     fixed = each.dense_bytes + each.workspace_bytes
+    # Beside what the budget is divided by: a process that reads and computes grows by this too.
+    beside = _PROCESS_BYTES + READ_THREADS * min(CHUNK, max(each.piece_bytes))
     try:
         left = bytes_for_slots(memory_bytes, fixed)
     except ConfigError as error:
-        return Fit(0.0, 0, fixed, False, str(error))
+        return Fit(0.0, 0, fixed + beside, False, str(error))
     least = least_budget(_Sizes(each), domains_of(_Sizes(each), scope))
     if left < least:
-        return Fit(0.0, 0, fixed + least, False, f"slots need {size_text(least)} at least, {size_text(left)} are left")
+        return Fit(
+            0.0, 0, fixed + beside + least, False, f"slots need {size_text(least)} at least, {size_text(left)} are left"
+        )
     budget = max(least, min(int(wanted_share * total), left))
-    return Fit(budget / total, budget, fixed + budget, left >= total)
+    return Fit(budget / total, budget, fixed + beside + budget, left >= total)
 
 
 class _Sizes:
@@ -271,7 +286,7 @@ def _rows(
             "compute_ms": compute_ms,
             "read_ms": read_ms,
             "tpot_ms": None if read_ms is None else compute_ms + read_ms,
-            "memory_bytes": each.dense_bytes + in_slots + (0 if floats else each.workspace_bytes),
+            "memory_bytes": fit.memory_bytes - fit.budget_bytes + in_slots,
         }
 
     found = [row("all in RAM", 1.0, 1.0)] if fit.whole else []

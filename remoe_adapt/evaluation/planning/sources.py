@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,10 +85,9 @@ def _metadata(model: str, hub: dict[str, Any]) -> Path:
     """The folder of the hub's cache with configuration and index of a model."""
     try:
         config = hf_hub_download(model, _CONFIG, **hub)
-        try:
+        # A model of one file has none.
+        with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):
             hf_hub_download(model, _INDEX, **hub)
-        except (EntryNotFoundError, LocalEntryNotFoundError):  # a model of one file has none
-            pass
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"the configuration of {printable(model)!r} cannot be had ({first_line(error)}): go online, or give a "
@@ -120,7 +120,7 @@ def _of_folder(name: str, folder: Path, place: Path) -> Source:
 
 
 def _files(folder: Path) -> tuple[list[Path], int | None]:
-    """The safetensors files that a folder has or should have, and their bytes as the index says; without an index None."""
+    """The safetensors files that a folder has or should have, and their bytes as its index says, or None."""
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE], None
     if not (folder / _INDEX).is_file():
