@@ -31,6 +31,7 @@ DECODE_SETTINGS = (
     "tokens", "quality_tokens", "dtype", "direct_io", "prefetch", "pack", "read_mib_per_s",
     "raw_bandwidth_bytes_per_s", "limit_ms", "memory_limit_bytes",
 )  # fmt: skip
+PLAN_SETTINGS = ("tokens", "threads", "dtype", "read_mib_per_s", "load_average")
 SCALE_FIGURES = (
     "layers", "experts", "expert_bytes", "threads", "direct_io", "arithmetic", "file_bytes", "header_bytes", "open_s",
     "load_s", "dense_bytes", "budget_bytes", "anon_growth_bytes", "maps", "max_map_count", "tpot_ms", "hit_rate",
@@ -118,6 +119,27 @@ def decode(settings: Settings = None) -> None:
     arms = result["arms"].items()
     keep("decode_cpu.csv", ({"arm": name, **picked(row, DECODE_FIGURES), **common} for name, row in arms))
     keep("decode_cpu_bars.csv", ({**picked(row, bar), **common} for row in result["bars"]))
+    print(json.dumps(result))
+
+
+@app.command()
+def reuse(settings: Settings = None) -> None:
+    """Hit rates by share of the cache and gain of the resident prior, which `remoe plan` starts from: reuse_cpu.csv."""
+    from remoe_adapt.bench.reuse import ReuseOptions, run_reuse
+
+    rows = run_reuse(options(ReuseOptions, settings, data=texts()))
+    keep("reuse_cpu.csv", rows)
+    print(json.dumps(rows))
+
+
+@app.command()
+def plan(settings: Settings = None) -> None:
+    """`remoe plan` against measurement on the widened shipped model: plan_cpu.csv."""
+    from remoe_adapt.bench.decode.planned import PlannedOptions, run_planned
+
+    with terminated_as_interrupted():
+        result = run_planned(options(PlannedOptions, settings, data=texts()))
+    keep("plan_cpu.csv", ({**row, **picked(result, PLAN_SETTINGS)} for row in result["rows"]))
     print(json.dumps(result))
 
 

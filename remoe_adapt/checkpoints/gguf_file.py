@@ -63,14 +63,15 @@ class GgufFile:
     header's order; `header_digest` stands for every byte before the data.
 
     error: what is raised; ExportError unless a reader of weights says otherwise.
+    header_alone: the file may end anywhere behind its header: its sizes are asked for, and no weights.
 
     Raises `error` when it cannot be read, is no GGUF file, is of another version or byte order, is cut off anywhere
     (also inside its last tensor), or claims what cannot be: keys or tensors twice, tensors that overlap or are of
     unknown types, counts and lengths beyond the file or all reason. Memory: the header, at most MAX_HEADER_BYTES.
     """
 
-    def __init__(self, path: Path, error: type[RemoeError] = ExportError) -> None:
-        self.path, self.error = path, error
+    def __init__(self, path: Path, error: type[RemoeError] = ExportError, *, header_alone: bool = False) -> None:
+        self.path, self.error, self._header_alone = path, error, header_alone
         try:
             with path.open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
@@ -156,16 +157,19 @@ class GgufFile:
             if offset % self.alignment:
                 raise self._damaged(f"tensor {printable(name)} starts at {offset}, no multiple of {self.alignment}")
             sizes.append(self._size_of(name, shape, kind))
-        if infos and data + max(offset for *_, offset in infos) >= self.size:
+        # As long as the header says, where the data is not looked at.
+        whole = max((offset + size for (*_, offset), size in zip(infos, sizes, strict=True)), default=0) + data
+        file_bytes = max(self.size, whole) if self._header_alone else self.size
+        if infos and data + max(offset for *_, offset in infos) >= file_bytes:
             raise self._cut_off("before its last tensor")
         # By place in the file: an overlap can only be with the neighbour.
         order = sorted(range(len(infos)), key=lambda number: infos[number][3])
         spans = [0] * len(infos)
         for number, successor in zip(order, [*order[1:], None], strict=bool(order)):
             name, start = printable(infos[number][0]), data + infos[number][3]
-            end = self.size if successor is None else data + infos[successor][3]
+            end = file_bytes if successor is None else data + infos[successor][3]
             spans[number] = end - start
-            if start + sizes[number] > self.size:
+            if start + sizes[number] > file_bytes:
                 raise self._cut_off(f"inside tensor {name}, which goes on to byte {start + sizes[number]}")
             if successor is not None and start + sizes[number] > end:
                 raise self._damaged(f"tensors {name} and {printable(infos[successor][0])} overlap")

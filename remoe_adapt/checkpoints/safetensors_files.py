@@ -122,20 +122,22 @@ def file_inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def open_checkpoint(folder: Path) -> dict[str, Extent]:
+def open_checkpoint(folder: Path, *, header_alone: bool = False) -> dict[str, Extent]:
     """Every tensor of the checkpoint in `folder`, by its name in the files.
+
+    header_alone: a file may end behind its header: sizes are asked for, and no weights.
 
     Raises ConfigError when there is no safetensors checkpoint, ExpertReadError when a file is missing, truncated, not
     safetensors or elsewhere, or two of them hold one tensor.
     """
-    return tensors_of(checkpoint_files(folder))
+    return tensors_of(checkpoint_files(folder), header_alone=header_alone)
 
 
-def tensors_of(paths: Iterable[Path]) -> dict[str, Extent]:
+def tensors_of(paths: Iterable[Path], *, header_alone: bool = False) -> dict[str, Extent]:
     """Every tensor of these files; raises ExpertReadError as `open_checkpoint`."""
     found: dict[str, Extent] = {}
     for path in paths:
-        for tensor, extent in file_extents(path).items():
+        for tensor, extent in file_extents(path, header_alone=header_alone).items():
             if tensor in found:
                 raise ExpertReadError(
                     f"tensor {printable(tensor)} is in {printable(found[tensor].path)} and in {printable(path)} too: "
@@ -145,7 +147,7 @@ def tensors_of(paths: Iterable[Path]) -> dict[str, Extent]:
     return found
 
 
-def file_extents(path: Path) -> dict[str, Extent]:
+def file_extents(path: Path, *, header_alone: bool = False) -> dict[str, Extent]:
     """Every tensor of one file; raises ExpertReadError as `open_checkpoint`."""
     try:
         found, facts = {}, path.stat()
@@ -176,7 +178,7 @@ def file_extents(path: Path) -> dict[str, Extent]:
     before = None
     for extent in sorted(found.values(), key=lambda extent: (extent.offset, extent.size)):
         end = extent.offset + extent.size
-        if end > facts.st_size:
+        if end > facts.st_size and not header_alone:
             raise ExpertReadError(
                 f"{printable(path)} is truncated: tensor {printable(extent.tensor)} ends at byte {end}, the file at "
                 f"{facts.st_size}. Fetch it again."

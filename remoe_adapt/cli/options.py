@@ -166,6 +166,29 @@ ProfileName = Annotated[str, typer.Argument(help="Profile name, or a YAML file."
 ProfileNames = Annotated[list[str] | None, typer.Argument(help="Names or YAML files; default: all.")]
 Version = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 
+# remoe plan
+PlannedModel = Annotated[
+    str, typer.Argument(help="Folder with a config.json, GGUF file or hub id; weights need not be there.")
+]
+PlanTrace = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE.npz", help="Its routing (remoe trace), for hit rates.")
+]
+PlanConfig = Annotated[
+    str | None, typer.Option("--config", help="Of a GGUF that does not tell its configuration: folder or hub id.")
+]
+StorageMib = Annotated[
+    float | None, typer.Option("--storage-mib", help="MiB/s that experts are read at; default: measured where it lies.")
+]
+RamMib = Annotated[
+    float | None, typer.Option("--ram-mib", help="MiB/s that weights are computed at; default: measured here.")
+]
+PlanMemory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Memory for all of it, instead of the profile's: 6GiB.")
+]
+PlanShare = Annotated[
+    float | None, typer.Option("--share", help="Part of the experts in the cache, instead of the profile's.")
+]
+
 # remoe pack
 PackOut = Annotated[Path, typer.Argument(help="Folder for the packed experts.", metavar="OUT")]
 Bits = Annotated[int | None, typer.Option(help="Quantise the experts: 4 or 8. Default: as they are.")]

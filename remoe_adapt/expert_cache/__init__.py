@@ -5,16 +5,24 @@
 one that is there. Stores, reader and pages are for benchmarks, and for engines that read files themselves.
 """
 
-from remoe_adapt.expert_cache.budget import check_budget, domains_of, least_budget
+from remoe_adapt.expert_cache.budget import KV_CACHE_PART, bytes_for_slots, check_budget, domains_of, least_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS, ExpertCache
-from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, check_arithmetic, find_checkpoint
+from remoe_adapt.expert_cache.checkpoint import (
+    LOADING,
+    Checkpoint,
+    GgufModel,
+    check_arithmetic,
+    described_checkpoint,
+    find_checkpoint,
+)
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
-from remoe_adapt.expert_cache.direct_io import BLOCK, ExtentReader
+from remoe_adapt.expert_cache.direct_io import BLOCK, CHUNK, ExtentReader
 from remoe_adapt.expert_cache.encoding import Encoding, Floats, register
 from remoe_adapt.expert_cache.experts import arithmetic_of, cached_layer, expert_cache_of
+from remoe_adapt.expert_cache.footprint import Footprint, Footprints, Parameters, parameters_of
 from remoe_adapt.expert_cache.load import OWN_PLACEMENT, load_with_expert_cache, pack_experts
 from remoe_adapt.expert_cache.memory import map_pages
-from remoe_adapt.expert_cache.pack import PackedStore
+from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore
 from remoe_adapt.expert_cache.plan import experts_modules
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
 from remoe_adapt.expert_cache.whole import load_whole_or_cached

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
+
+from torch import nn
 
 from remoe_adapt._support import held_back
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.eviction import Policy, make_policy
 from remoe_adapt.expert_cache.types import ExpertSource, Key, Slot, TierSource
+
+# 1 / KV_CACHE_PART of `memory` is left for the KV cache, which grows only once the model runs.
+KV_CACHE_PART = 16
 
 
 class Lease:
@@ -204,6 +210,31 @@ def budget_in_bytes(value: str | int | float, total_bytes: int) -> int:
     if isinstance(value, str):
         return parse_size(value)
     return int(value * total_bytes) if isinstance(value, float) else value
+
+
+def bytes_of_dense(skeleton: nn.Module, experts: Mapping[str, nn.Module]) -> int:
+    """Bytes of all parameters and buffers of a model, on the meta device too, but of its experts modules."""
+    left_out = {id(param) for module in experts.values() for param in module.parameters(recurse=False)}
+    tensors = itertools.chain(skeleton.parameters(), skeleton.buffers())
+    return sum(tensor.nbytes for tensor in tensors if id(tensor) not in left_out)
+
+
+def bytes_for_slots(memory: str | int, dense_bytes: int) -> int:
+    """What `memory` leaves for slots beside the KV cache and the dense part.
+
+    memory: a size, or bytes.
+    dense_bytes: with the weights of an expert, where these are dequantised.
+
+    Raises ConfigError when it leaves nothing.
+    """
+    memory_bytes = budget_in_bytes(memory, 0)
+    left = memory_bytes - memory_bytes // KV_CACHE_PART - dense_bytes
+    if left <= 0:
+        raise ConfigError(
+            f"memory {memory!r}: the dense part alone takes {dense_bytes / (1 << 20):.0f} MiB, and a sixteenth is left "
+            "for the KV cache; give more, or a smaller model."
+        )
+    return left
 
 
 def shares_of(budget_bytes: int, source: ExpertSource, domains: Sequence[Sequence[int]]) -> list[int]:

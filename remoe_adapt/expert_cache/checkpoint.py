@@ -57,6 +57,7 @@ class Checkpoint:
     name: as it was given.
     dtype: of its weights in memory.
     encoding: of its experts.
+    header_alone: its files may end behind their headers: sizes are asked for, and no weights.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Checkpoint:
     dtype: torch.dtype
     trust: Mapping[str, Any]
     encoding: Encoding = FLOATS
+    header_alone: bool = False
     # Whether `load` leaves tensors in mapped files.
     is_mapped: ClassVar[bool] = True
 
@@ -112,7 +114,7 @@ class Checkpoint:
 
     def extents(self) -> Mapping[str, Extent]:
         """Every tensor of its files; raises ExpertReadError for damaged ones."""
-        return open_checkpoint(self.folder)
+        return open_checkpoint(self.folder, header_alone=self.header_alone)
 
     def encoded(self, skeleton: PreTrainedModel) -> dict[str, Encoded]:
         """The modules of the dense part whose weight may stay as it is stored, by name."""
@@ -162,7 +164,7 @@ class QuantisedCheckpoint(CodedCheckpoint):
         return config
 
     def plan(self, skeleton: PreTrainedModel) -> Plan:
-        extents, quantizer = open_checkpoint(self.folder), self.format.quantizer(self.config)
+        extents, quantizer = dict(self.extents()), self.format.quantizer(self.config)
         self.format.check_tensors({name: extent.dtype for name, extent in extents.items()})
         return plan_checkpoint(self.folder, skeleton, extents, quantizer, self.format.blocks)
 
@@ -298,6 +300,33 @@ def find_checkpoint(
     if format is not None:
         return QuantisedCheckpoint(name, folder, config, dtype, trust, format=format)
     return Checkpoint(name, folder, config, dtype, trust, encoding or FLOATS)
+
+
+def described_checkpoint(
+    path: str | os.PathLike[str], config: PretrainedConfig | str | os.PathLike[str] | None = None
+) -> Checkpoint:
+    """The checkpoint of a folder or a GGUF file of which configuration or headers alone need be there.
+
+    path: a folder with a config.json, or a GGUF (of a split one the first part), whole or cut off behind its header.
+    config: of a GGUF, as `GgufCheckpoint` takes it.
+
+    Where neither the configuration nor files name a type of weights, it is bfloat16. Raises as `find_checkpoint`.
+    """
+    if is_gguf(path):
+        file = GgufCheckpoint(path, config, header_alone=True)
+        return GgufModel(
+            os.fspath(path), file.path.parent, file.config, file.dtype, {}, header_alone=True, file=file
+        )  # fmt: skip
+    name, folder = os.fspath(path), Path(path)
+    config = read_config(name)
+    encoding = encoding_of(config)
+    dtype = getattr(config, "dtype", None)
+    dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.bfloat16
+    if encoding is None:
+        format = format_of(name, config)
+        assert format is not None
+        return QuantisedCheckpoint(name, folder, config, dtype, {}, header_alone=True, format=format)
+    return Checkpoint(name, folder, config, dtype, {}, encoding, header_alone=True)
 
 
 def _dtype(dtype: str | torch.dtype | None, config: Any, folder: Path) -> torch.dtype:

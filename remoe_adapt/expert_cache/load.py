@@ -26,7 +26,7 @@ from remoe_adapt.checkpoints import (
     unknown_option,
 )
 from remoe_adapt.errors import ConfigError, ExpertReadError, MergeStateError, RemoeError
-from remoe_adapt.expert_cache.budget import budget_in_bytes, check_budget
+from remoe_adapt.expert_cache.budget import budget_in_bytes, bytes_for_slots, bytes_of_dense, check_budget
 from remoe_adapt.expert_cache.cache import READ_THREADS
 from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, check_arithmetic, find_checkpoint, kernels_for
 from remoe_adapt.expert_cache.checkpoint_store import ExpertStore
@@ -44,8 +44,6 @@ from remoe_adapt.expert_cache.prefetch import bind_prefetch
 from remoe_adapt.expert_cache.types import check_options
 from remoe_adapt.libraries import Handle, become, class_attribute, put_on
 
-# 1 / _KV_CACHE_PART of `memory` is left for the KV cache, which grows only once the model runs.
-_KV_CACHE_PART = 16
 _KNOWN = ("expert_cache", "device", "dtype", *CACHE_OPTIONS)
 # Options of from_pretrained that place, make, quantise or find weights in ways of their own.
 OWN_PLACEMENT = {
@@ -147,7 +145,8 @@ def load_with_expert_cache(
             if memory is not None:
                 # In the places that they will have in the model, so that their bytes are counted.
                 encode_dense(skeleton, encoded)
-                budget_bytes = min(budget_bytes, _bytes_for_slots(memory, skeleton, modules, store))
+                dense_bytes = bytes_of_dense(skeleton, modules) + store.layout.workspace_bytes
+                budget_bytes = min(budget_bytes, bytes_for_slots(memory, dense_bytes))
             cache = make_cache(
                 store,
                 budget_bytes,
@@ -253,26 +252,6 @@ def _store(
         return PackedStore(storage, source, kernels=kernels, direct_io=direct_io, reader=reader)
     finally:
         source.close()
-
-
-def _bytes_for_slots(
-    memory: str | int,
-    skeleton: PreTrainedModel,
-    experts: dict[str, torch.nn.Module],
-    store: ExpertStore | PackedStore,
-) -> int:
-    """What `memory` leaves beside the dense part, the KV cache, and an expert whose weights are dequantised."""
-    left_out = {id(param) for module in experts.values() for param in module.parameters(recurse=False)}
-    tensors = itertools.chain(skeleton.parameters(), skeleton.buffers())
-    dense_bytes = sum(tensor.nbytes for tensor in tensors if id(tensor) not in left_out)
-    memory_bytes, dense_bytes = budget_in_bytes(memory, 0), dense_bytes + store.layout.workspace_bytes
-    left = memory_bytes - memory_bytes // _KV_CACHE_PART - dense_bytes
-    if left <= 0:
-        raise ConfigError(
-            f"memory {memory!r}: the dense part alone takes {dense_bytes / (1 << 20):.0f} MiB, and a sixteenth is left "
-            "for the KV cache; give more, or a smaller model."
-        )
-    return left
 
 
 def _unexpected(cls: type[PreTrainedModel], names: list[str]) -> Handle:

@@ -28,6 +28,33 @@ from remoe_adapt.routers import survey_routers
 _LEAST_ROWS = 32
 
 
+def quantised_params(likes: Mapping[str, torch.Tensor], kind: BlockType, *, turned: bool) -> dict[str, PackedParam]:
+    """How each parameter of an expert is encoded in blocks of `kind`: matrices in one band of rows, the others as they
+    are.
+
+    likes: the parameters, by name. turned: matrices are [inputs, outputs].
+    """
+    found = {}
+    for name, like in likes.items():
+        if like.ndim != 2:
+            found[name] = PackedParam()
+            continue
+        rows, cols = reversed(like.shape) if turned else like.shape
+        found[name] = PackedParam(GGML, rows, cols, (CodedBand(name, kind, rows),), turned)
+    return found
+
+
+def quantised_parts(
+    likes: Mapping[str, torch.Tensor], params: Mapping[str, PackedParam]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each part of an expert that is encoded so."""
+    found = {name: (tuple(like.shape), like.dtype) for name, like in likes.items()}
+    for name, param in params.items():
+        for band in param.bands:
+            found[name] = ((param.rows, band.kind.row_bytes(param.cols)), torch.uint8)
+    return found
+
+
 class FloatExperts:
     """The parameters of the model as the store reads them, bit for bit."""
 
@@ -73,22 +100,11 @@ class QuantisedExperts(FloatExperts):
 
     def parts(self, layer: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """A matrix is one part of blocks."""
-        parts = super().parts(layer)
-        for name, param in self.params(layer).items():
-            if param.codec == GGML:
-                parts[name] = ((param.rows, self.kind.row_bytes(param.cols)), torch.uint8)
-        return parts
+        return quantised_parts(self.store.like(layer), self.params(layer))
 
     def params(self, layer: int) -> dict[str, PackedParam]:
         """One band of rows for each matrix."""
-        found, turned = {}, self.store.plan.transposed[layer]
-        for name, like in self.store.like(layer).items():
-            if like.ndim != 2:
-                found[name] = PackedParam()
-                continue
-            rows, cols = reversed(like.shape) if turned else like.shape
-            found[name] = PackedParam(GGML, rows, cols, (CodedBand(name, self.kind, rows),), turned)
-        return found
+        return quantised_params(self.store.like(layer), self.kind, turned=self.store.plan.transposed[layer])
 
     def fingerprint(self, layer: int) -> str | None:
         """Of the numbers before they were encoded."""
@@ -150,7 +166,7 @@ class DensePart:
     Routers stay as they are, with the gates of shared experts, norms, biases, and whatever is of a class that is
     neither nn.Linear nor nn.Embedding, see `dense_modules`.
 
-    model: with its dense part loaded, on the CPU; its experts have no parameters.
+    model: with its dense part loaded, on the CPU; or on the meta device, for sizes.
     plan: of its experts.
     extents: of all tensors of the checkpoint, by name.
     kind: of the blocks; None: all as it is.
@@ -163,7 +179,12 @@ class DensePart:
         self._entries: dict[str, dict[str, Any]] = {}
         # state_dict lists tied weights under each of their names: the first one counts.
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        self._tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        experts = tuple(f"{name}." for name in plan.layers)
+        self._tensors = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name not in tied and not name.startswith(experts)
+        }
         if kind is None:
             return
         for module, (rows, cols) in dense_modules(model, {*plan.layers, *_routers(model)}).items():

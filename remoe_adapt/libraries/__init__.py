@@ -34,6 +34,7 @@ from remoe_adapt.libraries.patching import (
     replace_module,
 )
 from remoe_adapt.libraries.table import Contract, versions
+from remoe_adapt.libraries.tiny import tiny_moe
 
 
 def contracts() -> tuple[Contract, ...]:

@@ -41,6 +41,16 @@ def tiny_model() -> Any:
         return model_class()(tiny_config()).eval()
 
 
+def tiny_moe(*, layers: int, experts: int, top_k: int) -> Any:
+    """Like `tiny_model`, with other counts: what a layer costs whatever its size is timed on it."""
+    config = tiny_config()
+    config.num_hidden_layers, config.num_experts, config.num_experts_per_tok = layers, experts, top_k
+    config.layer_types = ["full_attention"] * layers
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model_class()(config).eval()
+
+
 def ids() -> torch.Tensor:
     """[1, 4]."""
     return torch.tensor([IDS])

@@ -33,6 +33,7 @@ ROOMS = (
     "family expert_cache",
     "dial training",
     "evaluation engines engines.page",
+    "evaluation.planning",
     "engines.gguf engines.llamacpp.prior",
     "engines.llamacpp",
     "engines.serving",

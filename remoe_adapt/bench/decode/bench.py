@@ -110,7 +110,7 @@ def run_decode(
     if options.dtype not in _DTYPES:
         raise ConfigError(f"dtype {options.dtype!r}: give {' or '.join(_DTYPES)}.")
     model, work = harness.chosen_model(options.model), harness.work_folder(options.work)
-    timed, more = _documents(model, options)
+    timed, more = documents_of(model, options)
     family = harness.checked_family(model, options.family)
     bench = _Bench(options, family, (timed, more), on_start, on_tokens)
     wide_model = harness.wide_copy(
@@ -335,7 +335,7 @@ class _Bench:
         }
 
 
-def _documents(model: str | Path, options: DecodeOptions) -> tuple[list[list[int]], list[list[int]]]:
+def documents_of(model: str | Path, options: DecodeOptions) -> tuple[list[list[int]], list[list[int]]]:
     """Held-out documents of about `tokens` tokens in all, and others of about `quality_tokens`, in an order that is
     random but the same in every run."""
     _, tokenizer = load_with_tokenizer(model, device="cpu")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from remoe_adapt.bench.harness import evict
+from remoe_adapt.bench.harness import PacedReads, evict
 from remoe_adapt.checkpoints import auto_class, load_base
 from remoe_adapt.dial import get_remoe_model
 from remoe_adapt.evaluation import Decoder
@@ -68,7 +68,9 @@ class Cached(Regime):
     """Our expert cache under the dial; an arm is a strength of the family, or a gain of the resident prior."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
-        base = load_with_expert_cache(folder, options["budget"], **options["cache"])
+        pace = options.get("pace_mib_per_s")
+        paced: dict[str, Any] = {} if pace is None else {"reader": PacedReads(pace * (1 << 20))}
+        base = load_with_expert_cache(folder, options["budget"], **options["cache"], **paced)
         cache = expert_cache_of(base)
         assert cache is not None
         dial: dict[str, Any] = {"family": options["family"], "force": True}  # as checked on the model as it is stored

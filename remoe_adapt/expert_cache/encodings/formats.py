@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from remoe_adapt.errors import ExpertReadError, UncacheableError
 from remoe_adapt.expert_cache.encodings import block_scaled, integer_codes
-from remoe_adapt.expert_cache.encodings.blocks import BF16, F16, F32, Q8_0, BlockType
+from remoe_adapt.expert_cache.encodings.blocks import BF16, F16, F32, MXFP4, Q8_0, BlockType
 from remoe_adapt.expert_cache.encodings.quantizers import Storing, register
 
 # The stored tensors of one parameter of one expert, by the ending of their names.
@@ -111,6 +111,24 @@ class Format(abc.ABC):
             matrices.setdefault(stem, {})[part] = tensor[0] if tensor.ndim > 2 and len(tensor) == 1 else tensor
         return [self._band(stem, parts) for stem, parts in matrices.items()]
 
+    @abc.abstractmethod
+    def on_meta(self, rows: int, cols: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The stored tensors of a matrix [rows, cols], as the settings have it: `blocks` takes them, and their bytes
+        are what it takes in the files. For sizes where there are no files.
+
+        dtype: of scales whose type the settings leave open.
+
+        Raises UncacheableError for settings that say too little.
+        """
+
+    def _groups(self, cols: int, size: object) -> int:
+        """How many groups of so many columns a row has; -1 and None: one."""
+        if size in (None, -1):
+            return 1
+        if type(size) is not int or size < 1:
+            raise self.refusal(f"group size {size!r}")
+        return -(-cols // size)
+
     def _split(self, ending: str) -> tuple[str, str]:
         """(the matrix that a stored tensor belongs to, which tensor of it this is)."""
         stem, _, part = ending.rpartition(".")
@@ -138,6 +156,13 @@ class _Mxfp4(Format):
         stem, _, part = ending.rpartition("_")
         return stem, part
 
+    def on_meta(self, rows: int, cols: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        groups = self._groups(cols, MXFP4.values)
+        return {
+            "matrix_blocks": _meta((rows, groups, MXFP4.values // 2), torch.uint8),
+            "matrix_scales": _meta((rows, groups), torch.uint8),
+        }
+
     def _quantised_band(self, stem: str, parts: Pieces) -> Band:
         blocks_NGH, scales_NG = block_scaled.checked_pair(stem, parts, "blocks", "scales")
         return Band(*block_scaled.mxfp4_blocks(stem, blocks_NGH, scales_NG), None)
@@ -153,6 +178,19 @@ class _Fp8(Format):
 
     # The second and third are names that transformers takes for the first.
     _scales = ("weight_scale_inv", "scale", "qscale_weight")
+    # Of a tile, where the settings do not say it.
+    _tile: Any = (128, 128)
+    _scale_dtype = torch.float32
+
+    def on_meta(self, rows: int, cols: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        tile = self.settings.get("weight_block_size", self._tile)
+        if tile is not None and (not isinstance(tile, list | tuple) or len(tile) != 2):
+            raise self.refusal(f"weight_block_size {tile!r}")
+        shape = (1, 1) if tile is None else (self._groups(rows, tile[0]), self._groups(cols, tile[1]))
+        return {
+            "matrix.weight": _meta((rows, cols), torch.float8_e4m3fn),
+            f"matrix.{self._scales[0]}": _meta(shape, self._scale_dtype),
+        }
 
     def check_tensors(self, dtypes: Mapping[str, torch.dtype]) -> None:
         # transformers would take codes without scales for the weights themselves.
@@ -174,6 +212,8 @@ class _Mxfp8(_Fp8):
     """FP8 with a power of two for 32 of a row, under a name of its own."""
 
     method = "mxfp8"
+    _tile = (1, 32)
+    _scale_dtype = torch.uint8
 
 
 class _Integers(Format):
@@ -233,6 +273,15 @@ class _Gptq(_Integers):
         self._is_symmetric = all(entry.get("sym", True) for entry in every)
         self._is_ordered = any(entry.get("desc_act", False) for entry in every)
 
+    def on_meta(self, rows: int, cols: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        bits, groups = self.settings["bits"], self._groups(cols, self.settings.get("group_size", -1))
+        return {
+            "matrix.qweight": _meta((cols * bits // 32, rows), torch.int32),
+            "matrix.qzeros": _meta((groups, rows * bits // 32), torch.int32),
+            "matrix.scales": _meta((groups, rows), torch.float16),
+            "matrix.g_idx": _meta((cols,), torch.int32),
+        }
+
     def _quantised_band(self, stem: str, parts: Pieces) -> Band:
         codes = integer_codes.gptq(
             stem, parts, zero_offset=_zero_offset(self.settings), is_symmetric=self._is_symmetric
@@ -246,6 +295,10 @@ class _Gptq(_Integers):
         if order_K is None and self._is_ordered:
             order_K = torch.arange(codes.cols, device=blocks_NB.device)
         return Band(kind, blocks_NB, order_K)
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _zero_offset(settings: Mapping[str, Any]) -> int:
@@ -273,6 +326,14 @@ class _Awq(_Integers):
         if str(layout).lower() not in ("gemm", "exllama", "ipex"):
             raise self.refusal(f"version {layout!r}")
         self._is_symmetric = self.settings.get("zero_point", True) is False
+
+    def on_meta(self, rows: int, cols: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        groups = self._groups(cols, self.settings.get("group_size", self.settings.get("q_group_size", -1)))
+        return {
+            "matrix.qweight": _meta((cols, rows // 8), torch.int32),
+            "matrix.qzeros": _meta((groups, rows // 8), torch.int32),
+            "matrix.scales": _meta((groups, rows), torch.float16),
+        }
 
     def _quantised_band(self, stem: str, parts: Pieces) -> Band:
         return Band(*integer_codes.awq(stem, parts, is_symmetric=self._is_symmetric).to_blocks())
@@ -314,6 +375,33 @@ class _CompressedTensors(_Integers):
             raise self.refusal(f"sparsity_config {sparsity.get('format')!r}")
         if self.settings.get("transform_config"):
             raise self.refusal("transform_config")
+
+    def on_meta(self, rows: int, cols: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        groups = _config_groups(self.settings) or []
+        # As `_packed` takes it: the group whose targets speak of experts.
+        groups.sort(key=lambda group: not any("experts" in str(target) for target in group.get("targets") or ()))
+        weights, layout = groups[0]["weights"], groups[0].get("format") or self.settings.get("format")
+        strategy, bits = weights["strategy"], weights["num_bits"]
+        if strategy == "block":
+            tile = weights.get("block_structure")
+            if not isinstance(tile, list) or len(tile) != 2:
+                raise self.refusal(f"block_structure {tile!r}")
+            shape = self._groups(rows, tile[0]), self._groups(cols, tile[1])
+        else:
+            size = weights.get("group_size") if strategy == "group" else None
+            shape = (1 if strategy == "tensor" else rows, self._groups(cols, size))
+        scales = _meta(shape, dtype)
+        if layout != "pack-quantized":
+            codes = torch.int8 if layout == "int-quantized" else torch.float8_e4m3fn
+            return {"matrix.weight": _meta((rows, cols), codes), "matrix.weight_scale": scales}
+        found = {
+            "matrix.weight_packed": _meta((rows, -(-cols * bits // 32)), torch.int32),
+            "matrix.weight_scale": scales,
+            "matrix.weight_shape": _meta((2,), torch.int64),
+        }
+        if not weights.get("symmetric", True):
+            found["matrix.weight_zero_point"] = _meta((-(-rows * bits // 32), shape[1]), torch.int32)
+        return found
 
     def _quantised_band(self, stem: str, parts: Pieces) -> Band:
         if "weight_packed" in parts:

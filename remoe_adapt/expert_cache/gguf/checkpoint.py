@@ -35,6 +35,7 @@ class GgufCheckpoint:
     config: a configuration, or the folder or hub id of the model that the file was made from. None: a config.json
         beside the file if it is of this architecture and these sizes, else the file's own entries, where they tell
         enough.
+    header_alone: the files may end behind their headers: sizes are asked for, and no weights.
     options: of from_pretrained, for the hub.
 
     Raises ConfigError when there is no such file, or `config` is not of it; UncacheableError for models that have no
@@ -45,12 +46,14 @@ class GgufCheckpoint:
         self,
         path: str | os.PathLike[str],
         config: PretrainedConfig | str | os.PathLike[str] | None = None,
+        *,
+        header_alone: bool = False,
         **options: Any,
     ) -> None:
         self.path = Path(path)
         if not is_file(self.path):
             raise ConfigError(f"{printable(path)} is no file: give a GGUF model (of a split one, its first part).")
-        self.files, self.tensors = open_gguf(self.path)
+        self.files, self.tensors = open_gguf(self.path, header_alone=header_alone)
         self.architecture = architecture_of(self.files[0])
         self.config = configuration(self.files, self.tensors, config, options)
         # Layers that predict further tokens come last, and no model of transformers has them.

@@ -53,13 +53,15 @@ class Stored:
         return replace(self, extent=extent, shape=(count, self.shape[-1]))
 
 
-def open_gguf(path: Path) -> tuple[list[GgufFile], dict[str, Stored]]:
+def open_gguf(path: Path, *, header_alone: bool = False) -> tuple[list[GgufFile], dict[str, Stored]]:
     """(the files of a GGUF of which `path` is the only or first one, every tensor by its name).
+
+    header_alone: they may end behind their headers.
 
     Raises ConfigError when there is no such file or part, ExpertReadError for damaged files (as `GgufFile`) and parts
     of several models.
     """
-    files = [GgufFile(part, ExpertReadError) for part in shard_paths(path, ConfigError)]
+    files = [GgufFile(part, ExpertReadError, header_alone=header_alone) for part in shard_paths(path, ConfigError)]
     check_parts(files)
     return files, {tensor.name: _stored(tensor) for file in files for tensor in file.tensors}
 

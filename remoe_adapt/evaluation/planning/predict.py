@@ -1,0 +1,328 @@
+"""`plan_model`: what fits, how much of it is hit, and how long a token takes, before anything is downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remoe_adapt._support import size_text
+from remoe_adapt.device_profile import DeviceProfile, parse_size
+from remoe_adapt.errors import ConfigError
+from remoe_adapt.evaluation.planning.advice import commands, names_of, unknowns
+from remoe_adapt.evaluation.planning.hit_rates import GAIN_SOURCE, GAINS, HitRates, known_rates
+from remoe_adapt.evaluation.planning.machine import (
+    Compute,
+    Storage,
+    given_storage,
+    measured_compute,
+    measured_storage,
+)
+from remoe_adapt.evaluation.planning.sources import Source, open_source
+from remoe_adapt.expert_cache import (
+    CHUNK,
+    KV_CACHE_PART,
+    READ_THREADS,
+    Footprint,
+    Footprints,
+    Parameters,
+    bytes_for_slots,
+    domains_of,
+    least_budget,
+    parameters_of,
+)
+from remoe_adapt.expert_cache.encodings import ggml
+from remoe_adapt.pressure import Sensors, os_sensors
+
+# What `remoe pack` can make, as (bits, dense_bits).
+PACKS = ((None, 8), (None, 4), (8, None), (8, 8), (4, None), (4, 8), (4, 4))
+# A pack is worth its time where experts or dense part become smaller than this part of what they are.
+_SMALLER = 0.95
+# KV cache of a short text, activations, and buffers of libraries: a process grew by 6 to 10 MB.
+_PROCESS_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What to plan for; None: as described at the command line.
+
+    profile: the device's; profile_name: as commands are to name it, where it is a file.
+    storage: a pack that is there. storage_mib, ram_mib: MiB/s. memory: instead of the profile's.
+    share: of the experts in the cache, instead of the profile's. hub: options of from_pretrained for the hub.
+    """
+
+    model: str | os.PathLike[str]
+    profile: DeviceProfile
+    profile_name: str | None = None
+    storage: Path | None = None
+    family: str | None = None
+    trace: Path | None = None
+    config: str | None = None
+    storage_mib: float | None = None
+    ram_mib: float | None = None
+    memory: str | int | None = None
+    share: float | None = None
+    hub: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a format lies in memory. share: of the experts in slots; why: it does not fit; whole: all is in memory."""
+
+    share: float
+    budget_bytes: int
+    memory_bytes: int
+    whole: bool
+    why: str | None = None
+
+
+def plan_model(options: PlanOptions) -> dict[str, Any]:
+    """The plan, JSON-ready: `model`, `known_from`, `profile`, `parameters`, `memory`, `machine`, `hit_rates` (where
+    they are from), `formats`, `rows` (one for each format and way to run it), `advice` (`commands`, `python`, and which
+    row they are of; None where nothing fits), `unknown` (what the plan does not know).
+
+    Of a format: `name`, `bits`, `dense_bits`, `dense_bytes`, `experts_bytes`, `stored_bytes`, `fits`, `why`, `share`,
+    `budget_bytes`, `memory_bytes` (dense part, slots, an expert that is dequantised), `kv_bytes`. Of a row: `format`,
+    `way` ("all in RAM", "strength 0", "resident 0.1" ...), `share`, `hit_rate`, `bytes_per_token` (read), `compute_ms`,
+    `read_ms`, `tpot_ms`, `memory_bytes`. Times are None where no rate of storage is known.
+
+    Raises as `open_source` and `known_rates`; ConfigError for options that cannot work.
+    """
+    _check(options)
+    source = open_source(options.model, options.config, **(options.hub or {}))
+    parameters = parameters_of(source.checkpoint)
+    memory_bytes, memory_source = _memory(options)
+    footprints = _footprints(source, options.storage)
+    fits = {
+        name: _fit(each, memory_bytes, _wanted_share(options), options.profile.expert_cache.scope)
+        for name, each in footprints.items()
+    }
+    hits = known_rates(options.trace, options.family, [fit.share for fit in fits.values() if fit.share])
+    storage = _storage(options, source, footprints)
+    kinds = {kind for each in footprints.values() for kind in (*each.read_bytes, *each.expert_kinds)}
+    shapes = next(iter(footprints.values())).matrices
+    compute = measured_compute(sorted(kinds), shapes, max(parameters.chosen_L, default=1), options.ram_mib)
+    rows = [
+        row
+        for name, each in footprints.items()
+        if fits[name].why is None
+        for row in _rows(name, each, fits[name], parameters, hits, storage, compute)
+    ]
+    best = _best(rows)
+    return {
+        "model": os.fspath(options.model),
+        "known_from": source.known_from,
+        "profile": options.profile.name,
+        "parameters": {
+            "total": parameters.total,
+            "active": parameters.active,
+            "experts": parameters.experts,
+            "embedding": parameters.embedding,
+            "layers": parameters.layers,
+            "moe_layers": len(parameters.chosen_L),
+            "num_experts": max(parameters.num_experts_L, default=0),
+            "top_k": max(parameters.chosen_L, default=0),
+        },
+        "memory": {
+            "bytes": memory_bytes,
+            "source": memory_source,
+            "reserve_bytes": options.profile.memory.reserve_bytes,
+            "kv_bytes": memory_bytes // KV_CACHE_PART,
+        },
+        "machine": {
+            "storage_bytes_per_s": storage.bytes_per_s,
+            "storage_source": storage.source,
+            "compute_source": compute.source,
+            "bytes_per_s": dict(compute.kinds),
+            "layer_ms": 1e3 * compute.layer_s,
+            "cached_layer_ms": 1e3 * compute.cached_layer_s,
+            "threads": compute.threads,
+        },
+        "hit_rates": {"source": hits.source, "prior": GAIN_SOURCE},
+        "formats": [_format(name, each, fits[name], source, memory_bytes) for name, each in footprints.items()],
+        "rows": rows,
+        "advice": None
+        if best is None
+        else {
+            **commands(source, options, footprints[best["format"]], best, fits[best["format"]].budget_bytes),
+            "row": best,
+        },
+        "unknown": unknowns(source, options, storage, compute, hits, parameters),
+    }
+
+
+def _check(options: PlanOptions) -> None:
+    for name, value in (("storage-mib", options.storage_mib), ("ram-mib", options.ram_mib)):
+        if value is not None and not 0 < value < 1e9:
+            raise ConfigError(f"{name} {value!r}: give MiB per second, as 2000.")
+    if options.share is not None and not 0 < options.share <= 1:
+        raise ConfigError(f"share {options.share!r}: give a part of the experts, above 0 and at most 1.")
+
+
+def _wanted_share(options: PlanOptions) -> float:
+    return options.profile.expert_cache.share if options.share is None else options.share
+
+
+def _memory(options: PlanOptions) -> tuple[int, str]:
+    """What the model may take in all, and who says so."""
+    if options.memory is not None:
+        memory = parse_size(options.memory) if isinstance(options.memory, str) else options.memory
+        if memory <= 0:
+            raise ConfigError(f"memory {options.memory!r}: give a size, as 6GiB.")
+        return memory, "given"
+    profile = options.profile
+    if profile.memory.budget_bytes is not None:
+        return profile.memory.budget_bytes, f"profile {profile.name}"
+    reading = Sensors(os_sensors()).read()
+    known = [value for name in ("memory.total", "cgroup.limit") if (value := reading.value(name)) is not None]
+    left = int(min(known, default=0.0)) - profile.memory.reserve_bytes
+    if left <= 0:
+        raise ConfigError(
+            f"profile {profile.name} leaves {size_text(profile.memory.reserve_bytes)} free, which this machine does "
+            "not have beside a model: give --memory, as 6GiB, or another profile."
+        )
+    return left, f"this machine's, less the {size_text(profile.memory.reserve_bytes)} that {profile.name} keeps free"
+
+
+def _footprints(source: Source, storage: Path | None) -> dict[str, Footprint]:
+    """Formats by name, the stored one first; packs only where they take less memory than it."""
+    counted = Footprints(source.checkpoint, has_files=source.has_files, on_codes=ggml() is not None)
+    stored = counted.of()
+    found = {names_of(stored): stored}
+    if storage is not None:
+        found[f"pack {storage.name}"] = counted.of_pack(storage)
+        return found
+    for bits, dense_bits in PACKS:
+        # Experts of floats stay so in a pack only where somebody wants no other.
+        if bits is None and not stored.workspace_bytes:
+            continue
+        made = counted.of(bits, dense_bits)
+        experts, dense = made.total_bytes / stored.total_bytes, made.dense_bytes / stored.dense_bytes
+        if experts <= 1.0 and dense <= 1.0 and min(experts, dense) < _SMALLER:
+            found[names_of(made)] = made
+    return found
+
+
+def _fit(each: Footprint, memory_bytes: int, wanted_share: float, scope: str) -> Fit:
+    """Divides memory as `load_with_expert_cache(memory=)` does."""
+    total = each.total_bytes
+    fixed = each.dense_bytes + each.workspace_bytes
+    # Beside what the budget is divided by: a process that reads and computes grows by this too.
+    beside = _PROCESS_BYTES + READ_THREADS * min(CHUNK, max(each.piece_bytes))
+    try:
+        left = bytes_for_slots(memory_bytes, fixed)
+    except ConfigError as error:
+        return Fit(0.0, 0, fixed + beside, False, str(error))
+    least = least_budget(_Sizes(each), domains_of(_Sizes(each), scope))
+    if left < least:
+        return Fit(
+            0.0, 0, fixed + beside + least, False, f"slots need {size_text(least)} at least, {size_text(left)} are left"
+        )
+    budget = max(least, min(int(wanted_share * total), left))
+    return Fit(budget / total, budget, fixed + beside + budget, left >= total)
+
+
+class _Sizes:
+    """A footprint as the budget's code takes a source of experts: sizes, and nothing to read."""
+
+    def __init__(self, each: Footprint) -> None:
+        self.layers, self.num_experts, self.expert_bytes = each.layers, each.num_experts, each.expert_bytes
+
+    def read(self, layer: int, expert: int) -> Any:
+        raise AssertionError("a footprint holds no experts")
+
+    def give_back(self) -> None:
+        return None
+
+
+def _storage(options: PlanOptions, source: Source, footprints: Mapping[str, Footprint]) -> Storage:
+    if options.storage_mib is not None:
+        return given_storage(options.storage_mib)
+    pieces = [max(each.piece_bytes, default=0) for each in footprints.values()]
+    place, file = source.folder, source.reads_from
+    if options.storage is not None:
+        files = sorted(options.storage.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        place, file = options.storage, files[-1] if files else None
+    return measured_storage(file if file is None or file.is_file() else None, place, max(pieces))
+
+
+def _rows(
+    name: str,
+    each: Footprint,
+    fit: Fit,
+    parameters: Parameters,
+    hits: HitRates,
+    storage: Storage,
+    compute: Compute,
+) -> list[dict[str, Any]]:
+    chosen = zip(each.expert_bytes, parameters.chosen_L, strict=True)
+    expert_bytes = sum(size * top_k for size, top_k in chosen)
+    by_kind = dict(each.read_bytes)
+    for kind, part in each.expert_kinds.items():
+        by_kind[kind] = by_kind.get(kind, 0) + int(part * expert_bytes)
+    products_s = compute.seconds(by_kind)
+    floats = all(hasattr(torch, kind) for kind in each.expert_kinds)
+    read = sum(size * top_k for size, top_k in zip(each.piece_bytes, parameters.chosen_L, strict=True))
+
+    def row(way: str, share: float, hit_rate: float, gain: float = 0.0, strength: float = 0.0) -> dict[str, Any]:
+        layer_s = compute.layer_s if way == "all in RAM" and floats else compute.cached_layer_s
+        missing = (1 - hit_rate) * read
+        compute_ms = 1e3 * (products_s + parameters.layers * layer_s)
+        read_ms = None if storage.bytes_per_s is None else 1e3 * missing / storage.bytes_per_s
+        read_ms = 0.0 if not missing else read_ms
+        in_slots = each.total_bytes if share == 1.0 else fit.budget_bytes
+        return {
+            "format": name,
+            "way": way,
+            "gain": gain,
+            "strength": strength,
+            "share": share,
+            "hit_rate": hit_rate,
+            "bytes_per_token": missing,
+            "compute_ms": compute_ms,
+            "read_ms": read_ms,
+            "tpot_ms": None if read_ms is None else compute_ms + read_ms,
+            "memory_bytes": fit.memory_bytes - fit.budget_bytes + in_slots,
+        }
+
+    found = [row("all in RAM", 1.0, 1.0)] if fit.whole else []
+    if fit.share >= 1.0:
+        return found
+    found.append(row("strength 0", fit.share, hits.rate(fit.share)))
+    found += [row(f"resident {gain:g}", fit.share, hits.rate(fit.share, gain), gain=gain) for gain in GAINS]
+    for strength in sorted(hits.strengths):
+        rate = hits.at_strength(strength, fit.share)
+        found.append(row(f"strength {strength:g}", fit.share, rate, strength=strength))
+    return found
+
+
+def _format(name: str, each: Footprint, fit: Fit, source: Source, memory_bytes: int) -> dict[str, Any]:
+    is_stored = each.bits is None and each.dense_bits is None and not name.startswith("pack ")
+    return {
+        "name": name,
+        "bits": each.bits,
+        "dense_bits": each.dense_bits,
+        "dense_bytes": each.dense_bytes,
+        "experts_bytes": each.total_bytes,
+        "expert_bytes": max(each.expert_bytes),
+        "stored_bytes": source.stored_bytes if is_stored and source.stored_bytes else each.stored_bytes,
+        "fits": fit.why is None,
+        "kv_bytes": memory_bytes // KV_CACHE_PART,
+        **asdict(fit),
+    }
+
+
+def _best(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row that is recommended: of those that cost no quality beyond the format's, the fastest; more bits where they
+    are hardly slower. Without times, the largest share."""
+    plain = [row for row in rows if not row["gain"] and not row["strength"]]
+    timed = [row for row in plain if row["tpot_ms"] is not None]
+    if not timed:
+        return max(plain, key=lambda row: row["share"], default=None)
+    fastest = min(row["tpot_ms"] for row in timed)
+    # Formats come from the most bits to the fewest.
+    return next(row for row in timed if row["tpot_ms"] <= 1.1 * fastest)
