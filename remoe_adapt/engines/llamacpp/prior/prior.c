@@ -455,6 +455,8 @@ int rp_weights(rp *p, int layer, int cap, const void **data, size_t *bytes_per_e
     return s->n_ranges;
 }
 
+int rp_experts(rp *p, int layer) { return layer >= 0 && layer < RP_LAYERS ? p->layers[layer].E : 0; }
+
 static void look(rp *p, int layer, layer_state *s) {
     uint32_t every = p->c->look_every ? p->c->look_every : 1;
     if (s->looked_at != UINT64_MAX && p->graphs - s->looked_at < every) return;

@@ -113,6 +113,7 @@ void rp_on_chosen(rp *, void (*chosen)(void *user, int layer, int rows, int k, c
 int rp_mincore_layer(rp *, int layer, int pages);   /* refresh residency; number of system calls, -1 unknown layer */
 /* Where the experts of a layer lie: up to `cap` tensors; their number. */
 int rp_weights(rp *, int layer, int cap, const void **data, size_t *bytes_per_expert, int *experts);
+int rp_experts(rp *, int layer);                    /* of a layer that was seen; else 0 */
 int rp_get(rp *, int layer, int seq, float *out, int n);
 void rp_renorm(rp *, bool);                         /* divide the chosen weights by their sum */
 void rp_record(rp *, int32_t *buf, size_t cap);     /* ids as used: layer, row count, k, ids...; NULL stops */
