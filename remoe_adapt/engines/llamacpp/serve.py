@@ -12,9 +12,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class GgufServing:
     context_tokens: of all slots together; None: the engine's default.
     parallel: slots; threads: None: the engine's default.
     llama_server: a program of the user's instead of the wheel's server; arguments: more of its options.
+    engine: more attributes of the wheel's parameters (its CommonParams), by name.
     interval_s: between two samples of pressure, None: the profile's.
     log: gains of every sequence are appended here, a JSON object a line.
     """
@@ -62,6 +63,7 @@ class GgufServing:
     threads: int | None = None
     llama_server: Path | None = None
     arguments: tuple[str, ...] = ()
+    engine: Mapping[str, Any] = field(default_factory=dict)
     interval_s: float | None = None
     log: Path | None = None
 
@@ -204,6 +206,7 @@ class ServedGguf:
             given |= {} if repack else {"no_extra_bufts": True}
             # A prompt that was computed at another strength would be gone on with.
             given |= {"cache_prompt": False, "cache_ram_mib": 0} if loras else {}
+            given |= options.engine
             settings = {
                 "model": str(self.model), "host": options.host, "port": self.port, "threads": options.threads,
                 "api_keys": [options.api_key] if options.api_key else [], "loras": [[path, 0.0] for path in loras],

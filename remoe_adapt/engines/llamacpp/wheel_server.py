@@ -1,8 +1,8 @@
 """The llama.cpp server inside the xllamacpp wheel, as a program: `remoe serve MODEL.gguf` runs it in a child process.
 
 Run by its path, with settings as one line of JSON on standard input: model (path), host, port, api_keys, loras ([path,
-scale] each), threads (None: the engine's default) and options (other attributes of CommonParams). Prints its port as
-JSON, serves, and ends with its standard input, so that no server outlives whoever started it.
+scale] each), threads (None: the engine's default) and options (other attributes of CommonParams). Serves, and ends with
+its standard input, so that no server outlives whoever started it.
 
 Nothing of remoe is imported, so that a server has no more memory than it needs.
 """
@@ -10,7 +10,6 @@ Nothing of remoe is imported, so that a server has no more memory than it needs.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -37,11 +36,9 @@ def serve(settings: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    settings = json.loads(sys.stdin.readline())
-    server = serve(settings)
-    line = json.dumps({"port": int(server.listening_address.rpartition(":")[2])})
-    os.write(1, line.encode() + b"\n")
+    server = serve(json.loads(sys.stdin.readline()))
     sys.stdin.read()
+    del server
 
 
 if __name__ == "__main__":
