@@ -78,6 +78,11 @@ def is_gguf(model: str) -> bool:
     return path.suffix == ".gguf"
 
 
+def preload_library() -> Path:
+    """What to have in LD_PRELOAD, compiled at first use. Raises MissingDependencyError without a C compiler."""
+    return compiled("preload.c", libraries=("-fvisibility=hidden", "-ldl", "-lm", "-lpthread"))
+
+
 class ServedGguf:
     """A model that is being served; use `with`. `events` runs the controller meanwhile, and has to be iterated.
 
@@ -122,10 +127,9 @@ class ServedGguf:
             environment: dict[str, str] = {}
             control = folder / "control"
             if options.recency is not None:
-                library = compiled("preload.c", libraries=("-fvisibility=hidden", "-ldl", "-lm", "-lpthread"))
                 self._control = ending.enter_context(PriorControl.create(control))
                 # What the server is warmed up with is no text of anybody's, so the gain may wait for the controller.
-                preloaded = [str(library), *filter(None, [os.environ.get("LD_PRELOAD")])]
+                preloaded = [str(preload_library()), *filter(None, [os.environ.get("LD_PRELOAD")])]
                 environment |= {"LD_PRELOAD": ":".join(preloaded), ENVIRONMENT: str(control)}
             loras = [] if options.family is None else self._loras(options.family, folder)
             command, told, more = self._command(loras)

@@ -132,6 +132,7 @@ class SupervisedServer:
                 status = process.wait()
                 if self._ended.is_set():
                     return
+                _close(process)
                 pause_s = _FIRST_PAUSE_S if time.monotonic() - began > _STEADY_S else pause_s
                 self._events.append({"event": "died", "reason": self._reason(status), "again_in_s": pause_s})
             if self._ended.wait(pause_s):
@@ -163,9 +164,7 @@ class SupervisedServer:
         process = self._process
         if process is None:
             return
-        if process.stdin is not None:
-            with suppress(OSError):
-                process.stdin.close()
+        _close(process)
         if process.poll() is None:
             process.terminate()
             try:
@@ -173,6 +172,12 @@ class SupervisedServer:
             except subprocess.TimeoutExpired:
                 process.kill()
         process.wait()
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        with suppress(OSError):
+            process.stdin.close()
 
 
 def free_port(host: str) -> int:
