@@ -8,7 +8,7 @@ import warnings
 
 # In the order in which the help lists the commands.
 # isort: off
-from remoe_adapt.cli import run, trace, train, export, profiles, bench, watch
+from remoe_adapt.cli import run, trace, train, export, profiles, bench, watch, serve
 
 # isort: on
 from remoe_adapt.cli.app import app

@@ -219,6 +219,18 @@ KeepPoint = Annotated[bool, typer.Option("--keep", help="At the end, leave the s
 ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="The server's --api-key.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
+# remoe serve
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one that this machine has.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")]
+ServeKey = Annotated[str | None, typer.Option("--api-key", envvar="REMOE_API_KEY", help="Key that requests must bear.")]
+Alias = Annotated[list[str] | None, typer.Option("--alias", help="Another id of the model in requests; repeat.")]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(metavar="FILE.jinja", help="How chats become prompts, instead of the tokenizer's own.")
+]
+ServeBody = Annotated[str, typer.Option("--max-body", metavar="SIZE", help="Longest request taken.")]
+MaxWaiting = Annotated[int, typer.Option(min=0, help="Requests that may wait; one is answered at a time.")]
+Drain = Annotated[float, typer.Option(min=0, help="Seconds that the last answer has when the server ends.")]
+
 
 def budget(text: str) -> str | float:
     """A share of the experts, or a size with its unit."""
@@ -239,3 +251,16 @@ def numbers(text: str) -> list[float]:
         return [float(word) for word in words(text) or [text]]
     except ValueError as error:
         raise ConfigError(f"{text!r} is not a list of numbers: write them as 0.25,0.5,1.0") from error
+
+
+def size_bytes(text: str, option: str) -> int:
+    """What a size option says. Raises ConfigError for one that is none, or 0."""
+    from remoe_adapt.device_profile import parse_size
+
+    try:
+        found = parse_size(text)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from error
+    if not found:
+        raise ConfigError(f"{option} {text}: no request would be taken; give a size above 0, as 64MiB.")
+    return found

@@ -28,6 +28,7 @@ EXCLUDES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     # A certificate compares a point with its base.
     "eval": {"certified": ("against",)},
     "run": {"pressure": ("strength",)},
+    "serve": {"pressure": ("strength",)},
     "export gguf": {"undo": ("strength", "base", "force")},
     "bench decode": {"quick": ("tokens", "quality_tokens")},
     "bench controller": {"quick": ("tokens", "cycles", "squeezes", "take_mib")},
@@ -36,6 +37,7 @@ EXCLUDES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 HINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "eval": {"force": ("family",)},
     "run": {"seed": ("temperature",), "force": ("family", "profile")},
+    "serve": {"force": ("family", "profile")},
     "trace": {"seed": ("temperature",)},
 }
 

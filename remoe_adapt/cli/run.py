@@ -58,7 +58,7 @@ def run(
     from remoe_adapt.evaluation import generate_text
 
     quiet_libraries()
-    base = _base_for(model, profile, expert_cache, storage, arithmetic, device, dtype)
+    base = base_for(model, profile, expert_cache, storage, arithmetic, device, dtype)
     dialled = get_remoe_model(
         base, profile=profile, family=family, recency=recency, recency_gain=recency_gain, recency_decay=recency_decay,
         force=force,
@@ -97,7 +97,7 @@ def run(
     return result, shown
 
 
-def _base_for(
+def base_for(
     model: str,
     profile: str | None,
     expert_cache: str | None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli.app import app, lines
-from remoe_adapt.cli.options import CommandLines
+from remoe_adapt.cli.options import CommandLines, size_bytes
 from remoe_adapt.errors import ConfigError
 
 _PROXY_HOLD_S = 30.0
@@ -45,7 +45,7 @@ def watch(
         raise ConfigError("--max-body is for --proxy, which takes the requests: give both or none.")
     options = WatchOptions(
         interval_s=interval, pid=pid, proxy=None if proxy is None else _listening(proxy), hold_s=hold,
-        max_body_bytes=None if max_body is None else _max_body(max_body), reuse_prompts=reuse_prompts,
+        max_body_bytes=None if max_body is None else size_bytes(max_body, "--max-body"), reuse_prompts=reuse_prompts,
         dry_run=dry_run, keep=keep, api_key=api_key, live=live, base=base,
     )  # fmt: skip
     watching = Watch(server, family, profile_of(profile), options)
@@ -53,21 +53,9 @@ def watch(
         event = watching.once()
         yield event, _text(event)
         return
-    with _until_signalled(watching.stop):
+    with until_signalled(watching.stop):
         for event in watching.events():
             yield event, _text(event)
-
-
-def _max_body(text: str) -> int:
-    from remoe_adapt.device_profile import parse_size
-
-    try:
-        size_bytes = parse_size(text)
-    except ConfigError as error:
-        raise ConfigError(f"--max-body: {error}") from error
-    if not size_bytes:
-        raise ConfigError(f"--max-body {text}: no request would be taken; give a size above 0, as 64MiB.")
-    return size_bytes
 
 
 def _listening(text: str) -> tuple[str, int]:
@@ -82,7 +70,7 @@ def _listening(text: str) -> tuple[str, int]:
 
 
 @contextmanager
-def _until_signalled(stop: Any) -> Iterator[None]:
+def until_signalled(stop: Any) -> Iterator[None]:
     # An exception could come in the middle of a request to the server; a stop is looked at between two samples.
     before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

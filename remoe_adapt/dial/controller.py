@@ -10,8 +10,8 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 from peft import PeftModel
@@ -140,6 +140,26 @@ class Controller:
         """
         strength = unit("strength", strength)
         self._staging.post(Target(strength, None, f"strength {strength:g} was set by hand"))
+
+    @contextmanager
+    def hold(self, strength: float, reason: str = "") -> Iterator[None]:
+        """Every forward that begins within the block is at this strength, whoever asks for another one; what sensors
+        or hands asked for last counts after it.
+
+        reason: in words, for the status. Raises ConfigError for anything but a number in [0, 1]; DialError after
+        `close`, and while another block is open.
+        """
+        strength = unit("strength", strength)
+        self._staging.hold(Target(strength, None, reason or f"strength {strength:g} is held"))
+        try:
+            yield
+        finally:
+            wanted = self._staging.let_go()
+            if wanted is not None and wanted.by == SENSORS:
+                # What they say now, and not what they said when the block began.
+                self.set_pressure(None)
+            elif wanted is not None:
+                self._staging.post(wanted)
 
     def pause(self) -> AbstractContextManager[object]:
         """Sample no more: strength and cache budget stay where they are, until `resume`, or until the end of a

@@ -51,6 +51,8 @@ class Staging:
         self.steps = StepLock(self)
         self.state = State.IDLE
         self.asked = Target(0.0, None, "", SENSORS)
+        # While somebody holds the strength: what it was asked for before, then what is asked meanwhile.
+        self._set_aside: Target | None = None
         # Counts posts, so that a staging which a later post has overtaken knows it.
         self._posts = self.swaps = 0
         self._staged: tuple[Staged, Target] | None = None
@@ -90,13 +92,36 @@ class Staging:
         """A swap is posted."""
         return self._staged is not None
 
-    def post(self, target: Target, *, unpin: bool = False) -> None:
+    def hold(self, target: Target) -> None:
+        """Post a target, which stays until `let_go`: whatever others post meanwhile is set aside, the latest wins.
+
+        Raises DialError while another hold is open, and as `post`; nothing is held then.
+        """
+        with self.steps.lock:
+            self.check_open()
+            if self._set_aside is not None:
+                raise DialError("the strength is held already: one hold at a time, so end the other one first.")
+            self._set_aside = self.asked
+        try:
+            self.post(target, of_hold=True)
+        except BaseException:
+            self._set_aside = None
+            raise
+
+    def let_go(self) -> Target | None:
+        """End of a hold: what was set aside, to be posted by the caller. None: the dial was closed meanwhile."""
+        with self.steps.lock:
+            wanted, self._set_aside = self._set_aside, None
+            return None if self.closed else wanted
+
+    def post(self, target: Target, *, unpin: bool = False, of_hold: bool = False) -> None:
         """Stage a target, in the calling thread; what cannot be staged changes nothing.
 
         target: one by hand pins the dial, and is live at once where no forward is announced. One by the sensors is
             dropped while a hand holds the dial or the dial is closed, and waits for a boundary: the monitor's thread
             cannot know of a plain forward.
         unpin: the hand lets go: this target of the sensors counts as one by hand otherwise.
+        of_hold: `hold` posts it; any other one waits for `let_go` while the strength is held.
 
         Raises ConfigError for a strength outside [0, 1], DialError after `close`, and as `ResidentRouters.stage`.
         """
@@ -112,6 +137,9 @@ class Staging:
                 if gives_way and (self.pinned or self.closed):
                     return
                 self.check_open()
+                if self._set_aside is not None and not of_hold:
+                    self._set_aside = target
+                    return
                 before, self.asked = self.asked, target
                 # A later post makes an earlier one that is still being staged void.
                 self._posts += 1

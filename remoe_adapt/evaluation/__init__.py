@@ -15,10 +15,11 @@ from remoe_adapt.evaluation.evaluate import (
     score,
     task_manager,
 )
-from remoe_adapt.evaluation.generation import generate_text
+from remoe_adapt.evaluation.generation import generate_text, room_for_reads
 from remoe_adapt.evaluation.record import (
     MAX_WINDOW,
     Decoder,
+    inference,
     make_trace,
     prompts_from,
     record_decode,

@@ -38,7 +38,7 @@ from remoe_adapt.libraries.table import Contract, versions
 
 def contracts() -> tuple[Contract, ...]:
     """All rows of the table, in its order."""
-    from remoe_adapt.libraries import of_generation, of_models, of_peft, of_quantizers, of_training
+    from remoe_adapt.libraries import of_generation, of_models, of_peft, of_quantizers, of_serving, of_training
     from remoe_adapt.libraries.table import CONTRACTS
 
     return tuple(CONTRACTS)
