@@ -134,7 +134,7 @@ def test_a_server_that_was_killed_comes_back_at_its_gain(model: Path, server: Se
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     events: list[dict[str, Any]] = []
-    until(lambda: bool(events.extend(server._server.events()) or events and events[-1]["event"] == "started"))
+    until(lambda: bool(events.extend(server._server.events()) or (events and events[-1]["event"] == "started")))
     assert "SIGKILL" in events[0]["reason"] and events[-1]["pid"] == server.pid != pid
     one = asked(server.port, prompt)
     assert checked(one, server, own) == [(0, pytest.approx(0.6))]

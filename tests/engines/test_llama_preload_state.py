@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 pytest.importorskip("xllamacpp", reason="llama.cpp in this process (extra: llamacpp)")
 pytest.importorskip("gguf", reason="GGUF files (extra: export)")
 from gguf_writer import small_model, write_gguf
-from preloaded_child import FIRST, SCRIPTS, SECOND, SHIFT, THIRD, memory, shift
+from preloaded_child import FIRST, SECOND, SHIFT, THIRD, memory, shift
 
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel
 from remoe_adapt.engines.llamacpp.prior.control import ENVIRONMENT, PreloadStatus, PriorControl
@@ -61,7 +61,9 @@ def plain(model: Path, text: Callable[[LlamaModel], None], gain: float = GAIN) -
 
 
 @pytest.mark.parametrize("name", ["cut", "copied", "restored", "reopened"])
-def test_a_sequence_goes_on_from_what_is_left_of_it(model: Path, followed: tuple[Found, PreloadStatus], name: str) -> None:
+def test_a_sequence_goes_on_from_what_is_left_of_it(
+    model: Path, followed: tuple[Found, PreloadStatus], name: str
+) -> None:
     found = followed[0][name]
     np.testing.assert_allclose(found, plain(model, lambda own: own.decode(FIRST)), atol=2e-5)
     assert np.abs(found - plain(model, lambda own: own.decode(FIRST), gain=0.0)).max() > 1e-2

@@ -57,7 +57,7 @@ def check_preloadable(program: Path) -> None:
     found = _read(program)
     if not found.is_program:
         raise ConfigError(
-            f"{printable(program)} is linked statically, so nothing can come between it and llama.cpp: use a build with "
+            f"{printable(program)} is linked statically, so nothing comes between it and llama.cpp: use a build with "
             "shared libraries (-DBUILD_SHARED_LIBS=ON, as the official Linux archives)."
         )
     missing = frozenset[str]().union(*(each.missing for each in _with_libraries(program, found)))
@@ -117,7 +117,7 @@ def _parse(file: BinaryIO, folder: Path) -> _Elf:
     entries = list(struct.iter_unpack("<QQ", _piece(file, dynamic[2], dynamic[5] // 16 * 16)))[:_MOST_ENTRIES]
     values = dict(entries)
     # The table of names is known by its address in memory.
-    at, size = values[_DT_STRTAB] if _DT_STRTAB in values else 0, values.get(_DT_STRSZ, 0)
+    at, size = values.get(_DT_STRTAB, 0), values.get(_DT_STRSZ, 0)
     offset = next((s[2] + at - s[3] for s in segments if s[0] == 1 and s[3] <= at < s[3] + s[5]), None)
     names = _piece(file, at if offset is None else offset, size)
     runpath = [_text(names, value) for tag, value in entries if tag in (_DT_RPATH, _DT_RUNPATH)]

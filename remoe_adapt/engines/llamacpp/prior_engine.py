@@ -43,10 +43,9 @@ class PriorEngine(OutsideEngine):
         self._live: float | None = None
         self._check_s = -1.0
 
-    @property
-    def gain(self) -> float | tuple[float, ...]:
-        """What the strength wanted now means."""
-        return self._at(self.target).gain
+    def gain_at(self, strength: float) -> float | tuple[float, ...]:
+        """What a strength means."""
+        return self._at(strength).gain
 
     def sync(self) -> bool:
         """Meet the server (again) where it is another one, and command the gain of the strength wanted.

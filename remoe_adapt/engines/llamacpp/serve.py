@@ -13,12 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from remoe_adapt._support import check_extra, printable
+from remoe_adapt.checkpoints import is_gguf
 from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.engines.gguf import export_gguf_lora
 from remoe_adapt.engines.llamacpp.client import Address, call
@@ -68,16 +69,6 @@ class GgufServing:
     log: Path | None = None
 
 
-def is_gguf(model: str) -> bool:
-    """Whether the model is a GGUF file, by its name or by its first bytes."""
-    path = Path(model)
-    with suppress(OSError, ValueError):
-        if path.is_file():
-            with path.open("rb") as file:
-                return file.read(4) == b"GGUF"
-    return path.suffix == ".gguf"
-
-
 def preload_library() -> Path:
     """What to have in LD_PRELOAD, compiled at first use. Raises MissingDependencyError without a C compiler."""
     return compiled("preload.c", libraries=("-fvisibility=hidden", "-ldl", "-lm", "-lpthread"))
@@ -94,8 +85,8 @@ class ServedGguf:
 
     def __init__(self, model: str | os.PathLike[str], profile: DeviceProfile, options: GgufServing) -> None:
         self.model, self.options = Path(model).resolve(), options
-        if not self.model.is_file():
-            raise ConfigError(f"{printable(model)} is no file: give a GGUF model, of a split one its first part.")
+        if not self.model.is_file() or not is_gguf(self.model):
+            raise ConfigError(f"{printable(model)} is no GGUF file: give a model, of a split one its first part.")
         if options.recency is None and options.family is None:
             raise ConfigError("nothing to turn: give --recency with --gain, or --family.")
         if options.llama_server is not None:

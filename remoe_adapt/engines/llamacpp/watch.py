@@ -263,7 +263,12 @@ class Watch:
             "posts": self.engine.swaps,
             "swap_ms": self.engine.status()["swap_ms"],
             "requests": dict(self.proxy.counts) if self.proxy else None,
-        } | ({} if self.prior is None else {"mode": self.prior.recency.mode, "gain": self.prior.gain})
+            **self._of_prior(self.engine.target),
+        }
+
+    def _of_prior(self, strength: float) -> dict[str, Any]:
+        prior = self.prior
+        return {} if prior is None else {"mode": prior.recency.mode, "gain": prior.gain_at(strength)}
 
     def _tick(self) -> dict[str, Any]:
         decision = self.governor.tick(None, self.engine.target)
@@ -271,7 +276,8 @@ class Watch:
             decision = replace(decision, changed=False, strength=self.engine.target)
         else:
             turn(self.engine, decision)
-        return {"event": "strength", **{k: v for k, v in decision.as_dict().items() if k not in _INSIDE}}
+        said = {k: v for k, v in decision.as_dict().items() if k not in _INSIDE}
+        return {"event": "strength", **said, **self._of_prior(decision.strength)}
 
     def _sync(self, down: str) -> Generator[dict[str, Any], None, str]:
         """Yields what has changed; the new reason why the server cannot be driven, "" when it is.

@@ -32,9 +32,9 @@ _CHECK = struct.Struct("<Q")
 _AT_COMMANDS, _AT_STATUS, _AT_RING, _COMMAND_STEP, _EVENT_BYTES = 4096, 12288, 16384, 4096, 64
 FILE_BYTES = _AT_RING + RING * _EVENT_BYTES
 _COUNTERS = (
-    "tokens calls changed_rows kept chosen swapped ns mincore_ns restarts rewinds refused_rows lost_rows unproven_rows "
-    "batches"
-).split()
+    "tokens", "calls", "changed_rows", "kept", "chosen", "swapped", "ns", "mincore_ns", "restarts", "rewinds",
+    "refused_rows", "lost_rows", "unproven_rows", "batches",
+)  # fmt: skip
 _KINDS = {1: "begin", 2: "gain", 3: "restart"}
 _WAITING, _ON, _OFF = 0, 1, 100
 # A writer is done within microseconds, so a sum that is still wrong after this is a broken file.
@@ -247,7 +247,9 @@ def control_of(pid: int) -> Path:
         entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         folder = Path(f"/proc/{pid}/cwd").readlink()
     except OSError as error:
-        raise ConfigError(f"the environment of process {pid} cannot be read ({error.strerror}): name --control.") from error
+        raise ConfigError(
+            f"the environment of process {pid} cannot be read ({error.strerror}): name --control."
+        ) from error
     given = dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
     path = given.get(ENVIRONMENT.encode())
     if not path:
@@ -271,7 +273,8 @@ def check_of(data: bytes) -> int:
 
 
 def _sound(data: bytes) -> bool:
-    return check_of(data[: -_CHECK.size]) == _CHECK.unpack(data[-_CHECK.size :])[0]
+    (stated,) = _CHECK.unpack(data[-_CHECK.size :])
+    return check_of(data[: -_CHECK.size]) == int(stated)
 
 
 def _status(values: Sequence[Any]) -> PreloadStatus:
