@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +24,7 @@ from llama_child import LlamaChild
 from preloaded import TOKENS, Asked, OwnLoop, asked, command, control_of_server, served
 from waiting import until
 
+from remoe_adapt.engines.llamacpp.prior.control import GainEvent
 from remoe_adapt.engines.llamacpp.serve import ServedGguf
 
 GAINS = (0.3, 0.6, 1.5)
@@ -138,3 +141,62 @@ def test_a_server_that_was_killed_comes_back_at_its_gain(model: Path, server: Se
     assert "SIGKILL" in events[0]["reason"] and events[-1]["pid"] == server.pid != pid
     one = asked(server.port, prompt)
     assert checked(one, server, own) == [(0, pytest.approx(0.6))]
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_while_the_gain_is_turned_and_the_server_killed_twice(model: Path, own: OwnLoop) -> None:
+    """Every answer is that of our own loop at the gains that its log names."""
+    count, texts, numbers, over = 1000, prompts(8), itertools.count(), threading.Event()
+    found: list[Asked] = []
+    failed: list[tuple[float, float, str]] = []
+    events: list[GainEvent] = []
+    news: list[dict[str, Any]] = []
+    kills: list[float] = []
+    turns = 0
+    with served(model, parallel=4) as server:
+        control = control_of_server(server)
+
+        def client() -> None:
+            while (number := next(numbers)) < count:
+                while True:
+                    begin_s = time.monotonic()
+                    try:
+                        found.append(asked(server.port, texts[number % len(texts)]))
+                        break
+                    except (OSError, http.client.HTTPException) as error:
+                        failed.append((begin_s, time.monotonic(), repr(error)))
+                        time.sleep(0.05)
+
+        def turner() -> None:
+            nonlocal turns
+            draw = random.Random(1)
+            while not over.wait(0.02):
+                command(server, draw.choice([0.0, *GAINS]))
+                turns += 1
+                events.extend(control.events(events[-1].number if events else 0))
+                news.extend(server._server.events())
+
+        threads = [threading.Thread(target=client) for _ in range(4)]
+        turning = threading.Thread(target=turner)
+        for thread in (turning, *threads):
+            thread.start()
+        for kill in (1, 2):
+            until(lambda kill=kill: len(found) >= kill * count // 3)  # type: ignore[misc]
+            assert server.pid is not None
+            kills.append(time.monotonic())
+            os.kill(server.pid, signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        over.set()
+        turning.join()
+        events.extend(control.events(events[-1].number))
+        starts, status = server._server.starts, control.status()
+    gaps, gains = [], [one.gains(events) for one in found]
+    for one, named in zip(found, gains, strict=True):
+        gaps.append(own.gap(one, named))
+    # What was under way dies with the server, and until it is back nobody listens.
+    excused = [any(kill <= end_s and begin_s <= kill + 10 for kill in kills) for begin_s, end_s, _ in failed]
+    print(len(found), turns, len(failed), max(gaps), sum(len(g) > 1 for g in gains), status.counters)  # noqa: T201
+    assert len(found) == count and turns >= 200 and starts == 3 and all(excused)
+    assert max(gaps) < SAME and sum(len(named) > 1 for named in gains) > 50
+    assert sum(one["event"] == "died" for one in news) == 2 and status.counters["lost_rows"] == 0
