@@ -89,9 +89,11 @@ class Asked:
             for e in events
             if e.sequence == self.slot and self.begin_s <= e.time_s <= self.end_s and (pid is None or e.pid == pid)
         ]
-        first = max((i for i, e in enumerate(mine) if e.kind == "begin"), default=None)
-        assert first is not None, (self, mine)
-        return [(e.position, e.gain) for e in mine[first:] if e.kind in ("begin", "gain")]
+        # The next text in this slot may begin before this answer has come to its client.
+        begins = [number for number, event in enumerate(mine) if event.kind == "begin"]
+        assert begins, (self, mine)
+        mine = mine[begins[0] : begins[1] if len(begins) > 1 else None]
+        return [(event.position, event.gain) for event in mine if event.kind != "restart"]
 
 
 def asked(port: int, prompt: Sequence[int], **more: Any) -> Asked:
