@@ -102,6 +102,9 @@ def test_wheel_holds_kernels_and_profiles_inside_the_package(wheel: Path, repo_r
         "remoe_adapt/py.typed",
         "remoe_adapt/triton_kernels/__init__.py",
         "remoe_adapt/expert_cache/__init__.py",
+        # Sources in C are compiled where they are installed.
+        "remoe_adapt/engines/llamacpp/prior/prior.c",
+        "remoe_adapt/engines/llamacpp/prior/prior.h",
     } <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"remoe_adapt"}
     for folder, inside in (("remoe_adapt", ""), ("triton_kernels", "triton_kernels/"), ("profiles", "profiles/")):

@@ -82,18 +82,20 @@ class Asked:
     slot: int
     answer: Answer
 
-    def gains(self, events: Sequence[GainEvent], pid: int | None = None) -> list[tuple[int, float]]:
-        """(position, gain from there on) of the text that was computed for it, from the server's log."""
-        mine = [
-            e
-            for e in events
-            if e.sequence == self.slot and self.begin_s <= e.time_s <= self.end_s and (pid is None or e.pid == pid)
-        ]
-        # The next text in this slot may begin before this answer has come to its client.
-        begins = [number for number, event in enumerate(mine) if event.kind == "begin"]
-        assert begins, (self, mine)
-        mine = mine[begins[0] : begins[1] if len(begins) > 1 else None]
-        return [(event.position, event.gain) for event in mine if event.kind != "restart"]
+    def texts(self, events: Sequence[GainEvent]) -> list[list[tuple[int, float]]]:
+        """(position, gain from there on) of each text that its slot began while it was asked for, from the server's
+        log: one of them is that of this answer. Another may have waited less, or begun before this one had come back.
+        """
+        found: list[list[tuple[int, float]]] = []
+        for event in events:
+            if event.sequence != self.slot or not self.begin_s <= event.time_s <= self.end_s:
+                continue
+            if event.kind == "begin":
+                found.append([])
+            if found and event.kind != "restart":
+                found[-1].append((event.position, event.gain))
+        assert found, self
+        return found
 
 
 def asked(port: int, prompt: Sequence[int], **more: Any) -> Asked:
@@ -143,6 +145,13 @@ class OwnLoop:
             self.model.set_gain([gain for begin, gain in gains if begin <= position][-1])
             logits_V = self._decode([token])
         return math.inf if scored else worst
+
+    def of_its_log(self, one: Asked, events: Sequence[GainEvent]) -> list[tuple[int, float]]:
+        """The gains that the log names for the answer, which is ours at them."""
+        texts = one.texts(events)
+        gaps = [self.gap(one, gains) for gains in texts]
+        assert min(gaps) < SAME, (gaps, one, texts)
+        return texts[gaps.index(min(gaps))]
 
     def _decode(self, ids: list[int]) -> NDArray[np.float32]:
         model, count = self.model, len(ids)

@@ -1,7 +1,7 @@
 """The prior in numpy, for machines without a compiler: the same arithmetic, row by row, in the engine's callback.
 
-Python is asked about every node of the graph, which costs 4 to 7 ms a token in models of 24 to 48 layers, and 8 to 16 ms
-with the prior itself; C costs 1 to 3 us a layer.
+Python is asked about every node of the graph, which costs 4 to 7 ms a token in models of 24 to 48 layers, and 8 to 16
+ms with the prior itself; C costs 1 to 3 us a layer.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from remoe_adapt._support import say_once
 from remoe_adapt.engines.llamacpp.prior.base import EnginePrior, PriorStatus
-from remoe_adapt.engines.llamacpp.prior.native import LAYERS, MAX_EXPERTS
+from remoe_adapt.engines.llamacpp.prior.native import LAYERS, MAX_EXPERTS, NativePrior
+from remoe_adapt.errors import MissingDependencyError
 from remoe_adapt.recency_settings import Recency
 
 MAX_CHOSEN = 64
@@ -26,6 +28,7 @@ MAX_SPAN = np.float32(1e30)
 _TOPK, _WEIGHTS = b"ffn_moe_topk-", b"ffn_moe_weights-"
 _F32, _I32 = 0, 26
 _OnEval = C.CFUNCTYPE(C.c_bool, C.c_void_p, C.c_bool, C.c_void_p)
+_COUNTERS = ("tokens", "changed_rows", "swapped", "kept", "chosen", "restarts", "rewinds", "refused", "calls", "ns")
 # Tokens behind which a use has decayed to nothing, as in prior.c.
 _REPLAYED, _FORGOTTEN = 512, 1e-12
 
@@ -47,6 +50,22 @@ class Head(C.Structure):
         ("data", C.c_void_p),
         ("name", C.c_char * 64),
     )
+
+
+def engine_prior(engine: Any, sequences: int, recency: Recency, *, renormalise: bool = False) -> EnginePrior:
+    """The prior of a context of so many sequences in llama.cpp's loaded library `engine`; its gain is 0 until `set`.
+
+    renormalise: divide the weights of the chosen experts by their sum, for a model that does in a file whose
+    architecture llama.cpp does not. Without a compiler the prior is computed in numpy, which is said once.
+    """
+    try:
+        return NativePrior(engine, sequences, recency, renormalise=renormalise)
+    except MissingDependencyError as error:
+        say_once(
+            "the recency prior in llama.cpp is computed in numpy, which costs 8 to 16 ms a token in models of 24 to 48 "
+            f"layers where C costs 0.1 ms: {error}"
+        )
+        return NumpyPrior(engine, sequences, recency, renormalise=renormalise, why=str(error))
 
 
 def rank(choice_E: NDArray[np.float32], recency_E: NDArray[np.float32], k: int, gain: float) -> NDArray[np.int32]:
@@ -82,7 +101,7 @@ class NumpyPrior(EnginePrior):
         self._is_on, self._residents = False, _Residents()
         self._experts: dict[int, int] = {}
         self._pending: dict[int, tuple[int, set[str]]] = {}
-        self._used = dict.fromkeys("tokens changed_rows swapped kept chosen restarts rewinds refused calls ns".split(), 0)
+        self._used = dict.fromkeys(_COUNTERS, 0)
         self._batch: list[tuple[int, int, bool]] = []
         self._at: dict[int, int] = {}
         self.reset()
@@ -302,7 +321,10 @@ class _Residents:
 
 def _tells_the_truth(address: int) -> bool:
     """Linux tells of a mapped file only to who owns it or may write it (since 5.2)."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return False
+    for line in maps.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         span, _mode, _offset, _device, inode, *name = line.split(maxsplit=5)
         start, _, end = span.partition("-")
         if int(start, 16) <= address < int(end, 16):
@@ -312,7 +334,9 @@ def _tells_the_truth(address: int) -> bool:
                 facts = Path(name[0]).stat()
             except (OSError, IndexError):
                 return False
-            return facts.st_ino == int(inode) and (facts.st_uid == os.geteuid() or os.access(name[0], os.W_OK))
+            return facts.st_ino == int(inode) and (
+                facts.st_uid == os.geteuid() or os.access(name[0], os.W_OK, effective_ids=True)
+            )
     return False
 
 

@@ -16,8 +16,9 @@ ON, LAYERS, MAX_EXPERTS = 1, 512, 1024
 # Numbers of the modes in prior.h. A mode of somebody else's that decays is the first of them.
 MODES = {"ema": 0, "last": 1, "resident": 2}
 _COUNTERS = (
-    "tokens calls changed_rows kept chosen swapped ns mincore_ns restarts rewinds refused_rows lost_rows unproven_rows"
-).split()
+    "tokens", "calls", "changed_rows", "kept", "chosen", "swapped", "ns", "mincore_ns", "restarts", "rewinds",
+    "refused_rows", "lost_rows", "unproven_rows",
+)  # fmt: skip
 Find = C.CFUNCTYPE(C.c_void_p, C.c_char_p, C.c_void_p)
 _Pointer, _Ints = C.c_void_p, C.POINTER(C.c_int32)
 

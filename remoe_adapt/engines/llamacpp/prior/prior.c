@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "prior.h"
+#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <stdlib.h>
@@ -9,7 +10,6 @@
 #include <unistd.h>
 #include <stdio.h>
 #include <sys/stat.h>
-#include <sys/sysmacros.h>
 
 /* A span is cut here, as in triton_kernels/rule.py, so that span * gain * recency stays finite. */
 #define MAX_SPAN 1e30f
@@ -44,7 +44,7 @@ struct rp {
     int32_t *seq, *pos; int8_t *out; bool *restart;
     bool has_positions;
     int cap;
-    int32_t *next;              /* [n_seq]: the position that is expected */
+    int32_t *next, *since;      /* [n_seq]: the position that is expected; that at which the state began */
     layer_state layers[RP_LAYERS];
     uint64_t graphs;
     bool trusted, probed, is_off, truth_known;
@@ -91,8 +91,9 @@ rp *rp_new(int n_seq, rp_control *control) {
     if (n_seq < 1) return NULL;
     rp *p = calloc(1, sizeof *p);
     if (!p) return NULL;
-    p->next = calloc((size_t)n_seq, sizeof *p->next);
+    p->next = calloc((size_t)n_seq * 2, sizeof *p->next);
     if (!p->next) { free(p); return NULL; }
+    p->since = p->next + n_seq;
     p->n_seq = n_seq;
     p->c = control ? control : &p->own;
     p->previous_layer = RP_LAYERS;
@@ -158,7 +159,7 @@ static void begin_layer(layer_state *s, int b) {
 
 static void begin_sequence(rp *p, int b, int pos) {
     for (int i = 0; i < RP_LAYERS; i++) if (p->layers[i].E) begin_layer(&p->layers[i], b);
-    p->next[b] = pos;
+    p->next[b] = p->since[b] = pos;
 }
 
 void rp_reset(rp *p, int seq) {
@@ -214,8 +215,9 @@ bool rp_rewind(rp *p, int seq, int pos) {
     int replay = decay > 0 ? (int)ceil(log(FORGOTTEN) / log(decay)) : 1;
     if (replay > MAX_REPLAY) replay = MAX_REPLAY;
     int first = pos > replay ? pos - replay : 0;
-    /* The ring holds the last RP_HISTORY positions, and what a restart left out it never held. */
-    if (newest < 0 || pos > newest || first < newest - RP_HISTORY) {
+    if (first < p->since[seq]) first = p->since[seq];
+    /* The ring holds the last RP_HISTORY positions, and nothing is known of those before a restart. */
+    if (newest < 0 || pos > newest || pos < p->since[seq] || first < newest - RP_HISTORY) {
         begin_sequence(p, seq, pos);
         p->c->restarts++;
         return false;
@@ -257,6 +259,7 @@ void rp_copy(rp *p, int from, int to) {
         }
     }
     p->next[to] = p->next[from];
+    p->since[to] = p->since[from];
 }
 
 void rp_rows(rp *p, int n, const int32_t *seq, const int32_t *pos, const int8_t *out) {
@@ -285,9 +288,13 @@ void rp_rows(rp *p, int n, const int32_t *seq, const int32_t *pos, const int8_t 
         int at = pos[i];
         if (met[b]) {
             /* Several rows of one position are an image's: a step of 0 is none. */
-            if (at != p->next[b] && at != p->next[b] - 1) { p->restart[i] = true; p->c->restarts += at != 0; }
+            if (at != p->next[b] && at != p->next[b] - 1) {
+                p->restart[i] = true;
+                p->since[b] = at;
+                p->c->restarts += at != 0;
+            }
         } else if (at == 0) begin_sequence(p, b, 0);
-        else if (p->next[b] < 0) { /* begun anew and counted already */ }
+        else if (p->next[b] < 0) p->since[b] = at; /* begun anew and counted already */
         else if (at != p->next[b]) rp_rewind(p, b, at);
         met[b] = true;
         p->next[b] = at + 1;
@@ -391,7 +398,7 @@ static bool tells_the_truth(const void *address) {
         line[strcspn(line, "\n")] = 0;
         struct stat facts;
         told = !stat(line + name, &facts) && facts.st_ino == inode &&
-               (facts.st_uid == geteuid() || !access(line + name, W_OK));
+               (facts.st_uid == geteuid() || !faccessat(AT_FDCWD, line + name, W_OK, AT_EACCESS));
         break;
     }
     fclose(maps);
@@ -555,7 +562,7 @@ static void serve(rp *p, tensor *t, int layer) {
     int k = (int)k64, rows = (int)t->ne[1], E = (int)E64;
     layer_state *s = state(p, layer, E);
     if (!s) return;
-    if (!s->proven) { s->pending = t; s->weights_seen = s->product_seen = false; p->unproven++; }
+    if (!s->proven && !p->trusted) { s->pending = t; s->weights_seen = s->product_seen = false; p->unproven++; }
     /* A warm-up runs all experts: there is nothing to choose, and nothing to remember. */
     if (k == E || k > RP_MAXK) { p->c->calls++; return; }
     bool may = !p->is_off && (p->trusted || (p->c->status == RP_ON && s->proven));
@@ -633,7 +640,8 @@ static void serve(rp *p, tensor *t, int layer) {
             if (p->has_positions) keep(&s->past[b], pos, k, ids);
         }
         if (p->buf && p->buf_n + k <= p->buf_cap) { memcpy(p->buf + p->buf_n, ids, sizeof *ids * k); p->buf_n += k; }
-        if (want <= p->final_cap && p->on_chosen) memcpy(p->final + (size_t)r * k, ids, sizeof *ids * k);
+        if (want <= p->final_cap && p->on_chosen)
+            for (int i = 0; i < k; i++) p->final[(size_t)r * k + i] = sound ? ids[i] : -1;
     }
     if (p->on_chosen && want <= p->final_cap) p->on_chosen(p->chosen_user, layer, rows, k, p->final);
     p->c->calls++;
@@ -706,7 +714,6 @@ uint32_t rp_probe(rp *p, void *(*find)(const char *, void *), void *user) {
         tensor *flat = w ? new_3d(ctx, TYPE_F32, 1, E, T) : NULL;
         if (flat) {
             set_name(top, "ffn_moe_topk-3");
-            tensor *y = mul_mat_id(ctx, w, x, top), *rows = get_rows(ctx, flat, top);
             /* The address of the name first: all other offsets that are read lie before it. */
             bool same = (const char *)get_name(top) == top->name && !strcmp(top->name, "ffn_moe_topk-3") &&
                 get_data(top) == top->data && get_data(order) == order->data && get_data(scores) == scores->data &&
@@ -716,9 +723,12 @@ uint32_t rp_probe(rp *p, void *(*find)(const char *, void *), void *user) {
                 top->nb[1] == E * 4 && scores->ne[0] == E && scores->nb[1] == E * 4 && w->ne[2] == E &&
                 w->nb[2] == IN * OUT * 4 && nbytes(scores) == E * T * 4 && nbytes(w) == IN * OUT * E * 4 &&
                 scores->type == TYPE_F32 && top->type == TYPE_I32 && !strcmp(type_name(TYPE_F32), "f32") &&
-                !strcmp(type_name(TYPE_I32), "i32") && y->src[0] == w && y->src[1] == x && y->src[2] == top &&
-                rows->src[0] == flat && rows->src[1] == top && !strcmp(op_desc(y), "MUL_MAT_ID") &&
-                !strcmp(op_desc(rows), "GET_ROWS") && !strcmp(op_desc(order), "ARGSORT") && !scores->buffer;
+                !strcmp(type_name(TYPE_I32), "i32") && !strcmp(op_desc(order), "ARGSORT") && !scores->buffer;
+            if (same) {
+                tensor *y = mul_mat_id(ctx, w, x, top), *rows = get_rows(ctx, flat, top);
+                same = y->src[0] == w && y->src[1] == x && y->src[2] == top && rows->src[0] == flat &&
+                    rows->src[1] == top && !strcmp(op_desc(y), "MUL_MAT_ID") && !strcmp(op_desc(rows), "GET_ROWS");
+            }
             if (same) found = RP_ON;
         }
         if (ctx) end(ctx);

@@ -108,7 +108,7 @@ bool rp_cb_idle(tensor *t, bool ask, void *rp_);    /* asks for the same nodes, 
 void rp_set_resident(rp *, int layer, int n, const float *);
 /* Residency from elsewhere than mincore: fills out [n] and returns 0, or another number where it does not know. */
 void rp_on_look(rp *, int (*look)(void *user, int layer, int n, float *out), void *user);
-/* Called with the final ids [rows, k] of a layer before anything is multiplied with its experts. */
+/* Called with the final ids [rows, k] of a layer before anything is multiplied with its experts; -1 in refused rows. */
 void rp_on_chosen(rp *, void (*chosen)(void *user, int layer, int rows, int k, const int32_t *ids), void *user);
 int rp_mincore_layer(rp *, int layer, int pages);   /* refresh residency; number of system calls, -1 unknown layer */
 /* Where the experts of a layer lie: up to `cap` tensors; their number. */
