@@ -92,7 +92,8 @@ def _answers(asked: _Asked, kind: Any, body: dict[str, Any]) -> list[str]:
     "engines/serving/turn.py",
     names="transformers.cli.serving.chat_completion.ChatCompletionHandler "
     "transformers.cli.serving.completion.CompletionHandler transformers.cli.serving.response.ResponseHandler "
-    "transformers.cli.serving.utils.GenerateManager transformers.cli.serving.utils.Modality",
+    "transformers.cli.serving.utils.GenerateManager transformers.cli.serving.utils.Modality "
+    "transformers.cli.serving.utils.get_response_template",
 )
 def serving_handlers() -> None:
     """Alike from 5.17 to 5.24; max_completion_tokens, which came with 5.23, is renamed by us."""
@@ -101,7 +102,10 @@ def serving_handlers() -> None:
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
     from transformers.cli.serving.response import ResponseHandler
+    from transformers.cli.serving.utils import get_response_template
 
+    known = get_response_template(_tokenizer(), tiny_model()) or {}
+    hold("start_anchor" in known, "the form of a model's answers has no start_anchor.")
     prompt = " ".join(f"w{number}" for number in IDS)
     chat = [{"role": "user", "content": prompt}]
     asked = _Asked()

@@ -94,13 +94,19 @@ def turn_and_ask(server: ServedGguf, count: int, at_once: int) -> list[Asked]:
     numbers, texts, found, over = itertools.count(), prompts(count), [], threading.Event()
 
     def client() -> None:
-        while (number := next(numbers)) < count:
-            found.append(asked(server.port, texts[number], n_predict=3 * TOKENS))
+        # On a busy machine the gain is turned less often than it should be.
+        while (number := next(numbers)) < count or turns < 6:
+            found.append(asked(server.port, texts[number % count], n_predict=3 * TOKENS))
+
+    turns = 0
 
     def turner() -> None:
-        draw = random.Random(1)
-        while not over.wait(0.01):
-            command(server, draw.choice([0.0, *GAINS]))
+        nonlocal turns
+        for gain in itertools.cycle([1.5, 0.0, 0.6, 0.3]):
+            if over.wait(0.01):
+                return
+            command(server, gain)
+            turns += 1
 
     turning = threading.Thread(target=turner)
     clients = [threading.Thread(target=client) for _ in range(at_once)]
@@ -110,7 +116,7 @@ def turn_and_ask(server: ServedGguf, count: int, at_once: int) -> list[Asked]:
         thread.join()
     over.set()
     turning.join()
-    assert len(found) == count
+    assert len(found) >= count
     return found
 
 

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from starlette.applications import Starlette
@@ -144,7 +145,9 @@ class ServingApp:
     def acts(self) -> tuple[str, ...]:
         """What changes the choice of experts, or where they lie."""
         dial = self._controller.status()
-        found = [f"dial of {dial['family']} ({'sensors' if dial['monitored'] else 'by hand'})"]
+        # The end of its path is enough to tell families apart, and says nothing of the machine.
+        family = "/".join(PurePath(dial["family"]).parts[-2:])
+        found = [f"dial of {family} ({'sensors' if dial['monitored'] else 'by hand'})"]
         if dial["recency"]:
             found.append(f"recency prior ({dial['recency']['mode']})")
         if dial["expert_cache"]:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
-from transformers.cli.serving.utils import GenerateManager, Modality
+from transformers.cli.serving.utils import GenerateManager, Modality, get_response_template
 
 from remoe_adapt.checkpoints import device_of, max_positions
 from remoe_adapt.engines.serving.asked import Asked
@@ -30,6 +31,7 @@ from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluation import inference, room_for_reads
 from remoe_adapt.expert_cache import expert_cache_of
 
+_STRENGTH_DIGITS = 6
 HANDLERS: dict[str, Any] = {
     "/v1/chat/completions": ChatCompletionHandler,
     "/v1/completions": CompletionHandler,
@@ -60,9 +62,29 @@ class Loaded:
         self.controller = model.controller
         self.positions = max_positions(model.get_base_model())
         self.cache = expert_cache_of(model.get_base_model())
+        self.config = _config_for(tokenizer, model.get_base_model())
         # One thread for all turns: caches of compiled steps belong to the thread that made them.
         self.manager = GenerateManager()
         self.tokens = 0
+
+
+def _config_for(tokenizer: Any, base: Any) -> Any:
+    """The base's configuration, or one without a type where chats of this tokenizer are not of that type's form.
+
+    transformers knows by the type how answers begin. Where a prompt has no such beginning, as with a chat template of
+    one's own, it takes all of the prompt for a part of the answer.
+    """
+    anchors = (get_response_template(tokenizer, base) or {}).get("start_anchor")
+    if anchors is None or tokenizer.chat_template is None:
+        return base.config
+    try:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "text"}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception:  # a template that takes no such chat: requests will say why
+        return base.config
+    known = any(anchor in prompt for anchor in ([anchors] if isinstance(anchors, str) else anchors))
+    return base.config if known else SimpleNamespace(model_type="")
 
 
 class Turn(StoppingCriteria):
@@ -114,10 +136,11 @@ class Turn(StoppingCriteria):
         """
         tokens = self.tokens
         found = sorted(self._strengths.items())
+        mean = sum(strength * count for strength, count in found) / tokens if tokens else None
         grown = self._cache_grown()
         looked_up = grown.get("hits", 0) + grown.get("misses", 0)
         return {
-            "strength": sum(strength * count for strength, count in found) / tokens if tokens else None,
+            "strength": None if mean is None else round(mean, _STRENGTH_DIGITS),
             "strength_min": found[0][0] if found else None,
             "strength_max": found[-1][0] if found else None,
             "tokens_at": {f"{strength:g}": count for strength, count in found},
@@ -175,8 +198,8 @@ class Turn(StoppingCriteria):
 
     @property
     def config(self) -> Any:
-        """The base's."""
-        return self._loaded.model.get_base_model().config
+        """By which they choose how to take reasoning and calls of tools out of an answer."""
+        return self._loaded.config
 
     @property
     def generation_config(self) -> Any:
@@ -240,7 +263,7 @@ class Turn(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **_more: Any) -> Tensor:
         """After each token: counts it at the strength of its forward, which no swap can have changed before the next
         one begins."""
-        strength = round(float(self._loaded.controller.strength), 6)
+        strength = round(float(self._loaded.controller.strength), _STRENGTH_DIGITS)
         self._strengths[strength] += 1
         self._loaded.tokens += 1
         if self.first_strength is None:
