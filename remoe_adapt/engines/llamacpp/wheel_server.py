@@ -9,6 +9,7 @@ Nothing of remoe is imported, so that a server has no more memory than it needs.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from typing import Any
@@ -19,8 +20,7 @@ _ENUMS = ("flash_attn_type", "cache_type_k", "cache_type_v")
 
 def serve(settings: dict[str, Any]) -> Any:
     """The running server; it stops with the last reference to it."""
-    import xllamacpp
-
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path, params.hostnames, params.port = settings["model"], [settings["host"]], settings["port"]
     params.api_keys = settings["api_keys"]
