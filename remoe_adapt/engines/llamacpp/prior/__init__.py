@@ -2,5 +2,6 @@
 
 from remoe_adapt.engines.llamacpp.prior.base import EnginePrior, PriorStatus
 from remoe_adapt.engines.llamacpp.prior.build import compiled
+from remoe_adapt.engines.llamacpp.prior.control import ENVIRONMENT, GainEvent, PreloadStatus, PriorControl, control_of
 from remoe_adapt.engines.llamacpp.prior.fallback import engine_prior
 from remoe_adapt.engines.llamacpp.prior.native import Control

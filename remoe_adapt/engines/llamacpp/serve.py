@@ -1,0 +1,221 @@
+"""`remoe serve MODEL.gguf`: an unmodified llama.cpp server with the recency prior preloaded, under our controller.
+
+The server is that of the pinned wheel, or a program of the user's. No request passes through us: the gain is turned by
+a control file that the preloaded library looks at before each batch of tokens, LoRAs of a family (if one is given) by
+the server's own calls.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from remoe_adapt._support import check_extra, printable
+from remoe_adapt.checkpoints import is_gguf
+from remoe_adapt.device_profile import DeviceProfile
+from remoe_adapt.engines.gguf import export_gguf_lora
+from remoe_adapt.engines.llamacpp.client import Address, call
+from remoe_adapt.engines.llamacpp.preloadable import check_preloadable
+from remoe_adapt.engines.llamacpp.prior import ENVIRONMENT, PriorControl, compiled
+from remoe_adapt.engines.llamacpp.process import FoundProcess
+from remoe_adapt.engines.llamacpp.supervised import SupervisedServer, free_port
+from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions
+from remoe_adapt.errors import ConfigError, ServerDownError
+from remoe_adapt.family import Family
+from remoe_adapt.recency_settings import Recency
+
+_CHILD = Path(__file__).with_name("wheel_server.py")
+_ALL_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufServing:
+    """How a GGUF model is served.
+
+    recency: the prior, with its gain at strength 1; None: no library is preloaded, and a family is needed.
+    family: its LoRAs are exported and turned beside the gain.
+    strength: hold this one, whatever the pressure.
+    host, port: where the server listens; port 0: the system's choice.
+    api_key: asked of clients.
+    context_tokens: of all slots together; None: the engine's default.
+    parallel: slots; threads: None: the engine's default.
+    llama_server: a program of the user's instead of the wheel's server; arguments: more of its options.
+    engine: more attributes of the wheel's parameters (its CommonParams), by name.
+    interval_s: between two samples of pressure, None: the profile's.
+    log: gains of every sequence are appended here, a JSON object a line.
+    """
+
+    recency: Recency | None
+    family: str | None = None
+    strength: float | None = None
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str | None = None
+    context_tokens: int | None = None
+    parallel: int = 1
+    threads: int | None = None
+    llama_server: Path | None = None
+    arguments: tuple[str, ...] = ()
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    interval_s: float | None = None
+    log: Path | None = None
+
+
+def preload_library() -> Path:
+    """What to have in LD_PRELOAD, compiled at first use. Raises MissingDependencyError without a C compiler."""
+    return compiled("preload.c", libraries=("-fvisibility=hidden", "-ldl", "-lm", "-lpthread"))
+
+
+class ServedGguf:
+    """A model that is being served; use `with`. `events` runs the controller meanwhile, and has to be iterated.
+
+    url: where clients connect.
+
+    Raises ConfigError for a file, program or setting that cannot work, MissingDependencyError without a C compiler or
+    the wheel, ServerError when the server does not start.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], profile: DeviceProfile, options: GgufServing) -> None:
+        self.model, self.options = Path(model).resolve(), options
+        if not self.model.is_file() or not is_gguf(self.model):
+            raise ConfigError(f"{printable(model)} is no GGUF file: give a model, of a split one its first part.")
+        if options.recency is None and options.family is None:
+            raise ConfigError("nothing to turn: give --recency with --gain, or --family.")
+        if options.llama_server is not None:
+            check_preloadable(options.llama_server)
+        else:
+            check_extra("xllamacpp", "llamacpp", "the llama.cpp server is that of xllamacpp")
+            if options.arguments:
+                raise ConfigError("options for llama-server are for --llama-server, of whose program they are.")
+        self._profile = profile
+        self._ending = ExitStack()
+        self._watch: Watch | None = None
+        self._control: PriorControl | None = None
+        self._logged = 0
+        self.port = options.port or free_port(options.host)
+
+    @property
+    def url(self) -> str:
+        return str(Address(_ALL_HOSTS.get(self.options.host, self.options.host), self.port))
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process now."""
+        return self._server.pid
+
+    def __enter__(self) -> ServedGguf:
+        options = self.options
+        with ExitStack() as ending:
+            folder = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="remoe-serve-")))
+            environment: dict[str, str] = {}
+            control = folder / "control"
+            if options.recency is not None:
+                self._control = ending.enter_context(PriorControl.create(control))
+                # What the server is warmed up with is no text of anybody's, so the gain may wait for the controller.
+                preloaded = [str(preload_library()), *filter(None, [os.environ.get("LD_PRELOAD")])]
+                environment |= {"LD_PRELOAD": ":".join(preloaded), ENVIRONMENT: str(control)}
+            loras = [] if options.family is None else self._loras(options.family, folder)
+            command, told, more = self._command(loras)
+            self._server = SupervisedServer(command, environment | more, told, self._is_ready)
+            ending.enter_context(self._server)
+            watched = WatchOptions(
+                interval_s=options.interval_s, api_key=options.api_key, recency=options.recency, control=control,
+                strength=options.strength,
+            )  # fmt: skip
+            process = FoundProcess(lambda: self._server.pid)
+            self._watch = Watch(self.url, options.family, self._profile, watched, process)
+            self._watch.listeners.append(self._news)
+            self._ending = ending.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending.close()
+
+    def stop(self) -> None:
+        """End `events` soon; from any thread or a signal handler."""
+        assert self._watch is not None
+        self._watch.stop()
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """As `Watch.events`, and "died" (the server: why) and "started" (again)."""
+        assert self._watch is not None
+        yield from self._watch.events()
+
+    def status(self) -> dict[str, Any]:
+        """JSON-ready: that of the watch, and what the preloaded library says of itself."""
+        assert self._watch is not None
+        found = {"url": self.url, "starts": self._server.starts, **self._watch.status()}
+        if self._control is not None:
+            prior = self._control.status()
+            found["prior"] = {
+                "state": prior.state, "reason": prior.reason, "gain": prior.gain, "mode": prior.mode,
+                "is_blind": prior.is_blind, "layers": prior.layers, "reuse": prior.reuse, **prior.counters,
+            }  # fmt: skip
+        return found
+
+    def _news(self) -> Iterator[dict[str, Any]]:
+        yield from self._server.events()
+        if self._control is None or self.options.log is None:
+            return
+        found = self._control.events(self._logged)
+        if not found:
+            return
+        shift_s = time.time() - time.monotonic()
+        with self.options.log.open("a", encoding="utf-8") as log:
+            if lost := found[0].number - self._logged - 1:
+                log.write(json.dumps({"event": "lost", "lines": lost}) + "\n")
+            for one in found:
+                line = {
+                    "event": one.kind, "time": one.time_s + shift_s, "pid": one.pid, "context": one.context,
+                    "slot": one.sequence, "position": one.position, "gain": one.gain,
+                }  # fmt: skip
+                log.write(json.dumps(line) + "\n")
+        self._logged = found[-1].number
+
+    def _loras(self, family: str, folder: Path) -> list[str]:
+        rows = export_gguf_lora(self.model, Family.load(family), folder / "loras")["loras"]
+        return [str(row["file"]) for row in rows]
+
+    def _is_ready(self) -> bool:
+        found = call(Address.parse(self.url), "/health", api_key=self.options.api_key, timeout_s=2.0)
+        if not isinstance(found, dict) or found.get("status") != "ok":
+            raise ServerDownError(f"{self.url} is not ready")
+        return True
+
+    def _command(self, loras: list[str]) -> tuple[list[str], str, dict[str, str]]:
+        """The command, what it is told on its standard input, and its environment."""
+        options = self.options
+        # Experts that were copied in another order lie in no page of the file, whose residency says nothing then.
+        repack = options.recency is None or not options.recency.kind.needs_expert_cache
+        if options.llama_server is None:
+            given: dict[str, Any] = {"n_parallel": options.parallel, "endpoint_slots": True}
+            given |= {} if options.context_tokens is None else {"n_ctx": options.context_tokens}
+            given |= {} if repack else {"no_extra_bufts": True}
+            # A prompt that was computed at another strength would be gone on with.
+            given |= {"cache_prompt": False, "cache_ram_mib": 0} if loras else {}
+            given |= options.engine
+            settings = {
+                "model": str(self.model), "host": options.host, "port": self.port, "threads": options.threads,
+                "api_keys": [options.api_key] if options.api_key else [], "loras": [[path, 0.0] for path in loras],
+                "options": given,
+            }  # fmt: skip
+            return [sys.executable, "-s", str(_CHILD)], json.dumps(settings), {"OMP_WAIT_POLICY": "PASSIVE"}
+        assert options.llama_server is not None
+        command = [str(options.llama_server.resolve()), "-m", str(self.model)]
+        command += ["--host", options.host, "--port", str(self.port), "--parallel", str(options.parallel)]
+        command += [] if options.context_tokens is None else ["--ctx-size", str(options.context_tokens)]
+        command += [] if options.threads is None else ["--threads", str(options.threads)]
+        command += [] if repack else ["--no-repack"]
+        command += ["--no-cache-prompt", "--cache-ram", "0"] if loras else []
+        for path in loras:
+            command += ["--lora-scaled", f"{path}:0"]
+        # Others can read a command line, the environment of a process its owner alone.
+        return [*command, *options.arguments], "", {"LLAMA_API_KEY": options.api_key} if options.api_key else {}
