@@ -239,7 +239,7 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path, shipped: Path) -> None:
     arms = result["arms"]
     assert list(arms)[:4] == ["stock", "cache100_s0", "cache25_s0", "cache25_s100"]
     assert {name for name, row in arms.items() if "skipped" in row} == {
-        "accelerate_disk", "transformers_disk", "mmap_cgroup",
+        "accelerate_disk", "transformers_disk", "mmap_cgroup", "llamacpp_f16", "llamacpp_q4",
     }  # fmt: skip
     assert arms["cache100_s0"]["bytes_per_token"] == 0 and arms["cache100_s0"]["hit_rate"] == 1
     assert arms["cache25_s0"]["ppl_ratio"] == pytest.approx(1, abs=1e-3)
@@ -256,7 +256,7 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path, shipped: Path) -> None:
     assert arms["cache25_s0"]["hit_rate"] < arms["cache25_q8_s0"]["hit_rate"] < arms["cache25_q4_s0"]["hit_rate"]
     assert arms["cache7_q4_s0"]["hit_rate"] < arms["cache7_q4_prior20"]["hit_rate"]
     assert all(row["ppl_ratio"] == pytest.approx(1, abs=0.2) for row in coded.values())
-    assert result["raw_bandwidth_bytes_per_s"] > MIB and len(result["bars"]) == 10 + 3 + 4
+    assert result["raw_bandwidth_bytes_per_s"] > MIB and len(result["bars"]) == 10 + 3 + 4 + 2
     assert json.loads(json.dumps(result)) and result["seconds"] <= time.time() - began + 1
     assert not list(tmp_path.iterdir())  # the widened model is not kept
     assert shutil.disk_usage(tmp_path).free
