@@ -44,6 +44,8 @@ ARCHITECTURES = (
     "shipped", "qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe",
     "ernie4_5_moe",
 )  # fmt: skip
+# What published configurations say, vLLM reads, and transformers leaves out of those that it makes.
+_PUBLISHED = {"deepseek_v3": {"topk_method": "noaux_tc"}, "glm4_moe": {"head_dim": 32}}
 # Routers alone change less than this between engines that compute in float32; a LoRA that acts changes more.
 SAME = 1e-3
 _RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -57,6 +59,8 @@ def home(architecture: str, folder: Path) -> tuple[Path, Family, float]:
     sys.path.insert(0, str(REPO_ROOT / "tests" / "support"))  # tiny models are the tests' own
     tiny_model = importlib.import_module("tiny_models").tiny_model
     model = tiny_model(architecture, **_SIZES)
+    for field, value in _PUBLISHED.get(architecture, {}).items():
+        setattr(model.config, field, value)
     model.save_pretrained(folder / "base")
     return folder / "base", importlib.import_module("tiny_families").tiny_family(model, folder / "family", (1.0,)), 1.0
 

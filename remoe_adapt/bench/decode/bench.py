@@ -207,10 +207,13 @@ class _Bench:
 
     def _ggufs(self, folder: Path) -> dict[str, Path]:
         """The files of llama.cpp by name, or none and the reason."""
-        ggufs = {name: folder.parent / f"{folder.name}.{name}.gguf" for name in ("f16", "q4")}
+        # Each in a folder of its own, as all that is put out of the page cache.
+        ggufs = {name: folder.parent / f"{folder.name}.{name}" / "model.gguf" for name in ("f16", "q4")}
         if not _LLAMA.keys() <= self._skipped.keys():
             try:
                 llama_library()
+                for path in ggufs.values():
+                    path.parent.mkdir()
                 write_gguf_copies(folder, ggufs["f16"], ggufs["q4"])
             except (MissingDependencyError, UncacheableError) as error:
                 self._skipped |= dict.fromkeys(_LLAMA, str(error))
@@ -261,7 +264,7 @@ class _Bench:
 
     def _load(self, name: str, regime: str, settings: dict[str, Any], folder: Path) -> None:
         """Loaded and rehearsed, so that the code it runs is in memory; those we compare with may fail."""
-        harness.evict(Path(settings.get("file", folder)))
+        harness.evict(Path(settings["file"]).parent if "file" in settings else folder)
         if settings.get("budget", 0) is None:
             # What a quarter of the experts would take in bf16, whatever type the arms loaded before this one have.
             itemsize = _DTYPES[self._options.dtype].itemsize
