@@ -33,7 +33,7 @@ ROOMS = (
     "family expert_cache",
     "dial training",
     "evaluation engines",
-    "engines.gguf",
+    "engines.gguf engines.llamacpp.prior",
     "engines.llamacpp",
     "bench.harness",
     "bench.decode bench.controller bench.scale",

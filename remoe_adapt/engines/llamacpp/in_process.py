@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from remoe_adapt.engines.llamacpp.prior import EnginePrior, PriorStatus, engine_prior
 from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
+from remoe_adapt.recency_settings import Recency
 
 VERSION = "2026.10.11549"
 # llama.cpp calls the ids of the chosen experts of a layer so; the layer's number follows.
@@ -100,6 +102,8 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_model_meta_val_str": ([_Pointer, C.c_char_p, C.c_char_p, C.c_size_t], C.c_int32),
     "llama_get_memory": ([_Pointer], _Pointer),
     "llama_memory_clear": ([_Pointer, C.c_bool], None),
+    "llama_memory_seq_rm": ([_Pointer, C.c_int32, C.c_int32, C.c_int32], C.c_bool),
+    "llama_memory_seq_cp": ([_Pointer, C.c_int32, C.c_int32, C.c_int32, C.c_int32], None),
     "llama_adapter_lora_init": ([_Pointer, C.c_char_p], _Pointer),
     "llama_set_adapters_lora": ([_Pointer, C.POINTER(_Pointer), C.c_size_t, _Floats], C.c_int32),
     "ggml_get_name": ([_Pointer], C.c_char_p),
@@ -139,10 +143,16 @@ class LlamaModel:
     """A GGUF model with one context of `context_tokens` in memory, on the CPU, KV cache in F32; close it, or use
     `with`.
 
-    `routes` holds, when `trace`, the chosen experts int32 [T, K] of every call of each layer since it was last
-    cleared. repack: let the engine rearrange quantised weights in memory of their own.
+    trace: `routes` holds the chosen experts int32 [T, K] of every call of each layer since it was last cleared.
+    repack: let the engine rearrange quantised weights in memory of their own. sequences: how many there may be, which
+    share the context. ubatch_tokens: how many the engine computes at once; all by default.
+    recency: a recency prior ("ema", "last", "resident") that ranks the experts; gain: of all layers, or one for each
+    layer with experts, in model order; decay: as `recency_prior`. Where a probe finds that the engine or the model is
+    not as the prior needs it, it stays off and `prior_status` says why. renormalise: divide the weights of the chosen
+    experts by their sum, as models with `norm_topk_prob` do and llama.cpp's qwen2moe and olmoe do not; it needs a
+    `recency`, be its gain 0.
 
-    Raises MissingDependencyError without the wheel, ConfigError when llama.cpp refuses the file.
+    Raises MissingDependencyError without the wheel, ConfigError when llama.cpp refuses the file or a setting cannot be.
     """
 
     def __init__(
@@ -154,22 +164,40 @@ class LlamaModel:
         trace: bool = False,
         load_mode: str = "auto",
         repack: bool = True,
+        sequences: int = 1,
+        ubatch_tokens: int | None = None,
+        recency: str | None = None,
+        gain: float | Sequence[float] = 0.2,
+        decay: float | None = None,
+        renormalise: bool = False,
     ) -> None:
+        settings = None if recency is None else Recency.of(recency, gain, decay)
+        if settings is None and renormalise:
+            raise ConfigError('renormalise=True needs a recency prior in the engine: recency="ema", gain=0.')
+        if sequences < 1:
+            raise ConfigError(f"{sequences} sequences: give 1 or more.")
         self._lib = library()
         self._model = self._context = None
+        self._prior: EnginePrior | None = None
         self.routes: dict[int, list[NDArray[np.int32]]] = {}
-        self.position, self.context_tokens = 0, context_tokens
+        self.positions, self.context_tokens = [0] * sequences, context_tokens
         params = self._lib.llama_model_default_params()
         params.load_mode, params.n_gpu_layers, params.use_extra_bufts = _LOAD_MODES[load_mode], 0, repack
         self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise ConfigError(f"llama.cpp cannot load {os.fspath(path)}: {_last_words()}")
         options = self._lib.llama_context_default_params()
-        options.n_ctx = options.n_batch = options.n_ubatch = options.n_outputs_max = context_tokens
+        options.n_ctx = options.n_batch = options.n_outputs_max = context_tokens
+        options.n_ubatch = ubatch_tokens or context_tokens
         options.n_threads = options.n_threads_batch = threads
         options.type_k = options.type_v = options.flash_attn_type = 0
+        # One stream of the cache for all: else the engine reorders the rows of a batch that mixes sequences.
+        options.n_seq_max, options.kv_unified = sequences, True
         # Kept: the context calls it for as long as it lives.
         self._on_eval = _OnEval(self._take_route)
+        if settings is not None:
+            self._prior = engine_prior(self._lib, sequences, settings, renormalise=renormalise)
+            options.cb_eval, options.cb_eval_user_data = _OnEval(self._prior.callback), self._prior.user_data
         if trace:
             options.cb_eval = self._on_eval
         self._context = self._lib.llama_init_from_model(self._model, options)
@@ -180,6 +208,25 @@ class LlamaModel:
         self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
         self.trained_tokens = int(self._lib.llama_model_n_ctx_train(self._model))
         self.num_experts = int(self.metadata(f"{self.metadata('general.architecture')}.expert_count") or 0)
+        if settings is not None and self._prior is not None:
+            try:
+                self._prove_prior(self._prior, settings)
+            except BaseException:
+                self.close()
+                raise
+
+    def _prove_prior(self, prior: EnginePrior, settings: Recency) -> None:
+        """Run one token through the model, by which the prior sees whether the graph is as it must be."""
+        self.decode([0])
+        self.clear()
+        self.routes.clear()
+        prior.settle()
+        prior.set(settings)
+
+    @property
+    def position(self) -> int:
+        """Tokens decoded in sequence 0."""
+        return self.positions[0]
 
     def __enter__(self) -> LlamaModel:
         return self
@@ -192,7 +239,9 @@ class LlamaModel:
             self._lib.llama_free(self._context)
         if self._model:
             self._lib.llama_model_free(self._model)
-        self._context = self._model = None
+        if self._prior is not None:
+            self._prior.close()
+        self._context = self._model = self._prior = None
 
     def metadata(self, key: str) -> str:
         """An entry of the file as text; empty when there is none."""
@@ -209,39 +258,73 @@ class LlamaModel:
             raise ConfigError(f"llama.cpp cannot tokenize with this model's vocabulary: {_last_words()}")
         return ids[:count]
 
-    def decode(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def decode(self, ids: Sequence[int], sequences: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Logits [T, V] of these tokens, which follow those decoded before.
 
-        Raises TraceError when there is no room for them, or no token.
+        sequences: which each token belongs to; sequence 0 by default. Raises TraceError when there is no room for them,
+        no token, or no such sequence.
         """
         count = len(ids)
-        if not 1 <= count <= self.context_tokens - self.position:  # llama.cpp ends the process
+        if not 1 <= count <= self.context_tokens - sum(self.positions):  # llama.cpp ends the process
             raise TraceError(
-                f"cannot decode {count} tokens after {self.position}: the context has {self.context_tokens}"
+                f"cannot decode {count} tokens after {sum(self.positions)}: the context has {self.context_tokens}"
             )
-        # All tokens are of sequence 0, the only one that this context has.
-        sequence = C.cast((C.c_int32 * 1)(0), _Ints)
+        owners = [0] * count if sequences is None else [int(sequence) for sequence in sequences]
+        if len(owners) != count or not all(0 <= owner < len(self.positions) for owner in owners):
+            raise TraceError(f"sequences {owners} of {count} tokens: one for each, below {len(self.positions)}")
+        after, positions = list(self.positions), []
+        for owner in owners:
+            positions.append(after[owner])
+            after[owner] += 1
+        cells = [C.cast((C.c_int32 * 1)(number), _Ints) for number in range(len(self.positions))]
         batch = _Batch(
             count,
             (C.c_int32 * count)(*ids),
             None,
-            (C.c_int32 * count)(*range(self.position, self.position + count)),
+            (C.c_int32 * count)(*positions),
             (C.c_int32 * count)(*[1] * count),
-            (_Ints * count)(*[sequence] * count),
+            (_Ints * count)(*[cells[owner] for owner in owners]),
             # All, for the engine leaves out what no logits depend on: the last layer's experts.
             (C.c_int8 * count)(*[1] * count),
         )
+        if self._prior is not None:
+            self._prior.rows(owners, positions)
         if status := self._lib.llama_decode(self._context, batch):
-            raise TraceError(
-                f"llama.cpp could not decode {count} tokens at {self.position} ({status}): {_last_words()}"
-            )
-        self.position += count
+            raise TraceError(f"llama.cpp could not decode {count} tokens at {positions[0]} ({status}): {_last_words()}")
+        self.positions = after
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (count, self.vocab_size)).copy()
 
     def clear(self) -> None:
-        """Start a new sequence."""
+        """Start all sequences anew."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        self.position = 0
+        self.positions = [0] * len(self.positions)
+        if self._prior is not None:
+            self._prior.reset()
+
+    def rewind(self, tokens: int, sequence: int = 0) -> None:
+        """Forget all but the first `tokens` of a sequence; the prior goes back with it.
+
+        Raises TraceError when there are fewer, or the model's memory cannot be cut.
+        """
+        if not 0 <= sequence < len(self.positions) or not 0 <= tokens <= self.positions[sequence]:
+            raise TraceError(f"cannot go back to {tokens} tokens of sequence {sequence}: there are {self.positions}")
+        if not self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), sequence, tokens, -1):
+            raise TraceError(f"llama.cpp cannot cut sequence {sequence} at {tokens} tokens: {_last_words()}")
+        self.positions[sequence] = tokens
+
+    def set_gain(self, gain: float | Sequence[float]) -> None:
+        """Another gain of the recency prior from the next layer on: of all layers, or one for each with experts.
+
+        Raises ConfigError without a prior, or for a wrong number or value.
+        """
+        if self._prior is None:
+            raise ConfigError('there is no recency prior: make the model with recency="ema" (gain 0 is none).')
+        now = self._prior.recency
+        self._prior.set(Recency.of(now.mode, gain, now.decay))
+
+    def prior_status(self) -> PriorStatus | None:
+        """Whether the recency prior acts, or why not, and what it did; None without one."""
+        return None if self._prior is None else self._prior.status()
 
     def load_lora(self, path: str | os.PathLike[str]) -> int:
         """A LoRA for `set_loras`; it lives as long as the model. Raises ConfigError when llama.cpp refuses it."""
@@ -258,9 +341,10 @@ class LlamaModel:
         self._lib.llama_set_adapters_lora(self._context, adapters, count, values)
 
     def _take_route(self, tensor: int, ask: bool, user_data: object) -> bool:
+        wanted = self._prior is not None and self._prior.ask(tensor, ask)
         name = self._lib.ggml_get_name(tensor).decode()
         if not name.startswith(_TOP_K):
-            return not ask
+            return wanted or not ask
         if not ask:
             head = _Tensor.from_address(tensor)
             ids_TK = np.empty((head.ne[1], head.ne[0]), np.int32)
