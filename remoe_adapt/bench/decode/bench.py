@@ -41,13 +41,13 @@ _REHEARSAL_STEPS = 16
 # Raw reads of a turn: enough for a rate, and short beside the turns of the arms.
 _MOST_BURSTS = 100
 # What others offer for the same memory, by arm: the regime.
-_LLAMA = {"llamacpp_f16": "f16", "llamacpp_q4": "q4"}
+_LLAMA = {"llamacpp_f16": "f16", "llamacpp_q4": "q4", "llamacpp_q4_resident": "q4"}
 _OTHERS = {
     "accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped",
     **dict.fromkeys(_LLAMA, "llamacpp"),
 }  # fmt: skip
 # Further options of llama.cpp, by arm.
-_ENGINES: dict[str, dict[str, Any]] = {}
+_ENGINES: dict[str, dict[str, Any]] = {"llamacpp_q4_resident": {"recency": "resident", "gain": 0.2}}
 _SCORED = ("stock", "cache25", "cache25_prior", "cache25_q4", "cache25_q8", "cache7_q4_prior", *_LLAMA)
 # Processes that hold experts in fewer bits, by name: how many, and the budget as a share of their own bytes; None: as
 # many bytes as a quarter of bf16 experts takes.

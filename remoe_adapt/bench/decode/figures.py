@@ -19,7 +19,7 @@ _ANON_SLACK_BYTES = 32 << 20
 # How names of arms begin that differ in their strength, or in their gain.
 _ADAPTERS, _PRIORS = "cache25_s", "cache25_prior"
 _FOUR_BITS = ("cache25_q4", "cache7_q4")
-_LLAMA_F16, _LLAMA_Q4 = "llamacpp_f16", "llamacpp_q4"
+_LLAMA_F16, _LLAMA_Q4, _LLAMA_RESIDENT = "llamacpp_f16", "llamacpp_q4", "llamacpp_q4_resident"
 
 
 def arm_row(steps: Steps, facts: Mapping[str, Any]) -> Row:
@@ -148,7 +148,14 @@ def llama_bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], *, is_bf16: 
         }
         best = min(arms, key=arms.__getitem__, default=None)
         found.append(bar(title, arms.get(best or ""), 1.0) | {"arm": best})
-    return found
+    title = "resident prior in llama.cpp, ppl ratio to stock <= 1.02: times faster than stock"
+    row: Row = bar(title, None, 2.0, at_most=False)
+    pair = [rows[name]["ppl_ratio"] for name in (_LLAMA_RESIDENT, _LLAMA_Q4) if name in steps]
+    if len(pair) == 2 and None not in pair:
+        row = bar(title, times_faster(steps[_LLAMA_RESIDENT], steps[_LLAMA_Q4]), 2.0, at_most=False)
+        # Of the prior alone: both are compared with F16, and quantisation costs them the same.
+        row["met"] = row["met"] and pair[0] <= 1.02 * pair[1]
+    return [*found, row | {"arm": _LLAMA_RESIDENT}]
 
 
 def _is_near(row: Row, ratio: float) -> bool:

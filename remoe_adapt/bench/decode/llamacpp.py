@@ -11,10 +11,13 @@ from torch import Tensor
 
 from remoe_adapt.bench.decode.regimes import Regime
 from remoe_adapt.engines.llamacpp import LlamaModel
+from remoe_adapt.errors import ConfigError
 
 
 class LlamaCpp(Regime):
     """The C API of the pinned wheel on a file of `gguf_copy`, mapped and not repacked, so that pages can be given back.
+
+    Raises ConfigError where the engine refuses the file, or has no recency prior though one is asked for.
 
     options: `file`, its path; `context_tokens`; `threads`; `engine`, further options of `LlamaModel`, as its recency
         prior. What is computed is what llama.cpp makes of the file: some architectures have switches that it does not
@@ -30,6 +33,9 @@ class LlamaCpp(Regime):
             repack=False,
             **options.get("engine", {}),
         )
+        status = self._engine.prior_status()
+        if status is not None and not status.acts:
+            raise ConfigError(f"the recency prior in llama.cpp is off: {status.reason}")
         self.facts = {"file_bytes": Path(options["file"]).stat().st_size}
 
     def decoder(self) -> LlamaCpp:
