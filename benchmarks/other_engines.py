@@ -40,6 +40,10 @@ _SIZES = {
     "max_position_embeddings": 128, "v_head_dim": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
     "kv_lora_rank": 32, "q_lora_rank": 32, "initializer_range": 0.05,
 }  # fmt: skip
+# vLLM has latent attention for the published sizes alone.
+_LARGER = {
+    "deepseek_v3": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
+}
 ARCHITECTURES = (
     "shipped", "qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "gpt_oss", "deepseek_v3", "glm4_moe", "granitemoe",
     "ernie4_5_moe",
@@ -58,7 +62,7 @@ def home(architecture: str, folder: Path) -> tuple[Path, Family, float]:
         return shipped, Family.load(shipped / "family"), 1.0
     sys.path.insert(0, str(REPO_ROOT / "tests" / "support"))  # tiny models are the tests' own
     tiny_model = importlib.import_module("tiny_models").tiny_model
-    model = tiny_model(architecture, **_SIZES)
+    model = tiny_model(architecture, **(_SIZES | _LARGER.get(architecture, {})))
     for field, value in _PUBLISHED.get(architecture, {}).items():
         setattr(model.config, field, value)
     model.save_pretrained(folder / "base")

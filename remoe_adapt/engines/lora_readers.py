@@ -52,14 +52,21 @@ def not_applied(readers: list[dict[str, Any]]) -> str:
         for row in readers
         if row["outcome"] != "applied"
     ]
-    return f"Engines that do not apply this LoRA: {'; '.join(parts)}. Use `remoe export merged` there." if parts else ""
+    return (
+        f"Engines that do not apply this LoRA, or may not: {'; '.join(parts)}. Use `remoe export merged` there."
+        if parts
+        else ""
+    )
 
 
 def _vllm(model_type: str, rank: int) -> LoraReader:
     outcome = VLLM_ROUTER_LORA.get(model_type, "unknown")
     fitting = next((size for size in _VLLM_RANKS if size >= rank), None)
     notes = {
-        "applied": f"vllm serve BASE --enable-lora --max-lora-rank {fitting}",
+        # In those, the runner of the experts calls the router that it was given, which is not the one with the LoRA:
+        # 0.22 lets both names mean one module (lora/model_manager.py, `wrapped_by_id`).
+        "applied": f"vllm serve BASE --enable-lora --max-lora-rank {fitting}; by their source, versions 0.17 to 0.20 "
+        "ignore it where experts call the router",
         "ignored": "its module of the router has another name, so it serves the base and says nothing",
         "refused": "its module of the router has another name: ValueError",
         "unknown": "this architecture was not tried: compare answers with and without it",
