@@ -291,7 +291,6 @@ GGUF_LORA_IGNORED = frozenset({"kimi-k3"})
 # on its CPU build: a router that vLLM keeps under another name than transformers does is not found, and vLLM says so
 # only where no module of it has the last part of that name.
 VLLM_ROUTER_LORA: dict[str, str] = {
-    "deepseek_v3": "applied",
     "ernie4_5_moe": "applied",
     "glm4_moe": "applied",
     "gpt_oss": "applied",

@@ -19,7 +19,6 @@ from remoe_adapt.routers import VLLM_ROUTER_LORA
 # vLLM 0.32.0 (vllm/model_executor/models/<file>.py): the router in the files that it reads, and its own module of it.
 _MLP_GATE = ("mlp.gate.weight", "mlp.gate")
 VLLM_NAMES = {
-    "deepseek_v3": _MLP_GATE,  # deepseek_v2.py
     "ernie4_5_moe": _MLP_GATE,  # ernie45_moe.py
     "glm4_moe": _MLP_GATE,  # glm4_moe.py
     "gpt_oss": ("mlp.router.weight", "mlp.router"),  # gpt_oss.py
@@ -29,7 +28,7 @@ VLLM_NAMES = {
     "qwen2_moe": _MLP_GATE,  # qwen2_moe.py
     "qwen3_moe": _MLP_GATE,  # qwen3_moe.py
 }
-QUICK = ("deepseek_v3", "gpt_oss", "granitemoe", "mixtral")
+QUICK = ("glm4_moe", "gpt_oss", "granitemoe", "mixtral")
 EXPERTS, HIDDEN = 8, 32
 
 
