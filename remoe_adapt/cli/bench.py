@@ -88,7 +88,7 @@ def decode_table(result: Mapping[str, Any]) -> Table:
             continue
         table.add_row(
             name, f"{row['tpot_ms']:.1f}", f"{row['tpot_p95_ms']:.1f}", percent(row["hit_rate"]),
-            f"{row['bytes_per_token'] / _MIB:.1f}", percent(row["stall_share"]), f"{row['ppl_ratio']:.4f}",
+            f"{row['bytes_per_token'] / _MIB:.1f}", percent(row["stall_share"]), optional(row["ppl_ratio"], ".4f"),
             f"+{row['anon_growth_bytes'] / _MIB:.0f}",
         )  # fmt: skip
     table.caption = (

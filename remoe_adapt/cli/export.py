@@ -35,11 +35,15 @@ def lora(
     dtype: opt.Dtype = "auto", force: opt.Force = False, as_json: opt.Json = False,
 ) -> CommandResult:  # fmt: skip
     """A stock PEFT LoRA, which PEFT loads without this package; --dtype is what the base will be loaded in."""
-    from remoe_adapt.engines import export_lora
+    from remoe_adapt.engines import export_lora, not_applied
     from remoe_adapt.family import Family
 
     result = export_lora(base, Family.load(family), strength, out, dtype=dtype, force=force)
-    return result, [report.figures_table("PEFT LoRA", result)]
+    # Not on stdout, where --json has its object; a LoRA that is silently ignored is worse than none.
+    if note := not_applied(result["engines"]):
+        typer.echo(note, err=True)
+    shown = {name: value for name, value in result.items() if name != "engines"}
+    return result, [report.figures_table("PEFT LoRA", shown)]
 
 
 @command(export_app, "gguf")

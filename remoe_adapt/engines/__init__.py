@@ -15,5 +15,6 @@ from remoe_adapt.engines.files import (
     write_at,
     write_pieces,
 )
+from remoe_adapt.engines.lora_readers import lora_readers, not_applied
 from remoe_adapt.engines.merged import export_merged, left_out
 from remoe_adapt.engines.peft_lora import export_lora

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from remoe_adapt.engines.base import BaseFiles, StoredRouter
 from remoe_adapt.engines.files import new_folder
+from remoe_adapt.engines.lora_readers import lora_readers
 from remoe_adapt.engines.merged import left_out
 from remoe_adapt.errors import ConfigError, UnsupportedRouterError
 from remoe_adapt.family import Family
@@ -46,7 +47,8 @@ def export_lora(
 
     dtype: what the base will be loaded in ("auto": as from_pretrained does). In float32 the adapted weight is the
     live one bit for bit. In half precision the delta is chosen so that weight + delta rounds to the live weight;
-    `inexact` counts the weights (of `weights`) where no delta does, `max_error` is the largest miss.
+    `inexact` counts the weights (of `weights`) where no delta does, `max_error` is the largest miss. `engines` says
+    what other engines than PEFT do with it (`lora_readers`).
 
     Raises ConfigError when `out` holds something or the dtype is unknown, UnsupportedRouterError for routers that would
     silently ignore PEFT's wrapper, FamilyError for the strength, WriteError for a disk that is full or read-only and
@@ -99,6 +101,7 @@ def export_lora(
         "weights": sum(delta.numel() for delta in deltas.values()),
         "inexact": sum(off),
         "max_error": max(miss),
+        "engines": lora_readers(files.config.get_text_config().model_type, rank),
         **left_out(family, strength),
     }
 

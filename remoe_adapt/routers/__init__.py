@@ -10,6 +10,7 @@ from remoe_adapt.routers.table import (
     GGUF_LORA_IGNORED,
     GGUF_ROUTER_WEIGHT,
     SCORING_EXAMPLES,
+    VLLM_ROUTER_LORA,
     Facts,
     Refusal,
     known_facts,

@@ -287,6 +287,20 @@ GGUF_ARCH: dict[str, str] = {
 # Architectures whose graph multiplies by the router without its LoRA, so that one is loaded and silently ignored.
 GGUF_LORA_IGNORED = frozenset({"kimi-k3"})
 
+# What vLLM 0.32.0 makes of a PEFT LoRA on the routers, by `config.model_type`, as benchmarks/other_engines.py found it
+# on its CPU build: a router that vLLM keeps under another name than transformers does is not found, and vLLM says so
+# only where no module of it has the last part of that name.
+VLLM_ROUTER_LORA: dict[str, str] = {
+    "ernie4_5_moe": "applied",
+    "glm4_moe": "applied",
+    "gpt_oss": "applied",
+    "granitemoe": "refused",
+    "mixtral": "ignored",
+    "olmoe": "applied",
+    "qwen2_moe": "applied",
+    "qwen3_moe": "applied",
+}
+
 # A stock router of each scoring whose gating follows from its logits: "folder of transformers.models.class".
 SCORING_EXAMPLES: tuple[tuple[str, str], ...] = (
     ("softmax", "qwen2_moe.Qwen2MoeTopKRouter"),

@@ -21,7 +21,16 @@ from tiny_checkpoints import save_tiny
 from transformers import AutoModelForCausalLM
 
 from remoe_adapt.bench.decode.bench import DecodeOptions, quickly, run_decode
-from remoe_adapt.bench.decode.figures import arm_row, bars, coded_bars, limit_ms, miss_bursts, ppl_ratio, times_faster
+from remoe_adapt.bench.decode.figures import (
+    arm_row,
+    bars,
+    coded_bars,
+    limit_ms,
+    llama_bars,
+    miss_bursts,
+    ppl_ratio,
+    times_faster,
+)
 from remoe_adapt.bench.decode.worker import Worker
 from remoe_adapt.bench.harness import widen as widening
 from remoe_adapt.bench.harness.disk import (
@@ -214,6 +223,26 @@ def test_bars_of_fewer_bits_are_of_bf16_slots() -> None:
     assert [row["met"] for row in coded_bars({"cache25_s0": steps["cache25_s0"]}, is_bf16=True)] == [None] * 3
 
 
+def test_bars_of_llama_cpp_are_of_as_many_bits_and_of_what_is_as_good() -> None:
+    steps = {
+        "cache25_s0": _steps(0.1, 5), "cache25_s50": _steps(0.02, 1), "cache25_q4_s0": _steps(0.03, 0),
+        "llamacpp_f16": _steps(0.2, 0), "llamacpp_q4": _steps(0.06, 0), "llamacpp_q4_resident": _steps(0.02, 0),
+    }  # fmt: skip
+    ratios = [1.0, 1.04, 1.01, 1.0, 1.01, 1.028]
+    rows = {name: {"ppl_ratio": ratio} for name, ratio in zip(steps, ratios, strict=True)}
+    found = llama_bars(steps, rows, is_bf16=True)
+    assert [row["value"] for row in found] == [pytest.approx(value) for value in (0.5, 0.5, 3.0)]
+    # The arm of strength 0.5 is faster, but not as good.
+    assert [row["arm"] for row in found] == ["cache25_s0", "cache25_q4_s0", "llamacpp_q4_resident"]
+    assert [row["met"] for row in found] == [True, True, True], "1.028 / 1.01 is below 1.02"
+    rows["llamacpp_q4_resident"]["ppl_ratio"] = 1.031
+    assert [row["met"] for row in llama_bars(steps, rows, is_bf16=True)] == [True, True, False]
+    assert [row["met"] for row in llama_bars(steps, rows, is_bf16=False)] == [None, None, False]
+    rows["llamacpp_q4"]["ppl_ratio"] = None
+    assert llama_bars(steps, rows, is_bf16=True)[2]["met"] is None
+    assert [row["met"] for row in llama_bars({}, {}, is_bf16=True)] == [None] * 3
+
+
 def test_the_worker_answers_errors_and_goes_on() -> None:
     replies = io.StringIO()
     serve_lines(io.StringIO('{"op": "nothing"}\nnot json\n'), replies, Worker().answer)
@@ -239,7 +268,8 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path, shipped: Path) -> None:
     arms = result["arms"]
     assert list(arms)[:4] == ["stock", "cache100_s0", "cache25_s0", "cache25_s100"]
     assert {name for name, row in arms.items() if "skipped" in row} == {
-        "accelerate_disk", "transformers_disk", "mmap_cgroup",
+        "accelerate_disk", "transformers_disk", "mmap_cgroup", "llamacpp_f16", "llamacpp_q4",
+        "llamacpp_q4_resident",
     }  # fmt: skip
     assert arms["cache100_s0"]["bytes_per_token"] == 0 and arms["cache100_s0"]["hit_rate"] == 1
     assert arms["cache25_s0"]["ppl_ratio"] == pytest.approx(1, abs=1e-3)
@@ -256,7 +286,7 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path, shipped: Path) -> None:
     assert arms["cache25_s0"]["hit_rate"] < arms["cache25_q8_s0"]["hit_rate"] < arms["cache25_q4_s0"]["hit_rate"]
     assert arms["cache7_q4_s0"]["hit_rate"] < arms["cache7_q4_prior20"]["hit_rate"]
     assert all(row["ppl_ratio"] == pytest.approx(1, abs=0.2) for row in coded.values())
-    assert result["raw_bandwidth_bytes_per_s"] > MIB and len(result["bars"]) == 10 + 3 + 4
+    assert result["raw_bandwidth_bytes_per_s"] > MIB and len(result["bars"]) == 10 + 3 + 4 + 3
     assert json.loads(json.dumps(result)) and result["seconds"] <= time.time() - began + 1
     assert not list(tmp_path.iterdir())  # the widened model is not kept
     assert shutil.disk_usage(tmp_path).free

@@ -40,7 +40,10 @@ def test_merged_and_lora(home: Home, family: Path, tmp_path: Path) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.values(), live, strict=True))
     lora = found("export", "lora", home.base, family, tmp_path / "lora", "--strength", 1)
     assert (lora["rank"], lora["for_dtype"], lora["inexact"]) == (16, "float32", 0)
-    assert "PEFT LoRA" in call("export", "lora", home.base, family, tmp_path / "second", "--strength", 1).stdout
+    assert [row["engine"] for row in lora["engines"]] == ["vLLM", "SGLang", "LMDeploy", "TGI"]
+    shown = call("export", "lora", home.base, family, tmp_path / "second", "--strength", 1)
+    assert "PEFT LoRA" in shown.stdout and "TGI" not in shown.stdout
+    assert "Engines that do not apply this LoRA" in shown.stderr and "TGI" in shown.stderr
     assert "exists already" in refused(
         "export", "merged", home.base, family, tmp_path / "lora", "--strength", 1, status=2
     )

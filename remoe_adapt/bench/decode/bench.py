@@ -5,7 +5,9 @@ order that changes, over the same held-out text: a prompt at once, then one give
 batch 1. Times are medians over turns. Everyone reads from a disk of known read-ahead, no faster than `read_mib_per_s`,
 and where memory can be limited, our cache at 25 %, accelerate's disk offload and memory-mapped weights decode under the
 same limit, which is what ours takes: the code of libraries is in memory before, charged to nobody who is limited, so
-the limit is anonymous memory, the kernel's own, and page cache of the weights. Afterwards more text is decoded without
+the limit is anonymous memory, the kernel's own, and page cache of the weights. So does stock llama.cpp on GGUFs of the
+same model, with experts in F16 and in the four bits of our packs; perplexity ratios of those are to its own F16 file,
+as it may compute something else than transformers does. Afterwards more text is decoded without
 the clock, the cap lifted, so that perplexity ratios are of more tokens than fit into the timed part.
 """
 
@@ -23,9 +25,11 @@ from typing import Any
 import torch
 
 from remoe_adapt.bench import harness
-from remoe_adapt.bench.decode.figures import arm_row, bars, coded_bars, limit_ms, miss_bursts, ppl_ratio
+from remoe_adapt.bench.decode.figures import arm_row, bars, coded_bars, limit_ms, llama_bars, miss_bursts, ppl_ratio
+from remoe_adapt.bench.decode.gguf_copy import write_gguf_copies
 from remoe_adapt.checkpoints import load_with_tokenizer
-from remoe_adapt.errors import ConfigError, DataError, RemoeError
+from remoe_adapt.engines.llamacpp import library as llama_library
+from remoe_adapt.errors import ConfigError, DataError, MissingDependencyError, RemoeError, UncacheableError
 from remoe_adapt.evaluation import held_out
 from remoe_adapt.expert_cache import READ_THREADS, pack_experts
 
@@ -37,14 +41,22 @@ _REHEARSAL_STEPS = 16
 # Raw reads of a turn: enough for a rate, and short beside the turns of the arms.
 _MOST_BURSTS = 100
 # What others offer for the same memory, by arm: the regime.
-_OTHERS = {"accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped"}
-_SCORED = ("stock", "cache25", "cache25_prior", "cache25_q4", "cache25_q8", "cache7_q4_prior")
+_LLAMA = {"llamacpp_f16": "f16", "llamacpp_q4": "q4", "llamacpp_q4_resident": "q4"}
+_OTHERS = {
+    "accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped",
+    **dict.fromkeys(_LLAMA, "llamacpp"),
+}  # fmt: skip
+# Further options of llama.cpp, by arm.
+_ENGINES: dict[str, dict[str, Any]] = {"llamacpp_q4_resident": {"recency": "resident", "gain": 0.2}}
+_SCORED = ("stock", "cache25", "cache25_prior", "cache25_q4", "cache25_q8", "cache7_q4_prior", *_LLAMA)
 # Processes that hold experts in fewer bits, by name: how many, and the budget as a share of their own bytes; None: as
 # many bytes as a quarter of bf16 experts takes.
 _CODED = {"cache25_q4": (4, None), "cache25_q8": (8, None), "cache7_q4": (4, 0.25), "cache7_q4_prior": (4, 0.25)}
 _CODED_GAIN = 0.2
 # Types of weights that all arms compute with.
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What is on the disk, in sizes of the checkpoint: itself, its packs, what three others make of its experts, two GGUFs.
+_DISK_COPIES = 8
 # Our total memory is measured with caches full; a longer document needs a little more.
 _LIMIT_SLACK_BYTES = 8 << 20
 # Options that a result states, beside those that it states in other words.
@@ -171,7 +183,8 @@ class _Bench:
             groups = {name: undo.enter_context(harness.memory_group(name)) for name in limited}
         else:
             self._skipped |= dict.fromkeys(_OTHERS, why)
-        plans = {name: plan for name, plan in self._plans(folder).items() if name not in self._skipped}
+        ggufs = self._ggufs(folder)
+        plans = {name: plan for name, plan in self._plans(folder, ggufs).items() if name not in self._skipped}
         for name in (*plans, "raw"):  # all at once: most of a start is imports
             self._workers[name] = harness.WorkerProcess(name, groups.get(name), cap=cap)
             undo.callback(self._workers[name].close)
@@ -192,7 +205,21 @@ class _Bench:
                 raise RemoeError(f"{group.folder.name}: the kernel killed a process under the memory limit")
         return self._result() | {"memory_limit_bytes": limit, "storage": {**storage, "direct_io": self._raw["direct"]}}
 
-    def _plans(self, folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    def _ggufs(self, folder: Path) -> dict[str, Path]:
+        """The files of llama.cpp by name, or none and the reason."""
+        # Each in a folder of its own, as all that is put out of the page cache.
+        ggufs = {name: folder.parent / f"{folder.name}.{name}" / "model.gguf" for name in ("f16", "q4")}
+        if not _LLAMA.keys() <= self._skipped.keys():
+            try:
+                llama_library()
+                for path in ggufs.values():
+                    path.parent.mkdir()
+                write_gguf_copies(folder, ggufs["f16"], ggufs["q4"])
+            except (MissingDependencyError, UncacheableError) as error:
+                self._skipped |= dict.fromkeys(_LLAMA, str(error))
+        return ggufs
+
+    def _plans(self, folder: Path, ggufs: Mapping[str, Path]) -> dict[str, tuple[str, dict[str, Any]]]:
         options = self._options
         cache: dict[str, Any] = {"direct_io": options.direct_io, "threads": options.read_threads}
         cache["prefetch"] = options.prefetch
@@ -203,6 +230,10 @@ class _Bench:
             cache["storage"] = str(pack)
             harness.evict(pack)
         cached = {"cache": cache, "family": self._family, "gain": 0.0, "dial": self._family is not None}
+        llama = {
+            "threads": options.threads,
+            "context_tokens": max(map(len, (*self._documents, *self._more))),
+        }
         prior = {"gain": max(options.gains, default=0.0), "dial": True}
         plans: dict[str, tuple[str, dict[str, Any]]] = {
             "stock": ("stock", {"trial_ids": self._documents[0]}),
@@ -210,7 +241,11 @@ class _Bench:
             "cache25": ("cached", cached | {"budget": BUDGET}),
             "cache25_prior": ("cached", cached | prior | {"budget": BUDGET}),
             **self._coded_plans(folder, cached),
-            **{name: (regime, {}) for name, regime in _OTHERS.items()},
+            **{name: (regime, {}) for name, regime in _OTHERS.items() if name not in _LLAMA},
+            **{
+                name: ("llamacpp", llama | {"file": str(ggufs[kind]), "engine": _ENGINES.get(name, {})})
+                for name, kind in _LLAMA.items()
+            },
         }
         return {name: plan for name, plan in plans.items() if any(arm.worker == name for arm in self._arms)}
 
@@ -229,7 +264,7 @@ class _Bench:
 
     def _load(self, name: str, regime: str, settings: dict[str, Any], folder: Path) -> None:
         """Loaded and rehearsed, so that the code it runs is in memory; those we compare with may fail."""
-        harness.evict(folder)
+        harness.evict(Path(settings["file"]).parent if "file" in settings else folder)
         if settings.get("budget", 0) is None:
             # What a quarter of the experts would take in bf16, whatever type the arms loaded before this one have.
             itemsize = _DTYPES[self._options.dtype].itemsize
@@ -262,8 +297,9 @@ class _Bench:
                     self._skip(name, error)
         return limit
 
-    def _decode(self, arm: _Arm, ids: Sequence[int]) -> list[dict[str, Any]]:
-        seconds = self._options.turn_seconds if arm.worker in _OTHERS else self._options.max_seconds
+    def _decode(self, arm: _Arm, ids: Sequence[int], *, is_timed: bool = True) -> list[dict[str, Any]]:
+        is_short = is_timed and arm.worker in _OTHERS
+        seconds = self._options.turn_seconds if is_short else self._options.max_seconds
         answer = self._workers[arm.worker].ask(
             "decode", arm=arm.settings, ids=list(ids), prompt=PROMPT_TOKENS, max_seconds=seconds
         )
@@ -301,12 +337,20 @@ class _Bench:
     def _scored(self) -> list[tuple[_Arm, str]]:
         """Arms that more text is decoded for, each with its process: with all experts in RAM where that is the same."""
         whole = {"cache25": "cache100"}
-        return [(arm, whole.get(arm.worker, arm.worker)) for arm in self._arms if arm.worker in _SCORED]
+        return [
+            (arm, whole.get(arm.worker, arm.worker))
+            for arm in self._arms
+            if arm.worker in _SCORED and arm.worker in self._workers
+        ]
 
     def _decode_more(self) -> None:
         for number, ids in enumerate(self._more, start=len(self._documents)):
             for arm, worker in self._scored():
-                steps = self._decode(replace(arm, worker=worker), ids)
+                try:
+                    steps = self._decode(replace(arm, worker=worker), ids, is_timed=False)
+                except RemoeError as error:
+                    self._skip(worker, error)
+                    continue
                 # Kept apart from the timed steps: these were decoded with other experts in memory, or without the cap.
                 arm.nll |= {(number, place): step["nll"] for place, step in enumerate(steps)}
                 self._on_tokens(len(ids))
@@ -315,10 +359,14 @@ class _Bench:
         arms = {arm.name: arm for arm in self._arms if arm.worker in self._workers and arm.steps}
         steps = {name: arm.steps for name, arm in arms.items()}
         nll = {name: arm.nll | {key: step["nll"] for key, step in arm.steps.items()} for name, arm in arms.items()}
+        # llama.cpp is compared with itself, and not at all where its F16 file was not decoded.
+        bases = {name: nll.get("llamacpp_f16" if name in _LLAMA else "stock") for name in arms}
         rows = {
-            name: arm_row(steps[name], self._facts[arm.worker]) | {"ppl_ratio": ppl_ratio(nll[name], nll["stock"])}
+            name: arm_row(steps[name], self._facts[arm.worker])
+            | {"ppl_ratio": None if (base := bases[name]) is None else ppl_ratio(nll[name], base)}
             for name, arm in arms.items()
         }
+        is_bf16 = self._options.dtype == "bfloat16"
         speed = self._raw["bytes_per_s"]
         limit = limit_ms(rows["cache25_s0"]["bytes_per_token"], speed, rows["cache100_s0"]["tpot_ms"])
         return {
@@ -327,7 +375,8 @@ class _Bench:
             "quality_tokens": len(nll["stock"]),
             "arms": {arm.name: rows.get(arm.name) or {"skipped": self._skipped[arm.worker]} for arm in self._arms},
             "bars": bars(steps, rows, limit, self._facts)
-            + (coded_bars(steps, is_bf16=self._options.dtype == "bfloat16") if self._options.bits else []),
+            + (coded_bars(steps, is_bf16=is_bf16) if self._options.bits else [])
+            + llama_bars(steps, rows, is_bf16=is_bf16),
             "raw_bandwidth_bytes_per_s": speed,
             "raw_read_bytes": self._raw["read_bytes"],
             "limit_ms": limit,
@@ -371,8 +420,7 @@ def _storage(
     if why is not None:
         return wide, {"kind": "the disk of the work folder", "why": why}, None
     size = sum(path.stat().st_size for path in wide.iterdir())
-    # The checkpoint, its pack, and what the others make of its experts.
-    disk = undo.enter_context(harness.loop_disk(work, (3 + len(_OTHERS)) * size + (128 << 20)))
+    disk = undo.enter_context(harness.loop_disk(work, _DISK_COPIES * size + (128 << 20)))
     folder = disk.folder / wide.name
     shutil.copytree(wide, folder)
     disk.forget()

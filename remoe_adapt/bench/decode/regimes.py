@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import dispatch_model
@@ -31,10 +31,17 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 _TRIAL_STEPS = 12
 
 
-class Regime(ABC):
-    """A loaded model. `facts` go into the result; `cache` is its expert cache, if it has one."""
+class Decodes(Protocol):
+    """One sequence, fed step by step; logits [V] after the last token of each step."""
 
-    model: nn.Module
+    def feed(self, ids: Sequence[int]) -> Tensor: ...
+
+
+class Regime(ABC):
+    """A loaded model. `facts` go into the result; `model` is there where it is one of transformers, `cache` is its
+    expert cache, if it has one."""
+
+    model: nn.Module | None = None
     cache: ExpertCache | None = None
     facts: dict[str, Any]
 
@@ -48,6 +55,11 @@ class Regime(ABC):
     def between_steps(self) -> AbstractContextManager[None]:
         """Around each forward."""
         return nullcontext()
+
+    def decoder(self) -> Decodes:
+        """For a new sequence."""
+        assert self.model is not None
+        return Decoder(self.model)
 
 
 class Stock(Regime):
@@ -145,12 +157,6 @@ class TransformersDisk(Regime):
         self.model = load_base(folder, device_map=places, offload_folder=str(offload), experts_implementation="eager")
         evict(offload)
         self.facts = {"offloaded_bytes": _size(offload)}
-
-
-REGIMES: dict[str, type[Regime]] = {
-    "stock": Stock, "cached": Cached, "mapped": Mapped, "accelerate": AccelerateDisk,
-    "transformers": TransformersDisk,
-}  # fmt: skip
 
 
 def _size(folder: Path) -> int:

@@ -15,8 +15,14 @@ import torch
 import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
 
 from remoe_adapt.bench import harness
-from remoe_adapt.bench.decode.regimes import REGIMES, Regime
-from remoe_adapt.evaluation import Decoder, score
+from remoe_adapt.bench.decode.llamacpp import LlamaCpp
+from remoe_adapt.bench.decode.regimes import AccelerateDisk, Cached, Mapped, Regime, Stock, TransformersDisk
+from remoe_adapt.evaluation import score
+
+REGIMES: dict[str, type[Regime]] = {
+    "stock": Stock, "cached": Cached, "mapped": Mapped, "accelerate": AccelerateDisk,
+    "transformers": TransformersDisk, "llamacpp": LlamaCpp,
+}  # fmt: skip
 
 
 class Worker(harness.Worker):
@@ -39,7 +45,8 @@ class Worker(harness.Worker):
         torch.set_num_threads(threads)
         self._before_bytes = anonymous_bytes()
         self._regime = REGIMES[regime](Path(folder), options)
-        self._regime.model.eval()
+        if self._regime.model is not None:
+            self._regime.model.eval()
         gc.collect()
         gc.freeze()  # collections between documents need not look at the model again
         return {**self._regime.facts, "anon_growth_bytes": anonymous_bytes() - self._before_bytes}
@@ -57,7 +64,7 @@ class Worker(harness.Worker):
         gc.disable()  # a collection would be a step that takes longer
         steps: list[dict[str, Any]] = []
         with torch.inference_mode():
-            decoder = Decoder(regime.model)
+            decoder = regime.decoder()
             with regime.between_steps():
                 decoder.feed(ids[:prompt])
             deadline_s = time.perf_counter() + max_seconds
