@@ -49,7 +49,7 @@ ARCHITECTURES = (
     "ernie4_5_moe",
 )  # fmt: skip
 # What published configurations say, vLLM reads, and transformers leaves out of those that it makes.
-_PUBLISHED = {"deepseek_v3": {"topk_method": "noaux_tc"}, "glm4_moe": {"head_dim": 32}}
+_PUBLISHED: dict[str, dict[str, Any]] = {"deepseek_v3": {"topk_method": "noaux_tc"}, "glm4_moe": {"head_dim": 32}}
 # Routers alone change less than this between engines that compute in float32; a LoRA that acts changes more.
 SAME = 1e-3
 _RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -73,7 +73,8 @@ def score(model: Any, ids: list[int]) -> Tensor:
     """Log-probability of each token after the first [T - 1] (nats)."""
     with torch.inference_mode():
         logits_TV = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-    return logits_TV.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    found: Tensor = logits_TV.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return found
 
 
 def ask(python: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:

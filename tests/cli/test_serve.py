@@ -18,7 +18,7 @@ from waiting import in_thread, until
 for needed in ("openai", "fastapi", "uvicorn", "prometheus_client"):
     pytest.importorskip(needed, reason="a server for OpenAI's clients (extra: serve)")
 
-import httpx  # noqa: E402 (comes with openai)
+import httpx  # noqa: E402
 from served import PROMPT, TEMPLATE, save_served  # noqa: E402
 
 

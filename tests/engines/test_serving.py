@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn", reason="a server for OpenAI's clients (extra: ser
 pytest.importorskip("fastapi", reason="a server for OpenAI's clients (extra: serve)")
 pytest.importorskip("prometheus_client", reason="a server for OpenAI's clients (extra: serve)")
 
-import httpx  # noqa: E402 (comes with openai)
+import httpx  # noqa: E402
 import torch  # noqa: E402
 from served import PROMPT, Served, save_served, serving, streamed  # noqa: E402
 

@@ -203,7 +203,7 @@ def test_a_read_that_fails_or_raises_an_interrupt_leaves_nothing(tmp_path: Path)
         return os.preadv(fd, buffers, offset)
 
     model: Any = load_with_expert_cache(folder, 0.2, reader=read, threads=2)
-    for _ in range(60):
+    for _ in range(20):
         left[0] = chance.randrange(1, 14)
         with suppress(KeyboardInterrupt, MemoryError, SystemExit, ExpertReadError):
             decode(model)

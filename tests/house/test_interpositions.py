@@ -38,6 +38,8 @@ OURS = {
     ("bench/gating_cpu.py", "setattr"): "a configuration that the benchmark has made",
     ("bench/harness/widen.py", "setattr"): "a copy of a configuration",
     ("bench/pool_decode.py", "dict"): "a model that the benchmark has loaded for itself",
+    ("engines/llamacpp/prior/native.py", "setattr"): "counters of a control block that is our own",
+    ("engines/llamacpp/wheel_server.py", "setattr"): "parameters that are made here for the server",
     ("bench/decode/regimes.py", "setattr"): "the mapped experts of a model that the benchmark has loaded for itself",
 }
 LIBRARIES = ("transformers", "peft", "accelerate", "torch")
