@@ -21,13 +21,17 @@ KV_CACHE_PART = 16
 
 
 class Lease:
-    """Experts that stay while the lease is open: `slots` maps each to its parameters. A context manager."""
+    """Experts that stay while the lease is open: `slots` maps each to its parameters. A context manager.
 
-    def __init__(self, end: Callable[[Lease], None]) -> None:
-        self._end = end
+    late: those whose slots nobody may read before `wait`.
+    """
+
+    def __init__(self, end: Callable[[Lease], None], tier: TierSource | None = None) -> None:
+        self._end, self._tier = end, tier
         self.slots: dict[int, Slot] = {}
         # What keeps the slots of a tier, whose `slots` are views alone.
         self.held: dict[int, Slot] = {}
+        self.late: frozenset[int] = frozenset()
 
     def __enter__(self) -> Lease:
         return self
@@ -35,10 +39,17 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
 
+    def wait(self) -> None:
+        """All slots may be read by what this thread queues from now on."""
+        if self.late:
+            assert self._tier is not None
+            self._tier.wait_for(self.held)
+            self.late = frozenset()
+
     def release(self) -> None:
         """Give the experts back; once is enough."""
         with held_back():
-            self.slots, self.held = {}, {}
+            self.slots, self.held, self.late = {}, {}, frozenset()
             self._end(self)
 
 

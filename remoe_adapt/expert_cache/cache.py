@@ -117,7 +117,7 @@ class ExpertCache:
         with self._changed:
             return sorted(self._slots)
 
-    def lease(self, layer: int, experts: Iterable[int], *, continues: bool = False) -> Lease:
+    def lease(self, layer: int, experts: Iterable[int], *, continues: bool = False, early: bool = False) -> Lease:
         """The first of these distinct experts, in their order: as many as the budget holds at a time, at least one.
 
         Those that are missing are read now, in parallel. While leases of other threads leave too little room this
@@ -126,11 +126,13 @@ class ExpertCache:
         layer: the layer's place in the source.
         experts: their numbers, distinct.
         continues: they are of the same token as the last lease.
+        early: return while experts are still under way to a device: the lease names them as `late`, and its `wait` must
+            come before what reads them.
 
         Raises what the source raises, once every read of this call has ended; the cache then holds what could be read.
         A signal whose handler raises (Ctrl-C) does so once the read under way in this thread has ended.
         """
-        wanted, lease, begun = list(experts), Lease(self._end), dict[Key, Arrival]()
+        wanted, lease, begun = list(experts), Lease(self._end, self._tier), dict[Key, Arrival]()
         try:
             # An interrupt between a pin and its lease would leave experts that nobody can evict any more.
             with held_back():
@@ -141,6 +143,10 @@ class ExpertCache:
                     if self._tier is not None:
                         lease.held = lease.slots
                         lease.slots = self._tier.leased(lease.held)
+                        if early:
+                            lease.late = self._tier.late(lease.held)
+                        else:
+                            self._tier.wait_for(lease.held)
                     handle_pending()
                 except BaseException:
                     self._abandon(lease, begun)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from remoe_adapt.expert_cache.experts import ChosenExperts
 
 _TENSORS = ("codes", "scales", "minima")
+# So many tokens are computed in two turns, hits and then misses: kernels of more take each slot once for all tokens.
+_FEW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class DeviceLayout(BandsLayout):
     """
 
     is_exact = False
+    is_early = True
 
     def __init__(self, plan: Plan, kernels: SlotKernels, coded: Sequence[CodedLayer] | None = None) -> None:
         super().__init__(plan, coded)
@@ -185,14 +188,27 @@ class DeviceLayout(BandsLayout):
         activation = self._activation(layer, module)
         out_TD: Tensor | None = None
         # Without choices there are no slots to look at, and nothing to compute.
-        for slots in chosen.groups():
+        for slots in chosen.groups(early=True):
             pool = _pool_of(slots)
             if activation is None or is_exact or pool is None:
                 return super().compute(layer, module, hidden_TD, ids_TK, weights_TK, chosen)
             up, down = self._slot_matrices(layer, module, pool)
-            is_all = out_TD is None and not chosen.has_more and not chosen.has_others
-            numbers_TC = pool.numbers(layer, ids_TK, chosen.rows, None if is_all else slots)
-            part_TD = self._kernels.forward(hidden_TD, numbers_TC, weights_TK, up, down, activation)
+            late, args, kernels = chosen.late, (weights_TK, up, down, activation), self._kernels
+            there = {expert: slot for expert, slot in slots.items() if expert not in late} if late else {}
+            if there and len(hidden_TD) <= _FEW:
+                # The hits compute while the misses are copied.
+                pairs_TCD = hidden_TD.new_empty((*ids_TK.shape, hidden_TD.shape[1]), dtype=torch.float32)
+                numbers_TC = pool.numbers(layer, ids_TK, chosen.rows, there)
+                kernels.forward(hidden_TD, numbers_TC, *args, pairs_TCD, False)
+                chosen.wait()
+                rest = {expert: slots[expert] for expert in late}
+                numbers_TC = pool.numbers(layer, ids_TK, chosen.rows, rest, done=there)
+                part_TD = kernels.forward(hidden_TD, numbers_TC, *args, pairs_TCD)
+            else:
+                chosen.wait()
+                is_all = out_TD is None and not chosen.has_more and not chosen.has_others
+                numbers_TC = pool.numbers(layer, ids_TK, chosen.rows, None if is_all else slots)
+                part_TD = kernels.forward(hidden_TD, numbers_TC, *args)
             assert part_TD is not None
             # More than one group only where the budget does not hold a token's experts.
             out_TD = part_TD if out_TD is None else out_TD + part_TD

@@ -11,7 +11,7 @@ import gc
 import heapq
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from remoe_adapt.expert_cache.places import Places
 from remoe_adapt.expert_cache.pool import Parts, PoolSlot
 from remoe_adapt.expert_cache.streams import Event, Stream, Streams
 from remoe_adapt.expert_cache.types import Fitted, Key, Slot
+from remoe_adapt.triton_kernels.slots import DONE
 
 # What is in the table for an expert without a slot: kernels skip it.
 ABSENT = -1
@@ -120,17 +121,24 @@ class DevicePool:
         return self.memory.data[:, offset : offset + size].view(dtype).view(self.slots, *shape)
 
     def numbers(
-        self, layer: int, ids_TK: Tensor, rows: Sequence[Sequence[int]], slots: Mapping[int, Slot] | None
+        self,
+        layer: int,
+        ids_TK: Tensor,
+        rows: Sequence[Sequence[int]],
+        slots: Mapping[int, Slot] | None,
+        done: Collection[int] = (),
     ) -> Tensor:
         """The slots of experts, int32 [T, K] on the device.
 
         ids_TK: on the device.
         rows: the same on the host.
         slots: those that count, others are ABSENT; None: all, and the calling thread has leased every one of them.
+        done: experts whose outputs an earlier call of the kernels has left.
         """
         if slots is None:
             return torch.take(self._table[layer], ids_TK.long())
         number = {expert: slot.number for expert, slot in slots.items() if isinstance(slot, DeviceSlot)}
+        number |= dict.fromkeys(done, DONE)
         return self._streams.on_device([[number.get(expert, ABSENT) for expert in row] for row in rows])
 
 
@@ -219,22 +227,36 @@ class DevicePools:
         return found
 
     def leased(self, slots: Mapping[int, Slot]) -> dict[int, Slot]:
-        """The calling thread's stream waits for these slots, and from now on copies wait for it; see TierSource."""
+        """From now on copies into these slots wait for the calling thread's stream; see TierSource."""
         stream = self.streams.current()
-        key = stream.key
-        self._streams[key] = stream
-        newest, found = None, dict[int, Slot]()
+        self._streams[stream.key] = stream
+        found = dict[int, Slot]()
         for expert, taken in slots.items():
             assert isinstance(taken, TakenSlot)
             found[expert] = taken.slot
+        return found
+
+    def late(self, slots: Mapping[int, Slot]) -> frozenset[int]:
+        """Those whose copies have not ended, and that the calling thread's stream does not wait for; see TierSource."""
+        waited, found = self._waited.get(self.streams.current().key, 0), set[int]()
+        for expert, taken in slots.items():
+            assert isinstance(taken, TakenSlot) and taken.event is not None
+            if taken.order > waited and not taken.event.query():
+                found.add(expert)
+        return frozenset(found)
+
+    def wait_for(self, slots: Mapping[int, Slot]) -> None:
+        """The calling thread's stream waits for the copies into these slots."""
+        stream, newest = self.streams.current(), None
+        for taken in slots.values():
+            assert isinstance(taken, TakenSlot)
             if newest is None or taken.order > newest.order:
                 newest = taken
         # Copies end in their order, so that the newest one stands for all.
-        if newest is not None and newest.order > self._waited.get(key, 0):
+        if newest is not None and newest.order > self._waited.get(stream.key, 0):
             assert newest.event is not None
             self.streams.wait(stream, newest.event)
-            self._waited[key] = newest.order
-        return found
+            self._waited[stream.key] = newest.order
 
     def settle(self) -> None:
         """Wait for all that is queued, and let go what it reads."""

@@ -58,6 +58,7 @@ class ChosenExperts:
     weight: makes a parameter of a slot, by its name; None: the slots hold the parameters.
     rows: the ids of the experts that each token chose, on the host.
     has_others: there are ids among them that are no experts.
+    early: lease while experts are under way to a device; they are `late` until somebody waits for them.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class ChosenExperts:
         *,
         rows: Sequence[Sequence[int]] = (),
         has_others: bool = False,
+        early: bool = False,
     ) -> None:
-        self.rows, self.has_others = rows, has_others
+        self.rows, self.has_others, self._early = rows, has_others, early
         self._cache, self._layer, self._later, self._weight = expert_cache, layer, experts, weight
         # The weight that was made last of each parameter: held, so that no other tensor gets its memory meanwhile.
         self._made: dict[str, tuple[int, Tensor]] = {}
@@ -85,7 +87,7 @@ class ChosenExperts:
         """Lease the next group: `slots` holds it, and it alone."""
         with held_back():
             self.release()
-            self._lease = self._cache.lease(self._layer, self._later, continues=not self._is_first)
+            self._lease = self._cache.lease(self._layer, self._later, continues=not self._is_first, early=self._early)
             self._is_first, self.slots, self._parts = False, self._lease.slots, None
             self._later = self._later[len(self.slots) :]
 
@@ -95,20 +97,38 @@ class ChosenExperts:
             if not self._later:
                 raise KeyError(expert)
             self.lease_next()
+        self.wait()
         return self.slots[expert]
+
+    @property
+    def late(self) -> frozenset[int]:
+        """Experts among `slots` that are under way: `wait` must come before what reads them."""
+        return frozenset() if self._lease is None else self._lease.late
+
+    def wait(self) -> None:
+        """All of `slots` may be read by what is queued from now on."""
+        if self._lease is not None:
+            self._lease.wait()
 
     @property
     def has_more(self) -> bool:
         """Some experts come in a later group."""
         return bool(self._later)
 
-    def groups(self) -> Iterator[Mapping[int, Slot]]:
-        """The slots by expert, group after group: a single one where the budget holds all of them."""
-        if self.slots:
-            yield self.slots
-        while self._later:
+    def groups(self, *, early: bool = False) -> Iterator[Mapping[int, Slot]]:
+        """The slots by expert, group after group: a single one where the budget holds all of them.
+
+        early: some may still be `late`.
+        """
+        if not self.slots and self._later:
             self.lease_next()
+        while self.slots:
+            if not early:
+                self.wait()
             yield self.slots
+            if not self._later:
+                return
+            self.lease_next()
 
     def note_made(self, expert: int, param: str, weight: Tensor) -> None:
         """A parameter of an expert was made of its slot: what backward needs of it is made again."""
@@ -207,7 +227,15 @@ class CachedExperts:
         with held_back():
             if predictor is not None:
                 predictor.score(self.layer, needed)
-            chosen = ChosenExperts(self.cache, self.layer, needed, self._weight, rows=rows, has_others=has_others)
+            chosen = ChosenExperts(
+                self.cache,
+                self.layer,
+                needed,
+                self._weight,
+                rows=rows,
+                has_others=has_others,
+                early=self.layout.is_early,
+            )
             try:
                 if needed:
                     chosen.lease_next()

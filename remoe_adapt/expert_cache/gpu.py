@@ -58,6 +58,14 @@ class DeviceSource:
         """See TierSource."""
         return self.pools.leased(slots)
 
+    def late(self, slots: Mapping[int, Slot]) -> frozenset[int]:
+        """See TierSource."""
+        return self.pools.late(slots)
+
+    def wait_for(self, slots: Mapping[int, Slot]) -> None:
+        """See TierSource."""
+        self.pools.wait_for(slots)
+
     def fit(self, slots: Mapping[int, int], movable: Mapping[Key, Slot]) -> Fitted:
         """See TierSource."""
         return self.pools.fit(slots, movable)

@@ -37,6 +37,8 @@ class Layout(abc.ABC):
 
     name: str
     is_exact: bool
+    # It computes with slots that are there while others are under way to a device.
+    is_early: bool = False
     # Where the parts of every slot lie; None: in each slot as the files happen to have them.
     places: Places | None = None
 

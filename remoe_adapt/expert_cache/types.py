@@ -63,6 +63,14 @@ class TierSource(Protocol):
         them may still be under way. Returns what it computes with, while the lease holds the slots."""
         ...
 
+    def late(self, slots: Mapping[int, Slot]) -> frozenset[int]:
+        """Those of these slots, as a cache holds them, that are under way and not waited for."""
+        ...
+
+    def wait_for(self, slots: Mapping[int, Slot]) -> None:
+        """What the calling thread queues from now on begins once these slots are there."""
+        ...
+
     def fit(self, slots: Mapping[int, int], movable: Mapping[Key, Slot]) -> Fitted:
         """Have so many slots of each size (bytes), and no memory for more.
 

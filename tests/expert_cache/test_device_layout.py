@@ -23,7 +23,7 @@ from remoe_adapt.expert_cache import load, pack_experts
 from remoe_adapt.expert_cache.activations import activation_of
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.device_layout import DeviceLayout, SlotKernels
-from remoe_adapt.expert_cache.device_pool import DeviceSlot
+from remoe_adapt.expert_cache.device_pool import ABSENT, DeviceSlot
 from remoe_adapt.expert_cache.experts import arithmetic_of
 from remoe_adapt.expert_cache.plan import experts_modules
 
@@ -87,6 +87,29 @@ def test_floats_within_every_budget(name: str, tmp_path: Path, loaded: Load, ker
             assert error(model(input_ids=IDS).logits, whole) < 1e-5
         assert cache.resident_bytes <= cache.budget_bytes
     assert kernels.calls > 0 and cache.stats()["prefetched"] > 0
+
+
+def test_hits_are_computed_before_misses_are_waited_for(
+    tmp_path: Path, loaded: Load, kernels: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tmp_path / "m", "qwen2_moe")
+    expected = decoded(stock(folder), IDS)
+    model = loaded(folder, 0.4)
+    streams = model.expert_cache.source.pools.streams
+    turns: list[tuple[int, bool]] = []
+
+    def forward(x_TD: Tensor, slots_TC: Tensor, *args: Any) -> Tensor | None:
+        # The last argument of a first turn says so; what is waited for by then are the copies of earlier look-ups.
+        turns.append((len(streams.waits), args[-1] is not False))
+        if args[-1] is False:
+            # A miss is no slot yet; in the second turn a hit is none any more.
+            assert (slots_TC >= 0).any() and (slots_TC == ABSENT).any()
+        return experts_reference(x_TD, slots_TC, *args)
+
+    monkeypatch.setattr(kernels, "__class__", type("Turns", (Counting,), {"__call__": staticmethod(forward)}))
+    assert error(decoded(model, IDS), expected) < 1e-5
+    first = [at for at, (_, is_last) in enumerate(turns) if not is_last]
+    assert first and all(turns[at + 1] == (turns[at][0] + 1, True) for at in first), "one wait between the turns"
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])

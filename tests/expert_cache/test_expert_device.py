@@ -249,6 +249,7 @@ class TestOnAGpu:
         poison["w"].fill_(float("nan"))
         taken = pools.fill(0, {0: ones})
         views = pools.leased(taken)
+        pools.wait_for(taken)
         address = views[0]["w"].data_ptr()
         torch.cuda._sleep(200_000_000)
         read = views[0]["w"].clone()
