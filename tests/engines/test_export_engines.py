@@ -12,6 +12,7 @@ import pytest
 import torch
 from export_support import Home, changed_only_in_routers
 from gguf_writer import ARCH, small_model, write_gguf
+from llama_engine import skip_without_engine
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
@@ -37,10 +38,7 @@ Run = tuple[NDArray[np.float32], NDArray[np.int32]]
 
 @pytest.fixture(scope="module", autouse=True)
 def _right_version() -> None:
-    try:
-        library()
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
+    skip_without_engine()
 
 
 @pytest.fixture(scope="module")

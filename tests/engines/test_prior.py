@@ -12,17 +12,18 @@ import torch
 from gguf_writer import small_model, write_gguf
 from kv import kv, returned_cache
 from llama_architectures import KINDS, engine_model, write_dense
+from llama_engine import skip_without_engine
 from numpy.typing import NDArray
 from torch import nn
 
 from remoe_adapt.engines.llamacpp.prior import PriorStatus
 from remoe_adapt.engines.llamacpp.prior.build import library as native_library
-from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
+from remoe_adapt.errors import ConfigError, TraceError
 from remoe_adapt.evaluation.record import record_prefill
 from remoe_adapt.recency.install import recency_prior
 
 pytest.importorskip("xllamacpp", reason="llama.cpp in this process (extra: llamacpp)")
-from remoe_adapt.engines.llamacpp.in_process import LlamaModel, library
+from remoe_adapt.engines.llamacpp.in_process import LlamaModel
 
 TOKENS = 48
 Logits = NDArray[np.float32]
@@ -30,10 +31,7 @@ Logits = NDArray[np.float32]
 
 @pytest.fixture(scope="module", autouse=True)
 def _right_version() -> None:
-    try:
-        library()
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
+    skip_without_engine()
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,11 @@ class Answer:
         return self.tokens == other.tokens
 
 
-def ask(port: int, prompt: Sequence[int], **more: Any) -> Answer:
-    """Raises OSError or HTTPException when there is no whole answer, RuntimeError for another status than 200."""
+def posted(port: int, prompt: Sequence[int], **more: Any) -> tuple[dict[str, Any], Answer]:
+    """What the server says of a completion, and the answer in it.
+
+    Raises OSError or HTTPException when there is no whole answer, RuntimeError for another status than 200.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         body = {"prompt": list(prompt), "n_predict": TOKENS, "temperature": 0, "n_probs": 1, "ignore_eos": True}
@@ -57,7 +60,12 @@ def ask(port: int, prompt: Sequence[int], **more: Any) -> Answer:
         raise RuntimeError(f"{answer.status}: {text.decode()}")
     found, stated = json.loads(text), answer.headers["x-remoe-strength"]
     scored = tuple((one["id"], one["logprob"]) for one in found.get("completion_probabilities", []))
-    return Answer(tuple(found["tokens"]), scored, None if stated is None else float(stated))
+    return found, Answer(tuple(found["tokens"]), scored, None if stated is None else float(stated))
+
+
+def ask(port: int, prompt: Sequence[int], **more: Any) -> Answer:
+    """Raises as `posted`."""
+    return posted(port, prompt, **more)[1]
 
 
 class Reference:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes as C
-import http.client
-import json
 import math
 import threading
 import time
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_answers import SAME, Answer
+from llama_answers import SAME, Answer, posted
 from numpy.typing import NDArray
 from waiting import until
 
@@ -99,22 +97,9 @@ class Asked:
 
 
 def asked(port: int, prompt: Sequence[int], **more: Any) -> Asked:
-    """Raises OSError or HTTPException when there is no whole answer, RuntimeError for another status than 200."""
+    """Raises as `posted`."""
     begin_s = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        body = {"prompt": list(prompt), "n_predict": TOKENS, "temperature": 0, "n_probs": 1, "ignore_eos": True}
-        body |= {"return_tokens": True, "cache_prompt": False} | more
-        connection.request("POST", "/completion", json.dumps(body))
-        response = connection.getresponse()
-        text = response.read()
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise RuntimeError(f"{response.status}: {text.decode()}")
-    found = json.loads(text)
-    scored = tuple((one["id"], one["logprob"]) for one in found.get("completion_probabilities", []))
-    answer = Answer(tuple(found["tokens"]), scored)
+    found, answer = posted(port, prompt, **{"cache_prompt": False, "n_predict": TOKENS} | more)
     return Asked(tuple(prompt), begin_s, time.monotonic(), int(found["id_slot"]), answer)
 
 
