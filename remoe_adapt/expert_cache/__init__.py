@@ -5,7 +5,14 @@
 one that is there. Stores, reader and pages are for benchmarks, and for engines that read files themselves.
 """
 
-from remoe_adapt.expert_cache.budget import KV_CACHE_PART, bytes_for_slots, check_budget, domains_of, least_budget
+from remoe_adapt.expert_cache.budget import (
+    KV_CACHE_PART,
+    budget_in_bytes,
+    bytes_for_slots,
+    check_budget,
+    domains_of,
+    least_budget,
+)
 from remoe_adapt.expert_cache.cache import READ_THREADS, ExpertCache
 from remoe_adapt.expert_cache.checkpoint import (
     LOADING,

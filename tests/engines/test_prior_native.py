@@ -323,19 +323,13 @@ def test_residency_from_elsewhere_ranks_as_the_definition(engine: Any) -> None:
     graph.control.gain, graph.control.mode = 0.4, MODES["resident"]
     scores = generator.normal(size=(30, E)).astype(np.float32)
     held = (generator.random(E) < 0.5).astype(np.float32)
-    look_type = C.CFUNCTYPE(C.c_int, C.c_void_p, C.c_int, C.c_int, C.POINTER(C.c_float))
-
-    @look_type
-    def look(_user: int, _layer: int, count: int, out: Any) -> int:
-        C.memmove(out, held.ctypes.data, 4 * count)
-        return 0
-
-    graph.lib.rp_on_look(C.c_void_p(graph.prior), look, None)
+    graph.lib.rp_set_resident(graph.prior, 0, E, held.ctypes.data)
     step = PriorStep(torch.from_numpy(held)[None], torch.tensor(0.4), None)
     _, expected = topk_gating(torch.from_numpy(scores), K, spec(E, K), step)
     assert graph.choose(scores, K).tolist() == expected.tolist()
     changed = graph.control.changed_rows
     held[:] = 1.0  # the same for all is no reason to rank otherwise, not even by a rounding
+    graph.lib.rp_set_resident(graph.prior, 0, E, held.ctypes.data)
     assert graph.choose(scores, K).tolist() == np.argsort(-scores, kind="stable")[:, :K].tolist()
     assert graph.control.changed_rows == changed > 0
     graph.close()
@@ -464,5 +458,5 @@ def test_the_control_block_has_the_size_that_c_gives_it() -> None:
     lib = functions()
     prior = lib.rp_new(1, None)
     control = lib.rp_ctl(prior).contents
-    assert control.size == C.sizeof(Control) and control.magic == 0x52454D50 and control.version == 1
+    assert control.size == C.sizeof(Control) and control.magic == 0x52454D50 and control.version == 2
     lib.rp_free(prior)

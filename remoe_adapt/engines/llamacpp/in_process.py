@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remoe_adapt.engines.llamacpp.prior import EnginePrior, PriorStatus, engine_prior
+from remoe_adapt.engines.llamacpp.prior import EngineCacheStatus, EnginePrior, PriorStatus, engine_prior
 from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
+from remoe_adapt.expert_cache import check_budget
 from remoe_adapt.recency_settings import Recency
 
 VERSION = "2026.10.11549"
@@ -144,15 +145,19 @@ class LlamaModel:
     `with`.
 
     trace: `routes` holds the chosen experts int32 [T, K] of every call of each layer since it was last cleared.
-    repack: let the engine rearrange quantised weights in memory of their own. sequences: how many there may be, which
+    repack: let the engine rearrange quantised weights in memory of their own; by default where there is no
+    expert_cache. sequences: how many there may be, which
     share the context. ubatch_tokens: how many the engine computes at once; all by default.
     recency: a recency prior ("ema", "last", "resident") that ranks the experts; gain: of all layers, or one for each
     layer with experts, in model order; decay: as `recency_prior`. Where a probe finds that the engine or the model is
     not as the prior needs it, it stays off and `prior_status` says why. renormalise: divide the weights of the chosen
     experts by their sum, as models with `norm_topk_prob` do and llama.cpp's qwen2moe and olmoe do not; it needs a
-    `recency`, be its gain 0.
+    `recency`, be its gain 0. expert_cache: keep so many experts of the mapped file in memory (a size, bytes, or a share
+    of all experts), those that are of most use, and read missing ones as soon as their ids are known; recency
+    "resident" then prefers those that are held.
 
-    Raises MissingDependencyError without the wheel, ConfigError when llama.cpp refuses the file or a setting cannot be.
+    Raises MissingDependencyError without the wheel, or for an expert_cache without a C compiler, ConfigError when
+    llama.cpp refuses the file or a setting cannot be.
     """
 
     def __init__(
@@ -163,26 +168,35 @@ class LlamaModel:
         threads: int = 1,
         trace: bool = False,
         load_mode: str = "auto",
-        repack: bool = True,
+        repack: bool | None = None,
         sequences: int = 1,
         ubatch_tokens: int | None = None,
         recency: str | None = None,
         gain: float | Sequence[float] = 0.2,
         decay: float | None = None,
         renormalise: bool = False,
+        expert_cache: str | int | float | None = None,
     ) -> None:
         settings = None if recency is None else Recency.of(recency, gain, decay)
         if settings is None and renormalise:
             raise ConfigError('renormalise=True needs a recency prior in the engine: recency="ema", gain=0.')
+        if expert_cache is not None:
+            check_budget("expert_cache", expert_cache)
+            if load_mode == "auto":
+                load_mode = "mmap"
+            settings = settings or Recency.of("ema", 0.0)
         if sequences < 1:
             raise ConfigError(f"{sequences} sequences: give 1 or more.")
         self._lib = library()
         self._model = self._context = None
         self._prior: EnginePrior | None = None
+        self._has_cache = expert_cache is not None
         self.routes: dict[int, list[NDArray[np.int32]]] = {}
         self.positions, self.context_tokens = [0] * sequences, context_tokens
         params = self._lib.llama_model_default_params()
-        params.load_mode, params.n_gpu_layers, params.use_extra_bufts = _LOAD_MODES[load_mode], 0, repack
+        params.load_mode, params.n_gpu_layers = _LOAD_MODES[load_mode], 0
+        # Experts that were rearranged lie in memory of their own, which nobody can read ahead or give back.
+        params.use_extra_bufts = expert_cache is None if repack is None else repack
         self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise ConfigError(f"llama.cpp cannot load {os.fspath(path)}: {_last_words()}")
@@ -196,7 +210,9 @@ class LlamaModel:
         # Kept: the context calls it for as long as it lives.
         self._on_eval = _OnEval(self._take_route)
         if settings is not None:
-            self._prior = engine_prior(self._lib, sequences, settings, renormalise=renormalise)
+            self._prior = engine_prior(
+                self._lib, sequences, settings, renormalise=renormalise, only_c=expert_cache is not None
+            )
             options.cb_eval, options.cb_eval_user_data = _OnEval(self._prior.callback), self._prior.user_data
         if trace:
             options.cb_eval = self._on_eval
@@ -210,17 +226,25 @@ class LlamaModel:
         self.num_experts = int(self.metadata(f"{self.metadata('general.architecture')}.expert_count") or 0)
         if settings is not None and self._prior is not None:
             try:
-                self._prove_prior(self._prior, settings)
+                self._prove_prior(self._prior, settings, expert_cache)
             except BaseException:
                 self.close()
                 raise
 
-    def _prove_prior(self, prior: EnginePrior, settings: Recency) -> None:
-        """Run one token through the model, by which the prior sees whether the graph is as it must be."""
+    def _prove_prior(self, prior: EnginePrior, settings: Recency, expert_cache: str | int | float | None) -> None:
+        """Run a token through the model, by which the prior sees whether the graph is as it must be; a second one shows
+        where experts lie."""
         self.decode([0])
+        prior.settle()
+        if expert_cache is not None:
+            prior.hold(expert_cache)
+            self.decode([0])
+            found = prior.cache_status()
+            if found is None or not found.acts:
+                raise ConfigError(f"expert_cache={expert_cache!r} can do nothing here: {found and found.reason}.")
+            prior.settle()
         self.clear()
         self.routes.clear()
-        prior.settle()
         prior.set(settings)
 
     @property
@@ -325,6 +349,18 @@ class LlamaModel:
     def prior_status(self) -> PriorStatus | None:
         """Whether the recency prior acts, or why not, and what it did; None without one."""
         return None if self._prior is None else self._prior.status()
+
+    def set_expert_cache(self, budget: str | int | float) -> None:
+        """Another budget of the expert cache from the next layer on. Raises ConfigError without one, or for what is no
+        budget."""
+        if self._prior is None or not self._has_cache:
+            raise ConfigError('there is no expert cache: make the model with expert_cache="1GiB", or a share as 0.25.')
+        check_budget("expert_cache", budget)
+        self._prior.hold(budget)
+
+    def cache_status(self) -> EngineCacheStatus | None:
+        """What the expert cache holds and did; None without one."""
+        return self._prior.cache_status() if self._prior is not None and self._has_cache else None
 
     def load_lora(self, path: str | os.PathLike[str]) -> int:
         """A LoRA for `set_loras`; it lives as long as the model. Raises ConfigError when llama.cpp refuses it."""

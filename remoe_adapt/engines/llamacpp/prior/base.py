@@ -43,6 +43,31 @@ class PriorStatus:
     microseconds_per_layer: float
 
 
+@dataclass(frozen=True, slots=True)
+class EngineCacheStatus:
+    """The expert cache of a memory-mapped model: missing experts are read at the stop where their ids are known.
+
+    acts: it does; reason: why not, "on" if so. budget_bytes: of experts that are to stay in memory; experts_bytes: of
+    all; held_bytes: of those that are held. hits, misses: experts that were held when a layer chose them, or not, once
+    for each layer served. Of the misses: stale ones were held by our account, but the kernel had taken them back (a
+    budget above what the machine leaves), spilled ones had no room (a prompt's, mostly). dropped: given back.
+    read_bytes: asked of the kernel. failed: pieces of advice that it refused.
+    """
+
+    acts: bool
+    reason: str
+    budget_bytes: int
+    experts_bytes: int
+    held_bytes: int
+    hits: int
+    misses: int
+    stale: int
+    spilled: int
+    dropped: int
+    read_bytes: int
+    failed: int
+
+
 class EnginePrior(abc.ABC):
     """The prior of one context: `callback` and `user_data` are what the context is made with.
 
@@ -77,6 +102,17 @@ class EnginePrior(abc.ABC):
     @abc.abstractmethod
     def status(self) -> PriorStatus:
         """What it does."""
+
+    def hold(self, budget: str | int | float | None) -> None:
+        """Keep as many experts in memory, and read missing ones ahead, from the next layer on; None: neither.
+
+        budget: as `expert_cache.check_budget` takes it. Raises ConfigError where this cannot be.
+        """
+        raise ConfigError("reading experts ahead needs the prior in C.")
+
+    def cache_status(self) -> EngineCacheStatus | None:
+        """What the expert cache does; None where there can be none."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:

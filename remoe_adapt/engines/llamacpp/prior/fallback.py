@@ -52,15 +52,20 @@ class Head(C.Structure):
     )
 
 
-def engine_prior(engine: Any, sequences: int, recency: Recency, *, renormalise: bool = False) -> EnginePrior:
+def engine_prior(
+    engine: Any, sequences: int, recency: Recency, *, renormalise: bool = False, only_c: bool = False
+) -> EnginePrior:
     """The prior of a context of so many sequences in llama.cpp's loaded library `engine`; its gain is 0 until `set`.
 
     renormalise: divide the weights of the chosen experts by their sum, for a model that does in a file whose
-    architecture llama.cpp does not. Without a compiler the prior is computed in numpy, which is said once.
+    architecture llama.cpp does not. Without a compiler the prior is computed in numpy, which is said once; with only_c
+    the MissingDependencyError is raised.
     """
     try:
         return NativePrior(engine, sequences, recency, renormalise=renormalise)
     except MissingDependencyError as error:
+        if only_c:
+            raise
         say_once(
             "the recency prior in llama.cpp is computed in numpy, which costs 8 to 16 ms a token in models of 24 to 48 "
             f"layers where C costs 0.1 ms: {error}"

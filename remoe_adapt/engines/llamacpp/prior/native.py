@@ -8,16 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from remoe_adapt.engines.llamacpp.prior.base import EnginePrior, PriorStatus
+from remoe_adapt.engines.llamacpp.prior.base import EngineCacheStatus, EnginePrior, PriorStatus
 from remoe_adapt.engines.llamacpp.prior.build import library
+from remoe_adapt.expert_cache import budget_in_bytes
 from remoe_adapt.recency_settings import Recency
 
 ON, LAYERS, MAX_EXPERTS = 1, 512, 1024
+AHEAD_ON = 1
+_WHY_NOT_AHEAD = {
+    0: "no layer has been served yet",
+    2: "no experts lie in a file that is mapped to be read alone: they were copied, rearranged, or are on a GPU",
+}
 # Numbers of the modes in prior.h. A mode of somebody else's that decays is the first of them.
 MODES = {"ema": 0, "last": 1, "resident": 2}
+AHEAD = (
+    "ahead_hits", "ahead_misses", "ahead_stale", "ahead_spilled", "ahead_dropped", "ahead_bytes", "ahead_failed",
+    "ahead_ns",
+)  # fmt: skip
 _COUNTERS = (
     "tokens", "calls", "changed_rows", "kept", "chosen", "swapped", "ns", "mincore_ns", "restarts", "rewinds",
-    "refused_rows", "lost_rows", "unproven_rows",
+    "refused_rows", "lost_rows", "unproven_rows", *AHEAD,
 )  # fmt: skip
 Find = C.CFUNCTYPE(C.c_void_p, C.c_char_p, C.c_void_p)
 _Pointer, _Ints = C.c_void_p, C.POINTER(C.c_int32)
@@ -39,6 +49,10 @@ class Control(C.Structure):
         *_named(C.c_uint64, "rewinds refused_rows lost_rows unproven_rows"),
         *_named(C.c_uint32, "look_every is_blind n_layers n_layer_gain"),
         ("layer_gain", C.c_float * LAYERS),
+        ("budget_share", C.c_float),
+        ("ahead_state", C.c_uint32),
+        *_named(C.c_uint64, "budget_bytes held_bytes"),
+        *_named(C.c_uint64, " ".join(AHEAD)),
     )
 
 
@@ -59,6 +73,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "rp_cb": ([_Pointer, C.c_bool, _Pointer], C.c_bool),
     "rp_set_resident": ([_Pointer, C.c_int, C.c_int, _Pointer], None),
     "rp_mincore_layer": ([_Pointer, C.c_int, C.c_int], C.c_int),
+    "rp_expert_bytes": ([_Pointer], C.c_uint64),
     "rp_experts": ([_Pointer, C.c_int], C.c_int),
     "rp_get": ([_Pointer, C.c_int, C.c_int, _Pointer, C.c_int], C.c_int),
     "rp_renorm": ([_Pointer, C.c_bool], None),
@@ -147,6 +162,32 @@ class NativePrior(EnginePrior):
             lost_rows=control.lost_rows,
             is_blind=bool(control.is_blind),
             microseconds_per_layer=control.ns / max(control.calls, 1) / 1e3,
+        )
+
+    def hold(self, budget: str | int | float | None) -> None:
+        share = budget if isinstance(budget, float) else 0.0
+        size = 0 if budget is None or share else budget_in_bytes(budget, 0)
+        # Of the two the share counts where there is one, so it is set last, and taken away last.
+        self.control.budget_bytes, self.control.budget_share = size, share
+
+    def cache_status(self) -> EngineCacheStatus:
+        control, total = self.control, self._lib.rp_expert_bytes(self._prior)
+        reason = self._lib.rp_why(control.status).decode()
+        if control.status == ON:
+            reason = _WHY_NOT_AHEAD.get(control.ahead_state, reason)
+        return EngineCacheStatus(
+            acts=control.status == ON and control.ahead_state == AHEAD_ON,
+            reason=reason,
+            budget_bytes=int(control.budget_share * total) if control.budget_share else control.budget_bytes,
+            experts_bytes=total,
+            held_bytes=control.held_bytes,
+            hits=control.ahead_hits,
+            misses=control.ahead_misses,
+            stale=control.ahead_stale,
+            spilled=control.ahead_spilled,
+            dropped=control.ahead_dropped,
+            read_bytes=control.ahead_bytes,
+            failed=control.ahead_failed,
         )
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ typedef struct tensor {
 enum { RP_EMA = 0, RP_LAST = 1, RP_RESIDENT = 2 };
 enum { RP_LAYERS = 512, RP_MAXK = 64, RP_MAXE = 1024, RP_HISTORY = 4096 };
 /* REMP, and the version of rp_control behind it. */
-enum { RP_MAGIC = 0x52454d50, RP_VERSION = 1 };
+enum { RP_MAGIC = 0x52454d50, RP_VERSION = 2 };
 
 /* rp_control.status: RP_ON, or why the prior does not act; rp_why has the words. */
 enum {
@@ -42,6 +42,13 @@ enum {
     RP_CONSUMER = 6,    /* weights or products take other ids than those of the ranking */
     RP_NOT_SORTED = 7,  /* the engine's ids are not the best of the scores that can be read */
     RP_SYMBOLS = 8,     /* functions of ggml are missing */
+};
+
+/* rp_control.ahead_state: whether missing experts are read at the stop. */
+enum {
+    RP_AHEAD_OFF = 0,
+    RP_AHEAD_ON = 1,
+    RP_AHEAD_NO_FILE = 2,       /* no layer's experts lie in a file that is mapped to be read alone */
 };
 
 /* Lies in a file that other processes map; all of it may change at any time. Gains outside [0, 16] count as 0. */
@@ -68,6 +75,15 @@ typedef struct {
     uint32_t n_layers;          /* layers with experts that were seen */
     uint32_t n_layer_gain;      /* layers below it have a factor of their own, the others 1 */
     float layer_gain[RP_LAYERS];
+    /* Reading ahead: how many bytes of experts are to stay in memory, over all layers; 0: off. A share of them all, where
+       it is above 0, is taken in place of the bytes. */
+    float budget_share;
+    uint32_t ahead_state;
+    uint64_t budget_bytes, held_bytes;
+    uint64_t ahead_hits, ahead_misses; /* experts that were held when a layer chose them, or not: once per layer served */
+    uint64_t ahead_stale;       /* of the misses: held by our account, but the kernel had taken them back */
+    uint64_t ahead_spilled;     /* of the misses: more than there was room for, so left to page faults */
+    uint64_t ahead_dropped, ahead_bytes, ahead_failed, ahead_ns;
 } rp_control;
 
 typedef struct rp rp;
@@ -106,13 +122,8 @@ bool rp_cb(tensor *t, bool ask, void *rp_);         /* the eval callback */
 bool rp_cb_idle(tensor *t, bool ask, void *rp_);    /* asks for the same nodes, does nothing: its cost alone */
 
 void rp_set_resident(rp *, int layer, int n, const float *);
-/* Residency from elsewhere than mincore: fills out [n] and returns 0, or another number where it does not know. */
-void rp_on_look(rp *, int (*look)(void *user, int layer, int n, float *out), void *user);
-/* Called with the final ids [rows, k] of a layer before anything is multiplied with its experts; -1 in refused rows. */
-void rp_on_chosen(rp *, void (*chosen)(void *user, int layer, int rows, int k, const int32_t *ids), void *user);
 int rp_mincore_layer(rp *, int layer, int pages);   /* refresh residency; number of system calls, -1 unknown layer */
-/* Where the experts of a layer lie: up to `cap` tensors; their number. */
-int rp_weights(rp *, int layer, int cap, const void **data, size_t *bytes_per_expert, int *experts);
+uint64_t rp_expert_bytes(rp *);                     /* of all layers that were seen, in files */
 int rp_experts(rp *, int layer);                    /* of a layer that was seen; else 0 */
 int rp_get(rp *, int layer, int seq, float *out, int n);
 void rp_renorm(rp *, bool);                         /* divide the chosen weights by their sum */
