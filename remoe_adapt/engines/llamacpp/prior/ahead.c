@@ -8,7 +8,10 @@
    eviction/policy.py, the others given back. So this is an expert cache of a memory-mapped file, without a copy. */
 
 /* The kernel reads no more for one advice than a disk takes at a time. */
-enum { PIECE_BYTES = 128 << 10, STALE_EVERY = 16 };
+enum { PIECE_BYTES = 128 << 10 };
+/* In graphs: how often a held expert is looked at whether it is still there, and how long it takes until one more is
+   tried after the kernel took some back. */
+enum { LOOK_EVERY = 16, GROW_EVERY = 256 };
 #define LRFU_DECAY 0.9f
 
 static uintptr_t page_down(uintptr_t a) { return a & ~((uintptr_t)sysconf(_SC_PAGESIZE) - 1); }
@@ -134,6 +137,23 @@ static void give_back_spilled(rp *p) {
     p->spilled_layer = -1;
 }
 
+/* A budget above what the machine leaves would make it read twice: the kernel takes back what comes next, in the order
+   of its own lists. So one that was found too large is cut, and grows again slowly. */
+static int room_of(rp *p, layer_state *s, uint64_t budget, int stale) {
+    shelf *h = &s->shelf;
+    uint64_t all = rp_expert_bytes(p);
+    int room = budget >= all ? s->E : (int)((double)s->E * ((double)budget / (double)all));
+    if (stale) {
+        int kept = h->held - h->held / 16 - 1;
+        h->limit = kept > 1 ? kept : 1;
+        h->limited_at = p->graphs;
+    } else if (h->limit && p->graphs - h->limited_at >= GROW_EVERY) {
+        h->limit = h->limit < room ? h->limit + 1 : 0;
+        h->limited_at = p->graphs;
+    }
+    return h->limit && h->limit < room ? h->limit : room;
+}
+
 /* The ids [n] that the products of this layer are about to use, -1 in between. */
 static void read_ahead(rp *p, int layer, layer_state *s, int n, const int32_t *ids) {
     uint64_t budget = budget_of(p);
@@ -152,11 +172,13 @@ static void read_ahead(rp *p, int layer, layer_state *s, int n, const int32_t *i
     }
     if (!s->shelf.is_held && !make_shelf(&s->shelf, s->E)) return;
     p->c->ahead_state = RP_AHEAD_ON;
-    uint64_t began = now_ns(), all = rp_expert_bytes(p);
+    uint64_t began = now_ns();
     give_back_spilled(p);
-    int room = budget >= all ? s->E : (int)((double)s->E * ((double)budget / (double)all));
-    bool needed[RP_MAXE] = {0}, look_again = p->graphs % STALE_EVERY == (uint64_t)layer % STALE_EVERY && sees(p, s);
-    int missing[RP_MAXE], n_missing = 0;
+    bool needed[RP_MAXE] = {0};
+    bool is_turn = (p->graphs + (uint64_t)layer) % LOOK_EVERY == 0 ||
+                   (s->shelf.limit && p->graphs - s->shelf.limited_at < LOOK_EVERY);
+    bool look_again = is_turn && sees(p, s);
+    int missing[RP_MAXE], n_missing = 0, stale = 0;
     for (int i = 0; i < n; i++) {
         int e = ids[i];
         if (e < 0 || needed[e]) continue;
@@ -166,13 +188,15 @@ static void read_ahead(rp *p, int layer, layer_state *s, int n, const int32_t *i
         if (s->shelf.is_held[e] && look_again && is_stale(s, e)) {
             s->shelf.is_held[e] = false;
             s->shelf.held--;
-            p->c->ahead_stale++;
+            stale++;
             p->c->held_bytes -= expert_bytes(s);
         }
         if (s->shelf.is_held[e]) p->c->ahead_hits++;
         else missing[n_missing++] = e;
     }
     p->c->ahead_misses += (uint64_t)n_missing;
+    p->c->ahead_stale += (uint64_t)stale;
+    int room = room_of(p, s, budget, stale);
     shrink_to(p, s, needed, room > n_missing ? room - n_missing : 0);
     int n_read = room - s->shelf.held;
     n_read = n_read < 0 ? 0 : n_read < n_missing ? n_read : n_missing;

@@ -35,6 +35,8 @@ typedef struct {
     float *uses;                /* [E]: LRFU's sum of decayed uses, as of `used_at` */
     uint64_t *used_at;
     int held, spilled;
+    int limit;                  /* experts that the machine leaves room for; 0: not met yet */
+    uint64_t limited_at;        /* when that was last found out, or tried anew */
 } shelf;
 
 /* The last RP_HISTORY positions of a sequence at a layer: at slot pos % size the position and its k ids. */
