@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from remoe_adapt.engines.llamacpp.prior import EngineCacheStatus, EnginePrior, PriorStatus, engine_prior
 from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
-from remoe_adapt.expert_cache import check_budget
 from remoe_adapt.recency_settings import Recency
 
 VERSION = "2026.10.11549"
@@ -181,7 +180,7 @@ class LlamaModel:
         if settings is None and renormalise:
             raise ConfigError('renormalise=True needs a recency prior in the engine: recency="ema", gain=0.')
         if expert_cache is not None:
-            check_budget("expert_cache", expert_cache)
+            _budget(expert_cache)  # before a model is loaded
             if load_mode == "auto":
                 load_mode = "mmap"
             settings = settings or Recency.of("ema", 0.0)
@@ -237,7 +236,7 @@ class LlamaModel:
         self.decode([0])
         prior.settle()
         if expert_cache is not None:
-            prior.hold(expert_cache)
+            prior.hold(*_budget(expert_cache))
             self.decode([0])
             found = prior.cache_status()
             if found is None or not found.acts:
@@ -355,8 +354,7 @@ class LlamaModel:
         budget."""
         if self._prior is None or not self._has_cache:
             raise ConfigError('there is no expert cache: make the model with expert_cache="1GiB", or a share as 0.25.')
-        check_budget("expert_cache", budget)
-        self._prior.hold(budget)
+        self._prior.hold(*_budget(budget))
 
     def cache_status(self) -> EngineCacheStatus | None:
         """What the expert cache holds and did; None without one."""
@@ -389,6 +387,15 @@ class LlamaModel:
                 self._lib.ggml_backend_tensor_get(tensor, row_K.ctypes.data, token * head.nb[1], row_K.nbytes)
             self.routes.setdefault(int(name.removeprefix(_TOP_K)), []).append(ids_TK)
         return True
+
+
+def _budget(value: str | int | float) -> tuple[int, float]:
+    """Bytes, and the share of all experts that counts in their place where it is above 0. Raises ConfigError."""
+    # This file is run without the package and its torch where llama.cpp is traced; an expert cache is of the package.
+    from remoe_adapt.expert_cache import budget_in_bytes, check_budget
+
+    check_budget("expert_cache", value)
+    return (0, value) if isinstance(value, float) else (budget_in_bytes(value, 0), 0.0)
 
 
 def _last_words() -> str:

@@ -103,10 +103,10 @@ class EnginePrior(abc.ABC):
     def status(self) -> PriorStatus:
         """What it does."""
 
-    def hold(self, budget: str | int | float | None) -> None:
-        """Keep as many experts in memory, and read missing ones ahead, from the next layer on; None: neither.
+    def hold(self, size_bytes: int, share: float = 0.0) -> None:
+        """Keep so many bytes of experts in memory, and read missing ones ahead, from the next layer on; 0: neither.
 
-        budget: as `expert_cache.check_budget` takes it. Raises ConfigError where this cannot be.
+        share: of all experts' bytes, in place of size_bytes where it is above 0. Raises ConfigError where it cannot be.
         """
         raise ConfigError("reading experts ahead needs the prior in C.")
 

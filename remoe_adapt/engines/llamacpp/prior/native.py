@@ -10,7 +10,6 @@ import numpy as np
 
 from remoe_adapt.engines.llamacpp.prior.base import EngineCacheStatus, EnginePrior, PriorStatus
 from remoe_adapt.engines.llamacpp.prior.build import library
-from remoe_adapt.expert_cache import budget_in_bytes
 from remoe_adapt.recency_settings import Recency
 
 ON, LAYERS, MAX_EXPERTS = 1, 512, 1024
@@ -164,11 +163,9 @@ class NativePrior(EnginePrior):
             microseconds_per_layer=control.ns / max(control.calls, 1) / 1e3,
         )
 
-    def hold(self, budget: str | int | float | None) -> None:
-        share = budget if isinstance(budget, float) else 0.0
-        size = 0 if budget is None or share else budget_in_bytes(budget, 0)
+    def hold(self, size_bytes: int, share: float = 0.0) -> None:
         # Of the two the share counts where there is one, so it is set last, and taken away last.
-        self.control.budget_bytes, self.control.budget_share = size, share
+        self.control.budget_bytes, self.control.budget_share = size_bytes, share
 
     def cache_status(self) -> EngineCacheStatus:
         control, total = self.control, self._lib.rp_expert_bytes(self._prior)
