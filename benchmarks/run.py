@@ -29,7 +29,7 @@ DECODE_FIGURES = (
 )  # fmt: skip
 DECODE_SETTINGS = (
     "tokens", "quality_tokens", "dtype", "direct_io", "prefetch", "pack", "read_mib_per_s",
-    "raw_bandwidth_bytes_per_s", "limit_ms", "memory_limit_bytes",
+    "raw_bandwidth_bytes_per_s", "limit_ms", "memory_limit_bytes", "tight_limit_bytes",
 )  # fmt: skip
 PLAN_SETTINGS = ("tokens", "threads", "dtype", "read_mib_per_s", "load_average")
 SCALE_FIGURES = (
