@@ -279,10 +279,7 @@ class _Bench:
             "cache25_prior": ("cached", cached | prior | {"budget": BUDGET}),
             **self._coded_plans(folder, cached),
             **{name: (regime, {}) for name, regime in _OTHERS.items() if name not in _LLAMA},
-            **{
-                name: ("llamacpp", llama | {"file": str(ggufs[name]), "engine": _engine(name)})
-                for name in _LLAMA
-            },
+            **{name: ("llamacpp", llama | {"file": str(ggufs[name]), "engine": _engine(name)}) for name in _LLAMA},
         }
         return {name: plan for name, plan in plans.items() if any(arm.worker == name for arm in self._arms)}
 
@@ -322,17 +319,25 @@ class _Bench:
         self._skipped[name] = str(error)
 
     def _limit(self, groups: Mapping[str, harness.MemoryGroup]) -> dict[str, int | None]:
-        """Put everyone under what our caches take; each limit by name, None where nothing is limited."""
+        """Put everyone under what our caches take; each limit by name, None where nothing is limited.
+
+        Facts of each process then have `needed_bytes`: what of its limit is no page cache.
+        """
         limits: dict[str, int | None] = {}
         for title, (ours, others) in _LIMITS.items():
-            needed = [groups[name].needed_bytes() for name in ours if groups and name in self._workers]
-            limits[title] = max(needed) + _LIMIT_SLACK_BYTES if needed else None
-            for name in (*ours, *others) if needed else ():
-                if name in self._workers:
-                    try:
-                        groups[name].limit(max(needed) + _LIMIT_SLACK_BYTES)
-                    except RemoeError as error:
-                        self._skip(name, error)
+            held = [name for name in (*ours, *others) if groups and name in self._workers]
+            needed = {name: groups[name].needed_bytes() for name in held}
+            mine = [needed[name] for name in ours if name in needed]
+            if not mine:
+                limits[title] = None
+                continue
+            limits[title] = limit = max(mine) + _LIMIT_SLACK_BYTES
+            for name in held:
+                self._facts[name]["needed_bytes"] = needed[name]
+                try:
+                    groups[name].limit(limit)
+                except RemoeError as error:
+                    self._skip(name, error)
         return limits
 
     def _decode(self, arm: _Arm, ids: Sequence[int], *, is_timed: bool = True) -> list[dict[str, Any]]:
