@@ -77,12 +77,11 @@ BASE = Arm("base")
 ARMS = (
     BASE,
     Arm("ema 0.3", gain=0.3),
-    Arm("resident 0.1", "resident", 0.1),
-    Arm("resident 0.2", "resident", 0.2),
+    *(Arm(f"resident {gain:g}", "resident", gain) for gain in (0.1, 0.2, 0.25)),
     *(Arm(f"adapter {strength:g}", strength=strength) for strength in (0.22, 0.3, 0.7, 1.0)),
     Arm("adapter 1, split file", strength=1.0, by="split"),
     Arm("adapter 0.3, ema 0.2", gain=0.2, strength=0.3),
-    Arm("adapter 0.3, resident 0.1", "resident", 0.1, 0.3),
+    Arm("adapter 0.3, resident 0.2", "resident", 0.2, 0.3),
 )
 
 
@@ -369,7 +368,7 @@ def bars(rows: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> list[dict[st
     resident = {
         arm.name: by_name[arm.name]["quality_ratio"]
         for arm in arms
-        if is_known and needs_limit(arm) and by_name[arm.name]["ppl_ratio"] <= 1.02
+        if is_known and needs_limit(arm) and not arm.strength and by_name[arm.name]["ppl_ratio"] <= 1.02
     }
     found.append(_best("resident, ppl ratio <= 1.02 over 4,000 tokens: MiB per token / the base's", resident, 0.25))
     ahead = {
