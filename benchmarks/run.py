@@ -29,7 +29,7 @@ DECODE_FIGURES = (
 )  # fmt: skip
 DECODE_SETTINGS = (
     "tokens", "quality_tokens", "dtype", "direct_io", "prefetch", "pack", "read_mib_per_s",
-    "raw_bandwidth_bytes_per_s", "limit_ms", "memory_limit_bytes",
+    "raw_bandwidth_bytes_per_s", "limit_ms", "memory_limit_bytes", "tight_limit_bytes",
 )  # fmt: skip
 PLAN_SETTINGS = ("tokens", "threads", "dtype", "read_mib_per_s", "load_average")
 SCALE_FIGURES = (
@@ -231,13 +231,17 @@ def squeeze(settings: Settings = None) -> None:
 
 @app.command()
 def llamacpp(settings: Settings = None) -> None:
-    """llama.cpp with a model larger than its memory, at every strength: llamacpp_cpu.csv."""
+    """llama.cpp with a model larger than its memory: llamacpp_cpu.csv (arms) and llamacpp_cpu_bars.csv."""
     from llamacpp import Options, run
 
     with terminated_as_interrupted():
         result = run(options(Options, settings))
     if "skipped" not in result:
-        keep("llamacpp_cpu.csv", ({**row, **picked(result, LLAMACPP_SETTINGS)} for row in result["rows"]))
+        common = picked(result, LLAMACPP_SETTINGS)
+        rows = ({name: "" if value is None else value for name, value in row.items()} for row in result["rows"])
+        keep("llamacpp_cpu.csv", ({**row, **common} for row in rows))
+        bar = ("bar", "arm", "value", "target", "met")
+        keep("llamacpp_cpu_bars.csv", ({**picked(row, bar), **common} for row in result["bars"]))
     print(json.dumps(result))
 
 

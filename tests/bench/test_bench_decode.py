@@ -224,23 +224,29 @@ def test_bars_of_fewer_bits_are_of_bf16_slots() -> None:
 
 
 def test_bars_of_llama_cpp_are_of_as_many_bits_and_of_what_is_as_good() -> None:
-    steps = {
-        "cache25_s0": _steps(0.1, 5), "cache25_s50": _steps(0.02, 1), "cache25_q4_s0": _steps(0.03, 0),
-        "llamacpp_f16": _steps(0.2, 0), "llamacpp_q4": _steps(0.06, 0), "llamacpp_q4_resident": _steps(0.02, 0),
+    arms = {
+        "cache25_s0": (0.1, 1.0), "cache25_s50": (0.02, 1.04), "cache25_q4_s0": (0.03, 1.01),
+        "cache7_q4_s0": (0.06, 1.01), "cache7_q4_prior10": (0.04, 1.02), "cache7_q4_prior20": (0.02, 1.03),
+        "llamacpp_f16": (0.2, 1.0), "llamacpp_q4": (0.06, 1.01), "llamacpp_q4_resident20": (0.01, 1.0),
+        "llamacpp_q4_tight": (0.16, 1.01), "llamacpp_q4_tight_resident10": (0.05, 1.028),
+        "llamacpp_q4_tight_resident20": (0.02, 1.035),
     }  # fmt: skip
-    ratios = [1.0, 1.04, 1.01, 1.0, 1.01, 1.028]
-    rows = {name: {"ppl_ratio": ratio} for name, ratio in zip(steps, ratios, strict=True)}
+    steps = {name: _steps(seconds, 0) for name, (seconds, _) in arms.items()}
+    rows: dict[str, dict[str, Any]] = {name: {"ppl_ratio": ratio} for name, (_, ratio) in arms.items()}
     found = llama_bars(steps, rows, is_bf16=True)
-    assert [row["value"] for row in found] == [pytest.approx(value) for value in (0.5, 0.5, 3.0)]
-    # The arm of strength 0.5 is faster, but not as good.
-    assert [row["arm"] for row in found] == ["cache25_s0", "cache25_q4_s0", "llamacpp_q4_resident"]
-    assert [row["met"] for row in found] == [True, True, True], "1.028 / 1.01 is below 1.02"
-    rows["llamacpp_q4_resident"]["ppl_ratio"] = 1.031
-    assert [row["met"] for row in llama_bars(steps, rows, is_bf16=True)] == [True, True, False]
-    assert [row["met"] for row in llama_bars(steps, rows, is_bf16=False)] == [None, None, False]
-    rows["llamacpp_q4"]["ppl_ratio"] = None
-    assert llama_bars(steps, rows, is_bf16=True)[2]["met"] is None
-    assert [row["met"] for row in llama_bars({}, {}, is_bf16=True)] == [None] * 3
+    assert [row["value"] for row in found] == [pytest.approx(value) for value in (0.5, 0.5, 0.25, 3.2)]
+    # Others are faster, but not as good, or in more memory.
+    best = ["cache25_s0", "cache25_q4_s0", "cache7_q4_prior10", "llamacpp_q4_tight_resident10"]
+    assert [row["arm"] for row in found] == best
+    assert [row["met"] for row in found] == [True] * 4, "1.028 / 1.01 is below 1.02"
+    rows["llamacpp_q4_tight_resident10"]["ppl_ratio"] = 1.031
+    assert [row["met"] for row in llama_bars(steps, rows, is_bf16=True)] == [True, True, True, None]
+    rows["llamacpp_q4_tight_resident20"]["ppl_ratio"] = 1.0
+    steps["llamacpp_q4_tight_resident20"] = _steps(0.1, 0)
+    assert [row["met"] for row in llama_bars(steps, rows, is_bf16=False)] == [None, None, None, False]
+    rows["llamacpp_q4_tight"]["ppl_ratio"] = None
+    assert llama_bars(steps, rows, is_bf16=True)[3]["met"] is None
+    assert [row["met"] for row in llama_bars({}, {}, is_bf16=True)] == [None] * 4
 
 
 def test_the_worker_answers_errors_and_goes_on() -> None:
@@ -270,7 +276,8 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path, shipped: Path) -> None:
     assert list(arms)[:4] == ["stock", "cache100_s0", "cache25_s0", "cache25_s100"]
     assert {name for name, row in arms.items() if "skipped" in row} == {
         "accelerate_disk", "transformers_disk", "mmap_cgroup", "llamacpp_f16", "llamacpp_q4",
-        "llamacpp_q4_resident",
+        "llamacpp_q4_resident20", "llamacpp_q4_tight", "llamacpp_q4_tight_resident10", "llamacpp_q4_tight_resident15",
+        "llamacpp_q4_tight_resident20",
     }  # fmt: skip
     assert arms["cache100_s0"]["bytes_per_token"] == 0 and arms["cache100_s0"]["hit_rate"] == 1
     assert arms["cache25_s0"]["ppl_ratio"] == pytest.approx(1, abs=1e-3)
@@ -281,13 +288,14 @@ def test_a_quick_run_from_end_to_end(tmp_path: Path, shipped: Path) -> None:
     assert misses / (5 * 6) == pytest.approx(1 - arms["cache25_s0"]["hit_rate"], rel=1e-6)
     # In fewer bits more experts fit into less.
     coded = {name: row for name, row in arms.items() if name.startswith("cache") and "_q" in name}
-    assert list(coded) == ["cache25_q4_s0", "cache25_q8_s0", "cache7_q4_s0", "cache7_q4_prior20"]
+    priors = [f"cache7_q4_prior{gain}" for gain in (10, 15, 20)]
+    assert list(coded) == ["cache25_q4_s0", "cache25_q8_s0", "cache7_q4_s0", *priors]
     workers = result["workers"]
     assert workers["cache25_q4"]["budget_bytes"] == workers["cache25"]["budget_bytes"] // 2, "of bf16, not of float32"
     assert arms["cache25_s0"]["hit_rate"] < arms["cache25_q8_s0"]["hit_rate"] < arms["cache25_q4_s0"]["hit_rate"]
     assert arms["cache7_q4_s0"]["hit_rate"] < arms["cache7_q4_prior20"]["hit_rate"]
     assert all(row["ppl_ratio"] == pytest.approx(1, abs=0.2) for row in coded.values())
-    assert result["raw_bandwidth_bytes_per_s"] > MIB and len(result["bars"]) == 10 + 3 + 4 + 3
+    assert result["raw_bandwidth_bytes_per_s"] > MIB and len(result["bars"]) == 10 + 3 + 4 + 4
     assert json.loads(json.dumps(result)) and result["seconds"] <= time.time() - began + 1
     assert not list(tmp_path.iterdir())  # the widened model is not kept
     assert shutil.disk_usage(tmp_path).free

@@ -82,6 +82,36 @@ def test_an_arm_with_a_prior_has_it_or_says_why_not(copies: dict[str, Path]) -> 
     assert [s["nll"] for s in none] == [s["nll"] for s in plain] != [s["nll"] for s in much]
 
 
+def test_arms_of_one_process_differ_in_their_gain(copies: dict[str, Path]) -> None:
+    worker = Worker()
+    engine = {"recency": "ema", "gain": 0.0}
+    worker.do_load(
+        "llamacpp", ".", 1, {"threads": 1, "context_tokens": len(IDS), "file": str(copies["q4"]), "engine": engine}
+    )
+    found = {}
+    for gain in (0.0, 3.0):
+        steps = worker.do_decode({"gain": gain}, IDS, PROMPT, 60.0)["steps"]
+        found[gain] = [step["nll"] for step in steps]
+        alone = decoded({"file": str(copies["q4"]), "engine": engine | {"gain": gain}})
+        assert found[gain] == [step["nll"] for step in alone]
+    assert found[0.0] != found[3.0]
+
+
+def test_a_cache_of_one_arm_goes_on_with_what_it_has(copies: dict[str, Path]) -> None:
+    worker = Worker()
+    cached = {"budget": 0.5, "cache": {}, "family": None, "gain": 0.2, "dial": True}
+    worker.do_load("cached", str(copies["base"]), 1, cached)
+
+    def prompt_misses(strength: float) -> int:
+        cache = worker._regime.cache
+        before = cache.stats()["misses"]
+        steps = worker.do_decode({"strength": strength}, IDS, PROMPT, 60.0)["steps"]
+        return cache.stats()["misses"] - before - sum(sum(step["misses"]) for step in steps)
+
+    cold, warm = prompt_misses(0.0), prompt_misses(0.0)
+    assert warm < cold == prompt_misses(1.0)
+
+
 @pytest.mark.parametrize(("kind", "words"), [("mixtral", "stored otherwise"), ("dbrx", "lacks its entries")])
 def test_a_model_that_the_table_does_not_wholly_describe_is_refused(kind: str, words: str, tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base", kind)

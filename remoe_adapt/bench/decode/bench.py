@@ -2,13 +2,22 @@
 
 Every way to hold the experts is a process of its own. All live at once and take turns, document by document, in an
 order that changes, over the same held-out text: a prompt at once, then one given token per step with the KV cache,
-batch 1. Times are medians over turns. Everyone reads from a disk of known read-ahead, no faster than `read_mib_per_s`,
-and where memory can be limited, our cache at 25 %, accelerate's disk offload and memory-mapped weights decode under the
-same limit, which is what ours takes: the code of libraries is in memory before, charged to nobody who is limited, so
-the limit is anonymous memory, the kernel's own, and page cache of the weights. So does stock llama.cpp on GGUFs of the
-same model, with experts in F16 and in the four bits of our packs; perplexity ratios of those are to its own F16 file,
-as it may compute something else than transformers does. Afterwards more text is decoded without
-the clock, the cap lifted, so that perplexity ratios are of more tokens than fit into the timed part.
+batch 1. Times are medians over turns. Everyone reads from a disk of known read-ahead, no faster than `read_mib_per_s`.
+
+Where memory can be limited, there are two limits, each what our caches named first take: the code of libraries is in
+memory before, charged to nobody who is limited, so a limit is anonymous memory, the kernel's own, and page cache of the
+weights.
+
+* `memory_limit_bytes`: a quarter of the experts as they are. Ours are `cache25`, with the adapter, the resident prior
+  (`cache25_prior`), and as many bytes of experts in 4 and 8 bits; beside them accelerate's disk offload, memory-mapped
+  weights and stock llama.cpp on memory-mapped GGUFs, `llamacpp_f16`, `llamacpp_q4` with experts in the four bits of our
+  packs, and `llamacpp_q4_resident` with the prior. Nearly all of the 4-bit experts fit in there, whoever holds them.
+* `tight_limit_bytes`: a quarter of the 4-bit experts. Ours are `cache7_q4` and `cache7_q4_prior`; beside them
+  llama.cpp on the same 4-bit file, `llamacpp_q4_tight` without and `llamacpp_q4_tight_resident` with the prior.
+
+Perplexity ratios of llama.cpp are to its own F16 file, as it may compute something else than transformers does.
+Afterwards more text is decoded without the clock, the cap lifted, so that perplexity ratios are of more tokens than fit
+into the timed part.
 """
 
 from __future__ import annotations
@@ -40,23 +49,36 @@ _LEAST_STEPS = 16
 _REHEARSAL_STEPS = 16
 # Raw reads of a turn: enough for a rate, and short beside the turns of the arms.
 _MOST_BURSTS = 100
-# What others offer for the same memory, by arm: the regime.
-_LLAMA = {"llamacpp_f16": "f16", "llamacpp_q4": "q4", "llamacpp_q4_resident": "q4"}
+# Processes of llama.cpp, by name: the file.
+_LLAMA = {
+    "llamacpp_f16": "f16", "llamacpp_q4": "q4", "llamacpp_q4_resident": "q4", "llamacpp_q4_tight": "q4",
+    "llamacpp_q4_tight_resident": "q4",
+}  # fmt: skip
+# What others offer for the same memory, by process: the regime.
 _OTHERS = {
     "accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped",
     **dict.fromkeys(_LLAMA, "llamacpp"),
 }  # fmt: skip
-# Further options of llama.cpp, by arm.
-_ENGINES: dict[str, dict[str, Any]] = {"llamacpp_q4_resident": {"recency": "resident", "gain": 0.2}}
+# Those with a prior, by name: the gains of their arms.
+_LLAMA_GAINS = {"llamacpp_q4_resident": (0.2,), "llamacpp_q4_tight_resident": (0.1, 0.15, 0.2)}
 _SCORED = ("stock", "cache25", "cache25_prior", "cache25_q4", "cache25_q8", "cache7_q4_prior", *_LLAMA)
 # Processes that hold experts in fewer bits, by name: how many, and the budget as a share of their own bytes; None: as
 # many bytes as a quarter of bf16 experts takes.
 _CODED = {"cache25_q4": (4, None), "cache25_q8": (8, None), "cache7_q4": (4, 0.25), "cache7_q4_prior": (4, 0.25)}
-_CODED_GAIN = 0.2
+_CODED_GAINS = (0.1, 0.15, 0.2)
+# Limits by name: whose need it is, and whom else it holds.
+_TIGHT = ("llamacpp_q4_tight", "llamacpp_q4_tight_resident")
+_LIMITS = {
+    "memory_limit_bytes": (
+        ("cache25", "cache25_prior", "cache25_q4", "cache25_q8"),
+        tuple(name for name in _OTHERS if name not in _TIGHT),
+    ),
+    "tight_limit_bytes": (("cache7_q4", "cache7_q4_prior"), _TIGHT),
+}
 # Types of weights that all arms compute with.
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What is on the disk, in sizes of the checkpoint: itself, its packs, what three others make of its experts, two GGUFs.
-_DISK_COPIES = 8
+# What is on the disk, in sizes of the checkpoint: itself, its packs, what three others make of its experts, the GGUFs.
+_DISK_COPIES = 9
 # Our total memory is measured with caches full; a longer document needs a little more.
 _LIMIT_SLACK_BYTES = 8 << 20
 # Options that a result states, beside those that it states in other words.
@@ -113,7 +135,8 @@ def run_decode(
     on_tokens: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
     """Key `arms` by name (see `figures.arm_row`, or `{skipped: reason}`), `bars`, `raw_bandwidth_bytes_per_s`,
-    `limit_ms`, `memory_limit_bytes`, `workers` (what each process said of itself), `storage`, and the settings.
+    `limit_ms`, `memory_limit_bytes`, `tight_limit_bytes` (None without), `workers` (what each process said of itself),
+    `storage`, and the settings.
 
     Raises ConfigError and DataError for a model, family, text or work folder that cannot be used. Disk, groups and
     processes are gone afterwards, whatever happens.
@@ -164,8 +187,15 @@ class _Bench:
         ]
         if options.bits:
             self._arms += [_Arm(f"{name}_s0", name, {"strength": 0.0}) for name in _CODED if not name.endswith("prior")]
-            self._arms.append(_Arm(f"cache7_q4_prior{round(100 * _CODED_GAIN)}", "cache7_q4_prior", {"strength": 1.0}))
-        self._arms += [_Arm(name, name) for name in _OTHERS]
+            self._arms += [
+                _Arm(f"cache7_q4_prior{round(100 * gain)}", "cache7_q4_prior", {"strength": gain / max(_CODED_GAINS)})
+                for gain in _CODED_GAINS
+            ]
+        for name in _OTHERS:
+            gains = _LLAMA_GAINS.get(name, ())
+            self._arms += [_Arm(f"{name}{round(100 * gain)}", name, {"gain": gain}) for gain in gains]
+            if not gains:
+                self._arms.append(_Arm(name, name))
         self._decoded = 0
         self._skipped: dict[str, str] = {}
         self._workers: dict[str, harness.WorkerProcess] = {}
@@ -177,12 +207,15 @@ class _Bench:
         why = left_out or harness.why_no_loop() or harness.why_no_groups()
         folder, storage, cap = _storage(wide, work, undo, why, self._options.read_mib_per_s)
         groups: dict[str, harness.MemoryGroup] = {}
-        limited = ("cache25", *_OTHERS)
         if why is None:
             # Made before the processes, which must be members from their first instruction on.
-            groups = {name: undo.enter_context(harness.memory_group(name)) for name in limited}
+            for name in (name for ours, others in _LIMITS.values() for name in (*ours, *others)):
+                groups[name] = undo.enter_context(harness.memory_group(name))
         else:
             self._skipped |= dict.fromkeys(_OTHERS, why)
+        if not self._options.bits:
+            # Nobody is there whose need would be their limit.
+            self._skipped |= dict.fromkeys(_TIGHT, "left out of this run with 4-bit experts")
         ggufs = self._ggufs(folder)
         plans = {name: plan for name, plan in self._plans(folder, ggufs).items() if name not in self._skipped}
         for name in (*plans, "raw"):  # all at once: most of a start is imports
@@ -191,7 +224,7 @@ class _Bench:
         raw = self._workers.pop("raw")
         for name, (regime, settings) in plans.items():
             self._load(name, regime, settings, folder)
-        limit = self._limit(groups)
+        limits = self._limit(groups)
         largest = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
         reads = {"file": str(largest), "read_bytes": self._facts["cache25"]["expert_bytes"]}
         if cap is not None:
@@ -200,21 +233,26 @@ class _Bench:
         if cap is not None:
             cap.hold(0)
         self._decode_more()
-        for group in groups.values():
-            if group.kills():
+        for name, group in groups.items():
+            # Others are left out with the reason, and the rest of the run is as good as without them.
+            if group.kills() and name not in self._skipped:
                 raise RemoeError(f"{group.folder.name}: the kernel killed a process under the memory limit")
-        return self._result() | {"memory_limit_bytes": limit, "storage": {**storage, "direct_io": self._raw["direct"]}}
+        return self._result() | limits | {"storage": {**storage, "direct_io": self._raw["direct"]}}
 
     def _ggufs(self, folder: Path) -> dict[str, Path]:
-        """The files of llama.cpp by name, or none and the reason."""
-        # Each in a folder of its own, as all that is put out of the page cache.
-        ggufs = {name: folder.parent / f"{folder.name}.{name}" / "model.gguf" for name in ("f16", "q4")}
+        """The file of each process of llama.cpp, or none and the reason."""
+        # Each its own: pages of a file that two map are charged to the first alone, whatever the other's limit is. And
+        # each in a folder of its own, as all that is put out of the page cache.
+        ggufs = {name: folder.parent / f"{folder.name}.{name}" / "model.gguf" for name in _LLAMA}
         if not _LLAMA.keys() <= self._skipped.keys():
             try:
                 llama_library()
                 for path in ggufs.values():
                     path.parent.mkdir()
-                write_gguf_copies(folder, ggufs["f16"], ggufs["q4"])
+                write_gguf_copies(folder, ggufs["llamacpp_f16"], ggufs["llamacpp_q4"])
+                for name, kind in _LLAMA.items():
+                    if not ggufs[name].exists():
+                        shutil.copyfile(ggufs[f"llamacpp_{kind}"], ggufs[name])
             except (MissingDependencyError, UncacheableError) as error:
                 self._skipped |= dict.fromkeys(_LLAMA, str(error))
         return ggufs
@@ -242,10 +280,7 @@ class _Bench:
             "cache25_prior": ("cached", cached | prior | {"budget": BUDGET}),
             **self._coded_plans(folder, cached),
             **{name: (regime, {}) for name, regime in _OTHERS.items() if name not in _LLAMA},
-            **{
-                name: ("llamacpp", llama | {"file": str(ggufs[kind]), "engine": _ENGINES.get(name, {})})
-                for name, kind in _LLAMA.items()
-            },
+            **{name: ("llamacpp", llama | {"file": str(ggufs[name]), "engine": _engine(name)}) for name in _LLAMA},
         }
         return {name: plan for name, plan in plans.items() if any(arm.worker == name for arm in self._arms)}
 
@@ -258,7 +293,7 @@ class _Bench:
                 pack_experts(str(folder), pack, bits=bits)
             harness.evict(pack)
             cache = {**cached["cache"], "storage": str(pack), "arithmetic": "fast"}
-            gain = _CODED_GAIN if name.endswith("prior") else 0.0
+            gain = max(_CODED_GAINS) if name.endswith("prior") else 0.0
             plans[name] = ("cached", {**cached, "cache": cache, "budget": budget, "gain": gain, "dial": gain > 0})
         return plans
 
@@ -284,18 +319,27 @@ class _Bench:
         self._workers.pop(name, None)
         self._skipped[name] = str(error)
 
-    def _limit(self, groups: Mapping[str, harness.MemoryGroup]) -> int | None:
-        """Put everyone under what our cache takes; its bytes, None where nothing is limited."""
-        if not groups:
-            return None
-        limit = groups["cache25"].needed_bytes() + _LIMIT_SLACK_BYTES
-        for name, group in groups.items():
-            if name in self._workers:
+    def _limit(self, groups: Mapping[str, harness.MemoryGroup]) -> dict[str, int | None]:
+        """Put everyone under what our caches take; each limit by name, None where nothing is limited.
+
+        Facts of each process then have `needed_bytes`: what of its limit is no page cache.
+        """
+        limits: dict[str, int | None] = {}
+        for title, (ours, others) in _LIMITS.items():
+            held = [name for name in (*ours, *others) if groups and name in self._workers]
+            needed = {name: groups[name].needed_bytes() for name in held}
+            mine = [needed[name] for name in ours if name in needed]
+            if not mine:
+                limits[title] = None
+                continue
+            limits[title] = limit = max(mine) + _LIMIT_SLACK_BYTES
+            for name in held:
+                self._facts[name]["needed_bytes"] = needed[name]
                 try:
-                    group.limit(limit)
+                    groups[name].limit(limit)
                 except RemoeError as error:
                     self._skip(name, error)
-        return limit
+        return limits
 
     def _decode(self, arm: _Arm, ids: Sequence[int], *, is_timed: bool = True) -> list[dict[str, Any]]:
         is_short = is_timed and arm.worker in _OTHERS
@@ -360,7 +404,7 @@ class _Bench:
         steps = {name: arm.steps for name, arm in arms.items()}
         nll = {name: arm.nll | {key: step["nll"] for key, step in arm.steps.items()} for name, arm in arms.items()}
         # llama.cpp is compared with itself, and not at all where its F16 file was not decoded.
-        bases = {name: nll.get("llamacpp_f16" if name in _LLAMA else "stock") for name in arms}
+        bases = {name: nll.get("llamacpp_f16" if arm.worker in _LLAMA else "stock") for name, arm in arms.items()}
         rows = {
             name: arm_row(steps[name], self._facts[arm.worker])
             | {"ppl_ratio": None if (base := bases[name]) is None else ppl_ratio(nll[name], base)}
@@ -382,6 +426,11 @@ class _Bench:
             "limit_ms": limit,
             "workers": self._facts,
         }
+
+
+def _engine(name: str) -> dict[str, Any]:
+    """Further options of `LlamaModel`: of a process with a prior, whose arms set their gains."""
+    return {"recency": "resident", "gain": 0.0} if name in _LLAMA_GAINS else {}
 
 
 def documents_of(model: str | Path, options: DecodeOptions) -> tuple[list[list[int]], list[list[int]]]:

@@ -38,6 +38,12 @@ class LlamaCpp(Regime):
             raise ConfigError(f"the recency prior in llama.cpp is off: {status.reason}")
         self.facts = {"file_bytes": Path(options["file"]).stat().st_size}
 
+    def use(self, arm: Mapping[str, Any]) -> None:
+        """`gain`, if given, of the prior. Pages stay where they are, as the kernel holds them from sequence to
+        sequence."""
+        if "gain" in arm:
+            self._engine.set_gain(arm["gain"])
+
     def decoder(self) -> LlamaCpp:
         """This engine, at the start of a sequence: it has one context."""
         self._engine.clear()

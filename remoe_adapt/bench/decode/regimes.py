@@ -49,7 +49,7 @@ class Regime(ABC):
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None: ...
 
     def use(self, arm: Mapping[str, Any]) -> None:
-        """From here on the model is this arm; no slot holds what another arm left."""
+        """From here on the model is this arm; no slot holds what another arm left, but all that the same arm did."""
         assert not arm, "only a cache has arms"
 
     def between_steps(self) -> AbstractContextManager[None]:
@@ -94,7 +94,8 @@ class Cached(Regime):
         if options["budget"] == 1.0:  # nothing is read any more
             for layer, count in enumerate(cache.source.num_experts):
                 cache.lease(layer, range(count)).release()
-        self._fresh = options["budget"] < 1.0
+        self._has_misses = options["budget"] < 1.0
+        self._arm: Mapping[str, Any] | None = None
         # Without its monitor: an arm is one strength and one budget.
         self._controller = get_remoe_model(base, **dial, monitor=False).controller if options["dial"] else None
         self.model, self.cache = base, cache
@@ -108,8 +109,10 @@ class Cached(Regime):
         assert self.cache is not None
         if self._controller is not None:
             self._controller.set_strength(arm["strength"])
-        if self._fresh:
+        # The only arm of a process goes on with what it has, as the page cache does for those we are compared with.
+        if self._has_misses and self._arm not in (None, arm):
             self.cache.clear()
+        self._arm = arm
 
     def between_steps(self) -> AbstractContextManager[None]:
         return nullcontext() if self._controller is None else self._controller.step()
