@@ -13,6 +13,7 @@ from remoe_adapt.errors import ConfigError
 from remoe_adapt.recency_settings import Recency
 
 _GAIN = 0.2
+_HELD = "recency {mode} at gain {gain} throughout, since neither --profile nor --family says what turns it"
 # Of the command, what concerns models in this process alone, and what GGUF files alone.
 _OF_TRANSFORMERS = (
     "alias", "chat_template", "max_waiting", "max_body", "drain", "expert_cache", "storage", "arithmetic", "device",
@@ -59,6 +60,10 @@ def serve_gguf(
     device = profile_of(profile)
     asked = recency is not None or recency_gain is not None or recency_decay is not None
     prior = Recency.of(recency, _GAIN if recency_gain is None else recency_gain, recency_decay) if asked else None
+    # Whoever types a gain and nothing to turn it by wants that gain, not the none of a calm machine.
+    held = prior is not None and profile is None and family is None and pressure is None and strength is None
+    if held:
+        strength = 1.0
     options = GgufServing(
         recency=prior or device.recency, family=family, host=host, port=port, api_key=api_key,
         strength=device.strength_at(pressure) if pressure is not None else strength, context_tokens=context_tokens,
@@ -66,7 +71,16 @@ def serve_gguf(
         interval_s=interval, log=log,
     )  # fmt: skip
     with ServedGguf(model, device, options) as served, until_signalled(served.stop):
-        began = {"event": "serving", "url": served.url, "model": Path(model).name, "pid": served.pid}
-        yield began, f"{printable(began['model'])} at {served.url} (pid {served.pid}; OpenAI's API at /v1)"
+        began = {
+            "event": "serving", "url": served.url, "model": Path(model).name, "pid": served.pid,
+            "held": _HELD.format(mode=prior.mode, gain=_gains(prior)) if held and prior is not None else None,
+        }  # fmt: skip
+        text = f"{printable(began['model'])} at {served.url} (pid {served.pid}; OpenAI's API at /v1)"
+        yield began, text + (f": {began['held']}" if held else "")
         for event in served.events():
             yield event, text_of(event)
+
+
+def _gains(recency: Recency) -> str:
+    listed = recency.gains()
+    return f"{listed[0]:g}" if len(set(listed)) == 1 else f"{min(listed):g} to {max(listed):g}"
