@@ -101,6 +101,7 @@ class StatusServer:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128
 
     def __init__(self, owner: StatusServer, host: str, port: int) -> None:
         self.owner = owner
