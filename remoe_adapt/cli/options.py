@@ -257,7 +257,7 @@ ServeGain = Annotated[
         "--recency-gain",
         "--gain",
         min=0,
-        help="Its gain: at every strength; of a GGUF that at strength 1. Default 0.2.",
+        help="Its gain: at every strength; of a GGUF that at strength 1, held where nothing turns it. Default 0.2.",
     ),
 ]
 ServeModel = Annotated[str, typer.Argument(help="Folder or hub id of the base model, or a GGUF file.", metavar="MODEL")]
@@ -270,6 +270,14 @@ LlamaOptions = Annotated[
 ]
 ContextTokens = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of all slots together (GGUF).")]
 Slots = Annotated[int, typer.Option("--slots", min=1, max=256, help="Requests answered at once (GGUF).")]
+PageAt = Annotated[
+    str | None,
+    typer.Option(
+        "--page",
+        metavar="[HOST:]PORT|off",
+        help="Where page, status and metrics of a GGUF are; default: next to the server's port, on 127.0.0.1.",
+    ),
+]
 EngineThreads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of llama.cpp (GGUF).")]
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one that this machine has.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")]

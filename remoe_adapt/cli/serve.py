@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import ipaddress
 import queue
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +35,7 @@ def serve(
     expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, arithmetic: opt.Arithmetic = "auto",
     llama_server: opt.LlamaServerProgram = None, llama_options: opt.LlamaOptions = None,
     context_tokens: opt.ContextTokens = None, slots: opt.Slots = 1, threads: opt.EngineThreads = None,
-    interval: opt.Interval = None,
+    interval: opt.Interval = None, page: opt.PageAt = None,
     log: opt.Log = None, device: opt.Device = None, dtype: opt.Dtype = "auto", force: opt.Force = False,
     as_json: opt.JsonLines = False,
 ) -> CommandLines:  # fmt: skip
@@ -50,7 +49,8 @@ def serve(
 
     A GGUF file is served by llama.cpp's own server (the pinned wheel's, or --llama-server) with the recency prior
     preloaded: the gain is turned while tokens are computed, no request is touched, and --log says which positions of
-    which slot had which gain.
+    which slot had which gain. The gain is held as it is given, unless --profile or --family says what turns it; the
+    page, status and metrics are on a port of their own (--page).
     """
     given = dict(locals())
     from remoe_adapt.checkpoints import is_gguf
@@ -70,6 +70,7 @@ def serve(
         check_appendable(log, "--log")
     from remoe_adapt.checkpoints import load_tokenizer
     from remoe_adapt.dial import get_remoe_model
+    from remoe_adapt.engines.page import is_loopback
     from remoe_adapt.engines.serving import AppOptions, Server, ServingApp
 
     quiet_libraries()
@@ -115,14 +116,6 @@ def model_name(model: str) -> str:
     """The id in requests: a hub id as it is, of a folder or file its name."""
     path = Path(model).expanduser()
     return path.resolve().name or model if path.exists() else model
-
-
-def is_loopback(host: str) -> bool:
-    """Nobody but this machine can reach it."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def spoken(events: Iterator[dict[str, Any] | None]) -> CommandLines:

@@ -12,13 +12,14 @@ from remoe_adapt.cli.watch import text_of, until_signalled
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.recency_settings import Recency
 
-_GAIN = 0.2
+_GAIN, _PAGE_HOST = 0.2, "127.0.0.1"
+_HELD = "recency {mode} at gain {gain} throughout, since neither --profile nor --family says what turns it"
 # Of the command, what concerns models in this process alone, and what GGUF files alone.
 _OF_TRANSFORMERS = (
     "alias", "chat_template", "max_waiting", "max_body", "drain", "expert_cache", "storage", "arithmetic", "device",
     "dtype", "force",
 )  # fmt: skip
-_OF_GGUF = ("llama_server", "llama_options", "context_tokens", "slots", "threads", "interval")
+_OF_GGUF = ("llama_server", "llama_options", "context_tokens", "slots", "threads", "interval", "page")
 
 
 def check_kind(values: Mapping[str, Any], defaults: Mapping[str, Any], gguf: bool) -> None:
@@ -51,6 +52,7 @@ def serve_gguf(
     slots: int,
     threads: int | None,
     interval: float | None,
+    page: str | None = None,
 ) -> CommandLines:
     """Events of the server until a signal; see `engines.llamacpp.serve`."""
     from remoe_adapt.dial import profile_of
@@ -59,14 +61,43 @@ def serve_gguf(
     device = profile_of(profile)
     asked = recency is not None or recency_gain is not None or recency_decay is not None
     prior = Recency.of(recency, _GAIN if recency_gain is None else recency_gain, recency_decay) if asked else None
+    # Whoever types a gain and nothing to turn it by wants that gain, not the none of a calm machine.
+    held = prior is not None and profile is None and family is None and pressure is None and strength is None
+    if held:
+        strength = 1.0
     options = GgufServing(
         recency=prior or device.recency, family=family, host=host, port=port, api_key=api_key,
         strength=device.strength_at(pressure) if pressure is not None else strength, context_tokens=context_tokens,
         parallel=slots, threads=threads, llama_server=llama_server, arguments=tuple(llama_options or ()),
-        interval_s=interval, log=log,
+        interval_s=interval, page=page_at(page), log=log,
     )  # fmt: skip
     with ServedGguf(model, device, options) as served, until_signalled(served.stop):
-        began = {"event": "serving", "url": served.url, "model": Path(model).name, "pid": served.pid}
-        yield began, f"{printable(began['model'])} at {served.url} (pid {served.pid}; OpenAI's API at /v1)"
+        began = {
+            "event": "serving", "url": served.url, "model": Path(model).name, "pid": served.pid,
+            "page": served.page_url, "acts": list(served.acts()),
+            "held": _HELD.format(mode=prior.mode, gain=_gains(prior)) if held and prior is not None else None,
+        }  # fmt: skip
+        where = "" if served.page_url is None else f", page at {served.page_url}"
+        text = f"{printable(began['model'])} at {served.url} (pid {served.pid}; OpenAI's API at /v1{where})"
+        yield began, text + (f": {began['held']}" if held else "")
         for event in served.events():
             yield event, text_of(event)
+
+
+def page_at(text: str | None) -> tuple[str, int | None] | None:
+    """(host, port) of `--page`; None: no page. Raises ConfigError."""
+    if text is None:
+        return _PAGE_HOST, None
+    if text == "off":
+        return None
+    host, colon, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) <= 65535) or (colon and not host):
+        raise ConfigError(
+            f"--page {printable(text)}: give a port, as 8001, a host and a port, as 0.0.0.0:8001, or off."
+        )
+    return host.strip("[]") or _PAGE_HOST, int(port)
+
+
+def _gains(recency: Recency) -> str:
+    listed = recency.gains()
+    return f"{listed[0]:g}" if len(set(listed)) == 1 else f"{min(listed):g} to {max(listed):g}"

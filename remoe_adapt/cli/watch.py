@@ -99,6 +99,8 @@ def text_of(event: Mapping[str, Any]) -> str:
         return f"the server died: {event['reason']}; it is started again in {event['again_in_s']:g} s"
     if kind == "started":
         return f"the server runs again (pid {event['pid']}, start {event['starts']})"
+    if kind == "blind":
+        return f"warning: recency resident does nothing here: {event['reason']}"
     if kind in ("down", "wrong"):
         return f"{kind}: {event['reason']}"
     if kind == "end":

@@ -21,18 +21,13 @@ pytest.importorskip("gguf", reason="GGUF files (extra: export)")
 from gguf_writer import small_model, write_gguf
 from llama_answers import SAME
 from llama_child import LlamaChild
-from preloaded import TOKENS, Asked, OwnLoop, asked, command, control_of_server, served
+from preloaded import Asked, OwnLoop, asked, command, control_of_server, prompts, served, turn_and_ask
 from waiting import until
 
 from remoe_adapt.engines.llamacpp.prior.control import GainEvent
 from remoe_adapt.engines.llamacpp.serve import ServedGguf
 
 GAINS = (0.3, 0.6, 1.5)
-
-
-def prompts(count: int, seed: int = 3) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randrange(3, 250) for _ in range(20 + number % 5)] for number in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -87,37 +82,6 @@ def test_slots_side_by_side_while_the_gain_is_turned(
         assert control_of_server(found).status().counters["lost_rows"] == 0
         # The gain was turned in the midst of some answers, and no token is of two gains.
         assert any(len(gains) > 1 for gains in logged) and len({gain for gains in logged for _, gain in gains}) > 2
-
-
-def turn_and_ask(server: ServedGguf, count: int, at_once: int) -> list[Asked]:
-    """`count` answers, so many at once, while the gain is turned."""
-    numbers, texts, found, over = itertools.count(), prompts(count), [], threading.Event()
-
-    def client() -> None:
-        # On a busy machine the gain is turned less often than it should be.
-        while (number := next(numbers)) < count or turns < 6:
-            found.append(asked(server.port, texts[number % count], n_predict=3 * TOKENS))
-
-    turns = 0
-
-    def turner() -> None:
-        nonlocal turns
-        for gain in itertools.cycle([1.5, 0.0, 0.6, 0.3]):
-            if over.wait(0.01):
-                return
-            command(server, gain)
-            turns += 1
-
-    turning = threading.Thread(target=turner)
-    clients = [threading.Thread(target=client) for _ in range(at_once)]
-    for thread in (turning, *clients):
-        thread.start()
-    for thread in clients:
-        thread.join()
-    over.set()
-    turning.join()
-    assert len(found) >= count
-    return found
 
 
 def test_a_reused_prompt_goes_on_from_its_prefix(server: ServedGguf, own: OwnLoop) -> None:

@@ -104,6 +104,32 @@ def test_text_of_the_server_is_never_a_part_of_the_page(served: Served, tmp_path
     in_browser(served, tmp_path, work)
 
 
+def test_a_served_gguf_has_the_same_page_and_its_values_move(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp's server (extra: llamacpp)")
+    from gguf_writer import small_model, write_gguf
+    from preloaded import asked, prompts, running
+    from preloaded import served as served_gguf
+
+    async def work(page: Page) -> None:
+        await page.until(text("engine"), lambda found: found == "llama.cpp")
+        assert await page.ask(text("recency")) == "ema"
+        await page.until(text("strength"), lambda found: found == "0.00")
+        server.hold(strength=0.5)
+        await page.until(text("strength"), lambda found: found == "0.50")
+        assert await page.ask(text("gain")) == "0.60" and await page.ask(text("reason")) == "set by hand"
+        await asyncio.to_thread(asked, server.port, prompts(1)[0])
+        assert await page.until(text("tokens"), lambda found: found != "0") == "16"
+        # What llama.cpp does not count is no 0.
+        assert await page.ask(text("requests.answered")) == await page.ask(text("hit_rate")) == "–"
+        assert "MiB" in await page.ask(text("memory.process_bytes"))
+        await page.until(chart("strength pressure"), lambda found: "L" in found.replace("L120", ""))
+        assert page.faults == []
+
+    path = write_gguf(small_model("qwen3moe"), "qwen3moe", tmp_path / "model.gguf")
+    with served_gguf(path, gain=1.2, interval_s=0.05) as server, running(server):
+        asyncio.run(with_page(tmp_path, f"{server.page_url}/", work))
+
+
 def test_it_says_when_the_server_is_gone(folder: Path, tmp_path: Path) -> None:
     async def work(page: Page) -> None:
         await page.until(text("strength"), lambda found: found == "0.00")

@@ -71,6 +71,28 @@ def test_the_command_serves_at_the_gain_of_its_strength_and_logs_it(model: Path,
     assert {round(line["gain"], 6) for line in lines} == {0.0, 0.6}  # 0: what it was warmed up with
 
 
+@pytest.mark.parametrize(
+    ("given", "strength"), [({}, 1.0), ({"profile": "server"}, 0.0), ({"pressure": 0.0}, 0.0), ({"strength": 0.5}, 0.5)]
+)
+def test_a_gain_with_nothing_to_turn_it_by_is_held(model: Path, given: dict[str, Any], strength: float) -> None:
+    options: dict[str, Any] = dict.fromkeys(
+        ("family", "profile", "api_key", "pressure", "strength", "recency", "recency_decay", "log", "llama_server",
+         "llama_options", "interval")
+    )  # fmt: skip
+    speaking = serve_gguf(
+        str(model), **options | {"interval": 5.0} | given, host="127.0.0.1", port=0, recency_gain=1.2,
+        context_tokens=512, slots=1, threads=1, page="off",
+    )  # fmt: skip
+    (began, text), (start, _) = next(speaking), next(speaking)
+    speaking.close()
+    assert (start["gain"], start["strength"]) == (1.2 * strength, strength)
+    assert began["page"] is None and began["acts"] == ["recency prior (ema)"]
+    if given:
+        assert began["held"] is None
+    else:
+        assert began["held"].startswith("recency ema at gain 1.2 throughout") and began["held"] in text
+
+
 def test_what_cannot_be_served_is_one_error(model: Path, tmp_path: Path) -> None:
     def made(path: Path, **options: Any) -> ServedGguf:
         return ServedGguf(path, profile_of(None), GgufServing(**{"recency": Recency.of("ema", 0.1), **options}))

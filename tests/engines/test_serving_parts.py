@@ -16,7 +16,8 @@ pytest.importorskip("uvicorn", reason="a server for OpenAI's clients (extra: ser
 pytest.importorskip("openai", reason="a server for OpenAI's clients (extra: serve)")
 pytest.importorskip("prometheus_client", reason="a server for OpenAI's clients (extra: serve)")
 
-from remoe_adapt.cli.serve import is_loopback, model_name
+from remoe_adapt.cli.serve import model_name
+from remoe_adapt.engines.page import is_loopback
 from remoe_adapt.engines.serving.answers import Events, StopCutter, finished
 from remoe_adapt.engines.serving.app import AppOptions, ServingApp
 from remoe_adapt.engines.serving.errors import RequestError, of_exception

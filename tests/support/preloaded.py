@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes as C
+import itertools
 import math
+import os
+import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,14 +28,26 @@ from remoe_adapt.recency_settings import Recency
 
 # KV in F32 and no flash attention, as LlamaModel: answers are then equal but for the rounding of a batch's neighbours.
 EXACT = {"cache_type_k": 0, "cache_type_v": 0, "flash_attn_type": 0, "cache_ram_mib": 0}
+# The same for a program of the user's.
+EXACT_OPTIONS = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off", "--cache-ram", "0")
 TOKENS = 16
 _EOS = 257
+
+
+def stock_server() -> Path | None:
+    """A llama-server that is not the wheel's: `$REMOE_LLAMA_SERVER`."""
+    named = os.environ.get("REMOE_LLAMA_SERVER")
+    return Path(named) if named else None
 
 
 @contextlib.contextmanager
 def served(model: Path, *, gain: float = 1.0, **options: Any) -> Iterator[ServedGguf]:
     """A served model whose gain nobody turns but the test, by `command`."""
-    engine = {**EXACT, **options.pop("engine", {})}
+    if "llama_server" in options:
+        options["arguments"] = (*EXACT_OPTIONS, *options.get("arguments", ()))
+        engine: dict[str, Any] = {}
+    else:
+        engine = {**EXACT, **options.pop("engine", {})}
     serving = GgufServing(
         recency=Recency.of(options.pop("mode", "ema"), gain), port=0, threads=1, context_tokens=2048, strength=0.0,
         engine=engine, **options,
@@ -152,3 +167,39 @@ class OwnLoop:
         assert model._lib.llama_decode(model._context, batch) == 0
         model.positions[0] += count
         return np.ctypeslib.as_array(model._lib.llama_get_logits(model._context), (model.vocab_size,)).copy()
+
+
+def prompts(count: int, seed: int = 3) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, 250) for _ in range(20 + number % 5)] for number in range(count)]
+
+
+def turn_and_ask(server: ServedGguf, count: int, at_once: int) -> list[Asked]:
+    """`count` answers, so many at once, while the gain is turned."""
+    numbers, texts, found, over = itertools.count(), prompts(count), [], threading.Event()
+
+    def client() -> None:
+        # On a busy machine the gain is turned less often than it should be.
+        while (number := next(numbers)) < count or turns < 6:
+            found.append(asked(server.port, texts[number % count], n_predict=3 * TOKENS))
+
+    turns = 0
+
+    def turner() -> None:
+        nonlocal turns
+        for gain in itertools.cycle([1.5, 0.0, 0.6, 0.3]):
+            if over.wait(0.01):
+                return
+            command(server, gain)
+            turns += 1
+
+    turning = threading.Thread(target=turner)
+    clients = [threading.Thread(target=client) for _ in range(at_once)]
+    for thread in (turning, *clients):
+        thread.start()
+    for thread in clients:
+        thread.join()
+    over.set()
+    turning.join()
+    assert len(found) >= count
+    return found

@@ -94,6 +94,15 @@ def call(
     return found
 
 
+def fetched(address: Address, path: str, *, api_key: str | None = None, timeout_s: float = TIMEOUT_S) -> str:
+    """The text of GET `path`. Raises as `call`."""
+    headers = {"Connection": "close"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    status, text = _exchange(address, "GET", path, None, headers, timeout_s)
+    if status != http.client.OK:
+        raise ServerError(f"{address}{path} answers {status}.")
+    return text.decode("utf-8", "replace")
+
+
 def _exchange(
     address: Address, method: str, path: str, body: bytes | None, headers: dict[str, str], timeout_s: float
 ) -> tuple[int, bytes]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ from remoe_adapt.engines.llamacpp.client import Address, call
 from remoe_adapt.engines.llamacpp.preloadable import check_preloadable
 from remoe_adapt.engines.llamacpp.prior import ENVIRONMENT, PriorControl, compiled
 from remoe_adapt.engines.llamacpp.process import FoundProcess
+from remoe_adapt.engines.llamacpp.residency import expert_spans, why_blind
+from remoe_adapt.engines.llamacpp.shown import Shown
 from remoe_adapt.engines.llamacpp.supervised import SupervisedServer, free_port
 from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions
+from remoe_adapt.engines.page import ServerStatus, StatusServer
 from remoe_adapt.errors import ConfigError, ServerDownError
 from remoe_adapt.family import Family
 from remoe_adapt.recency_settings import Recency
@@ -50,6 +53,8 @@ class GgufServing:
     llama_server: a program of the user's instead of the wheel's server; arguments: more of its options.
     engine: more attributes of the wheel's parameters (its CommonParams), by name.
     interval_s: between two samples of pressure, None: the profile's.
+    page: (host, port) where the page, the status and the metrics are; port None: one close to the server's. None:
+        nowhere.
     log: gains of every sequence are appended here, a JSON object a line.
     """
 
@@ -66,6 +71,7 @@ class GgufServing:
     arguments: tuple[str, ...] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
     interval_s: float | None = None
+    page: tuple[str, int | None] | None = ("127.0.0.1", None)
     log: Path | None = None
 
 
@@ -77,7 +83,7 @@ def preload_library() -> Path:
 class ServedGguf:
     """A model that is being served; use `with`. `events` runs the controller meanwhile, and has to be iterated.
 
-    url: where clients connect.
+    url: where clients connect; page_url: where the page is, None without one.
 
     Raises ConfigError for a file, program or setting that cannot work, MissingDependencyError without a C compiler or
     the wheel, ServerError when the server does not start.
@@ -100,7 +106,15 @@ class ServedGguf:
         self._watch: Watch | None = None
         self._control: PriorControl | None = None
         self._logged = 0
+        self._spans = self._expert_spans()
+        self._looked_at: int | None = None
+        self._shown: Shown | None = None
+        self._page: StatusServer | None = None
         self.port = options.port or free_port(options.host)
+
+    @property
+    def page_url(self) -> str | None:
+        return None if self._page is None else self._page.url
 
     @property
     def url(self) -> str:
@@ -114,6 +128,13 @@ class ServedGguf:
     def __enter__(self) -> ServedGguf:
         options = self.options
         with ExitStack() as ending:
+            if options.page is not None:
+                # Before the model is loaded, for the port may be taken.
+                host, port = options.page
+                self._page = StatusServer(
+                    self.shown, self._hold, host=host, port=port, near=self.port, api_key=options.api_key
+                )
+                ending.callback(self._page.close)
             folder = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="remoe-serve-")))
             environment: dict[str, str] = {}
             control = folder / "control"
@@ -133,6 +154,12 @@ class ServedGguf:
             process = FoundProcess(lambda: self._server.pid)
             self._watch = Watch(self.url, options.family, self._profile, watched, process)
             self._watch.listeners.append(self._news)
+            self._shown = Shown(
+                self._watch, lambda: self._server.pid, self.status, model=self.model.name, acts=self.acts(),
+                address=Address.parse(self.url), api_key=options.api_key,
+            )  # fmt: skip
+            if self._page is not None:
+                self._page.start()
             self._ending = ending.pop_all()
         return self
 
@@ -144,8 +171,50 @@ class ServedGguf:
         assert self._watch is not None
         self._watch.stop()
 
+    def acts(self) -> tuple[str, ...]:
+        """What changes the choice of experts, in words."""
+        recency, family = self.options.recency, self.options.family
+        found = [] if family is None else [f"dial of {'/'.join(Path(family).parts[-2:])}"]
+        return (*found, *([] if recency is None else [f"recency prior ({recency.mode})"]))
+
+    def shown(self) -> ServerStatus:
+        """What the page shows. Any thread may ask."""
+        assert self._shown is not None
+        return self._shown.status()
+
+    def hold(self, *, strength: float | None = None, pressure: float | None = None) -> None:
+        """As `Watch.hold`."""
+        assert self._watch is not None
+        self._watch.hold(strength=strength, pressure=pressure)
+
+    def _hold(self, what: str, value: float | None) -> None:
+        self.hold(**{what: value})
+
+    def why_blind(self) -> str | None:
+        """Why mode resident does nothing, since it cannot be told which experts are in memory; None: it can be, another
+        mode is served, or the server does not run now."""
+        pid = self._server.pid
+        if self._spans is None or pid is None:
+            return None
+        with suppress(OSError, ConfigError):  # it ends, or the file was taken away meanwhile
+            if (why := why_blind(pid, self._spans)) is not None:
+                return why
+        if self._control is not None and self._control.status().is_blind:
+            return "the kernel does not tell the server which pages of the model are in memory"
+        return None
+
+    def _expert_spans(self) -> list[tuple[Path, list[tuple[int, int]]]] | None:
+        recency = self.options.recency
+        if recency is None or not recency.kind.needs_expert_cache:
+            return None
+        try:
+            return expert_spans(self.model)
+        except ConfigError:  # llama.cpp says better what it cannot load
+            return []
+
     def events(self) -> Iterator[dict[str, Any]]:
-        """As `Watch.events`, and "died" (the server: why) and "started" (again)."""
+        """As `Watch.events`, and "died" (the server: why), "started" (again) and "blind" (mode resident does nothing:
+        why)."""
         assert self._watch is not None
         yield from self._watch.events()
 
@@ -157,12 +226,17 @@ class ServedGguf:
             prior = self._control.status()
             found["prior"] = {
                 "state": prior.state, "reason": prior.reason, "gain": prior.gain, "mode": prior.mode,
-                "is_blind": prior.is_blind, "layers": prior.layers, "reuse": prior.reuse, **prior.counters,
+                "blind": self.why_blind(), "layers": prior.layers, "reuse": prior.reuse, **prior.counters,
             }  # fmt: skip
         return found
 
     def _news(self) -> Iterator[dict[str, Any]]:
         yield from self._server.events()
+        pid = self._server.pid
+        if pid is not None and pid != self._looked_at and self._has_run(pid):
+            self._looked_at = pid
+            if (why := self.why_blind()) is not None:
+                yield {"event": "blind", "pid": pid, "reason": why}
         if self._control is None or self.options.log is None:
             return
         found = self._control.events(self._logged)
@@ -180,6 +254,13 @@ class ServedGguf:
                 log.write(json.dumps(line) + "\n")
         self._logged = found[-1].number
 
+    def _has_run(self, pid: int) -> bool:
+        """A whole graph has run in this process, so that its model is loaded."""
+        if self._control is None:
+            return False
+        found = self._control.status()
+        return found.pid == pid and found.state == "on"
+
     def _loras(self, family: str, folder: Path) -> list[str]:
         rows = export_gguf_lora(self.model, Family.load(family), folder / "loras")["loras"]
         return [str(row["file"]) for row in rows]
@@ -196,7 +277,7 @@ class ServedGguf:
         # Experts that were copied in another order lie in no page of the file, whose residency says nothing then.
         repack = options.recency is None or not options.recency.kind.needs_expert_cache
         if options.llama_server is None:
-            given: dict[str, Any] = {"n_parallel": options.parallel, "endpoint_slots": True}
+            given: dict[str, Any] = {"n_parallel": options.parallel, "endpoint_slots": True, "endpoint_metrics": True}
             given |= {} if options.context_tokens is None else {"n_ctx": options.context_tokens}
             given |= {} if repack else {"no_extra_bufts": True}
             # A prompt that was computed at another strength would be gone on with.
@@ -214,6 +295,7 @@ class ServedGguf:
         command += [] if options.context_tokens is None else ["--ctx-size", str(options.context_tokens)]
         command += [] if options.threads is None else ["--threads", str(options.threads)]
         command += [] if repack else ["--no-repack"]
+        command += ["--metrics"] if options.page is not None else []
         command += ["--no-cache-prompt", "--cache-ram", "0"] if loras else []
         for path in loras:
             command += ["--lora-scaled", f"{path}:0"]

@@ -15,7 +15,7 @@ import psutil
 from remoe_adapt._support import check_extra
 from remoe_adapt.checkpoints import GgufFile
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.dial import Engine, Target, turn
+from remoe_adapt.dial import Engine, Target, turn, unit
 from remoe_adapt.engines.gguf import FINGERPRINT_KEY, STRENGTH_KEY, LiveRouters
 from remoe_adapt.engines.llamacpp.client import Address
 from remoe_adapt.engines.llamacpp.live import LlamaFile
@@ -31,13 +31,14 @@ from remoe_adapt.engines.llamacpp.process import (
 from remoe_adapt.engines.llamacpp.server import HOLD_S, LlamaServer
 from remoe_adapt.errors import ConfigError, ExportError, FamilyError, ServerDownError, ServerError
 from remoe_adapt.family import Family, family_folder, read_family_json
-from remoe_adapt.pressure import Governor
+from remoe_adapt.pressure import Decision, Governor
 from remoe_adapt.recency_settings import Recency
 
 if TYPE_CHECKING:
     from remoe_adapt.engines.llamacpp.proxy import Proxy
 
 _SAME_STRENGTH = 1e-5
+_BY_HAND = "set by hand"
 # Of a decision, what concerns no server.
 _INSIDE = ("budgets", "moves", "why", "calm", "floors")
 
@@ -120,8 +121,14 @@ class Watch:
         else:
             raise ConfigError("nothing to drive: give --family, or --gain for a preloaded server.")
         self.governor = Governor(ServerSensors(self.process), profile)
+        # What was decided last, and what a hand holds instead: the pressure that it named, or that it named none.
+        self.decision: Decision | None = None
+        self._held: tuple[float | None] | None = None
+        self._turned = False
+        self.down = ""
         if options.strength is not None:
-            self.engine.post(Target(options.strength, reason="set by hand"))
+            self.hold(strength=options.strength)
+            self._turned = False
 
     def _named(self) -> WatchedProcess:
         """The process of a preloaded server, by its address, its number or the control file that is given."""
@@ -195,6 +202,24 @@ class Watch:
         self._ended = True
         self._awake.set()
 
+    def hold(self, *, strength: float | None = None, pressure: float | None = None) -> None:
+        """Hold this strength, or what the profile has at this pressure, whatever the sensors say; neither: hand the
+        dial back to them. From any thread; it is brought about soon. Raises ConfigError for what is no number in
+        [0, 1], DialError once the engine was let go."""
+        if strength is None and pressure is None:
+            self._held = None
+        else:
+            found = self.profile.strength_at(unit("pressure", pressure)) if strength is None else strength
+            self.engine.post(Target(unit("strength", found), pressure, _BY_HAND))
+            self._held = (pressure,)
+        self._turned = True
+        self._awake.set()
+
+    @property
+    def pinned(self) -> bool:
+        """Held by a hand."""
+        return self._held is not None
+
     def once(self) -> dict[str, Any]:
         """Look for as long as pressure needs to count, set what follows, and go. Raises as `LlamaServer.sync`."""
         self._bring_about()
@@ -238,7 +263,7 @@ class Watch:
                     event = self._tick()
                     if event["changed"]:
                         yield event
-                    down = yield from self._sync(down)
+                    self.down = down = yield from self._sync(down)
                     for listen in self.listeners:
                         yield from listen()
                     self._pause()
@@ -272,10 +297,15 @@ class Watch:
 
     def _tick(self) -> dict[str, Any]:
         decision = self.governor.tick(None, self.engine.target)
-        if self.options.strength is not None:
-            decision = replace(decision, changed=False, strength=self.engine.target)
+        turned, self._turned = self._turned, False
+        if (held := self._held) is not None:
+            found = decision.pressure if held[0] is None else held[0]
+            decision = replace(
+                decision, changed=turned, strength=self.engine.target, pressure=found, why=_BY_HAND, moves=(), notes={}
+            )
         else:
             turn(self.engine, decision)
+        self.decision = decision
         said = {k: v for k, v in decision.as_dict().items() if k not in _INSIDE}
         return {"event": "strength", **said, **self._of_prior(decision.strength)}
 

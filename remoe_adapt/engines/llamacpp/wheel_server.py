@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 # The engine has classes of its own for these, made from numbers.
-_ENUMS = ("flash_attn_type", "cache_type_k", "cache_type_v")
+_ENUMS = ("flash_attn_type", "cache_type_k", "cache_type_v", "load_mode")
 
 
 def serve(settings: dict[str, Any]) -> Any:

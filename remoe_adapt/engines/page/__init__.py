@@ -4,7 +4,9 @@
 `ServerStatus`, and with the same page, which polls it. Nothing here needs torch.
 """
 
+from remoe_adapt.engines.page.guard import bears, is_loopback, key_digest, names_this_machine
 from remoe_adapt.engines.page.page import PAGE_HEADERS, page_html
+from remoe_adapt.engines.page.server import StatusServer
 from remoe_adapt.engines.page.status import (
     STATUS_ROUTE,
     Counters,

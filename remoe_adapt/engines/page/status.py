@@ -30,7 +30,7 @@ _WINDOW_S, _LEAST_GAP_S = 10.0, 0.25
 
 @dataclass(frozen=True, slots=True)
 class RequestCounts:
-    """Requests for tokens since the server began.
+    """Requests for tokens since the server began; None for what an engine does not count.
 
     running: being computed now.
     waiting: in the queue.
@@ -40,12 +40,12 @@ class RequestCounts:
     left: whose client went first.
     """
 
-    running: int = 0
-    waiting: int = 0
-    answered: int = 0
-    refused: int = 0
-    failed: int = 0
-    left: int = 0
+    running: int | None = 0
+    waiting: int | None = 0
+    answered: int | None = 0
+    refused: int | None = 0
+    failed: int | None = 0
+    left: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,16 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def joined(bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whole answers to one request as one with all of their choices; the prompt counts once, as OpenAI counts it."""
+    first = bodies[0]
+    for number, body in enumerate(bodies[1:], 1):
+        first["choices"] += [{**choice, "index": number} for choice in body["choices"]]
+        for name in ("completion_tokens", "total_tokens"):
+            first["usage"][name] += body["usage"]["completion_tokens"]
+    return first
+
+
 def finished(body: dict[str, Any], remoe: dict[str, Any], stops: Sequence[str]) -> dict[str, Any]:
     """A whole answer with `usage.remoe`, its texts cut at the first stop text."""
     body.setdefault("usage", {})["remoe"] = remoe

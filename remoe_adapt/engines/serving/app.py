@@ -10,9 +10,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import ipaddress
 import os
 import time
 from collections.abc import Callable
@@ -35,7 +32,10 @@ from remoe_adapt.engines.page import (
     Counters,
     Rates,
     ServerStatus,
+    bears,
+    key_digest,
     memory_of,
+    names_this_machine,
     page_html,
 )
 from remoe_adapt.engines.serving.asked import read_body, read_object
@@ -214,15 +214,19 @@ class ServingApp:
         return JSONResponse(self._model())
 
     def _guarded(self, app: ASGIApp) -> ASGIApp:
-        key = None if self._options.api_key is None else _digest(self._options.api_key)
+        key = None if self._options.api_key is None else key_digest(self._options.api_key)
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
                 return
             refused = None
-            if key is not None and scope["path"] not in _OPEN and not _bears(scope, key):
+            if key is not None and scope["path"] not in _OPEN and not bears(_header(scope, b"authorization"), key):
                 refused = RequestError("this server wants its API key as a bearer token", 401, code="invalid_api_key")
-            elif key is None and not self._options.any_host and not _names_this_machine(scope):
+            elif (
+                key is None
+                and not self._options.any_host
+                and not names_this_machine(_header(scope, b"host").decode("latin-1"))
+            ):
                 refused = RequestError(
                     "this server answers to the names of its own machine: start it with --api-key, or with a --host "
                     "that others may reach",
@@ -252,26 +256,3 @@ _HANDLERS: dict[Any, Any] = {RequestError: _told, HTTPException: _http}
 
 def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
-
-
-def _digest(key: str | bytes) -> bytes:
-    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
-
-
-def _bears(scope: Scope, key: bytes) -> bool:
-    scheme, _, token = _header(scope, b"authorization").partition(b" ")
-    # Digests have one length, and are compared in one time, whatever the token is.
-    return scheme.lower() == b"bearer" and hmac.compare_digest(_digest(token.strip()), key)
-
-
-def _names_this_machine(scope: Scope) -> bool:
-    host = _header(scope, b"host").decode("latin-1").lower()
-    name = host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    # An address is no name that somebody's DNS could point here.
-    return True

@@ -21,6 +21,8 @@ HEADER = "x-remoe-strength"
 # A body that has not come by then is given up.
 _BODY_S = 30.0
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 4, 200
+# Choices are computed one after another, while everybody else waits.
+_MAX_CHOICES = 8
 # Fields that change nothing of an answer of ours.
 _DROPPED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
@@ -28,7 +30,7 @@ _DROPPED = {
 }  # fmt: skip
 # Field -> values that ask for nothing beyond what is offered.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "logprobs": (False, 0), "top_logprobs": (0,), "echo": (False,),
+    "best_of": (1,), "logprobs": (False, 0), "top_logprobs": (0,), "echo": (False,),
     "presence_penalty": (0,), "modalities": (["text"],), "response_format": ({"type": "text"},),
     "text": ({"format": {"type": "text"}},), "tool_choice": ("auto", "none"), "background": (False,), "audio": (),
     "functions": (), "function_call": (), "web_search_options": (), "reasoning_effort": (), "previous_response_id": (),
@@ -38,7 +40,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 _NUMBERS: Mapping[str, tuple[float, float, bool]] = {
     "temperature": (0, 2, False), "top_p": (0, 1, False), "frequency_penalty": (-0.99, 2, False),
     "max_tokens": (1, 1 << 31, True), "max_completion_tokens": (1, 1 << 31, True),
-    "max_output_tokens": (1, 1 << 31, True), "seed": (-(1 << 63), (1 << 63) - 1, True),
+    "max_output_tokens": (1, 1 << 31, True), "n": (1, _MAX_CHOICES, True), "seed": (-(1 << 63), (1 << 63) - 1, True),
 }  # fmt: skip
 
 
@@ -53,6 +55,7 @@ class Asked:
     seed: of sampling; None: any.
     temperature: that was asked for; None: as the model's own settings have it.
     stop: texts at which the answer ends, none of which is part of it.
+    choices: so many answers are wanted, each computed for itself.
     """
 
     route: str
@@ -62,6 +65,7 @@ class Asked:
     seed: int | None
     temperature: float | None
     stop: tuple[str, ...]
+    choices: int = 1
 
 
 async def read_body(request: Request, most_bytes: int) -> bytes:
@@ -123,6 +127,10 @@ def read_request(
     stream = body.pop("stream", False)
     if not isinstance(stream, bool):
         raise RequestError(f"stream must be true or false, not {stream!r}", param="stream")
+    choices = body.pop("n", 1)
+    if choices > 1 and (stream or route == "/v1/responses"):
+        where = "in a stream" if stream else "for responses"
+        raise RequestError(f"n is not offered {where}: only 1", param="n", code="unsupported_value")
     if body.get("top_p") == 0:
         raise RequestError("top_p must be above 0", param="top_p")
     stop = _stops(body.pop("stop", ()))
@@ -133,7 +141,7 @@ def read_request(
     seed = body.pop("seed", None)
     # Always said, for transformers' Responses stream where nobody says otherwise.
     body |= {"model": model, "stream": stream}
-    return Asked(route, body, stream, strength, seed, body.get("temperature"), stop)
+    return Asked(route, body, stream, strength, seed, body.get("temperature"), stop, choices)
 
 
 def _strength(field: Any, header: str | None) -> float | None:

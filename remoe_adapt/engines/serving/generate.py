@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from remoe_adapt.engines.page import RequestCounts
-from remoe_adapt.engines.serving.answers import Events, finished
+from remoe_adapt.engines.serving.answers import Events, finished, joined
 from remoe_adapt.engines.serving.asked import HEADER, Asked, read_body, read_object, read_request
 from remoe_adapt.engines.serving.errors import RequestError, of_exception
 from remoe_adapt.engines.serving.line import Line
@@ -149,13 +149,14 @@ class _Answer:
         gone.add_done_callback(lambda over: None if over.cancelled() else turn.stop(Gone()))
         try:
             try:
-                response = await turn.answer(self._id)
+                responses = [await turn.answer(self._id) for _ in range(asked.choices)]
             finally:
                 turn.close()
-            if isinstance(response, StreamingResponse):
-                await self._stream(asked, turn, response.body_iterator)
+            if isinstance(responses[0], StreamingResponse):
+                await self._stream(asked, turn, responses[0].body_iterator)
             else:
-                whole = finished(json.loads(bytes(response.body)), turn.figures(), asked.stop)
+                bodies = [json.loads(bytes(response.body)) for response in responses]
+                whole = finished(joined(bodies), turn.figures(), asked.stop)
                 await self._whole(turn, json.dumps(whole, ensure_ascii=False).encode())
         except asyncio.CancelledError:
             turn.stop(Gone())

@@ -8,6 +8,7 @@ strength, the seed, and the watch over what every token was computed at.
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections import Counter
@@ -91,7 +92,7 @@ class Turn(StoppingCriteria):
     """One request's time with the model. Made and asked in the event loop; `generate` runs in the model's thread.
 
     begun: the first token is there, or there will be none.
-    ended: the model is free again. It is set by `generate`, or by `close` where that was never called.
+    ended: the model is free again. It is set by the last `generate`, or by `close` where none is under way.
     error: of the generation.
     """
 
@@ -104,7 +105,9 @@ class Turn(StoppingCriteria):
         self.begun, self.ended = asyncio.Event(), asyncio.Event()
         self.error: BaseException | None = None
         self._stopped = threading.Event()
-        self._submitted = False
+        # Generations that the handler asked for, and those that are over: one for each choice.
+        self._submitted = self._over = 0
+        self._closed = False
         self._strengths: Counter[float] = Counter()
         self.first_strength: float | None = None
         self._seconds = 0.0
@@ -114,7 +117,7 @@ class Turn(StoppingCriteria):
     async def answer(self, request_id: str) -> Any:
         """The handler's response; a streamed one is computed while it is read."""
         handler = HANDLERS[self._asked.route](self, self)
-        return await handler.handle_request(dict(self._asked.body), request_id)
+        return await handler.handle_request(copy.deepcopy(self._asked.body), request_id)
 
     def stop(self, why: BaseException) -> None:
         """Compute no further than the next token; nothing once the turn has ended. In the event loop."""
@@ -125,8 +128,9 @@ class Turn(StoppingCriteria):
         self._stopped.set()
 
     def close(self) -> None:
-        """The handler is done, or has failed; the turn ends now where it never came to generate."""
-        if not self._submitted:
+        """The handler is done, or has failed: the turn ends with what is being computed, now if that is nothing."""
+        self._closed = True
+        if self._over == self._submitted:
             self.begun.set()
             self.ended.set()
 
@@ -187,7 +191,7 @@ class Turn(StoppingCriteria):
         return _Manager(self._loaded.manager, self._submit)
 
     def _submit(self) -> None:
-        self._submitted = True
+        self._submitted += 1
 
     # What they ask of a model.
 
@@ -219,10 +223,13 @@ class Turn(StoppingCriteria):
             self.error = self.error or error
             raise
         finally:
-            self._seconds = time.perf_counter() - began_s
+            self._seconds += time.perf_counter() - began_s
             self._cache_after = self._cache_now()
             self._tell(self.begun.set)
-            self._tell(self.ended.set)
+            # Counted first and asked then, as `close` does it the other way round: one of them sees the other.
+            self._over += 1
+            if self.error is not None or self._closed or self._over >= self._asked.choices:
+                self._tell(self.ended.set)
 
     def _enter(self, within: ExitStack, inputs: dict[str, Any]) -> None:
         loaded, asked = self._loaded, self._asked
@@ -236,11 +243,13 @@ class Turn(StoppingCriteria):
             device = self.device
             devices = [device] if device.type == "cuda" else []
             within.enter_context(torch.random.fork_rng(devices=devices))
-            torch.manual_seed(asked.seed)
+            # Choices of one seed are others, and the same ones again at the next request.
+            torch.manual_seed(asked.seed + self._over)
         if asked.strength is not None:
             reason = f"strength {asked.strength:g} is pinned by a request"
             within.enter_context(loaded.controller.hold(asked.strength, reason))
-        self._cache_before = self._cache_now()
+        if self._over == 0:
+            self._cache_before = self._cache_now()
 
     def _fit(self, prompt_tokens: int, settings: Any) -> None:
         """No more tokens than there are positions; the handler reads its settings again for the finish reason."""
