@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remoe_adapt._support import printable
-from remoe_adapt.cli.options import CommandLines
+from remoe_adapt.cli.options import CommandLines, budget
 from remoe_adapt.cli.watch import text_of, until_signalled
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.recency_settings import Recency
@@ -16,7 +16,7 @@ _GAIN, _PAGE_HOST = 0.2, "127.0.0.1"
 _HELD = "recency {mode} at gain {gain} throughout, since neither --profile nor --family says what turns it"
 # Of the command, what concerns models in this process alone, and what GGUF files alone.
 _OF_TRANSFORMERS = (
-    "alias", "chat_template", "max_waiting", "max_body", "drain", "expert_cache", "storage", "arithmetic", "device",
+    "alias", "chat_template", "max_waiting", "max_body", "drain", "storage", "arithmetic", "device",
     "dtype", "force",
 )  # fmt: skip
 _OF_GGUF = ("llama_server", "llama_options", "context_tokens", "slots", "threads", "interval", "page")
@@ -53,6 +53,7 @@ def serve_gguf(
     threads: int | None,
     interval: float | None,
     page: str | None = None,
+    expert_cache: str | None = None,
 ) -> CommandLines:
     """Events of the server until a signal; see `engines.llamacpp.serve`."""
     from remoe_adapt.dial import profile_of
@@ -65,11 +66,14 @@ def serve_gguf(
     held = prior is not None and profile is None and family is None and pressure is None and strength is None
     if held:
         strength = 1.0
+    turned = prior or device.recency
+    if turned is None and expert_cache not in (None, "off"):
+        turned = Recency.of("ema", 0.0)  # experts are read ahead where the prior ranks them
     options = GgufServing(
-        recency=prior or device.recency, family=family, host=host, port=port, api_key=api_key,
+        recency=turned, family=family, host=host, port=port, api_key=api_key,
         strength=device.strength_at(pressure) if pressure is not None else strength, context_tokens=context_tokens,
         parallel=slots, threads=threads, llama_server=llama_server, arguments=tuple(llama_options or ()),
-        interval_s=interval, page=page_at(page), log=log,
+        interval_s=interval, expert_cache=cache_of(expert_cache), page=page_at(page), log=log,
     )  # fmt: skip
     with ServedGguf(model, device, options) as served, until_signalled(served.stop):
         began = {
@@ -82,6 +86,11 @@ def serve_gguf(
         yield began, text + (f": {began['held']}" if held else "")
         for event in served.events():
             yield event, text_of(event)
+
+
+def cache_of(given: str | None) -> str | float | None:
+    """The budget of `--expert-cache`: without it all experts that the machine leaves room for."""
+    return 1.0 if given is None else None if given == "off" else budget(given)
 
 
 def page_at(text: str | None) -> tuple[str, int | None] | None:

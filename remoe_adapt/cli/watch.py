@@ -101,6 +101,8 @@ def text_of(event: Mapping[str, Any]) -> str:
         return f"the server runs again (pid {event['pid']}, start {event['starts']})"
     if kind == "blind":
         return f"warning: recency resident does nothing here: {event['reason']}"
+    if kind == "uncached":
+        return f"experts are not read ahead: {event['reason']}"
     if kind in ("down", "wrong"):
         return f"{kind}: {event['reason']}"
     if kind == "end":

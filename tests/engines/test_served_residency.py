@@ -167,3 +167,29 @@ def test_a_file_of_somebody_else_s_is_no_word(model: Path) -> None:
     finally:
         os.seteuid(0)
     assert found is not None and "belongs to another user" in found
+
+
+def test_a_served_model_reads_its_experts_ahead_and_answers_the_same(model: Path) -> None:
+    prompt = prompts(1)[0]
+    with served(model, expert_cache=None) as plain:
+        expected = asked(plain.port, prompt).answer.tokens
+        assert plain.status()["prior"]["ahead"] == "off"
+    with served(model, expert_cache=0.5) as server, running(server):
+        until(lambda: server.status()["prior"]["ahead"] == "on" or not asked(server.port, prompt))
+        assert asked(server.port, prompt).answer.tokens == expected
+        found = server.status()["prior"]
+        assert found["ahead_hits"] > 0 < found["ahead_misses"] and found["blind"] is None
+        half = sum(end - begin for _, spans in expert_spans(model) for begin, end in spans) // 2
+        assert 0 < found["held_bytes"] <= half
+
+
+def test_a_server_that_copies_its_experts_says_that_none_are_read_ahead(model: Path) -> None:
+    with (
+        served(model, engine={"load_mode": 0}, interval_s=0.02) as server,
+        running(server) as events,
+    ):
+        asked(server.port, prompts(1)[0])
+        asked(server.port, prompts(1)[0])
+        until(lambda: any(event["event"] == "uncached" for event in events))
+        (event,) = (event for event in events if event["event"] == "uncached")
+        assert text_of(event).startswith("experts are not read ahead: no experts lie in a file that is mapped")

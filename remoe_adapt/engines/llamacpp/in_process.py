@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remoe_adapt.engines.llamacpp.prior import EngineCacheStatus, EnginePrior, PriorStatus, engine_prior
+from remoe_adapt.engines.llamacpp.prior import EngineCacheStatus, EnginePrior, PriorStatus, budget_of, engine_prior
 from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
 from remoe_adapt.recency_settings import Recency
 
@@ -180,7 +180,7 @@ class LlamaModel:
         if settings is None and renormalise:
             raise ConfigError('renormalise=True needs a recency prior in the engine: recency="ema", gain=0.')
         if expert_cache is not None:
-            _budget(expert_cache)  # before a model is loaded
+            budget_of(expert_cache)  # before a model is loaded
             if load_mode == "auto":
                 load_mode = "mmap"
             settings = settings or Recency.of("ema", 0.0)
@@ -236,7 +236,7 @@ class LlamaModel:
         self.decode([0])
         prior.settle()
         if expert_cache is not None:
-            prior.hold(*_budget(expert_cache))
+            prior.hold(*budget_of(expert_cache))
             self.decode([0])
             found = prior.cache_status()
             if found is None or not found.acts:
@@ -354,7 +354,7 @@ class LlamaModel:
         budget."""
         if self._prior is None or not self._has_cache:
             raise ConfigError('there is no expert cache: make the model with expert_cache="1GiB", or a share as 0.25.')
-        self._prior.hold(*_budget(budget))
+        self._prior.hold(*budget_of(budget))
 
     def cache_status(self) -> EngineCacheStatus | None:
         """What the expert cache holds and did; None without one."""
@@ -387,15 +387,6 @@ class LlamaModel:
                 self._lib.ggml_backend_tensor_get(tensor, row_K.ctypes.data, token * head.nb[1], row_K.nbytes)
             self.routes.setdefault(int(name.removeprefix(_TOP_K)), []).append(ids_TK)
         return True
-
-
-def _budget(value: str | int | float) -> tuple[int, float]:
-    """Bytes, and the share of all experts that counts in their place where it is above 0. Raises ConfigError."""
-    # This file is run without the package and its torch where llama.cpp is traced; an expert cache is of the package.
-    from remoe_adapt.expert_cache import budget_in_bytes, check_budget
-
-    check_budget("expert_cache", value)
-    return (0, value) if isinstance(value, float) else (budget_in_bytes(value, 0), 0.0)
 
 
 def _last_words() -> str:

@@ -20,6 +20,7 @@ class PriorEngine(OutsideEngine):
     process: who is watched.
     control: finds the control file of a process (its number; None: not known) and opens it; raises ConfigError.
     recency: mode and decay, and the gain at strength 1.
+    expert_cache: (bytes, share of all experts) that are to stay in memory, as of `PriorControl.command`.
     dry_run: nothing is ever commanded.
     """
 
@@ -32,11 +33,12 @@ class PriorEngine(OutsideEngine):
         control: Callable[[int | None], PriorControl],
         recency: Recency,
         *,
+        expert_cache: tuple[int, float] = (0, 0.0),
         dry_run: bool = False,
     ) -> None:
         # The prior is linear in its gain, so that any strength is as good as a trained point.
         super().__init__(process, (1.0,), 0.0, dry_run=dry_run)
-        self.recency = recency
+        self.recency, self.expert_cache = recency, expert_cache
         self._open = control
         self.control: PriorControl | None = None
         self._met_pid: int | None = None
@@ -94,7 +96,8 @@ class PriorEngine(OutsideEngine):
     def _set(self, strength: float) -> None:
         if not self.dry_run and self.control is not None:
             began = time.perf_counter()
-            self.control.command(self._at(strength))
+            held_bytes, share = self.expert_cache
+            self.control.command(self._at(strength), budget_bytes=held_bytes, budget_share=share)
             self.swap_ms = 1e3 * (time.perf_counter() - began)
             # What a server starts with, or gets again after its restart, is no swap.
             self.swaps += self._live is not None or strength != 0.0

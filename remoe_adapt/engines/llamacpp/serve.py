@@ -24,7 +24,7 @@ from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.engines.gguf import export_gguf_lora
 from remoe_adapt.engines.llamacpp.client import Address, call
 from remoe_adapt.engines.llamacpp.preloadable import check_preloadable
-from remoe_adapt.engines.llamacpp.prior import ENVIRONMENT, PriorControl, compiled
+from remoe_adapt.engines.llamacpp.prior import ENVIRONMENT, PriorControl, budget_of, compiled
 from remoe_adapt.engines.llamacpp.process import FoundProcess
 from remoe_adapt.engines.llamacpp.residency import expert_spans, why_blind
 from remoe_adapt.engines.llamacpp.shown import Shown
@@ -36,6 +36,7 @@ from remoe_adapt.family import Family
 from remoe_adapt.recency_settings import Recency
 
 _CHILD = Path(__file__).with_name("wheel_server.py")
+_NO_FILE = "no experts lie in a file that is mapped to be read alone: they were copied, rearranged, or are on a GPU"
 _ALL_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -53,6 +54,9 @@ class GgufServing:
     llama_server: a program of the user's instead of the wheel's server; arguments: more of its options.
     engine: more attributes of the wheel's parameters (its CommonParams), by name.
     interval_s: between two samples of pressure, None: the profile's.
+    expert_cache: experts of the mapped file that stay in memory (a size, bytes, or a share of all), missing ones being
+        read as soon as their ids are known; what the machine does not leave is cut from it. None: neither. It needs a
+        `recency`, be its gain 0.
     page: (host, port) where the page, the status and the metrics are; port None: one close to the server's. None:
         nowhere.
     log: gains of every sequence are appended here, a JSON object a line.
@@ -71,6 +75,7 @@ class GgufServing:
     arguments: tuple[str, ...] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
     interval_s: float | None = None
+    expert_cache: str | int | float | None = 1.0
     page: tuple[str, int | None] | None = ("127.0.0.1", None)
     log: Path | None = None
 
@@ -101,6 +106,7 @@ class ServedGguf:
             check_extra("xllamacpp", "llamacpp", "the llama.cpp server is that of xllamacpp")
             if options.arguments:
                 raise ConfigError("options for llama-server are for --llama-server, of whose program they are.")
+        self._budget = (0, 0.0) if options.expert_cache is None else budget_of(options.expert_cache)
         self._profile = profile
         self._ending = ExitStack()
         self._watch: Watch | None = None
@@ -108,6 +114,7 @@ class ServedGguf:
         self._logged = 0
         self._spans = self._expert_spans()
         self._looked_at: int | None = None
+        self._uncached: int | None = None
         self._shown: Shown | None = None
         self._page: StatusServer | None = None
         self.port = options.port or free_port(options.host)
@@ -149,7 +156,7 @@ class ServedGguf:
             ending.enter_context(self._server)
             watched = WatchOptions(
                 interval_s=options.interval_s, api_key=options.api_key, recency=options.recency, control=control,
-                strength=options.strength,
+                strength=options.strength, expert_cache=self._budget,
             )  # fmt: skip
             process = FoundProcess(lambda: self._server.pid)
             self._watch = Watch(self.url, options.family, self._profile, watched, process)
@@ -196,6 +203,8 @@ class ServedGguf:
         pid = self._server.pid
         if self._spans is None or pid is None:
             return None
+        if self._is_ahead("on"):
+            return None  # what is held is known without the kernel
         with suppress(OSError, ConfigError):  # it ends, or the file was taken away meanwhile
             if (why := why_blind(pid, self._spans)) is not None:
                 return why
@@ -213,8 +222,8 @@ class ServedGguf:
             return []
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """As `Watch.events`, and "died" (the server: why), "started" (again) and "blind" (mode resident does nothing:
-        why)."""
+        """As `Watch.events`, and "died" (the server: why), "started" (again), "blind" (mode resident does nothing:
+        why) and "uncached" (experts are not read ahead: why)."""
         assert self._watch is not None
         yield from self._watch.events()
 
@@ -226,7 +235,8 @@ class ServedGguf:
             prior = self._control.status()
             found["prior"] = {
                 "state": prior.state, "reason": prior.reason, "gain": prior.gain, "mode": prior.mode,
-                "blind": self.why_blind(), "layers": prior.layers, "reuse": prior.reuse, **prior.counters,
+                "blind": self.why_blind(), "layers": prior.layers, "reuse": prior.reuse,
+                "ahead": prior.ahead, **prior.counters,
             }  # fmt: skip
         return found
 
@@ -237,6 +247,10 @@ class ServedGguf:
             self._looked_at = pid
             if (why := self.why_blind()) is not None:
                 yield {"event": "blind", "pid": pid, "reason": why}
+        # Known at the first text, which may come long after the model was loaded.
+        if pid is not None and pid != self._uncached and self._is_ahead("no file"):
+            self._uncached = pid
+            yield {"event": "uncached", "pid": pid, "reason": _NO_FILE}
         if self._control is None or self.options.log is None:
             return
         found = self._control.events(self._logged)
@@ -253,6 +267,9 @@ class ServedGguf:
                 }  # fmt: skip
                 log.write(json.dumps(line) + "\n")
         self._logged = found[-1].number
+
+    def _is_ahead(self, state: str) -> bool:
+        return self._control is not None and self._control.status().ahead == state
 
     def _has_run(self, pid: int) -> bool:
         """A whole graph has run in this process, so that its model is loaded."""

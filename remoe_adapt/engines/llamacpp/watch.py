@@ -61,6 +61,7 @@ class WatchOptions:
     recency: the prior of a preloaded server is driven, with this gain at strength 1; None: it is left alone.
     control: the preloaded server's control file, None: that of its environment.
     strength: hold this one, whatever the pressure.
+    expert_cache: experts that a preloaded server is to keep in memory, as of `PriorEngine`.
     """
 
     interval_s: float | None = None
@@ -77,6 +78,7 @@ class WatchOptions:
     recency: Recency | None = None
     control: Path | None = None
     strength: float | None = None
+    expert_cache: tuple[int, float] = (0, 0.0)
 
 
 class Watch:
@@ -111,7 +113,9 @@ class Watch:
             if options.live is not None or options.proxy is not None:
                 raise ConfigError("--gain drives a prior inside the server: leave --live and --proxy out.")
             self.process = self._named() if process is None else process
-            self.prior = PriorEngine(self.process, self._control, options.recency, dry_run=options.dry_run)
+            self.prior = PriorEngine(
+                self.process, self._control, options.recency, expert_cache=options.expert_cache, dry_run=options.dry_run
+            )
         if family is not None:
             self.engine = (
                 self._at_a_server(family, process) if options.live is None else self._at_a_file(options.live, family)

@@ -135,3 +135,12 @@ class EnginePrior(abc.ABC):
                 raise ConfigError(f"{len(recency.gain)} recency gains for {layers} layers with experts: one for each.")
         self.recency = recency
         self._write(recency)
+
+
+def budget_of(value: str | int | float) -> tuple[int, float]:
+    """Bytes, and the share of all experts that counts in their place where it is above 0. Raises ConfigError."""
+    # An expert cache is of the package with its torch, which programs that trace llama.cpp do without.
+    from remoe_adapt.expert_cache import budget_in_bytes, check_budget
+
+    check_budget("expert_cache", value)
+    return (0, value) if isinstance(value, float) else (budget_in_bytes(value, 0), 0.0)

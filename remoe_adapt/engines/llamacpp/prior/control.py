@@ -21,20 +21,25 @@ from remoe_adapt._support import printable
 from remoe_adapt.errors import ConfigError, ServerError
 from remoe_adapt.recency_settings import Recency
 
-MAGIC, VERSION = b"REMOEPR1", 1
+MAGIC, VERSION = b"REMOEPR1", 2
 MODES = {"ema": 0, "last": 1, "resident": 2}
 MAX_LAYERS, RING = 512, 1024
 _HEAD = struct.Struct("<8sII")
-_COMMAND = struct.Struct(f"<QffIIII{MAX_LAYERS}f")
-_STATUS = struct.Struct("<4Q2If5I14Q256s")
+_COMMAND = struct.Struct(f"<QffIIIIQfI{MAX_LAYERS}f")
+_STATUS = struct.Struct("<4Q2If5I23Q256s")
 _EVENT = struct.Struct("<2Q4ifIQ2I")
 _CHECK = struct.Struct("<Q")
 _AT_COMMANDS, _AT_STATUS, _AT_RING, _COMMAND_STEP, _EVENT_BYTES = 4096, 12288, 16384, 4096, 64
 FILE_BYTES = _AT_RING + RING * _EVENT_BYTES
+AHEAD = (
+    "ahead_hits", "ahead_misses", "ahead_stale", "ahead_spilled", "ahead_dropped", "ahead_bytes", "ahead_failed",
+    "ahead_ns",
+)  # fmt: skip
 _COUNTERS = (
     "tokens", "calls", "changed_rows", "kept", "chosen", "swapped", "ns", "mincore_ns", "restarts", "rewinds",
-    "refused_rows", "lost_rows", "unproven_rows", "batches",
+    "refused_rows", "lost_rows", "unproven_rows", "batches", *AHEAD, "held_bytes",
 )  # fmt: skip
+_AHEAD = {0: "off", 1: "on", 2: "no file"}
 _KINDS = {1: "begin", 2: "gain", 3: "restart"}
 _WAITING, _ON, _OFF = 0, 1, 100
 # A writer is done within microseconds, so a sum that is still wrong after this is a broken file.
@@ -52,8 +57,10 @@ class PreloadStatus:
     reason: why it is off.
     gain, mode: in force at its last batch of tokens; serial: of the command that set them.
     is_blind: the residency of the model's pages cannot be seen, so that mode resident does nothing.
+    ahead: whether missing experts are read ahead: "off", "on", or "no file" where none lie in a mapped file.
     layers: with experts.
-    counters: since the process began; ns and mincore_ns are nanoseconds of the callback.
+    counters: since the process began, but held_bytes, of experts that are held now; ns and mincore_ns are nanoseconds
+        of the callback, ahead_ns of reading ahead.
     """
 
     pid: int
@@ -63,6 +70,7 @@ class PreloadStatus:
     mode: str
     serial: int
     is_blind: bool
+    ahead: str
     layers: int
     written: int
     counters: dict[str, int]
@@ -140,13 +148,18 @@ class PriorControl:
             self._closed = True
             os.close(self._fd)
 
-    def command(self, recency: Recency, *, scale: float = 1.0, pages: int = 1, look_every: int = 1) -> int:
+    def command(
+        self, recency: Recency, *, scale: float = 1.0, pages: int = 1, look_every: int = 1, budget_bytes: int = 0,
+        budget_share: float = 0.0,
+    ) -> int:  # fmt: skip
         """Have the server compute with these gains from its next batch of tokens on. Returns the command's serial.
 
         recency: mode, decay and gain; a gain for each layer is a factor of layer number i of the file.
         scale: all gains times this.
         pages: how many of each expert's pages are looked at in mode resident; 0 all.
         look_every: residency is read anew every so many batches.
+        budget_bytes: of experts that are to stay in memory, missing ones being read ahead; 0: neither.
+        budget_share: of all experts' bytes, in place of budget_bytes where it is above 0.
 
         Raises ServerError when the file cannot be written.
         """
@@ -157,7 +170,7 @@ class PriorControl:
         self.serial += 1
         body = _COMMAND.pack(
             self.serial, gain, recency.decay, MODES[recency.mode], pages, look_every, len(factors),
-            *factors, *(0.0,) * (MAX_LAYERS - len(factors)),
+            budget_bytes, budget_share, 0, *factors, *(0.0,) * (MAX_LAYERS - len(factors)),
         )  # fmt: skip
         self._write(body + _CHECK.pack(check_of(body)), _AT_COMMANDS + self.serial % 2 * _COMMAND_STEP)
         return self.serial
@@ -167,7 +180,7 @@ class PriorControl:
         for _ in range(_TRIES):
             data = self._read(_STATUS.size + _CHECK.size, _AT_STATUS)
             if not any(data):
-                return PreloadStatus(0, "none", "", 0.0, "ema", 0, False, 0, 0, dict.fromkeys(_COUNTERS, 0))
+                return PreloadStatus(0, "none", "", 0.0, "ema", 0, False, "off", 0, 0, dict.fromkeys(_COUNTERS, 0))
             if _sound(data):
                 return _status(_STATUS.unpack(data[: _STATUS.size]))
             time.sleep(_PAUSE_S)
@@ -278,13 +291,14 @@ def _sound(data: bytes) -> bool:
 
 
 def _status(values: Sequence[Any]) -> PreloadStatus:
-    serial, _, _, written, pid, state, gain, mode, _, is_blind, layers, _ = values[:12]
+    serial, _, _, written, pid, state, gain, mode, _, is_blind, layers, ahead = values[:12]
     name = {_WAITING: "waiting", _ON: "on", _OFF: "off"}.get(state, "off")
     modes = {number: word for word, number in MODES.items()}
     reason = ""
     with suppress(UnicodeDecodeError):
         reason = values[-1].split(b"\0")[0].decode()
     return PreloadStatus(
-        pid, name, reason, gain, modes.get(mode, str(mode)), serial, bool(is_blind), layers, written,
+        pid, name, reason, gain, modes.get(mode, str(mode)), serial, bool(is_blind), _AHEAD.get(ahead, str(ahead)),
+        layers, written,
         dict(zip(_COUNTERS, values[12:-1], strict=True)),
     )  # fmt: skip

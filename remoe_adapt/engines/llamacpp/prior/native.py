@@ -10,6 +10,7 @@ import numpy as np
 
 from remoe_adapt.engines.llamacpp.prior.base import EngineCacheStatus, EnginePrior, PriorStatus
 from remoe_adapt.engines.llamacpp.prior.build import library
+from remoe_adapt.engines.llamacpp.prior.control import AHEAD
 from remoe_adapt.recency_settings import Recency
 
 ON, LAYERS, MAX_EXPERTS = 1, 512, 1024
@@ -20,10 +21,6 @@ _WHY_NOT_AHEAD = {
 }
 # Numbers of the modes in prior.h. A mode of somebody else's that decays is the first of them.
 MODES = {"ema": 0, "last": 1, "resident": 2}
-AHEAD = (
-    "ahead_hits", "ahead_misses", "ahead_stale", "ahead_spilled", "ahead_dropped", "ahead_bytes", "ahead_failed",
-    "ahead_ns",
-)  # fmt: skip
 _COUNTERS = (
     "tokens", "calls", "changed_rows", "kept", "chosen", "swapped", "ns", "mincore_ns", "restarts", "rewinds",
     "refused_rows", "lost_rows", "unproven_rows", *AHEAD,

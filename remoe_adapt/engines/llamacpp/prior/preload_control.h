@@ -15,7 +15,7 @@
 /* Sequences of a program; behind them lie those that hold what llama_state_seq_get_data saved. */
 enum { SEQS = 256, SAVED = 32, STATES = SEQS + SAVED, SEGMENTS = 32, RING = 1024 };
 enum { AT_COMMANDS = 4096, AT_STATUS = 12288, AT_RING = 16384, CONTROL_BYTES = AT_RING + RING * 64 };
-enum { CONTROL_VERSION = 1 };
+enum { CONTROL_VERSION = 2 };
 static const char CONTROL_MAGIC[8] = "REMOEPR1";
 enum { BEGIN = 1, GAIN = 2, RESTART = 3 };
 /* Status.state; below OFF the values of rp_control.status. */
@@ -27,6 +27,9 @@ typedef struct {
     uint64_t serial;
     float gain, decay;
     uint32_t mode, pages, look_every, n_layer_gain;
+    uint64_t budget_bytes;
+    float budget_share;
+    uint32_t spare;
     float layer_gain[RP_LAYERS];
     uint64_t check;
 } command;
@@ -34,9 +37,11 @@ typedef struct {
     uint64_t serial, start_ns, time_ns, written;
     uint32_t pid, state;
     float gain;
-    uint32_t mode, contexts, is_blind, n_layers, spare;
+    uint32_t mode, contexts, is_blind, n_layers, ahead_state;
     uint64_t tokens, calls, changed_rows, kept, chosen, swapped, ns, mincore_ns;
     uint64_t restarts, rewinds, refused_rows, lost_rows, unproven_rows, batches;
+    uint64_t ahead_hits, ahead_misses, ahead_stale, ahead_spilled, ahead_dropped, ahead_bytes, ahead_failed, ahead_ns;
+    uint64_t held_bytes;
     char reason[256];
     uint64_t check;
 } status_block;
@@ -130,6 +135,7 @@ static bool control_open(void) {
 
 static bool sane(const command *c) {
     if (!(c->gain >= 0 && c->gain <= 16) || !(c->decay >= 0 && c->decay < 1) || c->mode > RP_RESIDENT) return false;
+    if (!(c->budget_share >= 0 && c->budget_share <= 1)) return false;
     if (c->n_layer_gain > RP_LAYERS || c->pages > 4096) return false;
     for (uint32_t i = 0; i < c->n_layer_gain; i++) if (!(c->layer_gain[i] >= 0 && c->layer_gain[i] <= 16)) return false;
     return true;

@@ -180,6 +180,7 @@ static void rows_begin(context *c) {
     read_command();
     c->own.gain = in_force.gain; c->own.decay = in_force.decay; c->own.mode = in_force.mode; c->own.pages = in_force.pages;
     c->own.look_every = in_force.look_every; c->own.n_layer_gain = in_force.n_layer_gain;
+    c->own.budget_bytes = in_force.budget_bytes; c->own.budget_share = in_force.budget_share;
     memcpy(c->own.layer_gain, in_force.layer_gain, sizeof c->own.layer_gain);
     for (int i = 0; i < c->n; i++) {
         /* llama.cpp refuses sequences beyond 256; should it not, theirs are rows of nobody. */
@@ -217,10 +218,14 @@ static void rows_end(context *c, int status) {
 #define ADD(name) now_status.name += c->own.name - c->last.name; c->last.name = c->own.name
     ADD(tokens); ADD(calls); ADD(changed_rows); ADD(kept); ADD(chosen); ADD(swapped); ADD(ns); ADD(mincore_ns);
     ADD(restarts); ADD(rewinds); ADD(refused_rows); ADD(lost_rows); ADD(unproven_rows);
+    ADD(ahead_hits); ADD(ahead_misses); ADD(ahead_stale); ADD(ahead_spilled); ADD(ahead_dropped); ADD(ahead_bytes);
+    ADD(ahead_failed); ADD(ahead_ns);
 #undef ADD
     now_status.batches++;
     now_status.serial = in_force.serial; now_status.gain = in_force.gain; now_status.mode = in_force.mode;
-    now_status.is_blind = c->own.is_blind; now_status.n_layers = c->own.n_layers;
+    /* What is held is known without the kernel. */
+    now_status.is_blind = c->own.is_blind && c->own.ahead_state != RP_AHEAD_ON;
+    now_status.ahead_state = c->own.ahead_state; now_status.held_bytes = c->own.held_bytes; now_status.n_layers = c->own.n_layers;
     uint32_t state = c->own.status;
     if (c->is_off || (state != RP_ON && state != RP_WAITING)) {
         c->is_off = true;
