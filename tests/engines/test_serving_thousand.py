@@ -20,7 +20,7 @@ from watched_decoding import each  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PROMPTS = [f"tale {number} of a" for number in range(6)]
-COUNT, AT_ONCE, TOKENS, TURNS = 1000, 4, 4, 200
+COUNT, AT_ONCE, TOKENS, TURNS = 1000, 4, 3, 200
 
 
 def own_loop(served: Served, prompt: str, strengths: tuple[float, ...]) -> str:

@@ -31,7 +31,7 @@ from remoe_adapt.engines.llamacpp.shown import Shown
 from remoe_adapt.engines.llamacpp.supervised import SupervisedServer, free_port
 from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions
 from remoe_adapt.engines.page import ServerStatus, StatusServer
-from remoe_adapt.errors import ConfigError, ServerDownError
+from remoe_adapt.errors import ConfigError, ServerDownError, ServerError
 from remoe_adapt.family import Family
 from remoe_adapt.recency_settings import Recency
 
@@ -275,7 +275,10 @@ class ServedGguf:
         """A whole graph has run in this process, so that its model is loaded."""
         if self._control is None:
             return False
-        found = self._control.status()
+        try:
+            found = self._control.status()
+        except ServerError:  # a file that somebody has damaged ends no server
+            return False
         return found.pid == pid and found.state == "on"
 
     def _loras(self, family: str, folder: Path) -> list[str]:

@@ -27,12 +27,14 @@ _METRIC = re.compile(r"^llamacpp:(\w+) ([0-9.eE+-]+)$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class ServerCounters:
-    """Of one process since its start: tokens generated, requests now; None where it does not say."""
+    """Of one process since its start: tokens generated, requests now; None where it does not say. ready: it has
+    answered, so that its model is loaded."""
 
     tokens: int | None = None
     running: int | None = None
     waiting: int | None = None
     read_bytes: int | None = None
+    ready: bool = False
 
 
 class Shown:
@@ -78,7 +80,8 @@ class Shown:
         return ServerStatus(
             engine="llama.cpp",
             model=self._model,
-            state="down" if pid is None or watch.down else "ready",
+            # A server whose prior is off serves all the same; the reason says what is wrong.
+            state="down" if pid is None else "ready" if found.ready else "starting",
             acts=self._acts,
             uptime_s=time.monotonic() - self._began_s,
             strength=strength,
@@ -121,6 +124,11 @@ class Shown:
         tokens, running, waiting, read_bytes = last.tokens, last.running, last.waiting, last.read_bytes
         with suppress(psutil.Error, OSError, AttributeError):  # no such counter on this system, or not for us
             read_bytes = int(psutil.Process(pid).io_counters().read_bytes)
+        ready = last.ready
+        with suppress(ServerError, KeyError, TypeError):
+            ready = (
+                ready or call(self._address, "/health", api_key=self._api_key, timeout_s=_ANSWER_S)["status"] == "ok"
+            )
         with suppress(ServerError, ValueError, KeyError, TypeError, OverflowError):
             text = fetched(self._address, "/metrics", api_key=self._api_key, timeout_s=_ANSWER_S)
             said = dict(_METRIC.findall(text))
@@ -131,7 +139,7 @@ class Shown:
             under_way = sum(_decoded(slot) for slot in slots if slot["is_processing"])
             # Between the two questions an answer may have ended.
             tokens = max(done + under_way, last.tokens or 0)
-        return ServerCounters(tokens, running, waiting, read_bytes)
+        return ServerCounters(tokens, running, waiting, read_bytes, ready)
 
 
 def _decoded(slot: dict[str, Any]) -> int:
