@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from remoe_adapt.engines.llamacpp.in_process import LlamaModel
 from remoe_adapt.engines.llamacpp.prior.native import NativePrior
 from remoe_adapt.errors import ConfigError, DataError, RouterNotFoundError
 from remoe_adapt.evaluation import Tally
+from remoe_adapt.family.family import Family
 from remoe_adapt.recency_settings import Recency
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 3
@@ -60,7 +62,7 @@ def documents() -> list[list[int]]:
 
 
 def measured(path: Path, documents: list[list[int]], **options: Any) -> dict[str, Any]:
-    return evaluate_gguf(path, documents, GgufMeasuring(threads=1, **options))
+    return evaluate_gguf(path, documents, GgufMeasuring(**{"threads": 1, "warm_tokens": 0} | options))
 
 
 def test_gain_0_is_the_base_and_a_gain_raises_overlap(home: Path, documents: list[list[int]]) -> None:
@@ -146,6 +148,21 @@ def test_the_shipped_model_agrees_with_itself_in_transformers(shipped: Path, rep
     assert "norm_topk_prob" in renormalises("qwen2moe")[1] and renormalises("qwen3moe") == (False, "")
 
 
+def test_a_point_brings_its_own_prior(shipped: Path, repo_root: Path, documents: list[list[int]]) -> None:
+    stored = Family.load(repo_root / "examples" / "tiny_moe" / "family")
+    point = replace(stored.points[-1], recency=Recency.of("ema", (0.0, 0.1, 0.2, 0.3, 0.4)))
+    family = Family(stored.path, stored.base_id, stored.fingerprint, (point,))
+    priors = [Recency.of("last", 0.2), Recency.of("ema", 0.2)]
+    result = measured(shipped, documents, family=family, priors=priors, renormalise=True)
+    (row,), (last, ema) = result["points"], result["priors"]
+    assert result["control"] is None and (row["strength"], row["recency"]) == (point.strength, "ema")
+    assert row["recency_gain"] == pytest.approx(0.2) and [each["recency"] for each in (last, ema)] == ["last", "ema"]
+    assert row["eor"] > ema["eor"] > result["base"]["eor"]
+    with pytest.raises(ConfigError, match="3 recency gains for 5"):
+        unfit = replace(point, recency=Recency.of("ema", (0.1, 0.2, 0.3)))
+        measured(shipped, documents, family=Family(family.path, family.base_id, family.fingerprint, (unfit,)))
+
+
 def test_the_command_line_prints_it_and_names_what_would_do_nothing(
     home: Path, shipped: Path, repo_root: Path, tmp_path: Path
 ) -> None:
@@ -200,8 +217,6 @@ def test_a_prior_that_cannot_act_is_an_error_and_no_row(
     status = NativePrior.status
 
     def changed(**facts: Any) -> None:
-        from dataclasses import replace
-
         monkeypatch.setattr(NativePrior, "status", lambda self: replace(status(self), **facts))
 
     changed(is_blind=True)
@@ -210,6 +225,17 @@ def test_a_prior_that_cannot_act_is_an_error_and_no_row(
     changed(acts=False, reason="of a test")
     with pytest.raises(ConfigError, match="off for this file: of a test"):
         measured(path, documents, priors=[Recency.of("ema", 0.2)])
+
+
+def test_the_logits_of_the_base_come_back_as_they_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluating, "_CACHED_BYTES", 3 * 4 * 7)
+    rows_NV = np.random.default_rng(0).normal(size=(10, 7)).astype(np.float32)
+    with evaluating._BaseLogits(*rows_NV.shape) as kept:
+        for row_V in rows_NV:
+            kept.add(row_V[None])
+        for _ in range(2):
+            for number, row_V in enumerate(rows_NV):
+                assert kept.read(number).tolist() == [row_V.tolist()]
 
 
 def test_what_is_in_memory_is_told_of_own_files(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ from remoe_adapt.routers import GGUF_ARCH
 
 WARM_TOKENS = 32
 _MIB = 1 << 20
-# So much of the base's logits may wait to be written.
-_WAITING_BYTES = 16 << 20
+# So much of the base's logits may be in the page cache.
+_CACHED_BYTES = 16 << 20
 _UNLIMITED = (
     "all of the file is in memory, so nothing is read, and what a prior saves cannot be seen: run it under a memory "
     "limit (systemd-run --scope -p MemoryMax=4G remoe eval ...)"
@@ -384,7 +384,7 @@ class _BaseLogits:
                 f"{size_text(free_bytes)}: give fewer --max-tokens, or another folder by TMPDIR."
             )
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
-        self._row_bytes, self._waiting = vocabulary * 4, 0
+        self._row_bytes, self._cached_bytes = vocabulary * 4, 0
 
     def __enter__(self) -> _BaseLogits:
         return self
@@ -395,30 +395,25 @@ class _BaseLogits:
     def add(self, logits_1V: NDArray[np.float32]) -> None:
         """One row more."""
         self._file.write(logits_1V.tobytes())
-        self._waiting += self._row_bytes
-        if self._waiting >= _WAITING_BYTES:
-            self._write_out()
+        self._count()
 
     def read(self, row: int) -> Tensor:
         """Row [1, V]."""
-        if self._waiting:
-            self._write_out()
-        data = bytearray(self._row_bytes)
-        os.preadv(self._file.fileno(), [data], row * self._row_bytes)
-        _forget(self._file.fileno())
+        self._file.seek(row * self._row_bytes)
+        data = bytearray(self._file.read(self._row_bytes))
+        self._count()
         return torch.frombuffer(data, dtype=torch.float32)[None]
 
-    def _write_out(self) -> None:
-        self._file.flush()
-        # What is not on the disk yet cannot leave the page cache, where it would take the place of the model.
-        os.fsync(self._file.fileno())
-        _forget(self._file.fileno())
-        self._waiting = 0
-
-
-def _forget(file: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    def _count(self) -> None:
+        """A row went through the page cache, where it takes the place of the model."""
+        self._cached_bytes += self._row_bytes
+        if self._cached_bytes >= _CACHED_BYTES:
+            self._file.flush()
+            # What is not on the disk yet cannot leave the page cache.
+            os.fsync(self._file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._cached_bytes = 0
 
 
 def _notes(found: Sequence[_Found]) -> list[str]:
