@@ -245,6 +245,18 @@ def llamacpp(settings: Settings = None) -> None:
     print(json.dumps(result))
 
 
+@app.command("prior_cost")
+def prior_cost(settings: Settings = None) -> None:
+    """What the recency prior costs in llama.cpp: microseconds a layer, share of a token: prior_cost_cpu.csv."""
+    from prior_cost import Options, run
+
+    chosen = options(Options, settings)
+    result = run(chosen)
+    common = picked(asdict(chosen), ("passes", "tokens")) | {"engine_threads": chosen.threads}
+    keep("prior_cost_cpu.csv", ({**row, **common} for row in result["rows"]))
+    print(json.dumps(result, default=float))
+
+
 @app.command("live_swap")
 def live_swap(settings: Settings = None) -> None:
     """What swaps of `remoe watch --live` do to tokens under way in llama.cpp: live_swap_cpu.csv."""

@@ -14,5 +14,5 @@ from remoe_adapt._support.outputs import (
     replacing,
     write_csv,
 )
-from remoe_adapt._support.process import EXIT, mend_after_fork, say_once, size_text, usable_cores
+from remoe_adapt._support.process import EXIT, disk_reads, mend_after_fork, say_once, size_text, usable_cores
 from remoe_adapt._support.untrusted import first_line, parse_json, printable, read_json

@@ -14,12 +14,24 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 
 def usable_cores() -> int:
     """How many processor cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def disk_reads() -> tuple[int | None, int | None]:
+    """(bytes that the kernel read from storage for this process, its major faults), so far; None where nobody tells."""
+    try:
+        io, stat = (Path(f"/proc/self/{name}").read_text(encoding="ascii", errors="replace") for name in ("io", "stat"))
+        # proc(5): majflt is the twelfth field; the second may hold spaces and ends with the last parenthesis.
+        faults = int(stat.rpartition(")")[2].split()[9])
+        return next(int(line.split()[1]) for line in io.splitlines() if line.startswith("read_bytes:")), faults
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None, None
 
 
 class Forkable(Protocol):

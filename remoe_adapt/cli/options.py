@@ -73,8 +73,22 @@ Recency = Annotated[str | None, typer.Option(help=f"Recency prior: {', '.join(MO
 RecencyGains = Annotated[
     str | None,
     typer.Option(
-        "--recency-gain", help=f"Its gains to try on the base, comma-separated; default 0.1,0.2,0.3; of {DEFAULT_MODE}."
+        "--recency-gain",
+        "--gain",
+        help=f"Its gains to try on the base, comma-separated; default 0.1,0.2,0.3; of {DEFAULT_MODE}.",
     ),
+]
+EvalRecency = Annotated[
+    str | None, typer.Option("--recency", help=f"Recency prior: {', '.join(MODES)}; of a GGUF several, with commas.")
+]
+EvalConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--config", help="Folder or hub id a GGUF was made from: its tokenizer if the file has none, norm_topk_prob."
+    ),
+]
+WarmTokens = Annotated[
+    int, typer.Option("--warm-tokens", min=0, help="Tokens that each arm decodes before it counts (GGUF).")
 ]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="The figures of each layer too (JSON: per_layer).")]
 RecencyGain = Annotated[float | None, typer.Option(help="Its gain, at every strength; default 0.2.")]

@@ -59,6 +59,26 @@ def eval_table(result: Mapping[str, Any]) -> Table:
     return found
 
 
+def read_table(result: Mapping[str, Any]) -> Table:
+    """What decoding a memory-mapped file took, of the rows of `evaluate_gguf`; empty where the system does not tell."""
+    read_mib = result["base"]["mib_per_token"]
+    found = table(
+        f"read from storage, token by token ({size_text(result['file_bytes'])}, memory-mapped)",
+        "strength", "MiB/token", "to base", "major faults/token", "swapped experts", "file in memory",
+    )  # fmt: skip
+    for label, row in arm_rows(result):
+        found.add_row(
+            label, optional(row["mib_per_token"], ".2f"),
+            f"{row['mib_per_token'] / read_mib:.3f}" if read_mib else "",
+            optional(row["major_faults_per_token"], ".1f"), percent(row.get("swapped_share")),
+            percent(row["in_memory"]),
+        )  # fmt: skip
+    found.caption = (
+        "Swapped: of the chosen experts those that the prior put in another one's place. In memory: when the arm ended."
+    )
+    return found
+
+
 def _arithmetic(arithmetic: Row) -> str:
     return f"{arithmetic['name']}, {'exact' if arithmetic['exact'] else 'fast'}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from remoe_adapt.errors import ConfigError
@@ -45,6 +45,30 @@ HINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "serve": {"force": ("family", "profile")},
     "trace": {"seed": ("temperature",)},
 }
+
+# Parameter -> its option, where that is another word.
+_SPELLED = {"context_tokens": "context", "llama_options": "llama-option", "certified": "certify"}
+
+
+def check_kind(
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    of_transformers: Collection[str],
+    of_gguf: Collection[str],
+    *,
+    gguf: bool,
+    does: str,
+) -> None:
+    """Raises ConfigError for an option that does nothing for this kind of model.
+
+    of_transformers: options that concern models in this process alone; of_gguf: those of GGUF files alone.
+    does: what llama.cpp does with a GGUF: "serves".
+    """
+    for name in of_transformers if gguf else of_gguf:
+        if values[name] != defaults[name]:
+            kind = f"a GGUF model, which llama.cpp {does}" if gguf else "a GGUF model alone"
+            why = "does nothing for" if gguf else "is for"
+            raise ConfigError(f"--{_SPELLED.get(name, name.replace('_', '-'))} {why} {kind}: leave it out.")
 
 
 def check_options(

@@ -50,8 +50,9 @@ def serve(
     A GGUF file is served by llama.cpp's own server (the pinned wheel's, or --llama-server) with the recency prior
     preloaded: the gain is turned while tokens are computed, no request is touched, and --log says which positions of
     which slot had which gain. Experts are read from the file as soon as their ids are known, and those of most use stay
-    in memory (--expert-cache SIZE, SHARE or off; by default as many as the machine leaves room for). The gain is held as it is given, unless --profile or --family says what turns it; the
-    page, status and metrics are on a port of their own (--page).
+    in memory (--expert-cache SIZE, SHARE or off; by default as many as the machine leaves room for). The gain is held
+    as it is given, unless --profile or --family says what turns it; the page, status and metrics are on a port of their
+    own (--page).
     """
     given = dict(locals())
     from remoe_adapt.checkpoints import is_gguf

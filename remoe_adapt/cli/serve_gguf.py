@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from remoe_adapt._support import printable
+from remoe_adapt.cli import rules
 from remoe_adapt.cli.options import CommandLines, budget
 from remoe_adapt.cli.watch import text_of, until_signalled
 from remoe_adapt.errors import ConfigError
@@ -24,12 +25,7 @@ _OF_GGUF = ("llama_server", "llama_options", "context_tokens", "slots", "threads
 
 def check_kind(values: Mapping[str, Any], defaults: Mapping[str, Any], gguf: bool) -> None:
     """Raises ConfigError for an option of `remoe serve` that does nothing for this kind of model."""
-    for name in _OF_TRANSFORMERS if gguf else _OF_GGUF:
-        if values[name] != defaults[name]:
-            kind = "a GGUF model, which llama.cpp serves" if gguf else "a GGUF model alone"
-            does = "does nothing for" if gguf else "is for"
-            option = {"context_tokens": "context", "llama_options": "llama-option"}.get(name, name.replace("_", "-"))
-            raise ConfigError(f"--{option} {does} {kind}: leave it out.")
+    rules.check_kind(values, defaults, _OF_TRANSFORMERS, _OF_GGUF, gguf=gguf, does="serves")
 
 
 def serve_gguf(

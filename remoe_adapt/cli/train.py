@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,6 +16,7 @@ from remoe_adapt._support import check_extra, check_file
 from remoe_adapt.cli import options as opt
 from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, command
+from remoe_adapt.cli.eval_gguf import check_kind, eval_gguf
 from remoe_adapt.cli.options import CommandResult, budget, numbers, words
 from remoe_adapt.cli.report import progress, quiet_libraries
 from remoe_adapt.cli.rows import arm_rows
@@ -82,12 +84,13 @@ def train(
 def evaluate(
     model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
     policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
-    recency: opt.Recency = None, recency_gain: opt.RecencyGains = None, recency_decay: opt.RecencyDecay = None,
+    recency: opt.EvalRecency = None, recency_gain: opt.RecencyGains = None, recency_decay: opt.RecencyDecay = None,
     tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
     plot: opt.Plot = None, per_layer: opt.PerLayer = False, certified: opt.Certify = False,
     against: opt.Against = None, expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None,
     arithmetic: opt.Arithmetic = "exact", device: opt.Device = None,
-    dtype: opt.Dtype = "auto", force: opt.Force = False, csv: opt.Csv = None, as_json: opt.Json = False,
+    dtype: opt.Dtype = "auto", config: opt.EvalConfig = None, warm_tokens: opt.WarmTokens = 32,
+    threads: opt.EngineThreads = None, force: opt.Force = False, csv: opt.Csv = None, as_json: opt.Json = False,
 ) -> CommandResult:  # fmt: skip
     """Measure every operating point: perplexity, divergence from the base, expert reuse, hit rates, task scores.
 
@@ -98,7 +101,12 @@ def evaluate(
 
     With --against, ratios and KL are to that model: `remoe eval MODEL --storage PACK --against MODEL` tells what the
     pack's encoding costs. A quantised MODEL is loaded behind an expert cache that holds its codes.
+
+    A GGUF file runs in llama.cpp, memory-mapped and token by token, with the recency prior in its callback: beside the
+    rest stand the MiB that were really read from storage for a token, and major faults. Under a memory limit, that is
+    what a prior saves; resident is possible there.
     """
+    given = dict(locals())
     if not data and not tasks:
         raise typer.BadParameter("give --data FILE (repeat for more), or --tasks")
     from remoe_adapt.cli.plots import check_plot, plot_frontier
@@ -111,6 +119,14 @@ def evaluate(
     gains = [] if recency is None else numbers("0.1,0.2,0.3" if recency_gain is None else recency_gain)
     if plot is not None:
         check_plot(plot, "--plot")
+    from remoe_adapt.checkpoints import is_gguf
+
+    # By its name too, so that a file that is not there is not looked for on the hub.
+    gguf = model.endswith(".gguf") or is_gguf(model)
+    check_kind(given, {name: one.default for name, one in inspect.signature(evaluate).parameters.items()}, gguf)
+    if gguf:
+        taken = inspect.signature(eval_gguf).parameters
+        return eval_gguf(**{name: value for name, value in given.items() if name in taken})
     if tasks:
         check_extra("lm_eval", "eval", "task scores need lm-eval")
 

@@ -1,9 +1,12 @@
 """What a strength costs and saves: recording, replaying, certificates, and the demo."""
 
-from remoe_adapt.evaluation.arms import check_priors
+from remoe_adapt.evaluation.arms import check_priors, one_kind
 from remoe_adapt.evaluation.demo import run_demo
 from remoe_adapt.evaluation.evaluate import (
+    CACHES,
     LEAST_CERTIFIED_TOKENS,
+    POLICIES,
+    Tally,
     certify,
     check_certifiable,
     check_comparable,
@@ -24,6 +27,7 @@ from remoe_adapt.evaluation.record import (
     prompts_from,
     record_decode,
     record_prefill,
+    window_length,
     windows,
 )
 from remoe_adapt.evaluation.shipped import example_folder, held_out

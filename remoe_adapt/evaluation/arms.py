@@ -46,13 +46,22 @@ def check_priors(family: Family | None, priors: Sequence[Recency]) -> Recency | 
                 f"recency {prior.mode!r} prefers what an expert cache holds, on which an evaluation does not depend: "
                 f"use {others}."
             )
+    kind = one_kind(family, priors)
+    if kind is not None and kind.kind.needs_expert_cache:
+        say_once(f"The points' recency prior is `{kind.mode}`: it follows an expert cache, and here does nothing.")
+    return kind
+
+
+def one_kind(family: Family | None, priors: Sequence[Recency] = ()) -> Recency | None:
+    """One of the points' priors and `priors`; None without any.
+
+    Raises ConfigError when they differ in mode or decay.
+    """
     found = [*priors, *(point.recency for point in (family.points if family else ()) if point.recency)]
     kinds = {(recency.mode, recency.decay) for recency in found}
     if len(kinds) > 1:
         listed = ", ".join(f"{mode} (decay {decay:g})" for mode, decay in sorted(kinds))
         raise ConfigError(f"recency priors of one evaluation must be of one kind, not {listed}.")
-    if found and found[0].kind.needs_expert_cache:
-        say_once(f"The points' recency prior is `{found[0].mode}`: it follows an expert cache, and here does nothing.")
     return found[0] if found else None
 
 

@@ -109,12 +109,17 @@ def check_seed(seed: int) -> None:
 
 
 def window_tokens(model: nn.Module, limit: int | None = None) -> int:
+    """`window_length` of the model's positions."""
+    return window_length(max_positions(model), limit)
+
+
+def window_length(positions: int | None, limit: int | None = None) -> int:
     """Window length of the evaluation protocol: min(max positions, 1024), or `limit`, which must not be larger.
 
     Raises:
         ConfigError: the limit leaves fewer than 2 tokens, or is above the protocol's.
     """
-    longest = min(max_positions(model) or MAX_WINDOW, MAX_WINDOW)
+    longest = min(positions or MAX_WINDOW, MAX_WINDOW)
     length = longest if limit is None else limit
     if length < 2:
         raise ConfigError(f"a window of {length} token(s) scores nothing: use at least 2")

@@ -97,12 +97,21 @@ def small_model(
     return model
 
 
-def write_gguf(model: PreTrainedModel, kind: str, path: Path, *, weights: str = "F32", router: str = "F32") -> Path:
-    """The model as a GGUF file: matrices in the type `weights` (or "Q4_K_M"), routers in `router`, vectors in
-    F32."""
+def write_gguf(
+    model: PreTrainedModel, kind: str, path: Path, *, weights: str = "F32", router: str = "F32", vocabulary: bool = True
+) -> Path:
+    """The model as a GGUF file: matrices in the type `weights` (or "Q4_K_M"), routers in `router`, vectors in F32.
+
+    vocabulary: with a tokenizer, which is not the model's own; else the file takes ids alone.
+    """
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCH[kind]])
     _add_sizes(writer, model.config, kind)
-    _add_tokenizer(writer, model.config)
+    if vocabulary:
+        _add_tokenizer(writer, model.config)
+    else:
+        writer.add_tokenizer_model("no_vocab")
+        if kind != "deepseek2":  # whose sizes name it
+            writer.add_vocab_size(model.config.vocab_size)
     for name, value in _tensors(model, kind):
         if value.ndim == 1:
             chosen = Type.F32

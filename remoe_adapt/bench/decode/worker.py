@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers.models.auto.modeling_auto  # noqa: F401  (part of the process, not of what a model takes)
 
+from remoe_adapt._support import disk_reads
 from remoe_adapt.bench import harness
 from remoe_adapt.bench.decode.llamacpp import LlamaCpp
 from remoe_adapt.bench.decode.regimes import AccelerateDisk, Cached, Mapped, Regime, Stock, TransformersDisk
@@ -89,7 +90,7 @@ class Worker(harness.Worker):
         return {"steps": steps, "anon_growth_bytes": anonymous_bytes() - self._before_bytes}
 
     def _counters(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"io_bytes": _read_from_disk(), "major_faults": _major_faults()}
+        found: dict[str, Any] = dict(zip(("io_bytes", "major_faults"), disk_reads(), strict=True))
         if self._regime is not None and self._regime.cache is not None:
             stats = self._regime.cache.stats()
             found |= {key: stats[key] for key in ("hits", "bytes", "stall_s")}
@@ -103,16 +104,6 @@ def anonymous_bytes() -> int:
     # The kernel's sum over all maps; a resident size would count the page cache of mapped weights too.
     lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
-
-
-def _read_from_disk() -> int:
-    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
-
-
-def _major_faults() -> int:
-    # proc(5): the twelfth field; the second may hold spaces and ends with the last parenthesis.
-    return int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[9])
 
 
 def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from remoe_adapt._support import printable
 from remoe_adapt.engines.llamacpp.prior import EngineCacheStatus, EnginePrior, PriorStatus, budget_of, engine_prior
 from remoe_adapt.errors import ConfigError, MissingDependencyError, TraceError
 from remoe_adapt.recency_settings import Recency
@@ -98,7 +99,6 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_model_get_vocab": ([_Pointer], _Pointer),
     "llama_vocab_n_tokens": ([_Pointer], C.c_int32),
     "llama_tokenize": ([_Pointer, C.c_char_p, C.c_int32, _Ints, C.c_int32, C.c_bool, C.c_bool], C.c_int32),
-    "llama_model_n_ctx_train": ([_Pointer], C.c_int32),
     "llama_model_meta_val_str": ([_Pointer, C.c_char_p, C.c_char_p, C.c_size_t], C.c_int32),
     "llama_get_memory": ([_Pointer], _Pointer),
     "llama_memory_clear": ([_Pointer, C.c_bool], None),
@@ -139,7 +139,66 @@ def library() -> Any:
     return loaded
 
 
-class LlamaModel:
+class LlamaVocabulary:
+    """What a GGUF says of its model and its tokens; its weights are not read. Close it, or use `with`.
+
+    Raises MissingDependencyError without the wheel, ConfigError when llama.cpp refuses the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        params = library().llama_model_default_params()
+        params.vocab_only = True
+        self._load(path, params)
+
+    def _load(self, path: str | os.PathLike[str], params: _ModelParams) -> None:
+        self._lib = library()
+        self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise ConfigError(f"llama.cpp cannot load {printable(os.fspath(path))}: {_last_words()}")
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
+        self.architecture = self.metadata("general.architecture")
+        # By the file, as the engine knows neither of a vocabulary alone.
+        self.trained_tokens, self.num_experts = (self._number(key) for key in ("context_length", "expert_count"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._model = None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it can tokenize: files made for ids of another tokenizer cannot."""
+        return self.metadata("tokenizer.ggml.model") not in ("", "no_vocab")
+
+    def metadata(self, key: str) -> str:
+        """An entry of the file as text; empty when there is none."""
+        buffer = C.create_string_buffer(256)
+        size = self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode() if size >= 0 else ""
+
+    def _number(self, key: str) -> int:
+        """An entry of the architecture; 0 where there is none that is a number."""
+        text = self.metadata(f"{self.architecture}.{key}")
+        return int(text) if text.isdecimal() else 0
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids without special ones. Raises ConfigError when the file has no tokenizer for it."""
+        data = text.encode()
+        ids = (C.c_int32 * (len(data) + 1))()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, False)
+        if count < 0:
+            raise ConfigError(f"llama.cpp cannot tokenize with this model's vocabulary: {_last_words()}")
+        return ids[:count]
+
+
+class LlamaModel(LlamaVocabulary):
     """A GGUF model with one context of `context_tokens` in memory, on the CPU, KV cache in F32; close it, or use
     `with`.
 
@@ -186,19 +245,16 @@ class LlamaModel:
             settings = settings or Recency.of("ema", 0.0)
         if sequences < 1:
             raise ConfigError(f"{sequences} sequences: give 1 or more.")
-        self._lib = library()
-        self._model = self._context = None
+        self._context: int | None = None
         self._prior: EnginePrior | None = None
         self._has_cache = expert_cache is not None
         self.routes: dict[int, list[NDArray[np.int32]]] = {}
         self.positions, self.context_tokens = [0] * sequences, context_tokens
-        params = self._lib.llama_model_default_params()
+        params = library().llama_model_default_params()
         params.load_mode, params.n_gpu_layers = _LOAD_MODES[load_mode], 0
         # Experts that were rearranged lie in memory of their own, which nobody can read ahead or give back.
         params.use_extra_bufts = expert_cache is None if repack is None else repack
-        self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
-            raise ConfigError(f"llama.cpp cannot load {os.fspath(path)}: {_last_words()}")
+        self._load(path, params)
         options = self._lib.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_outputs_max = context_tokens
         options.n_ubatch = ubatch_tokens or context_tokens
@@ -219,10 +275,6 @@ class LlamaModel:
         if not self._context:
             self.close()
             raise ConfigError(f"llama.cpp has no context for {os.fspath(path)}: {_last_words()}")
-        self._vocab = self._lib.llama_model_get_vocab(self._model)
-        self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
-        self.trained_tokens = int(self._lib.llama_model_n_ctx_train(self._model))
-        self.num_experts = int(self.metadata(f"{self.metadata('general.architecture')}.expert_count") or 0)
         if settings is not None and self._prior is not None:
             try:
                 self._prove_prior(self._prior, settings, expert_cache)
@@ -251,35 +303,13 @@ class LlamaModel:
         """Tokens decoded in sequence 0."""
         return self.positions[0]
 
-    def __enter__(self) -> LlamaModel:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def close(self) -> None:
         if self._context:
             self._lib.llama_free(self._context)
-        if self._model:
-            self._lib.llama_model_free(self._model)
+        super().close()
         if self._prior is not None:
             self._prior.close()
-        self._context = self._model = self._prior = None
-
-    def metadata(self, key: str) -> str:
-        """An entry of the file as text; empty when there is none."""
-        buffer = C.create_string_buffer(256)
-        size = self._lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
-        return buffer.value.decode() if size >= 0 else ""
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids without special ones. Raises ConfigError when the file has no tokenizer for it."""
-        data = text.encode()
-        ids = (C.c_int32 * (len(data) + 1))()
-        count = self._lib.llama_tokenize(self._vocab, data, len(data), ids, len(ids), False, False)
-        if count < 0:
-            raise ConfigError(f"llama.cpp cannot tokenize with this model's vocabulary: {_last_words()}")
-        return ids[:count]
+        self._context = self._prior = None
 
     def decode(self, ids: Sequence[int], sequences: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Logits [T, V] of these tokens, which follow those decoded before.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remoe_adapt._support import usable_cores
-from remoe_adapt.engines.llamacpp.in_process import LlamaModel
+from remoe_adapt.engines.llamacpp.in_process import LlamaModel, LlamaVocabulary
 from remoe_adapt.errors import TraceError
 from remoe_adapt.evaluation import MAX_WINDOW, make_trace, windows
 from remoe_adapt.traces import Trace
@@ -36,7 +36,7 @@ def record_gguf(
         model.clear()
         model.routes.clear()
         model.decode(documents[piece.document][piece.begin : piece.end])
-        parts.setdefault(piece.document, []).append(_taken(model)[:, piece.fresh - piece.begin :])
+        parts.setdefault(piece.document, []).append(taken(model)[:, piece.fresh - piece.begin :])
         if on_tokens is not None:
             on_tokens(piece.end - piece.fresh)
     joined = [np.concatenate(part, axis=1) for part in parts.values()]
@@ -52,15 +52,15 @@ def open_gguf(path: str | os.PathLike[str], threads: int | None = None) -> tuple
 class GgufTokenizer:
     """The tokenizer inside a GGUF, called as those of transformers are."""
 
-    def __init__(self, model: LlamaModel) -> None:
+    def __init__(self, model: LlamaVocabulary) -> None:
         self._model = model
 
     def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
         return {"input_ids": self._model.tokenize(text)}
 
 
-def _taken(model: LlamaModel) -> NDArray[np.int16]:
-    """Chosen experts [L, T, K] since routes were cleared."""
+def taken(model: LlamaModel) -> NDArray[np.int16]:
+    """Chosen experts int16 [L, T, K] since routes were cleared. Raises TraceError as `record_gguf`."""
     if not model.routes:
         raise TraceError("llama.cpp named no router's choice: the model has none, or it was loaded without trace=True")
     layers = [np.concatenate(model.routes[layer]) for layer in sorted(model.routes)]
