@@ -74,6 +74,8 @@ class Arm:
 
 
 BASE = Arm("base")
+# Experts are read as soon as their ids are known, and as many stay in memory as the limit leaves room for.
+_AHEAD = {"expert_cache": 1.0}
 ARMS = (
     BASE,
     Arm("ema 0.3", gain=0.3),
@@ -82,6 +84,9 @@ ARMS = (
     Arm("adapter 1, split file", strength=1.0, by="split"),
     Arm("adapter 0.3, ema 0.2", gain=0.2, strength=0.3),
     Arm("adapter 0.3, resident 0.2", "resident", 0.2, 0.3),
+    # One mode for all of them, so that one engine maps the file: pages that two of them map cannot be given back.
+    Arm("base, read ahead", "resident", engine=_AHEAD),
+    *(Arm(f"resident {gain:g}, read ahead", "resident", gain, engine=_AHEAD) for gain in (0.1, 0.2, 0.25)),
 )
 
 
@@ -375,10 +380,15 @@ def bars(rows: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> list[dict[st
         arm.name: by_name[other.name]["uncapped_ms_per_token"] / by_name[arm.name]["uncapped_ms_per_token"]
         for arm in arms
         for other in arms
-        if arm.engine and not arm.strength and replace(arm, name=other.name, engine={}) == other
+        if arm.engine and not arm.strength and _differ_in_engine(arm, other)
     }
     found.append(_best("read-ahead, no cap: times faster than faults", ahead, 1.3, at_most=False))
     return found
+
+
+def _differ_in_engine(arm: Arm, plain: Arm) -> bool:
+    alike = arm.gain == plain.gain and (arm.recency == plain.recency or not arm.gain)
+    return alike and not plain.engine and arm.strength == plain.strength
 
 
 def _best(title: str, values: Mapping[str, float], target: float, *, at_most: bool = True) -> dict[str, Any]:
