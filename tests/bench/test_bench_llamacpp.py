@@ -91,19 +91,20 @@ def test_figures_and_bars_are_those_of_their_definitions(bench: Any) -> None:
     base, lora = bench.BASE, bench.Arm("adapter 1", strength=1.0)
     resident = bench.Arm("resident", "resident", 0.2)
     ahead = bench.Arm("resident + read-ahead", "resident", 0.2, engine={"read_ahead": True})
-    arms, mib = (base, lora, resident, ahead), 1 << 20
+    both = bench.Arm("both", "resident", 0.2, strength=0.3)
+    arms, mib = (base, lora, resident, ahead, both), 1 << 20
     names = [arm.name for arm in arms]
-    sizes = dict(zip(names, (8, 4, 2, 1), strict=True))
-    levels = dict(zip(names, (3.0, 3.1, 3.01, 3.01), strict=True))
+    sizes = dict(zip(names, (8, 4, 2, 1, 1.6), strict=True))
+    levels = dict(zip(names, (3.0, 3.1, 3.01, 3.01, 3.0), strict=True))
     capped = {name: found(1.0, 10 * sizes[name] * mib, {0: [levels[name]] * 10}) for name in names}
     capped["base"]["nll"] = {0: [3.002] * 10}
-    uncapped = {name: found(s, 0, {0: [0.0] * 10}) for name, s in zip(names, (1.0, 1.0, 0.6, 0.4), strict=True)}
+    uncapped = {name: found(s, 0, {0: [0.0] * 10}) for name, s in zip(names, (1.0, 1.0, 0.6, 0.4, 0.1), strict=True)}
     quality = {
         name: found(1.0, 4000 * sizes[name] * mib, {n: [levels[name]] * 2000 for n in range(2)}) for name in names
     }
-    del uncapped[lora.name]
+    del uncapped[lora.name], uncapped[both.name]
     rows = [bench.row(arm, capped, uncapped, quality, {1: 16000.0 * mib}) for arm in arms]
-    of_base, of_lora, of_resident, _ = rows
+    of_base, of_lora, of_resident, *_ = rows
     assert of_base["mib_per_token"] == 8 and of_base["ratio"] == 1 and of_base["ppl_ratio"] == 1
     assert of_base["nll_gap"] == pytest.approx(0.002) and of_base["quality_mib_per_token"] == 8
     assert of_lora["ratio"] == 0.5 and of_lora["uncapped_ms_per_token"] is None and of_lora["quality_ratio"] is None
@@ -111,13 +112,14 @@ def test_figures_and_bars_are_those_of_their_definitions(bench: Any) -> None:
     assert of_resident["quality_ratio"] == 0.25 and of_resident["quality_mib_per_token"] == 2
     assert of_resident["nll_gap"] is None and of_resident["uncapped_ms_per_token"] == pytest.approx(60)
     bars = bench.bars(rows, arms)
-    assert [line["value"] for line in bars] == [pytest.approx(value) for value in (0.5, 0.125, 1.5)]
-    assert [line["arm"] for line in bars] == [lora.name, ahead.name, ahead.name] and all(line["met"] for line in bars)
-    for row in rows[2:]:
+    assert [line["value"] for line in bars] == [pytest.approx(value) for value in (0.5, 0.125, 0.2, 1.5)]
+    assert [line["arm"] for line in bars] == [lora.name, ahead.name, both.name, ahead.name]
+    assert all(line["met"] for line in bars)
+    for row in rows[2:4]:
         row["ppl_ratio"] = 1.03
-    assert bench.bars(rows, arms)[1]["met"] is None
+    assert [line["met"] for line in bench.bars(rows, arms)] == [True, None, True, True]
     without = bench.bars([row | {"quality_tokens": 100} for row in rows[:3]], arms[:3])
-    assert [line["met"] for line in without] == [True, None, None]
+    assert [line["met"] for line in without] == [True, None, None, None]
 
 
 @pytest.mark.slow
@@ -131,7 +133,7 @@ def test_a_small_run_from_end_to_end(bench: Any, tmp_path: Path) -> None:
     arms = [arm for arm in bench.ARMS if arm.name in ("base", "resident 0.2", "adapter 1", "adapter 1, split file")]
     result = bench.run(options, arms)
     rows = {row["arm"]: row for row in result["rows"]}
-    assert list(rows) == [arm.name for arm in arms] and len(result["bars"]) == 3
+    assert list(rows) == [arm.name for arm in arms] and len(result["bars"]) == 4
     assert rows["base"]["nll_gap"] < bench.MOST_NLL_GAP and rows["adapter 1, split file"]["nll_gap"] < 0.05
     assert rows["adapter 1"]["ppl_ratio"] == rows["adapter 1, split file"]["ppl_ratio"] != 1
     assert all(row["quality_tokens"] == 3 * 31 for row in rows.values())

@@ -59,7 +59,9 @@ _OTHERS = {
     "accelerate_disk": "accelerate", "transformers_disk": "transformers", "mmap_cgroup": "mapped",
     **dict.fromkeys(_LLAMA, "llamacpp"),
 }  # fmt: skip
-# Those with a prior, by name: the gains of their arms.
+# Those with a prior, by name: further options of `LlamaModel`, and the gains of their arms.
+_RESIDENT = {"recency": "resident", "gain": 0.0}
+_ENGINES: dict[str, dict[str, Any]] = {"llamacpp_q4_resident": _RESIDENT, "llamacpp_q4_tight_resident": _RESIDENT}
 _LLAMA_GAINS = {"llamacpp_q4_resident": (0.2,), "llamacpp_q4_tight_resident": (0.1, 0.15, 0.2)}
 _SCORED = ("stock", "cache25", "cache25_prior", "cache25_q4", "cache25_q8", "cache7_q4_prior", *_LLAMA)
 # Processes that hold experts in fewer bits, by name: how many, and the budget as a share of their own bytes; None: as
@@ -280,7 +282,10 @@ class _Bench:
             "cache25_prior": ("cached", cached | prior | {"budget": BUDGET}),
             **self._coded_plans(folder, cached),
             **{name: (regime, {}) for name, regime in _OTHERS.items() if name not in _LLAMA},
-            **{name: ("llamacpp", llama | {"file": str(ggufs[name]), "engine": _engine(name)}) for name in _LLAMA},
+            **{
+                name: ("llamacpp", llama | {"file": str(ggufs[name]), "engine": _ENGINES.get(name, {})})
+                for name in _LLAMA
+            },
         }
         return {name: plan for name, plan in plans.items() if any(arm.worker == name for arm in self._arms)}
 
@@ -426,11 +431,6 @@ class _Bench:
             "limit_ms": limit,
             "workers": self._facts,
         }
-
-
-def _engine(name: str) -> dict[str, Any]:
-    """Further options of `LlamaModel`: of a process with a prior, whose arms set their gains."""
-    return {"recency": "resident", "gain": 0.0} if name in _LLAMA_GAINS else {}
 
 
 def documents_of(model: str | Path, options: DecodeOptions) -> tuple[list[list[int]], list[list[int]]]:
