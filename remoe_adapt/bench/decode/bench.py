@@ -60,7 +60,7 @@ _OTHERS = {
     **dict.fromkeys(_LLAMA, "llamacpp"),
 }  # fmt: skip
 # Those with a prior, by name: further options of `LlamaModel`, and the gains of their arms.
-_RESIDENT = {"recency": "resident", "gain": 0.0}
+_RESIDENT = {"recency": "resident", "gain": 0.0, "expert_cache": 1.0}
 _ENGINES: dict[str, dict[str, Any]] = {"llamacpp_q4_resident": _RESIDENT, "llamacpp_q4_tight_resident": _RESIDENT}
 _LLAMA_GAINS = {"llamacpp_q4_resident": (0.2,), "llamacpp_q4_tight_resident": (0.1, 0.15, 0.2)}
 _SCORED = ("stock", "cache25", "cache25_prior", "cache25_q4", "cache25_q8", "cache7_q4_prior", *_LLAMA)
