@@ -5,6 +5,6 @@ measurement of the disk that they lie on.
 """
 
 from remoe_adapt.evaluation.planning.hit_rates import BASE_RATES, GAINS, MISS_RATIOS, HitRates, between, known_rates
-from remoe_adapt.evaluation.planning.machine import Compute, Storage, measured_compute, measured_storage
+from remoe_adapt.evaluation.planning.machine import Compute, Storage, given_compute, measured_compute, measured_storage
 from remoe_adapt.evaluation.planning.predict import PlanOptions, plan_model
 from remoe_adapt.evaluation.planning.sources import Source, open_source

@@ -1,22 +1,24 @@
 """How fast this machine reads experts, multiplies with weights, and goes through a layer: measured in a few seconds.
 
-A decoding step is modelled as three sums: what every layer costs whatever its size (Python and the calls of kernels),
-the bytes of weights over the rate at which products with them are computed, and the bytes of missing experts over the
-rate at which storage brings them.
+A decoding step is modelled as four sums: what every layer costs beside its experts whatever its size (Python and the
+calls of kernels), the bytes of the dense part over the rate at which products with them are computed, what the experts
+of a layer take as an expert cache computes them, and the bytes of missing experts over the rate at which storage brings
+them. Each is timed on the functions that a decoding step calls.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,13 +27,21 @@ from torch.nn import functional as F
 from remoe_adapt.checkpoints import Extent
 from remoe_adapt.errors import ExpertReadError, RemoeError
 from remoe_adapt.evaluation import Decoder
-from remoe_adapt.expert_cache import BLOCK, READ_THREADS, ExtentReader, load_with_expert_cache
+from remoe_adapt.expert_cache import BLOCK, READ_THREADS, ExtentReader, experts_modules, load_with_expert_cache
 from remoe_adapt.expert_cache.encodings import block_type, dequantise, ggml
 from remoe_adapt.libraries import tiny_moe
 
-_SET_BYTES, _MOST_COPIES = 96 << 20, 256
-_PRODUCTS_S, _READS_S = 0.15, 0.6
-_STEPS, _WARM_STEPS, _LAYERS = 24, 6, 4
+# No cache of a processor holds so many bytes of weights.
+SET_BYTES = 96 << 20
+_MOST_COPIES = 256
+# A trial takes so long, and each of its turns.
+_TRIAL_S, _TURN_S = 0.2, 0.02
+_READS_S = 0.6
+_STEPS, _WARM_STEPS, _LAYERS = 48, 8, 4
+# Rows and columns of a tiny model's matrices.
+_TINY = 32
+# Matrices that are a smaller part of a kind's are not timed; of larger ones than these a part is.
+_LEAST_PART, _MOST_VALUES = 0.02, 1 << 24
 # Enough that a device's own cache does not hold it.
 _SCRATCH_BYTES = 64 << 20
 
@@ -46,19 +56,19 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """kinds: bytes of weights per second that products with one token take, by kind ("bfloat16", "q4_1"). layer_s: of a
-    layer whatever its size, with all experts in memory by transformers; cached_layer_s: by the expert cache. source:
-    where the rates are from.
+    """kinds: bytes of the dense part per second that products with one token take, by kind ("bfloat16", "q4_1").
+    layer_s: of a layer beside its experts, whatever its size. experts_s: of the first layer's experts, all of them
+    there, by format. source: where the rates are from.
     """
 
     kinds: Mapping[str, float]
     layer_s: float
-    cached_layer_s: float
+    experts_s: Mapping[str, float]
     threads: int
     source: str
 
     def seconds(self, bytes_of: Mapping[str, float]) -> float:
-        """Of products with so many bytes of each kind."""
+        """Of products with so many bytes of each kind of the dense part."""
         return sum(count / self.kinds[kind] for kind, count in bytes_of.items() if count)
 
 
@@ -119,39 +129,76 @@ def _timed(file: Path, read_bytes: int, source: str) -> Storage:
     return Storage(done / took_s, source if reader.direct_io else f"{source}, through the page cache")
 
 
+class Trial(Protocol):
+    """What can be timed."""
+
+    def run(self) -> Any: ...
+
+
 def measured_compute(
-    kinds: Iterable[str], shapes: Sequence[tuple[int, int]], top_k: int, ram_mib_per_s: float | None = None
+    matrices: Mapping[tuple[str, int, int], int],
+    trials: Mapping[str, Callable[[], Trial]],
 ) -> Compute:
-    """Times products with each kind of weights, and the layers of a tiny model, on this machine, with torch's threads.
+    """Times products with the dense part, each format's experts, and the layers of a tiny model, on this machine, with
+    torch's threads.
 
-    shapes: [outputs, inputs] of an expert's matrices: products with short rows take longer.
-    top_k: experts of a token, each of which costs calls.
-    ram_mib_per_s: instead of the rates of products.
+    matrices: of the dense part: how many of each kind, outputs and inputs.
+    trials: by format, makes what computes the experts of a layer.
     """
-    if ram_mib_per_s is None:
-        rates, source = {kind: _rate(kind, shapes) for kind in kinds}, "measured on this machine"
-    else:
-        rates, source = dict.fromkeys(kinds, ram_mib_per_s * (1 << 20)), "given"
-    layer_s, cached_layer_s = _layers_s(top_k)
-    return Compute(rates, layer_s, cached_layer_s, torch.get_num_threads(), source)
+    layer_s, _ = _layer_s(cached=False, top_k=1)
+    experts_s = {name: _seconds(make().run) for name, make in trials.items()}
+    return Compute(_rates(matrices), layer_s, experts_s, torch.get_num_threads(), "measured on this machine")
 
 
-def _rate(kind: str, shapes: Sequence[tuple[int, int]]) -> float:
-    """Bytes per second of products of one token with matrices of this kind."""
-    found = [_timed_product(kind, rows, cols) for rows, cols in shapes]
-    return sum(nbytes for nbytes, _ in found) / sum(took_s for _, took_s in found)
+def given_compute(ram_mib_per_s: float, kinds: Iterable[str], expert_bytes: Mapping[str, float], top_k: int) -> Compute:
+    """As somebody says: weights are read at one rate; only the layers of a tiny model are timed.
+
+    expert_bytes: of the experts that a token uses in the first layer, by format.
+    top_k: how many these are, each of which costs calls.
+    """
+    rate, (layer_s, calls_s) = ram_mib_per_s * (1 << 20), _layer_s(cached=True, top_k=top_k)
+    experts_s = {name: calls_s + size / rate for name, size in expert_bytes.items()}
+    return Compute(dict.fromkeys(kinds, rate), layer_s, experts_s, torch.get_num_threads(), "given")
+
+
+def _rates(matrices: Mapping[tuple[str, int, int], int]) -> dict[str, float]:
+    """Bytes per second of products of one token with the matrices of each kind."""
+    # The layers of the tiny model have one of these in the place of each product.
+    call_s = _timed_product("float32", _TINY, _TINY)[1]
+    found = {}
+    for kind in sorted({kind for kind, _, _ in matrices}):
+        counts = {(rows, cols): count for (other, rows, cols), count in matrices.items() if other == kind}
+        whole = sum(rows * cols * count for (rows, cols), count in counts.items())
+        nbytes = took_s = 0.0
+        for (rows, cols), count in counts.items():
+            if rows * cols * count >= _LEAST_PART * whole:
+                part = min(rows, max(1, _MOST_VALUES // cols))
+                size, product_s = _timed_product(kind, part, cols)
+                nbytes += size * count * rows / part
+                took_s += max(product_s - call_s, product_s / 10) * count * rows / part
+        found[kind] = nbytes / took_s
+    return found
 
 
 def _timed_product(kind: str, rows: int, cols: int) -> tuple[int, float]:
     """(bytes of a matrix, seconds of a product with it)."""
     product, nbytes = _floats(kind, rows, cols) if hasattr(torch, kind) else _blocks(kind, rows, cols)
-    product(0)
+    numbers = itertools.count()
+    return nbytes, _seconds(lambda: product(next(numbers)))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Of a call: the median over turns of many calls. A turn is about as long as a token, so that other work on the
+    machine slows it as it slows tokens."""
+    run()
     times_s, begin = list[float](), time.perf_counter()
-    while (before := time.perf_counter()) - begin < _PRODUCTS_S:
-        product(len(times_s) + 1)
-        times_s.append(time.perf_counter() - before)
-    # The median, because others use the machine too.
-    return nbytes, median(times_s)
+    while (before := time.perf_counter()) - begin < _TRIAL_S:
+        calls = 0
+        while (took_s := time.perf_counter() - before) < _TURN_S or not calls:
+            run()
+            calls += 1
+        times_s.append(took_s / calls)
+    return median(times_s)
 
 
 def _floats(kind: str, rows: int, cols: int) -> tuple[Callable[[int], Any], int]:
@@ -169,7 +216,7 @@ def _floats(kind: str, rows: int, cols: int) -> tuple[Callable[[int], Any], int]
 
 def _copies(nbytes: int) -> int:
     """So many matrices that no cache of a processor holds them."""
-    return max(2, min(_MOST_COPIES, _SET_BYTES // nbytes))
+    return max(2, min(_MOST_COPIES, SET_BYTES // nbytes))
 
 
 def _blocks(kind: str, rows: int, cols: int) -> tuple[Callable[[int], Any], int]:
@@ -190,22 +237,27 @@ def _blocks(kind: str, rows: int, cols: int) -> tuple[Callable[[int], Any], int]
     return product, rows * row_bytes
 
 
-def _layers_s(top_k: int) -> tuple[float, float]:
-    """Seconds of a layer without weights to speak of: by transformers' eager experts, and behind an expert cache."""
+def _layer_s(*, cached: bool, top_k: int) -> tuple[float, float]:
+    """Seconds of a layer without weights to speak of: beside its experts, and of these.
+
+    cached: they are behind an expert cache.
+    """
     model = tiny_moe(layers=_LAYERS, experts=2 * top_k, top_k=top_k)
-    whole_s = _step_s(model) / _LAYERS
-    with tempfile.TemporaryDirectory(prefix="remoe-plan-") as folder:
-        model.save_pretrained(folder)
-        cached = load_with_expert_cache(folder, 1.0)
-        return whole_s, _step_s(cached) / _LAYERS
-
-
-def _step_s(model: Any) -> float:
-    times_s = []
+    if cached:
+        with tempfile.TemporaryDirectory(prefix="remoe-plan-") as folder:
+            model.save_pretrained(folder)
+            model = load_with_expert_cache(folder, 1.0)
+    spent_s: list[float] = []
+    for module in experts_modules(model).values():
+        module.register_forward_pre_hook(lambda *_: spent_s.append(-time.perf_counter()))
+        module.register_forward_hook(lambda *_: spent_s.append(time.perf_counter()))
+    beside_s, experts_s = list[float](), list[float]()
     with torch.inference_mode():
         decoder = Decoder(model)
         for token in range(_WARM_STEPS + _STEPS):
+            spent_s.clear()
             begin = time.perf_counter()
             decoder.feed([token])
-            times_s.append(time.perf_counter() - begin)
-    return median(times_s[_WARM_STEPS:])
+            experts_s.append(sum(spent_s))
+            beside_s.append(time.perf_counter() - begin - experts_s[-1])
+    return median(beside_s[_WARM_STEPS:]) / _LAYERS, median(experts_s[_WARM_STEPS:]) / _LAYERS

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from remoe_adapt._support import size_text
 from remoe_adapt.device_profile import DeviceProfile, parse_size
@@ -16,8 +15,11 @@ from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluation.planning.advice import commands, names_of, unknowns
 from remoe_adapt.evaluation.planning.hit_rates import GAIN_SOURCE, GAINS, HitRates, known_rates
 from remoe_adapt.evaluation.planning.machine import (
+    SET_BYTES,
     Compute,
     Storage,
+    Trial,
+    given_compute,
     given_storage,
     measured_compute,
     measured_storage,
@@ -96,16 +98,15 @@ def plan_model(options: PlanOptions) -> dict[str, Any]:
     source = open_source(options.model, options.config, **(options.hub or {}))
     parameters = parameters_of(source.checkpoint)
     memory_bytes, memory_source = _memory(options)
-    footprints = _footprints(source, options.storage)
+    counted = Footprints(source.checkpoint, has_files=source.has_files, on_codes=ggml() is not None)
+    footprints = _footprints(counted, options.storage)
     fits = {
         name: _fit(each, memory_bytes, _wanted_share(options), options.profile.expert_cache.scope)
         for name, each in footprints.items()
     }
     hits = known_rates(options.trace, options.family, [fit.share for fit in fits.values() if fit.share])
     storage = _storage(options, source, footprints)
-    kinds = {kind for each in footprints.values() for kind in (*each.read_bytes, *each.expert_kinds)}
-    shapes = next(iter(footprints.values())).matrices
-    compute = measured_compute(sorted(kinds), shapes, max(parameters.chosen_L, default=1), options.ram_mib)
+    compute = _compute(counted, footprints, fits, parameters, options.ram_mib)
     rows = [
         row
         for name, each in footprints.items()
@@ -139,7 +140,7 @@ def plan_model(options: PlanOptions) -> dict[str, Any]:
             "compute_source": compute.source,
             "bytes_per_s": dict(compute.kinds),
             "layer_ms": 1e3 * compute.layer_s,
-            "cached_layer_ms": 1e3 * compute.cached_layer_s,
+            "experts_ms": {name: 1e3 * took_s for name, took_s in compute.experts_s.items()},
             "threads": compute.threads,
         },
         "hit_rates": {"source": hits.source, "prior": GAIN_SOURCE},
@@ -188,9 +189,8 @@ def _memory(options: PlanOptions) -> tuple[int, str]:
     return left, f"this machine's, less the {size_text(profile.memory.reserve_bytes)} that {profile.name} keeps free"
 
 
-def _footprints(source: Source, storage: Path | None) -> dict[str, Footprint]:
+def _footprints(counted: Footprints, storage: Path | None) -> dict[str, Footprint]:
     """Formats by name, the stored one first; packs only where they take less memory than it."""
-    counted = Footprints(source.checkpoint, has_files=source.has_files, on_codes=ggml() is not None)
     stored = counted.of()
     found = {names_of(stored): stored}
     if storage is not None:
@@ -250,6 +250,37 @@ def _storage(options: PlanOptions, source: Source, footprints: Mapping[str, Foot
     return measured_storage(file if file is None or file.is_file() else None, place, max(pieces))
 
 
+def _held(name: str, each: Footprint, *, whole: bool = False) -> str:
+    """What the experts of a format are called: formats with other dense parts share them."""
+    experts = name if name.startswith("pack ") else names_of(each).partition(",")[0]
+    return f"{experts}, whole" if whole else experts
+
+
+def _compute(
+    counted: Footprints,
+    footprints: Mapping[str, Footprint],
+    fits: Mapping[str, Fit],
+    parameters: Parameters,
+    ram_mib: float | None,
+) -> Compute:
+    """Of the formats that fit; of floats that fit whole also as transformers has them, without a cache."""
+    chosen = parameters.chosen_L
+    matrices: dict[tuple[str, int, int], int] = {}
+    sizes, trials = dict[str, int](), dict[str, Callable[[], Trial]]()
+    for name, each in footprints.items():
+        if fits[name].why is not None:
+            continue
+        matrices |= each.dense_matrices
+        for whole in (False, True) if fits[name].whole and not each.workspace_bytes else (False,):
+            held = _held(name, each, whole=whole)
+            sizes[held] = chosen[0] * each.expert_bytes[0]
+            trials[held] = partial(counted.trial, each, chosen, SET_BYTES, whole=whole)
+    if ram_mib is not None:
+        kinds = {kind for each in footprints.values() for kind in each.read_bytes}
+        return given_compute(ram_mib, kinds, sizes, chosen[0])
+    return measured_compute(matrices, trials)
+
+
 def _rows(
     name: str,
     each: Footprint,
@@ -259,19 +290,16 @@ def _rows(
     storage: Storage,
     compute: Compute,
 ) -> list[dict[str, Any]]:
-    chosen = zip(each.expert_bytes, parameters.chosen_L, strict=True)
-    expert_bytes = sum(size * top_k for size, top_k in chosen)
-    by_kind = dict(each.read_bytes)
-    for kind, part in each.expert_kinds.items():
-        by_kind[kind] = by_kind.get(kind, 0) + int(part * expert_bytes)
-    products_s = compute.seconds(by_kind)
-    floats = all(hasattr(torch, kind) for kind in each.expert_kinds)
+    sizes = [size * top_k for size, top_k in zip(each.expert_bytes, parameters.chosen_L, strict=True)]
+    # Layers may differ in their experts, or in how many a token uses.
+    layers = sum(sizes) / sizes[0]
+    fixed_s = compute.seconds(each.read_bytes) + parameters.layers * compute.layer_s
     read = sum(size * top_k for size, top_k in zip(each.piece_bytes, parameters.chosen_L, strict=True))
 
     def row(way: str, share: float, hit_rate: float, gain: float = 0.0, strength: float = 0.0) -> dict[str, Any]:
-        layer_s = compute.layer_s if way == "all in RAM" and floats else compute.cached_layer_s
+        held = _held(name, each, whole=way == "all in RAM" and not each.workspace_bytes)
         missing = (1 - hit_rate) * read
-        compute_ms = 1e3 * (products_s + parameters.layers * layer_s)
+        compute_ms = 1e3 * (fixed_s + layers * compute.experts_s[held])
         read_ms = None if storage.bytes_per_s is None else 1e3 * missing / storage.bytes_per_s
         read_ms = 0.0 if not missing else read_ms
         in_slots = each.total_bytes if share == 1.0 else fit.budget_bytes
