@@ -31,7 +31,7 @@ DECODE_SETTINGS = (
     "tokens", "quality_tokens", "dtype", "direct_io", "prefetch", "pack", "read_mib_per_s",
     "raw_bandwidth_bytes_per_s", "limit_ms", "memory_limit_bytes",
 )  # fmt: skip
-PLAN_SETTINGS = ("tokens", "threads", "dtype", "read_mib_per_s", "load_average")
+PLAN_SETTINGS = ("tokens", "threads", "dtype", "read_mib_per_s", "storage", "load_average")
 SCALE_FIGURES = (
     "layers", "experts", "expert_bytes", "threads", "direct_io", "arithmetic", "file_bytes", "header_bytes", "open_s",
     "load_s", "dense_bytes", "budget_bytes", "anon_growth_bytes", "maps", "max_map_count", "tpot_ms", "hit_rate",

@@ -25,4 +25,5 @@ from remoe_adapt.expert_cache.memory import map_pages
 from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore
 from remoe_adapt.expert_cache.plan import experts_modules
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
+from remoe_adapt.expert_cache.trial import byte_of
 from remoe_adapt.expert_cache.whole import load_whole_or_cached

@@ -142,7 +142,7 @@ def _contents(layout: Layout, layer: int) -> dict[str, Tensor]:
     for param in coded.values():
         for band in param.bands:
             shape = band.rows, band.kind.row_bytes(param.cols)
-            found[band.name] = torch.full(shape, _byte_of(band.kind), dtype=torch.uint8)
+            found[band.name] = torch.full(shape, byte_of(band.kind), dtype=torch.uint8)
             if band.order is not None:
                 found[band.order] = torch.randperm(param.cols)
     for name, like in (layout.parts(layer) if not coded else layout.plan.likes[layer]).items():
@@ -151,8 +151,8 @@ def _contents(layout: Layout, layer: int) -> dict[str, Tensor]:
     return found
 
 
-def _byte_of(kind: BlockType) -> int:
-    """Blocks of this byte alone are worth numbers of the size of weights."""
+def byte_of(kind: BlockType) -> int:
+    """The byte of which blocks of this type are worth numbers of the size of weights."""
     blocks_NB = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, kind.bytes).contiguous()
     sizes_N = dequantise(blocks_NB, kind, kind.values).abs().mean(1)
     return int((sizes_N.log() - torch.tensor(_WEIGHT).log()).abs().nan_to_num(nan=torch.inf).argmin())

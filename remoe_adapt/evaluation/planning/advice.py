@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remoe_adapt.evaluation.planning.hit_rates import BASE_SOURCE, HitRates
-from remoe_adapt.evaluation.planning.machine import Compute, Storage
+from remoe_adapt.evaluation.planning.machine import Compute
 from remoe_adapt.evaluation.planning.sources import Source
+from remoe_adapt.evaluation.planning.storage import Storage
 from remoe_adapt.expert_cache import Footprint, Parameters
 from remoe_adapt.expert_cache.encodings import ggml
 

@@ -1,4 +1,4 @@
-"""How fast this machine reads experts, multiplies with weights, and goes through a layer: measured in a few seconds.
+"""How fast this machine multiplies with weights, and goes through a layer: measured in a few seconds.
 
 A decoding step is modelled as four sums: what every layer costs beside its experts whatever its size (Python and the
 calls of kernels), the bytes of the dense part over the rate at which products with them are computed, what the experts
@@ -9,14 +9,10 @@ them. Each is timed on the functions that a decoding step calls.
 from __future__ import annotations
 
 import itertools
-import os
-import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -24,34 +20,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe_adapt.checkpoints import Extent
-from remoe_adapt.errors import ExpertReadError, RemoeError
 from remoe_adapt.evaluation import Decoder
-from remoe_adapt.expert_cache import BLOCK, READ_THREADS, ExtentReader, experts_modules, load_with_expert_cache
+from remoe_adapt.expert_cache import byte_of, experts_modules, load_with_expert_cache
 from remoe_adapt.expert_cache.encodings import block_type, dequantise, ggml
 from remoe_adapt.libraries import tiny_moe
 
 # No cache of a processor holds so many bytes of weights.
 SET_BYTES = 96 << 20
-_MOST_COPIES = 256
-# A trial takes so long, and each of its turns.
-_TRIAL_S, _TURN_S = 0.2, 0.02
-_READS_S = 0.6
-_STEPS, _WARM_STEPS, _LAYERS = 48, 8, 4
+# Of a trial.
+_TURN_S = 0.015
+_GIVEN_STEPS, _WARM_STEPS, _LAYERS = 48, 2, 4
+# The name of calls of next to no work, among the trials.
+_CALL = "call"
 # Rows and columns of a tiny model's matrices.
 _TINY = 32
 # Matrices that are a smaller part of a kind's are not timed; of larger ones than these a part is.
 _LEAST_PART, _MOST_VALUES = 0.02, 1 << 24
-# Enough that a device's own cache does not hold it.
-_SCRATCH_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """bytes_per_s: at which experts are read; None: not known. source: where the figure is from."""
-
-    bytes_per_s: float | None
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,82 +56,57 @@ class Compute:
         return sum(count / self.kinds[kind] for kind, count in bytes_of.items() if count)
 
 
-def given_storage(mib_per_s: float) -> Storage:
-    """As somebody says."""
-    return Storage(mib_per_s * (1 << 20), "given")
-
-
-def measured_storage(file: Path | None, folder: Path, read_bytes: int) -> Storage:
-    """Reads of `read_bytes` as a cache's misses are read: directly, several at a time, at random places.
-
-    file: one of the model; None, or too small: a scratch file of 64 MiB in `folder`, where the model would lie.
-    """
-    read_bytes = max(BLOCK, -(-read_bytes // BLOCK) * BLOCK)
-    if file is not None and file.stat().st_size >= 4 * read_bytes and file.stat().st_size >= _SCRATCH_BYTES // 4:
-        return _timed(file, read_bytes, f"measured on {file.name}")
-    place = next((each for each in (folder, *folder.parents) if each.is_dir()), None)
-    if place is None or not os.access(place, os.W_OK):
-        return Storage(None, f"no file to measure, and {folder} cannot be written to")
-    try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".remoe-plan-") as scratch:
-            piece = os.urandom(4 << 20)
-            for _ in range(_SCRATCH_BYTES // len(piece)):
-                scratch.write(piece)
-            scratch.flush()
-            os.fsync(scratch.fileno())
-            return _timed(Path(scratch.name), min(read_bytes, _SCRATCH_BYTES // 4), f"measured on a file in {place}")
-    except OSError as error:
-        return Storage(None, f"{place} cannot be written to ({error.strerror})")
-
-
-def _timed(file: Path, read_bytes: int, source: str) -> Storage:
-    size = file.stat().st_size
-    places = range(0, size - read_bytes + 1, BLOCK)
-    draw = random.Random(0)
-    try:
-        reader = ExtentReader([file], direct_io=True)
-    except ExpertReadError as error:
-        return Storage(None, str(error))
-    buffers = [torch.empty(read_bytes, dtype=torch.uint8) for _ in range(READ_THREADS)]
-    done = 0
-    try:
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-
-            def read(buffer: Tensor) -> None:
-                offset = places[draw.randrange(len(places))]
-                reader.fill([(Extent(file, "", torch.uint8, (read_bytes,), offset, read_bytes), buffer)])
-
-            list(pool.map(read, buffers))  # the first touch of the buffers' pages is none of the device's
-            begin = time.perf_counter()
-            while (took_s := time.perf_counter() - begin) < _READS_S:
-                list(pool.map(read, buffers))
-                done += READ_THREADS * read_bytes
-    except RemoeError as error:
-        return Storage(None, str(error))
-    finally:
-        reader.close()
-    return Storage(done / took_s, source if reader.direct_io else f"{source}, through the page cache")
-
-
 class Trial(Protocol):
     """What can be timed."""
 
     def run(self) -> Any: ...
 
 
-def measured_compute(
-    matrices: Mapping[tuple[str, int, int], int],
-    trials: Mapping[str, Callable[[], Trial]],
-) -> Compute:
-    """Times products with the dense part, each format's experts, and the layers of a tiny model, on this machine, with
-    torch's threads.
+class ComputeTrials:
+    """Times products with the dense part, each format's experts, and the layers of a tiny model, with torch's threads.
+
+    They take turns, round after round, so that other work on the machine slows all alike.
 
     matrices: of the dense part: how many of each kind, outputs and inputs.
-    trials: by format, makes what computes the experts of a layer.
+    trials: what computes the experts of a layer, by format.
     """
-    layer_s, _ = _layer_s(cached=False, top_k=1)
-    experts_s = {name: _seconds(make().run) for name, make in trials.items()}
-    return Compute(_rates(matrices), layer_s, experts_s, torch.get_num_threads(), "measured on this machine")
+
+    def __init__(self, matrices: Mapping[tuple[str, int, int], int], trials: Mapping[str, Trial]) -> None:
+        self._trials, self._layers = dict(trials), _TinyLayers(cached=False, top_k=1)
+        self._products: dict[tuple[str, int, int], _Product] = {}
+        # The layers of the tiny model have one of these in the place of each product.
+        self._call = _Product("float32", _TINY, _TINY, _set_of("float32", _TINY * _TINY * 4))
+        self._matrices = dict(matrices)
+        for kind in {kind for kind, _, _ in matrices}:
+            mine = {key: count * key[1] * key[2] for key, count in matrices.items() if key[0] == kind}
+            numbers_B = _set_of(kind, SET_BYTES)
+            for key, values in mine.items():
+                if values >= _LEAST_PART * sum(mine.values()):
+                    rows = min(key[1], max(1, _MOST_VALUES // key[2]))
+                    self._products[key] = _Product(kind, rows, key[2], numbers_B)
+        self._times_s: dict[Any, list[float]] = {}
+        self._layer_s: list[float] = []
+
+    def round(self) -> None:
+        """Once more, each of them."""
+        self._layer_s.append(self._layers.seconds()[0])
+        turns: dict[Any, Trial] = {_CALL: self._call, **self._products, **self._trials}
+        for key, trial in turns.items():
+            self._times_s.setdefault(key, []).append(_turn_s(trial.run))
+
+    def found(self) -> Compute:
+        """The medians of all rounds."""
+        times_s = {key: median(found) for key, found in self._times_s.items()}
+        nbytes, took_s = dict[str, float](), dict[str, float]()
+        for key, product in self._products.items():
+            kind, rows, _ = key
+            parts = self._matrices[key] * rows / product.rows
+            nbytes[kind] = nbytes.get(kind, 0.0) + parts * product.nbytes
+            beyond_s = max(times_s[key] - times_s[_CALL], times_s[key] / 10)
+            took_s[kind] = took_s.get(kind, 0.0) + parts * beyond_s
+        rates = {kind: nbytes[kind] / took_s[kind] for kind in sorted(nbytes)}
+        experts_s = {name: times_s[name] for name in self._trials}
+        return Compute(rates, median(self._layer_s), experts_s, torch.get_num_threads(), "measured on this machine")
 
 
 def given_compute(ram_mib_per_s: float, kinds: Iterable[str], expert_bytes: Mapping[str, float], top_k: int) -> Compute:
@@ -156,108 +115,85 @@ def given_compute(ram_mib_per_s: float, kinds: Iterable[str], expert_bytes: Mapp
     expert_bytes: of the experts that a token uses in the first layer, by format.
     top_k: how many these are, each of which costs calls.
     """
-    rate, (layer_s, calls_s) = ram_mib_per_s * (1 << 20), _layer_s(cached=True, top_k=top_k)
+    rate, (layer_s, calls_s) = ram_mib_per_s * (1 << 20), _TinyLayers(cached=True, top_k=top_k).seconds(_GIVEN_STEPS)
     experts_s = {name: calls_s + size / rate for name, size in expert_bytes.items()}
     return Compute(dict.fromkeys(kinds, rate), layer_s, experts_s, torch.get_num_threads(), "given")
 
 
-def _rates(matrices: Mapping[tuple[str, int, int], int]) -> dict[str, float]:
-    """Bytes per second of products of one token with the matrices of each kind."""
-    # The layers of the tiny model have one of these in the place of each product.
-    call_s = _timed_product("float32", _TINY, _TINY)[1]
-    found = {}
-    for kind in sorted({kind for kind, _, _ in matrices}):
-        counts = {(rows, cols): count for (other, rows, cols), count in matrices.items() if other == kind}
-        whole = sum(rows * cols * count for (rows, cols), count in counts.items())
-        nbytes = took_s = 0.0
-        for (rows, cols), count in counts.items():
-            if rows * cols * count >= _LEAST_PART * whole:
-                part = min(rows, max(1, _MOST_VALUES // cols))
-                size, product_s = _timed_product(kind, part, cols)
-                nbytes += size * count * rows / part
-                took_s += max(product_s - call_s, product_s / 10) * count * rows / part
-        found[kind] = nbytes / took_s
-    return found
-
-
-def _timed_product(kind: str, rows: int, cols: int) -> tuple[int, float]:
-    """(bytes of a matrix, seconds of a product with it)."""
-    product, nbytes = _floats(kind, rows, cols) if hasattr(torch, kind) else _blocks(kind, rows, cols)
-    numbers = itertools.count()
-    return nbytes, _seconds(lambda: product(next(numbers)))
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    """Of a call: the median over turns of many calls. A turn is about as long as a token, so that other work on the
-    machine slows it as it slows tokens."""
+def _turn_s(run: Callable[[], Any]) -> float:
+    """Of a call, over a turn of many: one that is about as long as a token, so that other work on the machine slows it
+    as it slows tokens."""
     run()
-    times_s, begin = list[float](), time.perf_counter()
-    while (before := time.perf_counter()) - begin < _TRIAL_S:
-        calls = 0
-        while (took_s := time.perf_counter() - before) < _TURN_S or not calls:
-            run()
-            calls += 1
-        times_s.append(took_s / calls)
-    return median(times_s)
+    begin, calls = time.perf_counter(), 0
+    while (took_s := time.perf_counter() - begin) < _TURN_S or not calls:
+        run()
+        calls += 1
+    return took_s / calls
 
 
-def _floats(kind: str, rows: int, cols: int) -> tuple[Callable[[int], Any], int]:
-    dtype: torch.dtype = getattr(torch, kind)
-    nbytes = rows * cols * dtype.itemsize
-    matrices = [torch.ones(rows, cols, dtype=dtype) for _ in range(_copies(nbytes))]
-    x_TK = torch.ones(1, cols, dtype=dtype)
+def _set_of(kind: str, nbytes: int) -> Tensor:
+    """uint8 [nbytes]: numbers of no meaning, neither tiny nor infinite in any type."""
+    if hasattr(torch, kind):
+        dtype: torch.dtype = getattr(torch, kind)
+        return torch.ones(nbytes // dtype.itemsize, dtype=dtype).view(torch.uint8)
+    return torch.full((nbytes,), byte_of(block_type(kind)), dtype=torch.uint8)
 
-    def product(number: int) -> Tensor:
+
+class _Product:
+    """A product of one token with matrices [rows, cols] of a kind, one after another of those that `numbers_B` holds:
+    floats, or blocks as modules in codes compute with them."""
+
+    def __init__(self, kind: str, rows: int, cols: int, numbers_B: Tensor) -> None:
+        self.rows = rows
+        self._dtype: torch.dtype = getattr(torch, kind, torch.float32)
+        self._blocks = None if hasattr(torch, kind) else block_type(kind)
+        row_bytes = cols * self._dtype.itemsize if self._blocks is None else self._blocks.row_bytes(cols)
+        self.nbytes, self._cols = rows * row_bytes, cols
+        if len(numbers_B) < self.nbytes:
+            numbers_B = _set_of(kind, self.nbytes)
+        self._matrices = itertools.cycle(
+            numbers_B[at : at + self.nbytes].view(rows, row_bytes)
+            for at in range(0, len(numbers_B) - self.nbytes + 1, -(-self.nbytes // 64) * 64)
+        )
+        self._x_TK = torch.ones(1, cols, dtype=self._dtype)
+
+    def run(self) -> Tensor:
+        matrix_NB, kernels = next(self._matrices), ggml()
         with torch.inference_mode():
-            return F.linear(x_TK, matrices[number % len(matrices)])
-
-    return product, nbytes
-
-
-def _copies(nbytes: int) -> int:
-    """So many matrices that no cache of a processor holds them."""
-    return max(2, min(_MOST_COPIES, SET_BYTES // nbytes))
+            if self._blocks is None:
+                return F.linear(self._x_TK, matrix_NB.view(self._dtype))
+            if kernels is not None and self._blocks in kernels.types:
+                return kernels.matmul(self._x_TK, matrix_NB, self._blocks, self.rows)
+            return F.linear(self._x_TK, dequantise(matrix_NB, self._blocks, self._cols))
 
 
-def _blocks(kind: str, rows: int, cols: int) -> tuple[Callable[[int], Any], int]:
-    """By the kernels that the cache would use, else by dequantising."""
-    blocks, kernels = block_type(kind), ggml()
-    row_bytes = blocks.row_bytes(cols)
-    # Bytes of 0x3C are no tiny scales in any type of block, with which processors compute slowly.
-    matrices = [torch.full((rows, row_bytes), 0x3C, dtype=torch.uint8) for _ in range(_copies(rows * row_bytes))]
-    x_TK = torch.ones(1, cols)
+class _TinyLayers:
+    """Layers without weights to speak of.
 
-    def product(number: int) -> Tensor:
-        matrix_NB = matrices[number % len(matrices)]
-        with torch.inference_mode():
-            if kernels is not None and blocks in kernels.types:
-                return kernels.matmul(x_TK, matrix_NB, blocks, rows)
-            return F.linear(x_TK, dequantise(matrix_NB, blocks, cols))
-
-    return product, rows * row_bytes
-
-
-def _layer_s(*, cached: bool, top_k: int) -> tuple[float, float]:
-    """Seconds of a layer without weights to speak of: beside its experts, and of these.
-
-    cached: they are behind an expert cache.
+    cached: their experts are behind an expert cache.
+    top_k: how many of them a token chooses.
     """
-    model = tiny_moe(layers=_LAYERS, experts=2 * top_k, top_k=top_k)
-    if cached:
-        with tempfile.TemporaryDirectory(prefix="remoe-plan-") as folder:
-            model.save_pretrained(folder)
-            model = load_with_expert_cache(folder, 1.0)
-    spent_s: list[float] = []
-    for module in experts_modules(model).values():
-        module.register_forward_pre_hook(lambda *_: spent_s.append(-time.perf_counter()))
-        module.register_forward_hook(lambda *_: spent_s.append(time.perf_counter()))
-    beside_s, experts_s = list[float](), list[float]()
-    with torch.inference_mode():
-        decoder = Decoder(model)
-        for token in range(_WARM_STEPS + _STEPS):
-            spent_s.clear()
-            begin = time.perf_counter()
-            decoder.feed([token])
-            experts_s.append(sum(spent_s))
-            beside_s.append(time.perf_counter() - begin - experts_s[-1])
-    return median(beside_s[_WARM_STEPS:]) / _LAYERS, median(experts_s[_WARM_STEPS:]) / _LAYERS
+
+    def __init__(self, *, cached: bool, top_k: int) -> None:
+        self._model = tiny_moe(layers=_LAYERS, experts=2 * top_k, top_k=top_k)
+        if cached:
+            with tempfile.TemporaryDirectory(prefix="remoe-plan-") as folder:
+                self._model.save_pretrained(folder)
+                self._model = load_with_expert_cache(folder, 1.0)
+        self._spent_s: list[float] = []
+        for module in experts_modules(self._model).values():
+            module.register_forward_pre_hook(lambda *_: self._spent_s.append(-time.perf_counter()))
+            module.register_forward_hook(lambda *_: self._spent_s.append(time.perf_counter()))
+
+    def seconds(self, steps: int = 4) -> tuple[float, float]:
+        """Of a layer beside its experts, and of these: medians over so many tokens."""
+        beside_s, experts_s = list[float](), list[float]()
+        with torch.inference_mode():
+            decoder = Decoder(self._model)
+            for token in range(_WARM_STEPS + steps):
+                self._spent_s.clear()
+                begin = time.perf_counter()
+                decoder.feed([token])
+                experts_s.append(sum(self._spent_s))
+                beside_s.append(time.perf_counter() - begin - experts_s[-1])
+        return median(beside_s[_WARM_STEPS:]) / _LAYERS, median(experts_s[_WARM_STEPS:]) / _LAYERS

@@ -17,14 +17,12 @@ from remoe_adapt.evaluation.planning.hit_rates import GAIN_SOURCE, GAINS, HitRat
 from remoe_adapt.evaluation.planning.machine import (
     SET_BYTES,
     Compute,
-    Storage,
+    ComputeTrials,
     Trial,
     given_compute,
-    given_storage,
-    measured_compute,
-    measured_storage,
 )
 from remoe_adapt.evaluation.planning.sources import Source, open_source
+from remoe_adapt.evaluation.planning.storage import Storage, given_storage, measured_storage
 from remoe_adapt.expert_cache import (
     CHUNK,
     KV_CACHE_PART,
@@ -46,6 +44,8 @@ PACKS = ((None, 8), (None, 4), (8, None), (8, 8), (4, None), (4, 8), (4, 4))
 _SMALLER = 0.95
 # KV cache of a short text, activations, and buffers of libraries: a process grew by 6 to 10 MB.
 _PROCESS_BYTES = 8 << 20
+# Of measurements, some 0.2 s each.
+_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -90,70 +90,110 @@ def plan_model(options: PlanOptions) -> dict[str, Any]:
     Of a format: `name`, `bits`, `dense_bits`, `dense_bytes`, `experts_bytes`, `stored_bytes`, `fits`, `why`, `share`,
     `budget_bytes`, `memory_bytes` (dense part, slots, an expert that is dequantised), `kv_bytes`. Of a row: `format`,
     `way` ("all in RAM", "strength 0", "resident 0.1" ...), `share`, `hit_rate`, `bytes_per_token` (read), `compute_ms`,
-    `read_ms`, `tpot_ms`, `memory_bytes`. Times are None where no rate of storage is known.
+    `read_ms` (what a token waits for), `tpot_ms`, `memory_bytes`. Times are None where no rate of storage is known.
 
     Raises as `open_source` and `known_rates`; ConfigError for options that cannot work.
     """
-    _check(options)
-    source = open_source(options.model, options.config, **(options.hub or {}))
-    parameters = parameters_of(source.checkpoint)
-    memory_bytes, memory_source = _memory(options)
-    counted = Footprints(source.checkpoint, has_files=source.has_files, on_codes=ggml() is not None)
-    footprints = _footprints(counted, options.storage)
-    fits = {
-        name: _fit(each, memory_bytes, _wanted_share(options), options.profile.expert_cache.scope)
-        for name, each in footprints.items()
-    }
-    hits = known_rates(options.trace, options.family, [fit.share for fit in fits.values() if fit.share])
-    storage = _storage(options, source, footprints)
-    compute = _compute(counted, footprints, fits, parameters, options.ram_mib)
-    rows = [
-        row
-        for name, each in footprints.items()
-        if fits[name].why is None
-        for row in _rows(name, each, fits[name], parameters, hits, storage, compute)
-    ]
-    best = _best(rows)
-    return {
-        "model": os.fspath(options.model),
-        "known_from": source.known_from,
-        "profile": options.profile.name,
-        "parameters": {
-            "total": parameters.total,
-            "active": parameters.active,
-            "experts": parameters.experts,
-            "embedding": parameters.embedding,
-            "layers": parameters.layers,
-            "moe_layers": len(parameters.chosen_L),
-            "num_experts": max(parameters.num_experts_L, default=0),
-            "top_k": max(parameters.chosen_L, default=0),
-        },
-        "memory": {
-            "bytes": memory_bytes,
-            "source": memory_source,
-            "reserve_bytes": options.profile.memory.reserve_bytes,
-            "kv_bytes": memory_bytes // KV_CACHE_PART,
-        },
-        "machine": {
-            "storage_bytes_per_s": storage.bytes_per_s,
-            "storage_source": storage.source,
-            "compute_source": compute.source,
-            "bytes_per_s": dict(compute.kinds),
-            "layer_ms": 1e3 * compute.layer_s,
-            "experts_ms": {name: 1e3 * took_s for name, took_s in compute.experts_s.items()},
-            "threads": compute.threads,
-        },
-        "hit_rates": {"source": hits.source, "prior": GAIN_SOURCE},
-        "formats": [_format(name, each, fits[name], source, memory_bytes) for name, each in footprints.items()],
-        "rows": rows,
-        "advice": None
-        if best is None
-        else {
-            **commands(source, options, footprints[best["format"]], best, fits[best["format"]].budget_bytes),
-            "row": best,
-        },
-        "unknown": unknowns(source, options, storage, compute, hits, parameters),
-    }
+    planner = Planner(options)
+    for _ in range(_ROUNDS):
+        planner.measure()
+    return planner.plan()
+
+
+class Planner:
+    """What is known of a model, and of this machine after some rounds of `measure`; made and planned as `plan_model`
+    says."""
+
+    def __init__(self, options: PlanOptions) -> None:
+        _check(options)
+        self._options = options
+        self._source = source = open_source(options.model, options.config, **(options.hub or {}))
+        self._parameters = parameters_of(source.checkpoint)
+        self._memory = _memory(options)
+        counted = Footprints(source.checkpoint, has_files=source.has_files, on_codes=ggml() is not None)
+        self._footprints = _footprints(counted, options.storage)
+        self._fits = {
+            name: _fit(each, self._memory[0], _wanted_share(options), options.profile.expert_cache.scope)
+            for name, each in self._footprints.items()
+        }
+        shares = [fit.share for fit in self._fits.values() if fit.share]
+        self._hits = known_rates(options.trace, options.family, shares)
+        self._storage = _storage(options, source, self._footprints)
+        self._trials: ComputeTrials | None = None
+        self._given: Compute | None = None
+        fitting = {name: each for name, each in self._footprints.items() if self._fits[name].why is None}
+        sizes, trials = _trials(counted, fitting, self._fits, self._parameters)
+        if options.ram_mib is not None:
+            kinds = {kind for each in fitting.values() for kind in each.read_bytes}
+            self._given = given_compute(options.ram_mib, kinds, sizes, max(self._parameters.chosen_L, default=1))
+        else:
+            matrices = {key: count for each in fitting.values() for key, count in each.dense_matrices.items()}
+            self._trials = ComputeTrials(matrices, {name: make() for name, make in trials.items()})
+
+    def measure(self) -> None:
+        """A round of what this machine computes; nothing where its rate is given."""
+        if self._trials is not None:
+            self._trials.round()
+
+    def _computed(self) -> Compute:
+        if self._given is not None:
+            return self._given
+        assert self._trials is not None
+        return self._trials.found()
+
+    def plan(self) -> dict[str, Any]:
+        """As `plan_model`, of all rounds so far, at least one."""
+        options, source, parameters, fits = self._options, self._source, self._parameters, self._fits
+        footprints, hits, storage, compute = self._footprints, self._hits, self._storage, self._computed()
+        memory_bytes, memory_source = self._memory
+        rows = [
+            row
+            for name, each in footprints.items()
+            if fits[name].why is None
+            for row in _rows(name, each, fits[name], parameters, hits, storage, compute)
+        ]
+        best = _best(rows)
+        return {
+            "model": os.fspath(options.model),
+            "known_from": source.known_from,
+            "profile": options.profile.name,
+            "parameters": {
+                "total": parameters.total,
+                "active": parameters.active,
+                "experts": parameters.experts,
+                "embedding": parameters.embedding,
+                "layers": parameters.layers,
+                "moe_layers": len(parameters.chosen_L),
+                "num_experts": max(parameters.num_experts_L, default=0),
+                "top_k": max(parameters.chosen_L, default=0),
+            },
+            "memory": {
+                "bytes": memory_bytes,
+                "source": memory_source,
+                "reserve_bytes": options.profile.memory.reserve_bytes,
+                "kv_bytes": memory_bytes // KV_CACHE_PART,
+            },
+            "machine": {
+                "storage_bytes_per_s": storage.bytes_per_s,
+                "storage_burst_bytes_per_s": storage.burst_bytes_per_s,
+                "storage_source": storage.source,
+                "compute_source": compute.source,
+                "bytes_per_s": dict(compute.kinds),
+                "layer_ms": 1e3 * compute.layer_s,
+                "experts_ms": {name: 1e3 * took_s for name, took_s in compute.experts_s.items()},
+                "threads": compute.threads,
+            },
+            "hit_rates": {"source": hits.source, "prior": GAIN_SOURCE},
+            "formats": [_format(name, each, fits[name], source, memory_bytes) for name, each in footprints.items()],
+            "rows": rows,
+            "advice": None
+            if best is None
+            else {
+                **commands(source, options, footprints[best["format"]], best, fits[best["format"]].budget_bytes),
+                "row": best,
+            },
+            "unknown": unknowns(source, options, storage, compute, hits, parameters),
+        }
 
 
 def _check(options: PlanOptions) -> None:
@@ -256,29 +296,19 @@ def _held(name: str, each: Footprint, *, whole: bool = False) -> str:
     return f"{experts}, whole" if whole else experts
 
 
-def _compute(
-    counted: Footprints,
-    footprints: Mapping[str, Footprint],
-    fits: Mapping[str, Fit],
-    parameters: Parameters,
-    ram_mib: float | None,
-) -> Compute:
-    """Of the formats that fit; of floats that fit whole also as transformers has them, without a cache."""
+def _trials(
+    counted: Footprints, fitting: Mapping[str, Footprint], fits: Mapping[str, Fit], parameters: Parameters
+) -> tuple[dict[str, int], dict[str, Callable[[], Trial]]]:
+    """How experts of formats are held, floats that fit whole also as transformers has them, without a cache: bytes of
+    those of a token in the first layer, and what makes their trial."""
     chosen = parameters.chosen_L
-    matrices: dict[tuple[str, int, int], int] = {}
     sizes, trials = dict[str, int](), dict[str, Callable[[], Trial]]()
-    for name, each in footprints.items():
-        if fits[name].why is not None:
-            continue
-        matrices |= each.dense_matrices
+    for name, each in fitting.items():
         for whole in (False, True) if fits[name].whole and not each.workspace_bytes else (False,):
             held = _held(name, each, whole=whole)
             sizes[held] = chosen[0] * each.expert_bytes[0]
             trials[held] = partial(counted.trial, each, chosen, SET_BYTES, whole=whole)
-    if ram_mib is not None:
-        kinds = {kind for each in footprints.values() for kind in each.read_bytes}
-        return given_compute(ram_mib, kinds, sizes, chosen[0])
-    return measured_compute(matrices, trials)
+    return sizes, trials
 
 
 def _rows(
@@ -299,9 +329,8 @@ def _rows(
     def row(way: str, share: float, hit_rate: float, gain: float = 0.0, strength: float = 0.0) -> dict[str, Any]:
         held = _held(name, each, whole=way == "all in RAM" and not each.workspace_bytes)
         missing = (1 - hit_rate) * read
-        compute_ms = 1e3 * (fixed_s + layers * compute.experts_s[held])
-        read_ms = None if storage.bytes_per_s is None else 1e3 * missing / storage.bytes_per_s
-        read_ms = 0.0 if not missing else read_ms
+        compute_s = fixed_s + layers * compute.experts_s[held]
+        token_s = storage.token_s(compute_s, missing)
         in_slots = each.total_bytes if share == 1.0 else fit.budget_bytes
         return {
             "format": name,
@@ -311,9 +340,9 @@ def _rows(
             "share": share,
             "hit_rate": hit_rate,
             "bytes_per_token": missing,
-            "compute_ms": compute_ms,
-            "read_ms": read_ms,
-            "tpot_ms": None if read_ms is None else compute_ms + read_ms,
+            "compute_ms": 1e3 * compute_s,
+            "read_ms": None if token_s is None else 1e3 * (token_s - compute_s),
+            "tpot_ms": None if token_s is None else 1e3 * token_s,
             "memory_bytes": fit.memory_bytes - fit.budget_bytes + in_slots,
         }
 
