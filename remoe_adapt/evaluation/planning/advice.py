@@ -101,8 +101,12 @@ def unknowns(
             "its other work."
         )
     found.append("The prompt, of whose tokens nearly all experts are read; and how attention grows with the text.")
-    if not source.has_files:
+    if not source.has_files and source.pack is None:
         found.append("What the files really hold: sizes are from the configuration.")
+    if source.pack is not None:
+        found.append(
+            "Where the model itself lies, which loading compares the pack with: commands name it as the pack does."
+        )
     if source.predicting_layers:
         found.append(
             f"{source.predicting_layers} layer(s) of the files predict further tokens: transformers does not load them."

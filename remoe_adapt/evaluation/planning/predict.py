@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,16 @@ class Planner:
 
     def __init__(self, options: PlanOptions) -> None:
         _check(options)
-        self._options = options
         self._source = source = open_source(options.model, options.config, **(options.hub or {}))
+        if source.pack is not None:
+            if options.storage is not None:
+                raise ConfigError(f"{options.model} is a pack itself: give its model with the storage, or it alone.")
+            options = replace(options, storage=source.pack)
+        self._options = options
         self._parameters = parameters_of(source.checkpoint)
         self._memory = _memory(options)
         counted = Footprints(source.checkpoint, has_files=source.has_files, on_codes=ggml() is not None)
-        self._footprints = _footprints(counted, options.storage)
+        self._footprints = _footprints(counted, options.storage, stored=source.pack is None)
         self._fits = {
             name: _fit(each, self._memory[0], _wanted_share(options), options.profile.expert_cache.scope)
             for name, each in self._footprints.items()
@@ -229,19 +233,19 @@ def _memory(options: PlanOptions) -> tuple[int, str]:
     return left, f"this machine's, less the {size_text(profile.memory.reserve_bytes)} that {profile.name} keeps free"
 
 
-def _footprints(counted: Footprints, storage: Path | None) -> dict[str, Footprint]:
-    """Formats by name, the stored one first; packs only where they take less memory than it."""
-    stored = counted.of()
-    found = {names_of(stored): stored}
+def _footprints(counted: Footprints, storage: Path | None, *, stored: bool) -> dict[str, Footprint]:
+    """Formats by name, the stored one first if that is wanted; packs only where they take less memory than it."""
     if storage is not None:
-        found[f"pack {storage.name}"] = counted.of_pack(storage)
-        return found
+        packed = {f"pack {storage.name}": counted.of_pack(storage)}
+        return {names_of(each): each for each in (counted.of(),)} | packed if stored else packed
+    whole = counted.of()
+    found = {names_of(whole): whole}
     for bits, dense_bits in PACKS:
         # Experts of floats stay so in a pack only where somebody wants no other.
-        if bits is None and not stored.workspace_bytes:
+        if bits is None and not whole.workspace_bytes:
             continue
         made = counted.of(bits, dense_bits)
-        experts, dense = made.total_bytes / stored.total_bytes, made.dense_bytes / stored.dense_bytes
+        experts, dense = made.total_bytes / whole.total_bytes, made.dense_bytes / whole.dense_bytes
         if experts <= 1.0 and dense <= 1.0 and min(experts, dense) < _SMALLER:
             found[names_of(made)] = made
     return found
