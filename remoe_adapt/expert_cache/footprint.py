@@ -166,7 +166,13 @@ class Footprints:
         return self._footprint(None, None, experts, dense, in_files)
 
     def trial(
-        self, found: Footprint, chosen_L: Sequence[int], memory_bytes: int, *, whole: bool = False
+        self,
+        found: Footprint,
+        chosen_L: Sequence[int],
+        memory_bytes: int,
+        *,
+        whole: bool = False,
+        missing: bool = False,
     ) -> ExpertTrial | WholeTrial:
         """Experts of this format to time.
 
@@ -174,11 +180,14 @@ class Footprints:
         chosen_L: by layer of experts, how many a token uses.
         memory_bytes: for different experts.
         whole: as transformers has them in memory; of floats alone.
+        missing: see `ExpertTrial`.
         """
         modules, plan, dtype = list(experts_modules(self._skeleton).values()), self._plan, self._checkpoint.dtype
         if whole:
             return WholeTrial(modules[0], plan, chosen_L[0], dtype, memory_bytes)
-        return ExpertTrial(modules, plan.num_experts, chosen_L, found.make_layout(), dtype, memory_bytes)
+        return ExpertTrial(
+            modules, plan.num_experts, chosen_L, found.make_layout(), dtype, memory_bytes, missing=missing
+        )  # fmt: skip
 
     def _footprint(
         self, bits: int | None, dense_bits: int | None, experts: _Experts, dense: _Dense, in_files: int

@@ -41,6 +41,7 @@ class ExpertTrial:
     layout: of the slots; one of its own.
     dtype: of hidden states.
     memory_bytes: of different slots; they are two at least.
+    missing: every expert is missing, and its slot is filled at once: what a cache does for one, without the reading.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class ExpertTrial:
         layout: Layout,
         dtype: torch.dtype,
         memory_bytes: int,
+        *,
+        missing: bool = False,
     ) -> None:
         if layout.places is None:
             layout.place(None)
@@ -65,6 +68,8 @@ class ExpertTrial:
             # Layers take turns until every slot has had one.
             if there >= source.slots:
                 break
+        if missing:
+            cache.resize(max(count * size for count, size in zip(top_k, source.expert_bytes, strict=True)))
         self._turns = itertools.cycle(turns)
         self._x_TD = _hidden(layout.plan, dtype)
 
@@ -126,9 +131,12 @@ class _Slots:
 
     def read(self, layer: int, expert: int) -> Slot:
         made, number = self._made.setdefault(self.expert_bytes[layer], []), next(self._reads)
-        if len(made) < self.slots:
-            with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
+            if len(made) < self.slots:
                 made.append(self._layout.packed(layer, _contents(self._layout, layer)))
+            elif self._layout.places is not None:
+                # A store takes one for each read.
+                self._layout.places.slot(layer)
         return made[number % len(made)]
 
     def give_back(self) -> None:

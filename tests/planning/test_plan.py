@@ -208,7 +208,7 @@ def test_a_pack_that_says_too_little_or_too_much_is_one_line(tmp_path: Path) -> 
     assert "--storage" in refusal({})  # of an older version
     assert "is not whole" in refusal([1])
     assert "1000000000 layers" in refusal(manifest["config"] | {"num_hidden_layers": 10**9})
-    assert "pack of another model" in refusal(manifest["config"] | {"num_experts": 3})
+    assert "pack of another model" in refusal(manifest["config"] | {"num_local_experts": 3})
 
 
 @pytest.mark.parametrize("wrong", [("--storage-mib", 0), ("--ram-mib", -1), ("--memory", "much"), ("--share", 2)])

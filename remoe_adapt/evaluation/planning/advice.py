@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,7 @@ def unknowns(
     compute: Compute,
     hits: HitRates,
     parameters: Parameters,
+    rows: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """Sentences on what was assumed, or left out."""
     found = []
@@ -89,7 +90,7 @@ def unknowns(
     found.append(
         "How it routes under the recency prior, and what that costs it in quality: both are from the shipped model."
     )
-    if storage.bytes_per_s is None:
+    if storage.bytes_per_s is None and any(row["share"] < 1.0 for row in rows):
         found.append(f"How fast experts are read ({storage.source}): give --storage-mib.")
     elif storage.source == "given":
         found.append("Whether reads of an expert's size reach the rate that was given.")

@@ -13,7 +13,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
+from statistics import fmean, median
 from typing import Any, Protocol
 
 import torch
@@ -23,13 +24,13 @@ from torch.nn import functional as F
 from remoe_adapt.evaluation import Decoder
 from remoe_adapt.expert_cache import byte_of, experts_modules, load_with_expert_cache
 from remoe_adapt.expert_cache.encodings import block_type, dequantise, ggml
-from remoe_adapt.libraries import tiny_moe
+from remoe_adapt.libraries import put_on, tiny_moe
 
 # No cache of a processor holds so many bytes of weights.
 SET_BYTES = 96 << 20
-# Of a trial.
+# Of the trial of a product.
 _TURN_S = 0.015
-_GIVEN_STEPS, _WARM_STEPS, _LAYERS = 48, 2, 4
+_STEPS, _GIVEN_STEPS, _WARM_STEPS, _LAYERS = 3, 48, 1, 4
 # The name of calls of next to no work, among the trials.
 _CALL = "call"
 # Rows and columns of a tiny model's matrices.
@@ -41,12 +42,12 @@ _LEAST_PART, _MOST_VALUES = 0.02, 1 << 24
 @dataclass(frozen=True, slots=True)
 class Compute:
     """kinds: bytes of the dense part per second that products with one token take, by kind ("bfloat16", "q4_1").
-    layer_s: of a layer beside its experts, whatever its size. experts_s: of the first layer's experts, all of them
-    there, by format. source: where the rates are from.
+    layer_s: of a layer beside its experts, whatever its size, by format of these. experts_s: of the first layer's
+    experts. source: where the rates are from.
     """
 
     kinds: Mapping[str, float]
-    layer_s: float
+    layer_s: Mapping[str, float]
     experts_s: Mapping[str, float]
     threads: int
     source: str
@@ -65,7 +66,9 @@ class Trial(Protocol):
 class ComputeTrials:
     """Times products with the dense part, each format's experts, and the layers of a tiny model, with torch's threads.
 
-    They take turns, round after round, so that other work on the machine slows all alike.
+    They take turns, round after round, so that other work on the machine slows all alike. Experts are computed in the
+    layers of the tiny model in the place of its own, between what a token computes between two layers' experts: in a
+    loop of their own they would find the processor's caches full of their code.
 
     matrices: of the dense part: how many of each kind, outputs and inputs.
     trials: what computes the experts of a layer, by format.
@@ -73,6 +76,8 @@ class ComputeTrials:
 
     def __init__(self, matrices: Mapping[tuple[str, int, int], int], trials: Mapping[str, Trial]) -> None:
         self._trials, self._layers = dict(trials), _TinyLayers(cached=False, top_k=1)
+        self._layer_s: dict[str, list[float]] = {name: [] for name in trials}
+        self._experts_s: dict[str, list[float]] = {name: [] for name in trials}
         self._products: dict[tuple[str, int, int], _Product] = {}
         # The layers of the tiny model have one of these in the place of each product.
         self._call = _Product("float32", _TINY, _TINY, _set_of("float32", _TINY * _TINY * 4))
@@ -85,14 +90,16 @@ class ComputeTrials:
                     rows = min(key[1], max(1, _MOST_VALUES // key[2]))
                     self._products[key] = _Product(kind, rows, key[2], numbers_B)
         self._times_s: dict[Any, list[float]] = {}
-        self._layer_s: list[float] = []
 
     def round(self) -> None:
         """Once more, each of them."""
-        self._layer_s.append(self._layers.seconds()[0])
-        turns: dict[Any, Trial] = {_CALL: self._call, **self._products, **self._trials}
-        for key, trial in turns.items():
-            self._times_s.setdefault(key, []).append(_turn_s(trial.run))
+        for name, trial in self._trials.items():
+            layer_s, experts_s = self._layers.seconds(_STEPS, trial)
+            self._layer_s[name].append(layer_s)
+            self._experts_s[name].append(experts_s)
+        turns: dict[Any, Trial] = {_CALL: self._call, **self._products}
+        for key, product in turns.items():
+            self._times_s.setdefault(key, []).append(_turn_s(product.run))
 
     def found(self) -> Compute:
         """The medians of all rounds."""
@@ -105,8 +112,10 @@ class ComputeTrials:
             beyond_s = max(times_s[key] - times_s[_CALL], times_s[key] / 10)
             took_s[kind] = took_s.get(kind, 0.0) + parts * beyond_s
         rates = {kind: nbytes[kind] / took_s[kind] for kind in sorted(nbytes)}
-        experts_s = {name: times_s[name] for name in self._trials}
-        return Compute(rates, median(self._layer_s), experts_s, torch.get_num_threads(), "measured on this machine")
+        layer_s, experts_s = (
+            {name: median(times) for name, times in each.items()} for each in (self._layer_s, self._experts_s)
+        )
+        return Compute(rates, layer_s, experts_s, torch.get_num_threads(), "measured on this machine")
 
 
 def given_compute(ram_mib_per_s: float, kinds: Iterable[str], expert_bytes: Mapping[str, float], top_k: int) -> Compute:
@@ -117,7 +126,9 @@ def given_compute(ram_mib_per_s: float, kinds: Iterable[str], expert_bytes: Mapp
     """
     rate, (layer_s, calls_s) = ram_mib_per_s * (1 << 20), _TinyLayers(cached=True, top_k=top_k).seconds(_GIVEN_STEPS)
     experts_s = {name: calls_s + size / rate for name, size in expert_bytes.items()}
-    return Compute(dict.fromkeys(kinds, rate), layer_s, experts_s, torch.get_num_threads(), "given")
+    return Compute(
+        dict.fromkeys(kinds, rate), dict.fromkeys(experts_s, layer_s), experts_s, torch.get_num_threads(), "given"
+    )
 
 
 def _turn_s(run: Callable[[], Any]) -> float:
@@ -181,12 +192,26 @@ class _TinyLayers:
                 self._model.save_pretrained(folder)
                 self._model = load_with_expert_cache(folder, 1.0)
         self._spent_s: list[float] = []
+        self._trial: Trial | None = None
         for module in experts_modules(self._model).values():
-            module.register_forward_pre_hook(lambda *_: self._spent_s.append(-time.perf_counter()))
-            module.register_forward_hook(lambda *_: self._spent_s.append(time.perf_counter()))
+            put_on(module, "forward", partial(self._experts, module.forward))
 
-    def seconds(self, steps: int = 4) -> tuple[float, float]:
-        """Of a layer beside its experts, and of these: medians over so many tokens."""
+    def _experts(self, own: Callable[..., Tensor], hidden_TD: Tensor, *args: Any) -> Tensor:
+        begin = time.perf_counter()
+        if self._trial is None:
+            found = own(hidden_TD, *args)
+        else:
+            self._trial.run()
+            found = hidden_TD
+        self._spent_s.append(time.perf_counter() - begin)
+        return found
+
+    def seconds(self, steps: int, trial: Trial | None = None) -> tuple[float, float]:
+        """Of a layer beside its experts, and of these: means over so many tokens.
+
+        trial: computed instead of its own experts.
+        """
+        self._trial = trial
         beside_s, experts_s = list[float](), list[float]()
         with torch.inference_mode():
             decoder = Decoder(self._model)
@@ -196,4 +221,4 @@ class _TinyLayers:
                 decoder.feed([token])
                 experts_s.append(sum(self._spent_s))
                 beside_s.append(time.perf_counter() - begin - experts_s[-1])
-        return median(beside_s[_WARM_STEPS:]) / _LAYERS, median(experts_s[_WARM_STEPS:]) / _LAYERS
+        return fmean(beside_s[_WARM_STEPS:]) / _LAYERS, fmean(experts_s[_WARM_STEPS:]) / _LAYERS

@@ -46,6 +46,8 @@ _SMALLER = 0.95
 _PROCESS_BYTES = 8 << 20
 # Of measurements, some 0.2 s each.
 _ROUNDS = 10
+# How experts are timed beside those that are in a cache: without one, and all of them read for each token.
+_WHOLE, _MISSING = "whole", "missing"
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,15 @@ class Planner:
         }
         shares = [fit.share for fit in self._fits.values() if fit.share]
         self._hits = known_rates(options.trace, options.family, shares)
-        self._storage = _storage(options, source, self._footprints)
+        fitting = {name: each for name, each in self._footprints.items() if self._fits[name].why is None}
+        # Formats of which nothing is read are planned without.
+        self._storages = {
+            name: _storage(options, source, name, each)
+            for name, each in fitting.items()
+            if self._fits[name].share < 1.0
+        }
         self._trials: ComputeTrials | None = None
         self._given: Compute | None = None
-        fitting = {name: each for name, each in self._footprints.items() if self._fits[name].why is None}
         sizes, trials = _trials(counted, fitting, self._fits, self._parameters)
         if options.ram_mib is not None:
             kinds = {kind for each in fitting.values() for kind in each.read_bytes}
@@ -148,13 +155,16 @@ class Planner:
     def plan(self) -> dict[str, Any]:
         """As `plan_model`, of all rounds so far, at least one."""
         options, source, parameters, fits = self._options, self._source, self._parameters, self._fits
-        footprints, hits, storage, compute = self._footprints, self._hits, self._storage, self._computed()
+        footprints, hits, storages, compute = self._footprints, self._hits, self._storages, self._computed()
         memory_bytes, memory_source = self._memory
+        given = None if options.storage_mib is None else given_storage(options.storage_mib)
+        # Of the first format that is read; others differ in the size of their reads.
+        storage = next(iter(storages.values()), given or Storage(None, "nothing of this plan is read"))
         rows = [
             row
             for name, each in footprints.items()
             if fits[name].why is None
-            for row in _rows(name, each, fits[name], parameters, hits, storage, compute)
+            for row in _rows(name, each, fits[name], parameters, hits, storages.get(name, storage), compute)
         ]
         best = _best(rows)
         return {
@@ -183,7 +193,7 @@ class Planner:
                 "storage_source": storage.source,
                 "compute_source": compute.source,
                 "bytes_per_s": dict(compute.kinds),
-                "layer_ms": 1e3 * compute.layer_s,
+                "layer_ms": {name: 1e3 * took_s for name, took_s in compute.layer_s.items()},
                 "experts_ms": {name: 1e3 * took_s for name, took_s in compute.experts_s.items()},
                 "threads": compute.threads,
             },
@@ -196,7 +206,7 @@ class Planner:
                 **commands(source, options, footprints[best["format"]], best, fits[best["format"]].budget_bytes),
                 "row": best,
             },
-            "unknown": unknowns(source, options, storage, compute, hits, parameters),
+            "unknown": unknowns(source, options, storage, compute, hits, parameters, rows),
         }
 
 
@@ -283,21 +293,21 @@ class _Sizes:
         return None
 
 
-def _storage(options: PlanOptions, source: Source, footprints: Mapping[str, Footprint]) -> Storage:
+def _storage(options: PlanOptions, source: Source, name: str, each: Footprint) -> Storage:
+    """Of reads as large as those of a format's experts, where they lie or would lie."""
     if options.storage_mib is not None:
         return given_storage(options.storage_mib)
-    pieces = [max(each.piece_bytes, default=0) for each in footprints.values()]
     place, file = source.folder, source.reads_from
-    if options.storage is not None:
+    if options.storage is not None and name.startswith("pack "):
         files = sorted(options.storage.glob("*.safetensors"), key=lambda path: path.stat().st_size)
         place, file = options.storage, files[-1] if files else None
-    return measured_storage(file if file is None or file.is_file() else None, place, max(pieces))
+    return measured_storage(file if file is None or file.is_file() else None, place, max(each.piece_bytes))
 
 
-def _held(name: str, each: Footprint, *, whole: bool = False) -> str:
+def _held(name: str, each: Footprint, how: str | None = None) -> str:
     """What the experts of a format are called: formats with other dense parts share them."""
     experts = name if name.startswith("pack ") else names_of(each).partition(",")[0]
-    return f"{experts}, whole" if whole else experts
+    return experts if how is None else f"{experts}, {how}"
 
 
 def _trials(
@@ -308,10 +318,14 @@ def _trials(
     chosen = parameters.chosen_L
     sizes, trials = dict[str, int](), dict[str, Callable[[], Trial]]()
     for name, each in fitting.items():
-        for whole in (False, True) if fits[name].whole and not each.workspace_bytes else (False,):
-            held = _held(name, each, whole=whole)
+        ways: dict[str, dict[str, bool]] = {_held(name, each): {}}
+        if fits[name].share < 1.0:
+            ways[_held(name, each, how=_MISSING)] = {"missing": True}
+        if fits[name].whole and not each.workspace_bytes:
+            ways[_held(name, each, how=_WHOLE)] = {"whole": True}
+        for held, way in ways.items():
             sizes[held] = chosen[0] * each.expert_bytes[0]
-            trials[held] = partial(counted.trial, each, chosen, SET_BYTES, whole=whole)
+            trials[held] = partial(counted.trial, each, chosen, SET_BYTES, **way)
     return sizes, trials
 
 
@@ -327,13 +341,17 @@ def _rows(
     sizes = [size * top_k for size, top_k in zip(each.expert_bytes, parameters.chosen_L, strict=True)]
     # Layers may differ in their experts, or in how many a token uses.
     layers = sum(sizes) / sizes[0]
-    fixed_s = compute.seconds(each.read_bytes) + parameters.layers * compute.layer_s
+    dense_s = compute.seconds(each.read_bytes)
+    hit_s, miss_s = (compute.experts_s.get(_held(name, each, how), 0.0) for how in (None, _MISSING))
+    # Of all experts of a token: what a cache does for those that it has read beside the reading.
+    misses_s = layers * max(0.0, miss_s - hit_s)
     read = sum(size * top_k for size, top_k in zip(each.piece_bytes, parameters.chosen_L, strict=True))
 
     def row(way: str, share: float, hit_rate: float, gain: float = 0.0, strength: float = 0.0) -> dict[str, Any]:
-        held = _held(name, each, whole=way == "all in RAM" and not each.workspace_bytes)
+        held = _held(name, each, _WHOLE if way == "all in RAM" and not each.workspace_bytes else None)
         missing = (1 - hit_rate) * read
-        compute_s = fixed_s + layers * compute.experts_s[held]
+        compute_s = dense_s + parameters.layers * compute.layer_s[held] + layers * compute.experts_s[held]
+        compute_s += (1 - hit_rate) * misses_s
         token_s = storage.token_s(compute_s, missing)
         in_slots = each.total_bytes if share == 1.0 else fit.budget_bytes
         return {

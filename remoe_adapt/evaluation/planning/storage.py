@@ -19,7 +19,7 @@ from remoe_adapt.errors import ExpertReadError, RemoeError
 from remoe_adapt.expert_cache import BLOCK, READ_THREADS, ExtentReader
 
 # Reads without a pause go on for so long. Before, some with pauses as long as a token takes.
-_READS_S, _LEAST_TURNS, _PAUSES, _PAUSE_S = 0.6, 4, 4, 0.1
+_READS_S, _LEAST_TURNS, _PAUSES, _PAUSE_S = 0.5, 4, 4, 0.1
 # Enough that a device's own cache does not hold it.
 _SCRATCH_BYTES = 64 << 20
 
