@@ -58,7 +58,7 @@ class ExpertTrial:
         if layout.places is None:
             layout.place(None)
         source = _Slots(layout, num_experts, memory_bytes)
-        cache = ExpertCache(source, source.total_bytes)
+        self.cache = cache = ExpertCache(source, source.total_bytes)
         turns, there = [], 0
         for layer, (module, count, chosen) in enumerate(zip(modules, num_experts, top_k, strict=True)):
             cache.lease(layer, range(count)).release()
