@@ -181,7 +181,8 @@ def _own(module: nn.Module, params: dict[str, nn.Parameter]) -> nn.Module:
     for child in children.values():
         for tensor in itertools.chain(child.parameters(), child.buffers()):
             tensor.data.copy_(_filled(tensor))
-    vars(copied).update(vars(module), _parameters=params, _modules=children, training=False)
+    fields = vars(copied)
+    fields.update(vars(module), _parameters=params, _modules=children, training=False)
     return copied
 
 

@@ -13,8 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -24,13 +23,13 @@ from torch.nn import functional as F
 from remoe_adapt.evaluation import Decoder
 from remoe_adapt.expert_cache import byte_of, experts_modules, load_with_expert_cache
 from remoe_adapt.expert_cache.encodings import block_type, dequantise, ggml
-from remoe_adapt.libraries import put_on, tiny_moe
+from remoe_adapt.libraries import tiny_moe
 
 # No cache of a processor holds so many bytes of weights.
 SET_BYTES = 96 << 20
 # Of the trial of a product.
 _TURN_S = 0.015
-_STEPS, _GIVEN_STEPS, _WARM_STEPS, _LAYERS = 3, 48, 1, 4
+_STEPS, _GIVEN_STEPS, _LAYERS = 3, 48, 4
 # The name of calls of next to no work, among the trials.
 _CALL = "call"
 # Rows and columns of a tiny model's matrices.
@@ -66,9 +65,9 @@ class Trial(Protocol):
 class ComputeTrials:
     """Times products with the dense part, each format's experts, and the layers of a tiny model, with torch's threads.
 
-    They take turns, round after round, so that other work on the machine slows all alike. Experts are computed in the
-    layers of the tiny model in the place of its own, between what a token computes between two layers' experts: in a
-    loop of their own they would find the processor's caches full of their code.
+    They take turns, round after round, so that other work on the machine slows all alike. Experts are computed between
+    the layers of the tiny model, as in a model: in a loop of their own they would find the processor's caches full of
+    their code.
 
     matrices: of the dense part: how many of each kind, outputs and inputs.
     trials: what computes the experts of a layer, by format.
@@ -191,34 +190,35 @@ class _TinyLayers:
             with tempfile.TemporaryDirectory(prefix="remoe-plan-") as folder:
                 self._model.save_pretrained(folder)
                 self._model = load_with_expert_cache(folder, 1.0)
-        self._spent_s: list[float] = []
         self._trial: Trial | None = None
+        # Of each call of experts: its begin, its end, and the end of the trial behind it.
+        self._calls_s: list[float] = []
         for module in experts_modules(self._model).values():
-            put_on(module, "forward", partial(self._experts, module.forward))
+            module.register_forward_pre_hook(lambda *_: self._calls_s.append(time.perf_counter()))
+            module.register_forward_hook(self._after)
 
-    def _experts(self, own: Callable[..., Tensor], hidden_TD: Tensor, *args: Any) -> Tensor:
-        begin = time.perf_counter()
-        if self._trial is None:
-            found = own(hidden_TD, *args)
-        else:
+    def _after(self, *_: Any) -> None:
+        self._calls_s.append(time.perf_counter())
+        if self._trial is not None:
             self._trial.run()
-            found = hidden_TD
-        self._spent_s.append(time.perf_counter() - begin)
-        return found
+        self._calls_s.append(time.perf_counter())
 
     def seconds(self, steps: int, trial: Trial | None = None) -> tuple[float, float]:
         """Of a layer beside its experts, and of these: means over so many tokens.
 
-        trial: computed instead of its own experts.
+        trial: computed behind its own experts, and counted instead of them.
         """
         self._trial = trial
-        beside_s, experts_s = list[float](), list[float]()
+        beside_s = experts_s = 0.0
         with torch.inference_mode():
             decoder = Decoder(self._model)
-            for token in range(_WARM_STEPS + steps):
-                self._spent_s.clear()
+            decoder.feed([0])
+            for token in range(1, 1 + steps):
+                self._calls_s.clear()
                 begin = time.perf_counter()
                 decoder.feed([token])
-                experts_s.append(sum(self._spent_s))
-                beside_s.append(time.perf_counter() - begin - experts_s[-1])
-        return fmean(beside_s[_WARM_STEPS:]) / _LAYERS, fmean(experts_s[_WARM_STEPS:]) / _LAYERS
+                beside_s += time.perf_counter() - begin
+                for start, own, end in zip(*[iter(self._calls_s)] * 3, strict=True):
+                    beside_s -= end - start
+                    experts_s += own - start if trial is None else end - own
+        return beside_s / steps / _LAYERS, experts_s / steps / _LAYERS
