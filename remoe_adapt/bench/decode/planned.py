@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ _REHEARSAL = 12
 # Steps whose mean is a turn, of which the median counts; rounds of measurement behind each document.
 _TURN_STEPS, _ROUNDS = 8, 4
 _MIB = 1 << 20
+_SETTINGS = ("tokens", "threads", "dtype", "read_mib_per_s")
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ class _Setup:
     pack: Path | None = None
 
 
-def run_planned(options: PlannedOptions) -> dict[str, Any]:
-    """`rows`, one for each set-up: `setup`, `expert_bytes`, `tpot_ms`, `planned_tpot_ms`, `tpot_off` (planned over
-    measured, less 1), the same of `memory_bytes` and `hit_rate`; `tokens`, `load_average` (over a minute), `storage`
-    and the settings.
+def run_planned(
+    options: PlannedOptions, *, on_row: Callable[[dict[str, Any]], object] = lambda row: None
+) -> list[dict[str, Any]]:
+    """A row for each set-up: `setup`, `expert_bytes`, `tpot_ms`, `planned_tpot_ms`, `tpot_off` (planned over measured,
+    less 1), the same of `memory_bytes`, `hit_rate` and `bytes_per_token`; `storage` (what all was read from),
+    `load_average` (over a minute) and the settings. on_row: called with each as it is found.
 
     Raises as `run_decode`.
     """
@@ -86,17 +89,11 @@ def run_planned(options: PlannedOptions) -> dict[str, Any]:
         with wide_model as (wide, _), ExitStack() as undo:
             run = _Run(options, wide, work, undo, expert_bytes)
             run.record(model, others)
-            rows += [run.row(setup, timed) for setup in run.setups(is_first=number == 0)]
-    settings = {name: getattr(options, name) for name in ("threads", "dtype", "read_mib_per_s")}
-    storage = run.storage["kind"]
-    return {
-        "rows": rows,
-        "tokens": options.tokens,
-        "load_average": os.getloadavg()[0],
-        "storage": storage,
-        "why": run.storage.get("why"),
-        **settings,
-    }
+            for setup in run.setups(is_first=number == 0):
+                found = run.row(setup, timed) | {name: getattr(options, name) for name in _SETTINGS}
+                rows.append(found | {"storage": run.storage["kind"], "load_average": os.getloadavg()[0]})
+                on_row(rows[-1])
+    return rows
 
 
 class _Run:
