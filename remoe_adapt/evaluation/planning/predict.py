@@ -46,8 +46,8 @@ _SMALLER = 0.95
 _PROCESS_BYTES = 8 << 20
 # Of measurements, some 0.2 s each.
 _ROUNDS = 10
-# How experts are timed beside those that are in a cache: without one, and all of them read for each token.
-_WHOLE, _MISSING = "whole", "missing"
+# How experts are timed beside those that are in a cache: without one.
+_WHOLE = "whole"
 
 
 @dataclass(frozen=True)
@@ -319,8 +319,6 @@ def _trials(
     sizes, trials = dict[str, int](), dict[str, Callable[[], Trial]]()
     for name, each in fitting.items():
         ways: dict[str, dict[str, bool]] = {_held(name, each): {}}
-        if fits[name].share < 1.0:
-            ways[_held(name, each, how=_MISSING)] = {"missing": True}
         if fits[name].whole and not each.workspace_bytes:
             ways[_held(name, each, how=_WHOLE)] = {"whole": True}
         for held, way in ways.items():
@@ -342,16 +340,12 @@ def _rows(
     # Layers may differ in their experts, or in how many a token uses.
     layers = sum(sizes) / sizes[0]
     dense_s = compute.seconds(each.read_bytes)
-    hit_s, miss_s = (compute.experts_s.get(_held(name, each, how), 0.0) for how in (None, _MISSING))
-    # Of all experts of a token: what a cache does for those that it has read beside the reading.
-    misses_s = layers * max(0.0, miss_s - hit_s)
     read = sum(size * top_k for size, top_k in zip(each.piece_bytes, parameters.chosen_L, strict=True))
 
     def row(way: str, share: float, hit_rate: float, gain: float = 0.0, strength: float = 0.0) -> dict[str, Any]:
         held = _held(name, each, _WHOLE if way == "all in RAM" and not each.workspace_bytes else None)
         missing = (1 - hit_rate) * read
         compute_s = dense_s + parameters.layers * compute.layer_s[held] + layers * compute.experts_s[held]
-        compute_s += (1 - hit_rate) * misses_s
         token_s = storage.token_s(compute_s, missing)
         in_slots = each.total_bytes if share == 1.0 else fit.budget_bytes
         return {
