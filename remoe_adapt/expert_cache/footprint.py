@@ -172,7 +172,6 @@ class Footprints:
         memory_bytes: int,
         *,
         whole: bool = False,
-        missing: bool = False,
     ) -> ExpertTrial | WholeTrial:
         """Experts of this format to time.
 
@@ -180,13 +179,12 @@ class Footprints:
         chosen_L: by layer of experts, how many a token uses.
         memory_bytes: for different experts.
         whole: as transformers has them in memory; of floats alone.
-        missing: see `ExpertTrial`.
         """
         modules, plan, dtype = list(experts_modules(self._skeleton).values()), self._plan, self._checkpoint.dtype
         if whole:
             return WholeTrial(modules[0], plan, chosen_L[0], dtype, memory_bytes)
         return ExpertTrial(
-            modules, plan.num_experts, chosen_L, found.make_layout(), dtype, memory_bytes, missing=missing
+            modules, plan.num_experts, chosen_L, found.make_layout(), dtype, memory_bytes
         )  # fmt: skip
 
     def _footprint(

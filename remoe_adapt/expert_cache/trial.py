@@ -41,7 +41,6 @@ class ExpertTrial:
     layout: of the slots; one of its own.
     dtype: of hidden states.
     memory_bytes: of different slots; they are two at least.
-    missing: every expert is missing, and its slot is filled at once: what a cache does for one, without the reading.
     """
 
     def __init__(
@@ -52,8 +51,6 @@ class ExpertTrial:
         layout: Layout,
         dtype: torch.dtype,
         memory_bytes: int,
-        *,
-        missing: bool = False,
     ) -> None:
         if layout.places is None:
             layout.place(None)
@@ -68,8 +65,6 @@ class ExpertTrial:
             # Layers take turns until every slot has had one.
             if there >= source.slots:
                 break
-        if missing:
-            cache.resize(max(count * size for count, size in zip(top_k, source.expert_bytes, strict=True)))
         self._turns = itertools.cycle(turns)
         self._x_TD = _hidden(layout.plan, dtype)
 
@@ -134,9 +129,6 @@ class _Slots:
         with torch.inference_mode(False), torch.no_grad():
             if len(made) < self.slots:
                 made.append(self._layout.packed(layer, _contents(self._layout, layer)))
-            elif self._layout.places is not None:
-                # A store takes one for each read.
-                self._layout.places.slot(layer)
         return made[number % len(made)]
 
     def give_back(self) -> None:
