@@ -31,7 +31,6 @@ DECODE_SETTINGS = (
     "tokens", "quality_tokens", "dtype", "direct_io", "prefetch", "pack", "read_mib_per_s",
     "raw_bandwidth_bytes_per_s", "limit_ms", "memory_limit_bytes", "tight_limit_bytes",
 )  # fmt: skip
-PLAN_SETTINGS = ("tokens", "threads", "dtype", "read_mib_per_s", "load_average")
 SCALE_FIGURES = (
     "layers", "experts", "expert_bytes", "threads", "direct_io", "arithmetic", "file_bytes", "header_bytes", "open_s",
     "load_s", "dense_bytes", "budget_bytes", "anon_growth_bytes", "maps", "max_map_count", "tpot_ms", "hit_rate",
@@ -137,10 +136,10 @@ def plan(settings: Settings = None) -> None:
     """`remoe plan` against measurement on the widened shipped model: plan_cpu.csv."""
     from remoe_adapt.bench.decode.planned import PlannedOptions, run_planned
 
+    name = "plan_cpu.csv"
     with terminated_as_interrupted():
-        result = run_planned(options(PlannedOptions, settings, data=texts()))
-    keep("plan_cpu.csv", ({**row, **picked(result, PLAN_SETTINGS)} for row in result["rows"]))
-    print(json.dumps(result))
+        rows = run_planned(options(PlannedOptions, settings, data=texts()), on_row=lambda row: keep(name, [row]))
+    print(json.dumps(rows))
 
 
 @app.command()

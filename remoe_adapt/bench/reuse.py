@@ -19,6 +19,7 @@ import torch
 from remoe_adapt.bench import harness
 from remoe_adapt.checkpoints import load_tokenizer
 from remoe_adapt.dial import get_remoe_model, release
+from remoe_adapt.errors import DataError
 from remoe_adapt.evaluation import Decoder, held_out, score
 from remoe_adapt.expert_cache import ExpertCache, expert_cache_of, load_with_expert_cache
 
@@ -74,12 +75,15 @@ def run_reuse(options: ReuseOptions) -> list[dict[str, Any]]:
 
 
 def _documents(model: Path | str, options: ReuseOptions) -> list[list[int]]:
-    found = held_out(Path(model), load_tokenizer(str(model)), 4 * options.tokens, options.data).documents
+    # The prompts of the shipped text are too short to be decoded, but count as tokens there.
+    found = held_out(Path(model), load_tokenizer(str(model)), 4 * options.tokens + 1024, options.data).documents
     long = [ids[: options.document_tokens] for ids in found if len(ids) > 2 * _PROMPT_TOKENS]
     random.Random(0).shuffle(long)
     chosen: list[list[int]] = []
     while long and sum(map(len, chosen)) < options.tokens:
         chosen.append(long.pop())
+    if not chosen:
+        raise DataError(f"no text has more than {2 * _PROMPT_TOKENS} tokens: give --data FILE with longer documents.")
     return chosen
 
 

@@ -29,7 +29,8 @@ from remoe_adapt.expert_cache.experts import arithmetic_of, cached_layer, expert
 from remoe_adapt.expert_cache.footprint import Footprint, Footprints, Parameters, parameters_of
 from remoe_adapt.expert_cache.load import OWN_PLACEMENT, load_with_expert_cache, pack_experts
 from remoe_adapt.expert_cache.memory import map_pages
-from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore
+from remoe_adapt.expert_cache.pack import MANIFEST, PackedStore, read_manifest
 from remoe_adapt.expert_cache.plan import experts_modules
 from remoe_adapt.expert_cache.prefetch import bind_prefetch
+from remoe_adapt.expert_cache.trial import byte_of
 from remoe_adapt.expert_cache.whole import load_whole_or_cached

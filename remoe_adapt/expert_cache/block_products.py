@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from remoe_adapt.expert_cache.activations import activation_of
 from remoe_adapt.expert_cache.encodings import BlockType, Ggml, PoolMatrix
 from remoe_adapt.expert_cache.pool import Parts, SlotPool
 from remoe_adapt.expert_cache.types import Slot
@@ -127,9 +126,18 @@ class LayerProducts:
     pool: of its slots, which must outlive this object.
     places: of the parts in a slot.
     module: whose experts they are, or one like it.
+    activation: between its products; None: not known to the kernels.
     """
 
-    def __init__(self, kernels: Ggml, coded: CodedLayer, pool: SlotPool, places: Parts, module: Any) -> None:
+    def __init__(
+        self,
+        kernels: Ggml,
+        coded: CodedLayer,
+        pool: SlotPool,
+        places: Parts,
+        module: Any,
+        activation: Activation | None,
+    ) -> None:
         self._kernels = kernels
         up, down = (
             _Projection(coded[name], f"{name}_bias" if module.has_bias else None, pool, places)
@@ -138,7 +146,7 @@ class LayerProducts:
         self._up, self._down = up, down
         # One call of the kernels computes gate rows, then up rows, with silu between, and no biases.
         self._whole: tuple[PoolMatrix, PoolMatrix] | None = None
-        if up.is_plain and down.is_plain and activation_of(module) == Activation():
+        if up.is_plain and down.is_plain and activation == Activation():
             self._whole = up.bands[0].pool, down.bands[0].pool
 
     def experts(self, module: Any, x_TD: Tensor, numbers_TC: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.errors import UncacheableError
+from remoe_adapt.expert_cache.activations import Activations
 from remoe_adapt.expert_cache.block_products import CodedBand, CodedLayer, CodedParam, LayerProducts, is_coded
 from remoe_adapt.expert_cache.encodings import Band, Ggml, dequantise
 from remoe_adapt.expert_cache.layouts import CodedLayout, needs_weights
@@ -101,6 +102,7 @@ class BlocksLayout(BandsLayout):
 
     def __init__(self, plan: Plan, kernels: Ggml | None, coded: Sequence[CodedLayer] | None = None) -> None:
         self._kernels, self.is_exact = kernels, kernels is None
+        self._activations = Activations()
         super().__init__(plan, coded)
 
     def _use(self, coded: Sequence[CodedLayer]) -> None:
@@ -145,7 +147,14 @@ class BlocksLayout(BandsLayout):
             assert self.places is not None and self._kernels is not None
             coded, places = self._coded[layer], self.places
             self._products[layer] = (
-                LayerProducts(self._kernels, coded, places.pools.of(layer), places.layers[layer], module)
+                LayerProducts(
+                    self._kernels,
+                    coded,
+                    places.pools.of(layer),
+                    places.layers[layer],
+                    module,
+                    self._activations.of(module),
+                )
                 if is_coded(coded, module)
                 else None
             )

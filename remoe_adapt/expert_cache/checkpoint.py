@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -93,6 +94,13 @@ class Checkpoint:
     def plain_config(self) -> PretrainedConfig:
         """A copy of the configuration of a model of floats."""
         return copy.deepcopy(self.config)
+
+    def entries(self) -> dict[str, Any]:
+        """The config.json of a model of floats, in the type that its weights have in memory."""
+        config = self.plain_config()
+        config.dtype = self.dtype
+        found: dict[str, Any] = json.loads(config.to_json_string())
+        return found
 
     def plan(self, skeleton: PreTrainedModel) -> Plan | None:
         """Where its experts lie; None: in the folder's files, as parameters of the model."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,9 +145,9 @@ class ExpertStore(FileStore):
         self.layout = ParamsLayout(plan, encoding) if layout is None else layout(plan)
         self.layout.probe()
         self._likes = likes = [self.layout.parts(layer) for layer in range(len(self.layers))]
-        # Each part may begin anywhere in a block of its file.
-        sizes = [sum(part.nbytes + BLOCK for part in parts.values()) for parts in likes]
-        self._pools = Pools(sizes, self.num_experts)
+        # Of slots without places, made for the first of them: most layouts have places.
+        self._pools: Pools | None = None
+        self._making = threading.Lock()
         super().__init__(self._paths, direct_io, reader)
         self.params = tuple(tuple(parts) for parts in likes)
         self.expert_bytes = tuple(sum(part.nbytes for part in parts.values()) for parts in likes)
@@ -184,7 +185,8 @@ class ExpertStore(FileStore):
 
     def give_back(self) -> None:
         super().give_back()
-        self._pools.give_back()
+        if self._pools is not None:
+            self._pools.give_back()
 
     def stored(self, layer: int, expert: int) -> dict[str, Tensor]:
         """One expert as the files have it: codes and scales by the endings of their names, floats as parameters."""
@@ -254,6 +256,11 @@ class ExpertStore(FileStore):
     def _anywhere(self, layer: int, parts: Parts, size: int) -> Slot:
         """These parts in a slot that no kernel looks for: of the pool, or beside it where more slots are kept than the
         pool has."""
+        with self._making:
+            if self._pools is None:
+                # Each part may begin anywhere in a block of its file.
+                sizes = [sum(part.nbytes + BLOCK for part in layer.values()) for layer in self._likes]
+                self._pools = Pools(sizes, self.num_experts)
         try:
             return self._pools.of(layer).slot(parts)
         except ConfigError:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from remoe_adapt._support import say_once
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.expert_cache.activations import activation_of
+from remoe_adapt.expert_cache.activations import Activations
 from remoe_adapt.expert_cache.block_products import CodedLayer
 from remoe_adapt.expert_cache.blocks_layout import BandsLayout, BlocksLayout, coded_layers
 from remoe_adapt.expert_cache.device_pool import DevicePool, DeviceSlot
@@ -90,6 +90,7 @@ class DeviceLayout(BandsLayout):
         self._kernels = kernels
         self._matrices: list[dict[str, _Matrix]] = []
         self._likes: list[dict[str, Tensor]] = []
+        self._known = Activations()
         self._activations: dict[int, Activation | None] = {}
         self._holds = "own"
 
@@ -217,7 +218,7 @@ class DeviceLayout(BandsLayout):
     def _activation(self, layer: int, module: Any) -> Activation | None:
         """What stands between a layer's products, if the kernels know it and read its matrices."""
         if layer not in self._activations:
-            found = activation_of(module)
+            found = self._known.of(module)
             if found is None:
                 say_once(
                     f"{type(module).__name__}: the kernels do not know what its experts compute between their products "

@@ -7,8 +7,9 @@ with the code that loads and packs models: its blocks, its parts of a piece, its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,20 @@ from transformers import PreTrainedModel
 
 from remoe_adapt._support import printable
 from remoe_adapt.errors import ConfigError, UncacheableError
-from remoe_adapt.expert_cache.block_products import CodedBand, CodedParam
+from remoe_adapt.expert_cache.block_products import CodedBand, CodedLayer, CodedParam
 from remoe_adapt.expert_cache.blocks_layout import coded_layers
 from remoe_adapt.expert_cache.budget import bytes_of_dense
-from remoe_adapt.expert_cache.checkpoint import LOADING, Checkpoint, GgufModel, QuantisedCheckpoint
+from remoe_adapt.expert_cache.checkpoint import (
+    LOADING,
+    Checkpoint,
+    CodedCheckpoint,
+    GgufModel,
+    QuantisedCheckpoint,
+    kernels_for,
+)
 from remoe_adapt.expert_cache.dense import Encoded
+from remoe_adapt.expert_cache.device_layout import Kernels, layout_for
+from remoe_adapt.expert_cache.encoding import FLOATS, Encoding
 from remoe_adapt.expert_cache.encodings import (
     KINDS,
     BlockType,
@@ -32,9 +42,11 @@ from remoe_adapt.expert_cache.encodings import (
     encode_dense,
 )
 from remoe_adapt.expert_cache.experts import check_experts
+from remoe_adapt.expert_cache.layouts import Layout, ParamsLayout
 from remoe_adapt.expert_cache.pack import DENSE, PackedLayer, read_manifest
 from remoe_adapt.expert_cache.pack_sources import DensePart, quantised_params, quantised_parts
 from remoe_adapt.expert_cache.plan import Plan, empty_plan, experts_modules
+from remoe_adapt.expert_cache.trial import ExpertTrial, WholeTrial
 from remoe_adapt.routers import survey_routers
 
 
@@ -68,8 +80,9 @@ class Footprint:
     expert_bytes: of a slot, by layer. piece_bytes: what is read for one expert, by layer.
     dense_bytes: in memory. workspace_bytes: of an expert that is dequantised on use.
     stored_bytes: of the checkpoint's files as they are, or of the pack with its dense part if that is in it.
-    read_bytes: of the dense part that a token multiplies with, by kind ("bfloat16", "q8_0" ...). expert_kinds: of the
-        experts' matrices, each with its part of their bytes. matrices: [outputs, inputs] of those of one expert.
+    read_bytes: of the dense part that a token multiplies with, by kind ("bfloat16", "q8_0" ...). dense_matrices: how
+        many there are of these, by kind and (outputs, inputs).
+    make_layout: of the slots that loading would choose here.
     """
 
     bits: int | None
@@ -82,8 +95,8 @@ class Footprint:
     workspace_bytes: int
     stored_bytes: int
     read_bytes: Mapping[str, int]
-    expert_kinds: Mapping[str, float]
-    matrices: tuple[tuple[int, int], ...]
+    dense_matrices: Mapping[tuple[str, int, int], int]
+    make_layout: Callable[[], Layout] = field(compare=False, repr=False)
 
     @property
     def total_bytes(self) -> int:
@@ -152,6 +165,28 @@ class Footprints:
         in_files = (folder / DENSE).stat().st_size if (folder / DENSE).is_file() else 0
         return self._footprint(None, None, experts, dense, in_files)
 
+    def trial(
+        self,
+        found: Footprint,
+        chosen_L: Sequence[int],
+        memory_bytes: int,
+        *,
+        whole: bool = False,
+    ) -> ExpertTrial | WholeTrial:
+        """Experts of this format to time.
+
+        found: by one of these methods.
+        chosen_L: by layer of experts, how many a token uses.
+        memory_bytes: for different experts.
+        whole: as transformers has them in memory; of floats alone.
+        """
+        modules, plan, dtype = list(experts_modules(self._skeleton).values()), self._plan, self._checkpoint.dtype
+        if whole:
+            return WholeTrial(modules[0], plan, chosen_L[0], dtype, memory_bytes)
+        return ExpertTrial(
+            modules, plan.num_experts, chosen_L, found.make_layout(), dtype, memory_bytes
+        )  # fmt: skip
+
     def _footprint(
         self, bits: int | None, dense_bits: int | None, experts: _Experts, dense: _Dense, in_files: int
     ) -> Footprint:
@@ -160,17 +195,16 @@ class Footprints:
         workspace = max(sum(like.nbytes for like in likes.values()) for likes in plan.likes) if experts.is_coded else 0
         return Footprint(
             bits, dense_bits, plan.layers, plan.num_experts, tuple(experts.slot_bytes), tuple(experts.piece_bytes),
-            dense.nbytes, workspace, pieces + in_files, dense.read_bytes, experts.kinds(),
-            _matrices(plan),
+            dense.nbytes, workspace, pieces + in_files, dense.read_bytes, dense.matrices, experts.make_layout,
         )  # fmt: skip
 
     def _stored(self) -> _Experts:
         checkpoint = self._checkpoint
         if isinstance(checkpoint, GgufModel) or (self._has_files and isinstance(checkpoint, QuantisedCheckpoint)):
-            return _coded(checkpoint.plan(self._skeleton), self._on_codes)
+            return _coded(checkpoint, checkpoint.plan(self._skeleton), self._on_codes)
         if isinstance(checkpoint, QuantisedCheckpoint):
             return _described(self._plan, checkpoint, self._on_codes)
-        return _floats(self._plan)
+        return _floats(self._plan, checkpoint.encoding)
 
     def _dense_part(self, dense_bits: int | None, entries: Mapping[str, dict[str, Any]] | None = None) -> _Dense:
         """entries: of a pack, instead of bits."""
@@ -186,7 +220,7 @@ class Footprints:
             encoded = self._checkpoint.encoded(skeleton) if entries is None else _encoded(entries)
             if self._on_codes:
                 encode_dense(skeleton, encoded)
-        return _Dense(bytes_of_dense(skeleton, modules), packed_bytes, _read_bytes(skeleton, modules))
+        return _Dense(bytes_of_dense(skeleton, modules), packed_bytes, *_products(skeleton, modules))
 
 
 def footprint(
@@ -202,11 +236,12 @@ def footprint(
 
 
 class _Dense(NamedTuple):
-    """Bytes of a dense part in memory, in a pack's file, and of what a token multiplies with by kind."""
+    """Bytes of a dense part in memory, in a pack's file, and of what a token multiplies with by kind; its matrices."""
 
     nbytes: int
     packed_bytes: int
     read_bytes: dict[str, int]
+    matrices: dict[tuple[str, int, int], int]
 
 
 def _encoded(entries: Mapping[str, dict[str, Any]]) -> dict[str, Encoded]:
@@ -216,42 +251,56 @@ def _encoded(entries: Mapping[str, dict[str, Any]]) -> dict[str, Encoded]:
     }
 
 
-def _matrices(plan: Plan) -> tuple[tuple[int, int], ...]:
-    shapes = [like.shape for like in plan.likes[0].values() if like.ndim == 2]
-    return tuple((cols, rows) if plan.transposed[0] else (rows, cols) for rows, cols in shapes)
-
-
 class _Experts:
-    """Bytes of an expert of each layer, in a slot and as it is read."""
+    """Bytes of an expert of each layer, in a slot and as it is read; and what makes the layout of slots.
 
-    def __init__(self, *, is_coded: bool) -> None:
+    coded: the layers' codes, as far as they are known to become blocks.
+    """
+
+    def __init__(self, plan: Plan, *, is_coded: bool) -> None:
         self.slot_bytes: list[int] = []
         self.piece_bytes: list[int] = []
         self.is_coded = is_coded
-        self._kinds: Counter[str] = Counter()
+        self.coded: list[CodedLayer] = []
+        self.make_layout: Callable[[], Layout] = lambda: _layout_of(plan, self.coded)
         self._parts: list[Mapping[str, Tensor]] = []
 
-    def add(self, parts: Mapping[str, Tensor], piece_bytes: int | None = None, kinds: Mapping[str, int] = {}) -> None:
-        """A layer: the parts of a slot on the meta device, what is read (None: the same), and bytes by kind (empty: all
-        of the parts' own type)."""
+    def add(self, parts: Mapping[str, Tensor], piece_bytes: int | None = None, coded: CodedLayer | None = None) -> None:
+        """A layer: the parts of a slot on the meta device, and what is read (None: the same)."""
         size = sum(part.nbytes for part in parts.values())
         self._parts.append(parts)
+        self.coded.append(coded or {})
         self.slot_bytes.append(size)
         self.piece_bytes.append(size if piece_bytes is None else piece_bytes)
-        self._kinds.update(kinds or {_name(next(iter(parts.values())).dtype): size})
 
     def pack(self) -> None:
         """From here on they lie in a pack, in pieces of whole blocks."""
         layers = [{name: (tuple(part.shape), part.dtype) for name, part in parts.items()} for parts in self._parts]
         self.piece_bytes = [PackedLayer.of("", 1, parts, {}).bytes for parts in layers]
 
-    def kinds(self) -> dict[str, float]:
-        whole = sum(self._kinds.values())
-        return {kind: count / whole for kind, count in self._kinds.items()}
+
+def _layout_of(plan: Plan, coded: Sequence[CodedLayer]) -> Layout:
+    """As a model on the CPU would have it, of codes that are known."""
+    try:
+        return layout_for(plan, _kernels(), coded)
+    except UncacheableError:  # the kernels here do not know these codes
+        return layout_for(plan, None, coded)
 
 
-def _floats(plan: Plan) -> _Experts:
-    found = _Experts(is_coded=False)
+def _layout_of_files(checkpoint: CodedCheckpoint, plan: Plan) -> Layout:
+    """The same, of codes in files."""
+    layout = checkpoint.layout(_kernels())(plan)
+    layout.probe()
+    return layout
+
+
+def _kernels() -> Kernels | None:
+    return kernels_for("auto", torch.device("cpu"))
+
+
+def _floats(plan: Plan, encoding: Encoding) -> _Experts:
+    found = _Experts(plan, is_coded=False)
+    found.make_layout = partial(ParamsLayout, plan, encoding)
     for likes in plan.likes:
         found.add(likes)
     return found
@@ -259,7 +308,7 @@ def _floats(plan: Plan) -> _Experts:
 
 def _quantised(plan: Plan, kind: BlockType) -> _Experts:
     """As `remoe pack --bits` has them."""
-    found = _Experts(is_coded=True)
+    found = _Experts(plan, is_coded=True)
     layers = zip(plan.layers, plan.num_experts, plan.likes, plan.transposed, strict=True)
     for name, count, likes, turned in layers:
         params = quantised_params(likes, kind, turned=turned)
@@ -268,7 +317,7 @@ def _quantised(plan: Plan, kind: BlockType) -> _Experts:
         found.add(
             {part: torch.empty(shape, dtype=dtype, device="meta") for part, (shape, dtype) in parts.items()},
             packed.bytes,
-            _kind_bytes(packed.coded()),
+            packed.coded(),
         )
     return found
 
@@ -279,26 +328,21 @@ def _packed(plan: Plan, layers: Sequence[PackedLayer], folder: Path) -> _Experts
     ours = [(name, count, sorted(likes)) for name, count, likes in modules]
     if [(layer.name, layer.experts, sorted(layer.params)) for layer in layers] != ours:
         raise ConfigError(f"{printable(folder)} is a pack of another model than {printable(plan.where)}: give its own.")
-    found = _Experts(is_coded=any(layer.encoded for layer in layers))
+    found = _Experts(plan, is_coded=any(layer.encoded for layer in layers))
+    if not found.is_coded:
+        found.make_layout = partial(ParamsLayout, plan, FLOATS)
     for layer in layers:
         places = layer.slot_parts().values()
         parts = {str(at): torch.empty(shape, dtype=dtype, device="meta") for at, (_, shape, dtype) in enumerate(places)}
-        found.add(parts, layer.bytes, _kind_bytes(layer.coded()))
+        found.add(parts, layer.bytes, layer.coded())
     return found
 
 
-def _kind_bytes(coded: Mapping[str, CodedParam]) -> dict[str, int]:
-    sizes: Counter[str] = Counter()
-    for param in coded.values():
-        for band in param.bands:
-            sizes[band.kind.name] += band.rows * band.kind.row_bytes(param.cols)
-    return dict(sizes)
-
-
-def _coded(plan: Plan | None, on_codes: bool) -> _Experts:
+def _coded(checkpoint: CodedCheckpoint, plan: Plan | None, on_codes: bool) -> _Experts:
     """The codes of files, whose headers are there."""
     assert plan is not None
-    found = _Experts(is_coded=True)
+    found = _Experts(plan, is_coded=True)
+    found.make_layout = partial(_layout_of_files, checkpoint, plan)
     for likes, groups, coded in zip(plan.likes, plan.groups, coded_layers(plan), strict=True):
         sources = [source for group in groups for source in group.sources]
         # A row of a tensor with one for each expert, or a tensor of its own.
@@ -310,13 +354,13 @@ def _coded(plan: Plan | None, on_codes: bool) -> _Experts:
                 parts |= coded[group.params[0]].parts()
             else:
                 parts |= group.on_meta() if group.is_coded else {name: likes[name] for name in group.params}
-        found.add(parts, read, _kind_bytes(coded))
+        found.add(parts, read, coded)
     return found
 
 
 def _described(plan: Plan, checkpoint: QuantisedCheckpoint, on_codes: bool) -> _Experts:
     """Codes as the configuration describes them."""
-    found = _Experts(is_coded=True)
+    found = _Experts(plan, is_coded=True)
     format = checkpoint.format
     for likes, turned in zip(plan.likes, plan.transposed, strict=True):
         stored: dict[str, Tensor] = {}
@@ -334,7 +378,7 @@ def _described(plan: Plan, checkpoint: QuantisedCheckpoint, on_codes: bool) -> _
             coded[name] = CodedParam((CodedBand(name, band.kind, rows, order),), cols)
             blocks |= coded[name].parts()
         read = sum(part.nbytes for part in stored.values())
-        found.add(blocks if on_codes else stored, read, _kind_bytes(coded))
+        found.add(blocks if on_codes else stored, read, coded)
     return found
 
 
@@ -355,18 +399,27 @@ def _depth(model: PreTrainedModel) -> int:
     return layers
 
 
-def _read_bytes(model: PreTrainedModel, experts: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Bytes of the dense part that one token multiplies with, by kind."""
+def _products(
+    model: PreTrainedModel, experts: Mapping[str, nn.Module]
+) -> tuple[dict[str, int], dict[tuple[str, int, int], int]]:
+    """What of the dense part one token multiplies with: bytes by kind; and matrices by kind, rows and columns."""
     table = _own_table(model)
     seen = {id(param) for module in experts.values() for param in module.parameters(recurse=False)}
     found: Counter[str] = Counter()
+    matrices: Counter[tuple[str, int, int]] = Counter()
     for module in model.modules():
-        kind = module.kind.name if isinstance(module, EncodedLinear | EncodedEmbedding) else None
+        encoded = module if isinstance(module, EncodedLinear | EncodedEmbedding) else None
         for name, param in module.named_parameters(recurse=False):
-            if id(param) not in seen and param is not table:
-                seen.add(id(param))
-                found[kind if kind is not None and name == "weight" else _name(param.dtype)] += param.nbytes
-    return dict(found)
+            if id(param) in seen or param is table:
+                continue
+            seen.add(id(param))
+            is_encoded = encoded is not None and name == "weight"
+            kind = encoded.kind.name if encoded is not None and is_encoded else _name(param.dtype)
+            found[kind] += param.nbytes
+            if param.ndim == 2:
+                rows, cols = encoded.shape if encoded is not None and is_encoded else param.shape
+                matrices[kind, rows, cols] += 1
+    return dict(found), dict(matrices)
 
 
 def _name(dtype: torch.dtype) -> str:

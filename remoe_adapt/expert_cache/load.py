@@ -326,7 +326,8 @@ def pack_experts(
                 model = checkpoint.load(skeleton, {}, experts_implementation=IMPLEMENTATION)
             dense = DensePart(model, store.plan, checkpoint.extents(), KINDS.get(dense_bits))
         return write_pack(
-            source, out, model_id=name, dense=dense, overwrite=overwrite, on_start=on_start, on_bytes=on_bytes
+            source, out, model_id=name, config=checkpoint.entries(), dense=dense, overwrite=overwrite,
+            on_start=on_start, on_bytes=on_bytes,
         )  # fmt: skip
     finally:
         store.close()

@@ -9,6 +9,7 @@ expert, straight to where it is computed with. `packing.py` writes packs.
 
     format, model, tool        2, what the pack is a copy of, and which version of what wrote it
     files                      of the experts
+    config                     entries of the model's config.json, as far as the pack is of one that was known
     layers: [{
         name, experts, bytes   the experts module, how many it has, and the bytes of each one's piece
         parts: {part: {shape, dtype, offset}}
@@ -352,7 +353,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         files = manifest["files"]
         whole = isinstance(manifest["model"], str) and isinstance(files, list)
         whole = whole and all(isinstance(name, str) and Path(name).name == name for name in files)
-        whole = whole and len(set(files)) == len(files)
+        whole = whole and len(set(files)) == len(files) and isinstance(manifest.get("config", {}), dict)
         manifest["model"] = printable(manifest["model"])
         manifest["layers"] = [PackedLayer.from_json(layer, number) for layer in manifest["layers"]]
         manifest["dense"] = {name: _dense(entry) for name, entry in manifest.get("dense", {}).items()}

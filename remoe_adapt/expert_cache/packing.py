@@ -129,6 +129,7 @@ def write_pack(
     out: str | os.PathLike[str],
     *,
     model_id: str,
+    config: Mapping[str, Any] | None = None,
     dense: DenseSource | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -140,6 +141,7 @@ def write_pack(
     source: the experts, and how they are encoded.
     out: the folder of the pack.
     model_id: says in the pack what it is a copy of.
+    config: of the model, for whoever plans with the pack alone.
     dense: the dense part, if that is to be in the pack too.
     overwrite: replace a pack that is there.
     shard_bytes: a file of experts has at most about so many bytes.
@@ -171,6 +173,8 @@ def write_pack(
         "files": [file.name for file in files if file.name != DENSE],
         "layers": [layer.as_json() for layer in layers],
     }
+    if config is not None:
+        manifest["config"] = dict(config)
     if dense is not None:
         manifest |= {"dense": dict(dense.entries()), "dense_fingerprint": dense.fingerprint()}
     total_bytes = sum(file.size for file in files)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from remoe_adapt._support import say_once
+from remoe_adapt._support import return_freed_memory, say_once
 from remoe_adapt.checkpoints import HUB_OPTIONS, load_base, names_gguf, on_device, read_config, usable_device
 from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.expert_cache.checkpoint import check_arithmetic
@@ -61,7 +61,10 @@ def load_whole_or_cached(
             if is_asked:
                 raise
             say_once(f"{error} It is loaded whole.")
-    return on_device(load_base(path, **typed, **from_pretrained_kwargs), device)
+    model = on_device(load_base(path, **typed, **from_pretrained_kwargs), device)
+    # The files' tensors that parameters were put together of: the allocator keeps up to a fourth of a small model.
+    return_freed_memory()
+    return model
 
 
 def _has_codes(path: str | os.PathLike[str], device: str | None, options: dict[str, Any]) -> bool:

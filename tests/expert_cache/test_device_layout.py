@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from remoe_adapt import load_with_expert_cache
-from remoe_adapt.expert_cache import load, pack_experts
-from remoe_adapt.expert_cache.activations import activation_of
+from remoe_adapt.expert_cache import activations, load, pack_experts
+from remoe_adapt.expert_cache.activations import Activations, activation_of
 from remoe_adapt.expert_cache.cache import ExpertCache
 from remoe_adapt.expert_cache.device_layout import DeviceLayout, SlotKernels
 from remoe_adapt.expert_cache.device_pool import ABSENT, DeviceSlot
@@ -211,6 +212,25 @@ ACTIVATIONS = {
 def test_activations_are_found(name: str) -> None:
     (module, *_) = experts_modules(tiny_model(name)).values()
     assert activation_of(module) == ACTIVATIONS[name]
+
+
+def test_layers_that_are_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[nn.Module] = []
+
+    def counted(module: nn.Module) -> Activation | None:
+        tried.append(module)
+        return activation_of(module)
+
+    monkeypatch.setattr(activations, "activation_of", counted)
+    known, modules = Activations(), list(experts_modules(tiny_model("gpt_oss")).values())
+    assert len(modules) > 1 and {known.of(module) for module in modules} == {ACTIVATIONS["gpt_oss"]}
+    assert len(tried) == 1
+    # Another limit, and another class, are another activation.
+    other: Any = modules[1]
+    other.limit = 3.0
+    assert known.of(other) == replace(ACTIVATIONS["gpt_oss"], limit=3.0)
+    (plain, *_) = experts_modules(tiny_model("qwen2_moe")).values()
+    assert known.of(plain) == Activation() and len(tried) == 3
 
 
 def test_activations_that_look_alike_are_not_taken_for_one_another() -> None:

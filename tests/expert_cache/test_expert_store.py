@@ -108,7 +108,16 @@ def test_memory_is_used_again_once_nothing_holds_it_and_given_back(folder: Path)
     assert not places.isdisjoint(value.data_ptr() // 4096 for value in store.read(0, 2).values())
     del second
     store.give_back()
+    assert store._pools is not None
     assert not store._blocks._free and not any(pool.free_bytes for pool in store._pools.pools.values())
+
+
+def test_a_store_whose_layout_has_places_makes_no_pools_of_its_own(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "qwen2_moe")
+    store = ExpertStore(folder, skeleton(folder))
+    store.layout.place(None)
+    assert store.read(0, 1) and store._pools is None
+    store.give_back()
 
 
 def test_many_threads_read_at_once(folders: dict[str, Path]) -> None:

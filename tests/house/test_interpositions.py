@@ -40,6 +40,8 @@ OURS = {
     ("bench/pool_decode.py", "dict"): "a model that the benchmark has loaded for itself",
     ("engines/llamacpp/prior/native.py", "setattr"): "counters of a control block that is our own",
     ("engines/llamacpp/wheel_server.py", "setattr"): "parameters that are made here for the server",
+    ("evaluation/planning/machine.py", "register_forward_pre_hook"): "a tiny model that is made to be timed",
+    ("evaluation/planning/machine.py", "register_forward_hook"): "the same",
     ("bench/decode/regimes.py", "setattr"): "the mapped experts of a model that the benchmark has loaded for itself",
 }
 LIBRARIES = ("transformers", "peft", "accelerate", "torch")

@@ -167,7 +167,7 @@ def test_what_is_no_model_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert "nested too deeply" in refused("plan", tmp_path, *GIVEN, status=2)
     assert "cannot be found" in refused("plan", "nobody/nothing", *GIVEN, status=2)
-    assert "--storage" in refused("plan", packed(tmp_path), *GIVEN, status=2)
+    assert "pack again" in refused("plan", packed(tmp_path), *GIVEN, status=2)
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     assert "GGUF" in refused("plan", tmp_path / "cut.gguf", *GIVEN)
 
@@ -177,6 +177,38 @@ def packed(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "experts.json").write_text("{}")
     return folder
+
+
+@pytest.mark.parametrize(("bits", "dense_bits"), [(4, None), (8, 8)])
+def test_a_pack_alone_is_planned_as_beside_its_model(bits: int, dense_bits: int | None, tmp_path: Path) -> None:
+    folder, pack = save_tiny(tmp_path / "model", "qwen3_moe"), tmp_path / "pack"
+    pack_experts(folder, pack, bits=bits, dense_bits=dense_bits)
+    beside = found("plan", folder, "--storage", pack, "--memory", "1GiB", *GIVEN)
+    shutil.rmtree(folder)
+    alone = found("plan", pack, "--memory", "1GiB", *GIVEN)
+    checked(alone)
+    assert alone["known_from"] == "the pack" and alone["parameters"] == beside["parameters"]
+    assert alone["formats"] == beside["formats"][1:]
+    rows = [row for row in beside["rows"] if row["format"] == "pack pack"]
+    assert [row["bytes_per_token"] for row in alone["rows"]] == [row["bytes_per_token"] for row in rows]
+    assert f"--storage {pack}" in alone["advice"]["commands"][0] and "remoe run model" in alone["advice"]["commands"][0]
+    assert "itself" in refused("plan", pack, "--storage", pack, *GIVEN, status=2)
+
+
+def test_a_pack_that_says_too_little_or_too_much_is_one_line(tmp_path: Path) -> None:
+    folder, pack = save_tiny(tmp_path / "model", "qwen3_moe"), tmp_path / "pack"
+    pack_experts(folder, pack)
+    manifest = json.loads((pack / "experts.json").read_text())
+    assert manifest["config"]["model_type"] == "qwen3_moe"
+
+    def refusal(config: Any) -> str:
+        (pack / "experts.json").write_text(json.dumps({**manifest, "config": config}))
+        return refused("plan", pack, *GIVEN, status=2)
+
+    assert "--storage" in refusal({})  # of an older version
+    assert "is not whole" in refusal([1])
+    assert "1000000000 layers" in refusal(manifest["config"] | {"num_hidden_layers": 10**9})
+    assert "pack of another model" in refusal(manifest["config"] | {"num_local_experts": 3})
 
 
 @pytest.mark.parametrize("wrong", [("--storage-mib", 0), ("--ram-mib", -1), ("--memory", "much"), ("--share", 2)])

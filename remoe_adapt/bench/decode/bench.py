@@ -466,15 +466,11 @@ def _storage(
     wide: Path, work: Path, undo: ExitStack, why: str | None, read_mib_per_s: float
 ) -> tuple[Path, dict[str, Any], harness.ReadCap | None]:
     """The folder that everyone reads from, what it is on, and the group of those whose reads are capped."""
-    if why is not None:
-        return wide, {"kind": "the disk of the work folder", "why": why}, None
-    size = sum(path.stat().st_size for path in wide.iterdir())
-    disk = undo.enter_context(harness.loop_disk(work, _DISK_COPIES * size + (128 << 20)))
+    size = _DISK_COPIES * sum(path.stat().st_size for path in wide.iterdir()) + (128 << 20)
+    disk, cap, facts = undo.enter_context(harness.slow_disk(work, size, read_mib_per_s, why))
+    if disk is None:
+        return wide, facts, None
     folder = disk.folder / wide.name
     shutil.copytree(wide, folder)
     disk.forget()
-    kind = {"kind": "loop device", "read_ahead_bytes": harness.READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
-    why_not = harness.why_no_cap()
-    if not read_mib_per_s or why_not:
-        return folder, kind | {"read_mib_per_s": None, "why": why_not or "left out of this run"}, None
-    return folder, kind | {"read_mib_per_s": read_mib_per_s}, undo.enter_context(harness.read_cap(disk.device))
+    return folder, facts, cap

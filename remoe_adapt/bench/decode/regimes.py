@@ -20,7 +20,14 @@ from remoe_adapt.bench.harness import PacedReads, evict
 from remoe_adapt.checkpoints import auto_class, load_base
 from remoe_adapt.dial import get_remoe_model
 from remoe_adapt.evaluation import Decoder
-from remoe_adapt.expert_cache import BLOCK, ExpertCache, expert_cache_of, experts_modules, load_with_expert_cache
+from remoe_adapt.expert_cache import (
+    BLOCK,
+    ExpertCache,
+    expert_cache_of,
+    experts_modules,
+    load_whole_or_cached,
+    load_with_expert_cache,
+)
 from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers import survey_routers
@@ -74,6 +81,13 @@ class Stock(Regime):
         fastest = min(times_ms, key=times_ms.__getitem__)
         model.set_experts_implementation(fastest)
         self.facts = {"experts_implementation": fastest, "experts_implementations_ms": times_ms}
+
+
+class Whole(Regime):
+    """Everything in RAM, as it is loaded where nobody asks for an expert cache."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        self.model, self.facts = load_whole_or_cached(folder, arithmetic="auto"), {}
 
 
 class Cached(Regime):

@@ -17,22 +17,26 @@ import transformers.models.auto.modeling_auto  # noqa: F401  (part of the proces
 from remoe_adapt._support import disk_reads
 from remoe_adapt.bench import harness
 from remoe_adapt.bench.decode.llamacpp import LlamaCpp
-from remoe_adapt.bench.decode.regimes import AccelerateDisk, Cached, Mapped, Regime, Stock, TransformersDisk
+from remoe_adapt.bench.decode.regimes import AccelerateDisk, Cached, Mapped, Regime, Stock, TransformersDisk, Whole
+from remoe_adapt.dial import profile_of
 from remoe_adapt.evaluation import score
+from remoe_adapt.evaluation.planning import Planner, PlanOptions
 
 REGIMES: dict[str, type[Regime]] = {
-    "stock": Stock, "cached": Cached, "mapped": Mapped, "accelerate": AccelerateDisk,
+    "stock": Stock, "whole": Whole, "cached": Cached, "mapped": Mapped, "accelerate": AccelerateDisk,
     "transformers": TransformersDisk, "llamacpp": LlamaCpp,
 }  # fmt: skip
 
 
 class Worker(harness.Worker):
-    """Answers requests: `load` once, then any number of `decode`; or any number of `read`, for the raw bandwidth."""
+    """Answers requests: `load` once, then any number of `decode`; or any number of `read`, for the raw bandwidth; or
+    `plan`, and then any number of `measure`."""
 
     def __init__(self) -> None:
         self._regime: Regime | None = None
         self._before_bytes = 0
         self._raw: harness.RawReads | None = None
+        self._planner: Planner | None = None
 
     def do_read(self, file: str, read_bytes: int, threads: int, bursts: Sequence[int]) -> dict[str, Any]:
         """Time these bursts of reads; the figures are of all requests so far."""
@@ -40,6 +44,20 @@ class Worker(harness.Worker):
             self._raw = harness.RawReads(Path(file), read_bytes, threads)
         self._raw.replay(bursts)
         return {"bytes_per_s": self._raw.bytes_per_s, "direct": self._raw.direct, "read_bytes": self._raw.read_bytes}
+
+    def do_plan(self, model: str, threads: int, storage: str | None, trace: str, **options: Any) -> dict[str, Any]:
+        """Begin a plan; `options` of `PlanOptions`. Its storage is measured now."""
+        torch.set_num_threads(threads)
+        pack = None if storage is None else Path(storage)
+        self._planner = Planner(PlanOptions(model, profile_of(None), storage=pack, trace=Path(trace), **options))
+        return {}
+
+    def do_measure(self, rounds: int) -> dict[str, Any]:
+        """The plan by so many more rounds of measurement."""
+        assert self._planner is not None
+        for _ in range(rounds):
+            self._planner.measure()
+        return self._planner.plan()
 
     def do_load(self, regime: str, folder: str, threads: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """Make this process a regime; what it says of itself."""

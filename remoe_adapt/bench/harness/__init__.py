@@ -8,6 +8,7 @@ from remoe_adapt.bench.harness.disk import (
     evict,
     loop_disk,
     read_cap,
+    slow_disk,
     why_no_cap,
     why_no_loop,
 )

@@ -1,7 +1,8 @@
 """Disks of known speed to read experts from: their read-ahead, their rate, and what they give to reads of experts.
 
 `loop_disk` is a file of this machine as a block device with its own ext4. `read_cap` slows such a device down for some
-processes, `PacedReads` every read of one process; `RawReads` times reads as a cache's misses ask for them.
+processes (`slow_disk`: both, as far as they can be had), `PacedReads` every read of one process; `RawReads` times reads
+as a cache's misses ask for them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from remoe_adapt.bench.harness.memory_group import Group
 from remoe_adapt.bench.harness.widen import check_space, each_file
@@ -138,6 +140,24 @@ def read_cap(device: str) -> Iterator[ReadCap]:
         yield cap
     finally:
         cap.remove()
+
+
+@contextmanager
+def slow_disk(
+    work: Path, size_bytes: int, read_mib_per_s: float, why_not: str | None = None
+) -> Iterator[tuple[LoopDisk | None, ReadCap | None, dict[str, Any]]]:
+    """A loop disk of this size and a group whose processes read from it no faster than `hold` will say, and what a
+    result tells of them; None for what cannot be had here, or shall not (read_mib_per_s 0; why_not: no disk either)."""
+    with ExitStack() as undo:
+        if why := why_not or why_no_loop():
+            yield None, None, {"kind": "the disk of the work folder", "why": why}
+            return
+        disk = undo.enter_context(loop_disk(work, size_bytes))
+        facts = {"kind": "loop device", "read_ahead_bytes": READ_AHEAD_BYTES, "bypasses_host_cache": disk.direct}
+        if why := "left out of this run" if not read_mib_per_s else why_no_cap():
+            yield disk, None, facts | {"read_mib_per_s": None, "why": why}
+            return
+        yield disk, undo.enter_context(read_cap(disk.device)), facts | {"read_mib_per_s": read_mib_per_s}
 
 
 class RawReads:

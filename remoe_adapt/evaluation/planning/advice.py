@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remoe_adapt.evaluation.planning.hit_rates import BASE_SOURCE, HitRates
-from remoe_adapt.evaluation.planning.machine import Compute, Storage
+from remoe_adapt.evaluation.planning.machine import Compute
 from remoe_adapt.evaluation.planning.sources import Source
+from remoe_adapt.evaluation.planning.storage import Storage
 from remoe_adapt.expert_cache import Footprint, Parameters
 from remoe_adapt.expert_cache.encodings import ggml
 
@@ -77,6 +78,7 @@ def unknowns(
     compute: Compute,
     hits: HitRates,
     parameters: Parameters,
+    rows: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """Sentences on what was assumed, or left out."""
     found = []
@@ -88,7 +90,7 @@ def unknowns(
     found.append(
         "How it routes under the recency prior, and what that costs it in quality: both are from the shipped model."
     )
-    if storage.bytes_per_s is None:
+    if storage.bytes_per_s is None and any(row["share"] < 1.0 for row in rows):
         found.append(f"How fast experts are read ({storage.source}): give --storage-mib.")
     elif storage.source == "given":
         found.append("Whether reads of an expert's size reach the rate that was given.")
@@ -100,8 +102,12 @@ def unknowns(
             "its other work."
         )
     found.append("The prompt, of whose tokens nearly all experts are read; and how attention grows with the text.")
-    if not source.has_files:
+    if not source.has_files and source.pack is None:
         found.append("What the files really hold: sizes are from the configuration.")
+    if source.pack is not None:
+        found.append(
+            "Where the model itself lies, which loading compares the pack with: commands name it as the pack does."
+        )
     if source.predicting_layers:
         found.append(
             f"{source.predicting_layers} layer(s) of the files predict further tokens: transformers does not load them."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from remoe_adapt._support import first_line, printable, read_json
 from remoe_adapt.checkpoints import HUB_OPTIONS, check_place, file_extents, is_gguf
 from remoe_adapt.errors import ConfigError, ExpertReadError
-from remoe_adapt.expert_cache import MANIFEST, Checkpoint, GgufModel, described_checkpoint
+from remoe_adapt.expert_cache import MANIFEST, Checkpoint, GgufModel, described_checkpoint, read_manifest
 
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Configurations of models have some 10 KB; those that list every layer, some 100.
@@ -35,6 +37,7 @@ class Source:
     reads_from: a file of it that is there, large enough to time reads; None: none.
     folder: where it lies, or would lie once downloaded.
     predicting_layers: layers of its files that predict further tokens, which no model of transformers has.
+    pack: what `remoe pack` made of it is all that is there; None: it is the model itself.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Source:
     reads_from: Path | None
     folder: Path
     predicting_layers: int
+    pack: Path | None = None
 
     @property
     def is_gguf(self) -> bool:
@@ -56,8 +60,8 @@ class Source:
 def open_source(model: str | os.PathLike[str], config: str | None = None, **hub: Any) -> Source:
     """What is there of a model; of a hub id its configuration and index are fetched, never weights.
 
-    model: a folder with a config.json, with or without safetensors files or their index; a GGUF, of a split one the
-        first part, whole or cut off behind its header; or a hub id.
+    model: a folder with a config.json, with or without safetensors files or their index; a pack, for which nothing is
+        asked of the hub; a GGUF, of a split one the first part, whole or cut off behind its header; or a hub id.
     config: of a GGUF: folder or hub id of the model that it was made from.
     hub: options of from_pretrained for the hub.
 
@@ -72,10 +76,7 @@ def open_source(model: str | os.PathLike[str], config: str | None = None, **hub:
     folder = Path(model)
     if folder.is_dir():
         if (folder / MANIFEST).is_file() and not (folder / _CONFIG).is_file():
-            raise ConfigError(
-                f"{printable(model)} is a pack, which does not say how its model computes: give the model's own folder "
-                f"or hub id, and the pack as its storage (--storage {printable(model)})."
-            )
+            return _of_pack(folder)
         return _of_folder(os.fspath(model), folder, folder)
     downloads = Path(str(hub.get("cache_dir") or constants.HF_HUB_CACHE))
     return _of_folder(os.fspath(model), _metadata(os.fspath(model), hub), downloads)
@@ -116,6 +117,25 @@ def _of_folder(name: str, folder: Path, place: Path) -> Source:
     return Source(
         name, replace(checkpoint, name=name), known_from, has_files, whole, stored_bytes,
         largest, place, predicting if isinstance(predicting, int) and predicting > 0 else 0,
+    )  # fmt: skip
+
+
+def _of_pack(folder: Path) -> Source:
+    manifest = read_manifest(folder)
+    if not manifest.get("config"):
+        raise ConfigError(
+            f"{printable(folder)} is a pack of an older version, which does not say how its model computes: give the "
+            f"model's own folder or hub id, and the pack as its storage (--storage {printable(folder)})."
+        )
+    _check_sizes(manifest["config"], folder / MANIFEST)
+    # As a folder would have it, so that it is read and refused as that of any model.
+    with tempfile.TemporaryDirectory(prefix="remoe-plan-") as described:
+        (Path(described) / _CONFIG).write_text(json.dumps(manifest["config"]), encoding="utf-8")
+        checkpoint = replace(described_checkpoint(described), name=manifest["model"], folder=folder)
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    return Source(
+        manifest["model"], checkpoint, "the pack", False, bool(files), sum(file.stat().st_size for file in files),
+        files[-1] if files else None, folder, 0, folder,
     )  # fmt: skip
 
 
