@@ -79,14 +79,13 @@ _AHEAD = {"expert_cache": 1.0}
 ARMS = (
     BASE,
     Arm("ema 0.3", gain=0.3),
-    *(Arm(f"resident {gain:g}", "resident", gain) for gain in (0.1, 0.2, 0.22)),
-    *(Arm(f"adapter {strength:g}", strength=strength) for strength in (0.22, 0.3, 0.7, 1.0)),
+    Arm("resident 0.2", "resident", 0.2),
+    *(Arm(f"adapter {strength:g}", strength=strength) for strength in (0.3, 1.0)),
     Arm("adapter 1, split file", strength=1.0, by="split"),
     Arm("adapter 0.3, ema 0.2", gain=0.2, strength=0.3),
-    Arm("adapter 0.3, resident 0.2", "resident", 0.2, 0.3),
     # One mode for all of them, so that one engine maps the file: pages that two of them map cannot be given back.
     Arm("base, read ahead", "resident", engine=_AHEAD),
-    *(Arm(f"resident {gain:g}, read ahead", "resident", gain, engine=_AHEAD) for gain in (0.1, 0.15, 0.2)),
+    *(Arm(f"resident {gain:g}, read ahead", "resident", gain, engine=_AHEAD) for gain in (0.15, 0.2)),
 )
 
 
@@ -263,7 +262,9 @@ class Run:
         return self._workers[_key(arm)].ask("decode", arm=asdict(arm), ids=list(ids), warm=warm)
 
     def _unlimited(self, arm: Arm, ids: Sequence[int]) -> dict[str, Any]:
-        return self._free.ask("decode", arm=asdict(replace(arm, engine={}, by="lora")), ids=list(ids), warm=0)
+        recency = arm.recency if arm.gain else BASE.recency
+        alike = replace(arm, engine={}, by="lora", recency=recency)
+        return self._free.ask("decode", arm=asdict(alike), ids=list(ids), warm=0)
 
 
 def needs_limit(arm: Arm) -> bool:
