@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import ctypes as C
 import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from remoe_adapt.engines.llamacpp.residency import is_told
+
 _PIECE_BYTES = 1 << 30
 
 
 def share_in_memory(paths: Sequence[Path]) -> float | None:
-    """The share of these files' pages in the page cache; None where it is not told.
-
-    Linux (5.2 and later) tells it to the owner of a file and to whoever may write it, and says "all" to others.
-    """
+    """The share of these files' pages in the page cache; None where it is not told."""
     if not hasattr(C.CDLL(None), "mincore"):
         return None
     pages = resident = 0
     for path in paths:
         try:
-            if path.stat().st_uid != os.geteuid() and not os.access(path, os.W_OK):
+            if not is_told(path):
                 return None
             with path.open("rb") as file:
                 found = [_resident(file.fileno(), begin, path) for begin in range(0, path.stat().st_size, _PIECE_BYTES)]

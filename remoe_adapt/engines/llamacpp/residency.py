@@ -40,7 +40,7 @@ def why_blind(pid: int, spans: Sequence[tuple[Path, Sequence[tuple[int, int]]]])
     Raises OSError when the process has ended.
     """
     for path, wanted in spans:
-        if not _is_told(path):
+        if not is_told(path):
             return (
                 f"{printable(path)} belongs to another user and may not be written, and Linux then says of every page "
                 "that it is in memory: serve a file of your own"
@@ -53,7 +53,8 @@ def why_blind(pid: int, spans: Sequence[tuple[Path, Sequence[tuple[int, int]]]])
     return None
 
 
-def _is_told(path: Path) -> bool:
+def is_told(path: Path) -> bool:
+    """Whether Linux (5.2 and later) tells this process which pages of a file are in memory, and does not say "all"."""
     try:
         return path.stat().st_uid == os.geteuid() or os.access(path, os.W_OK, effective_ids=True)
     except OSError:

@@ -88,12 +88,14 @@ int rp_mincore_layer(rp *p, int layer, int pages) {
 }
 
 uint64_t rp_expert_bytes(rp *p) {
-    uint64_t found = 0;
+    if (p->summed_at == p->graphs + 1) return p->expert_bytes;
+    p->expert_bytes = 0;
     for (int i = 0; i < RP_LAYERS; i++)
         for (int j = 0; p->layers[i].E && j < p->layers[i].n_ranges; j++)
             if (p->layers[i].ranges[j].file != NO_FILE)
-                found += (uint64_t)p->layers[i].ranges[j].stride * (uint64_t)p->layers[i].ranges[j].experts;
-    return found;
+                p->expert_bytes += (uint64_t)p->layers[i].ranges[j].stride * (uint64_t)p->layers[i].ranges[j].experts;
+    p->summed_at = p->graphs + 1;
+    return p->expert_bytes;
 }
 
 int rp_experts(rp *p, int layer) { return layer >= 0 && layer < RP_LAYERS ? p->layers[layer].E : 0; }

@@ -75,6 +75,7 @@ struct rp {
     void (*set)(tensor *, const void *, size_t, size_t);
     const char *(*op_name)(const tensor *);
     bool renorm;
+    uint64_t expert_bytes, summed_at; /* of all layers; the graph of which that is */
     mapped_file files[MAX_FILES];
     int n_files, spilled_layer; /* the layer that has spilled experts, or -1 */
 };
