@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -122,14 +123,15 @@ class _Slots:
         self.total_bytes = sum(n * size for n, size in zip(self.num_experts, self.expert_bytes, strict=True))
         self.slots = max(2, min(sum(self.num_experts), memory_bytes // max(self.expert_bytes)))
         self._made: dict[int, list[Slot]] = {}
-        self._reads = itertools.count()
+        self._reads, self._lock = itertools.count(), threading.Lock()
 
     def read(self, layer: int, expert: int) -> Slot:
-        made, number = self._made.setdefault(self.expert_bytes[layer], []), next(self._reads)
-        with torch.inference_mode(False), torch.no_grad():
+        # A cache reads in several threads, which would make more slots between them than were asked for.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            made, number = self._made.setdefault(self.expert_bytes[layer], []), next(self._reads)
             if len(made) < self.slots:
                 made.append(self._layout.packed(layer, _contents(self._layout, layer)))
-        return made[number % len(made)]
+            return made[number % len(made)]
 
     def give_back(self) -> None:
         return None
