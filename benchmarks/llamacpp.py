@@ -8,7 +8,7 @@ computes is the shipped model: the callback of the prior divides the weights of 
 engine does not.
 
 `ARMS` are the base, the recency prior in the engine, the trained adapter (as LoRAs, or by the first part of a split
-file) and both. Three parts:
+file) and both, and base and prior once more with experts read ahead at the stop where their ids are known. Three parts:
 
 * rounds: every arm decodes the same `warm` and `tokens` tokens of a window; the order turns round with each round.
 * the same with the cap lifted, for the arms without an adapter.
@@ -368,15 +368,12 @@ def bars(rows: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> list[dict[st
     found = [_best("trained adapter at strength 1: MiB per token / the base's", adapters, 0.75)]
     # Of few tokens a perplexity ratio says little, and the base's must be that of the file that is widened.
     is_known = by_name[BASE.name]["quality_tokens"] >= 4000 and by_name[BASE.name]["nll_gap"] <= MOST_NLL_GAP
-    for title, strength in (("resident", False), ("resident and adapter", True)):
-        resident = {
-            arm.name: by_name[arm.name]["quality_ratio"]
-            for arm in arms
-            if is_known and needs_limit(arm) and bool(arm.strength) == strength
-            if by_name[arm.name]["ppl_ratio"] <= 1.02
-        }
-        title = f"{title}, ppl ratio <= 1.02 over 4,000 tokens: MiB per token / the base's"
-        found.append(_best(title, resident, 0.25))
+    resident = {
+        arm.name: by_name[arm.name]["quality_ratio"]
+        for arm in arms
+        if is_known and needs_limit(arm) and by_name[arm.name]["ppl_ratio"] <= 1.02
+    }
+    found.append(_best("resident, ppl ratio <= 1.02 over 4,000 tokens: MiB per token / the base's", resident, 0.25))
     ahead = {
         arm.name: by_name[other.name]["uncapped_ms_per_token"] / by_name[arm.name]["uncapped_ms_per_token"]
         for arm in arms
