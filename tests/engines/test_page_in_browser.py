@@ -119,8 +119,9 @@ def test_a_served_gguf_has_the_same_page_and_its_values_move(tmp_path: Path) -> 
         assert await page.ask(text("gain")) == "0.60" and await page.ask(text("reason")) == "set by hand"
         await asyncio.to_thread(asked, server.port, prompts(1)[0])
         assert await page.until(text("tokens"), lambda found: found != "0") == "16"
-        # What llama.cpp does not count is no 0.
-        assert await page.ask(text("requests.answered")) == await page.ask(text("hit_rate")) == "–"
+        # What llama.cpp does not count is no 0; look-ups of experts are counted by our cache of the mapped file.
+        assert await page.ask(text("requests.answered")) == "–"
+        await page.until(text("hit_rate"), lambda found: found not in ("–", ""))
         assert "MiB" in await page.ask(text("memory.process_bytes"))
         await page.until(chart("strength pressure"), lambda found: "L" in found.replace("L120", ""))
         assert page.faults == []

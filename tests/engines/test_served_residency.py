@@ -179,6 +179,9 @@ def test_a_served_model_reads_its_experts_ahead_and_answers_the_same(model: Path
         assert asked(server.port, prompt).answer.tokens == expected
         found = server.status()["prior"]
         assert found["ahead_hits"] > 0 < found["ahead_misses"] and found["blind"] is None
+        shown = server.shown()
+        assert shown.acts[-1] == "expert cache" and shown.hit_rate is not None and 0 < shown.hit_rate < 1
+        assert shown.memory.cache_bytes == found["held_bytes"]
         half = sum(end - begin for _, spans in expert_spans(model) for begin, end in spans) // 2
         assert 0 < found["held_bytes"] <= half
 

@@ -62,6 +62,7 @@ class Shown:
         self._pid: int | None = None
         # Sums of the processes before, and what this one said last and when.
         self._before_tokens, self._before_bytes = 0, 0
+        self._sums: dict[str, tuple[int, int]] = {}
         self._now, self._asked_s = ServerCounters(), -1.0
 
     def status(self) -> ServerStatus:
@@ -71,6 +72,10 @@ class Shown:
             found = self._counters(pid)
             tokens = self._before_tokens + (found.tokens or 0)
             read_bytes = None if found.read_bytes is None else self._before_bytes + found.read_bytes
+        detail = self._told()
+        cache = detail.get("prior", {})
+        has_cache = cache.get("ahead") == "on"
+        hits, misses = (self._sum(cache, name) if has_cache else None for name in ("ahead_hits", "ahead_misses"))
         engine, decision, prior = watch.engine.status(), watch.decision, watch.prior
         strength = engine["strength"]
         gain = None
@@ -82,7 +87,7 @@ class Shown:
             model=self._model,
             # A server whose prior is off serves all the same; the reason says what is wrong.
             state="down" if pid is None else "ready" if found.ready else "starting",
-            acts=self._acts,
+            acts=(*self._acts, "expert cache") if has_cache else self._acts,
             uptime_s=time.monotonic() - self._began_s,
             strength=strength,
             target=watch.engine.target,
@@ -96,11 +101,20 @@ class Shown:
             read_bytes=read_bytes,
             tokens=tokens,
             requests=RequestCounts(found.running, found.waiting, None, None, None, None),
-            memory=memory_of([] if pid is None else [pid]),
+            memory=memory_of([] if pid is None else [pid], cache["held_bytes"] if has_cache else None),
             last=None,
-            detail=self._told(),
-            **self._rates.now(Counters(tokens, None, None, read_bytes)),
+            detail=detail,
+            **self._rates.now(Counters(tokens, hits, misses, read_bytes)),
         )
+
+    def _sum(self, found: dict[str, Any], name: str) -> int:
+        """A counter that each process begins at 0, over all of them."""
+        with self._lock:
+            before, last = self._sums.get(name, (0, 0))
+            if found[name] < last:
+                before += last
+            self._sums[name] = before, found[name]
+        return before + int(found[name])
 
     def _told(self) -> dict[str, Any]:
         try:
