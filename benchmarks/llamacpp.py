@@ -371,7 +371,7 @@ def bars(rows: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> list[dict[st
     resident = {
         arm.name: by_name[arm.name]["quality_ratio"]
         for arm in arms
-        if is_known and needs_limit(arm) and by_name[arm.name]["ppl_ratio"] <= 1.02
+        if is_known and needs_limit(arm) and not arm.strength and by_name[arm.name]["ppl_ratio"] <= 1.02
     }
     found.append(_best("resident, ppl ratio <= 1.02 over 4,000 tokens: MiB per token / the base's", resident, 0.25))
     ahead = {
