@@ -62,8 +62,10 @@ def eval_table(result: Mapping[str, Any]) -> Table:
 def read_table(result: Mapping[str, Any]) -> Table:
     """What decoding a memory-mapped file took, of the rows of `evaluate_gguf`; empty where the system does not tell."""
     read_mib = result["base"]["mib_per_token"]
+    cache = result["expert_cache"]
+    how = "memory-mapped" if cache is None else f"memory-mapped, read ahead into an expert cache of {cache}"
     found = table(
-        f"read from storage, token by token ({size_text(result['file_bytes'])}, memory-mapped)",
+        f"read from storage, token by token ({size_text(result['file_bytes'])}, {how})",
         "strength", "MiB/token", "to base", "major faults/token", "swapped experts", "file in memory",
     )  # fmt: skip
     for label, row in arm_rows(result):

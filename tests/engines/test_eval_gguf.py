@@ -249,5 +249,6 @@ def test_an_expert_cache_changes_what_is_read_and_no_figure_of_quality(home: Pat
     options = GgufMeasuring(priors=[Recency.of("ema", 0.3)], threads=1)
     plain = evaluate_gguf(home / "m.gguf", documents, options)
     cached = evaluate_gguf(home / "m.gguf", documents, replace(options, expert_cache=0.5))
+    assert plain["expert_cache"] is None and cached["expert_cache"] == 0.5
     for one, other in zip([plain["base"], *plain["priors"]], [cached["base"], *cached["priors"]], strict=True):
         assert [one[key] for key in ("ce", "kl", "eor")] == [other[key] for key in ("ce", "kl", "eor")]

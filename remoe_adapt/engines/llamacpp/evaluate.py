@@ -195,6 +195,7 @@ def evaluate_gguf(
         "renormalised": options.renormalise,
         "file_bytes": sum(part.stat().st_size for part in measured.files),
         "warm_tokens": options.warm_tokens,
+        "expert_cache": options.expert_cache,
         "notes": _notes(found),
     }
 
