@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from llamacpp import Options as ModelOptions
-from llamacpp import prepare, text_ids
+from llamacpp import prepare, windows_of
 from numpy.typing import NDArray
 
 from remoe_adapt.bench.harness import process as protocol
@@ -111,7 +111,8 @@ class Swapper(threading.Thread):
 
 
 def run(options: Options, pauses_s: tuple[float, ...] = (0.0, 0.1, 0.5, 2.0)) -> list[dict[str, Any]]:
-    source, _ = prepare(ModelOptions(work=options.work))
+    source, _, _ = prepare(ModelOptions(work=options.work))
+    (ids, *_) = windows_of(ModelOptions(window=options.texts, quality_tokens=options.texts))
     family, folder = Family.load(FAMILY), source.parent / "split"
     first = folder / "m-00001-of-00002.gguf"
     if not first.exists():
@@ -120,7 +121,7 @@ def run(options: Options, pauses_s: tuple[float, ...] = (0.0, 0.1, 0.5, 2.0)) ->
     worker = WorkerProcess("llama.cpp", command=[sys.executable, __file__])
     rows = []
     try:
-        worker.ask("load", model=str(first), ids=text_ids(options.texts))
+        worker.ask("load", model=str(first), ids=ids)
         for strength in STRENGTHS:
             routers.write(strength)
             worker.ask("learn")

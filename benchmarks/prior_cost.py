@@ -158,18 +158,19 @@ def model_file(options: Options) -> Path:
 
 def _asked(path: Path, common: dict[str, Any]) -> LlamaModel:
     """An engine whose callback is asked about every node, stops where the prior does, and does nothing."""
-    make = in_process.engine_prior
+    module: Any = in_process
+    make = module.engine_prior
 
     def idle(*arguments: Any, **options: Any) -> Any:
         prior = make(*arguments, **options)
         prior.callback = symbol(functions(), "rp_cb_idle")
         return prior
 
-    in_process.engine_prior = idle
+    module.engine_prior = idle
     try:
         return LlamaModel(path, recency="ema", gain=0.0, **common)
     finally:
-        in_process.engine_prior = make
+        module.engine_prior = make
 
 
 class _InitParams(C.Structure):
@@ -230,5 +231,6 @@ class _Tensors:
 
 
 def _values(tensor: int, kind: type[np.generic]) -> np.ndarray[Any, Any]:
-    memory = (C.c_uint8 * (4 * EXPERTS)).from_address(Head.from_address(tensor).data)
-    return np.frombuffer(memory, kind)
+    memory: Any = (C.c_uint8 * (4 * EXPERTS)).from_address(Head.from_address(tensor).data)
+    found: np.ndarray[Any, Any] = np.frombuffer(memory, kind)
+    return found
