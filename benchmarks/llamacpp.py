@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from remoe_adapt._support import disk_reads
 from remoe_adapt.bench.harness import process as protocol
 from remoe_adapt.bench.harness.disk import loop_disk, read_cap, why_no_cap, why_no_loop
 from remoe_adapt.bench.harness.memory_group import memory_group, why_no_groups
@@ -148,9 +149,10 @@ class Worker:
 
 def counters() -> dict[str, int]:
     """Bytes read from the disk and major faults of this process, so far."""
-    io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    faults = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[9])
-    return {"bytes": int(io["read_bytes"]), "faults": faults}
+    read_bytes, faults = disk_reads()
+    # There is no memory group either where nobody tells them.
+    assert read_bytes is not None and faults is not None
+    return {"bytes": read_bytes, "faults": faults}
 
 
 def prepare(options: Options) -> tuple[Path, Path, list[tuple[float, str]]]:

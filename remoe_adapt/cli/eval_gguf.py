@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from rich.console import RenderableType
 from remoe_adapt.cli import report, rules
 from remoe_adapt.cli.options import CommandResult, budget, numbers, words
 from remoe_adapt.cli.rows import arm_rows
-from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.recency_settings import DEFAULT_MODE, MODES, Recency
 
-_GAINS = "0.1,0.2,0.3"
+GAINS = "0.1,0.2,0.3"
 # Of the command, what concerns models in this process alone, and what GGUF files alone.
 _OF_TRANSFORMERS = (
     "tasks", "task_folder", "limit", "certified", "against", "storage", "arithmetic", "device", "dtype",
@@ -22,9 +22,9 @@ _OF_TRANSFORMERS = (
 _OF_GGUF = ("config", "warm_tokens", "threads")
 
 
-def check_kind(values: Mapping[str, Any], defaults: Mapping[str, Any], gguf: bool) -> None:
+def check_kind(values: Mapping[str, Any], command: Callable[..., object], gguf: bool) -> None:
     """Raises ConfigError for an option of `remoe eval` that does nothing for this kind of model."""
-    rules.check_kind(values, defaults, _OF_TRANSFORMERS, _OF_GGUF, gguf=gguf, does="runs")
+    rules.check_kind(values, command, _OF_TRANSFORMERS, _OF_GGUF, gguf=gguf, does="runs")
 
 
 def priors_of(recency: str | None, gains: str | None, decay: float | None) -> list[Recency]:
@@ -35,7 +35,7 @@ def priors_of(recency: str | None, gains: str | None, decay: float | None) -> li
     without = [mode for mode in modes if mode in MODES and not MODES[mode].takes_decay]
     if decay is not None and without:
         raise ConfigError(f"--recency-decay does nothing in the mode {', '.join(without)}: leave one of them out.")
-    return [Recency.of(mode, gain, decay) for mode in modes for gain in numbers(_GAINS if gains is None else gains)]
+    return [Recency.of(mode, gain, decay) for mode in modes for gain in numbers(GAINS if gains is None else gains)]
 
 
 def eval_gguf(
@@ -100,10 +100,5 @@ def eval_gguf(
     if per_layer:
         shown.append(report.layer_table(arm_rows(result)))
     if plot is not None:
-        try:
-            plot_frontier(result, plot)
-            shown.append(f"plot written to {plot}")
-        except RemoeError as error:  # what was measured is shown all the same
-            result.update(ok=False, error=str(error))
-            shown.append(f"error: {error}")
+        report.afterwards(result, shown, lambda: plot_frontier(result, plot), f"plot written to {plot}")
     return result, shown

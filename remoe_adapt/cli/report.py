@@ -24,6 +24,7 @@ from rich.text import Text
 
 from remoe_adapt._support import flatten, printable, size_text
 from remoe_adapt.cli.rows import arm_rows
+from remoe_adapt.errors import RemoeError
 
 Row = Mapping[str, Any]
 
@@ -57,6 +58,16 @@ def eval_table(result: Mapping[str, Any]) -> Table:
         )  # fmt: skip
     found.caption = f"{KL_MEANING.format(compared=compared)} {HIT_RATE_MEANING}"
     return found
+
+
+def afterwards(result: dict[str, Any], shown: list[Any], action: Callable[[], object], done: str) -> None:
+    """Do what comes after the work, and say that it is done; what was found is shown all the same when it fails."""
+    try:
+        action()
+        shown.append(done)
+    except RemoeError as error:
+        result.update(ok=False, error=str(error))
+        shown.append(f"error: {error}")
 
 
 def read_table(result: Mapping[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -52,7 +53,7 @@ _SPELLED = {"context_tokens": "context", "llama_options": "llama-option", "certi
 
 def check_kind(
     values: Mapping[str, Any],
-    defaults: Mapping[str, Any],
+    command: Callable[..., object],
     of_transformers: Collection[str],
     of_gguf: Collection[str],
     *,
@@ -61,14 +62,21 @@ def check_kind(
 ) -> None:
     """Raises ConfigError for an option that does nothing for this kind of model.
 
+    values: of the parameters of `command`, whose defaults say which were not given.
     of_transformers: options that concern models in this process alone; of_gguf: those of GGUF files alone.
     does: what llama.cpp does with a GGUF: "serves".
     """
+    parameters = inspect.signature(command).parameters
     for name in of_transformers if gguf else of_gguf:
-        if values[name] != defaults[name]:
+        if values[name] != parameters[name].default:
             kind = f"a GGUF model, which llama.cpp {does}" if gguf else "a GGUF model alone"
             why = "does nothing for" if gguf else "is for"
             raise ConfigError(f"--{_SPELLED.get(name, name.replace('_', '-'))} {why} {kind}: leave it out.")
+
+
+def passed_on(values: Mapping[str, Any], function: Callable[..., object]) -> dict[str, Any]:
+    """Those that a function takes."""
+    return {name: values[name] for name in inspect.signature(function).parameters if name in values}
 
 
 def check_options(

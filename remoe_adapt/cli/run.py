@@ -12,7 +12,6 @@ from remoe_adapt.cli import report, rows
 from remoe_adapt.cli.app import app, command, live_text, note
 from remoe_adapt.cli.options import CommandResult, budget
 from remoe_adapt.cli.report import progress, quiet_libraries
-from remoe_adapt.errors import RemoeError
 
 
 @command(app, "demo", rows.of_arms)
@@ -88,12 +87,7 @@ def run(
         controller.close()
     shown: list[Any] = [report.run_summary(result)]
     if log is not None and plot is not None:
-        try:
-            plot_log(log, plot)
-            shown.append(f"plot written to {plot}")
-        except RemoeError as error:  # what was generated is shown all the same
-            result.update(ok=False, error=str(error))
-            shown.append(f"error: {error}")
+        report.afterwards(result, shown, lambda: plot_log(log, plot), f"plot written to {plot}")
     return result, shown
 
 

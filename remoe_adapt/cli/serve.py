@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import queue
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from remoe_adapt._support import check_appendable, check_extra, printable
 from remoe_adapt.cli import options as opt
+from remoe_adapt.cli import rules
 from remoe_adapt.cli.app import app, lines
 from remoe_adapt.cli.options import CommandLines, size_bytes
 from remoe_adapt.cli.report import quiet_libraries
@@ -58,12 +58,11 @@ def serve(
     from remoe_adapt.checkpoints import is_gguf
 
     gguf = is_gguf(model) or llama_server is not None
-    check_kind(given, {name: one.default for name, one in inspect.signature(serve).parameters.items()}, gguf)
+    check_kind(given, serve, gguf)
     if gguf:
         if log is not None:
             check_appendable(log, "--log")
-        taken = inspect.signature(serve_gguf).parameters
-        yield from serve_gguf(**{name: value for name, value in given.items() if name in taken})
+        yield from serve_gguf(**rules.passed_on(given, serve_gguf))
         return
     for module in _MODULES:
         check_extra(module, "serve", "remoe serve needs what transformers' own serving needs")

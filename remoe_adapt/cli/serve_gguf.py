@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ _OF_TRANSFORMERS = (
 _OF_GGUF = ("llama_server", "llama_options", "context_tokens", "slots", "threads", "interval", "page")
 
 
-def check_kind(values: Mapping[str, Any], defaults: Mapping[str, Any], gguf: bool) -> None:
+def check_kind(values: Mapping[str, Any], command: Callable[..., object], gguf: bool) -> None:
     """Raises ConfigError for an option of `remoe serve` that does nothing for this kind of model."""
-    rules.check_kind(values, defaults, _OF_TRANSFORMERS, _OF_GGUF, gguf=gguf, does="serves")
+    rules.check_kind(values, command, _OF_TRANSFORMERS, _OF_GGUF, gguf=gguf, does="serves")
 
 
 def serve_gguf(

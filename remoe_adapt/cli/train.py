@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -14,13 +12,13 @@ from rich.console import RenderableType
 
 from remoe_adapt._support import check_extra, check_file
 from remoe_adapt.cli import options as opt
-from remoe_adapt.cli import report, rows
+from remoe_adapt.cli import report, rows, rules
 from remoe_adapt.cli.app import app, command
-from remoe_adapt.cli.eval_gguf import check_kind, eval_gguf
+from remoe_adapt.cli.eval_gguf import GAINS, check_kind, eval_gguf
 from remoe_adapt.cli.options import CommandResult, budget, numbers, words
 from remoe_adapt.cli.report import progress, quiet_libraries
 from remoe_adapt.cli.rows import arm_rows
-from remoe_adapt.errors import ConfigError, RemoeError
+from remoe_adapt.errors import ConfigError
 from remoe_adapt.recency_settings import DEFAULT_MODE, Recency
 
 
@@ -116,17 +114,16 @@ def evaluate(
     check_replay(policy, cache)
     if recency is None and (recency_gain is not None or recency_decay is not None):
         recency = DEFAULT_MODE
-    gains = [] if recency is None else numbers("0.1,0.2,0.3" if recency_gain is None else recency_gain)
+    gains = [] if recency is None else numbers(GAINS if recency_gain is None else recency_gain)
     if plot is not None:
         check_plot(plot, "--plot")
     from remoe_adapt.checkpoints import is_gguf
 
     # By its name too, so that a file that is not there is not looked for on the hub.
     gguf = model.endswith(".gguf") or is_gguf(model)
-    check_kind(given, {name: one.default for name, one in inspect.signature(evaluate).parameters.items()}, gguf)
+    check_kind(given, evaluate, gguf)
     if gguf:
-        taken = inspect.signature(eval_gguf).parameters
-        return eval_gguf(**{name: value for name, value in given.items() if name in taken})
+        return eval_gguf(**rules.passed_on(given, eval_gguf))
     if tasks:
         check_extra("lm_eval", "eval", "task scores need lm-eval")
 
@@ -172,16 +169,6 @@ def evaluate(
         other, _ = load_with_tokenizer(against, device=device, dtype=dtype, load=load_whole_or_cached)
     result: dict[str, Any] = {"model": model, "family": family, "against_model": against}
     shown: list[RenderableType] = []
-
-    def afterwards(action: Callable[[], object], done: str) -> None:
-        """What was measured is shown all the same when this fails."""
-        try:
-            action()
-            shown.append(done)
-        except RemoeError as error:
-            result.update(ok=False, error=str(error))
-            shown.append(f"error: {error}")
-
     if data:
         documents = read_shared(data, tokenizer, max_tokens)
         if certified and points is not None:
@@ -199,9 +186,9 @@ def evaluate(
         if per_layer:
             shown.append(report.layer_table(arm_rows(result)))
         if plot is not None:
-            afterwards(lambda: plot_frontier(result, plot), f"plot written to {plot}")
+            report.afterwards(result, shown, lambda: plot_frontier(result, plot), f"plot written to {plot}")
         if certified and points is not None:
-            afterwards(lambda: certify(points, result), f"certificates written to {points.path}")
+            report.afterwards(result, shown, lambda: certify(points, result), f"certificates written to {points.path}")
     if tasks:
 
         def score() -> None:
@@ -212,7 +199,7 @@ def evaluate(
             shown.append(report.task_table(scores))
 
         if data:
-            afterwards(score, "task scores by lm-eval")
+            report.afterwards(result, shown, score, "task scores by lm-eval")
         else:
             score()
     return result, shown

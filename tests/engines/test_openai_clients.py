@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 import threading
 import time
@@ -33,7 +34,7 @@ _GREEDY = {"temperature": 0, "logit_bias": {"257": -100}}
 
 
 @dataclass
-class Engine:
+class Engine(abc.ABC):
     """client: OpenAI's; dial: URL where the dial is turned; max_tokens, greedy: of requests."""
 
     client: Any
@@ -59,9 +60,9 @@ class Engine:
     def running(self) -> int:
         return int(self.http.get(f"{self.dial}/remoe/status").json()["requests"]["running"])
 
+    @abc.abstractmethod
     def untorn(self, strengths: list[float]) -> None:
         """Asks while the dial is turned, and checks each answer against our own loop."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -115,12 +115,12 @@ def test_options_of_the_other_kind_of_model_are_refused() -> None:
     import inspect
 
     usual = {name: one.default for name, one in inspect.signature(serve_command).parameters.items()}
-    check_kind(usual, usual, True)
-    check_kind(usual, usual, False)
+    check_kind(usual, serve_command, True)
+    check_kind(usual, serve_command, False)
     with pytest.raises(ConfigError, match="--chat-template does nothing for a GGUF"):
-        check_kind({**usual, "chat_template": Path("x")}, usual, True)
+        check_kind({**usual, "chat_template": Path("x")}, serve_command, True)
     with pytest.raises(ConfigError, match="--slots is for a GGUF"):
-        check_kind({**usual, "slots": 4}, usual, False)
+        check_kind({**usual, "slots": 4}, serve_command, False)
 
 
 def test_watch_drives_a_running_server_by_its_environment_and_leaves_it_at_the_base(

@@ -24,7 +24,7 @@ from remoe_adapt.device_profile import DeviceProfile
 from remoe_adapt.engines.gguf import export_gguf_lora
 from remoe_adapt.engines.llamacpp.client import Address, call
 from remoe_adapt.engines.llamacpp.preloadable import check_preloadable
-from remoe_adapt.engines.llamacpp.prior import ENVIRONMENT, PriorControl, budget_of, compiled
+from remoe_adapt.engines.llamacpp.prior import ENVIRONMENT, NO_FILE, PriorControl, budget_of, compiled
 from remoe_adapt.engines.llamacpp.process import FoundProcess
 from remoe_adapt.engines.llamacpp.residency import expert_spans, why_blind
 from remoe_adapt.engines.llamacpp.shown import Shown
@@ -36,7 +36,6 @@ from remoe_adapt.family import Family
 from remoe_adapt.recency_settings import Recency
 
 _CHILD = Path(__file__).with_name("wheel_server.py")
-_NO_FILE = "no experts lie in a file that is mapped to be read alone: they were copied, rearranged, or are on a GPU"
 _ALL_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -250,7 +249,7 @@ class ServedGguf:
         # Known at the first text, which may come long after the model was loaded.
         if pid is not None and pid != self._uncached and self._is_ahead("no file"):
             self._uncached = pid
-            yield {"event": "uncached", "pid": pid, "reason": _NO_FILE}
+            yield {"event": "uncached", "pid": pid, "reason": NO_FILE}
         if self._control is None or self.options.log is None:
             return
         found = self._control.events(self._logged)

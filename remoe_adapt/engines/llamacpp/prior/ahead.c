@@ -103,11 +103,10 @@ static float worth(const shelf *h, int e, uint64_t now) {
     return h->uses[e] * powf(LRFU_DECAY, (float)(now - h->used_at[e]));
 }
 
-static void drop(rp *p, layer_state *s, int e) {
-    give_back(p, s, e);
+/* It is held no more by our account; whether its pages are gone is another matter. */
+static void let_go(rp *p, layer_state *s, int e) {
     s->shelf.is_held[e] = false;
     s->shelf.held--;
-    p->c->ahead_dropped++;
     p->c->held_bytes -= expert_bytes(s);
 }
 
@@ -122,16 +121,17 @@ static void shrink_to(rp *p, layer_state *s, const bool *needed, int room) {
             if (least < 0 || value < worth_least) { least = e; worth_least = value; }
         }
         if (least < 0) return;
-        drop(p, s, least);
+        give_back(p, s, least);
+        let_go(p, s, least);
+        p->c->ahead_dropped++;
     }
 }
 
 static void give_back_spilled(rp *p) {
     if (p->spilled_layer < 0) return;
     layer_state *s = &p->layers[p->spilled_layer];
-    for (int e = 0; e < s->E && s->shelf.spilled; e++) if (s->shelf.is_spilled[e]) {
+    for (int e = 0; e < s->E; e++) if (s->shelf.is_spilled[e]) {
         s->shelf.is_spilled[e] = false;
-        s->shelf.spilled--;
         if (!s->shelf.is_held[e]) give_back(p, s, e);
     }
     p->spilled_layer = -1;
@@ -154,6 +154,17 @@ static int room_of(rp *p, layer_state *s, uint64_t budget, int stale) {
     return h->limit && h->limit < room ? h->limit : room;
 }
 
+/* Whether all experts of a layer lie in mapped files. Those in a GPU's memory, or rearranged in memory of their own, are
+   not ours; other layers may be. */
+static bool is_mapped(rp *p, layer_state *s) {
+    for (int i = 0; i < s->n_ranges; i++) {
+        range *g = &s->ranges[i];
+        if (g->file == UNKNOWN) g->file = file_of(p, g);
+        if (g->file == NO_FILE) return false;
+    }
+    return true;
+}
+
 /* The ids [n] that the products of this layer are about to use, -1 in between. */
 static void read_ahead(rp *p, int layer, layer_state *s, int n, const int32_t *ids) {
     uint64_t budget = budget_of(p);
@@ -162,11 +173,7 @@ static void read_ahead(rp *p, int layer, layer_state *s, int n, const int32_t *i
         return;
     }
     if (!s->n_ranges || s->ranges[0].experts != s->E) return;
-    for (int i = 0; i < s->n_ranges; i++) {
-        range *g = &s->ranges[i];
-        if (g->file == UNKNOWN) g->file = file_of(p, g);
-        if (g->file != NO_FILE) continue;
-        /* Layers in a GPU's memory or rearranged in memory of their own are not ours; others may be. */
+    if (!is_mapped(p, s)) {
         if (p->c->ahead_state != RP_AHEAD_ON) p->c->ahead_state = RP_AHEAD_NO_FILE;
         return;
     }
@@ -186,10 +193,8 @@ static void read_ahead(rp *p, int layer, layer_state *s, int n, const int32_t *i
         s->shelf.uses[e] = 1.0f + worth(&s->shelf, e, p->graphs);
         s->shelf.used_at[e] = p->graphs;
         if (s->shelf.is_held[e] && look_again && is_stale(s, e)) {
-            s->shelf.is_held[e] = false;
-            s->shelf.held--;
+            let_go(p, s, e);
             stale++;
-            p->c->held_bytes -= expert_bytes(s);
         }
         if (s->shelf.is_held[e]) p->c->ahead_hits++;
         else missing[n_missing++] = e;
@@ -204,7 +209,7 @@ static void read_ahead(rp *p, int layer, layer_state *s, int n, const int32_t *i
     for (int i = 0; i < s->n_ranges; i++) for (int j = 0; j < n_read; j++) ask_for(p, &s->ranges[i], missing[j]);
     for (int j = 0; j < n_missing; j++) {
         if (j < n_read) s->shelf.is_held[missing[j]] = true;
-        else { s->shelf.is_spilled[missing[j]] = true; s->shelf.spilled++; p->spilled_layer = layer; }
+        else { s->shelf.is_spilled[missing[j]] = true; p->spilled_layer = layer; }
     }
     s->shelf.held += n_read;
     p->c->ahead_spilled += (uint64_t)(n_missing - n_read);

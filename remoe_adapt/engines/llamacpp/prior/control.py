@@ -39,6 +39,8 @@ _COUNTERS = (
     "tokens", "calls", "changed_rows", "kept", "chosen", "swapped", "ns", "mincore_ns", "restarts", "rewinds",
     "refused_rows", "lost_rows", "unproven_rows", "batches", *AHEAD, "held_bytes",
 )  # fmt: skip
+# Why none are read ahead.
+NO_FILE = "no experts lie in a file that is mapped to be read alone: they were copied, rearranged, or are on a GPU"
 _AHEAD = {0: "off", 1: "on", 2: "no file"}
 _KINDS = {1: "begin", 2: "gain", 3: "restart"}
 _WAITING, _ON, _OFF = 0, 1, 100

@@ -10,14 +10,14 @@ import numpy as np
 
 from remoe_adapt.engines.llamacpp.prior.base import EngineCacheStatus, EnginePrior, PriorStatus
 from remoe_adapt.engines.llamacpp.prior.build import library
-from remoe_adapt.engines.llamacpp.prior.control import AHEAD
+from remoe_adapt.engines.llamacpp.prior.control import AHEAD, NO_FILE
 from remoe_adapt.recency_settings import Recency
 
 ON, LAYERS, MAX_EXPERTS = 1, 512, 1024
 AHEAD_ON = 1
 _WHY_NOT_AHEAD = {
     0: "no layer has been served yet",
-    2: "no experts lie in a file that is mapped to be read alone: they were copied, rearranged, or are on a GPU",
+    2: NO_FILE,
 }
 # Numbers of the modes in prior.h. A mode of somebody else's that decays is the first of them.
 MODES = {"ema": 0, "last": 1, "resident": 2}

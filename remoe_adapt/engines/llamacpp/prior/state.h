@@ -34,7 +34,7 @@ typedef struct {
     bool *is_spilled;           /* [E]: touched without room for it, so given back at the next stop */
     float *uses;                /* [E]: LRFU's sum of decayed uses, as of `used_at` */
     uint64_t *used_at;
-    int held, spilled;
+    int held;
     int limit;                  /* experts that the machine leaves room for; 0: not met yet */
     uint64_t limited_at;        /* when that was last found out, or tried anew */
 } shelf;
