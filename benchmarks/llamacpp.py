@@ -155,13 +155,18 @@ def counters() -> dict[str, int]:
     return {"bytes": read_bytes, "faults": faults}
 
 
+def widened_gguf(work: str, expert_bytes: int) -> Path:
+    """The widened model as GGUF, in the working folder, made once."""
+    folder = widened(SHIPPED, Path(work) / "remoe-llamacpp", dtype=torch.bfloat16, expert_bytes=expert_bytes)
+    path = folder / "model.gguf"
+    _write(folder, path)
+    return path
+
+
 def prepare(options: Options) -> tuple[Path, Path, list[tuple[float, str]]]:
     """The model as GGUF, widened and as it is, and the LoRAs of its family, in the working folder, made once."""
-    folder = widened(
-        SHIPPED, Path(options.work) / "remoe-llamacpp", dtype=torch.bfloat16, expert_bytes=options.expert_bytes
-    )
-    model, plain, loras = folder / "model.gguf", folder / "plain.gguf", folder / "loras"
-    _write(folder, model)
+    model = widened_gguf(options.work, options.expert_bytes)
+    plain, loras = model.with_name("plain.gguf"), model.with_name("loras")
     _write(SHIPPED, plain)
     if not loras.exists():
         export_gguf_lora(model, Family.load(SHIPPED / "family"), loras)

@@ -15,8 +15,6 @@
 from __future__ import annotations
 
 import ctypes as C
-import importlib
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from llamacpp import widened_gguf
+from transformers import AutoTokenizer
 
 from remoe_adapt.bench.harness.results import REPO_ROOT
-from remoe_adapt.bench.harness.widen import widened
 from remoe_adapt.engines.llamacpp import in_process
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel, library
 from remoe_adapt.engines.llamacpp.prior.fallback import Head
@@ -96,7 +93,7 @@ def callback_rows(options: Options) -> Iterator[dict[str, Any]]:
 
 def token_rows(options: Options) -> Iterator[dict[str, Any]]:
     """Its share of a token."""
-    path = model_file(options)
+    path = widened_gguf(options.work, options.expert_bytes)
     text = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(SHIPPED)(text)["input_ids"][: options.warm + options.tokens]
     common: dict[str, Any] = {
@@ -139,21 +136,6 @@ def row(what: str, mode: str, gain: float, **figures: Any) -> dict[str, Any]:
         "met",
     )  # fmt: skip
     return {"what": what, "mode": mode, "gain": gain, **dict.fromkeys(names, ""), **figures}
-
-
-def model_file(options: Options) -> Path:
-    """The widened model as GGUF, in the working folder, made once."""
-    sys.path.insert(0, str(REPO_ROOT / "tests" / "support"))  # the converter is the tests' own
-    write_gguf = importlib.import_module("gguf_writer").write_gguf
-    folder = widened(
-        SHIPPED, Path(options.work) / "remoe-prior-cost", dtype=torch.bfloat16, expert_bytes=options.expert_bytes
-    )
-    path = folder / "model.gguf"
-    if not path.exists():
-        draft = folder / "model.tmp"
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        write_gguf(model, "qwen2moe", draft, weights="F16").replace(path)
-    return path
 
 
 def _asked(path: Path, common: dict[str, Any]) -> LlamaModel:

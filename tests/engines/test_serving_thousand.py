@@ -16,6 +16,7 @@ for needed in ("openai", "fastapi", "uvicorn", "prometheus_client"):
 
 import torch  # noqa: E402 (after what the server needs)
 from served import Served, save_served, serving  # noqa: E402
+from waiting import run_all  # noqa: E402
 from watched_decoding import each  # noqa: E402
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -67,18 +68,13 @@ def test_a_thousand_answers_are_those_of_the_strengths_that_they_state(tmp_path:
             nonlocal turns
             draw = random.Random(1)
             # Not in step with the requests, or each would have its own strength throughout.
-            while not over.wait(draw.uniform(0.01, 0.3)):
+            while not over.wait(draw.uniform(0.005, 0.1)):
                 dial.set_pressure(draw.choice(STRENGTHS))
                 turns += 1
 
         clients = [threading.Thread(target=client) for _ in range(AT_ONCE)]
         turning = threading.Thread(target=turner)
-        for thread in (turning, *clients):
-            thread.start()
-        for thread in clients:
-            thread.join()
-        over.set()
-        turning.join()
+        run_all(clients, turning, over)
         requests = served.requests()
         own = functools.cache(lambda prompt, strengths: own_loop(served, prompt, strengths))
         known = {(prompt, s): own(prompt, (s,) * TOKENS) for prompt in PROMPTS for s in STRENGTHS}

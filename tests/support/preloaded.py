@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from llama_answers import SAME, Answer, posted
 from numpy.typing import NDArray
-from waiting import until
+from waiting import run_all, until
 
 from remoe_adapt.dial.load import profile_of
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel, _Batch, _Ints
@@ -195,11 +195,6 @@ def turn_and_ask(server: ServedGguf, count: int, at_once: int) -> list[Asked]:
 
     turning = threading.Thread(target=turner)
     clients = [threading.Thread(target=client) for _ in range(at_once)]
-    for thread in (turning, *clients):
-        thread.start()
-    for thread in clients:
-        thread.join()
-    over.set()
-    turning.join()
+    run_all(clients, turning, over)
     assert len(found) >= count
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 # No measure of speed: whatever has not happened by then never will.
 HANGS_S = 60.0
@@ -23,3 +23,13 @@ def in_thread(work: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
+
+
+def run_all(clients: Sequence[threading.Thread], beside: threading.Thread, over: threading.Event) -> None:
+    """Clients to their end, and a thread beside them that ends when `over` is set."""
+    for thread in (beside, *clients):
+        thread.start()
+    for thread in clients:
+        thread.join()
+    over.set()
+    beside.join()
