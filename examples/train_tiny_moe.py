@@ -22,14 +22,24 @@ import random
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 HELDOUT_STDLIB = (
     "textwrap", "difflib", "heapq", "statistics", "fractions", "shlex", "calendar", "configparser", "sched",
@@ -54,7 +64,7 @@ DOMAINS: dict[str, tuple[float, tuple[str, ...]]] = {
     "wikitext": (5.0, ("wikitext2_train_part.txt.gz",)),
     "python": (8.0, ()),
 }
-VOCAB, EOS = 4096, "<|endoftext|>"
+VOCAB, EOS, AUX_WEIGHT = 4096, "<|endoftext|>", 0.01
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -151,29 +161,67 @@ def batches(streams: dict[str, np.ndarray], batch: int, length: int, seed: int) 
         yield torch.from_numpy(np.stack(rows))
 
 
-def build_model(eos: int) -> Qwen2MoeForCausalLM:
-    config = Qwen2MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=192,
-        num_hidden_layers=5,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        num_experts=64,
-        num_experts_per_tok=6,
-        moe_intermediate_size=48,
-        shared_expert_intermediate_size=96,
-        intermediate_size=384,
-        norm_topk_prob=True,
-        router_aux_loss_coef=0.01,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.03,
-        eos_token_id=eos,
-        pad_token_id=eos,
-        bos_token_id=None,
-        use_cache=True,
-    )
-    return Qwen2MoeForCausalLM(config)
+def shipped_model(common: dict[str, Any]) -> PreTrainedModel:
+    """Qwen2-MoE: 64 routed experts, top-6, weights that sum to 1, and a shared expert with a gate."""
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **common, num_hidden_layers=5, num_key_value_heads=3, num_experts=64, num_experts_per_tok=6,
+            moe_intermediate_size=48, shared_expert_intermediate_size=96, intermediate_size=384, norm_topk_prob=True,
+        )
+    )  # fmt: skip
+
+
+def deepseek_v2_model(common: dict[str, Any]) -> PreTrainedModel:
+    """DeepSeek-V2: a dense first layer, latent attention, 64 routed experts, top-6, plain weights, 2 shared experts."""
+    return DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            **common, num_hidden_layers=5, first_k_dense_replace=1, num_key_value_heads=6, n_routed_experts=64,
+            num_experts_per_tok=6, n_shared_experts=2, moe_intermediate_size=48, intermediate_size=384,
+            norm_topk_prob=False, routed_scaling_factor=1.0, topk_method="greedy", n_group=1, topk_group=1,
+            q_lora_rank=None, kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32,
+        )
+    )  # fmt: skip
+
+
+def olmoe_model(common: dict[str, Any]) -> PreTrainedModel:
+    """OLMoE: 64 routed experts, top-8, plain weights, no shared expert, normalised queries and keys."""
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            **common, num_hidden_layers=4, num_key_value_heads=6, num_experts=64, num_experts_per_tok=8,
+            intermediate_size=48, norm_topk_prob=False,
+        )
+    )  # fmt: skip
+
+
+# The first one ships; `benchmarks/frontier.py` measures on all of them.
+ARCHITECTURES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
+    "qwen2_moe": shipped_model,
+    "deepseek_v2": deepseek_v2_model,
+    "olmoe": olmoe_model,
+}
+
+
+def build_model(architecture: str, eos: int) -> PreTrainedModel:
+    """A new model of that kind, at the shipped one's width and vocabulary."""
+    common = {
+        "vocab_size": VOCAB, "hidden_size": 192, "num_attention_heads": 6, "router_aux_loss_coef": AUX_WEIGHT,
+        "max_position_embeddings": 512, "tie_word_embeddings": True, "initializer_range": 0.03, "eos_token_id": eos,
+        "pad_token_id": eos, "bos_token_id": None, "use_cache": True,
+    }  # fmt: skip
+    if architecture == "deepseek_v2":
+        del common["router_aux_loss_coef"]  # it has no such option
+    return ARCHITECTURES[architecture](common)
+
+
+def load_balancing(logits: Iterable[torch.Tensor], top_k: int) -> torch.Tensor:
+    """Mean over routers of E * sum_e (share of look-ups of e) * (mean probability of e): Switch Transformer, eq. 4-6,
+    with K choices a token. Of router logits [T, E] each; DeepSeek-V2 has no such loss of its own."""
+    losses = []
+    for logits_TE in logits:
+        p_TE = logits_TE.reshape(-1, logits_TE.shape[-1]).float().softmax(dim=-1)
+        used_E = torch.zeros_like(p_TE).scatter_(-1, p_TE.topk(top_k, dim=-1).indices, 1.0).mean(dim=0)
+        losses.append(p_TE.shape[-1] * (used_E * p_TE.mean(dim=0)).sum())
+    return torch.stack(losses).mean()
 
 
 def keep_freed_memory() -> None:
@@ -209,6 +257,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the training files")
     parser.add_argument("--out", type=Path, default=Path("examples/tiny_moe"))
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="qwen2_moe", help="the first one ships")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to use; none: one is trained")
     parser.add_argument("--work", type=Path, default=Path("build/tiny_moe"), help="token cache and snapshots")
     parser.add_argument("--minutes", type=float, default=90.0)
     parser.add_argument("--batch", type=int, default=4)
@@ -221,17 +272,18 @@ def main() -> None:
 
     keep_freed_memory()
     torch.set_flush_denormal(True)  # denormals after the first updates slow a CPU step tenfold
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / "tokenizer.json").exists() and args.resume:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    made = args.out if (args.out / "tokenizer.json").exists() and args.resume else args.tokenizer
+    if made is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(made)
     else:
         tokenizer = train_tokenizer(args.data, args.out)
     streams = tokenised(args.data, tokenizer, args.work)
     print({name: len(s) for name, s in streams.items()}, flush=True)
 
-    model = build_model(tokenizer.eos_token_id).to(args.device)
+    model = build_model(args.architecture, tokenizer.eos_token_id).to(args.device)
     model.set_experts_implementation("grouped_mm")
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
@@ -248,7 +300,7 @@ def main() -> None:
         step, tokens, spent_s = state["step"], state.get("tokens", 0), state["spent_s"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
 
-    data = batches(streams, args.batch, args.length + 1, seed=step)
+    data = batches(streams, args.batch, args.length + 1, seed=step + args.seed)
     total_s, last, saved_s = args.minutes * 60, time.perf_counter(), spent_s
     model.train()
     progress = tqdm(total=round(total_s), initial=round(spent_s), unit="s", mininterval=30)
@@ -260,7 +312,10 @@ def main() -> None:
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
                 out = model(input_ids=ids, output_router_logits=True, use_cache=False)
             ce = cross_entropy(out.logits, ids)
-            (ce + model.config.router_aux_loss_coef * out.aux_loss).backward()
+            aux = getattr(out, "aux_loss", None)
+            if aux is None:  # DeepSeek-V2 returns none
+                aux = load_balancing(out.router_logits, model.config.num_experts_per_tok)
+            (ce + AUX_WEIGHT * aux).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -272,7 +327,7 @@ def main() -> None:
             bar.update(round(spent_s) - bar.n)
             if step % 25 == 0:
                 row = {"step": step, "s": round(spent_s), "tokens": tokens,
-                       "ce": round(mean_ce, 4), "aux": round(out.aux_loss.item(), 4)}  # fmt: skip
+                       "ce": round(mean_ce, 4), "aux": round(aux.item(), 4)}  # fmt: skip
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 bar.set_postfix(row, refresh=False)
