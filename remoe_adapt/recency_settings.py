@@ -28,6 +28,9 @@ class Mode:
     needs_expert_cache: without one the prior does nothing, which is said.
     takes_decay: a user may choose the decay; otherwise it is 0, the last token alone.
     default_decay: the decay where nobody chose one.
+    is_priced: the bonus of an expert follows from what taking it costs, not from the span of the scores (see `Cost`).
+    default_share: it prefers the experts that an LRFU cache of this share of a layer's would hold, where nobody chose
+    another share; 0: it has no such cache in mind, and takes no share.
     """
 
     name: ClassVar[str]
@@ -35,6 +38,8 @@ class Mode:
     needs_expert_cache: ClassVar[bool] = False
     takes_decay: ClassVar[bool] = True
     default_decay: ClassVar[float] = 0.7
+    is_priced: ClassVar[bool] = False
+    default_share: ClassVar[float] = 0.0
 
 
 _Kind = TypeVar("_Kind", bound=type[Mode])
@@ -69,6 +74,22 @@ class Resident(Mode):
     needs_history, needs_expert_cache, takes_decay = False, True, False
 
 
+@register
+class Cost(Mode):
+    """What an LRFU cache would hold, preferred by what it costs.
+
+    Of a layer's E experts the `max(K, floor(share * E))` used most lately (by the decayed mean of uses, which ranks as
+    LRFU does, so a cache of that policy, decay and size holds them). A held expert of weight w ranks as one of weight
+    `sqrt(w^2 + gain^2)`: one whose weight is far below the gain is not read for its own sake, one above it hardly gives
+    way. The squares are what a substitution moves of the layer's output, where outputs of experts are orthogonal.
+    """
+
+    name = "cost"
+    default_decay = 0.95
+    is_priced = True
+    default_share = 0.25
+
+
 DEFAULT_MODE = Ema.name
 
 
@@ -79,6 +100,8 @@ class Recency:
     mode: a key of MODES.
     gain: of all routers, or a tuple with that of each, in model order; from 0 to MAX_GAIN.
     decay: in [0, 1); 0 in a mode that takes none, whatever was given, so that equal priors compare equal.
+    share: in (0, 1], of a layer's experts, that the cache holds which the prior is made for; None: the mode's own; 0 in
+    a mode that takes none.
 
     Raises ConfigError for values that cannot be.
     """
@@ -86,6 +109,7 @@ class Recency:
     mode: str
     gain: float | tuple[float, ...]
     decay: float
+    share: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.mode, str) or self.mode not in MODES:
@@ -99,14 +123,29 @@ class Recency:
             raise ConfigError(f"recency decay {self.decay!r}: give a number from 0 (the last token alone) to below 1.")
         if not self.kind.takes_decay:
             object.__setattr__(self, "decay", 0.0)
+        if not (usual := self.kind.default_share):
+            object.__setattr__(self, "share", 0.0)
+        elif self.share is None:
+            object.__setattr__(self, "share", usual)
+        elif not is_number(self.share) or not 0.0 < self.share <= 1.0:
+            raise ConfigError(
+                f"recency share {self.share!r}: give the part of a layer's experts that the cache holds, from above 0 to 1: "
+                "0.25 is a quarter."
+            )
 
     @classmethod
-    def of(cls, mode: str | None, gain: float | Sequence[float] = 0.0, decay: float | None = None) -> Recency:
-        """Settings with the usual value of what is None: DEFAULT_MODE, the mode's own decay. Raises as the class."""
+    def of(
+        cls, mode: str | None, gain: float | Sequence[float] = 0.0, decay: float | None = None,
+        share: float | None = None,
+    ) -> Recency:  # fmt: skip
+        """Settings with the usual value of what is None: DEFAULT_MODE, the mode's own decay and share. Raises as the
+        class."""
         mode = DEFAULT_MODE if mode is None else mode
         if decay is None:
             decay = MODES[mode].default_decay if isinstance(mode, str) and mode in MODES else 0.0
-        return cls(mode, tuple(gain) if isinstance(gain, Sequence) and not isinstance(gain, str) else gain, decay)
+        return cls(
+            mode, tuple(gain) if isinstance(gain, Sequence) and not isinstance(gain, str) else gain, decay, share
+        )
 
     @property
     def kind(self) -> Mode:
@@ -121,8 +160,8 @@ class Recency:
         return listed
 
     def is_like(self, other: Recency) -> bool:
-        """Whether one prior can have the gains of both: same mode, decay and number of gains."""
-        mine, theirs = ((it.mode, it.decay, len(it.gains())) for it in (self, other))
+        """Whether one prior can have the gains of both: same mode, decay, share and number of gains."""
+        mine, theirs = ((it.mode, it.decay, it.share, len(it.gains())) for it in (self, other))
         return mine == theirs
 
 
