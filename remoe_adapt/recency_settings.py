@@ -129,7 +129,7 @@ class Recency:
             object.__setattr__(self, "share", usual)
         elif not is_number(self.share) or not 0.0 < self.share <= 1.0:
             raise ConfigError(
-                f"recency share {self.share!r}: give the part of a layer's experts that the cache holds, from above 0 to 1: "
+                f"recency share {self.share!r}: give the part of a layer's experts that a cache holds, above 0 up to 1; "
                 "0.25 is a quarter."
             )
 
