@@ -22,6 +22,7 @@ from remoe_adapt.family.card import card_text, is_our_card
 from remoe_adapt.family.deltas import read_deltas, shapes_of
 from remoe_adapt.family.files import (
     FORMAT,
+    check_recovery,
     family_folder,
     json_text,
     placed,
@@ -38,13 +39,17 @@ from remoe_adapt.tuner import CARD_FILE, FAMILY_FILE, stays_usable
 
 @dataclass(frozen=True, eq=False)
 class FamilyPoint:
-    """One operating point: strength in (0, 1], folder name, deltas [E, D] fp32 by router name, recency, certificate."""
+    """One operating point: strength in (0, 1], folder name, deltas [E, D] fp32 by router name, recency, certificate.
+
+    recovery: the folder name of its recovery LoRA, a plain PEFT adapter, where it has one.
+    """
 
     strength: float
     adapter: str
     deltas: Mapping[str, Tensor]
     recency: Recency | None = None
     certificate: Mapping[str, Any] | None = None
+    recovery: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,8 +239,11 @@ class Family:
         adapter_folder: str | os.PathLike[str],
         recency: Recency | None = None,
         certificate: Mapping[str, Any] | None = None,
+        *,
+        recovery: str | os.PathLike[str] | None = None,
     ) -> FamilyPoint:
-        """Add a saved REMOE adapter as the point of `strength`; a folder outside `path` is copied into it.
+        """Add a saved REMOE adapter as the point of `strength`, and a saved recovery LoRA beside it; folders outside
+        `path` are copied into it.
 
         Raises FamilyError for a strength outside (0, 1] or already present, for an adapter that does not match the
         other points' routers; AdapterCorruptError and FingerprintMismatchError as `load`. The family is unchanged then.
@@ -245,8 +253,14 @@ class Family:
         # The order matters: copy, read what was copied, then write family.json; a failure at any step undoes the steps
         # before.
         adapter, copies = self._adopt(adapter_folder, self.adapter_name(strength))
+        beside: str | None = None
+        if recovery is not None:
+            check_recovery(Path(recovery))
+            beside = f"{self.adapter_name(strength)}-recovery"
+            if Path(recovery).resolve() != (self.path / beside).resolve():
+                copies = {**copies, Path(recovery): self.path / beside}
         with placed(copies), self._saved_or_restored():
-            point = self._point(strength, adapter, recency_entry(recency) if recency else None, certificate)
+            point = self._point(strength, adapter, recency_entry(recency) if recency else None, certificate, beside)
             self._insert(point)
         return point
 
@@ -283,6 +297,7 @@ class Family:
             Family.create(target, self.base_id, self.fingerprint)
             # The files of the adapters are copied as they are: deltas in memory may have been widened to fp32.
             names = [point.adapter for point in self.points] + ([self.control.adapter] if self.control else [])
+            names += [point.recovery for point in self.points if point.recovery]
             copies = {self.path / name: target / name for name in names}
         with placed(copies):
             self._write(target)
@@ -294,6 +309,7 @@ class Family:
             {
                 "strength": point.strength,
                 "adapter": point.adapter,
+                **({"recovery": point.recovery} if point.recovery else {}),
                 **({"recency": recency_entry(point.recency)} if point.recency else {}),
                 **({"certificate": dict(point.certificate)} if point.certificate is not None else {}),
             }
@@ -335,10 +351,13 @@ class Family:
         adapter: str,
         recency: Mapping[str, Any] | None = None,
         certificate: Mapping[str, Any] | None = None,
+        recovery: str | None = None,
     ) -> FamilyPoint:
+        if recovery is not None:
+            check_recovery(self.path / recovery)
         prior = read_recency(recency, str(self.path)) if recency else None
         deltas = read_deltas(self.path / adapter, self.base_id, self.fingerprint)
-        return FamilyPoint(float(strength), adapter, deltas, prior, certificate)
+        return FamilyPoint(float(strength), adapter, deltas, prior, certificate, recovery)
 
     def _control(self, adapter: str, certificate: Mapping[str, Any] | None) -> Control:
         return Control(adapter, read_deltas(self.path / adapter, self.base_id, self.fingerprint), certificate)

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from remoe_adapt._support import first_line, printable, read_json, replacing
 from remoe_adapt.errors import FamilyError
@@ -25,7 +26,7 @@ _MAX_BYTES, _MAX_NAME = 16 << 20, 64
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "the family": ({"format", "base", "points"}, {"control"}),
     "base": ({"id", "fingerprint"}, set()),
-    "a point": ({"strength", "adapter"}, {"recency", "certificate"}),
+    "a point": ({"strength", "adapter"}, {"recency", "certificate", "recovery"}),
     "control": ({"adapter"}, {"certificate"}),
 }
 
@@ -60,6 +61,19 @@ def recency_entry(recency: Recency) -> dict[str, Any]:
     """The JSON object that `read_recency` reads."""
     share = {"share": recency.share} if recency.takes_share else {}
     return {"mode": recency.mode, "decay": recency.decay, **share, "gain_per_layer": recency.gain}
+
+
+def check_recovery(folder: Path) -> None:
+    """Raises FamilyError when a folder holds no plain LoRA with safe weights."""
+    path = folder / CONFIG_NAME
+    if not path.is_file() or not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise FamilyError(
+            f"{printable(folder)} is no saved recovery adapter: it needs {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    config = read_json(path, FamilyError, max_bytes=_MAX_BYTES)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise FamilyError(f"{printable(folder)} holds an adapter of type {_shown(kind)}: a recovery adapter is a LORA.")
 
 
 def usable_path(path: str | os.PathLike[str]) -> Path:
@@ -118,6 +132,8 @@ def read_family_json(folder: Path) -> dict[str, Any]:
     for point in entries["points"]:
         _check_keys(path, "a point", point)
         _check_adapter(path, point)
+        if "recovery" in point:
+            _check_adapter(path, {"adapter": point["recovery"]})
         if not is_number(point["strength"]) or not 0.0 < point["strength"] <= 1.0:
             raise FamilyError(f"{path}: strength {_shown(point['strength'])} must be a number above 0 and at most 1.")
         strengths.append(point["strength"])

@@ -207,6 +207,10 @@ class RouterForward:
         weights_TK, ids_TK = gate(self.layer, logits_TE, self._k, self.gate_spec, bias_E)
         return self._returned(hidden_states, logits_TE, weights_TK, ids_TK)
 
+    def plain(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """What the class itself returns, whichever forward is under way; nobody is told."""
+        return self._stock(self.module, *args, **kwargs)
+
     def _by_class(
         self, step: StepGate | None, hidden_states: Tensor, bias_E: Tensor | None, named: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:

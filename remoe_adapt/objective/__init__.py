@@ -10,3 +10,4 @@ from remoe_adapt.objective.losses import (
     router_terms,
     warm_up,
 )
+from remoe_adapt.objective.targets import Teacher, target_losses

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating import PriorStep, Scratch
+from remoe_adapt.gating import PADDING, RESTART, PriorStep, Scratch
 from remoe_adapt.recency.state import RecencyState
 from remoe_adapt.recency.tokens import StepTokens, tokens_of
 from remoe_adapt.recency_settings import Recency
@@ -27,6 +28,8 @@ class _Running(threading.local):
     """What a thread runs now, and its memory for the gates of single tokens, which take new memory for no step."""
 
     tokens: StepTokens | None = None
+    # Of the rows that run now, where several documents lie in one; see `RecencyPrior.documents`.
+    flags_BS: Tensor | None = None
 
     def __init__(self) -> None:
         self.scratch = Scratch()
@@ -136,6 +139,35 @@ class RecencyPrior:
         return RecencyState(self, recency, past, is_counted=is_counted)
 
     # The tokens that this thread runs now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block all gains are 0, so every router is that of the base."""
+        values = list(self.gains_read())
+        self.set_gains(0.0)
+        try:
+            yield
+        finally:
+            self.set_gains(values)
+
+    @contextmanager
+    def documents(self, numbers_BS: Tensor) -> Iterator[None]:
+        """Forwards of this thread within the block see rows of several documents: recency restarts where one begins.
+
+        numbers_BS: int [B, S], equal for two neighbours of one document, negative where padding. Forwards of another
+        shape are left alone. For packed rows whose mask and positions do not tell the documents apart.
+        """
+        begins_BS = numbers_BS[:, 1:] != numbers_BS[:, :-1]
+        flags_BS = torch.zeros_like(numbers_BS, dtype=torch.uint8)
+        flags_BS[:, 1:] = begins_BS.to(torch.uint8) * RESTART
+        flags_BS += (numbers_BS < 0).to(torch.uint8) * PADDING
+        before = self.running.flags_BS
+        # Without a flag the scan of a CPU is faster, and it does the same.
+        self.running.flags_BS = flags_BS if flags_BS.device.type != "cpu" or bool(flags_BS.any()) else None
+        try:
+            yield
+        finally:
+            self.running.flags_BS = before
 
     def step_of(self, count: int) -> StepTokens | None:
         """The tokens of the forward under way, for a router that sees `count`; None where it sees others."""

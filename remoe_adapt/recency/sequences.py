@@ -85,6 +85,10 @@ class SequenceHooks(Patches):
         past = 0 if cache is None or not followed else _length(cache)
         # The columns of a paged cache's mask are no positions, so it tells no padding.
         flags_T = None if length == 1 or not followed else _flags(mask, positions, sequences, length, past)
+        told_BS = self._prior.running.flags_BS
+        if told_BS is not None and told_BS.shape == (sequences, length):
+            told_T = told_BS.reshape(-1)
+            flags_T = told_T if flags_T is None else flags_T | told_T.to(flags_T.device)
         state = None
         if cache is not None and self._prior.needs_history:
             state = _state_of(cache, self._prior, sequences, past)

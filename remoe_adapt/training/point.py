@@ -1,4 +1,4 @@
-"""One point: an adapter trained on a base, from its last checkpoint on, and the base as it was afterwards; and, before
+"""One pass: adapters trained on a base, from their last checkpoint on, and the base as it was afterwards; and, before
 any of that, whether a run has the folder, the free space and the ranks that it needs."""
 
 from __future__ import annotations
@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,76 +25,159 @@ from transformers.trainer_callback import PrinterCallback
 from remoe_adapt._support import parse_json, printable
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.family import write_whole
+from remoe_adapt.recency import InstalledPrior
 from remoe_adapt.routers import Routers
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions
-from remoe_adapt.training.trainer import RemoeTrainer
-from remoe_adapt.tuner import wrap_or_inject
+from remoe_adapt.training.points import Point, PointsTrainer, add_adapters
+from remoe_adapt.training.recovery import add_recovery
+from remoe_adapt.training.validation import Validation, ValidationCallback
+from remoe_adapt.tuner import KINDS, RemoeLayer, plain_base, read_adapter, remoe_layers, wrap_or_inject
 
-ADAPTER = "adapter"
+ADAPTERS = "adapters"
+RECOVERY = "recovery"
 CHECKPOINT_MINUTES = 5.0
 _STATE = "trainer_state.json"
 
 
-def train_point(
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a pass trains: `points` side by side, for `steps` steps, on `rows`.
+
+    start: an adapter folder that every point of strength above 0 begins as; None: they begin as the base.
+    """
+
+    points: tuple[Point, ...]
+    steps: int
+    rows: PackedRows
+    start: Path | None = None
+    validation: Validation | None = None
+
+    @property
+    def name(self) -> str:
+        """A folder name, the same for the same points."""
+        return "+".join(point.name for point in self.points)
+
+
+def plan_point(options: TrainOptions, strength: float, name: str, routers: int) -> Point:
+    """The point of a strength, or (0) the control, which has no prior and no LoRA and is trained end to end."""
+    recency = options.recency_of(strength, routers) if strength else None
+    # What an expert cache holds is not known here, so a prior that prefers it would do nothing.
+    followed = recency is not None and not recency.kind.needs_expert_cache
+    return Point(
+        name, strength, options.config(strength), options.mode if strength else "end-to-end",
+        gains=recency.gains(routers) if recency is not None and followed else None,
+        recovery=f"{name}-{RECOVERY}" if strength and options.recovery_rank is not None else None,
+    )  # fmt: skip
+
+
+def train_points(
     model: PreTrainedModel,
-    rows: PackedRows,
     options: TrainOptions,
-    strength: float,
+    plan: Plan,
     folder: Path,
-    log: PointLog,
+    log: PassLog,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
     routers: Routers | None = None,
-) -> dict[str, float]:
-    """Train one adapter (strength 0: the control) and save it as `folder/adapter`; returns the last log.
+) -> None:
+    """Train the points of a plan and save each as `folder/adapters/NAME`, and its recovery LoRA beside it.
 
     routers: those of `model`, where they are known already.
 
-    Goes on from the last complete checkpoint in `folder`; a finished adapter is left alone. In a distributed run every
+    Goes on from the last complete checkpoint in `folder`; a finished pass is left alone. In a distributed run every
     process calls this and the main one writes. The model is as it was, also after an error.
     """
-    adapter = folder / ADAPTER
-    if adapter.exists():  # a kill came between training and the family's own copy
-        return log.last
-    with _left_as_it_was(model):
+    if (folder / ADAPTERS).exists():  # a kill came between training and the family's own copies
+        return
+    with _left_as_it_was(model), ExitStack() as undo:
+        if options.checkpointing:
+            undo.enter_context(_checkpointing(plain_base(model)))
         model.requires_grad_(False)  # adapters of others on this model must not be trained along
-        peft_model = wrap_or_inject(model, options.config(strength), routers=routers)
-        try:
-            trainer = RemoeTrainer(
-                model=peft_model,
-                args=_arguments(options, folder / "checkpoints", model.device.type),
-                train_dataset=rows,
-                callbacks=[log, _SaveByTime(checkpoint_minutes)],
-                mode=options.mode if strength else "end-to-end",
-                locality_warmup_steps=round(options.steps * options.warmup),
-                router_relative_lr=True,
-            )
-            trainer.remove_callback(PrinterCallback)  # it prints to stdout
-            trainer.train(resume_from_checkpoint=_last_checkpoint(folder / "checkpoints"))
-            if trainer.is_world_process_zero():
-                # Under another name first: a kill while it is written must not leave a folder that looks finished.
-                saving = folder / f"{ADAPTER}.partial"
-                shutil.rmtree(saving, ignore_errors=True)
-                peft_model.save_pretrained(str(saving))
-                saving.replace(adapter)
-        finally:
-            peft_model.unload()
-    return log.last
+        # Left last: see `add_recovery`.
+        recovering = undo.enter_context(ExitStack())
+        first, *others = plan.points
+        holder = wrap_or_inject(model, first.config, first.name, routers=routers)
+        undo.callback(holder.unload)
+        for point in others:
+            wrap_or_inject(holder, point.config, point.name, routers=routers)
+        layers = remoe_layers(holder)
+        add_adapters([*layers.values()], plan.points)
+        if plan.start is not None:
+            for point in plan.points:
+                if point.strength:
+                    _begin_as(layers, point.name, plan.start)
+        loras = add_recovery(plain_base(holder), plan.points, options, recovering)
+        prior = _prior(holder, options, plan.points)
+        if prior is not None:
+            undo.callback(prior.remove)
+        holder.set_adapter(plan.points[0].name)
+        trainer = PointsTrainer(
+            model=holder,
+            args=_arguments(options, plan.steps, folder / "checkpoints", model.device.type),
+            train_dataset=plan.rows,
+            callbacks=[log, _SaveByTime(checkpoint_minutes)],
+            points=plan.points,
+            recovery_lr=options.recovery_lr,
+            prior=prior,
+            locality_warmup_steps=round(plan.steps * options.warmup),
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout
+        if plan.validation is not None:
+            trainer.add_callback(ValidationCallback(trainer, plan.validation, log.on_found))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder / "checkpoints"))
+        for point in plan.points:
+            point.take_best()
+        if trainer.is_world_process_zero():
+            _save(holder, loras, plan.points, folder)
 
 
-def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> TrainingArguments:
+def _save(holder: PeftModel, loras: PeftModel | None, points: Sequence[Point], folder: Path) -> None:
+    """All adapters of a pass, under another name first: a kill while they are written must not leave a folder that
+    looks finished."""
+    saving = folder / f"{ADAPTERS}.partial"
+    shutil.rmtree(saving, ignore_errors=True)
+    for point in points:
+        holder.save_pretrained(str(saving), selected_adapters=[point.name])
+        if loras is not None and point.recovery is not None:
+            loras.save_pretrained(str(saving), selected_adapters=[point.recovery])
+    saving.replace(folder / ADAPTERS)
+
+
+def _begin_as(layers: Mapping[str, RemoeLayer], name: str, start: Path) -> None:
+    """The adapter `name` takes the values of a saved adapter of the same shape."""
+    stored = read_adapter(start / SAFETENSORS_WEIGHTS_NAME)
+    with stored.values() as values, torch.no_grad():
+        for router, layer in layers.items():
+            for kind in KINDS:
+                held = getattr(layer, kind)
+                if name in held:
+                    held[name].copy_(values[f"{router}.{kind}"])
+
+
+def _prior(holder: PeftModel, options: TrainOptions, points: Sequence[Point]) -> InstalledPrior | None:
+    """The prior of these points, with gains of 0; None when none of them has one."""
+    if options.recency is None or all(point.gains is None for point in points):
+        return None
+    # Of the wrapped model: the routers' wrappers are in their places by now.
+    # A mode that takes no share records 0, which no cache has.
+    share = options.recency_share or None
+    return InstalledPrior(plain_base(holder), options.recency, options.recency_decay, share=share)
+
+
+def _arguments(options: TrainOptions, steps: int, checkpoints: Path, device_type: str) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(checkpoints),
-        max_steps=options.steps,
+        max_steps=steps,
         per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=options.accumulate,
         learning_rate=options.lr,
         # Falls to 0, so that the last steps are small ones: the last weights are kept, not an average.
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(options.steps * options.warmup)),
+        warmup_steps=max(1, round(steps * options.warmup)),
+        max_grad_norm=0.0,  # each point is clipped alone
         logging_steps=5,
         logging_first_step=True,
-        save_steps=max(10, options.steps // 5),
+        save_steps=max(10, steps // 5),
         save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
@@ -101,6 +187,22 @@ def _arguments(options: TrainOptions, checkpoints: Path, device_type: str) -> Tr
         bf16=_native_bf16(device_type) if options.bf16 is None else options.bf16,
         seed=options.seed,
     )
+
+
+@contextmanager
+def _checkpointing(base: Any) -> Iterator[None]:
+    """Layers are run again in backward. A model whose owner has that on already keeps it."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        yield
+        return
+    # Transformers 5.24 renamed it, and warns at the old name.
+    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    # The re-entrant kind loses the gradient of routers whose inputs need none.
+    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(base, f"{kind}_checkpointing_disable")()
 
 
 def _native_bf16(device_type: str) -> bool:
@@ -158,22 +260,26 @@ class _SaveByTime(TrainerCallback):
         self._last = time.monotonic()
 
 
-class PointLog(TrainerCallback):
-    """A progress bar with loss, EOR and KL, and every logged line kept in a file (by the main process)."""
+class PassLog(TrainerCallback):
+    """A progress bar with loss, EOR and KL of the strongest point, and every logged line of every point kept in a file
+    (by the main process). `last` has the last line of each."""
 
-    def __init__(self, bar: tqdm[Any], path: Path, name: str, strength: float) -> None:
-        self._bar, self._path, self._name, self._strength = bar, path, name, strength
-        self.last: dict[str, float] = {}
+    def __init__(self, bar: tqdm[Any], path: Path, points: Sequence[Point]) -> None:
+        self._bar, self._path = bar, path
+        self._strengths = {point.name: point.strength for point in points}
+        self.last: dict[str, dict[str, float]] = {}
+        self._writes = True
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Forget lines of steps that are taken again."""
-        if not state.is_world_process_zero or not self._path.exists():
+        self._writes = state.is_world_process_zero
+        if not self._writes or not self._path.exists():
             return
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 row = parse_json(line, str(self._path), DataError)
-                again = row["point"] == self._name and row["step"] > state.global_step
+                again = row["point"] in self._strengths and row["step"] > state.global_step
             except (DataError, TypeError, KeyError):  # the kill came while it was written
                 continue
             if not again and line.endswith("\n"):
@@ -185,14 +291,24 @@ class PointLog(TrainerCallback):
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if not logs or "ce" not in logs:
-            return
-        self.last = {key: round(float(logs[key]), 5) for key in ("loss", "ce", "eor", "kl") if key in logs}
-        self._bar.set_postfix(self.last)
-        if state.is_world_process_zero:
-            row = {"point": self._name, "strength": self._strength, "step": state.global_step, **self.last}
+        found = (logs or {}).get("points") or {}
+        for name, means in found.items():
+            self.last[name] = {key: round(float(value), 5) for key, value in means.items()}
+            self._write(name, state.global_step, self.last[name])
+        if found:
+            strongest = max(found, key=lambda name: self._strengths[name])
+            self._bar.set_postfix({k: v for k, v in self.last[strongest].items() if k in ("loss", "ce", "eor", "kl")})
+
+    def on_found(self, step: int, found: dict[str, Any]) -> None:
+        """A held-out evaluation: a line with `held_out` for each point."""
+        for name, row in found.items():
+            self._write(name, step, {"held_out": row})
+
+    def _write(self, name: str, step: int, values: dict[str, Any]) -> None:
+        if self._writes:
+            row = {"point": name, "strength": self._strengths[name], "step": step, **values}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -227,7 +343,7 @@ def check_fits(routers: Routers, options: TrainOptions, points: int, out: Path) 
         rows * columns if options.rank is None else options.rank * (rows + columns) for _, rows, columns in shapes
     )
     # fp32, whatever the base's dtype: adapters are trained and saved in it.
-    needed = 4 * values * (points + _ADAPTERS_IN_CHECKPOINTS)
+    needed = 4 * values * points * (1 + _ADAPTERS_IN_CHECKPOINTS)
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if needed > free:

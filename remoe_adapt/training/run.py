@@ -7,7 +7,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,18 @@ from remoe_adapt.routers import survey_routers
 from remoe_adapt.texts import data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
-from remoe_adapt.training.point import ADAPTER, CHECKPOINT_MINUTES, PointLog, check_fits, check_writable, train_point
+from remoe_adapt.training.point import (
+    ADAPTERS,
+    CHECKPOINT_MINUTES,
+    RECOVERY,
+    PassLog,
+    Plan,
+    check_fits,
+    check_writable,
+    plan_point,
+    train_points,
+)
+from remoe_adapt.training.validation import Validation
 from remoe_adapt.tuner import FAMILY_FILE, plain_base
 
 __all__ = [
@@ -60,28 +71,49 @@ def token_rows(
 
     Raises DataError when there is no text.
     """
+    train, held_out, _ = token_parts(paths, tokenizer, tokens, seed, piece_chars)
+    return train, held_out
+
+
+def token_parts(
+    paths: Sequence[str | Path], tokenizer: Any, tokens: int, seed: int = 0, piece_chars: int = _PIECE_CHARS,
+    validation_tokens: int = 0,
+) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:  # fmt: skip
+    """`token_rows`, and as a third part text to evaluate on while training: about `validation_tokens` of other
+    documents again, which are kept from both; of a file of few documents, another twentieth of each."""
     files = data_files(paths)
     train: list[list[int]] = []
     held_out: list[list[int]] = []
+    validation: list[list[int]] = []
     share = math.ceil(tokens / len(files))
     for file in files:
         documents = list(read_file(file, tokenizer))
         random.Random(seed).shuffle(documents)
         # Whole documents are held out where there are enough: parts of one document are too alike to tell of new text.
         if len(documents) >= _HELD_OUT_EVERY:
-            kept = [text for index, text in enumerate(documents) if index % _HELD_OUT_EVERY]
+            places = (0, 1) if validation_tokens else (0,)
+            kept = [text for index, text in enumerate(documents) if index % _HELD_OUT_EVERY not in places]
             apart = documents[::_HELD_OUT_EVERY]
+            looked_at = documents[1::_HELD_OUT_EVERY] if validation_tokens else []
         else:
             cuts = [len(text) - len(text) // _HELD_OUT_EVERY for text in documents]
-            kept = [text[:cut] for text, cut in zip(documents, cuts, strict=True)]
             apart = [text[cut:] for text, cut in zip(documents, cuts, strict=True)]
+            ends = [
+                cut - len(text) // _HELD_OUT_EVERY * bool(validation_tokens)
+                for text, cut in zip(documents, cuts, strict=True)
+            ]
+            kept = [text[:end] for text, end in zip(documents, ends, strict=True)]
+            looked_at = [text[end:cut] for text, end, cut in zip(documents, ends, cuts, strict=True)]
         train += tokenize_documents(_drawn(kept, piece_chars, seed), tokenizer, share)
         most = math.ceil(HELD_OUT_TOKENS / len(files))
         held_out += tokenize_documents(_drawn(apart, piece_chars, seed), tokenizer, most)
+        if validation_tokens:
+            most = math.ceil(validation_tokens / len(files))
+            validation += tokenize_documents(_drawn(looked_at, piece_chars, seed), tokenizer, most)
     if not train:
         raise DataError(f"no text in {', '.join(map(str, files))}")
     # One token has nothing to predict.
-    return train, [row for row in held_out if len(row) > 1]
+    return train, [row for row in held_out if len(row) > 1], [row for row in validation if len(row) > 1]
 
 
 def _drawn(documents: Sequence[str], piece_chars: int, seed: int) -> list[str]:
@@ -109,16 +141,17 @@ def train_family(
     on_point: Callable[[str, dict[str, float]], None] | None = None,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
 ) -> Family:
-    """Train a point for each strength, then the control, one after the other from the same base on the same rows.
+    """Train a point for each strength, and the control, side by side on the same rows: one pass of the base serves all.
 
     Beside the family lie `training.json`, what the run was, and `training_log.jsonl`. A stopped run goes on where it
-    was when called again with the same options: finished points are kept, the point under way restarts from its last
+    was when called again with the same options: finished points are kept, those under way restart from their last
     checkpoint; other strengths add points. `base` (a path, hub id or loaded model) is left as it was.
-    A checkpoint is kept every `checkpoint_minutes` (and at every fifth of a point): that much is lost at most.
+    A checkpoint is kept every `checkpoint_minutes` (and at every fifth of a pass): that much is lost at most.
     `expert_cache` and `storage` put the experts of a base that is loaded into an expert cache, of that budget and
     reading from that pack (see `load_whole_or_cached`, also for quantised checkpoints); adapters are the same as those
     of the dequantised model. `arithmetic`: "exact", or "auto", which is exact here.
-    `on_point(name, last_log)` is called after each. Under `accelerate launch` every process calls this: rows are shared
+    `on_point(name, last_log)` is called for each point when its pass has ended.
+    Under `accelerate launch` every process calls this: rows are shared
     out, the main process writes.
 
     Raises:
@@ -139,9 +172,13 @@ def train_family(
     # Kept for the whole run: after each point its wrappers are gone, and the same routers are in their places.
     routers = survey_routers(plain_base(model))
     check_fits(routers, options, len(wanted) + control, out)
+    for strength in wanted:
+        options.recency_of(strength, len(routers.refs))  # refuses another number of gains
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base_id)
     length = _row_tokens(model, options)
-    train, _ = token_rows(data, tokenizer, _needed_tokens(model, options) * processes.num_processes, options.seed)
+    needed = _needed_tokens(model, options) * processes.num_processes
+    wants = options.validation_tokens if options.evaluate_every is not None else 0
+    train, _, apart = token_parts(data, tokenizer, needed, options.seed, validation_tokens=wants)
     rows = PackedRows(train, length, None, options.seed)  # pieces end anywhere: no end-of-text after them
     if model.device.type == "cpu":
         torch.set_flush_denormal(True)  # second moments of small gradients slow a CPU down tenfold
@@ -153,33 +190,90 @@ def train_family(
         _claim(out, json.loads(json.dumps(run)), resume)
     exists = (out / FAMILY_FILE).exists()
     family = Family.load(out) if exists else Family.create(out, base_id, routers.fingerprint)
-    # The control comes last, because a family.json with a control and no points is refused when it is loaded.
-    todo = [(Family.adapter_name(s), s) for s in wanted if s not in family.strengths]
-    if control and family.control is None:
-        todo.append(("control", 0.0))
-    for position, (name, strength) in enumerate(todo):
-        folder = out / WORK_FOLDER / name
-        shown = progress and processes.is_main_process
-        bar = tqdm(total=options.steps, desc=f"{name} ({position + 1}/{len(todo)})", disable=not shown, unit="step")
-        log = PointLog(bar, out / LOG_FILE, name, strength)
-        with bar, freed_memory_kept(model.device.type), disk_faults(out, ConfigError, _GOES_ON, "written"):
-            # Each point starts from the base, not from the point before, so that one may be added or trained again
-            # alone.
-            last = train_point(model, rows, options, strength, folder, log, checkpoint_minutes, routers)
-            if processes.is_main_process:
-                if strength:
-                    recency = options.recency_of(strength, len(routers.refs))
-                    family.add_point(strength, folder / ADAPTER, recency)
-                else:
-                    family.set_control(folder / ADAPTER)
-                # Only now: until the family holds the adapter, this folder is the one copy.
-                shutil.rmtree(folder)
-        processes.wait_for_everyone()
-        if on_point is not None:
-            on_point(name, last)
+    work = out / WORK_FOLDER
+    names = {Family.adapter_name(strength): strength for strength in wanted} | ({"control": 0.0} if control else {})
     if processes.is_main_process:
-        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+        with disk_faults(out, ConfigError, _GOES_ON, "written"):
+            for finished in sorted(work.glob(f"*/{ADAPTERS}")):  # a kill came before the family had all of them
+                _take_in(family, finished, names, options, len(routers.refs))
+    processes.wait_for_everyone()
+    if not processes.is_main_process and (out / FAMILY_FILE).exists():
+        family = Family.load(out)
+    validation = None
+    if options.evaluate_every is not None:
+        if not apart:
+            raise DataError("the data leave no text to evaluate on while training: give more, or no --evaluate-every")
+        rows_apart = PackedRows(apart, length, None, options.seed)
+        validation = Validation(rows_apart, options.evaluate_every, options.patience, options.batch)
+    for strengths_now, steps, start in _passes(family, names, options):
+        points = tuple(plan_point(options, s, name, len(routers.refs)) for name, s in strengths_now.items())
+        plan = Plan(points, steps, rows, None if start is None else out / start, validation)
+        folder = work / plan.name
+        shown = progress and processes.is_main_process
+        bar = tqdm(total=steps, desc=plan.name, disable=not shown, unit="step")
+        log = PassLog(bar, out / LOG_FILE, points)
+        with bar, freed_memory_kept(model.device.type), disk_faults(out, ConfigError, _GOES_ON, "written"):
+            train_points(model, options, plan, folder, log, checkpoint_minutes, routers)
+            processes.wait_for_everyone()
+            if processes.is_main_process:
+                _take_in(family, folder / ADAPTERS, names, options, len(routers.refs))
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            family = Family.load(out)
+        for name in strengths_now if on_point is not None else ():
+            on_point(name, log.last.get(name, {}))  # type: ignore[misc]
+    if processes.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
     return Family.load(out)
+
+
+def _passes(
+    family: Family, names: Mapping[str, float], options: TrainOptions
+) -> Iterator[tuple[dict[str, float], int, str | None]]:
+    """What is still to be trained: points by name and strength, for how many steps, from which point's adapter.
+
+    Asked again after each pass, as a later one may begin where an earlier one ended.
+    """
+
+    def missing() -> dict[str, float]:
+        # The control comes last, because a family.json with a control and no points is refused when it is loaded.
+        return {
+            name: strength
+            for name, strength in names.items()
+            if (strength not in family.strengths if strength else family.control is None)
+        }
+
+    todo = missing()
+    if not todo:
+        return
+    if options.next_steps is None:
+        yield todo, options.steps, None
+        return
+    # The weakest is nearest to the base, and every other one is nearer to it than to the base.
+    first = [] if family.points else sorted((s, name) for name, s in todo.items() if s)[:1]
+    roots = {name: s for s, name in first} | {name: s for name, s in todo.items() if not s}
+    if roots:
+        yield roots, options.steps, None
+    if left := missing():
+        yield left, options.next_steps, family.points[0].adapter
+
+
+def _take_in(family: Family, adapters: Path, names: Mapping[str, float], options: TrainOptions, routers: int) -> None:
+    """Put the adapters of a finished pass into the family, as far as they are wanted and not there, and remove its
+    folder."""
+    for name, strength in names.items():
+        folder = adapters / name
+        if not folder.is_dir():
+            continue
+        if not strength:
+            if family.control is None:
+                family.set_control(folder)
+        elif strength not in family.strengths:
+            recovery = adapters / f"{name}-{RECOVERY}"
+            recency = options.recency_of(strength, routers)
+            family.add_point(strength, folder, recency, recovery=recovery if recovery.is_dir() else None)
+    # Only now: until the family holds the adapters, this folder is the one copy.
+    shutil.rmtree(adapters.parent)
 
 
 def held_out_documents(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,11 +18,13 @@ from remoe_adapt.objective import (
     IGNORED_LABEL,
     LossWeights,
     RouterTerms,
-    distillation_losses,
+    Teacher,
     document_numbers,
     next_token_losses,
+    target_losses,
     warm_up,
 )
+from remoe_adapt.recency import InstalledPrior
 from remoe_adapt.tuner import (
     WORKING_RATE,
     ObjectiveCallback,
@@ -47,6 +49,24 @@ else:
 
 Mode = Literal["end-to-end", "local"]
 MODES: tuple[Mode, ...] = ("end-to-end", "local")
+# What is summed over the micro-batches of a step, in this order, and then divided by their share of it.
+_LOGGED = ("loss", "ce", "kl", "eor", "kl_base")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The objective on one micro-batch, each part scaled by its share of the step's label tokens.
+
+    loss: with gradient. ce, kl_base: the next-token loss and KL(base || student), None without a teacher. terms: of
+    each router, values per row. calls: the routers' calls. outputs: the model's.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl_base: Tensor | None
+    terms: list[RouterTerms]
+    calls: list[RouterCall]
+    outputs: Any
 
 
 class RemoeTrainerMixin(_Mixin):
@@ -62,6 +82,9 @@ class RemoeTrainerMixin(_Mixin):
     mode "local": trust + locality of each router on its detached input, backward inside the router's own hook. No
     activation of the model is kept, so training needs the memory of inference; L_CE has no gradient there.
 
+    With `prior`, a recency prior installed on the same model, the student runs under its gains, restarting where a
+    document begins, and the base that it is held to (`distill_share`) without: the routers learn what is best with it.
+
     The locality and trust terms are means over the wrapped routers.
     """
 
@@ -69,6 +92,7 @@ class RemoeTrainerMixin(_Mixin):
     loss_is_scaled_for_ga: bool | None
     optimizer: torch.optim.Optimizer | None
     _signature_columns: Any
+    _is_at_full_weight = False
 
     def __init__(
         self,
@@ -76,6 +100,7 @@ class RemoeTrainerMixin(_Mixin):
         mode: Mode = "end-to-end",
         locality_warmup_steps: int = 0,
         router_relative_lr: bool | None = None,
+        prior: InstalledPrior | None = None,
         **kwargs: Any,
     ) -> None:
         """`locality_warmup_steps` is T_warm. With `router_relative_lr`, `args.learning_rate` is in units of a router's
@@ -89,7 +114,7 @@ class RemoeTrainerMixin(_Mixin):
         """
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: choose 'end-to-end' or 'local'")
-        self.mode = mode
+        self.mode, self.prior = mode, prior
         self.locality_warmup_steps = locality_warmup_steps
         self.router_relative_lr = router_relative_lr
         training = kwargs.get("args", args[1] if len(args) > 1 else None)
@@ -108,12 +133,16 @@ class RemoeTrainerMixin(_Mixin):
         self.router_layers = {n: r for n, r in remoe_layers(self.model).items() if r.adapters & {*r.active_adapters}}
         self._configs = active_configs(self.model, self.router_layers.values())
         self.loss_weights = weights_of(self._configs)
-        if mode == "local" and replace(self.loss_weights, distill_share=0.0) == LossWeights():
+        self.check_terms()
+        self._sums: Tensor | None = None
+
+    def check_terms(self) -> None:
+        """Raises ConfigError when local mode has nothing to learn from."""
+        if self.mode == "local" and replace(self.loss_weights, distill_share=0.0) == LossWeights():
             raise ConfigError(
                 "mode='local' learns from the locality and trust terms alone, and all their weights are 0: "
                 "set reuse_weight in RemoeConfig, or choose mode='end-to-end'"
             )
-        self._sums: Tensor | None = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -144,26 +173,45 @@ class RemoeTrainerMixin(_Mixin):
         """
         inputs, labels_BT, documents_BT = _split_inputs(inputs)
         share_B, items = row_shares(labels_BT, num_items_in_batch if model.training else None)
+        found = self.measured(model, inputs, labels_BT, documents_BT, share_B, items)
+        loss = found.loss
+        if model.training:
+            self._note(found.loss, found.ce, found.terms, share_B, found.kl_base)
+            loss = loss * self._loss_factor
+        return (loss, found.outputs) if return_outputs else loss
+
+    def measured(
+        self, model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor, documents_BT: Tensor, share_B: Tensor,
+        items: Tensor | int,
+    ) -> Measured:  # fmt: skip
+        """The objective and its parts on one micro-batch; `share_B` and `items` as `row_shares` gives them."""
         calls: list[RouterCall] = []
         share = self.loss_weights.distill_share
-        if share:
-            # Before the trained pass, so that no activation of that one is in memory meanwhile.
-            with torch.no_grad(), _base_routing(self.router_layers.values()):
-                base_logits_BTV = model(**inputs).logits
+        # Before the trained pass, so that no activation of that one is in memory meanwhile.
+        teacher = self._teacher(model, inputs) if share else None
         with self._hooks(lambda *call: calls.append(call)):
-            outputs = model(**inputs)
-        ce = next_token_losses(outputs.logits, labels_BT).sum() / items
+            outputs = self._student(model, inputs, documents_BT)
+        target_BT, ce_BT, kl_BT = target_losses(outputs.logits, labels_BT, teacher, share)
         with self.accelerator.autocast():  # the reference must compute as the model did
             terms = [self._terms(call, call[3], documents_BT) for call in calls]
-        target = ce
-        if share:
-            distilled = distillation_losses(outputs.logits, base_logits_BTV, labels_BT).sum() / items
-            target = (1 - share) * ce + share * distilled
-        loss = target + sum((term.loss * share_B).sum() for term in terms) / len(self.router_layers)
-        if model.training:
-            self._note(ce, terms, share_B)
-            loss = loss * self._loss_factor
-        return (loss, outputs) if return_outputs else loss
+        loss = target_BT.sum() / items + sum((term.loss * share_B).sum() for term in terms) / len(self.router_layers)
+        kl_base = None if kl_BT is None else kl_BT.sum() / items
+        return Measured(loss, ce_BT.sum() / items, kl_base, terms, calls, outputs)
+
+    def _teacher(self, model: nn.Module, inputs: dict[str, Any]) -> Teacher:
+        """What the base predicts."""
+        with torch.no_grad(), _base_routing(self.router_layers.values()), self._without_prior():
+            return Teacher.of(model(**inputs).logits)
+
+    def _student(self, model: nn.Module, inputs: dict[str, Any], documents_BT: Tensor) -> Any:
+        """The trained model's output; under a prior whose recency begins anew with every document."""
+        if self.prior is None:
+            return model(**inputs)
+        with self.prior.prior.documents(documents_BT):
+            return model(**inputs)
+
+    def _without_prior(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.prior is None else self.prior.prior.paused()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -196,7 +244,7 @@ class RemoeTrainerMixin(_Mixin):
             terms.append(RouterTerms(term.loss.detach(), term.kl, term.eor))
 
         with torch.no_grad(), self._hooks(learn):
-            logits_BTV = model(**inputs).logits
+            logits_BTV = self._student(model, inputs, documents_BT).logits
             # Row by row, because the copies in full precision are as large as all logits.
             rows = zip(logits_BTV.split(1), labels_BT.split(1), strict=True)
             ce = torch.stack([next_token_losses(*row).sum() for row in rows]).sum() / items
@@ -206,7 +254,7 @@ class RemoeTrainerMixin(_Mixin):
                 if parameter.requires_grad:
                     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
-        self._note(ce, terms, share_B)
+        self._note(ce + loss / self._loss_factor, ce, terms, share_B)
         return ce * self._loss_factor + loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -245,13 +293,21 @@ class RemoeTrainerMixin(_Mixin):
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's log with `ce`, `kl` (L_Trust, mean over routers) and `eor` of the steps since the last one."""
-        if "loss" in logs and self._sums is not None:  # a step's own log, which every process makes
-            *totals, share = self.accelerator.reduce(self._sums, reduction="sum").tolist()
-            if share > 0:
-                logs |= {name: total / share for name, total in zip(("ce", "kl", "eor"), totals, strict=True)}
-            self._sums = None
+        """Trainer's log with `ce`, `kl` (L_Trust, mean over routers), `eor` and, where there is a teacher, `kl_base`
+        (KL to the base, nats a token) of the steps since the last one."""
+        if "loss" in logs:  # a step's own log, which every process makes
+            logs |= {name: value for name, value in self._taken_sums().items() if name != "loss"}
         super().log(logs, *args, **kwargs)
+
+    def _taken_sums(self) -> dict[str, float]:
+        """Means of what was summed since the last call, over all processes."""
+        if self._sums is None:
+            return {}
+        *totals, taught, share = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+        self._sums = None
+        # Without a teacher there is no divergence from one.
+        names = _LOGGED if taught else _LOGGED[:-1]
+        return dict(zip(names, (total / share for total in totals), strict=False)) if share > 0 else {}
 
     @property
     def _averages_tokens(self) -> bool:
@@ -275,16 +331,31 @@ class RemoeTrainerMixin(_Mixin):
             patches.add(*(hook(layer, "forward", on_call, with_kwargs=True) for layer in self.router_layers.values()))
             yield
 
+    @contextmanager
+    def at_full_weight(self) -> Iterator[None]:
+        """Within the block the locality terms have their full weight, so that evaluations of a run can be compared."""
+        self._is_at_full_weight = True
+        try:
+            yield
+        finally:
+            self._is_at_full_weight = False
+
     def _terms(self, call: RouterCall, result: Any, documents_BT: Tensor) -> RouterTerms:
         name = next(name for name, layer in self.router_layers.items() if layer is call[0])
-        alpha = warm_up(self.state.global_step + 1, self.locality_warmup_steps)
+        warming = 0 if self._is_at_full_weight else self.locality_warmup_steps
+        alpha = warm_up(self.state.global_step + 1, warming)
         return terms_of_call(call, result, name, documents_BT, self.loss_weights, alpha)
 
-    def _note(self, ce: Tensor, terms: list[RouterTerms], share_B: Tensor) -> None:
-        """Add to the sums of ce, kl, eor and shares; on the device, so that a step waits for nothing."""
+    def _note(
+        self, loss: Tensor, ce: Tensor, terms: list[RouterTerms], share_B: Tensor, kl_base: Tensor | None = None
+    ) -> None:
+        """Add to the sums of `_LOGGED`, whether there was a teacher, and shares; on the device, so that a step waits
+        for nothing."""
         kl_B, eor_B = (torch.stack([getattr(term, name) for term in terms]).mean(dim=0) for name in ("kl", "eor"))
-        values = (ce.detach(), (kl_B * share_B).sum(), (eor_B * share_B).sum(), share_B.sum())
-        now = torch.stack([value.float() for value in values])
+        taught = torch.zeros_like(ce) if kl_base is None else kl_base
+        values = (loss, ce, (kl_B * share_B).sum(), (eor_B * share_B).sum(), taught)
+        is_taught = torch.full_like(taught, float(kl_base is not None))
+        now = torch.stack([value.detach().float() for value in (*values, is_taught, share_B.sum())])
         self._sums = now if self._sums is None else self._sums + now
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.gating import RouterForward
 from remoe_adapt.objective import IGNORED_LABEL, LossWeights, RouterTerms, router_terms
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.layer import RemoeLayer
@@ -45,7 +46,10 @@ def terms_of_call(
     log_probs_BTE = _log_probabilities(layer, logits_TE).view(*rows, -1)
     # The base's own distribution on the same input, which L_Trust holds the adapter to.
     with torch.no_grad(), without_jitter(layer):
-        reference = layer.spec.read(layer.base_layer(*args, **kwargs))
+        # Under a recency prior only the choice would differ, which is not asked for here and takes a scan.
+        gated = vars(layer.base_layer).get("forward")
+        run = gated.plain if isinstance(gated, RouterForward) else layer.base_layer
+        reference = layer.spec.read(run(*args, **kwargs))
         reference_BTE = _log_probabilities(layer, reference.logits_TE).view(*rows, -1)
     documents_BT = documents_BT.to(logits_TE.device)  # the layers of a large model may be on several devices
     terms = router_terms(log_probs_BTE, ids_TK.view(*rows, -1), reference_BTE, documents_BT, weights, alpha)

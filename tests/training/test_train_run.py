@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_family import byte_tokenizer, save_base
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,7 +22,7 @@ from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers.discover import fingerprint
 from remoe_adapt.training import run as train_run
 from remoe_adapt.training.options import TrainOptions
-from remoe_adapt.training.point import PointLog
+from remoe_adapt.training.point import PassLog
 from remoe_adapt.training.run import RUN_FILE, WORK_FOLDER, held_out_documents, token_rows, train_family
 from remoe_adapt.tuner.layer import remoe_layers
 
@@ -120,11 +121,17 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize(("mode", "minutes", "kept"), [("end-to-end", 5, 10), ("local", 5, 10), ("end-to-end", 0, 11)])
+@pytest.mark.parametrize(
+    ("mode", "minutes", "kept", "rank"), [("end-to-end", 5, 10, 2), ("local", 5, 10, None), ("end-to-end", 0, 11, None)]
+)
 def test_a_killed_run_goes_on_to_the_same_adapter(
-    folder: Path, tmp_path: Path, mode: Any, minutes: float, kept: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = TrainOptions(steps=14, batch=2, accumulate=2, length=32, mode=mode, lr=0.2)
+    folder: Path, tmp_path: Path, mode: Any, minutes: float, kept: int, rank: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    options = TrainOptions(
+        steps=14, batch=2, accumulate=2, length=32, mode=mode, lr=0.2, recency="cost", recency_gain=0.1,
+        recovery_rank=rank, evaluate_every=4 if rank else None, validation_tokens=200,
+    )  # fmt: skip
 
     def train(out: Path) -> Family:
         data, base = [folder / "data"], folder / "base"
@@ -133,32 +140,41 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
         )
 
     whole = train(tmp_path / "whole")
-    on_step_end = PointLog.on_step_end
+    on_step_end = PassLog.on_step_end
 
-    def killer(self: PointLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._name == "s100" and state.global_step == 12:
+    def killer(self: PassLog, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 12:
             raise KilledError
         on_step_end(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(PointLog, "on_step_end", killer)
+    monkeypatch.setattr(PassLog, "on_step_end", killer)
     with pytest.raises(KilledError):
         train(tmp_path / "killed")
     monkeypatch.undo()
-    assert Family.load(tmp_path / "killed").strengths == (0.5,)
-    checkpoints = tmp_path / "killed" / WORK_FOLDER / "s100" / "checkpoints"
+    assert not (tmp_path / "killed" / "family.json").exists()
+    checkpoints = tmp_path / "killed" / WORK_FOLDER / "s050+s100" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == [f"checkpoint-{kept}"]
     (checkpoints / "checkpoint-12").mkdir()  # a second kill, in the middle of saving
     resumed_at: list[int] = []
     monkeypatch.setattr(
-        PointLog, "on_step_begin", lambda self, args, state, control, **kwargs: resumed_at.append(state.global_step)
+        PassLog, "on_step_begin", lambda self, args, state, control, **kwargs: resumed_at.append(state.global_step)
     )
     resumed = train(tmp_path / "killed")
     assert resumed_at[0] == kept, "it went on from the checkpoint"
     for strength in (0.5, 1.0):
         assert equal(resumed.deltas(strength), whole.deltas(strength))
+        assert resumed.point(strength).recovery == (f"s{strength * 100:03.0f}-recovery" if rank else None)
+        for name in ("", "-recovery") if rank else ("",):
+            files = [
+                path / f"s{strength * 100:03.0f}{name}" / "adapter_model.safetensors"
+                for path in (resumed.path, whole.path)
+            ]
+            assert equal(*map(load_file, files))
     logs = [(tmp_path / name / "training_log.jsonl").read_text() for name in ("whole", "killed")]
-    steps = [[(row["point"], row["step"]) for row in map(json.loads, log.splitlines())] for log in logs]
-    assert steps[0] == steps[1], "steps taken twice are logged once"
+    steps = [
+        [(row["point"], row["step"], "held_out" in row) for row in map(json.loads, log.splitlines())] for log in logs
+    ]
+    assert [sorted(rows) for rows in steps][0] == sorted(steps[1]), "steps taken twice are logged once"
 
 
 def test_a_loaded_model_is_left_as_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +200,12 @@ def test_a_loaded_model_is_left_as_it_was(folder: Path, tmp_path: Path, monkeypa
     def interrupted(name: str, log: dict[str, float]) -> None:
         raise KilledError
 
-    on_step_end = PointLog.on_step_end
-    monkeypatch.setattr(PointLog, "on_step_end", lambda *args, **kwargs: interrupted("", {}))
+    on_step_end = PassLog.on_step_end
+    monkeypatch.setattr(PassLog, "on_step_end", lambda *args, **kwargs: interrupted("", {}))
     with pytest.raises(KilledError):
         train_family(lora, data, [1.0], tmp_path / "a", options=options, tokenizer=TOKENIZER, progress=False)  # type: ignore[arg-type]
     check()
-    monkeypatch.setattr(PointLog, "on_step_end", on_step_end)
+    monkeypatch.setattr(PassLog, "on_step_end", on_step_end)
     family = train_family(lora, data, [1.0], tmp_path / "a", options=options, tokenizer=TOKENIZER, progress=False)  # type: ignore[arg-type]
     check()
     assert family.fingerprint == fingerprint(base_model(folder))
