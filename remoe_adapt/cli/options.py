@@ -92,7 +92,22 @@ WarmTokens = Annotated[
 ]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="The figures of each layer too (JSON: per_layer).")]
 RecencyGain = Annotated[float | None, typer.Option(help="Its gain, at every strength; default 0.2.")]
-FullGain = Annotated[float | None, typer.Option("--recency-gain", help="Its gain in the point of strength 1.")]
+FullGain = Annotated[
+    str | None,
+    typer.Option("--recency-gain", help="Its gain in the point of strength 1; or one for each strength, with commas."),
+]
+NextSteps = Annotated[
+    int | None, typer.Option(min=1, help="Points but the weakest go on from it, this far; default: all from the base.")
+]
+RecoveryRank = Annotated[
+    int | None, typer.Option(min=1, help="Train a LoRA of this rank on attention and dense layers with each point.")
+]
+RecoveryLr = Annotated[float | None, typer.Option(help="Its learning rate; default 0.001.")]
+EvaluateEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between looks at held-out text; each point ends as it did best.")
+]
+Patience = Annotated[int | None, typer.Option(min=1, help="Looks without a better one, and a point stops; default 3.")]
+Checkpointing = Annotated[bool, typer.Option(help="Run layers again in backward: less memory, more time.")]
 # From the table of modes, so that a new mode is in the help without a word here.
 _DECAYS = " or ".join(f"{mode.name}; default {mode.default_decay:g}" for mode in MODES.values() if mode.takes_decay)
 _SHARES = " or ".join(f"{mode.default_share:g} ({mode.name})" for mode in MODES.values() if mode.default_share)

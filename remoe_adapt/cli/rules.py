@@ -19,7 +19,11 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "certified": ("family",),
         **dict.fromkeys(("recency_decay", "recency_share"), ("recency", "recency_gain")),
     },
-    "train": dict.fromkeys(("recency_decay", "recency_share"), ("recency", "recency_gain")),
+    "train": {
+        **dict.fromkeys(("recency_decay", "recency_share"), ("recency", "recency_gain")),
+        "recovery_lr": ("recovery_rank",),
+        "patience": ("evaluate_every",),
+    },
     "trace": dict.fromkeys(("prompt_tokens", "temperature", "seed"), ("decode",)),
     "run": {"plot": ("log",)},
     "watch": {

@@ -31,7 +31,10 @@ def train(
     accumulate: opt.Accumulate = None, length: opt.Length = None, lr: opt.Lr = None, mode: opt.Mode = None,
     recency: opt.Recency = None, recency_gain: opt.FullGain = None, recency_decay: opt.RecencyDecay = None,
     recency_share: opt.RecencyShare = None,
-    rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
+    rank: opt.Rank = None, next_steps: opt.NextSteps = None,
+    recovery_rank: opt.RecoveryRank = None, recovery_lr: opt.RecoveryLr = None,
+    evaluate_every: opt.EvaluateEvery = None, patience: opt.Patience = None, checkpointing: opt.Checkpointing = False,
+    seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
     checkpoint_minutes: opt.CheckpointMinutes = None,
     expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, arithmetic: opt.Arithmetic = "exact",
     device: opt.Device = None, as_json: opt.Json = False,
@@ -50,6 +53,7 @@ def train(
 
     quiet_libraries()
     placed: dict[str, Any] = {"expert_cache": expert_cache and budget(expert_cache), "storage": storage}
+    given |= _gains(recency_gain, numbers(strengths))
     options = TrainOptions(**{f.name: given[f.name] for f in fields(TrainOptions) if given.get(f.name) is not None})
     family = train_family(
         model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device,
@@ -77,6 +81,20 @@ def train(
     else:
         certify(family, measured)
     return result | measured, shown
+
+
+def _gains(text: str | None, strengths: list[float]) -> dict[str, Any]:
+    """`recency_gain`, or `recency_gains` of each strength, as TrainOptions has them."""
+    if text is None:
+        return {}
+    gains = numbers(text)
+    if len(gains) == 1:
+        return {"recency_gain": gains[0]}
+    if len(gains) != len(strengths):
+        raise ConfigError(
+            f"--recency-gain has {len(gains)} gains for {len(strengths)} strengths: give one, or one each"
+        )
+    return {"recency_gain": None, "recency_gains": tuple(zip(strengths, gains, strict=True))}
 
 
 @command(app, "eval", rows.of_arms)
