@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from remoe_adapt._support import say_once
 from remoe_adapt.errors import AdapterConflictError, ConfigError
-from remoe_adapt.family import Family, FamilyPoint
+from remoe_adapt.family import Family, FamilyPoint, FamilyRecovery
 from remoe_adapt.recency import InstalledPrior
 from remoe_adapt.recency_settings import MODES, Recency
 from remoe_adapt.routers import Routers, survey_routers
@@ -25,12 +25,14 @@ Row = TypeVar("Row")
 class Arm:
     """Router weights to run the model with: `strength` 0 is the base, None the control; live weights in model order.
 
-    recency: the prior that it runs under, with a gain of each router; None: without a prior.
+    recency: the prior that it runs under, with a gain of each router; None: without a prior. has_recovery: it is a
+    point of the family, and runs with the recovery LoRA of its strength where the family has one.
     """
 
     strength: float | None
     live: tuple[Tensor, ...]
     recency: Recency | None = None
+    has_recovery: bool = False
 
 
 def check_priors(family: Family | None, priors: Sequence[Recency]) -> Recency | None:
@@ -80,6 +82,7 @@ class Arms:
         """Raises FingerprintMismatchError for another base (unless `force`), AdapterConflictError when the model's
         routers run adapters already, ConfigError when priors and points are not of one kind."""
         self._installed: InstalledPrior | None = None
+        self._recovery: FamilyRecovery | None = None
         routers = survey_routers(model)
         self._weights = [weight_ED.detach() for weight_ED in routers.weights.values()]
         # Copies, because the live weights are overwritten in place while arms take turns.
@@ -88,8 +91,8 @@ class Arms:
         self.control: Arm | None = None
         self.points: tuple[Arm, ...] = ()
         self.priors: tuple[Arm, ...] = ()
-        self._use_family(model, family, force, routers)
         kind = check_priors(family, priors)
+        self._use_family(model, family, force, routers)
         if kind is not None:
             self._installed = InstalledPrior(model, kind.mode, kind.decay, share=kind.share)
             self.priors = tuple(Arm(0.0, self.base.live, prior) for prior in priors)
@@ -107,8 +110,11 @@ class Arms:
         original = routers.original_weights
         self.base = Arm(0.0, tuple(weight_ED.detach().clone() for weight_ED in original.values()))
         self.points = tuple(
-            Arm(point.strength, _live(family, point.strength, original), point.recency) for point in family.points
+            Arm(point.strength, _live(family, point.strength, original), point.recency, has_recovery=True)
+            for point in family.points
         )
+        if any(point.recovery for point in family.points):
+            self._recovery = FamilyRecovery(model, family)
         if family.control is not None:
             # As a family of one point, so that `live` stays the only place where weights are made.
             whole = FamilyPoint(1.0, family.control.adapter, family.control.deltas)
@@ -129,6 +135,8 @@ class Arms:
         with torch.no_grad():
             # In place: a compiled model and CUDA graphs hold the addresses of the weights.
             torch._foreach_copy_(self._weights, list(arm.live))
+        if self._recovery is not None:
+            self._recovery.use(arm.strength or 0.0 if arm.has_recovery else 0.0)
         if self._installed is not None:
             self._installed.enable(arm.recency is not None)
             if arm.recency is not None:
@@ -146,6 +154,8 @@ class Arms:
         """Brings back the weights that were found, bit for bit, and takes a prior out."""
         if self._installed is not None:
             self._installed.remove()
+        if self._recovery is not None:
+            self._recovery.remove()
         with torch.no_grad():
             torch._foreach_copy_(self._weights, list(self._found))
 

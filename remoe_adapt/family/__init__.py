@@ -2,3 +2,4 @@
 
 from remoe_adapt.family.family import Family, FamilyPoint, original_weights
 from remoe_adapt.family.files import family_folder, read_family_json, write_whole
+from remoe_adapt.family.recovery import FamilyRecovery, recovery_targets

@@ -6,7 +6,6 @@ holds as they are stored, and never on routers, which the point itself changes. 
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,45 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.routers import Routers, survey_routers
+from remoe_adapt.family import recovery_targets
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.points import Point
 from remoe_adapt.tuner import RemoeLayer
-
-# `model.layers.3.mlp.gate` is in the list of layers `model.layers`.
-_LAYER = re.compile(r"^(.*?)\.\d+\.")
-
-
-def recovery_targets(model: nn.Module, routers: Routers | None = None) -> list[str]:
-    """The linear layers that a recovery LoRA is put on: by their last names where those mean no others, else by paths.
-
-    Raises ConfigError when there are none.
-    """
-    refs = (routers or survey_routers(model)).usable()
-    lists = {in_list[1] + "." for ref in refs if (in_list := _LAYER.match(ref.name))}
-    blocks = {ref.name.rpartition(".")[0] for ref in refs}
-    left_out = {ref.name for ref in refs} | {f"{block}.experts" for block in blocks}
-    left_out |= {
-        f"{block}.{name}"
-        for block in blocks
-        for name, child in model.get_submodule(block).named_modules()
-        if isinstance(child, nn.ModuleList)
-    }
-    found = [
-        name
-        for name, module in model.named_modules()
-        # A single row, as the gate of a shared expert has, is a router of a kind.
-        if isinstance(module, nn.Linear) and module.out_features > 1
-        and name.startswith(tuple(lists)) and not any(f"{name}.".startswith(f"{out}.") for out in left_out)
-    ]  # fmt: skip
-    if not found:
-        raise ConfigError(
-            f"{type(model).__name__} has no linear layer beside its experts, so nothing can carry a recovery LoRA: "
-            "leave recovery_rank out."
-        )
-    leaves = sorted({name.rpartition(".")[2] for name in found})
-    meant = [name for name, module in model.named_modules() if name.rpartition(".")[2] in leaves]
-    return leaves if sorted(meant) == sorted(found) else sorted(found)
 
 
 def add_recovery(base: nn.Module, points: Sequence[Point], options: TrainOptions, undo: ExitStack) -> PeftModel | None:

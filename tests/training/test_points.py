@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_family import save_base
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from remoe_adapt.errors import ConfigError, DataError
+from remoe_adapt.errors import ConfigError, DataError, FamilyError
+from remoe_adapt.evaluation.evaluate import evaluate
 from remoe_adapt.family.family import Family
+from remoe_adapt.family.recovery import FamilyRecovery, recovery_targets
 from remoe_adapt.recency.install import recency_prior
 from remoe_adapt.training.options import TrainOptions
-from remoe_adapt.training.recovery import recovery_targets
 from remoe_adapt.training.run import train_family
 
 RULE: dict[str, Any] = {"recency": "cost", "recency_gain": 0.3, "steps": 4, "batch": 2, "length": 40, "lr": 0.3}
@@ -44,6 +47,10 @@ def family_of(folder: Path, out: Path, strengths: list[float], base: Any = None,
 def base_model(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     return model
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def equal(left: Any, right: Any, **tolerance: Any) -> None:
@@ -228,6 +235,63 @@ def test_recovery_is_a_plain_adapter_beside_the_point(folder: Path, tmp_path: Pa
         assert not torch.equal(lora(ids).logits, before)
     copied = family.save(tmp_path / "copy")
     assert (copied / "s100-recovery" / "adapter_model.safetensors").is_file()
+
+
+def test_an_evaluation_runs_each_point_with_its_recovery_adapter(folder: Path, tmp_path: Path) -> None:
+    model = base_model(folder).eval()
+    names, before = [name for name, _ in model.named_modules()], weights(model)
+    options: dict[str, Any] = {"recovery_rank": 2, "recovery_lr": 0.05}
+    family = family_of(folder, tmp_path / "family", [0.5, 1.0], base=model, **options)
+    ids = torch.randint(1, 256, (1, 16))
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits
+
+    base = logits()
+    recovery = FamilyRecovery(model, family)
+    found = {}
+    for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
+        recovery.use(strength)
+        found[strength] = logits()
+    recovery.remove()
+    assert torch.equal(found[0.0], base) and torch.equal(found[0.25], base) and torch.equal(found[0.5], found[0.75])
+    assert not torch.equal(found[0.5], base) and not torch.equal(found[1.0], found[0.5])
+    assert [name for name, _ in model.named_modules()] == names and not hasattr(model, "peft_config")
+    documents = [torch.randint(1, 256, (40,)).tolist()]
+    with_it = evaluate(model, documents, family=family)
+    bare = Family.load(family.path)
+    bare.points = tuple(replace(point, recovery=None) for point in bare.points)
+    without = evaluate(model, documents, family=bare)
+    assert with_it["base"] == without["base"]
+    assert all(a["ppl"] != b["ppl"] for a, b in zip(with_it["points"], without["points"], strict=True))
+    equal(weights(model), before)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_recovery_adapter_of_other_layers_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = base_model(folder)
+    family = family_of(folder, tmp_path / "family", [1.0], base=model, recovery_rank=2, steps=1)
+    names = [name for name, _ in model.named_modules()]
+    path = family.path / "s100-recovery" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"target_modules": ["q_proj", "lm_head"]}))
+    with pytest.raises(FamilyError, match="no recovery adapter of this model: Found missing adapter keys"):
+        FamilyRecovery(model, Family.load(family.path))
+    tensors = family.path / "s100-recovery" / "adapter_model.safetensors"
+    head = {
+        f"base_model.model.lm_head.lora_{n}.weight": torch.zeros(s) for n, s in {"A": (2, 32), "B": (257, 2)}.items()
+    }
+    save_file(load_file(tensors) | head, tensors)
+    with pytest.raises(FamilyError, match="recovery adapter changes lm_head"):
+        FamilyRecovery(model, Family.load(family.path))
+    path.write_text(json.dumps(config | {"peft_type": "IA3"}))
+    with pytest.raises(FamilyError, match="is a LORA"):
+        Family.load(family.path)
+    path.unlink()
+    with pytest.raises(FamilyError, match="no saved recovery adapter"):
+        Family.load(family.path)
+    assert [name for name, _ in model.named_modules()] == names
 
 
 def test_recovery_is_never_on_experts_or_routers() -> None:

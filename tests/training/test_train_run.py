@@ -165,16 +165,13 @@ def test_a_killed_run_goes_on_to_the_same_adapter(
         assert equal(resumed.deltas(strength), whole.deltas(strength))
         assert resumed.point(strength).recovery == (f"s{strength * 100:03.0f}-recovery" if rank else None)
         for name in ("", "-recovery") if rank else ("",):
-            files = [
-                path / f"s{strength * 100:03.0f}{name}" / "adapter_model.safetensors"
-                for path in (resumed.path, whole.path)
-            ]
-            assert equal(*map(load_file, files))
+            file = Path(f"s{strength * 100:03.0f}{name}") / "adapter_model.safetensors"
+            assert equal(*(load_file(family.path / file) for family in (resumed, whole)))
     logs = [(tmp_path / name / "training_log.jsonl").read_text() for name in ("whole", "killed")]
     steps = [
         [(row["point"], row["step"], "held_out" in row) for row in map(json.loads, log.splitlines())] for log in logs
     ]
-    assert [sorted(rows) for rows in steps][0] == sorted(steps[1]), "steps taken twice are logged once"
+    assert sorted(steps[0]) == sorted(steps[1]), "steps taken twice are logged once"
 
 
 def test_a_loaded_model_is_left_as_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
