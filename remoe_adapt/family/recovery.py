@@ -86,12 +86,14 @@ class FamilyRecovery:
                         self._loras = PeftModel.from_pretrained(base, folder, adapter_name=name)
                     else:
                         self._loras.load_adapter(folder, name)
-            except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+            except (ValueError, TypeError, KeyError, RuntimeError, OSError, UserWarning) as error:
                 self.remove()
                 raise FamilyError(
                     f"{printable(folder)} is no recovery adapter of this model: {printable(error)}"
                 ) from error
-        self._layers = [(name, m) for name, m in base.named_modules() if isinstance(m, LoraLayer)]
+        self._layers: list[tuple[str, Any]] = [
+            (name, m) for name, m in base.named_modules() if isinstance(m, LoraLayer)
+        ]
         try:
             self._check()
         except BaseException:
