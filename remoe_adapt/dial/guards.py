@@ -65,9 +65,14 @@ class Guards:
 
     def check_leaving(self, keep_live: bool) -> None:
         """Raises where leaving would lose something: DialError for the base's weights, MergeStateError with
-        `keep_live` for the prior."""
+        `keep_live` for the prior or a recovery adapter."""
         if not keep_live:
             self._routers.check_restorable()
+        elif self._routers.has_recovery:
+            raise MergeStateError(
+                "nothing is merged: the point's recovery adapter is in no router weight, and would be lost; "
+                "model.unload() gives the base."
+            )
         elif self._prior is not None and self._prior.acts:
             raise MergeStateError(f"nothing is merged: {self._no_weight(self._prior)}; model.unload() gives the base.")
 

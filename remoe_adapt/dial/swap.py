@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from remoe_adapt._support import say_once
 from remoe_adapt.dial.recency import DialPrior
 from remoe_adapt.errors import DialError, RouterNotFoundError
-from remoe_adapt.family import Family
+from remoe_adapt.family import Family, FamilyRecovery
 from remoe_adapt.tuner import RemoeLayer, remoe_layers
 
 Placement = tuple[tuple[torch.device, torch.dtype], ...]
@@ -61,6 +61,8 @@ class ResidentRouters:
         self._points: dict[float, tuple[Tensor, ...]] = {}
         self._addresses: list[int] = []
         self._reach: _Reach | None = None
+        # LoRAs of points, which are switched together with the weights.
+        self._recovery: FamilyRecovery | None = None
         self._check_reached()
         # Those that have entered resident mode leave it when a later one refuses, so that a failed dial changes
         # nothing.
@@ -71,6 +73,8 @@ class ResidentRouters:
                     layer.hold()
                     held.append(layer)
             self._precompute()
+            if any(point.recovery for point in family.points):
+                self._recovery = FamilyRecovery(model, family)
             if prior is not None and prior.live:
                 with _writing(False):
                     torch._foreach_copy_(prior.live, prior.gains(0.0))
@@ -78,9 +82,16 @@ class ResidentRouters:
         except BaseException:
             for layer in held:
                 layer.release()
+            if self._recovery is not None:
+                self._recovery.remove()
             raise
         self.strength = 0.0
         self._addresses = [weight.data_ptr() for weight in self.weights]
+
+    @property
+    def has_recovery(self) -> bool:
+        """Whether a recovery adapter acts now."""
+        return self._recovery is not None and self._recovery.acts
 
     @property
     def moved(self) -> bool:
@@ -127,6 +138,8 @@ class ResidentRouters:
             torch._foreach_copy_(live, list(staged.values))
         if self._prior is not None:
             self._prior.committed(staged.strength)
+        if self._recovery is not None:
+            self._recovery.use(staged.strength)
         if live[0].is_cuda:
             for value in staged.values:  # their memory may be reused only after the copy
                 if value.is_cuda:
@@ -142,6 +155,8 @@ class ResidentRouters:
                 layer.release(keep_live=keep_live)
         if self._prior is not None:
             self._prior.remove()
+        if self._recovery is not None:
+            self._recovery.remove()
         self._points, self._placement = {}, ()
         self.strength = self.strength if keep_live else 0.0
 

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,6 +20,7 @@ from torch import nn
 from remoe_adapt._support import printable
 from remoe_adapt.errors import AdapterConflictError, ConfigError, FamilyError
 from remoe_adapt.family.family import Family
+from remoe_adapt.libraries import replace_module
 from remoe_adapt.routers import Routers, survey_routers
 from remoe_adapt.tuner import plain_base
 
@@ -77,29 +79,39 @@ class FamilyRecovery:
             )
         self._names = {point.strength: point.recovery for point in family.points if point.recovery}
         self._allowed = set(_paths(base, recovery_targets(base)))
-        self._base, self._loras = base, None
-        for name in self._names.values():
-            folder = str(family.path / name)
-            try:
-                with _quiet():
-                    if self._loras is None:
-                        self._loras = PeftModel.from_pretrained(base, folder, adapter_name=name)
-                    else:
-                        self._loras.load_adapter(folder, name)
-            except (ValueError, TypeError, KeyError, RuntimeError, OSError, UserWarning) as error:
-                self.remove()
-                raise FamilyError(
-                    f"{printable(folder)} is no recovery adapter of this model: {printable(error)}"
-                ) from error
-        self._layers: list[tuple[str, Any]] = [
-            (name, m) for name, m in base.named_modules() if isinstance(m, LoraLayer)
-        ]
+        self._base = base
+        self._layers: list[tuple[str, Any]] = []
+        self._trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        modes = [(module, module.training) for module in base.modules()]
         try:
+            self._load(family)
+            self._layers = [(name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer)]
             self._check()
         except BaseException:
             self.remove()
             raise
+        finally:
+            # A loaded adapter puts all of the model into eval mode.
+            for module, training in modes:
+                module.training = training
+        for _, layer in self._layers:
+            layer.train(layer.base_layer.training)
         self.use(0.0)
+
+    def _load(self, family: Family) -> None:
+        loras: PeftModel | None = None
+        for name in self._names.values():
+            folder = str(family.path / name)
+            try:
+                with _quiet():
+                    if loras is None:
+                        loras = PeftModel.from_pretrained(self._base, folder, adapter_name=name)
+                    else:
+                        loras.load_adapter(folder, name)
+            except (ValueError, TypeError, KeyError, RuntimeError, OSError, UserWarning) as error:
+                raise FamilyError(
+                    f"{printable(folder)} is no recovery adapter of this model: {printable(error)}"
+                ) from error
 
     def _check(self) -> None:
         for name, layer in self._layers:
@@ -123,22 +135,26 @@ class FamilyRecovery:
             # A layer that is disabled runs its base layer and nothing else.
             layer._disable_adapters = name is None
 
+    @property
+    def acts(self) -> bool:
+        """Whether the model is another one than without recovery adapters now."""
+        return any(not layer._disable_adapters for _, layer in self._layers)
+
     def remove(self) -> None:
         """Take the LoRAs off the base."""
-        loras, self._loras = self._loras, None
-        if loras is None:
-            return
-        held = dict(getattr(self._base, "peft_config", None) or {})
         for name, module in list(self._base.named_modules()):
             if isinstance(module, LoraLayer):
-                parent, _, leaf = name.rpartition(".")
-                setattr(self._base.get_submodule(parent), leaf, module.base_layer)
-        for name in self._names.values():
-            held.pop(name, None)
-        if held:
-            self._base.peft_config = held  # type: ignore[assignment]
-        elif hasattr(self._base, "peft_config"):
-            del self._base.peft_config
+                replace_module(self._base, name, module.base_layer)
+        self._layers = []
+        # The dictionary itself stays: other tuners of this base hold it.
+        held: Any = getattr(self._base, "peft_config", None)
+        if held is not None:
+            for name in self._names.values():
+                held.pop(name, None)
+            if not held:
+                del self._base.peft_config
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
 
 
 def _paths(model: nn.Module, targets: list[str]) -> list[str]:

@@ -16,7 +16,8 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from remoe_adapt.errors import ConfigError, DataError, FamilyError
+from remoe_adapt.dial.load import get_remoe_model, release
+from remoe_adapt.errors import ConfigError, DataError, FamilyError, MergeStateError
 from remoe_adapt.evaluation.evaluate import evaluate
 from remoe_adapt.family.family import Family
 from remoe_adapt.family.recovery import FamilyRecovery, recovery_targets
@@ -267,6 +268,40 @@ def test_an_evaluation_runs_each_point_with_its_recovery_adapter(folder: Path, t
     assert all(a["ppl"] != b["ppl"] for a, b in zip(with_it["points"], without["points"], strict=True))
     equal(weights(model), before)
     assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_dial_switches_recovery_adapters_and_the_base_is_exact(folder: Path, tmp_path: Path) -> None:
+    model = base_model(folder).eval()
+    names, flags = [name for name, _ in model.named_modules()], [p.requires_grad for p in model.parameters()]
+    options: dict[str, Any] = {"recovery_rank": 2, "recovery_lr": 0.05}
+    family = family_of(folder, tmp_path / "family", [0.5, 1.0], base=model, **options)
+    ids = torch.randint(1, 256, (1, 16))
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits
+
+    base = logits()
+    dialled = get_remoe_model(model, family=family)
+    assert torch.equal(logits(), base)
+    found = {}
+    for strength in (1.0, 0.5, 0.0):
+        dialled.controller.set_strength(strength)
+        found[strength] = logits()
+    assert torch.equal(found[0.0], base)
+    dialled.controller.set_strength(1.0)
+    with pytest.raises(MergeStateError, match="recovery"):
+        dialled.merge_and_unload()
+    release(model)
+    assert torch.equal(logits(), base)
+    assert [name for name, _ in model.named_modules()] == names and not hasattr(model, "peft_config")
+    assert [p.requires_grad for p in model.parameters()] == flags
+    bare = Family.load(family.path)
+    bare.points = tuple(replace(point, recovery=None) for point in bare.points)
+    plain = get_remoe_model(model, family=bare)
+    plain.controller.set_strength(1.0)
+    assert not torch.equal(logits(), found[1.0])
+    release(model)
 
 
 def test_a_recovery_adapter_of_other_layers_is_refused(folder: Path, tmp_path: Path) -> None:
