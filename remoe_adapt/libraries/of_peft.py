@@ -151,6 +151,34 @@ def saved_names() -> None:
 
 @relied_on(
     "peft",
+    "A LoRA on a base is a LoraLayer around each layer that it changes; with no adapter active, or disabled, that runs "
+    "the base layer and nothing else; its tensors carry the adapter's name between dots.",
+    "family/recovery.py training/recovery.py training/points.py",
+    names="peft.tuners.lora.LoraLayer",
+    interposes="the layers that a family's recovery adapters change are replaced by LoraLayers around them "
+    "(FamilyRecovery.remove puts them back, and so does an error)",
+    patches="family/recovery.py:replace_module",
+)
+def recovery_adapters() -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    base = _small()
+    hidden = torch.ones(1, 4)
+    before = base.gate(hidden)
+    model: Any = get_peft_model(base, LoraConfig(target_modules=["gate"], init_lora_weights=False), "one")
+    layer = model.base_model.model.gate
+    hold(isinstance(layer, LoraLayer), "a LoRA's layer is no LoraLayer.")
+    hold(not torch.equal(layer(hidden), before), "an active LoRA changes nothing.")
+    layer._disable_adapters = True
+    hold(torch.equal(layer(hidden), before), "a disabled LoRA layer does not run its base layer as it is.")
+    layer._disable_adapters, layer._active_adapter = False, []
+    hold(torch.equal(layer(hidden), before), "a LoRA layer without an active adapter is not its base layer.")
+    hold(all("one" in name.split(".") for name, _ in layer.named_parameters() if "lora_" in name), "names are others.")
+
+
+@relied_on(
+    "peft",
     "A tuner asks `_check_merge_allowed` before it merges; LoRA takes any nn.Linear or nn.Embedding, gives adapters "
     "beside a weight of bytes a floating type, and asks a module that has `W_q` for `dequantize()` where it needs the "
     "weight.",

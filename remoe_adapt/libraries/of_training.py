@@ -15,8 +15,9 @@ from remoe_adapt.libraries.tiny import ids, tiny_model
 @relied_on(
     "transformers",
     "Trainer computes its loss in compute_loss(model, inputs, return_outputs, num_items_in_batch) and its steps in "
-    "training_step; it makes its optimizer in create_optimizer.",
-    "training/trainer.py training/point.py",
+    "training_step; it makes its optimizer in create_optimizer, and writes and reads what is trained in _save and "
+    "_load_from_checkpoint.",
+    "training/trainer.py training/point.py training/points.py training/validation.py",
     names="transformers.trainer_callback.PrinterCallback",
 )
 def trainer() -> None:
@@ -28,6 +29,9 @@ def trainer() -> None:
         "training_step": {"model", "inputs", "num_items_in_batch"},
         "create_optimizer": set(),
         "log": {"logs"},
+        "_save": {"output_dir"},
+        "_load_from_checkpoint": {"resume_from_checkpoint"},
+        "_prepare_inputs": {"inputs"},
         "_set_signature_columns_if_needed": set(),
     }.items():
         method = getattr(Trainer, name, None)
