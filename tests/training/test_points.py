@@ -16,6 +16,7 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from remoe_adapt.cli.train import _gains
 from remoe_adapt.dial.load import get_remoe_model, release
 from remoe_adapt.errors import ConfigError, DataError, FamilyError, MergeStateError
 from remoe_adapt.evaluation.evaluate import evaluate
@@ -344,3 +345,11 @@ def test_recovery_needs_a_base_without_other_adapters(folder: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match=r"carries another adapter, at .*q_proj"):
         family_of(folder, tmp_path / "family", [1.0], base=model, recovery_rank=2)
     assert list(lora.peft_config) == ["style"]
+
+
+def test_the_command_takes_one_gain_or_one_for_each_strength() -> None:
+    assert _gains(None, [0.5, 1.0]) == {} and _gains("0.3", [0.5, 1.0]) == {"recency_gain": 0.3}
+    listed = _gains("0.1,0.2", [0.5, 1.0])
+    assert listed == {"recency_gain": None, "recency_gains": ((0.5, 0.1), (1.0, 0.2))}
+    with pytest.raises(ConfigError, match="3 gains for 2 strengths"):
+        _gains("0.1,0.2,0.3", [0.5, 1.0])
