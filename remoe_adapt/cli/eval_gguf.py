@@ -17,7 +17,7 @@ from remoe_adapt.recency_settings import DEFAULT_MODE, MODES, Recency
 GAINS = "0.1,0.2,0.3"
 # Of the command, what concerns models in this process alone, and what GGUF files alone.
 _OF_TRANSFORMERS = (
-    "tasks", "task_folder", "limit", "certified", "against", "storage", "arithmetic", "device", "dtype",
+    "tasks", "task_folder", "limit", "decode", "certified", "against", "storage", "arithmetic", "device", "dtype",
 )  # fmt: skip
 _OF_GGUF = ("config", "warm_tokens", "threads")
 

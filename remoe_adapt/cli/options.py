@@ -64,6 +64,15 @@ Control = Annotated[bool, typer.Option(help="Train the next-token-loss-only cont
 # remoe eval
 EvalData = Annotated[list[Path] | None, typer.Option("--data", help="Text: .txt, .jsonl, .gz, or a folder; repeat.")]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Tokens in all, shared evenly among the files.")]
+DecodeDomains = Annotated[
+    int | None,
+    typer.Option(
+        "--decode",
+        min=512,
+        metavar="N",
+        help="Decode N tokens of each domain (file, or `domain` of a record) token by token, and report each.",
+    ),
+]
 Window = Annotated[int | None, typer.Option(min=2, help="Shorter windows than min(max positions, 1024).")]
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (extra: eval).")]
 TaskFolder = Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")]

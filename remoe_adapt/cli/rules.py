@@ -10,12 +10,13 @@ from typing import Any
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.recency_settings import DEFAULT_MODE, MODES
 
-_OF_DATA = ("max_tokens", "policy", "cache", "window", "recency", "recency_gain", "plot", "per_layer", "certified")
+_OF_DATA = ("max_tokens", "policy", "cache", "window", "decode", "plot", "per_layer", "certified")
 # command -> option -> those of which one must be there for it to act
 NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "eval": {
         **dict.fromkeys(_OF_DATA, ("data",)),
         **dict.fromkeys(("task_folder", "limit"), ("tasks",)),
+        **dict.fromkeys(("recency", "recency_gain"), ("data", "tasks")),
         "certified": ("family",),
         "recency_decay": ("recency", "recency_gain"),
     },
