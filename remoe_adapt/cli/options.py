@@ -110,6 +110,16 @@ Against = Annotated[
 ]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
 
+# remoe report
+ReportOut = Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page; pictures go beside it.")]
+ReportModel = Annotated[
+    str | None, typer.Option("--model", help="Measure the points on this base anew (folder or hub id; needs --data).")
+]
+FrontierFile = Annotated[
+    Path | None,
+    typer.Option("--frontier", metavar="FILE.json", help="Arms to compare with: `benchmarks/frontier.py --json`."),
+]
+
 # remoe trace, remoe simulate
 TraceOut = Annotated[Path, typer.Option("--out", metavar="FILE.npz", help="The .npz to write.")]
 Decode = Annotated[int | None, typer.Option(min=1, help="Decode this many tokens after each document's start.")]

@@ -83,6 +83,30 @@ def domain_table(result: Mapping[str, Any]) -> Table:
     return found
 
 
+def points_table(facts: Row) -> Table:
+    """The points of `report_facts`."""
+    found = table(
+        printable(facts["family"]),
+        "strength",
+        "ratio to base",
+        "KL",
+        "top-1",
+        "EOR",
+        "misses",
+        "to base",
+        "tokens",
+        "from",
+    )
+    for point in facts["points"]:
+        found.add_row(
+            f"{point['strength']:g}", optional(point["ppl_ratio"], ".4f"), optional(point["kl"], ".4f"),
+            *(percent(point[key]) for key in ("top1_agreement", "eor", "misses", "misses_to_base")),
+            optional(point["tokens"], ".0f"), point["source"] or "not measured",
+        )  # fmt: skip
+    found.caption = "Misses: share of expert look-ups not found in an LRU cache for 25 % of each layer's experts."
+    return found
+
+
 def afterwards(result: dict[str, Any], shown: list[Any], action: Callable[[], object], done: str) -> None:
     """Do what comes after the work, and say that it is done; what was found is shown all the same when it fails."""
     try:

@@ -20,6 +20,10 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "certified": ("family",),
         "recency_decay": ("recency", "recency_gain"),
     },
+    "report": {
+        "model": ("data",),
+        **dict.fromkeys(("data", "max_tokens", "decode", "device", "dtype", "force"), ("model",)),
+    },
     "train": {"recency_decay": ("recency", "recency_gain")},
     "trace": dict.fromkeys(("prompt_tokens", "temperature", "seed"), ("decode",)),
     "run": {"plot": ("log",)},
