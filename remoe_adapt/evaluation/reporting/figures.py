@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from remoe_adapt._support import blank_figure
+from remoe_adapt._support import blank_figure, check_extra
 
 # Okabe and Ito's colours, which people tell apart whatever their eyes take for red and green; (light, dark) grounds.
 SERIES = (
@@ -75,6 +75,7 @@ def drawings(facts: Mapping[str, Any]) -> list[Drawing]:
 
     Raises MissingDependencyError without matplotlib.
     """
+    check_extra("matplotlib", "plot", "a report needs matplotlib")
     return list(_drawings(facts))
 
 
