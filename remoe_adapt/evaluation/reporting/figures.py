@@ -26,6 +26,7 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2
 # Of sequential maps the one that is even in lightness to every eye, and reads in grey.
 _MAP = "cividis"
 _MOST_WRITTEN = 140
+_FAMILY = "this family"
 _ARMS = {
     "ours": "ours",
     "published": "published ReMoE",
@@ -115,7 +116,7 @@ def _family_curve(facts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     ]
     if points and facts["base"]["misses"]:
         points.insert(0, {"ppl_ratio": 1.0, "misses": 1.0, "label": "base"})
-    return {"this family": points} if points else {}
+    return {_FAMILY: points} if points else {}
 
 
 def _drawn(
@@ -123,7 +124,7 @@ def _drawn(
 ) -> Iterator[Drawing]:
     relative = name == "arms" or bool(facts["base"]["misses"])
     budgets = [row["ppl_ratio"] for row in (facts["frontier"] or {}).get("budgets", ())] if relative else []
-    own = [point["ppl_ratio"] for point in curves.get("this family", next(iter(curves.values())))]
+    own = [point["ppl_ratio"] for point in curves.get(_FAMILY, next(iter(curves.values())))]
     most = max(1.06, *own, *budgets) + 0.004
     least = min(1.0, *(point["ppl_ratio"] for points in curves.values() for point in points))
     hidden = sum(point["ppl_ratio"] > most for points in curves.values() for point in points)
@@ -135,8 +136,11 @@ def _drawn(
         for budget in budgets:
             axes.axvline(budget, color=colours.faint, linewidth=0.9, linestyle=_DASHES[2], alpha=0.7, zorder=0)
         for place, (arm, points) in enumerate(curves.items()):
-            colour, marker = colours.series[place % len(SERIES)], _MARKERS[place % len(_MARKERS)]
-            line = _front(points)
+            # Where colours begin again, markers and dashes do not.
+            turn = place // len(SERIES)
+            colour, marker = colours.series[place % len(SERIES)], _MARKERS[(place + turn) % len(_MARKERS)]
+            # The family is a dial, whose points follow one another; of other arms one would take the best ones.
+            line = points if arm == _FAMILY else _front(points)
             # All points are there, faint where another one beats them; the line is through the others.
             axes.plot(
                 [each["ppl_ratio"] for each in points], [100 * each["misses"] for each in points], linestyle="none",
@@ -145,15 +149,17 @@ def _drawn(
             axes.plot(
                 [each["ppl_ratio"] for each in line], [100 * each["misses"] for each in line], color=colour,
                 marker=marker, markersize=6.5, linewidth=2.6 if place == 0 else 1.6, label=_ARMS.get(arm, arm),
-                linestyle=_DASHES[place // len(SERIES) % len(_DASHES)], zorder=3 if place == 0 else 2,
+                linestyle=_DASHES[turn % len(_DASHES)], zorder=3 if place == 0 else 2,
                 markeredgecolor=colours.ground, markeredgewidth=0.8,
             )  # fmt: skip
-        for point in curves.get("this family", ()):
+        for point in curves.get(_FAMILY, ()):
             if point["ppl_ratio"] <= most:
+                # The base's to its left: to its right are the tightest budgets.
+                at, side = ((-6, 4), "right") if point["label"] == "base" else ((6, 6), "left")
+                place_xy = point["ppl_ratio"], 100 * point["misses"]
                 axes.annotate(
-                    point["label"], (point["ppl_ratio"], 100 * point["misses"]), (6, 6), textcoords="offset points",
-                    color=colours.faint, fontsize=9,
-                )  # fmt: skip
+                    point["label"], place_xy, at, textcoords="offset points", ha=side, color=colours.faint, fontsize=9
+                )
         axes.set_xlim(least - 0.004, most)
         # Room above for the labels of the topmost points.
         axes.set_ylim(0, 107 * max(each["misses"] for points in curves.values() for each in points) + 1)
@@ -230,8 +236,8 @@ def _heat(
                         axes.text(layer + 0.5, place + 0.5, text, ha="center", va="center", color=on, fontsize=8.5)
         return figure
 
-    words = f"{title} of every layer (columns) at every strength (rows), {unit.partition(',')[2].strip() or 'as set'}."
-    yield _both(name, f"{title}, by layer", words, draw)
+    words = f"A row a strength, a column a layer with experts, in the model's order; {unit.replace(', ', ' in ')}."
+    yield _both(name, title, words, draw)
 
 
 def _axes(width: float, height: float, colours: _Colours) -> tuple[Any, Any]:

@@ -45,11 +45,12 @@ figure svg {{ display: block; width: 100%; height: auto; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }}
+td {{ white-space: nowrap; }}
 th {{ font-weight: 600; color: var(--faint); }}
 tbody tr:last-child > * {{ border-bottom: 0; }}
 th:first-child, td.words, th.words {{ text-align: left; }}
 tbody th {{ color: var(--ink); white-space: nowrap; }}
-td.words {{ overflow-wrap: anywhere; min-width: 8rem; }}
+td.words {{ white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }}
 td.best {{ background: var(--wash); font-weight: 600; }}
 dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .25rem 0 0; }}
 dd {{ margin: 0; overflow-wrap: anywhere; }}
@@ -119,12 +120,15 @@ def _cards(facts: Mapping[str, Any]) -> str:
         if inside:
             best = min(inside, key=lambda point: point[key])
             shown = f"{100 * (best[key] - 1):+.0f} %" if key == "misses_to_base" else f"{100 * best[key]:.1f} %"
-            said = "misses of the base" if key == "misses_to_base" else "of look-ups missed"
+            said = "misses" if key == "misses_to_base" else "of look-ups missed"
             cards.append(
-                f'<section><h2>perplexity ratio ≤ {budget:g}</h2><div class="value">{shown.replace("-", "−")}</div>'
-                f'<p class="faint">{said}, strength {best["strength"]:g}</p></section>'
+                f'<section><h2>at a ratio ≤ {budget:g}</h2><div class="value">{shown.replace("-", "−")}</div>'
+                f'<p class="faint">{said}, at strength {best["strength"]:g}</p></section>'
             )
-    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+    if not cards:
+        return ""
+    said = "Fewest misses of a cache for a quarter of the experts, by what may be lost (perplexity over the base's)"
+    return f'<p class="faint">{said}:</p><div class="cards">{"".join(cards)}</div>'
 
 
 def _pictures(drawings: Sequence[Drawing], files: Mapping[str, str], names: Iterable[str], title: str) -> Iterable[str]:
@@ -165,31 +169,40 @@ def _budgets(facts: Mapping[str, Any]) -> str:
 
 def _certificates(facts: Mapping[str, Any]) -> str:
     head = [
-        "strength", "perplexity ratio", "to control", "KL, nats", "top-1 as base", "EOR", "misses", "to base",
-        "prior", "tokens", "text", "from",
+        "strength", "perplexity ratio", "to control", "KL, nats", "top-1 as base", "EOR", "misses", "to base", "prior",
     ]  # fmt: skip
-    lines = []
-    base = facts["base"]
+    base, points = facts["base"], [*([facts["control"]] if facts["control"] else []), *facts["points"]]
+    lines: list[list[Any]] = []
     if base["misses"] is not None:
-        lines.append(["base", "1.0000", "", "0.0000", "", _percent(base["eor"]), _percent(base["misses"]), "100.0 %"])
-    for point in [*([facts["control"]] if facts["control"] else []), *facts["points"]]:
-        lines.append(
-            [
-                "control" if point["strength"] is None else f"{point['strength']:g}",
-                _figure(point["ppl_ratio"], ".4f"), _figure(point["ppl_ratio_control"], ".4f"),
-                _figure(point["kl"], ".4f"), _percent(point["top1_agreement"]), _percent(point["eor"]),
-                _percent(point["misses"]), _percent(point["misses_to_base"]), (_prior(point["recency"]), "words"),
-                _figure(point["tokens"], ".0f"), (", ".join(point["data"]), "words"), (_source(point), "words"),
-            ]
-        )  # fmt: skip
-    lines = [[*line, *[""] * (len(head) - len(line))] for line in lines]
-    return (
-        f"<section><h2>Certificates</h2>{_table(head, lines, words=(8, 10, 11))}"
-        '<p class="faint">KL: mean of KL(base ‖ point) of the next-token distributions. Top-1: share of tokens for '
-        "which the point holds the same token for the likeliest as the base. EOR: share of a token's experts that the "
-        "token before used too. Misses: share of expert look-ups not found in an LRU cache for 25 % of a layer's "
-        "experts. Control: the routers trained by next-token loss alone.</p></section>"
+        figures = (_percent(base["eor"]), _percent(base["misses"]), _percent(1.0))
+        lines.append(["base", "1.0000", "", "0.0000", _percent(1.0), *figures, ("", "words")])
+    lines += [
+        [
+            _named(point), _figure(point["ppl_ratio"], ".4f"), _figure(point["ppl_ratio_control"], ".4f"),
+            _figure(point["kl"], ".4f"), _percent(point["top1_agreement"]), _percent(point["eor"]),
+            _percent(point["misses"]), _percent(point["misses_to_base"]), (_prior(point["recency"]), "words"),
+        ]
+        for point in points
+    ]  # fmt: skip
+    # Most often all points were measured together, and it is said once.
+    together: dict[str, list[str]] = {}
+    for point in points:
+        together.setdefault(_source(point), []).append(_named(point))
+    sources = "".join(
+        f"<p>{escape(', '.join(names) if len(together) > 1 else 'All rows')}: {escape(source)}.</p>"
+        for source, names in together.items()
     )
+    return (
+        f'<section><h2>Certificates</h2>{_table(head, lines, words=(8,))}<div class="faint">{sources}'
+        "<p>KL: mean of KL(base ‖ point) of the next-token distributions. Top-1: share of tokens for which the point "
+        "holds the same token for the likeliest as the base. EOR: share of a token's experts that the token before "
+        "used too. Misses: share of expert look-ups not found in an LRU cache for 25 % of a layer's experts. Control: "
+        "the routers trained by next-token loss alone.</p></div></section>"
+    )
+
+
+def _named(point: Mapping[str, Any]) -> str:
+    return "control" if point["strength"] is None else f"{point['strength']:g}"
 
 
 def _domains(facts: Mapping[str, Any]) -> str:
@@ -249,10 +262,15 @@ def _prior(recency: Mapping[str, Any] | None) -> str:
 
 
 def _source(point: Mapping[str, Any]) -> str:
+    """Where its figures are from, in words."""
     if point["source"] is None:
         return "not measured"
-    said = [point["source"], point["version"], point["commit"]]
-    return ", ".join(text for text in said if text)
+    text = f" on {_figure(point['tokens'], '.0f')} tokens of {', '.join(point['data']) or 'unknown text'}"
+    made = [
+        f"version {point['version']}" if point["version"] else "",
+        f"commit {point['commit']}" if point["commit"] else "",
+    ]
+    return ", ".join(part for part in (point["source"] + text, *made) if part)
 
 
 def _figure(value: float | None, form: str) -> str:
