@@ -56,8 +56,9 @@ def report_facts(
         points.append({"strength": point.strength, "adapter": adapter} | _point(point.recency, found, base, measured))
     control = None
     if family.control is not None:
-        row = measured.get("control") if measured else None
-        found = _measured(row, measured) if row else family.control.certificate
+        found = family.control.certificate
+        if measured and measured.get("control"):
+            found = _measured(measured["control"], measured)
         control = {"strength": None, "adapter": printable(family.control.adapter)} | _point(None, found, base, measured)
     return {
         "family": printable(family.path),
@@ -153,7 +154,7 @@ def _domains(entry: Any) -> dict[str, dict[str, float | None]]:
 
 
 def _number(row: Mapping[str, Any], key: str) -> float | None:
-    value = row.get(key)
+    value: Any = row.get(key)
     return float(value) if is_number(value) and math.isfinite(value) and abs(value) <= _MOST else None
 
 

@@ -269,8 +269,8 @@ def _settled() -> Iterator[None]:
     """No label is read as a formula, ids are the same each time, and a letter without a glyph is a box."""
     import matplotlib
 
-    matplotlib_settings = {"text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "remoe"}
-    with matplotlib.rc_context(matplotlib_settings), warnings.catch_warnings():
+    settings: Any = {"text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "remoe"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         yield
 
