@@ -55,7 +55,10 @@ def log_price(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec) ->
 
 
 def score_bonus(choice_TE: Tensor, scale: Tensor) -> Tensor:
-    """sqrt(c^2 + G^2) - c [T, E] of scores c, negative ones taken for 0; `scale` is G, [T, 1] or of each expert."""
+    """sqrt(c^2 + G^2) - c [T, E] of scores c, negative ones taken for 0; `scale` is G, [T, 1] or of each expert.
+
+    Each operation is rounded by itself, so that this is the same to the bit wherever it is computed.
+    """
     square = scale * scale
     positive_TE = choice_TE.clamp_min(TINY)
-    return square / torch.addcmul(square, positive_TE, positive_TE).sqrt_().add_(positive_TE)
+    return square / (positive_TE * positive_TE).add_(square).sqrt_().add_(positive_TE)
