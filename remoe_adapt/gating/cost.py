@@ -6,22 +6,22 @@ experts, K chosen.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe_adapt.recency_settings import HELD_ABOVE, held_experts
+from remoe_adapt.recency_settings import held_experts
 from remoe_adapt.routers import RouterSpec, best_ids
+from remoe_adapt.triton_kernels import rule
 
 # Stands for a score of 0 and below, so that a gain of 0 gives 0 / tiny and not 0 / 0.
-TINY = torch.finfo(torch.float32).tiny
+TINY: float = rule.TINY
 
 
 def held(recency_BE: Tensor, share: float, k: int) -> Tensor:
     """bool [B, E]: the experts that an LRFU cache of this share would hold, equals at its end all of them."""
     count = held_experts(share, k, recency_BE.shape[-1])
     last_B1 = recency_BE.topk(count, dim=-1).values[..., -1:]
-    return recency_BE >= last_B1.clamp_min(HELD_ABOVE)
+    return recency_BE >= last_B1.clamp_min(rule.HELD_ABOVE)
 
 
 def bonus(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor) -> Tensor:
