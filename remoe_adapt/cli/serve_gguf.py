@@ -50,14 +50,16 @@ def serve_gguf(
     interval: float | None,
     page: str | None = None,
     expert_cache: str | None = None,
+    recency_share: float | None = None,
 ) -> CommandLines:
     """Events of the server until a signal; see `engines.llamacpp.serve`."""
     from remoe_adapt.dial import profile_of
     from remoe_adapt.engines.llamacpp import GgufServing, ServedGguf
 
     device = profile_of(profile)
-    asked = recency is not None or recency_gain is not None or recency_decay is not None
-    prior = Recency.of(recency, _GAIN if recency_gain is None else recency_gain, recency_decay) if asked else None
+    asked = any(given is not None for given in (recency, recency_gain, recency_decay, recency_share))
+    gain = _GAIN if recency_gain is None else recency_gain
+    prior = Recency.of(recency, gain, recency_decay, recency_share) if asked else None
     # Whoever types a gain and nothing to turn it by wants that gain, not the none of a calm machine.
     held = prior is not None and profile is None and family is None and pressure is None and strength is None
     if held:
