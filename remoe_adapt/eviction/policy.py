@@ -276,7 +276,7 @@ def make_policy(
 
     capacity: in bytes, or in experts where every size is 1.
     future: the keys of every token to come, which belady knows.
-    decay: of lrfu, per token.
+    decay: of lrfu and markov, per token.
 
     Raises ConfigError for an unknown name, or a capacity that is not a positive int.
     """
