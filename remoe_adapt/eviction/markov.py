@@ -87,6 +87,12 @@ class Markov(Policy[Key]):
                 layer.sort(self._last_use)
                 self._show(layer)
             self._unordered.clear()
+        if len(self._layers) == 1:
+            for layer in self._layers.values():
+                for at, (_, _, key) in enumerate(layer.order):
+                    if key not in protected:
+                        self._drop(layer, at)
+                        return key
         passed: list[_Layer[Key]] = []
         try:
             while self._heads:
@@ -101,9 +107,7 @@ class Markov(Policy[Key]):
                     layer.at += 1
                     self._show(layer)
                     continue
-                del layer.order[layer.at]
-                del layer.residents[key]
-                self.used -= self._size.pop(key)
+                self._drop(layer, layer.at)
                 self._show(layer)
                 return key
         finally:
@@ -112,21 +116,32 @@ class Markov(Policy[Key]):
                 self._show(layer)
         raise ConfigError(f"nothing can be evicted: all {len(self)} keys are protected, raise the budget")
 
+    def _drop(self, layer: _Layer[Key], at: int) -> None:
+        key = layer.order.pop(at)[2]
+        del layer.residents[key]
+        self.used -= self._size.pop(key)
+
     def _begin(self, token: int, keys: Collection[Key]) -> None:
-        by_layer: dict[_Layer[Key], list[Key]] = {}
+        by_name: dict[Hashable, list[Key]] = {}
         for key in keys:
-            by_layer.setdefault(self._layer_of(key), []).append(key)
-        for layer, used in by_layer.items():
+            by_name.setdefault(key[0] if isinstance(key, tuple) and key else None, []).append(key)
+        for used in by_name.values():
+            layer = self._layer_of(used[0])
             layer.use(token, used)
             self._unordered[layer] = None
 
     def _push(self, key: Key) -> None:
         layer = self._layer_of(key)
         layer.residents[key] = layer.place(key)
-        # What is let in between two evictions has its place alone to be found.
-        if layer not in self._unordered:
-            insort(layer.order, (layer.value(key), self._last_use[key], key))
-            self._show(layer)
+        if len(self._layers) == 1:
+            # Its next eviction comes after its next use, when all is put in order anew.
+            self._unordered[layer] = None
+        elif layer not in self._unordered:
+            # Other layers evict before this one is used again: what has come finds its place among those in order.
+            entry = layer.value(key), self._last_use[key], key
+            insort(layer.order, entry)
+            if layer.order[0] is entry:
+                self._show(layer)
 
     def _value(self, key: Key) -> float:
         return self._layer_of(key).value(key)
@@ -136,10 +151,15 @@ class Markov(Policy[Key]):
         layer = self._layers.get(name)
         if layer is None:
             layer = self._layers[name] = _Layer(self._decay)
+            # One layer alone needs no comparison with others, and has made none.
+            for other in self._layers.values() if len(self._layers) == 2 else ():
+                self._show(other)
         return layer
 
     def _show(self, layer: _Layer[Key]) -> None:
         """Let the layer's least valued key stand among the other layers'."""
+        if len(self._layers) == 1:
+            return
         layer.shown = next(self._pushes)
         if layer.at < len(layer.order):
             value, last_use, _ = layer.order[layer.at]
