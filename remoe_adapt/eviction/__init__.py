@@ -6,7 +6,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from remoe_adapt.eviction.markov import Markov as _Markov  # noqa: F401  (registers itself)
+# Registers itself.
+from remoe_adapt.eviction.markov import Markov as _Markov
 from remoe_adapt.eviction.policy import ONLINE, POLICIES, Policy, make_policy, register
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """Policies that rank experts by a score, replayed for all layers, documents and cache sizes side by side.
 
-What LFU, LRFU, Markov and Belady think of an expert depends on the trace alone, not on what a cache holds. So the scores are
-kept once, for every (layer, document) pair in parallel, and each cache size only cuts its residents back by them. The
-misses are those of the objects of `policy`, to the integer.
+What LFU, LRFU, Markov and Belady think of an expert depends on the trace alone, not on what a cache holds. So the scores
+are kept once, for every (layer, document) pair in parallel, and each cache size only cuts its residents back by them.
+The misses are those of the policy objects, to the integer.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remoe_adapt.eviction.markov import (
-    COUNT_LIMIT, FAST, LAG, MAX_WIDTH, PRIOR, ROUND, SHARE_OF_FAST, SLOW, Markov,
-)  # fmt: skip
+    COUNT_LIMIT,
+    FAST,
+    LAG,
+    MAX_WIDTH,
+    PRIOR,
+    ROUND,
+    SHARE_OF_FAST,
+    SLOW,
+    Markov,
+)
 from remoe_adapt.eviction.policy import LFU, LRFU, LRFU_DECAY, Belady, DecayClock
 from remoe_adapt.traces import Trace
 
-# Streams replayed side by side: bounds memory at a few MB per state array, and a matrix for each at 64 MB in all.
+# Streams replayed side by side: bounds memory at a few MB per state array, and a matrix for each at 64 MiB in all.
 _MAX_STREAMS = 2048
 _MAX_PAIRS = 32 << 20
 # An LFU score is uses * 2**_SEQUENCE_BITS + time of the last use, so that one integer holds the tie-break too.
