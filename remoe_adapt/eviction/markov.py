@@ -14,8 +14,9 @@ fast[e], slow[e]: `frequency = decay * frequency + (1 - decay) * (e is chosen)`,
 `decay ** SLOW`.
 
 The constants were fitted by least squares to 1 / sqrt(tokens to the next use) on the first halves of ten traces of four
-models, and rounded; those fitted without the model that is measured do as well to about 1 %. What the router says of experts
-that it did not choose (their probability, and decayed means of it) was tried beside these terms, and adds nothing.
+models, and rounded; those fitted without the model that is measured do as well, to about 1 %. What the router says of
+experts that it did not choose (their probability, and decayed means of it) was tried as a further term, and adds
+nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Policies that rank experts by a score, replayed for all layers, documents and cache sizes side by side.
 
-What LFU, LRFU, Markov and Belady think of an expert depends on the trace alone, not on what a cache holds. So scores are
-kept once, for every (layer, document) pair in parallel, and each cache size only cuts its residents back by them.
+What LFU, LRFU, Markov and Belady think of an expert depends on the trace alone, not on what a cache holds. So scores
+are kept once, for every (layer, document) pair in parallel, and each cache size only cuts its residents back by them.
 The misses are those of the policy objects, to the integer.
 """
 
