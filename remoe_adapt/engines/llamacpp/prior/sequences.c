@@ -78,7 +78,8 @@ bool rp_rewind(rp *p, int seq, int pos) {
     if (seq < 0 || seq >= p->n_seq || pos < 0) return false;
     int newest = p->next[seq];
     float decay = decay_of(p);
-    int replay = decay > 0 ? (int)ceil(log(FORGOTTEN) / log(decay)) : 1;
+    double forgotten = p->c->mode == RP_COST ? HELD_ABOVE : FORGOTTEN;
+    int replay = decay > 0 ? (int)ceil(log(forgotten) / log(decay)) : 1;
     if (replay > MAX_REPLAY) replay = MAX_REPLAY;
     int first = pos > replay ? pos - replay : 0;
     if (first < p->since[seq]) first = p->since[seq];
