@@ -236,7 +236,9 @@ class LlamaModel(LlamaVocabulary):
         renormalise: bool = False,
         expert_cache: str | int | float | None = None,
     ) -> None:
-        settings = recency if recency is None or isinstance(recency, Recency) else Recency.of(recency, gain, decay, share)
+        settings = (
+            recency if recency is None or isinstance(recency, Recency) else Recency.of(recency, gain, decay, share)
+        )
         if settings is None and renormalise:
             raise ConfigError('renormalise=True needs a recency prior in the engine: recency="ema", gain=0.')
         if expert_cache is not None:

@@ -101,7 +101,7 @@ static bool is_stale(const layer_state *s, int e) {
 }
 
 static float worth(const rp *p, const shelf *h, int e) {
-    float decay = p->c->mode == RP_COST ? decay_of(p) : LRFU_DECAY;
+    float decay = p->c->mode == RP_COST ? (float)decay_of(p) : LRFU_DECAY;
     return h->uses[e] * powf(decay, (float)(p->graphs - h->used_at[e]));
 }
 

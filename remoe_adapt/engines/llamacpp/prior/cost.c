@@ -29,44 +29,46 @@ static float least_held(const float *rec, int E, int held) {
 }
 
 /* Ids [k] of the best of what a layer ranks, held experts by more. row [E]: the scores, a softmax by its logarithm.
-   theirs [k]: the best of them. */
+   theirs [k]: the best of them.
+
+   A held expert of weight w ranks by sqrt(w^2 + g^2). Of those with w far below g the sum has the same digits, and what
+   rounding leaves is not their order: so the difference to g is computed, in which all digits are of w. */
 static void rank_by_cost(const rp *p, const layer_state *s, const float *row, const float *rec, int k, int held, float gain,
                          const int32_t *theirs, int32_t *ours) {
     const int E = s->E;
     const bool is_normalised = s->is_normalised || p->renorm;
+    const float least = least_held(rec, E, held);
     float value[RP_MAXE];
     int32_t key[RP_MAXE];
-    float least = least_held(rec, E, held);
     if (s->ranks == RP_RANKS_SOFTMAX || s->ranks == RP_RANKS_LOGITS) {
-        /* log w = value - total. The largest comes first in a sum of exponentials, so that none overflows. */
-        float total = 0;
+        /* log w - log g = row - base; the largest comes out of a sum of exponentials, so that none overflows. */
+        float base = logf(gain);
         if (is_normalised || s->ranks == RP_RANKS_LOGITS) {
             float most = row[theirs[0]], sum = 0;
             for (int i = 1; i < k; i++) if (row[theirs[i]] > most) most = row[theirs[i]];
             for (int i = 0; i < k; i++) sum += expf(row[theirs[i]] - most);
-            total = most + logf(sum);
+            base += most + logf(sum);
         }
-        float base = logf(gain) + total;
+        const bool is_priced = isfinite(base);
         for (int e = 0; e < E; e++) {
-            value[e] = row[e];
-            if (rec[e] < least) continue;
-            float x = 2.0f * (base - row[e]), bonus = 0.5f * (x > 20.0f ? x : log1pf(expf(x)));
-            if (isfinite(bonus)) value[e] += bonus;
+            float x = is_priced ? row[e] - base : row[e];
+            if (is_priced && rec[e] >= least && x < 10.0f && isfinite(x)) x = 0.5f * log1pf(expf(2.0f * x));
+            value[e] = x;
         }
     } else {
-        for (int e = 0; e < E; e++) value[e] = row[e];
-        if (s->ranks == RP_RANKS_BARE_LOGITS) for (int e = 0; e < E; e++) value[e] = 1.0f / (1.0f + expf(-value[e]));
+        for (int e = 0; e < E; e++) value[e] = s->ranks == RP_RANKS_BARE_LOGITS ? 1.0f / (1.0f + expf(-row[e])) : row[e];
         float scale = gain;
         if (is_normalised) {
             float sum = 0;
             for (int i = 0; i < k; i++) sum += value[theirs[i]];
-            scale = sum * gain;
+            scale *= fabsf(sum);
         }
-        float square = scale * scale;
+        const float square = scale * scale;
+        const bool is_priced = scale > 0 && isfinite(square);
         for (int e = 0; e < E; e++) {
-            if (rec[e] < least) continue;
-            float c = value[e] > FLT_MIN ? value[e] : FLT_MIN, bonus = square / (sqrtf(square + c * c) + c);
-            if (isfinite(bonus)) value[e] += bonus;
+            float c = value[e];
+            if (!is_priced || rec[e] < least || !isfinite(c)) continue;
+            value[e] = scale + (c > 0 ? c * (c / (sqrtf(square + c * c) + scale)) : c);
         }
     }
     for (int e = 0; e < E; e++) key[e] = key_of(value[e]);

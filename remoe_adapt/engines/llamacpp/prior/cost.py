@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# A recency below it is none.
-HELD_ABOVE = np.float32(1e-25)
+from remoe_adapt.recency_settings import HELD_ABOVE, held_experts
+
 NO_WEIGHTS = "the graph does not tell what the weights of the chosen experts are, by which the mode cost ranks"
 _TINY = np.finfo(np.float32).tiny
 _Floats = NDArray[np.float32]
@@ -82,29 +82,36 @@ class Weighing:
 
 
 def held(recency_E: _Floats, share: float, k: int) -> NDArray[np.bool_]:
-    """[E]: the `max(k, floor(share * E))` experts of most recency, equals at its end all of them; none without any."""
-    count = max(k, int(share * len(recency_E)))
+    """[E]: the experts that an LRFU cache of this share would hold, equals at its end all of them."""
+    count = held_experts(share, k, len(recency_E))
     least = np.partition(recency_E, -count)[-count]
-    held_E: NDArray[np.bool_] = recency_E >= max(least, HELD_ABOVE)
+    held_E: NDArray[np.bool_] = recency_E >= np.maximum(least, np.float32(HELD_ABOVE))
     return held_E
 
 
 def raised(
     choice_E: _Floats, held_E: NDArray[np.bool_], ids_K: NDArray[np.int32], gain: float, ranks: Ranks, normalise: bool
 ) -> _Floats:
-    """What experts rank by [E]. choice_E: what is ranked, a softmax by its logarithm; ids_K: the best of it."""
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+    """What experts rank by [E], as `rank_by_cost` of cost.c. choice_E: what is ranked, a softmax by its logarithm; ids_K: the best of it."""
+    with np.errstate(all="ignore"):
+        is_raised_E = held_E & np.isfinite(choice_E)
         if ranks in (Ranks.SOFTMAX, Ranks.LOGITS):
-            total = np.float32(0)
+            base = np.log(np.float32(gain))
             if normalise or ranks == Ranks.LOGITS:
                 best_K = choice_E[ids_K]
-                total = best_K.max() + np.log(np.exp(best_K - best_K.max()).sum(dtype=np.float32))
-            twice_E = np.float32(2) * (np.log(np.float32(gain)) + total - choice_E)
-            bonus_E = np.float32(0.5) * np.where(twice_E > 20, twice_E, np.log1p(np.exp(twice_E)))
-        else:
-            if ranks == Ranks.BARE_LOGITS:
-                choice_E = np.float32(1) / (np.float32(1) + np.exp(-choice_E))
-            scale = np.float32(gain) * (choice_E[ids_K].sum(dtype=np.float32) if normalise else np.float32(1))
-            above_E = np.maximum(choice_E, _TINY)
-            bonus_E = scale * scale / (np.sqrt(scale * scale + above_E * above_E) + above_E)
-        return np.where(held_E & np.isfinite(bonus_E), choice_E + bonus_E, choice_E).astype(np.float32)
+                base += best_K.max() + np.log(np.exp(best_K - best_K.max()).sum(dtype=np.float32))
+            if not np.isfinite(base):
+                return choice_E
+            by_E = choice_E - base
+            return np.where(is_raised_E & (by_E < 10), np.float32(0.5) * np.log1p(np.exp(np.float32(2) * by_E)), by_E)
+        if ranks == Ranks.BARE_LOGITS:
+            choice_E = np.float32(1) / (np.float32(1) + np.exp(-choice_E))
+            is_raised_E = held_E
+        scale = np.float32(gain)
+        if normalise:
+            scale *= np.abs(choice_E[ids_K].sum(dtype=np.float32))
+        square = scale * scale
+        if not (scale > 0 and np.isfinite(square)):
+            return choice_E
+        more_E = choice_E * (choice_E / (np.sqrt(square + choice_E * choice_E) + scale))
+        return np.where(is_raised_E, scale + np.where(choice_E > 0, more_E, choice_E), choice_E)

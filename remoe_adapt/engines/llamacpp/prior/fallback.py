@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from remoe_adapt._support import say_once
 from remoe_adapt.engines.llamacpp.prior.base import EnginePrior, PriorStatus
-from remoe_adapt.engines.llamacpp.prior.cost import NO_WEIGHTS, HELD_ABOVE, Ranks, Weighing, held, raised
+from remoe_adapt.engines.llamacpp.prior.cost import NO_WEIGHTS, Weighing, held, raised
 from remoe_adapt.engines.llamacpp.prior.native import LAYERS, MAX_EXPERTS, NativePrior
 from remoe_adapt.errors import MissingDependencyError
-from remoe_adapt.recency_settings import Recency
+from remoe_adapt.recency_settings import HELD_ABOVE, Recency
 
 MAX_CHOSEN = 64
 MAX_SPAN = np.float32(1e30)
@@ -215,7 +215,7 @@ class NumpyPrior(EnginePrior):
 
     def _write(self, recency: Recency) -> None:
         self._gains = dict(zip(self._layers(), recency.gain, strict=True)) if isinstance(recency.gain, tuple) else None
-        self._decay = np.float32(recency.decay)
+        self._decay = recency.decay
 
     def _begin(self, sequence: int) -> None:
         for kept in (self._recency, self._past, self._last):
@@ -224,8 +224,8 @@ class NumpyPrior(EnginePrior):
 
     def _rewind(self, sequence: int, position: int) -> None:
         self._used["rewinds"] += 1
-        decay = float(self._decay)
-        forgotten = float(HELD_ABOVE) if self.recency.kind.is_priced else _FORGOTTEN
+        decay = self._decay
+        forgotten = HELD_ABOVE if self.recency.kind.is_priced else _FORGOTTEN
         replayed = min(int(np.ceil(np.log(forgotten) / np.log(decay))), _REPLAYED) if decay > 0 else 1
         for layer, experts in self._experts.items():
             past = self._past.get((layer, sequence), {})
@@ -239,8 +239,8 @@ class NumpyPrior(EnginePrior):
 
     def _move_on(self, layer: int, sequence: int, ids_K: NDArray[np.int32]) -> None:
         recency_E = self._recency[layer, sequence]
-        recency_E *= self._decay
-        recency_E[ids_K] += np.float32(1) - self._decay
+        recency_E *= np.float32(self._decay)
+        recency_E[ids_K] += np.float32(1 - self._decay)
         self._last[layer, sequence] = ids_K
 
     def _prove(self, address: int, node: Head, operation: bytes) -> None:

@@ -37,18 +37,17 @@ class Control(C.Structure):
 
     _fields_ = (
         *_named(C.c_uint32, "magic size"),
-        *_named(C.c_float, "gain decay"),
+        *_named(C.c_float, "gain budget_share"),
         *_named(C.c_uint32, "mode pages"),
+        *_named(C.c_double, "decay share"),
         *_named(C.c_uint64, "tokens calls changed_rows kept chosen swapped ns mincore_ns restarts"),
         *_named(C.c_uint32, "version status"),
         *_named(C.c_uint64, "rewinds refused_rows lost_rows unproven_rows"),
         *_named(C.c_uint32, "look_every is_blind n_layers n_layer_gain"),
         ("layer_gain", C.c_float * LAYERS),
-        ("budget_share", C.c_float),
         ("ahead_state", C.c_uint32),
         *_named(C.c_uint64, "budget_bytes held_bytes"),
         *_named(C.c_uint64, " ".join(AHEAD)),
-        ("share", C.c_double),
     )
 
 

@@ -25,12 +25,10 @@ typedef struct { char magic[8]; uint32_t version, size; } file_head;
 /* Two of them, written in turn: the valid one with the higher serial counts, so a half-written one never does. */
 typedef struct {
     uint64_t serial;
-    float gain, decay;
+    float gain, budget_share;
     uint32_t mode, pages, look_every, n_layer_gain;
     uint64_t budget_bytes;
-    float budget_share;
-    uint32_t spare;
-    double share;
+    double decay, share;
     float layer_gain[RP_LAYERS];
     uint64_t check;
 } command;
@@ -59,7 +57,7 @@ typedef struct {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int control_fd = -1;
 static bool control_tried;
-static command in_force = {.decay = 0.7f, .share = USUAL_SHARE};
+static command in_force = {.decay = USUAL_DECAY, .share = USUAL_SHARE};
 static status_block now_status;
 
 /* FNV-1a over 64-bit words: https://datatracker.ietf.org/doc/html/draft-eastlake-fnv */

@@ -14,7 +14,7 @@ static bool is_op(const rp *, const tensor *, const char *name);
 void rp_defaults(rp_control *c) {
     memset(c, 0, sizeof *c);
     c->magic = RP_MAGIC; c->size = sizeof *c; c->version = RP_VERSION;
-    c->decay = 0.7f; c->pages = 1; c->look_every = 1; c->share = USUAL_SHARE;
+    c->decay = USUAL_DECAY; c->pages = 1; c->look_every = 1; c->share = USUAL_SHARE;
 }
 
 const char *rp_why(uint32_t status) {
@@ -189,7 +189,8 @@ static void serve(rp *p, tensor *t, int layer) {
     bool may = !p->is_off && (p->trusted || (p->c->status == RP_ON && s->proven));
     bool is_resident = p->c->mode == RP_RESIDENT, is_cost = p->c->mode == RP_COST, host = !p->is_host || !sorted->buffer || p->is_host(sorted->buffer);
     if (!host && (!p->get || !p->set)) { off(p, RP_SYMBOLS); return; }
-    float gain = may ? gain_of(p, layer) : 0.0f, decay = decay_of(p), local[RP_MAXE];
+    float gain = may ? gain_of(p, layer) : 0.0f, local[RP_MAXE];
+    const double decay = decay_of(p);
     if (is_resident && gain != 0.0f) {
         look(p, layer, s);
         /* The same for all is no reason to rank otherwise, and would only round. */

@@ -65,9 +65,13 @@ enum {
 /* Lies in a file that other processes map; all of it may change at any time. Gains outside [0, 16] count as 0. */
 typedef struct {
     uint32_t magic, size;
-    float gain, decay;          /* decay of RP_EMA and RP_COST, in [0, 1) */
+    float gain;
+    /* Reading ahead: the share of all experts' bytes that is to stay in memory; 0: budget_bytes counts. */
+    float budget_share;
     uint32_t mode;              /* RP_EMA, RP_LAST, RP_RESIDENT, RP_COST */
     uint32_t pages;             /* of each expert in each tensor that mincore looks at; 0: all */
+    double decay;               /* of RP_EMA and RP_COST, in [0, 1); double, as 1 - decay is another float else */
+    double share;               /* RP_COST: of a layer's experts, those that are preferred, in (0, 1] */
     uint64_t tokens;            /* rows of the first layer with experts */
     uint64_t calls;             /* layers served */
     uint64_t changed_rows;      /* rows whose ids, or their order, were rewritten */
@@ -86,16 +90,13 @@ typedef struct {
     uint32_t n_layers;          /* layers with experts that were seen */
     uint32_t n_layer_gain;      /* layers below it have a factor of their own, the others 1 */
     float layer_gain[RP_LAYERS];
-    /* Reading ahead: how many bytes of experts are to stay in memory, over all layers; 0: off. A share of them all, where
-       it is above 0, is taken in place of the bytes. */
-    float budget_share;
     uint32_t ahead_state;
+    /* How many bytes of experts are to stay in memory, over all layers; 0: off. */
     uint64_t budget_bytes, held_bytes;
     uint64_t ahead_hits, ahead_misses; /* experts that were held when a layer chose them, or not: once per layer served */
     uint64_t ahead_stale;       /* of the misses: held by our account, but the kernel had taken them back */
     uint64_t ahead_spilled;     /* of the misses: more than there was room for, so left to page faults */
     uint64_t ahead_dropped, ahead_bytes, ahead_failed, ahead_ns;
-    double share;               /* RP_COST: of a layer's experts, those that are preferred, in (0, 1] */
 } rp_control;
 
 typedef struct rp rp;

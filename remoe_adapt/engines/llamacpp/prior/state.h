@@ -22,6 +22,7 @@
 /* A recency below it is none to RP_COST: HELD_ABOVE of recency_settings.py. */
 #define HELD_ABOVE 1e-25f
 #define USUAL_SHARE 0.25
+#define USUAL_DECAY 0.7
 enum { TYPE_F32 = 0, TYPE_I32 = 26, MAX_RANGES = 4, MAX_REPLAY = 1200 };
 static const char TOPK[] = "ffn_moe_topk-", WEIGHTS[] = "ffn_moe_weights-";
 
