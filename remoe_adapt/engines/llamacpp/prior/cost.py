@@ -109,7 +109,9 @@ def raised(
             if not np.isfinite(base):
                 return choice_E
             by_E = choice_E - base
-            return np.where(is_raised_E & (by_E < 10), np.float32(0.5) * np.log1p(np.exp(np.float32(2) * by_E)), by_E)
+            raised_E = np.float32(0.5) * np.log1p(np.exp(np.float32(2) * by_E))
+            found_E: _Floats = np.where(is_raised_E & (by_E < 10), raised_E, by_E)
+            return found_E
         if ranks == Ranks.BARE_LOGITS:
             choice_E = np.float32(1) / (np.float32(1) + np.exp(-choice_E))
             is_raised_E = held_E
