@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ _FREE_BYTES, _MOST_EXPANSION = 16 << 20, 100
 _RECORD_CHARS, _FILE_CHARS = 64 << 20, 1 << 30
 # Keys whose values make up a document, the first that a record has.
 _RECORDS = (("text",), ("question", "answer"), ("prompt", "canonical_solution"))
+# A file whose records each name another domain has none: those are ids.
+_MOST_DOMAINS = 64
 
 
 def data_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -62,6 +64,16 @@ def read_documents(paths: Sequence[str | Path], tokenizer: Any = None) -> Iterat
 
 def read_file(path: Path, tokenizer: Any = None) -> Iterator[str]:
     """Documents of one file; blank ones are left out. Raises DataError as `read_documents`."""
+    return (text for _, text in _documents(path, tokenizer))
+
+
+def _documents(
+    path: Path, tokenizer: Any, wants: Callable[[str | None], bool] = lambda _: True
+) -> Iterator[tuple[str | None, str]]:
+    """(domain, text) of each document of one file; the domain is what a record says of itself, else None.
+
+    wants: whether documents of a domain are still asked for; others are not made.
+    """
     try:
         with path.open("rb") as stored:
             packed = path.name.endswith(".gz")
@@ -70,10 +82,12 @@ def read_file(path: Path, tokenizer: Any = None) -> Iterator[str]:
             # mark, which would be part of the first word.
             with io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n") as file:
                 if path.name.removesuffix(".gz").endswith(".txt"):
-                    documents: Iterable[str] = (_whole_file(file, path),)
+                    documents: Iterable[tuple[str | None, str]] = (
+                        [(None, _whole_file(file, path))] if wants(None) else []
+                    )
                 else:
-                    documents = _records(file, path, tokenizer)
-                yield from (text for text in documents if text.strip())
+                    documents = _records(file, path, tokenizer, wants)
+                yield from ((domain, text) for domain, text in documents if text.strip())
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"cannot read {printable(path)}: {error}") from error
 
@@ -116,7 +130,9 @@ def _whole_file(file: Any, path: Path) -> str:
     return "".join(parts)
 
 
-def _records(file: Any, path: Path, tokenizer: Any) -> Iterator[str]:
+def _records(
+    file: Any, path: Path, tokenizer: Any, wants: Callable[[str | None], bool]
+) -> Iterator[tuple[str | None, str]]:
     number = 0
     # With a limit: a file without line ends would be one record of its whole size.
     while line := file.readline(_RECORD_CHARS + 1):
@@ -127,11 +143,16 @@ def _records(file: Any, path: Path, tokenizer: Any) -> Iterator[str]:
                 "document, split it"
             )
         if line.strip():
-            yield _record_text(line, f"{path}, line {number}", tokenizer)
+            where = f"{path}, line {number}"
+            record = parse_json(line, where, DataError)
+            said = record.get("domain") if isinstance(record, dict) else None
+            domain = said if isinstance(said, str) and said.strip() else None
+            # Asked before the text is made: a chat template takes its time, and a domain may be full after few records.
+            if wants(domain):
+                yield domain, _record_text(record, where, tokenizer)
 
 
-def _record_text(line: str, where: str, tokenizer: Any) -> str:
-    record = parse_json(line, where, DataError)
+def _record_text(record: Any, where: str, tokenizer: Any) -> str:
     if isinstance(record, dict):
         if not isinstance(record.get("text"), str) and "messages" in record:
             return _whole(chat_text(record, tokenizer, printable(where)))
@@ -245,3 +266,50 @@ def read_shared(paths: Sequence[str | Path], tokenizer: Any, max_tokens: int | N
         raise DataError(f"{max_tokens} tokens are too few for {len(files)} data file(s): raise --max-tokens")
     share = None if max_tokens is None else max_tokens // len(files)
     return [ids for file in files for ids in tokenize_documents(read_file(file, tokenizer), tokenizer, share)]
+
+
+def read_domains(paths: Sequence[str | Path], tokenizer: Any, tokens: int) -> dict[str, list[list[int]]]:
+    """Token ids of documents by domain, in the order of the files: of each domain the first that have `tokens` tokens
+    to predict in all (a document of n has n - 1; the last one is cut).
+
+    A record of .jsonl may name its domain, `{"domain": "law", "text": ...}`; everything else is of the domain that is
+    called as its file is, without its suffix, and where several files are called so by as much of their paths as tells
+    them apart. A domain with fewer tokens has all of them.
+
+    Raises:
+        DataError: a file cannot be read, no document has two tokens, or there are more domains than anybody compares.
+    """
+    found: dict[str, list[list[int]]] = {}
+    left: dict[str, int] = {}
+    for path, stem in zip(files := data_files(paths), _stems(files), strict=True):
+
+        def named(domain: str | None, stem: str = stem) -> str:
+            return printable(stem if domain is None else domain)
+
+        def wants(domain: str | None, named: Callable[[str | None], str] = named) -> bool:
+            return left.get(named(domain), tokens) > 0
+
+        for domain, text in _documents(path, tokenizer, wants):
+            name = named(domain)
+            for ids in tokenize_documents([text], tokenizer, left.get(name, tokens) + 1):
+                if len(ids) > 1:
+                    found.setdefault(name, []).append(ids)
+                    left[name] = left.get(name, tokens) - (len(ids) - 1)
+            if len(found) > _MOST_DOMAINS:
+                raise DataError(
+                    f"{printable(path)}: more than {_MOST_DOMAINS} domains: give 'domain' the name of a kind of text, "
+                    "or leave it out"
+                )
+    if not found:
+        raise DataError("nothing to decode: no document has two tokens; give more text")
+    return found
+
+
+def _stems(files: Sequence[Path]) -> list[str]:
+    """A short name of each file, another for each where that can be."""
+    names = [path.name for path in files]
+    stems = [next(name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)) for name in names]
+    for candidates in (stems, names, [f"{path.parent.name}/{path.name}" for path in files]):
+        if len(set(candidates)) == len(files):
+            return candidates
+    return [str(path) for path in files]

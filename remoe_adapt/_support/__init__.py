@@ -4,6 +4,7 @@ from remoe_adapt._support.host_memory import freed_memory_kept, return_freed_mem
 from remoe_adapt._support.interrupts import POLL_S, HeldCondition, handle_pending, held_back, let_through
 from remoe_adapt._support.npz import read_arrays
 from remoe_adapt._support.outputs import (
+    blank_figure,
     check_appendable,
     check_extra,
     check_file,

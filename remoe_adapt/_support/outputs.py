@@ -64,6 +64,18 @@ def check_extra(module: str, extra: str, what: str) -> None:
         raise MissingDependencyError(f"{what} ({error}): pip install 'remoe-adapt[{extra}]'") from error
 
 
+def blank_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib, in inches, that needs no display. Raises MissingDependencyError without matplotlib."""
+    check_extra("matplotlib", "plot", "a plot needs matplotlib")
+    import matplotlib
+
+    # Without a display the default backend fails, on servers for instance.
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """One line per row under a header of all keys; nested mappings have dotted keys, None is empty. Written whole.
 

@@ -64,6 +64,15 @@ Control = Annotated[bool, typer.Option(help="Train the next-token-loss-only cont
 # remoe eval
 EvalData = Annotated[list[Path] | None, typer.Option("--data", help="Text: .txt, .jsonl, .gz, or a folder; repeat.")]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Tokens in all, shared evenly among the files.")]
+DecodeDomains = Annotated[
+    int | None,
+    typer.Option(
+        "--decode",
+        min=512,
+        metavar="N",
+        help="Decode N tokens of each domain (file, or `domain` of a record) token by token, and report each.",
+    ),
+]
 Window = Annotated[int | None, typer.Option(min=2, help="Shorter windows than min(max positions, 1024).")]
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated (extra: eval).")]
 TaskFolder = Annotated[Path | None, typer.Option(help="Folder with lm-eval task files of your own.")]
@@ -120,6 +129,16 @@ Against = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Compare with this model, not with the base: what quantising cost.")
 ]
 Certify = Annotated[bool, typer.Option("--certify", help="Write the results into family.json.")]
+
+# remoe report
+ReportOut = Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page; pictures go beside it.")]
+ReportModel = Annotated[
+    str | None, typer.Option("--model", help="Measure the points on this base anew (folder or hub id; needs --data).")
+]
+FrontierFile = Annotated[
+    Path | None,
+    typer.Option("--frontier", metavar="FILE.json", help="Arms to compare with: `benchmarks/frontier.py --json`."),
+]
 
 # remoe trace, remoe simulate
 TraceOut = Annotated[Path, typer.Option("--out", metavar="FILE.npz", help="The .npz to write.")]

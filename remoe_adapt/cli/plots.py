@@ -8,7 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from remoe_adapt._support import check_extra, check_file, parse_json, printable
+from remoe_adapt._support import blank_figure, check_file, parse_json, printable
 from remoe_adapt.errors import ConfigError, DataError
 
 _MAX_LINE_BYTES = 1 << 20
@@ -19,7 +19,7 @@ _AT_TIMES = ("pressure", "hits", "misses", "budget_bytes", "tpot_ms")
 
 def check_plot(path: Path, option: str) -> None:
     """Raises MissingDependencyError without matplotlib, ConfigError for a place or a format that cannot be written."""
-    formats = _figure(1, 1).canvas.get_supported_filetypes()
+    formats = blank_figure(1, 1).canvas.get_supported_filetypes()
     check_file(path, option, [f".{suffix}" for suffix in sorted(formats)])
 
 
@@ -29,7 +29,7 @@ def plot_frontier(results: Mapping[str, Any], path: str | Path) -> None:
 
     Raises MissingDependencyError without matplotlib, ConfigError when the file cannot be written.
     """
-    figure = _figure(6, 4.5)
+    figure = blank_figure(6, 4.5)
     axes = figure.subplots()
     base = results["base"]
     priors = sorted(results.get("priors", ()), key=lambda row: row["recency_gain"])
@@ -60,7 +60,7 @@ def plot_log(log: str | Path, path: str | Path) -> None:
     cannot be written.
     """
     samples = read_samples(log)
-    figure = _figure(8, 7)
+    figure = blank_figure(8, 7)
     start_s = samples[0]["time_s"]
     times_s = [sample["time_s"] - start_s for sample in samples]
     top, middle, room, bottom = figure.subplots(4, sharex=True)
@@ -131,17 +131,6 @@ def hit_rates(samples: Sequence[Mapping[str, Any]]) -> list[float | None]:
 def _curve(axes: Any, times_s: Sequence[float], values: Sequence[float | None], label: str) -> None:
     # NaN breaks the line where nothing was measured; leaving the point out would draw across the gap.
     axes.plot(times_s, [float("nan") if value is None else value for value in values], label=label)
-
-
-def _figure(width: float, height: float) -> Any:
-    check_extra("matplotlib", "plot", "a plot needs matplotlib")
-    import matplotlib
-
-    # Without a display the default backend fails, on servers for instance.
-    matplotlib.use("agg")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _write(figure: Any, path: str | Path) -> None:

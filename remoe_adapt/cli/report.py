@@ -29,6 +29,7 @@ from remoe_adapt.errors import RemoeError
 Row = Mapping[str, Any]
 
 KL_MEANING = "KL: mean over tokens of KL({compared} || point) of the next-token distributions, in nats."
+TOP1_MEANING = "Top-1: share of tokens for which it holds the same token for the likeliest as the {compared}."
 HIT_RATE_MEANING = (
     "policy@c: share of expert look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a "
     "document begins; all look-ups of a token see the cache as the previous token left it. policy@c/lookup: each "
@@ -47,16 +48,62 @@ def eval_table(result: Mapping[str, Any]) -> Table:
     found = table(
         f"{result['tokens']} tokens of {', '.join(result.get('data', ())) or 'the given text'}, "
         f"windows of {result['window']}; experts: {_arithmetic(result['arithmetic'])}",
-        "strength", "CE", "ppl", f"ratio to {compared}", "to control", "KL", "EOR", *hit_keys(result["base"]),
+        "strength", "CE", "ppl", f"ratio to {compared}", "to control", "KL", "top-1", "EOR", *hit_keys(result["base"]),
         "load entropy",
     )  # fmt: skip
     for label, row in arm_rows(result):
         found.add_row(
-            label, f"{row['ce']:.4f}", *_perplexity(row), f"{row['kl']:.4f}",
+            label, f"{row['ce']:.4f}", *_perplexity(row), f"{row['kl']:.4f}", percent(row["top1_agreement"]),
             _change(row["eor"], result["base"]["eor"]), *(percent(row[key]) for key in hit_keys(result["base"])),
             f"{row['load_entropy']:.3f}",
         )  # fmt: skip
-    found.caption = f"{KL_MEANING.format(compared=compared)} {HIT_RATE_MEANING}"
+    found.caption = (
+        f"{KL_MEANING.format(compared=compared)} {TOP1_MEANING.format(compared=compared)} {HIT_RATE_MEANING}"
+    )
+    return found
+
+
+def domain_table(result: Mapping[str, Any]) -> Table:
+    """What `evaluate_domains` found, which is the result's `domains`."""
+    compared = "against" if result.get("against") else "base"
+    keys = [key for key in hit_keys(result["domains"][0]["base"]) if not key.endswith("/lookup")]
+    found = table(
+        "by domain, decoded token by token", "domain", "tokens", "strength", f"ratio to {compared}", "KL", "top-1",
+        "EOR", *keys,
+    )  # fmt: skip
+    for domain in result["domains"]:
+        name, tokens = Text(domain["domain"]), str(domain["tokens"])
+        for label, row in arm_rows(domain):
+            found.add_row(
+                name, tokens, label, f"{row['ppl_ratio']:.4f}", f"{row['kl']:.4f}", percent(row["top1_agreement"]),
+                _change(row["eor"], domain["base"]["eor"]), *(percent(row[key]) for key in keys),
+            )  # fmt: skip
+            name, tokens = Text(""), ""
+        found.add_section()
+    return found
+
+
+def points_table(facts: Row) -> Table:
+    """The points of `report_facts`."""
+    found = table(
+        printable(facts["family"]),
+        "strength",
+        "ratio to base",
+        "KL",
+        "top-1",
+        "EOR",
+        "misses",
+        "to base",
+        "tokens",
+        "from",
+    )
+    for point in facts["points"]:
+        found.add_row(
+            f"{point['strength']:g}", optional(point["ppl_ratio"], ".4f"), optional(point["kl"], ".4f"),
+            *(percent(point[key]) for key in ("top1_agreement", "eor", "misses", "misses_to_base")),
+            optional(point["tokens"], ".0f"), point["source"] or "not measured",
+        )  # fmt: skip
+    found.caption = "Misses: share of expert look-ups not found in an LRU cache for 25 % of each layer's experts."
     return found
 
 

@@ -26,11 +26,12 @@ def with_layers(label: Row, row: Row) -> Iterator[Row]:
 
 
 def of_arms(result: Mapping[str, Any]) -> Iterator[Row]:
-    """For `evaluate` (task scores follow, if there are any) and the demo: a row for each arm and layer."""
-    for compared in (result, result.get("tasks", {})):
+    """For `evaluate` (domains and task scores follow, if there are any) and the demo: a row for each arm and layer."""
+    for compared in (result, *result.get("domains", ()), result.get("tasks", {})):
         if "base" in compared:
+            domain = {"domain": compared["domain"]} if "domain" in compared else {}
             for label, row in arm_rows(compared):
-                yield from with_layers({"arm": label}, row)
+                yield from with_layers({"arm": label} | domain, row)
 
 
 def of_trace(result: Mapping[str, Any]) -> Iterator[Row]:

@@ -10,12 +10,13 @@ from typing import Any
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.recency_settings import DEFAULT_MODE, MODES, share_words
 
-_OF_DATA = ("max_tokens", "policy", "cache", "window", "recency", "recency_gain", "plot", "per_layer", "certified")
+_OF_DATA = ("max_tokens", "policy", "cache", "window", "decode", "plot", "per_layer", "certified")
 # command -> option -> those of which one must be there for it to act
 NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "eval": {
         **dict.fromkeys(_OF_DATA, ("data",)),
         **dict.fromkeys(("task_folder", "limit"), ("tasks",)),
+        **dict.fromkeys(("recency", "recency_gain"), ("data", "tasks")),
         "certified": ("family",),
         **dict.fromkeys(("recency_decay", "recency_share"), ("recency", "recency_gain")),
     },
@@ -23,6 +24,10 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(("recency_decay", "recency_share"), ("recency", "recency_gain")),
         "recovery_lr": ("recovery_rank",),
         "patience": ("evaluate_every",),
+    },
+    "report": {
+        "model": ("data",),
+        **dict.fromkeys(("data", "max_tokens", "decode", "device", "dtype", "force"), ("model",)),
     },
     "trace": dict.fromkeys(("prompt_tokens", "temperature", "seed"), ("decode",)),
     "run": {"plot": ("log",)},

@@ -102,8 +102,8 @@ def evaluate(
     model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
     policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
     recency: opt.EvalRecency = None, recency_gain: opt.RecencyGains = None, recency_decay: opt.RecencyDecay = None,
-    recency_share: opt.RecencyShare = None,
-    tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
+    recency_share: opt.RecencyShare = None, decode: opt.DecodeDomains = None, tasks: opt.Tasks = None,
+    task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
     plot: opt.Plot = None, per_layer: opt.PerLayer = False, certified: opt.Certify = False,
     against: opt.Against = None, expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None,
     arithmetic: opt.Arithmetic = "exact", device: opt.Device = None,
@@ -116,6 +116,9 @@ def evaluate(
     expert look-ups found in a per-layer cache of max(K, floor(c * E)) experts, emptied where a document begins; all
     look-ups of a token see the cache as the previous token left it. policy@c/lookup, the figure that others publish:
     each look-up sees the cache as the look-up before left it.
+
+    top1_agreement is the share of tokens for which a point holds the same token for the likeliest as the base. With
+    --decode N, at least N tokens of each kind of text are decoded one by one as well (JSON: domains).
 
     With --against, ratios and KL are to that model: `remoe eval MODEL --storage PACK --against MODEL` tells what the
     pack's encoding costs. A quantised MODEL is loaded behind an expert cache that holds its codes.
@@ -153,15 +156,17 @@ def evaluate(
         certify,
         check_certifiable,
         check_data,
+        check_domains,
         check_priors,
         check_vocabularies,
+        evaluate_domains,
         evaluate_tasks,
         task_manager,
     )
     from remoe_adapt.evaluation import evaluate as measure
     from remoe_adapt.expert_cache import check_arithmetic, load_whole_or_cached
     from remoe_adapt.family import Family
-    from remoe_adapt.texts import read_shared
+    from remoe_adapt.texts import read_domains, read_shared
 
     quiet_libraries()
     check_arithmetic(arithmetic)
@@ -193,6 +198,9 @@ def evaluate(
         documents = read_shared(data, tokenizer, max_tokens)
         if certified and points is not None:
             check_certifiable(sum(len(ids) - 1 for ids in documents))  # the first of a document has nothing to score it
+        domains = read_domains(data, tokenizer, decode) if decode is not None else {}
+        if decode is not None:
+            check_domains(domains)
         arms = 1 + (other is not None) + len(priors)
         if points is not None:
             arms += len(points.points) + (points.control is not None)
@@ -205,6 +213,14 @@ def evaluate(
         shown.append(report.eval_table(result))
         if per_layer:
             shown.append(report.layer_table(arm_rows(result)))
+        if domains:
+            decoded = sum(len(ids) - 1 for documents in domains.values() for ids in documents)
+            with progress("decoding", decoded * arms) as (_, advance):
+                result["domains"] = evaluate_domains(
+                    base, domains, family=points, policies=policy, caches=cache, priors=priors, force=force,
+                    against=other, on_tokens=advance,
+                )  # fmt: skip
+            shown.append(report.domain_table(result))
         if plot is not None:
             report.afterwards(result, shown, lambda: plot_frontier(result, plot), f"plot written to {plot}")
         if certified and points is not None:
@@ -213,8 +229,9 @@ def evaluate(
 
         def score() -> None:
             scores = evaluate_tasks(
-                base, tokenizer, points, words(tasks), folder=task_folder, limit=limit, force=force, against=other
-            )
+                base, tokenizer, points, words(tasks), folder=task_folder, limit=limit, priors=priors, force=force,
+                against=other,
+            )  # fmt: skip
             result["tasks"] = scores
             shown.append(report.task_table(scores))
 

@@ -2,6 +2,7 @@
 
 from remoe_adapt.evaluation.arms import check_priors, one_kind
 from remoe_adapt.evaluation.demo import run_demo
+from remoe_adapt.evaluation.domains import LEAST_DECODED_TOKENS, check_domains, evaluate_domains
 from remoe_adapt.evaluation.evaluate import (
     CACHES,
     LEAST_CERTIFIED_TOKENS,

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from remoe_adapt.errors import ConfigError, UncacheableError
 from remoe_adapt.evaluation.arms import Arm, Arms, arms_of
 from remoe_adapt.evaluation.evaluate import Tally
 from remoe_adapt.evaluation.generation import COUNTED, cache_figures, generate_text, room_for_reads
-from remoe_adapt.evaluation.record import Decoder, inference, record_forward
+from remoe_adapt.evaluation.record import Decoder, fit_for_decode, inference, record_forward
 from remoe_adapt.evaluation.shipped import example_folder, held_out
 from remoe_adapt.expert_cache import ExpertCache, expert_cache_of, load_with_expert_cache
 from remoe_adapt.family import Family
@@ -74,7 +73,7 @@ def run_demo(
     with (
         arms_of(loaded, points, force=force) as arms,
         inference(loaded),
-        _fit_for_decode(loaded),
+        fit_for_decode(loaded),
         room_for_reads(expert_cache_of(loaded)),
     ):
         if on_start is not None:
@@ -213,24 +212,6 @@ def _teacher_forced(model: nn.Module, ids: Sequence[int]) -> tuple[Tensor, list[
             torch.accelerator.synchronize()
         times_s.append(time.perf_counter() - begin)
     return torch.stack(logits[:-1]), times_s
-
-
-@contextmanager
-def _fit_for_decode(model: Any) -> Iterator[None]:
-    """One token at a time is fastest with the batched experts function where a model has it; prefill with another."""
-    before = None if expert_cache_of(model) else getattr(model.config, "_experts_implementation", None)
-    if before is None or not hasattr(model, "set_experts_implementation"):
-        yield
-        return
-    try:
-        model.set_experts_implementation("batched_mm")
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
 
 
 def _samples(

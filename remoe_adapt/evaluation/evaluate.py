@@ -61,6 +61,7 @@ class Tally:
 
     nll_nats: float = 0.0
     kl_nats: float = 0.0
+    agreed: int = 0
     tokens: int = 0
     ids: dict[tuple[int, int], np.ndarray[Any, np.dtype[np.int16]]] = field(default_factory=dict)
 
@@ -75,6 +76,7 @@ class Tally:
             # Summed in fp64: over a hundred thousand tokens fp32 sums lose the digits in which points differ.
             self.nll_nats += float(nll_N.double().sum())
             self.kl_nats += float(kl_N.double().sum())
+            self.agreed += len(nll_N) if base_part_NV is None else agreeing(logits_NV[part], base_part_NV)
         self.tokens += len(targets_N)
 
     def trace(self, num_experts: int, phase: str = "prefill") -> Trace:
@@ -100,6 +102,7 @@ class Tally:
             "ppl_ratio": math.exp(ce - compared.nll_nats / compared.tokens),
             "ppl_ratio_control": to_control,
             "kl": self.kl_nats / self.tokens,
+            "top1_agreement": self.agreed / self.tokens,
             "eor": eor(trace),
             "switch_rate": switch_rate(trace),
             **hit_rates(trace, policies, caches),
@@ -127,6 +130,11 @@ def score(logits_NV: Tensor, targets_N: Tensor, base_logits_NV: Tensor | None = 
     return nll_N, (base_p_NV * gap_NV).sum(dim=-1) - (base_log_z_N - log_z_N)
 
 
+def agreeing(logits_NV: Tensor, base_logits_NV: Tensor) -> int:
+    """Rows in which both hold the same token for the likeliest; of equally likely ones the first counts."""
+    return int((logits_NV.argmax(dim=-1) == base_logits_NV.argmax(dim=-1)).sum())
+
+
 def evaluate(
     model: nn.Module,
     documents: Sequence[Sequence[int]],
@@ -149,7 +157,8 @@ def evaluate(
 
     Each row holds `strength` (0 for the base, None for the control), `ce` (nats per token), `ppl`, `ppl_ratio` (to the
     base), `ppl_ratio_control` (to the control; None without one), `kl` (mean over scored tokens of
-    KL(P_base || P_point) of the next-token distributions, nats), `eor`, `switch_rate`, hit rates `policy@cache` and
+    KL(P_base || P_point) of the next-token distributions, nats), `top1_agreement` (share of scored tokens for which it
+    holds the same token for the likeliest as the base), `eor`, `switch_rate`, hit rates `policy@cache` and
     `policy@cache/lookup` (see `eviction.simulate`) and `load_entropy`, with `per_layer` the rows of `layer_rows` under
     that name, and with a recency prior `recency` and (mean) `recency_gain`; beside them `tokens` (scored),
     `documents`, `window` and `arithmetic` (`{"name", "exact"}` of the model's experts). The model's weights are the
@@ -340,7 +349,8 @@ def certify(family: Family, result: Mapping[str, Any]) -> None:
     """Writes what `evaluate` measured into the family: one certificate per point and one of the control.
 
     `result["data"]` (names of the data) goes into each, beside the scored tokens, the arithmetic of the experts, the
-    version and the commit.
+    base's own CE, EOR and hit rates, the version and the commit; with `result["domains"]`, of `evaluate_domains`, the
+    quality by domain, and with `per_layer` rows these.
 
     Raises:
         ConfigError: another model than the base was compared with: a certificate is of a point and its base.
@@ -354,10 +364,25 @@ def certify(family: Family, result: Mapping[str, Any]) -> None:
     facts = {key: result[key] for key in ("data", "tokens", "window", "arithmetic") if key in result}
     # Version and commit go into each certificate, since points of one family may be measured at different times.
     facts |= {"remoe_adapt": importlib.metadata.version("remoe-adapt"), "commit": commit()}
+    # Without the base's own figures nobody could say of a certificate how many misses fewer these are.
+    facts["base"] = {key: value for key, value in result["base"].items() if key in ("ce", "eor") or "@" in key}
     rows = [*result["points"], *([result["control"]] if result["control"] else [])]
     for row in rows:
-        measured = {key: value for key, value in row.items() if key not in ("strength", "per_layer")}
+        measured = {key: value for key, value in row.items() if key != "strength"}
+        if domains := _by_domain(result, row["strength"]):
+            measured["domains"] = domains
         family.set_certificate(row["strength"], measured | facts)
+
+
+def _by_domain(result: Mapping[str, Any], strength: float | None) -> dict[str, Any]:
+    """What `evaluate_domains` found of a point (None: the control), by domain; empty where it did not run."""
+    return {
+        domain["domain"]: {"tokens": domain["tokens"]}
+        | {key: row[key] for key in ("ppl_ratio", "kl", "top1_agreement")}
+        for domain in result.get("domains", ())
+        for row in ([domain["control"]] if strength is None else domain["points"])
+        if row["strength"] == strength
+    }
 
 
 def task_manager(tasks: Sequence[str], folder: str | Path | None = None) -> Any:
@@ -388,15 +413,18 @@ def evaluate_tasks(
     *,
     folder: str | Path | None = None,
     limit: int | None = None,
+    priors: Sequence[Recency] = (),
     force: bool = False,
     against: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Scores of lm-eval tasks per arm: `{"base", "control", "points"}` of `{strength, tasks: {task: {metric: value}}}`.
+    """Scores of lm-eval tasks per arm: `{"base", "control", "points", "priors"}` of
+    `{strength, tasks: {task: {metric: value}}}`, with a recency prior `recency` and (mean) `recency_gain` too.
 
-    `folder` holds task files of your own beside those that lm-eval knows; `limit` is examples per task; `against` is
-    another model, whose scores are `against` then (None without one).
+    `folder` holds task files of your own beside those that lm-eval knows; `limit` is examples per task; `priors` are
+    tried on the base; `against` is another model, whose scores are `against` then (None without one).
 
-    Raises as `task_manager`; FingerprintMismatchError when the family is of another base (unless `force`).
+    Raises as `task_manager` and `check_priors`; FingerprintMismatchError when the family is of another base (unless
+    `force`).
     """
     manager = task_manager(tasks, folder)
     import lm_eval
@@ -422,9 +450,9 @@ def evaluate_tasks(
         with inference(against):
             other = scores(wrapped(against), None)
     rows: dict[Arm, dict[str, Any]] = {}
-    with arms_of(model, family, force=force) as arms, inference(model):
+    with arms_of(model, family, priors=priors, force=force) as arms, inference(model):
         of_model = wrapped(model)
         for arm in arms:
             arms.use(arm)
-            rows[arm] = scores(of_model, arm.strength)
-    return {"against": other, **arms.by_kind(rows)}
+            rows[arm] = scores(of_model, arm.strength) | arms.recency_of(arm)
+    return {"against": other, **arms.by_kind(rows), "priors": [rows[arm] for arm in arms.priors]}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from remoe_adapt.checkpoints import device_of, max_positions
 from remoe_adapt.errors import ConfigError, TraceError
+from remoe_adapt.expert_cache import expert_cache_of
 from remoe_adapt.libraries import Patches, cache_keyword, hook, returned_cache
 from remoe_adapt.routers import RouterRef, discover_routers
 from remoe_adapt.traces import Trace
@@ -232,6 +233,24 @@ class Decoder:
             raise TraceError(f"{type(self._model).__name__} returns no KV cache: its decode cannot be recorded")
         logits_V: Tensor = output.logits[0, -1]
         return logits_V
+
+
+@contextmanager
+def fit_for_decode(model: Any) -> Iterator[None]:
+    """One token at a time is fastest with the batched experts function where a model has it; prefill with another."""
+    before = None if expert_cache_of(model) else getattr(model.config, "_experts_implementation", None)
+    if before is None or not hasattr(model, "set_experts_implementation"):
+        yield
+        return
+    try:
+        model.set_experts_implementation("batched_mm")
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def prompts_from(documents: Sequence[Sequence[int]], length: int, count: int) -> list[list[int]]:

@@ -6,6 +6,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Registers itself.
+from remoe_adapt.eviction.markov import Markov as _Markov
 from remoe_adapt.eviction.policy import ONLINE, POLICIES, Policy, make_policy, register
 
 if TYPE_CHECKING:

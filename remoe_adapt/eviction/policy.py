@@ -12,6 +12,8 @@ One policy object serves the replay of traces and the live expert cache. Keys ar
 by a cache with a hard budget, or by `policy.step(keys)`, which lets all of the token in and then cuts back: that is the
 token-atomic replay in which hit rates are defined.
 
+Markov, which predicts the next use, is in `markov`.
+
 A policy is one class under `@register`: its `name` then stands for it in replays, expert caches and profiles alike.
 Replays of many sizes get quicker with a score for all layers at once (`replay_scored.SCORES`).
 """
@@ -276,7 +278,7 @@ def make_policy(
 
     capacity: in bytes, or in experts where every size is 1.
     future: the keys of every token to come, which belady knows.
-    decay: of lrfu, per token.
+    decay: of lrfu and markov, per token.
 
     Raises ConfigError for an unknown name, or a capacity that is not a positive int.
     """

@@ -80,7 +80,7 @@ def replay(
         capacity: what the cache holds: experts, or the unit of `sizes_E` (bytes).
         document_starts: index of each document's first token, rising, the first 0.
         sizes_E: size of each expert; 1 when not given.
-        decay: of lrfu, per token.
+        decay: of lrfu and markov, per token.
 
     Raises:
         ConfigError: unknown policy, bad capacity, or an expert larger than the capacity.

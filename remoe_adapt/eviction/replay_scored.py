@@ -1,8 +1,8 @@
 """Policies that rank experts by a score, replayed for all layers, documents and cache sizes side by side.
 
-What LFU, LRFU and Belady think of an expert depends on the trace alone, not on what a cache holds. So the scores are
-kept once, for every (layer, document) pair in parallel, and each cache size only cuts its residents back by them. The
-misses are those of the objects of `policy`, to the integer.
+What LFU, LRFU, Markov and Belady think of an expert depends on the trace alone, not on what a cache holds. So scores
+are kept once, for every (layer, document) pair in parallel, and each cache size only cuts its residents back by them.
+The misses are those of the policy objects, to the integer.
 """
 
 from __future__ import annotations
@@ -16,11 +16,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from remoe_adapt.eviction.markov import (
+    COUNT_LIMIT,
+    FAST,
+    LAG,
+    MAX_WIDTH,
+    PRIOR,
+    ROUND,
+    SHARE_OF_FAST,
+    SLOW,
+    Markov,
+)
 from remoe_adapt.eviction.policy import LFU, LRFU, LRFU_DECAY, Belady, DecayClock
 from remoe_adapt.traces import Trace
 
-# Streams replayed side by side: bounds memory at a few MB per state array.
+# Streams replayed side by side: bounds memory at a few MB per state array, and a matrix for each at 64 MiB in all.
 _MAX_STREAMS = 2048
+_MAX_PAIRS = 32 << 20
 # An LFU score is uses * 2**_SEQUENCE_BITS + time of the last use, so that one integer holds the tie-break too.
 _SEQUENCE_BITS = 40
 # Below every score of a resident, so that absent experts are the first to be cut.
@@ -36,7 +48,7 @@ def count_scored_misses(
 
     policy: its name.
     capacities: cache sizes in experts.
-    decay: of lrfu, per token.
+    decay: of lrfu and markov, per token.
     """
     misses_SL = np.zeros((len(capacities), trace.num_layers), dtype=np.int64)
     scores_of = SCORES[policy](trace, decay)
@@ -69,9 +81,10 @@ def _streams(trace: Trace) -> Iterator[_Streams]:
     # Longest first: at each step the streams that are alive are the first ones, and a slice takes them without a copy.
     document_R = np.argsort(-lengths_D, kind="stable").repeat(trace.num_layers)
     layer_R = np.tile(np.arange(trace.num_layers), len(starts_D))
-    for begin in range(0, len(layer_R), _MAX_STREAMS):
-        part = document_R[begin : begin + _MAX_STREAMS]
-        yield _Streams(layer_R[begin : begin + _MAX_STREAMS], starts_D[part], lengths_D[part], trace.num_experts)
+    most = max(1, min(_MAX_STREAMS, _MAX_PAIRS // trace.num_experts**2))
+    for begin in range(0, len(layer_R), most):
+        part = document_R[begin : begin + most]
+        yield _Streams(layer_R[begin : begin + most], starts_D[part], lengths_D[part], trace.num_experts)
 
 
 class _Scores(ABC):
@@ -116,6 +129,53 @@ class _DecayedUses(_Scores):
         self.last_use_F[places_NK] = _times_K(step, places_NK)
 
 
+class _PredictedUses(_Scores):
+    """Markov, by the arithmetic of `markov.Markov`, in its order."""
+
+    def __init__(self, streams: _Streams, decay: float) -> None:
+        fast, slow = decay**FAST, decay**SLOW
+        self.score_F = streams.full(0.0, np.float64)
+        self.last_use_F: NDArray[np.int64] = streams.full(0, np.int64)
+        self._fast_F, self._slow_F = streams.full(0.0, np.float64), streams.full(0.0, np.float64)
+        self._fast_clock, self._slow_clock = DecayClock(fast), DecayClock(slow)
+        self._fast_rate, self._slow_rate = 1 - fast, 1 - slow
+        self._seen_F: NDArray[np.int64] = streams.full(0, np.int64)
+        self._follows_FE = np.zeros((len(self._seen_F), streams.num_experts), dtype=np.uint16)
+        # What the last tokens chose, the newest first.
+        self._chosen: list[NDArray[np.int64]] = []
+
+    def use(self, step: int, places_NK: NDArray[np.int64]) -> None:
+        (alive, top_k), num_experts = places_NK.shape, self._follows_FE.shape[1]
+        self._fast_F *= self._fast_clock.advance(step)
+        self._slow_F *= self._slow_clock.advance(step)
+        self._fast_F[places_NK] += self._fast_clock.gain
+        self._slow_F[places_NK] += self._slow_clock.gain
+        self.last_use_F[places_NK] = _times_K(step, places_NK)
+        worth_NE, prior_N1 = np.zeros((alive, num_experts)), np.ones((alive, 1))
+        if top_k <= MAX_WIDTH:
+            for chosen_NK in self._chosen:
+                self._learn(chosen_NK[:alive], places_NK % num_experts)
+            self._chosen = [places_NK, *self._chosen[: LAG - 1]]
+            of_counts_N1 = 1.0 / (self._seen_F[places_NK].sum(axis=1, keepdims=True) + PRIOR * top_k)
+            for place_N in places_NK.T:
+                worth_NE += self._follows_FE[place_N]
+            worth_NE *= of_counts_N1
+            prior_N1 = PRIOR * top_k * of_counts_N1
+        of_slow_N1 = prior_N1 * self._slow_rate / self._slow_clock.gain
+        of_fast = SHARE_OF_FAST * self._fast_rate / self._fast_clock.gain
+        here = slice(alive * num_experts)
+        worth_NE += self._slow_F[here].reshape(alive, -1) * of_slow_N1
+        worth_NE += self._fast_F[here].reshape(alive, -1) * of_fast
+        self.score_F[here] = (worth_NE + ROUND).ravel()
+
+    def _learn(self, before_NK: NDArray[np.int64], ids_NK: NDArray[np.int64]) -> None:
+        full_M = before_NK[self._seen_F[before_NK] >= COUNT_LIMIT]
+        self._follows_FE[full_M] >>= 1
+        self._seen_F[full_M] >>= 1
+        self._seen_F[before_NK] += 1
+        self._follows_FE[before_NK[:, :, None], ids_NK[:, None, :]] += 1
+
+
 class _NextUses(_Scores):
     """Belady."""
 
@@ -154,6 +214,7 @@ def _next_use_LTK(trace: Trace) -> NDArray[np.int64]:
 SCORES: dict[str, Callable[[Trace, float], Callable[[_Streams], _Scores]]] = {
     LFU.name: lambda trace, decay: _UseCounts,
     LRFU.name: lambda trace, decay: partial(_DecayedUses, decay=decay),
+    Markov.name: lambda trace, decay: partial(_PredictedUses, decay=decay),
     Belady.name: lambda trace, decay: partial(_NextUses, next_use_LTK=_next_use_LTK(trace)),
 }
 

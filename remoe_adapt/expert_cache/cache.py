@@ -58,7 +58,7 @@ class ExpertCache:
 
     source: where experts are read from; of a BatchSource, all that a look-up misses in one call.
     budget_bytes: of all slots.
-    policy: "lru", "lfu" or "lrfu".
+    policy: "lru", "lfu", "lrfu" or "markov".
     scope: "global", one budget over all layers, or "layer", each layer its share.
     threads: reads at a time.
     below: the tier that the source reads from, for `stats` and `clear`.

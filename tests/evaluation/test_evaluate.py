@@ -22,6 +22,7 @@ from remoe_adapt.evaluation.arms import arms_of
 from remoe_adapt.evaluation.evaluate import _batches, certify, commit, evaluate, evaluate_tasks, score
 from remoe_adapt.evaluation.record import record_prefill, windows
 from remoe_adapt.family.family import original_weights
+from remoe_adapt.recency_settings import Recency
 from remoe_adapt.texts import read_shared
 from remoe_adapt.traces.metrics import eor, load_entropy
 
@@ -267,7 +268,11 @@ def test_tasks_are_scored_per_arm_by_the_swapped_model(
     )
     with pytest.raises(DataError, match="no task 'no_such_task'"):
         evaluate_tasks(base, byte_tokenizer(), family, ["no_such_task"])
-    result = evaluate_tasks(base, byte_tokenizer(), family, ["own_text"], folder=tmp_path, limit=3)
-    rows = (result["base"], result["control"], *result["points"])
-    assert [row["strength"] for row in rows] == [0.0, None, 0.5, 1.0]
-    assert len({row["tasks"]["own_text"]["byte_perplexity,none"] for row in rows}) == 4
+    priors = [Recency.of("ema", gain) for gain in (0.0, 0.5)]
+    result = evaluate_tasks(base, byte_tokenizer(), family, ["own_text"], folder=tmp_path, limit=3, priors=priors)
+    rows = (result["base"], result["control"], *result["points"], *result["priors"])
+    assert [row["strength"] for row in rows] == [0.0, None, 0.5, 1.0, 0.0, 0.0]
+    assert [row.get("recency_gain") for row in rows] == [None, None, None, None, 0.0, 0.5]
+    scores = [row["tasks"]["own_text"]["byte_perplexity,none"] for row in rows]
+    # A prior of gain 0 is the base; one of another gain changes what lm-eval sees as well.
+    assert scores[4] == scores[0] and len(set(scores)) == 5

@@ -74,7 +74,7 @@ def test_experts_behind_no_interface_are_refused_by_name(name: str, tmp_path: Pa
         load_with_expert_cache(save_tiny(tmp_path, name))
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "markov"])
 @pytest.mark.parametrize(("scope", "direct_io"), [("global", True), ("layer", False)])
 def test_every_setting_computes_the_same_bits(folder: Path, policy: str, scope: str, direct_io: bool) -> None:
     expected = logits(stock(folder))

@@ -33,7 +33,7 @@ ROOMS = (
     "family expert_cache",
     "dial training",
     "evaluation engines engines.page",
-    "evaluation.planning",
+    "evaluation.planning evaluation.reporting",
     "engines.gguf engines.llamacpp.prior",
     "engines.llamacpp",
     "engines.serving",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 DECAY = Fraction(9, 10)
@@ -21,8 +22,36 @@ def rank(policy: str, key: Any, history: Sequence[Sequence[Any]], future: Sequen
         return (len(uses), *recency)
     if policy == "lrfu":
         return (sum((DECAY ** (now - token) for token, _ in uses), Fraction(0)), *recency)
+    if policy == "markov":
+        return (next_use(tuple(map(tuple, history)), float(DECAY)).get(key, 0), *recency)
     ahead = [token for token, keys in enumerate(future) if key in keys]
     return (-ahead[0] if ahead else -(10**9), *recency)
+
+
+@lru_cache(maxsize=4)
+def next_use(history: Sequence[Sequence[Any]], decay: float) -> dict[Any, int]:
+    """What `markov` thinks each key is worth after these tokens, in steps of 2**-40 (floats err by far less)."""
+    now, last = len(history) - 1, history[-1]
+    seen: dict[Any, int] = {}
+    follows: dict[Any, dict[Any, int]] = {}
+    for token in range(len(history)):
+        for lag in (1, 2):
+            for before in history[token - lag] if token >= lag else ():
+                if seen.get(before, 0) >= 128:
+                    seen[before] //= 2
+                    follows[before] = {key: count // 2 for key, count in follows[before].items()}
+                seen[before] = seen.get(before, 0) + 1
+                row = follows.setdefault(before, {})
+                for key in history[token]:
+                    row[key] = row.get(key, 0) + 1
+    found = {}
+    for key in {key for keys in history for key in keys}:
+        ages = [now - token for token, keys in enumerate(history) if key in keys]
+        fast, slow = ((1 - rate) * math.fsum(rate**age for age in ages) for rate in (decay**3.0, decay**0.2))
+        follow = sum(follows.get(chosen, {}).get(key, 0) + 2 * slow for chosen in last)
+        total = sum(seen.get(chosen, 0) + 2 for chosen in last)
+        found[key] = round((follow / total + fast / 4) * (1 << 40))
+    return found
 
 
 def misses(tokens: Sequence[Sequence[int]], policy: str, capacity: int, starts: Sequence[int] = (0,)) -> int:
@@ -66,6 +95,8 @@ def worth(policy: str, key: int, events: Sequence[int], now: int, decay: Fractio
         return len(uses), uses[-1]
     if policy == "lrfu":
         return sum((decay ** (now - time) for time in uses), Fraction(0)), uses[-1]
+    if policy == "markov":
+        return next_use(tuple((event,) for event in events[: now + 1]), float(decay))[key], uses[-1]
     ahead = [time for time in range(now + 1, len(events)) if events[time] == key]
     return -ahead[0] if ahead else -(10**9), uses[-1]
 

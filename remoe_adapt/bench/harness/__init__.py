@@ -19,6 +19,7 @@ from remoe_adapt.bench.harness.results import (
     bar,
     checked_family,
     chosen_model,
+    environment,
     terminated_as_interrupted,
     work_folder,
 )
