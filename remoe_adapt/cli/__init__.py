@@ -8,7 +8,7 @@ import warnings
 
 # In the order in which the help lists the commands.
 # isort: off
-from remoe_adapt.cli import plan, run, serve, trace, train, export, profiles, bench, watch
+from remoe_adapt.cli import plan, run, serve, trace, train, tune, export, profiles, bench, watch
 
 # isort: on
 from remoe_adapt.cli.app import app

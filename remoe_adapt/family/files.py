@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ _MAX_BYTES, _MAX_NAME = 16 << 20, 64
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "the family": ({"format", "base", "points"}, {"control"}),
     "base": ({"id", "fingerprint"}, set()),
-    "a point": ({"strength", "adapter"}, {"recency", "certificate"}),
+    "a point": ({"strength", "adapter"}, {"recency", "certificate", "budget"}),
     "control": ({"adapter"}, {"certificate"}),
 }
 
@@ -60,6 +61,12 @@ def recency_entry(recency: Recency) -> dict[str, Any]:
     """The JSON object that `read_recency` reads."""
     share = {"share": recency.share} if recency.takes_share else {}
     return {"mode": recency.mode, "decay": recency.decay, **share, "gain_per_layer": recency.gain}
+
+
+def check_budget(budget: Any, where: str) -> None:
+    """Raises FamilyError for what is no perplexity ratio that a point may be aimed at; None is no budget."""
+    if budget is not None and (not is_number(budget) or not 1.0 < budget < math.inf):
+        raise FamilyError(f"{where}: budget {_shown(budget)} must be a perplexity ratio above 1, as 1.005.")
 
 
 def usable_path(path: str | os.PathLike[str]) -> Path:
@@ -117,7 +124,10 @@ def read_family_json(folder: Path) -> dict[str, Any]:
     strengths = []
     for point in entries["points"]:
         _check_keys(path, "a point", point)
-        _check_adapter(path, point)
+        # None: the point is a recency prior alone.
+        if point["adapter"] is not None:
+            _check_adapter(path, point)
+        check_budget(point.get("budget"), str(path))
         if not is_number(point["strength"]) or not 0.0 < point["strength"] <= 1.0:
             raise FamilyError(f"{path}: strength {_shown(point['strength'])} must be a number above 0 and at most 1.")
         strengths.append(point["strength"])
