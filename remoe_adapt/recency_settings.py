@@ -17,8 +17,6 @@ MAX_GAIN = 16.0
 # The word for "no prior" in files; code says None.
 NO_PRIOR = "none"
 MODES: dict[str, Mode] = {}
-# A recency at or below this is none: no use within some thousand tokens, at a decay of 0.95.
-HELD_ABOVE = 1e-25
 
 
 class Mode:

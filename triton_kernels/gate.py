@@ -14,8 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rule as words
+from .cost import held, raised
 from .rule import Rule
-from .scoring import NO_EXPERT, PADDING, RESTART, SOFTMAX, best_experts, choices, softmax_terms, span, to_keys, weigh
+from .scoring import (
+    NO_EXPERT,
+    NO_PRICE,
+    PADDING,
+    RESTART,
+    SOFTMAX,
+    best_experts,
+    choices,
+    softmax_terms,
+    span,
+    to_keys,
+    weigh,
+)
 
 # Torch multiplies and adds the recency in two roundings; a contracted multiply-add would differ in the last bit.
 # Where one rounding is the definition (addcmul), the kernels say fma.
@@ -36,11 +49,11 @@ def lanes(NUM: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK
 @triton.jit
 def gate_rows(
     rows_T1, num_rows, logits, stride_t, stride_e, bias, recency, stride_b, gain, flags, weights, ids,
-    decay, added, fill, eps, scaling,
+    decay, added, held_count, fill, eps, scaling,
     E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, LAST: tl.constexpr,
     SCORE: tl.constexpr, RANK: tl.constexpr, GROUPS: tl.constexpr, NUM: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, CHOSEN_SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr,
-    NULL_FROM: tl.constexpr, MOVES: tl.constexpr, CAN_CLASH: tl.constexpr,
+    NULL_FROM: tl.constexpr, MOVES: tl.constexpr, CAN_CLASH: tl.constexpr, PRICE: tl.constexpr,
 ):  # fmt: skip
     """Gate BLOCK_T rows; `rows_T1` int64 [BLOCK_T, 1], those >= num_rows are left alone. See `launch_gate`."""
     experts_1E, valid_1E = lanes(NUM, E // NUM, BLOCK_G, BLOCK_M)
@@ -57,12 +70,32 @@ def gate_rows(
         logits_TE, bias, experts_1E, valid_1E, fill, SCORE, RANK, GROUPS, NUM, KEPT, BLOCK_T, BLOCK_G, BLOCK_M
     )
     if recency is not None:
-        scale_T1 = span(choice_TE, valid_1E) * scale
-        if flags is not None:
-            scale_T1 = tl.where((flags_T1 & PADDING) != 0, 0.0, scale_T1)
-            if MOVES:
-                recency_TE = tl.where((flags_T1 & RESTART) != 0, 0.0, recency_TE)
-        choice_TE = tl.fma(recency_TE, tl.broadcast_to(scale_T1, choice_TE.shape), choice_TE)
+        if flags is not None and MOVES:
+            recency_TE = tl.where((flags_T1 & RESTART) != 0, 0.0, recency_TE)
+        if PRICE == NO_PRICE:
+            scale_T1 = span(choice_TE, valid_1E) * scale
+            if flags is not None:
+                scale_T1 = tl.where((flags_T1 & PADDING) != 0, 0.0, scale_T1)
+            choice_TE = tl.fma(recency_TE, tl.broadcast_to(scale_T1, choice_TE.shape), choice_TE)
+        else:
+            raised_TE = raised(
+                choice_TE,
+                logits_TE,
+                scale,
+                experts_1E,
+                valid_1E,
+                K,
+                BLOCK_K,
+                LAST,
+                CAN_CLASH,
+                E > K,
+                SCORE,
+                RANK,
+                PRICE,
+            )
+            if flags is not None:
+                raised_TE = tl.where((flags_T1 & PADDING) != 0, choice_TE, raised_TE)
+            choice_TE = tl.where(held(recency_TE, valid_1E, held_count), raised_TE, choice_TE)
     keys_TE = tl.where(valid_1E, to_keys(choice_TE), NO_EXPERT)
     ids_TK, chosen_TE = best_experts(keys_TE, experts_1E, K, BLOCK_K, LAST, CAN_CLASH, E > K)
     if MOVES:
@@ -86,26 +119,29 @@ def gate_rows(
 
 
 # Gains and flags may be views into larger tensors: their alignment must not decide which binary runs.
-@triton.jit(do_not_specialize=["num_rows", "gain", "flags"])
+@triton.jit(do_not_specialize=["num_rows", "gain", "flags", "held_count"])
 def gate_kernel(
     num_rows, logits, stride_t, stride_e, bias, recency, stride_b, gain, flags, weights, ids,
-    decay, added, fill, eps, scaling,
+    decay, added, held_count, fill, eps, scaling,
     E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, LAST: tl.constexpr,
     SCORE: tl.constexpr, RANK: tl.constexpr, GROUPS: tl.constexpr, NUM: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, CHOSEN_SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr,
-    NULL_FROM: tl.constexpr, MOVES: tl.constexpr, CAN_CLASH: tl.constexpr,
+    NULL_FROM: tl.constexpr, MOVES: tl.constexpr, CAN_CLASH: tl.constexpr, PRICE: tl.constexpr,
 ):  # fmt: skip
     """Program i gates rows i * BLOCK_T and on."""
     rows_T1 = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     gate_rows(
         rows_T1, num_rows, logits, stride_t, stride_e, bias, recency, stride_b, gain, flags, weights, ids,
-        decay, added, fill, eps, scaling, E, K, BLOCK_K, BLOCK_T, LAST, SCORE, RANK, GROUPS, NUM, KEPT,
-        BLOCK_G, BLOCK_M, CHOSEN_SOFTMAX, NORMALIZE, NULL_FROM, MOVES, CAN_CLASH,
+        decay, added, held_count, fill, eps, scaling, E, K, BLOCK_K, BLOCK_T, LAST, SCORE, RANK, GROUPS, NUM, KEPT,
+        BLOCK_G, BLOCK_M, CHOSEN_SOFTMAX, NORMALIZE, NULL_FROM, MOVES, CAN_CLASH, PRICE,
     )  # fmt: skip
 
 
-def ranking(rule: Rule, num_experts: int, k: int, dtype: torch.dtype, prior: bool) -> dict[str, Any]:
+def ranking(
+    rule: Rule, num_experts: int, k: int, dtype: torch.dtype, prior: bool, held_count: int | None = None
+) -> dict[str, Any]:
     """Compile-time facts of scoring and ranking, by parameter name of the kernels."""
+    shared = rule.normalize or (rule.rank == words.BY_LOGIT and rule.chosen_softmax)
     groups = rule.num_groups if rule.grouped else 1
     members = num_experts // groups
     narrow = dtype in (torch.float16, torch.bfloat16)
@@ -122,6 +158,7 @@ def ranking(rule: Rule, num_experts: int, k: int, dtype: torch.dtype, prior: boo
         "BLOCK_G": triton.next_power_of_2(groups),
         "BLOCK_M": triton.next_power_of_2(members),
         # Sixteen bits of logit leave the low bits of a key alone, as long as nothing is added to them.
+        "PRICE": words.NO_PRICE if held_count is None else words.BY_SHARE if shared else words.BY_ITSELF,
         "CAN_CLASH": not (narrow and rule.rank == words.BY_LOGIT and not prior),
     }
 
@@ -152,14 +189,15 @@ def rows_per_program(tokens: int, lanes_per_row: int) -> int:
 def launch_gate(
     logits_TE: Tensor, k: int, rule: Rule, bias_E: Tensor | None = None, recency_BE: Tensor | None = None,
     gain: Tensor | None = None, decay: float | None = None, flags_T: Tensor | None = None,
-    out: tuple[Tensor, Tensor] | None = None, block_t: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None, block_t: int | None = None, held_count: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights fp32 [T, K] and ids int64 [T, K], best first.
 
     logits_TE: fp32, fp16 or bf16, any strides. bias_E: fp32, contiguous. recency_BE: fp32, last stride 1, one row per
     token, or a single one for all if `decay` is None (then it is only read); with a decay it moves on in place.
     gain: fp32, one value. flags_T: uint8 (1 padding, 2 restart). out: contiguous tensors to write instead of new ones.
-    block_t: rows of a program, a power of two, instead of what suits the size.
+    block_t: rows of a program, a power of two, instead of what suits the size. held_count: how many experts a priced
+    prior prefers; None: the bonus is of the span.
 
     Raises ValueError for a recency of another shape.
     """
@@ -168,11 +206,11 @@ def launch_gate(
     weights_TK, ids_TK = out if out is not None else _outputs(logits_TE, k)
     if tokens == 0:
         return weights_TK, ids_TK
-    facts = {**ranking(rule, num_experts, k, logits_TE.dtype, recency_BE is not None), **weighing(rule)}
+    facts = {**ranking(rule, num_experts, k, logits_TE.dtype, recency_BE is not None, held_count), **weighing(rule)}
     block_t = block_t or rows_per_program(tokens, facts["BLOCK_G"] * facts["BLOCK_M"])
     gate_kernel[(triton.cdiv(tokens, block_t),)](
         tokens, logits_TE, logits_TE.stride(0), logits_TE.stride(1), bias_E, recency_BE, row_stride(recency_BE),
-        gain, flags_T, weights_TK, ids_TK, *scalars(rule, decay),
+        gain, flags_T, weights_TK, ids_TK, *scalars(rule, decay, held_count),
         BLOCK_T=block_t, MOVES=recency_BE is not None and decay is not None, num_warps=1, **facts, **LAUNCH,
     )  # fmt: skip
     return weights_TK, ids_TK
@@ -192,10 +230,12 @@ def row_stride(recency_BE: Tensor | None) -> int:
     return 0 if recency_BE is None or recency_BE.shape[0] == 1 else recency_BE.stride(0)
 
 
-def scalars(rule: Rule, decay: float | None) -> tuple[float, float, float, float, float]:
-    """decay, what a chosen expert gains, fill, eps, scaling."""
+def scalars(
+    rule: Rule, decay: float | None, held_count: int | None = None
+) -> tuple[float, float, int, float, float, float]:
+    """decay, what a chosen expert gains, how many are held, fill, eps, scaling."""
     decay = 0.0 if decay is None else decay
-    return decay, 1.0 - decay, rule.fill, rule.eps, rule.scaling
+    return decay, 1.0 - decay, held_count or 0, rule.fill, rule.eps, rule.scaling
 
 
 def _outputs(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:

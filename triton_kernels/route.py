@@ -17,15 +17,15 @@ from .rule import Rule
 MAX_TOKENS = 16
 
 
-@triton.jit(do_not_specialize=["gain", "flags"])
+@triton.jit(do_not_specialize=["gain", "flags", "held_count"])
 def route_kernel(
     num_tokens, hidden, stride_ht, weight, stride_we, linear_bias, arrived, logits, bias, recency, stride_b, gain,
-    flags, weights, ids, decay, added, fill, eps, scaling,
+    flags, weights, ids, decay, added, held_count, fill, eps, scaling,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, LAST: tl.constexpr,
     SCORE: tl.constexpr, RANK: tl.constexpr, GROUPS: tl.constexpr, NUM: tl.constexpr, KEPT: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, CHOSEN_SOFTMAX: tl.constexpr, NORMALIZE: tl.constexpr,
-    NULL_FROM: tl.constexpr, MOVES: tl.constexpr, CAN_CLASH: tl.constexpr,
+    NULL_FROM: tl.constexpr, MOVES: tl.constexpr, CAN_CLASH: tl.constexpr, PRICE: tl.constexpr,
 ):  # fmt: skip
     """Program i computes rows i * BLOCK_R and on of the logits; the last to finish gates all tokens."""
     columns_1D = tl.arange(0, BLOCK_D)[None, :]
@@ -59,8 +59,8 @@ def route_kernel(
             rows_T1 = first + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
             gate_rows(
                 rows_T1, num_tokens, logits, E, 1, bias, recency, stride_b, gain, flags, weights, ids,
-                decay, added, fill, eps, scaling, E, K, BLOCK_K, BLOCK_T, LAST, SCORE, RANK, GROUPS, NUM, KEPT,
-                BLOCK_G, BLOCK_M, CHOSEN_SOFTMAX, NORMALIZE, NULL_FROM, MOVES, CAN_CLASH,
+                decay, added, held_count, fill, eps, scaling, E, K, BLOCK_K, BLOCK_T, LAST, SCORE, RANK, GROUPS, NUM,
+                KEPT, BLOCK_G, BLOCK_M, CHOSEN_SOFTMAX, NORMALIZE, NULL_FROM, MOVES, CAN_CLASH, PRICE,
             )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def launch_route(
     hidden_TD: Tensor, weight_ED: Tensor, linear_bias_E: Tensor | None, k: int, rule: Rule, logits_dtype: torch.dtype,
     bias_E: Tensor | None = None, recency_BE: Tensor | None = None, gain: Tensor | None = None,
     decay: float | None = None, flags_T: Tensor | None = None,
-    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None, held_count: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Logits [T, E] of `logits_dtype`, weights fp32 [T, K], ids int64 [T, K] for 1 <= T <= 16 tokens.
 
@@ -130,11 +130,11 @@ def launch_route(
     block_r = max(1, triton.next_power_of_2(num_experts) // 256)
     # Sixteen bytes a thread and load.
     block_d = min(triton.next_power_of_2(columns), 32 * 16 // weight_ED.element_size())
-    facts = {**ranking(rule, num_experts, k, logits_TE.dtype, recency_BE is not None), **weighing(rule)}
+    facts = {**ranking(rule, num_experts, k, logits_TE.dtype, recency_BE is not None, held_count), **weighing(rule)}
     route_kernel[(triton.cdiv(num_experts, block_r),)](
         tokens, hidden_TD, hidden_TD.stride(0), weight_ED, weight_ED.stride(0), linear_bias_E,
         _counters.next(hidden_TD.device), logits_TE, bias_E, recency_BE, row_stride(recency_BE), gain, flags_T,
-        weights_TK, ids_TK, *scalars(rule, decay),
+        weights_TK, ids_TK, *scalars(rule, decay, held_count),
         D=columns, BLOCK_D=block_d, BLOCK_R=block_r, BLOCK_T=min(4, triton.next_power_of_2(tokens)),
         MOVES=recency_BE is not None and decay is not None, num_warps=1, **facts, **LAUNCH,
     )  # fmt: skip

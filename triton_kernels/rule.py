@@ -11,6 +11,13 @@ NO_GROUPS, GROUP_MAX, GROUP_TOP2 = 0, 1, 2
 PADDING, RESTART = 1, 2
 # A span of choice values is cut here, so that span * gain * recency stays finite.
 MAX_SPAN = 1e30
+# How a recency prior prices the experts that it prefers: not at all (its bonus is of the span), by their score, or by
+# their score over the sum of the chosen ones.
+NO_PRICE, BY_ITSELF, BY_SHARE = 0, 1, 2
+# A recency below this is none: no use within some thousand tokens, at a decay of 0.95.
+HELD_ABOVE = 1e-25
+# Stands for a score of 0 and below in a price, so that a gain of 0 gives 0 / TINY and not 0 / 0.
+TINY = 2.0**-126
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cost import held, raised
 from .gate import LAUNCH, lanes, ranking, rows_per_program, scalars, weighing
 from .rule import Rule
-from .scoring import NO_EXPERT, PADDING, RESTART, SOFTMAX, best_experts, choices, softmax_terms, span, to_keys, weigh
+from .scoring import (
+    NO_EXPERT,
+    NO_PRICE,
+    PADDING,
+    RESTART,
+    SOFTMAX,
+    best_experts,
+    choices,
+    softmax_terms,
+    span,
+    to_keys,
+    weigh,
+)
 
 
 @triton.jit
@@ -28,12 +41,12 @@ def _token(step, num_steps, logits, stride_e, flags, experts_1E, valid_1E):
     return logits_TE, flag_T1
 
 
-@triton.jit(do_not_specialize=["num_steps", "gain", "flags"])
+@triton.jit(do_not_specialize=["num_steps", "gain", "flags", "held_count"])
 def scan_kernel(
-    num_steps, logits, stride_t, stride_e, bias, recency, stride_b, gain, flags, ids, decay, added, fill,
+    num_steps, logits, stride_t, stride_e, bias, recency, stride_b, gain, flags, ids, decay, added, held_count, fill,
     E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr, SCORE: tl.constexpr,
     RANK: tl.constexpr, GROUPS: tl.constexpr, NUM: tl.constexpr, KEPT: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_M: tl.constexpr, CAN_CLASH: tl.constexpr,
+    BLOCK_M: tl.constexpr, CAN_CLASH: tl.constexpr, PRICE: tl.constexpr,
 ):  # fmt: skip
     """Program b walks through the num_steps tokens of sequence b."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -47,12 +60,17 @@ def scan_kernel(
     recency += sequence * stride_b
     strength = tl.load(gain)
     recency_TE = tl.load(recency + experts_1E, mask=valid_1E, other=0.0)
-    # One token ahead in choice and span, two ahead in loads.
+    # One token ahead in choice and what is added to it, two ahead in loads.
     logits_TE, flag_T1 = _token(0, num_steps, logits, stride_e, flags, experts_1E, valid_1E)
     choice_TE = choices(
         logits_TE, bias, experts_1E, valid_1E, fill, SCORE, RANK, GROUPS, NUM, KEPT, 1, BLOCK_G, BLOCK_M
     )
-    scale_T1 = span(choice_TE, valid_1E) * strength
+    if PRICE == NO_PRICE:
+        extra_TN = span(choice_TE, valid_1E) * strength
+    else:
+        extra_TN = raised(
+            choice_TE, logits_TE, strength, experts_1E, valid_1E, K, BLOCK_K, LAST, CAN_CLASH, E > K, SCORE, RANK, PRICE
+        )
     if flags is not None:
         flags += 1
     logits += stride_t
@@ -65,11 +83,31 @@ def scan_kernel(
         next_TE = choices(
             later_TE, bias, experts_1E, valid_1E, fill, SCORE, RANK, GROUPS, NUM, KEPT, 1, BLOCK_G, BLOCK_M
         )
-        next_scale_T1 = span(next_TE, valid_1E) * strength
+        if PRICE == NO_PRICE:
+            next_extra_TN = span(next_TE, valid_1E) * strength
+        else:
+            next_extra_TN = raised(
+                next_TE,
+                later_TE,
+                strength,
+                experts_1E,
+                valid_1E,
+                K,
+                BLOCK_K,
+                LAST,
+                CAN_CLASH,
+                E > K,
+                SCORE,
+                RANK,
+                PRICE,
+            )
         if flags is not None:
             recency_TE = tl.where((flag_T1 & RESTART) != 0, 0.0, recency_TE)
-            scale_T1 = tl.where((flag_T1 & PADDING) != 0, 0.0, scale_T1)
-        ranked_TE = tl.fma(recency_TE, tl.broadcast_to(scale_T1, choice_TE.shape), choice_TE)
+            extra_TN = tl.where((flag_T1 & PADDING) != 0, 0.0 if PRICE == NO_PRICE else choice_TE, extra_TN)
+        if PRICE == NO_PRICE:
+            ranked_TE = tl.fma(recency_TE, tl.broadcast_to(extra_TN, choice_TE.shape), choice_TE)
+        else:
+            ranked_TE = tl.where(held(recency_TE, valid_1E, held_count), extra_TN, choice_TE)
         keys_TE = tl.where(valid_1E, to_keys(ranked_TE), NO_EXPERT)
         ids_TK, chosen_TE = best_experts(keys_TE, experts_1E, K, BLOCK_K, LAST, CAN_CLASH, E > K)
         tl.store(ids + ranks_1K, ids_TK.to(tl.int64), mask=ranks_1K < K)
@@ -79,7 +117,7 @@ def scan_kernel(
             moved_TE = tl.where((flag_T1 & PADDING) != 0, recency_TE, moved_TE)
         recency_TE = moved_TE
         choice_TE = next_TE
-        scale_T1 = next_scale_T1
+        extra_TN = next_extra_TN
         flag_T1 = later_flag_T1
         later_TE = fetched_TE
         later_flag_T1 = fetched_flag_T1
@@ -115,7 +153,7 @@ def weigh_kernel(
 
 def launch_scan(
     logits_TE: Tensor, k: int, rule: Rule, bias_E: Tensor | None, recency_BE: Tensor, gain: Tensor, decay: float,
-    flags_T: Tensor | None = None, out: tuple[Tensor, Tensor] | None = None,
+    flags_T: Tensor | None = None, out: tuple[Tensor, Tensor] | None = None, held_count: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weights fp32 [T, K] and ids int64 [T, K] of B sequences of T / B tokens each, sequence after sequence.
 
@@ -132,11 +170,11 @@ def launch_scan(
     if tokens == 0:
         return weights_TK, ids_TK
     strides = logits_TE.stride()
-    facts = ranking(rule, num_experts, k, logits_TE.dtype, True)
-    decay, added, fill, eps, scaling = scalars(rule, decay)
+    facts = ranking(rule, num_experts, k, logits_TE.dtype, True, held_count)
+    decay, added, count, fill, eps, scaling = scalars(rule, decay, held_count)
     scan_kernel[(sequences,)](
         tokens // sequences, logits_TE, *strides, bias_E, recency_BE, recency_BE.stride(0), gain, flags_T, ids_TK,
-        decay, added, fill, num_warps=1, **facts, **LAUNCH,
+        decay, added, count, fill, num_warps=1, **facts, **LAUNCH,
     )  # fmt: skip
     block_e = triton.next_power_of_2(num_experts)
     block_t = rows_per_program(tokens, block_e)

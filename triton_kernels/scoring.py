@@ -20,7 +20,7 @@ SOFTMAX, SIGMOID = tl.constexpr(rule.SOFTMAX), tl.constexpr(rule.SIGMOID)
 BY_LOGIT, BY_SCORE = tl.constexpr(rule.BY_LOGIT), tl.constexpr(rule.BY_SCORE)
 NO_GROUPS, GROUP_TOP2 = tl.constexpr(rule.NO_GROUPS), tl.constexpr(rule.GROUP_TOP2)
 PADDING, RESTART = tl.constexpr(rule.PADDING), tl.constexpr(rule.RESTART)
-MAX_SPAN = tl.constexpr(rule.MAX_SPAN)
+MAX_SPAN, NO_PRICE = tl.constexpr(rule.MAX_SPAN), tl.constexpr(rule.NO_PRICE)
 
 
 @triton.jit
@@ -48,6 +48,24 @@ def softmax_terms(logits_TE, valid_1E):
 
 
 @triton.jit
+def softplus(values):
+    """log(1 + exp(values)), all digits of it."""
+    # max(z, 0) + log1p(t), t = exp(-|z|); log1p(t) = 2 atanh(t / (2 + t)) by its series, since the device's fast
+    # logarithm loses all digits near 1.
+    t = tl.exp(-tl.abs(values))
+    ratio = t / (2.0 + t)
+    square = ratio * ratio
+    series = 1.0 / 13.0 + square * (1.0 / 15.0)
+    series = 1.0 / 11.0 + square * series
+    series = 1.0 / 9.0 + square * series
+    series = 1.0 / 7.0 + square * series
+    series = 1.0 / 5.0 + square * series
+    series = 1.0 / 3.0 + square * series
+    positive = tl.where(values > 0.0, values, 0.0)
+    return positive + 2.0 * ratio * (1.0 + square * series)
+
+
+@triton.jit
 def scores(logits, top_T1, total_T1, SCORE: tl.constexpr):
     """fp32 scores of logits (tiles of experts or of chosen ones)."""
     if SCORE == SOFTMAX:
@@ -55,19 +73,7 @@ def scores(logits, top_T1, total_T1, SCORE: tl.constexpr):
     elif SCORE == SIGMOID:
         result = 1.0 / (1.0 + tl.exp(-logits))
     else:
-        # softplus(z) = max(z, 0) + log1p(t), t = exp(-|z|); log1p(t) = 2 atanh(t / (2 + t)) by its series, since
-        # the device's fast logarithm loses all digits near 1.
-        t = tl.exp(-tl.abs(logits))
-        ratio = t / (2.0 + t)
-        square = ratio * ratio
-        series = 1.0 / 13.0 + square * (1.0 / 15.0)
-        series = 1.0 / 11.0 + square * series
-        series = 1.0 / 9.0 + square * series
-        series = 1.0 / 7.0 + square * series
-        series = 1.0 / 5.0 + square * series
-        series = 1.0 / 3.0 + square * series
-        positive = tl.where(logits > 0.0, logits, 0.0)
-        result = tl.sqrt(positive + 2.0 * ratio * (1.0 + square * series))
+        result = tl.sqrt(softplus(logits))
     return result
 
 

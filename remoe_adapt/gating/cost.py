@@ -6,22 +6,22 @@ experts, K chosen.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from remoe_adapt.recency_settings import HELD_ABOVE, held_experts
+from remoe_adapt.recency_settings import held_experts
 from remoe_adapt.routers import RouterSpec, best_ids
+from remoe_adapt.triton_kernels import rule
 
 # Stands for a score of 0 and below, so that a gain of 0 gives 0 / tiny and not 0 / 0.
-TINY = torch.finfo(torch.float32).tiny
+TINY: float = rule.TINY
 
 
 def held(recency_BE: Tensor, share: float, k: int) -> Tensor:
     """bool [B, E]: the experts that an LRFU cache of this share would hold, equals at its end all of them."""
     count = held_experts(share, k, recency_BE.shape[-1])
     last_B1 = recency_BE.topk(count, dim=-1).values[..., -1:]
-    return recency_BE >= last_B1.clamp_min(HELD_ABOVE)
+    return recency_BE >= last_B1.clamp_min(rule.HELD_ABOVE)
 
 
 def bonus(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor) -> Tensor:
@@ -55,7 +55,10 @@ def log_price(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec) ->
 
 
 def score_bonus(choice_TE: Tensor, scale: Tensor) -> Tensor:
-    """sqrt(c^2 + G^2) - c [T, E] of scores c, negative ones taken for 0; `scale` is G, [T, 1] or of each expert."""
+    """sqrt(c^2 + G^2) - c [T, E] of scores c, negative ones taken for 0; `scale` is G, [T, 1] or of each expert.
+
+    Each operation is rounded by itself, so that this is the same to the bit wherever it is computed.
+    """
     square = scale * scale
     positive_TE = choice_TE.clamp_min(TINY)
-    return square / torch.addcmul(square, positive_TE, positive_TE).sqrt_().add_(positive_TE)
+    return square / (positive_TE * positive_TE).add_(square).sqrt_().add_(positive_TE)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from remoe_adapt.gating import reference
 from remoe_adapt.gating.backend import backend
 from remoe_adapt.gating.reference import PriorStep
+from remoe_adapt.recency_settings import held_experts
 from remoe_adapt.routers import RouterSpec
 
 if TYPE_CHECKING:
@@ -98,23 +99,24 @@ def _gate(
     flags: Tensor | None, share: float | None, k: int, rule: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernels, or the definition elsewhere and beyond them; `recency` moves on in place if there is a decay."""
-    if (
-        share is not None
-        or backend(logits.device) != "triton"
-        or unsupported(spec_of_text(rule), k, logits.dtype) is not None
-    ):
+    if backend(logits.device) != "triton" or unsupported(spec_of_text(rule), k, logits.dtype) is not None:
         prior = None if recency is None or gain is None else PriorStep(recency, gain, decay, flags, share)
         weights, ids = reference.topk_gating(logits, k, spec_of_text(rule), prior, bias_E=bias)
         return weights, ids.contiguous()
     bias = _bias(bias, rule)
+    held = None if share is None else held_experts(share, k, logits.shape[1])
     if recency is None or gain is None or decay is None or len(recency) == len(logits):
         from remoe_adapt.triton_kernels.gate import launch_gate
 
-        gated: tuple[Tensor, Tensor] = launch_gate(logits, k, kernel_rule(rule), bias, recency, gain, decay, flags)
+        gated: tuple[Tensor, Tensor] = launch_gate(
+            logits, k, kernel_rule(rule), bias, recency, gain, decay, flags, held_count=held
+        )
         return gated
     from remoe_adapt.triton_kernels.scan import launch_scan
 
-    scanned: tuple[Tensor, Tensor] = launch_scan(logits, k, kernel_rule(rule), bias, recency, gain, decay, flags)
+    scanned: tuple[Tensor, Tensor] = launch_scan(
+        logits, k, kernel_rule(rule), bias, recency, gain, decay, flags, held_count=held
+    )
     return scanned
 
 
@@ -216,18 +218,16 @@ def _route(
     rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     per_token = recency is None or decay is None or len(recency) == len(hidden)
-    kernels = (
-        share is None
-        and backend(hidden.device) == "triton"
-        and unsupported(spec_of_text(rule), k, hidden.dtype) is None
-    )
+    kernels = backend(hidden.device) == "triton" and unsupported(spec_of_text(rule), k, hidden.dtype) is None
     if kernels and per_token and (linear_fp32 or hidden.dtype == weight.dtype):
         from remoe_adapt.triton_kernels.route import fits_route, launch_route
 
         if fits_route(hidden, weight):
             dtype = torch.float32 if linear_fp32 else hidden.dtype
+            held = None if share is None else held_experts(share, k, weight.shape[0])
+            prior = (recency, gain, decay, flags)
             routed: tuple[Tensor, Tensor, Tensor] = launch_route(
-                hidden, weight, linear_bias, k, kernel_rule(rule), dtype, _bias(bias, rule), recency, gain, decay, flags
+                hidden, weight, linear_bias, k, kernel_rule(rule), dtype, _bias(bias, rule), *prior, held_count=held
             )
             return routed
     logits = _product(hidden, weight, linear_bias, linear_fp32)

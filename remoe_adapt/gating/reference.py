@@ -17,10 +17,11 @@ from remoe_adapt.gating.cost import bonus, held
 from remoe_adapt.routers import RouterSpec, best_ids
 from remoe_adapt.triton_kernels import rule
 
-# Flags of a token, and where a span of choice values is cut: the kernels' own numbers.
+# Flags of a token, where a span of choice values is cut, and a recency ceases: the kernels' own numbers.
 PADDING: int = rule.PADDING
 RESTART: int = rule.RESTART
 MAX_SPAN: float = rule.MAX_SPAN
+HELD_ABOVE: float = rule.HELD_ABOVE
 
 
 @dataclass(frozen=True, slots=True)

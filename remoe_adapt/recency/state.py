@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from remoe_adapt.gating import PADDING, RESTART, PriorStep, update_recency
+from remoe_adapt.gating import HELD_ABOVE, PADDING, RESTART, PriorStep, update_recency
 from remoe_adapt.recency.history import History
 
 if TYPE_CHECKING:
     from remoe_adapt.recency.prior import RecencyPrior
 
-# What a token leaves behind is forgotten below this.
+# What a token leaves behind is forgotten below this; by a priced prior below what it counts as held, since it asks for
+# the order of experts and not for their size.
 _FORGOTTEN = 1e-12
 # The recency of an expert that is never used decays to the smallest number there is, which rounding then keeps for
 # ever, and a CPU takes a hundred times as long for such numbers. What is cleared is too small to change the sum of any
-# choice value.
-_NOTHING, _CLEARED_EVERY = 1e-25, 16
+# choice value, and to be held.
+_NOTHING, _CLEARED_EVERY = HELD_ABOVE, 16
 
 
 class RecencyState:
@@ -115,8 +116,8 @@ class RecencyState:
     @property
     def _remembered(self) -> int:
         """Tokens after which nothing is left of one."""
-        decay = self.prior.decay
-        return 1 if decay == 0.0 else math.ceil(math.log(_FORGOTTEN) / math.log(decay))
+        decay, least = self.prior.decay, _FORGOTTEN if self.prior.share is None else _NOTHING
+        return 1 if decay == 0.0 else math.ceil(math.log(least) / math.log(decay))
 
     def _parts(self) -> list[Tensor]:
         return self._recency if self._whole_NE is None else [self._whole_NE]
@@ -155,8 +156,11 @@ class RecencyState:
             for layer, ids_BK in chosen.items():
                 update_recency(self._recency[layer], ids_BK.long(), decay)
             return
-        # `update_recency` of all rows, with a share that is not made anew for every token.
-        whole_NE.mul_(decay).scatter_add_(-1, ids_NK if ids_NK.dtype is torch.int64 else ids_NK.long(), self._share_NK)
+        self._move_whole(whole_NE, ids_NK if ids_NK.dtype is torch.int64 else ids_NK.long(), self._share_NK)
+
+    def _move_whole(self, whole_NE: Tensor, ids_NK: Tensor, share_NK: Tensor) -> None:
+        """`update_recency` of all rows, with a share that is not made anew for every token."""
+        whole_NE.mul_(self.prior.decay).scatter_add_(-1, ids_NK, share_NK)
         self._moved += 1
         if self._moved % _CLEARED_EVERY == 0:
             torch.threshold_(whole_NE, _NOTHING, 0.0)
@@ -224,9 +228,16 @@ class RecencyState:
             if begin > first:
                 for part in self._parts():
                     part.zero_()
-            for s in range(begin, tokens):
-                chosen = {layer: ids_BSK[:, s] for layer, ids_BSK in ids.items()}
-                self._move(chosen, self._one_tensor(chosen))
+            later = {layer: ids_BSK[:, begin:] for layer, ids_BSK in ids.items()}
+            # The first token tells whether all of them can be taken in as one tensor.
+            one_NK = self._one_tensor({layer: ids_BSK[:, 0] for layer, ids_BSK in later.items()}) if later else None
+            if one_NK is not None and self._whole_NE is not None and self._share_NK is not None:
+                ids_NSK = torch.cat([later[layer] for layer in range(len(later))]).long()
+                for ids_NK in ids_NSK.unbind(1):
+                    self._move_whole(self._whole_NE, ids_NK, self._share_NK)
+                return
+            for s in range(tokens - begin):
+                self._move({layer: ids_BSK[:, s] for layer, ids_BSK in later.items()}, None)
             return
         for layer, ids_BSK in ids.items():
             later_BS = None if flags_BS is None else flags_BS[:, first:]

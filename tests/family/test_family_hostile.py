@@ -272,7 +272,7 @@ def test_a_refused_point_does_not_replace_the_one_that_is_there(
     before = files(copied)
     with pytest.raises(FamilyError, match="already"):
         family.add_point(0.5, save_adapter(base, tmp_path / "other", seed=8))
-    with pytest.raises(FamilyError, match="mode or layers"):
+    with pytest.raises(FamilyError, match="share or layers"):
         family.add_point(0.75, tmp_path / "other", Recency("ema", (0.1,), 0.5))
         family.add_point(0.8, tmp_path / "other", Recency("last", (0.1,), 0.5))
     family = Family.load(copied)

@@ -21,6 +21,7 @@ from remoe_adapt.gating.ops import (
     weights_backward,
 )
 from remoe_adapt.gating.reference import PriorStep, topk_gating
+from remoe_adapt.recency_settings import held_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -44,9 +45,9 @@ def test_gradients_are_those_of_the_definition(name: str) -> None:
     assert spec is not None
     bias_E = bias_of(spec)
     grad_TK = torch.randn(9, 6, device=DEVICE)
-    for dtype, mode in ((torch.float32, "ema"), (torch.bfloat16, "none"), (torch.float32, "resident")):
+    for dtype, mode in ((torch.float32, "ema"), (torch.bfloat16, "none"), (torch.float32, "cost")):
         base_TE = (torch.randn(9, 60, device=DEVICE) * 2).to(dtype)
-        prior = prior_of(mode, 9, 60, 0, flagged=False, rows=3 if mode == "ema" else None)
+        prior = prior_of(mode, 9, 60, 0, flagged=False, rows=3 if mode != "none" else None)
         grads = []
         for gate in (fused_gating, _by_definition):
             logits_TE = base_TE.clone().requires_grad_()
@@ -79,31 +80,30 @@ def _by_definition(
     return topk_gating(logits_TE, k, spec, prior, bias_E=bias_E)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rows", [None, 4, 2])
-def test_opcheck_of_the_gates(rows: int | None) -> None:
+@pytest.mark.parametrize(("rows", "share"), [(None, None), (4, None), (2, 0.3)])
+def test_opcheck_of_the_gates(rows: int | None, share: float | None) -> None:
     spec = spec_of("sigmoid_bias", 8)
     assert spec is not None
     logits_TE, bias_E, rule = torch.randn(4, 8, device=DEVICE), bias_of(spec), spec_text(spec)
     recency_BE = None if rows is None else torch.rand(rows, 8, device=DEVICE)
     gain, flags_T = torch.tensor(0.3, device=DEVICE), torch.tensor([0, 1, 2, 0], dtype=torch.uint8, device=DEVICE)
-    args = (bias_E, recency_BE, gain, 0.5, flags_T, 2, rule)
+    args = (bias_E, recency_BE, gain, 0.5, flags_T, share, 2, rule)
     torch.library.opcheck(torch.ops.remoe.topk_gating.default, (logits_TE.clone().requires_grad_(), *args))
     if rows is not None:
         torch.library.opcheck(torch.ops.remoe.topk_gating_.default, (logits_TE, *args))
 
 
-@pytest.mark.parametrize("with_prior", [False, True])
-def test_opcheck_of_the_route(with_prior: bool) -> None:
+@pytest.mark.parametrize(("with_prior", "share"), [(False, None), (True, 0.3)])
+def test_opcheck_of_the_route(with_prior: bool, share: float | None) -> None:
     spec = spec_of("softmax", 8)
     assert spec is not None
     hidden_TD, weight_ED = torch.randn(3, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
     prior = (torch.rand(3, 8, device=DEVICE), torch.tensor(0.3, device=DEVICE), 0.5) if with_prior else (None,) * 3
-    torch.library.opcheck(
-        torch.ops.remoe.route_.default, (hidden_TD, weight_ED, None, None, *prior, None, False, 2, spec_text(spec))
-    )
+    args = (*prior, None, share, False, 2, spec_text(spec))
+    torch.library.opcheck(torch.ops.remoe.route_.default, (hidden_TD, weight_ED, None, None, *args))
 
 
-@pytest.mark.parametrize("mode", ["none", "ema", "resident"])
+@pytest.mark.parametrize("mode", ["none", "ema", "cost"])
 @pytest.mark.parametrize("training", [True, False])
 def test_one_graph_with_the_same_result(mode: str, training: bool) -> None:
     spec = spec_of("sigmoid_group", 8)
@@ -129,7 +129,7 @@ def test_one_graph_with_the_same_result(mode: str, training: bool) -> None:
     torch._dynamo.reset()
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
-    if prior is not None and mode == "ema":
+    if prior is not None:
         assert not torch.equal(results[1][-1], prior.recency_BE)
 
 
@@ -137,8 +137,8 @@ def test_both_gates_move_the_recency_on_as_the_definition_does() -> None:
     spec = spec_of("softmax", 8)
     assert spec is not None
     logits_TE = torch.randn(6, 8, device=DEVICE)
-    for rows in (6, 2):
-        prior = prior_of("ema", 6, 8, 0, flagged=True, rows=rows)
+    for rows, mode in ((6, "ema"), (2, "cost")):
+        prior = prior_of(mode, 6, 8, 0, flagged=True, rows=rows)
         assert prior is not None
         priors = [copied(prior) for _ in range(3)]
         fused_gating(logits_TE, 2, spec, priors[0])
@@ -164,7 +164,7 @@ def test_product_and_gate_in_one_launch(tokens: int, dtype: torch.dtype, linear_
     hidden_TD = torch.randint(-2, 3, (tokens, 2 * columns), device=DEVICE).to(dtype)[:, :columns]
     weight_ED = torch.randint(-2, 3, (experts, columns), device=DEVICE).to(dtype)
     linear_bias_E, bias_E = torch.randint(-3, 3, (experts,), device=DEVICE).to(dtype), bias_of(spec)
-    prior = prior_of("ema", tokens, experts, 0, flagged=True)
+    prior = prior_of("cost" if tokens == 3 else "ema", tokens, experts, 0, flagged=True)
     assert prior is not None
     own = copy.deepcopy(prior)
     logits_dtype = torch.float32 if linear_fp32 else dtype
@@ -176,6 +176,7 @@ def test_product_and_gate_in_one_launch(tokens: int, dtype: torch.dtype, linear_
     logits_TE, weights_TK, ids_TK = launch_route(
         hidden_TD, weight_ED, linear_bias_E, k, kernel_rule(spec_text(spec)), logits_dtype,
         bias_E, own.recency_BE, own.gain, own.decay, own.flags_T, out,
+        held_count=None if own.share is None else held_experts(own.share, k, experts),
     )  # fmt: skip
     cast = torch.Tensor.float if linear_fp32 else torch.Tensor.clone
     assert torch.equal(logits_TE, F.linear(cast(hidden_TD), cast(weight_ED), cast(linear_bias_E)))

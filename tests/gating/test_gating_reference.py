@@ -179,6 +179,7 @@ def test_gradients_reach_the_logits_through_the_weights_only() -> None:
         spec_of(experts=16, normalize=True),
         spec_of("topk_softmax", 16, weight_rule="chosen_softmax", scaling=0.5),
         spec_of("sigmoid_bias", 16, score="sigmoid", normalize=True, correction_bias_name="b"),
+        spec_of("logit_bias_sigmoid", 16, score="sigmoid", normalize=True, correction_bias_name="b"),
         spec_of(
             "sigmoid_group", 16, score="sigmoid", n_group=4, topk_group=2, group_score="top2", correction_bias_name="b"
         ),
@@ -186,18 +187,21 @@ def test_gradients_reach_the_logits_through_the_weights_only() -> None:
     ids=lambda spec: spec.scoring,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("decay", [None, 0.0, 0.7])
-def test_one_token_is_the_definition_to_the_bit(spec: RouterSpec, dtype: torch.dtype, decay: float | None) -> None:
+@pytest.mark.parametrize(("decay", "share"), [(None, None), (0.7, None), (None, 0.4), (0.95, 0.4)])
+def test_one_token_is_the_definition_to_the_bit(
+    spec: RouterSpec, dtype: torch.dtype, decay: float | None, share: float | None
+) -> None:
     torch.manual_seed(0)
-    recency_BE = torch.rand(1, 16)
-    prior = PriorStep(recency_BE.clone(), torch.tensor(0.3), decay)
+    recency_BE = torch.rand(1, 16).where(torch.rand(1, 16) > 0.4, 0.0)
+    prior = PriorStep(recency_BE.clone(), torch.tensor(0.3 if share is None else 0.05), decay, None, share)
     bias_E = torch.randn(16) * 0.1 if spec.correction_bias_name else None
     rows: list[Tensor] = [torch.randn(1, 16).to(dtype) for _ in range(40)]
     rows += [torch.randint(-2, 3, (1, 16)).to(dtype) for _ in range(20)]
     rows += [torch.full((1, 16), value, dtype=dtype) for value in (0.0, -INF, NAN)]
     rows[3][0, 5], rows[4][0, 0] = -INF, NAN
-    single = SingleGate([prior], [float(prior.gain)], Scratch())
+    gains, scratch = [float(prior.gain)], Scratch()
     for logits_1E in rows:
+        single = SingleGate([prior], gains, scratch)
         before_BE = prior.recency_BE.clone()
         found = single.gate(0, logits_1E, 4, spec, bias_E)
         assert torch.equal(single.chosen[0], found[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -35,11 +36,16 @@ SIZES = [(e, k) for e, k in product(EXPERTS, CHOSEN) if k <= e]
 
 
 def _sample() -> list[tuple[str, int, int, int, torch.dtype, str]]:
-    """Every family with every mode, the rest drawn; large sizes seldom, for an interpreter takes long over them."""
+    """Every family with every kind of mode, the rest drawn; large sizes seldom, as an interpreter takes long over them.
+
+    Modes that differ in their numbers alone take turns.
+    """
     drawn = random.Random(20)
     small, large = [s for s in SIZES if s[0] <= 64], [s for s in SIZES if s[0] > 64]
     cases = []
-    for name, mode in product(FAMILIES, MODES):
+    for at, (name, mode) in enumerate(product(FAMILIES, ("none", "history", "resident", "cost"))):
+        if mode in ("history", "resident"):
+            mode = {"history": ("ema", "last"), "resident": ("resident", "resident_rows")}[mode][at // 4 % 2]
         experts, k = drawn.choice(small if drawn.random() < 0.7 else large)
         if spec_of(name, experts) is None:
             experts = 60
@@ -68,7 +74,7 @@ def test_gate_of_all_sizes_on_a_gpu(name: str, experts: int) -> None:
     """A case per number of experts, for compiling takes longest here and processes of pytest-xdist share cases."""
     for i, size in enumerate(SIZES):
         for tokens in TOKENS if size[0] == experts else ():
-            check(name, tokens, *size, DTYPES[i % 3], MODES[i % 5])
+            check(name, tokens, *size, DTYPES[i % 3], MODES[i % 6])
 
 
 @pytest.mark.slow
@@ -76,7 +82,7 @@ def test_gate_of_all_sizes_on_a_gpu(name: str, experts: int) -> None:
 def test_gate_of_all_sizes_and_dtypes(name: str, dtype: torch.dtype) -> None:
     for i, (experts, k) in enumerate(SIZES):
         for tokens in TOKENS:
-            check(name, tokens, experts, k, dtype, MODES[i % 5])
+            check(name, tokens, experts, k, dtype, MODES[i % 6])
 
 
 def test_no_tokens() -> None:
@@ -147,15 +153,18 @@ def test_equal_and_nearly_equal_values_in_one_row(dtype: torch.dtype) -> None:
             assert torch.equal(launch(logits_TE, k, spec, prior, None, 16)[1], expected_TK)
 
 
-@pytest.mark.parametrize("name", ["softmax", "chosen_softmax", "sigmoid_group", "logit_bias_sigmoid"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_gain_zero_is_no_prior_bit_for_bit(name: str) -> None:
     spec = spec_of(name, 60)
     assert spec is not None
     logits_TE, bias_E = hard_logits(7, 60, torch.float32, 5), bias_of(spec)
-    prior = prior_of("ema", 7, 60, 0, flagged=True)
+    prior = prior_of("ema" if name == "softmax" else "cost", 7, 60, 0, flagged=True)
     assert prior is not None
-    still = PriorStep(prior.recency_BE, torch.zeros((), device=DEVICE), prior.decay, prior.flags_T)
+    still = replace(prior, gain=torch.zeros((), device=DEVICE))
     ours, plain = (launch(logits_TE, 6, spec, p, bias_E, 8) for p in (still, None))
+    definition = topk_gating(logits_TE, 6, spec, copied(still), bias_E=bias_E)
+    for found, expected in zip(definition, topk_gating(logits_TE, 6, spec, bias_E=bias_E), strict=True):
+        assert torch.equal(found.nan_to_num(-1.0), expected.nan_to_num(-1.0))
     assert torch.equal(ours[1], plain[1])
     assert torch.equal(ours[0].view(torch.int32), plain[0].view(torch.int32))
 
@@ -168,7 +177,8 @@ def test_gain_zero_is_no_prior_bit_for_bit(name: str) -> None:
         ("chosen_softmax", 1, 7, 128, 8, torch.float16, "ema"),
         ("sigmoid_group", 2, 5, 64, 6, torch.float32, "ema"),
         ("softmax_bias", 2, 5, 8, 1, torch.float32, "last"),
-        ("logit_bias_sigmoid", 4, 2, 60, 8, torch.float32, "ema"),
+        ("logit_bias_sigmoid", 4, 2, 60, 8, torch.float32, "cost"),
+        ("chosen_softmax", 1, 7, 60, 8, torch.bfloat16, "cost"),
     ],
 )
 @pytest.mark.parametrize("flagged", [False, True])

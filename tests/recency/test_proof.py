@@ -19,7 +19,7 @@ from remoe_adapt.expert_cache.experts import expert_cache_of
 from remoe_adapt.expert_cache.load import load_with_expert_cache
 from remoe_adapt.libraries import kv_cache
 
-MODES = ("ema", "last", "resident")
+MODES = ("ema", "cost", "resident")
 IDS = torch.tensor([[3, 9, 4, 30]])
 
 

@@ -81,7 +81,7 @@ def test_gain_zero_is_the_stock_forward(folder: str, dtype: torch.dtype) -> None
                 assert_identical(outputs(model, use_cache=False), expected[-1])
 
 
-@pytest.mark.parametrize("mode", ["ema", "last", "resident"])
+@pytest.mark.parametrize("mode", ["ema", "cost", "resident"])
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}], ids=str
 )

@@ -19,7 +19,7 @@ def model() -> Any:
 
 
 def test_the_compiled_model_chooses_the_same(model: Any) -> None:
-    with recency_prior(model, "ema", 0.4):
+    with recency_prior(model, "cost", 0.4):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad():
@@ -45,7 +45,7 @@ def test_compiled_steps_share_one_graph(model: Any) -> None:
     graphs: list[Any] = []
     torch._dynamo.reset()
     step = torch.compile(model, backend=counting(graphs), fullgraph=True, dynamic=False)
-    with recency_prior(model, "ema", 0.0) as installed, torch.no_grad():
+    with recency_prior(model, "cost", 0.0) as installed, torch.no_grad():
         for text, gain in ((PROMPT, 0.4), (PROMPT.flip(1), 0.2)):
             installed.set_gains(gain)
             cache = StaticCache(config=model.config, max_cache_len=32)

@@ -12,7 +12,7 @@ from recency_support import LONGER, PROMPT, chosen, decode, left_padded, routing
 from remoe_adapt.recency.install import recency_prior
 
 
-@pytest.fixture(params=["ema", "last"])
+@pytest.fixture(params=["cost", "last"])
 def primed(request: pytest.FixtureRequest) -> Iterator[Any]:
     with recency_prior(model := routing_matters(), request.param, 0.4):
         yield model

@@ -55,7 +55,7 @@ def test_at_rest_a_decode_step_is_answered_by_the_class(monkeypatch: pytest.Monk
         assert len(calls) == len(forwards) * LONGER.shape[1], "one gain above 0 and the gate chooses everywhere"
 
 
-@pytest.mark.parametrize("mode", ["ema", "last"])
+@pytest.mark.parametrize("mode", ["ema", "last", "cost"])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_a_long_rest_is_taken_in_as_if_at_once(mode: str, gaps: bool) -> None:
     """More tokens than are kept waiting, and than are remembered."""

@@ -24,7 +24,7 @@ def model() -> Any:
     return routing_matters()
 
 
-@pytest.fixture(params=["ema", "last"])
+@pytest.fixture(params=["ema", "cost"])
 def primed(model: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     with recency_prior(model, request.param, 0.4):
         yield model

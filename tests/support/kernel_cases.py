@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from remoe_adapt.gating.cost import held
 from remoe_adapt.gating.ops import kernel_rule, spec_text
 from remoe_adapt.gating.reference import PADDING, RESTART, PriorStep, topk_gating
+from remoe_adapt.recency_settings import held_experts
 from remoe_adapt.routers.spec import RouterSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +20,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EXPERTS = (8, 13, 60, 64, 128, 256, 512)
 CHOSEN = (1, 2, 6, 8)
 TOKENS = (1, 7, 33, 257)
-MODES = ("none", "ema", "last", "resident", "resident_rows")
+MODES = ("none", "ema", "last", "resident", "resident_rows", "cost")
 GROUPS = {8: 4, 60: 4, 64: 8, 128: 8, 160: 8, 256: 8, 512: 8}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -83,17 +85,20 @@ def prior_of(
     generator = torch.Generator().manual_seed(seed + 1)
     rows = 1 if mode == "resident" else tokens if rows is None else rows
     recency_BE = torch.rand(rows, experts, generator=generator)
-    if mode != "ema":
+    if mode not in ("ema", "cost"):
         recency_BE = (recency_BE > 0.7).float()
     flags_T = torch.randint(0, 6, (tokens,), generator=generator).clamp_(max=PADDING | RESTART).to(torch.uint8)
     flags_T[flags_T == 3] *= torch.rand(int((flags_T == 3).sum()), generator=generator).gt(0.6).to(torch.uint8)
-    decay = {"ema": 0.7, "last": 0.0}.get(mode)
-    gain = torch.tensor(0.35, device=DEVICE)
-    return PriorStep(recency_BE.to(DEVICE), gain, decay, flags_T.to(DEVICE) if flagged else None)
+    decay = {"ema": 0.7, "last": 0.0, "cost": 0.95}.get(mode)
+    gain = torch.tensor(0.35 if mode != "cost" else 0.1, device=DEVICE)
+    if mode == "cost":  # with equals and experts that nobody used
+        recency_BE = recency_BE.mul(16).floor().sub(4).clamp_(min=0).div(16)
+    share = 0.3 if mode == "cost" else None
+    return PriorStep(recency_BE.to(DEVICE), gain, decay, flags_T.to(DEVICE) if flagged else None, share)
 
 
 def copied(prior: PriorStep | None) -> PriorStep | None:
-    return prior and PriorStep(prior.recency_BE.clone(), prior.gain, prior.decay, prior.flags_T)
+    return prior and PriorStep(prior.recency_BE.clone(), prior.gain, prior.decay, prior.flags_T, prior.share)
 
 
 def poisoned(tokens: int, k: int) -> tuple[Tensor, Tensor]:
@@ -114,9 +119,10 @@ def launch(
     if prior is None:
         return launch_gate(logits_TE, k, rule, bias_E, out=out, block_t=block_t)
     args = (rule, bias_E, prior.recency_BE, prior.gain, prior.decay, prior.flags_T)
+    count = None if prior.share is None else held_experts(prior.share, k, logits_TE.shape[1])
     if prior.decay is not None and len(prior.recency_BE) != len(logits_TE):
-        return launch_scan(logits_TE, k, *args, out=out)
-    return launch_gate(logits_TE, k, *args, out=out, block_t=block_t)
+        return launch_scan(logits_TE, k, *args, out=out, held_count=count)
+    return launch_gate(logits_TE, k, *args, out=out, block_t=block_t, held_count=count)
 
 
 def check(name: str, tokens: int, experts: int, k: int, dtype: torch.dtype, mode: str) -> None:
@@ -131,7 +137,7 @@ def check(name: str, tokens: int, experts: int, k: int, dtype: torch.dtype, mode
     weights_TK, ids_TK = launch(logits_TE, k, spec, ours, bias_E, 16 if DEVICE == "cpu" and tokens > 4 else None)
     before = copied(prior)
     expected_TK, expected_ids_TK = topk_gating(logits_TE, k, spec, prior, bias_E=bias_E)
-    same_T = _same_ids(ids_TK, expected_ids_TK, name, logits_TE, spec, before, bias_E)
+    same_T = _same_ids(ids_TK, expected_ids_TK, name, logits_TE, k, spec, before, bias_E)
     torch.testing.assert_close(weights_TK[same_T], expected_TK[same_T], rtol=2e-5, atol=1e-6, equal_nan=True)
     if prior is not None and ours is not None:
         rows = same_T if len(prior.recency_BE) == tokens else torch.ones(1, dtype=torch.bool, device=DEVICE)
@@ -139,24 +145,29 @@ def check(name: str, tokens: int, experts: int, k: int, dtype: torch.dtype, mode
 
 
 def _same_ids(
-    ids_TK: Tensor, expected_TK: Tensor, name: str, logits_TE: Tensor, spec: RouterSpec, prior: PriorStep | None,
-    bias_E: Tensor | None,
+    ids_TK: Tensor, expected_TK: Tensor, name: str, logits_TE: Tensor, k: int, spec: RouterSpec,
+    prior: PriorStep | None, bias_E: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Rows with identical ids. Others fail, unless scores differ by rounding alone: exp is not the same everywhere."""
     assert ((ids_TK >= 0) & (ids_TK < spec.num_experts)).all()
     assert (ids_TK.sort(dim=-1).values.diff(dim=-1) > 0).all(), "an expert was chosen twice"
     same_T = (ids_TK == expected_TK).all(dim=-1)
-    if name in BY_LOGIT or bool(same_T.all()):
+    exact = name in BY_LOGIT and (prior is None or prior.share is None)
+    if exact or bool(same_T.all()):
         assert torch.equal(ids_TK, expected_TK)
         return same_T
-    from remoe_adapt.gating.reference import _scales
+    from remoe_adapt.gating.reference import _raised, _scales
 
     choice_TE = spec.choice_scores(logits_TE, bias_E).float()
     if prior is not None:
         recency_BE = prior.recency_BE.expand(len(choice_TE), -1)
         if prior.flags_T is not None and prior.decay is not None:
             recency_BE = recency_BE.masked_fill((prior.flags_T & RESTART).bool().unsqueeze(-1), 0.0)
-        choice_TE = choice_TE + recency_BE * _scales(choice_TE, prior)
+        if prior.share is None:
+            choice_TE = choice_TE + recency_BE * _scales(choice_TE, prior)
+        else:
+            raised_TE = _raised(choice_TE, logits_TE, k, spec, prior)
+            choice_TE = torch.where(held(recency_BE, prior.share, k), raised_TE, choice_TE)
     torch.testing.assert_close(
         choice_TE.gather(-1, ids_TK), choice_TE.gather(-1, expected_TK), rtol=1e-6, atol=1e-6, equal_nan=True
     )
