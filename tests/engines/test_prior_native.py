@@ -458,5 +458,5 @@ def test_the_control_block_has_the_size_that_c_gives_it() -> None:
     lib = functions()
     prior = lib.rp_new(1, None)
     control = lib.rp_ctl(prior).contents
-    assert control.size == C.sizeof(Control) and control.magic == 0x52454D50 and control.version == 2
+    assert control.size == C.sizeof(Control) and control.magic == 0x52454D50 and control.version == 3
     lib.rp_free(prior)

@@ -153,7 +153,7 @@ def test_a_damaged_control_file_is_an_error_and_the_server_keeps_its_gain(model:
         one = asked(server.port, PROMPT)
         data = control.path.read_bytes()
         # A command that is torn, and one of nonsense with a good sum, leave the one before in force.
-        nonsense = _COMMAND.pack(99, 1e9, 0.7, 0, 1, 1, 0, 0, 0.0, 0, *(0.0,) * 512)
+        nonsense = _COMMAND.pack(99, 1e9, 0.0, 0, 1, 1, 0, 0, 0.7, 0.0, *(0.0,) * 512)
         nonsense += _CHECK.pack(check_of(nonsense))
         control.path.write_bytes(data[:4096] + b"\xff" * 4096 + nonsense + data[8192 + len(nonsense) :])
         assert asked(server.port, PROMPT).answer == one.answer

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from remoe_adapt.engines.llamacpp.prior.fallback import Head
 from remoe_adapt.engines.llamacpp.prior.native import Control, find_in, functions, symbol
 
-_OPERATIONS = (b"NONE", b"ARGSORT", b"VIEW", b"GET_ROWS", b"MUL_MAT_ID", b"SOFT_MAX", b"ADD")
+_OPERATIONS = (
+    b"NONE", b"ARGSORT", b"VIEW", b"GET_ROWS", b"MUL_MAT_ID", b"SOFT_MAX", b"ADD", b"RESHAPE", b"SUM_ROWS", b"DIV", b"MUL",
+    b"SCALE", b"SIGMOID", b"SQRT",
+)  # fmt: skip
 _BUFFERS = {name: C.create_string_buffer(name) for name in _OPERATIONS}
 _OpDesc = C.CFUNCTYPE(C.c_void_p, C.c_void_p)
 
@@ -30,6 +33,10 @@ class Node(Head):
     @property
     def at(self) -> int:
         return C.addressof(self)
+
+
+def operation_of(tensor: Node) -> bytes:
+    return _OPERATIONS[tensor.op]
 
 
 def node(operation: str, values: NDArray[Any] | None = None, *, name: str = "", sources: Sequence[Node] = ()) -> Node:
@@ -106,3 +113,16 @@ class Graph:
         self.kept = node("GET_ROWS", sources=[self.choice, ids]), node("MUL_MAT_ID", sources=[matrices, inputs, ids])
         for consumer in self.kept:
             self.call(consumer, True)
+
+    def weigh(self, scores: Node, operations: Sequence[str], *, layer: int = 0) -> None:
+        """Ask about the nodes between the scores that weights are gathered from and the products' results, each of
+        which takes the one before it; after `consume`."""
+        flat = node("RESHAPE", sources=[scores])
+        # More than one prior may follow them.
+        chain = [node("GET_ROWS", name=f"ffn_moe_weights-{layer}", sources=[flat, self.top])]
+        for operation in operations:
+            others = [node("NONE")] if operation in ("DIV", "MUL") else []
+            chain.append(node(operation, sources=[chain[-1], *others]))
+        for one in chain:
+            self.call(one, True)
+        self.chain = chain

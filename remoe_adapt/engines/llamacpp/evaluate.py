@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,7 @@ def _arms(path: str | os.PathLike[str], options: GgufMeasuring, ending: contextl
 
 
 def _groups(arms: Sequence[_Arm], options: GgufMeasuring) -> list[tuple[Recency | None, list[_Arm]]]:
-    """(the engine's prior, arms that run in it): a context has one mode and decay. The base's group is the first."""
+    """(the engine's prior, arms that run in it): a context has one mode, decay and share. The base's group is the first."""
     plain = [arm for arm in arms if arm.kind != "priors"]
     first = next((arm.recency for arm in plain + list(arms) if arm.recency is not None), None)
     if first is None and options.renormalise:
@@ -277,7 +277,7 @@ def _groups(arms: Sequence[_Arm], options: GgufMeasuring) -> list[tuple[Recency 
 
 
 def _is_alike(one: Recency, other: Recency) -> bool:
-    return (one.mode, one.decay) == (other.mode, other.decay)
+    return (one.mode, one.decay, one.share) == (other.mode, other.decay, other.share)
 
 
 class _Measured:
@@ -307,9 +307,7 @@ class _Measured:
             load_mode="mmap",
             # Copies of the weights would not be seen by mincore, and would not be read again.
             repack=False,
-            recency=None if kind is None else kind.mode,
-            gain=0.0,
-            decay=None if kind is None else kind.decay,
+            recency=None if kind is None else replace(kind, gain=0.0),
             renormalise=self._options.renormalise,
             expert_cache=self._options.expert_cache,
         ) as engine:

@@ -206,8 +206,8 @@ class LlamaModel(LlamaVocabulary):
     repack: let the engine rearrange quantised weights in memory of their own; by default where there is no
     expert_cache. sequences: how many there may be, which
     share the context. ubatch_tokens: how many the engine computes at once; all by default.
-    recency: a recency prior ("ema", "last", "resident") that ranks the experts; gain: of all layers, or one for each
-    layer with experts, in model order; decay: as `recency_prior`. Where a probe finds that the engine or the model is
+    recency: a recency prior ("ema", "last", "resident", "cost") that ranks the experts, or its settings as a whole; gain:
+    of all layers, or one for each layer with experts, in model order; decay, share: as `recency_prior`. Where a probe finds that the engine or the model is
     not as the prior needs it, it stays off and `prior_status` says why. renormalise: divide the weights of the chosen
     experts by their sum, as models with `norm_topk_prob` do and llama.cpp's qwen2moe and olmoe do not; it needs a
     `recency`, be its gain 0. expert_cache: keep so many experts of the mapped file in memory (a size, bytes, or a share
@@ -229,13 +229,16 @@ class LlamaModel(LlamaVocabulary):
         repack: bool | None = None,
         sequences: int = 1,
         ubatch_tokens: int | None = None,
-        recency: str | None = None,
+        recency: str | Recency | None = None,
         gain: float | Sequence[float] = 0.2,
         decay: float | None = None,
+        share: float | None = None,
         renormalise: bool = False,
         expert_cache: str | int | float | None = None,
     ) -> None:
-        settings = None if recency is None else Recency.of(recency, gain, decay)
+        settings = (
+            recency if recency is None or isinstance(recency, Recency) else Recency.of(recency, gain, decay, share)
+        )
         if settings is None and renormalise:
             raise ConfigError('renormalise=True needs a recency prior in the engine: recency="ema", gain=0.')
         if expert_cache is not None:
@@ -373,7 +376,7 @@ class LlamaModel(LlamaVocabulary):
         if self._prior is None:
             raise ConfigError('there is no recency prior: make the model with recency="ema" (gain 0 is none).')
         now = self._prior.recency
-        self._prior.set(Recency.of(now.mode, gain, now.decay))
+        self._prior.set(Recency.of(now.mode, gain, now.decay, now.share or None))
 
     def prior_status(self) -> PriorStatus | None:
         """Whether the recency prior acts, or why not, and what it did; None without one."""

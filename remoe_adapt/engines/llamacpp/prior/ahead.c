@@ -5,7 +5,8 @@
    are on their way. Left to page faults each read waits for the one before it, and reads what lies around as well.
 
    Which experts stay is ours to say then: of each layer as many as its share of the budget holds, LRFU as in
-   eviction/policy.py, the others given back. So this is an expert cache of a memory-mapped file, without a copy. */
+   eviction/policy.py, the others given back. So this is an expert cache of a memory-mapped file, without a copy. In the
+   mode RP_COST it forgets as the prior does, which prefers the experts that such a cache holds. */
 
 /* The kernel reads no more for one advice than a disk takes at a time. */
 enum { PIECE_BYTES = 128 << 10 };
@@ -99,8 +100,9 @@ static bool is_stale(const layer_state *s, int e) {
     return !(there & 1);
 }
 
-static float worth(const shelf *h, int e, uint64_t now) {
-    return h->uses[e] * powf(LRFU_DECAY, (float)(now - h->used_at[e]));
+static float worth(const rp *p, const shelf *h, int e) {
+    float decay = p->c->mode == RP_COST ? (float)decay_of(p) : LRFU_DECAY;
+    return h->uses[e] * powf(decay, (float)(p->graphs - h->used_at[e]));
 }
 
 /* It is held no more by our account; whether its pages are gone is another matter. */
@@ -117,7 +119,7 @@ static void shrink_to(rp *p, layer_state *s, const bool *needed, int room) {
         float worth_least = 0;
         for (int e = 0; e < s->E; e++) {
             if (!s->shelf.is_held[e] || needed[e]) continue;
-            float value = worth(&s->shelf, e, p->graphs);
+            float value = worth(p, &s->shelf, e);
             if (least < 0 || value < worth_least) { least = e; worth_least = value; }
         }
         if (least < 0) return;
@@ -190,7 +192,7 @@ static void read_ahead(rp *p, int layer, layer_state *s, int n, const int32_t *i
         int e = ids[i];
         if (e < 0 || needed[e]) continue;
         needed[e] = true;
-        s->shelf.uses[e] = 1.0f + worth(&s->shelf, e, p->graphs);
+        s->shelf.uses[e] = 1.0f + worth(p, &s->shelf, e);
         s->shelf.used_at[e] = p->graphs;
         if (s->shelf.is_held[e] && look_again && is_stale(s, e)) {
             let_go(p, s, e);

@@ -21,11 +21,12 @@ from remoe_adapt._support import printable
 from remoe_adapt.errors import ConfigError, ServerError
 from remoe_adapt.recency_settings import Recency
 
-MAGIC, VERSION = b"REMOEPR1", 2
-MODES = {"ema": 0, "last": 1, "resident": 2}
+MAGIC, VERSION = b"REMOEPR1", 3
+# Numbers of the modes in prior.h.
+MODES = {"ema": 0, "last": 1, "resident": 2, "cost": 3}
 MAX_LAYERS, RING = 512, 1024
 _HEAD = struct.Struct("<8sII")
-_COMMAND = struct.Struct(f"<QffIIIIQfI{MAX_LAYERS}f")
+_COMMAND = struct.Struct(f"<QffIIIIQdd{MAX_LAYERS}f")
 _STATUS = struct.Struct("<4Q2If5I23Q256s")
 _EVENT = struct.Struct("<2Q4ifIQ2I")
 _CHECK = struct.Struct("<Q")
@@ -156,7 +157,7 @@ class PriorControl:
     ) -> int:  # fmt: skip
         """Have the server compute with these gains from its next batch of tokens on. Returns the command's serial.
 
-        recency: mode, decay and gain; a gain for each layer is a factor of layer number i of the file.
+        recency: mode, decay, share and gain; a gain for each layer is a factor of layer number i of the file.
         scale: all gains times this.
         pages: how many of each expert's pages are looked at in mode resident; 0 all.
         look_every: residency is read anew every so many batches.
@@ -171,8 +172,8 @@ class PriorControl:
             raise ConfigError(f"{len(factors)} recency gains: a server can be told those of {MAX_LAYERS} layers.")
         self.serial += 1
         body = _COMMAND.pack(
-            self.serial, gain, recency.decay, MODES[recency.mode], pages, look_every, len(factors),
-            budget_bytes, budget_share, 0, *factors, *(0.0,) * (MAX_LAYERS - len(factors)),
+            self.serial, gain, budget_share, MODES[recency.mode], pages, look_every, len(factors),
+            budget_bytes, recency.decay, recency.share, *factors, *(0.0,) * (MAX_LAYERS - len(factors)),
         )  # fmt: skip
         self._write(body + _CHECK.pack(check_of(body)), _AT_COMMANDS + self.serial % 2 * _COMMAND_STEP)
         return self.serial

@@ -11,6 +11,7 @@ import mmap
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 
 from remoe_adapt._support import say_once
 from remoe_adapt.engines.llamacpp.prior.base import EnginePrior, PriorStatus
+from remoe_adapt.engines.llamacpp.prior.cost import NO_WEIGHTS, Weighing, held, raised
 from remoe_adapt.engines.llamacpp.prior.native import LAYERS, MAX_EXPERTS, NativePrior
 from remoe_adapt.errors import MissingDependencyError
-from remoe_adapt.recency_settings import Recency
+from remoe_adapt.recency_settings import HELD_ABOVE, Recency
 
 MAX_CHOSEN = 64
 MAX_SPAN = np.float32(1e30)
@@ -30,7 +32,7 @@ _F32, _I32 = 0, 26
 _OnEval = C.CFUNCTYPE(C.c_bool, C.c_void_p, C.c_bool, C.c_void_p)
 _COUNTERS = ("tokens", "changed_rows", "swapped", "kept", "chosen", "restarts", "rewinds", "refused", "calls", "ns")
 # Tokens behind which a use has decayed to nothing, as in prior.c.
-_REPLAYED, _FORGOTTEN = 512, 1e-12
+_REPLAYED, _FORGOTTEN = 1200, 1e-12
 
 
 class Head(C.Structure):
@@ -79,7 +81,12 @@ def rank(choice_E: NDArray[np.float32], recency_E: NDArray[np.float32], k: int, 
     with np.errstate(over="ignore"):
         span = np.float32(finite.max() - finite.min()) if len(finite) else np.float32(0)
     scale = min(span, MAX_SPAN) * np.float32(gain)
-    return np.argsort(-keys(choice_E + recency_E * scale), kind="stable")[:k].astype(np.int32)
+    return best(choice_E + recency_E * scale, k)
+
+
+def best(values_E: NDArray[np.float32], k: int) -> NDArray[np.int32]:
+    """Ids [k] of the largest, best first; ties by index, NaN above everything."""
+    return np.argsort(-keys(values_E), kind="stable")[:k].astype(np.int32)
 
 
 def keys(values: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -106,11 +113,12 @@ class NumpyPrior(EnginePrior):
         self._is_on, self._residents = False, _Residents()
         self._experts: dict[int, int] = {}
         self._pending: dict[int, tuple[int, set[str]]] = {}
+        self._weighing: dict[int, Weighing] = {}
         self._used = dict.fromkeys(_COUNTERS, 0)
         self._batch: list[tuple[int, int, bool]] = []
         self._at: dict[int, int] = {}
         self.reset()
-        self.set(Recency(recency.mode, 0.0, recency.decay))
+        self.set(replace(recency, gain=0.0))
 
     def reset(self) -> None:
         self._next = [0] * self._sequences
@@ -140,6 +148,8 @@ class NumpyPrior(EnginePrior):
                 self._reason = "the model chooses no experts"
             elif any(found != {"GET_ROWS", "MUL_MAT_ID"} for _, found in self._pending.values()):
                 self._reason = "weights or products take other ids than those of the ranking"
+            elif self.recency.kind.is_priced and any(found.ranks == 0 for found in self._weighing.values()):
+                self._reason = NO_WEIGHTS
         self._is_on = not self._reason
         self.reset()
         self._used = dict.fromkeys(self._used, 0)
@@ -158,7 +168,7 @@ class NumpyPrior(EnginePrior):
         if self._reason:
             return not ask
         if ask and not self._is_on:
-            self._prove(Head.from_address(tensor), self._engine.ggml_op_desc(tensor))
+            self._prove(tensor, Head.from_address(tensor), self._engine.ggml_op_desc(tensor))
         if self._renormalise and name.startswith(_WEIGHTS):
             if not ask and self._engine.ggml_op_desc(tensor) == b"GET_ROWS":
                 _renormalise(Head.from_address(tensor))
@@ -183,6 +193,7 @@ class NumpyPrior(EnginePrior):
             mode=self.recency.mode,
             gains=self.recency.gains(len(layers)),
             decay=self.recency.decay,
+            share=self.recency.share or 0.0,
             layers=layers,
             tokens=used["tokens"],
             changed_rows=used["changed_rows"],
@@ -204,7 +215,7 @@ class NumpyPrior(EnginePrior):
 
     def _write(self, recency: Recency) -> None:
         self._gains = dict(zip(self._layers(), recency.gain, strict=True)) if isinstance(recency.gain, tuple) else None
-        self._decay = np.float32(recency.decay)
+        self._decay = recency.decay
 
     def _begin(self, sequence: int) -> None:
         for kept in (self._recency, self._past, self._last):
@@ -213,8 +224,9 @@ class NumpyPrior(EnginePrior):
 
     def _rewind(self, sequence: int, position: int) -> None:
         self._used["rewinds"] += 1
-        decay = float(self._decay)
-        replayed = min(int(np.ceil(np.log(_FORGOTTEN) / np.log(decay))), _REPLAYED) if decay > 0 else 1
+        decay = self._decay
+        forgotten = HELD_ABOVE if self.recency.kind.is_priced else _FORGOTTEN
+        replayed = min(int(np.ceil(np.log(forgotten) / np.log(decay))), _REPLAYED) if decay > 0 else 1
         for layer, experts in self._experts.items():
             past = self._past.get((layer, sequence), {})
             kept = {at: ids_K for at, ids_K in past.items() if at < position}
@@ -227,21 +239,28 @@ class NumpyPrior(EnginePrior):
 
     def _move_on(self, layer: int, sequence: int, ids_K: NDArray[np.int32]) -> None:
         recency_E = self._recency[layer, sequence]
-        recency_E *= self._decay
-        recency_E[ids_K] += np.float32(1) - self._decay
+        recency_E *= np.float32(self._decay)
+        recency_E[ids_K] += np.float32(1 - self._decay)
         self._last[layer, sequence] = ids_K
 
-    def _prove(self, node: Head, operation: bytes) -> None:
+    def _prove(self, address: int, node: Head, operation: bytes) -> None:
         """The nodes that take the chosen ids come after the choice, and take these and no others."""
         place = {b"GET_ROWS": 1, b"MUL_MAT_ID": 2}.get(operation)
         for layer, (choice, found) in self._pending.items():
+            self._weighing[layer].follow(address, node, operation, self._of)
             if place is not None and node.src[place] == choice:
                 if place == 2:
                     weights = Head.from_address(node.src[0])
                     if weights.ne[2] != self._experts[layer]:
                         continue
                     self._residents.learn(layer, weights)
+                # Factors of the experts may be gathered by the same ids.
+                elif node.name.startswith(_WEIGHTS):
+                    self._weighing[layer].at, self._weighing[layer].scores = address, node.src[0]
                 found.add(operation.decode())
+
+    def _of(self, tensor: int) -> tuple[bytes, int]:
+        return self._engine.ggml_op_desc(tensor), Head.from_address(tensor).src[0] or 0
 
     def _serve(self, layer: int, tensor: int) -> None:
         top = Head.from_address(tensor)
@@ -257,7 +276,7 @@ class NumpyPrior(EnginePrior):
             return
         self._experts[layer] = experts
         if not self._is_on:
-            self._pending[layer] = (tensor, set())
+            self._pending[layer], self._weighing[layer] = (tensor, set()), Weighing(choice_at)
         if k == experts:  # a warm-up runs all of them
             return
         ids_TK, scores_TE = _rows(top, np.int32), _rows(choice, np.float32)
@@ -271,6 +290,9 @@ class NumpyPrior(EnginePrior):
         if not self.recency.kind.needs_history:
             resident_E = self._residents.look(layer, experts)
             gain = gain if resident_E is not None else 0.0
+        is_priced, weighing = self.recency.kind.is_priced, self._weighing[layer]
+        if gain and self._is_on and is_priced and not weighing.ranks:
+            self._reason, self._is_on = NO_WEIGHTS, False
         if gain and self._is_on and self._engine.ggml_op_desc(choice_at) == b"SOFT_MAX":
             with np.errstate(divide="ignore"):
                 ranked_TE = np.log(scores_TE.astype(np.float64)).astype(np.float32)
@@ -286,7 +308,12 @@ class NumpyPrior(EnginePrior):
                 self._used["refused"] += 1
                 continue
             if gain and self._is_on:
-                ours_K = rank(ranked_TE[row], recency_E if resident_E is None else resident_E, k, gain)
+                if is_priced:
+                    held_E = held(recency_E, self.recency.share or 0.0, k)
+                    normalise = weighing.is_normalised or self._renormalise
+                    ours_K = best(raised(ranked_TE[row], held_E, ids_K, gain, weighing.ranks, normalise), k)
+                else:
+                    ours_K = rank(ranked_TE[row], recency_E if resident_E is None else resident_E, k, gain)
                 self._used["changed_rows"] += not np.array_equal(ours_K, ids_K)
                 self._used["swapped"] += k - len(np.intersect1d(ours_K, ids_K))
                 ids_K[:] = ours_K

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from remoe_adapt.engines.llamacpp.prior.base import EngineCacheStatus, EnginePrior, PriorStatus
 from remoe_adapt.engines.llamacpp.prior.build import library
-from remoe_adapt.engines.llamacpp.prior.control import AHEAD, NO_FILE
+from remoe_adapt.engines.llamacpp.prior.control import AHEAD, MODES, NO_FILE
 from remoe_adapt.recency_settings import Recency
 
 ON, LAYERS, MAX_EXPERTS = 1, 512, 1024
@@ -19,8 +20,6 @@ _WHY_NOT_AHEAD = {
     0: "no layer has been served yet",
     2: NO_FILE,
 }
-# Numbers of the modes in prior.h. A mode of somebody else's that decays is the first of them.
-MODES = {"ema": 0, "last": 1, "resident": 2}
 _COUNTERS = (
     "tokens", "calls", "changed_rows", "kept", "chosen", "swapped", "ns", "mincore_ns", "restarts", "rewinds",
     "refused_rows", "lost_rows", "unproven_rows", *AHEAD,
@@ -38,14 +37,14 @@ class Control(C.Structure):
 
     _fields_ = (
         *_named(C.c_uint32, "magic size"),
-        *_named(C.c_float, "gain decay"),
+        *_named(C.c_float, "gain budget_share"),
         *_named(C.c_uint32, "mode pages"),
+        *_named(C.c_double, "decay share"),
         *_named(C.c_uint64, "tokens calls changed_rows kept chosen swapped ns mincore_ns restarts"),
         *_named(C.c_uint32, "version status"),
         *_named(C.c_uint64, "rewinds refused_rows lost_rows unproven_rows"),
         *_named(C.c_uint32, "look_every is_blind n_layers n_layer_gain"),
         ("layer_gain", C.c_float * LAYERS),
-        ("budget_share", C.c_float),
         ("ahead_state", C.c_uint32),
         *_named(C.c_uint64, "budget_bytes held_bytes"),
         *_named(C.c_uint64, " ".join(AHEAD)),
@@ -61,6 +60,8 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "rp_probe": ([_Pointer, Find, _Pointer], C.c_uint32),
     "rp_settle": ([_Pointer], C.c_uint32),
     "rp_trust": ([_Pointer, C.c_bool], None),
+    "rp_weigh": ([_Pointer, C.c_int, C.c_int, C.c_int, C.c_bool], None),
+    "rp_ranks": ([_Pointer, C.c_int, C.POINTER(C.c_bool)], C.c_int),
     "rp_rows": ([_Pointer, C.c_int, _Pointer, _Pointer, _Pointer], None),
     "rp_reset": ([_Pointer, C.c_int], None),
     "rp_restart": ([_Pointer, C.c_int], None),
@@ -116,7 +117,7 @@ class NativePrior(EnginePrior):
         address = symbol(self._lib, "rp_cb")
         assert address is not None
         self.callback, self.user_data = address, self._prior
-        self.set(Recency(recency.mode, 0.0, recency.decay))
+        self.set(replace(recency, gain=0.0))
 
     def rows(self, sequences: Sequence[int], positions: Sequence[int]) -> None:
         rows = np.array([sequences, positions], np.int32)
@@ -147,6 +148,7 @@ class NativePrior(EnginePrior):
             mode=self.recency.mode,
             gains=self.recency.gains(len(layers)),
             decay=self.recency.decay,
+            share=self.recency.share or 0.0,
             layers=layers,
             tokens=control.tokens,
             changed_rows=control.changed_rows,
@@ -193,7 +195,9 @@ class NativePrior(EnginePrior):
         return tuple(layer for layer in range(LAYERS) if self._lib.rp_experts(self._prior, layer))
 
     def _write(self, recency: Recency) -> None:
-        self.control.mode, self.control.decay = MODES.get(recency.mode, 0), recency.decay
+        # A mode of somebody else's is taken for the one of ours that is of its kind.
+        self.control.mode = MODES.get(recency.mode, MODES["cost" if recency.kind.is_priced else "ema"])
+        self.control.decay, self.control.share = recency.decay, recency.share or 0.0
         if isinstance(recency.gain, tuple):
             # Factors of one gain: the callback reads them layer by layer, so the one gain is written last.
             for layer, gain in zip(self._layers(), recency.gain, strict=True):

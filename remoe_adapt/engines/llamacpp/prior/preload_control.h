@@ -15,7 +15,7 @@
 /* Sequences of a program; behind them lie those that hold what llama_state_seq_get_data saved. */
 enum { SEQS = 256, SAVED = 32, STATES = SEQS + SAVED, SEGMENTS = 32, RING = 1024 };
 enum { AT_COMMANDS = 4096, AT_STATUS = 12288, AT_RING = 16384, CONTROL_BYTES = AT_RING + RING * 64 };
-enum { CONTROL_VERSION = 2 };
+enum { CONTROL_VERSION = 3 };
 static const char CONTROL_MAGIC[8] = "REMOEPR1";
 enum { BEGIN = 1, GAIN = 2, RESTART = 3 };
 /* Status.state; below OFF the values of rp_control.status. */
@@ -25,11 +25,10 @@ typedef struct { char magic[8]; uint32_t version, size; } file_head;
 /* Two of them, written in turn: the valid one with the higher serial counts, so a half-written one never does. */
 typedef struct {
     uint64_t serial;
-    float gain, decay;
+    float gain, budget_share;
     uint32_t mode, pages, look_every, n_layer_gain;
     uint64_t budget_bytes;
-    float budget_share;
-    uint32_t spare;
+    double decay, share;
     float layer_gain[RP_LAYERS];
     uint64_t check;
 } command;
@@ -58,7 +57,7 @@ typedef struct {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int control_fd = -1;
 static bool control_tried;
-static command in_force = {.decay = 0.7f};
+static command in_force = {.decay = USUAL_DECAY, .share = USUAL_SHARE};
 static status_block now_status;
 
 /* FNV-1a over 64-bit words: https://datatracker.ietf.org/doc/html/draft-eastlake-fnv */
@@ -134,8 +133,8 @@ static bool control_open(void) {
 }
 
 static bool sane(const command *c) {
-    if (!(c->gain >= 0 && c->gain <= 16) || !(c->decay >= 0 && c->decay < 1) || c->mode > RP_RESIDENT) return false;
-    if (!(c->budget_share >= 0 && c->budget_share <= 1)) return false;
+    if (!(c->gain >= 0 && c->gain <= 16) || !(c->decay >= 0 && c->decay < 1) || c->mode > RP_COST) return false;
+    if (!(c->budget_share >= 0 && c->budget_share <= 1) || !(c->share >= 0 && c->share <= 1)) return false;
     if (c->n_layer_gain > RP_LAYERS || c->pages > 4096) return false;
     for (uint32_t i = 0; i < c->n_layer_gain; i++) if (!(c->layer_gain[i] >= 0 && c->layer_gain[i] <= 16)) return false;
     return true;

@@ -181,6 +181,7 @@ static void rows_begin(context *c) {
     c->own.gain = in_force.gain; c->own.decay = in_force.decay; c->own.mode = in_force.mode; c->own.pages = in_force.pages;
     c->own.look_every = in_force.look_every; c->own.n_layer_gain = in_force.n_layer_gain;
     c->own.budget_bytes = in_force.budget_bytes; c->own.budget_share = in_force.budget_share;
+    c->own.share = in_force.share;
     memcpy(c->own.layer_gain, in_force.layer_gain, sizeof c->own.layer_gain);
     for (int i = 0; i < c->n; i++) {
         /* llama.cpp refuses sequences beyond 256; should it not, theirs are rows of nobody. */

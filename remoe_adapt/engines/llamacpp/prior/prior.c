@@ -2,9 +2,11 @@
 
 static void forget_layer(rp *, layer_state *);
 static void off(rp *, uint32_t);
+static bool is_op(const rp *, const tensor *, const char *name);
 
 #include "ranking.c"
 #include "sequences.c"
+#include "cost.c"
 #include "residency.c"
 #include "ahead.c"
 #include "layout.c"
@@ -12,7 +14,7 @@ static void off(rp *, uint32_t);
 void rp_defaults(rp_control *c) {
     memset(c, 0, sizeof *c);
     c->magic = RP_MAGIC; c->size = sizeof *c; c->version = RP_VERSION;
-    c->decay = 0.7f; c->pages = 1; c->look_every = 1;
+    c->decay = USUAL_DECAY; c->pages = 1; c->look_every = 1; c->share = USUAL_SHARE;
 }
 
 const char *rp_why(uint32_t status) {
@@ -26,6 +28,7 @@ const char *rp_why(uint32_t status) {
     case RP_CONSUMER: return "weights or products take other ids than those of the ranking";
     case RP_NOT_SORTED: return "the engine's ids are not the best of the scores that can be read";
     case RP_SYMBOLS: return "functions of ggml that the prior needs are missing";
+    case RP_NO_WEIGHTS: return "the graph does not tell what the weights of the chosen experts are, by which the mode cost ranks";
     }
     return "unknown";
 }
@@ -64,6 +67,15 @@ void rp_backend(rp *p, void *op_desc, void *is_host, void *get, void *set) {
     p->op_name = op_desc; p->is_host = is_host; p->get = get; p->set = set;
 }
 void rp_trust(rp *p, bool on) { p->trusted = on; if (on) p->c->status = RP_ON; }
+void rp_weigh(rp *p, int layer, int experts, int ranks, bool is_normalised) {
+    layer_state *s = layer >= 0 && layer < RP_LAYERS && experts > 0 && experts <= RP_MAXE ? state(p, layer, experts) : NULL;
+    if (s) { s->ranks = ranks; s->is_normalised = is_normalised; }
+}
+int rp_ranks(rp *p, int layer, bool *is_normalised) {
+    if (layer < 0 || layer >= RP_LAYERS) return RP_RANKS_UNKNOWN;
+    *is_normalised = p->layers[layer].is_normalised;
+    return p->layers[layer].ranks;
+}
 void rp_renorm(rp *p, bool on) { p->renorm = on; }
 void rp_record(rp *p, int32_t *buf, size_t cap) { p->buf = buf; p->buf_cap = cap; p->buf_n = 0; }
 size_t rp_recorded(rp *p) { return p->buf_n; }
@@ -92,15 +104,19 @@ static void learn_range(layer_state *s, const tensor *weights) {
 static void end_graph(rp *p) {
     p->graphs++;
     if (!p->unproven && p->c->status != RP_WAITING) return;
-    uint32_t layers = 0, proven = 0;
+    uint32_t layers = 0, proven = 0, weighed = 0;
     for (int i = 0; i < RP_LAYERS; i++) {
-        layers += p->layers[i].pending != NULL;
-        proven += p->layers[i].proven;
+        layer_state *s = &p->layers[i];
+        s->weights_at = s->gathered = NULL;
+        layers += s->pending != NULL;
+        proven += s->proven;
+        weighed += s->pending && s->ranks;
     }
     if (!layers) return;
     p->c->n_layers = layers;
     p->unproven = 0;
     if (proven < layers) off(p, RP_CONSUMER);
+    else if (p->c->mode == RP_COST && weighed < layers) off(p, RP_NO_WEIGHTS);
     else if (p->c->status == RP_WAITING) p->c->status = RP_ON;
 }
 
@@ -117,7 +133,12 @@ static void prove(rp *p, tensor *t) {
     for (int i = 0; i < RP_LAYERS; i++) {
         layer_state *s = &p->layers[i];
         if (!s->pending) continue;
-        if (t->src[1] == s->pending && is_op(p, t, "GET_ROWS")) s->weights_seen = true;
+        if (s->weights_at) follow_weights(p, s, t);
+        if (t->src[1] == s->pending && is_op(p, t, "GET_ROWS")) {
+            s->weights_seen = true;
+            /* Factors of the experts may be gathered by the same ids. */
+            if (!strncmp(t->name, WEIGHTS, sizeof WEIGHTS - 1)) s->weights_at = s->gathered = t;
+        }
         if (t->src[2] == s->pending && is_op(p, t, "MUL_MAT_ID")) {
             if (!t->src[0] || t->src[0]->ne[2] != s->E) { off(p, RP_CONSUMER); return; }
             s->product_seen = true;
@@ -158,18 +179,25 @@ static void serve(rp *p, tensor *t, int layer) {
     int k = (int)k64, rows = (int)t->ne[1], E = (int)E64;
     layer_state *s = state(p, layer, E);
     if (!s) return;
-    if (!s->proven && !p->trusted) { s->pending = t; s->weights_seen = s->product_seen = false; p->unproven++; }
+    if (!s->proven && !p->trusted) {
+        s->pending = t; s->weights_seen = s->product_seen = s->is_normalised = s->is_softmax_after = false;
+        s->weights_at = NULL; s->ranks = RP_RANKS_UNKNOWN;
+        p->unproven++;
+    }
     /* A warm-up runs all experts: there is nothing to choose, and nothing to remember. */
     if (k == E || k > RP_MAXK) { p->c->calls++; return; }
     bool may = !p->is_off && (p->trusted || (p->c->status == RP_ON && s->proven));
-    bool is_resident = p->c->mode == RP_RESIDENT, host = !p->is_host || !sorted->buffer || p->is_host(sorted->buffer);
+    bool is_resident = p->c->mode == RP_RESIDENT, is_cost = p->c->mode == RP_COST, host = !p->is_host || !sorted->buffer || p->is_host(sorted->buffer);
     if (!host && (!p->get || !p->set)) { off(p, RP_SYMBOLS); return; }
-    float gain = may ? gain_of(p, layer) : 0.0f, decay = decay_of(p), local[RP_MAXE];
+    float gain = may ? gain_of(p, layer) : 0.0f, local[RP_MAXE];
+    const double decay = decay_of(p);
     if (is_resident && gain != 0.0f) {
         look(p, layer, s);
         /* The same for all is no reason to rank otherwise, and would only round. */
         if (!s->knows_residents) gain = 0.0f;
     }
+    if (is_cost && gain != 0.0f && s->ranks == RP_RANKS_UNKNOWN) { off(p, RP_NO_WEIGHTS); gain = 0.0f; }
+    const int held = is_cost ? held_experts(p, E, k) : 0;
     /* A softmax is ranked by its logarithm: the logits but for a constant, which neither ranks nor spans tell apart. */
     bool softmax = is_op(p, choice, "SOFT_MAX");
     bool fewer = rows < p->rows; /* the last layer computes rows with outputs alone */
@@ -212,7 +240,8 @@ static void serve(rp *p, tensor *t, int layer) {
                 for (int e = 0; e < E; e++) local[e] = logf(row[e]);
                 row = local;
             }
-            rp_rank(row, is_resident ? s->resident : s->rec + (size_t)b * E, E, k, gain, ours);
+            if (is_cost) rank_by_cost(p, s, row, s->rec + (size_t)b * E, k, held, gain, theirs, ours);
+            else rp_rank(row, is_resident ? s->resident : s->rec + (size_t)b * E, E, k, gain, ours);
             if (!distinct(ours, k, E)) p->c->refused_rows++;
             else if (memcmp(ours, theirs, sizeof *ours * k)) {
                 if (host) memcpy((char *)t->data + r * t->nb[1], ours, sizeof *ours * k);

@@ -1,6 +1,7 @@
 /* The recency prior as an eval callback of llama.cpp: between the ranking of a layer's experts and the products with
-   them, the ids of the chosen ones are replaced by the k best of score + gain * span * recency. Weights come from the
-   untouched scores, which llama.cpp gathers by these ids afterwards. The definition is remoe_adapt/gating/reference.py.
+   them, the ids of the chosen ones are replaced by the k best of score + gain * span * recency, or of score + what a held
+   expert gains (cost.c). Weights come from the untouched scores, which llama.cpp gathers by these ids afterwards. The
+   definition is remoe_adapt/gating/reference.py.
 
    No header of llama.cpp is needed. What is assumed of it is checked before anything is written: the layout of its
    tensors by rp_probe, the graph of each layer by the first pass through it. Ids are never written unless they are
@@ -26,10 +27,10 @@ typedef struct tensor {
     char padding[8];
 } tensor;
 
-enum { RP_EMA = 0, RP_LAST = 1, RP_RESIDENT = 2 };
+enum { RP_EMA = 0, RP_LAST = 1, RP_RESIDENT = 2, RP_COST = 3 };
 enum { RP_LAYERS = 512, RP_MAXK = 64, RP_MAXE = 1024, RP_HISTORY = 4096 };
 /* REMP, and the version of rp_control behind it. */
-enum { RP_MAGIC = 0x52454d50, RP_VERSION = 2 };
+enum { RP_MAGIC = 0x52454d50, RP_VERSION = 3 };
 
 /* rp_control.status: RP_ON, or why the prior does not act; rp_why has the words. */
 enum {
@@ -42,6 +43,16 @@ enum {
     RP_CONSUMER = 6,    /* weights or products take other ids than those of the ranking */
     RP_NOT_SORTED = 7,  /* the engine's ids are not the best of the scores that can be read */
     RP_SYMBOLS = 8,     /* functions of ggml are missing */
+    RP_NO_WEIGHTS = 9,  /* RP_COST: it cannot be told what the weights of the chosen experts are */
+};
+
+/* What a layer ranks, and so what the weight of an expert is: read off the nodes between the scores and the products. */
+enum {
+    RP_RANKS_UNKNOWN = 0,
+    RP_RANKS_SOFTMAX = 1,       /* a softmax over all experts, which are the weights */
+    RP_RANKS_LOGITS = 2,        /* logits, whose softmax over the chosen are the weights */
+    RP_RANKS_SCORES = 3,        /* scores, biased ones too, or a softmax with a bias */
+    RP_RANKS_BARE_LOGITS = 4,   /* logits, whose sigmoid are the weights */
 };
 
 /* rp_control.ahead_state: whether missing experts are read at the stop. */
@@ -54,9 +65,13 @@ enum {
 /* Lies in a file that other processes map; all of it may change at any time. Gains outside [0, 16] count as 0. */
 typedef struct {
     uint32_t magic, size;
-    float gain, decay;          /* decay of RP_EMA, in [0, 1) */
-    uint32_t mode;              /* RP_EMA, RP_LAST, RP_RESIDENT */
+    float gain;
+    /* Reading ahead: the share of all experts' bytes that is to stay in memory; 0: budget_bytes counts. */
+    float budget_share;
+    uint32_t mode;              /* RP_EMA, RP_LAST, RP_RESIDENT, RP_COST */
     uint32_t pages;             /* of each expert in each tensor that mincore looks at; 0: all */
+    double decay;               /* of RP_EMA and RP_COST, in [0, 1); double, as 1 - decay is another float else */
+    double share;               /* RP_COST: of a layer's experts, those that are preferred, in (0, 1] */
     uint64_t tokens;            /* rows of the first layer with experts */
     uint64_t calls;             /* layers served */
     uint64_t changed_rows;      /* rows whose ids, or their order, were rewritten */
@@ -75,10 +90,8 @@ typedef struct {
     uint32_t n_layers;          /* layers with experts that were seen */
     uint32_t n_layer_gain;      /* layers below it have a factor of their own, the others 1 */
     float layer_gain[RP_LAYERS];
-    /* Reading ahead: how many bytes of experts are to stay in memory, over all layers; 0: off. A share of them all, where
-       it is above 0, is taken in place of the bytes. */
-    float budget_share;
     uint32_t ahead_state;
+    /* How many bytes of experts are to stay in memory, over all layers; 0: off. */
     uint64_t budget_bytes, held_bytes;
     uint64_t ahead_hits, ahead_misses; /* experts that were held when a layer chose them, or not: once per layer served */
     uint64_t ahead_stale;       /* of the misses: held by our account, but the kernel had taken them back */
@@ -107,6 +120,10 @@ uint32_t rp_probe(rp *, void *(*find)(const char *name, void *user), void *user)
 uint32_t rp_settle(rp *);
 /* Graphs are taken as proven without a look; for tests and for micro-benchmarks. */
 void rp_trust(rp *, bool);
+/* What a layer of so many experts ranks, and whether weights are divided by their sum: for the same, where no graph says
+   so. */
+void rp_weigh(rp *, int layer, int experts, int ranks, bool is_normalised);
+int rp_ranks(rp *, int layer, bool *is_normalised); /* of a layer that was seen; else RP_RANKS_UNKNOWN */
 
 /* Rows of the batch that follows; seq, out may be NULL (all of sequence 0, all with output). */
 void rp_batch(rp *, int n, const int32_t *seq, const int8_t *out);

@@ -60,16 +60,17 @@ static void keep(history *h, int pos, int k, const int32_t *ids) {
     for (int j = 0; j < h->k; j++) h->ids[at * h->k + j] = j < k ? (uint16_t)ids[j] : UINT16_MAX;
 }
 
-static float decay_of(const rp *p) {
-    if (p->c->mode == RP_LAST) return 0.0f;
-    float decay = p->c->decay;
-    return decay >= 0.0f && decay < 1.0f ? decay : 0.7f;
+static double decay_of(const rp *p) {
+    if (p->c->mode == RP_LAST) return 0;
+    double decay = p->c->decay;
+    return decay >= 0 && decay < 1 ? decay : USUAL_DECAY;
 }
 
-static void move_on(layer_state *s, int b, int k, const int32_t *ids, float decay) {
+static void move_on(layer_state *s, int b, int k, const int32_t *ids, double decay) {
     float *rec = s->rec + (size_t)b * s->E;
-    for (int e = 0; e < s->E; e++) rec[e] *= decay;
-    for (int i = 0; i < k; i++) rec[ids[i]] += 1.0f - decay;
+    const float kept = (float)decay, more = (float)(1 - decay);
+    for (int e = 0; e < s->E; e++) rec[e] *= kept;
+    for (int i = 0; i < k; i++) rec[ids[i]] += more;
     memcpy(s->last + b * RP_MAXK, ids, sizeof *ids * k);
     if (k < RP_MAXK) s->last[b * RP_MAXK + k] = -1;
 }
@@ -77,8 +78,8 @@ static void move_on(layer_state *s, int b, int k, const int32_t *ids, float deca
 bool rp_rewind(rp *p, int seq, int pos) {
     if (seq < 0 || seq >= p->n_seq || pos < 0) return false;
     int newest = p->next[seq];
-    float decay = decay_of(p);
-    int replay = decay > 0 ? (int)ceil(log(FORGOTTEN) / log(decay)) : 1;
+    double decay = decay_of(p), forgotten = p->c->mode == RP_COST ? HELD_ABOVE : FORGOTTEN;
+    int replay = decay > 0 ? (int)ceil(log(forgotten) / log(decay)) : 1;
     if (replay > MAX_REPLAY) replay = MAX_REPLAY;
     int first = pos > replay ? pos - replay : 0;
     if (first < p->since[seq]) first = p->since[seq];

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "prior.h"
 #include <fcntl.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <stdlib.h>
@@ -18,7 +19,11 @@
 #define MAX_GAIN 16.0f
 /* What decayed to less than this is left out when a state is computed again from the ids of the past. */
 #define FORGOTTEN 1e-12
-enum { TYPE_F32 = 0, TYPE_I32 = 26, MAX_RANGES = 4, MAX_REPLAY = 512 };
+/* A recency below it is none to RP_COST: HELD_ABOVE of recency_settings.py. */
+#define HELD_ABOVE 1e-25f
+#define USUAL_SHARE 0.25
+#define USUAL_DECAY 0.7
+enum { TYPE_F32 = 0, TYPE_I32 = 26, MAX_RANGES = 4, MAX_REPLAY = 1200 };
 static const char TOPK[] = "ffn_moe_topk-", WEIGHTS[] = "ffn_moe_weights-";
 
 /* The experts of one tensor; of which of `rp.files` the bytes are: UNKNOWN, NO_FILE. */
@@ -55,6 +60,9 @@ typedef struct {
     uint64_t looked_at;
     const tensor *pending;      /* this graph's choice, whose consumers are to be seen yet */
     bool weights_seen, product_seen, proven;
+    int ranks;                  /* RP_RANKS_... */
+    bool is_normalised, is_softmax_after; /* weights are divided by their sum; are a softmax over the chosen */
+    const tensor *weights_at, *gathered; /* while that is looked for: what the weights have become; what they are of */
 } layer_state;
 
 struct rp {
