@@ -4,7 +4,8 @@
 
 - "callback": the C function itself on tensors that ggml made, one token through 48 layers of 128 experts (softmax, 8
   chosen) at a time, by the function's own clock; the best and the median of many passes, so caches are hot. `resident`
-  is told what is in memory; asking the kernel is not in these figures.
+  is told what is in memory; asking the kernel is not in these figures. `cost` divides weights by their sum, a quarter
+  of the experts is held.
 - "token": the shipped model, its experts widened to 1.1 GB in F16, all in memory, decoded by one engine for each arm in
   one process: without a callback, with one that is asked and does nothing, with the prior at gain 0 and at its gain.
   Every token of the text goes through all arms before the next one does, in an order that turns; `share` is what the
@@ -29,8 +30,10 @@ from transformers import AutoTokenizer
 from remoe_adapt.bench.harness.results import REPO_ROOT
 from remoe_adapt.engines.llamacpp import in_process
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel, library
+from remoe_adapt.engines.llamacpp.prior.cost import Ranks
 from remoe_adapt.engines.llamacpp.prior.fallback import Head
 from remoe_adapt.engines.llamacpp.prior.native import MODES, find_in, functions, symbol
+from remoe_adapt.recency_settings import Recency
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
 LAYERS, EXPERTS, CHOSEN = 48, 128, 8
@@ -41,12 +44,13 @@ _SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """passes: over all layers, in the first part. tokens: of each arm, in the second, after `warm` ones; 0 leaves it
-    out. threads: of the engine."""
+    """passes: over all layers, in the first part. cost_gain: of the mode `cost`. tokens: of each arm, in the second,
+    after `warm` ones; 0 leaves it out. threads: of the engine."""
 
     work: str = "/tmp"
     passes: int = 2000
     gain: float = 0.2
+    cost_gain: float = 0.1
     expert_bytes: int = 3_500_000
     warm: int = 16
     tokens: int = 200
@@ -62,15 +66,21 @@ def callback_rows(options: Options) -> Iterator[dict[str, Any]]:
     """The C function by itself."""
     lib, engine = functions(), library()
     with _Tensors(engine) as tensors:
-        for mode, gain in (("ema", 0.0), ("ema", options.gain), ("last", options.gain), ("resident", options.gain)):
+        arms = (
+            ("ema", 0.0), ("ema", options.gain), ("last", options.gain), ("resident", options.gain),
+            ("cost", options.cost_gain),
+        )  # fmt: skip
+        for mode, gain in arms:
             prior = lib.rp_new(1, None)
             control = lib.rp_ctl(prior).contents
             lib.rp_backend(prior, symbol(engine, "ggml_op_desc"), None, None, None)
             lib.rp_probe(prior, find_in(lambda name: symbol(engine, name)), None)
             lib.rp_trust(prior, True)
-            control.mode, control.gain = MODES[mode], gain
+            control.mode, control.gain, control.decay = MODES[mode], gain, Recency.of(mode).decay
+            for layer in range(LAYERS) if mode == "cost" else ():
+                lib.rp_weigh(prior, layer, EXPERTS, Ranks.SOFTMAX, True)
             held = (np.arange(EXPERTS) % 2).astype(np.float32)
-            found_us = []
+            found_us: list[float] = []
             for number in range(options.passes):
                 tensors.fill(number)
                 for layer in range(LAYERS) if mode == "resident" else ():
@@ -107,6 +117,9 @@ def token_rows(options: Options) -> Iterator[dict[str, Any]]:
             ("asked", 0.0): ending.enter_context(_asked(path, common)),
             ("ema", 0.0): ending.enter_context(LlamaModel(path, recency="ema", gain=0.0, **common)),
             ("ema", options.gain): ending.enter_context(LlamaModel(path, recency="ema", gain=options.gain, **common)),
+            ("cost", options.cost_gain): ending.enter_context(
+                LlamaModel(path, recency="cost", gain=options.cost_gain, **common)
+            ),
         }
         names = list(arms)
         took: dict[tuple[str, float], list[tuple[float, float]]] = {name: [] for name in names}
@@ -115,8 +128,9 @@ def token_rows(options: Options) -> Iterator[dict[str, Any]]:
                 wall_s, cpu_s = time.perf_counter(), time.process_time()
                 arms[name].decode([token])
                 took[name].append((time.perf_counter() - wall_s, time.process_time() - cpu_s))
-        status = arms["ema", options.gain].prior_status()
-        assert status is not None and status.acts and status.swapped
+        for name in (("ema", options.gain), ("cost", options.cost_gain)):
+            status = arms[name].prior_status()
+            assert status is not None and status.acts and status.swapped
     ms = {name: 1e3 * np.array(found[options.warm :]) for name, found in took.items()}
     base_ms, base_cpu_ms = np.median(ms["none", 0.0], axis=0)
     for (what, gain), found in ms.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ TOP_K = 8
 _COLUMNS, _EXPERTS = 2048, (64, 128)
 # As many as a model has: one router alone would stay in the processor's caches, and its times would be too short.
 _LAYERS = 24
-_BAR = 1.5
-_GAIN = 0.2
+# By kind of prior: an ema, whose bonus is one product, and cost, whose bonus is a dozen operations on a token's scores.
+_GAINS = {"ema": 0.2, "cost": 0.1}
+_BARS = {"ema": 1.5}
 # Names under which configurations state the sizes of a router.
 _SIZES = {
     "hidden_size": _COLUMNS,
@@ -36,7 +37,7 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def cpu_rows(calls: int = 400) -> Iterator[Row]:
-    """A row per family and number of experts: microseconds a router, one torch thread, fp32.
+    """A row per family, number of experts and kind of prior: microseconds a router, one torch thread, fp32.
 
     Timed in turns is one token through the routers of 24 layers, which is what a decode step does; ours move their
     recency on in the same time. Medians over `calls`.
@@ -47,42 +48,56 @@ def cpu_rows(calls: int = 400) -> Iterator[Row]:
         for family, example in SCORING_EXAMPLES:
             for experts in _EXPERTS:
                 try:
-                    yield _row(family, example, experts, calls)
+                    yield from _rows(family, example, experts, calls)
                 except (ImportError, AttributeError) as error:  # another version of transformers
                     yield {"family": family, "E": experts, "skipped": f"{example}: {error}"}
     finally:
         torch.set_num_threads(threads_before)
 
 
-def _row(family: str, example: str, experts: int, calls: int) -> Row:
+def _rows(family: str, example: str, experts: int, calls: int) -> Iterator[Row]:
     torch.manual_seed(0)
     stock = _Stack(_Block(stock_router(example, experts)) for _ in range(_LAYERS))
-    dialled = copy.deepcopy(stock)
-    model = get_remoe_model(dialled, family=random_family(dialled), recency="ema", recency_gain=_GAIN)
-    # The prior replaced the router's own forward, and hangs on it.
-    forward: Any = vars(discover_routers(dialled)[0].module)["forward"]
-    prior = forward.steps
     hidden_TD = torch.randn(1, _COLUMNS)
-    state = prior.new_state(1)
-    theirs, ours = ([block.get_submodule("gate") for block in blocks] for blocks in (stock, dialled))
-
-    def under_the_dial() -> None:
-        prior.begin(1, 1, None, state)  # as the model's own call announces a decode step
-        for router in ours:
-            router(hidden_TD)
-        prior.end()
+    dialled = {mode: copy.deepcopy(stock) for mode in _GAINS}
+    models = [
+        get_remoe_model(blocks, family=random_family(blocks), recency=mode, recency_gain=_GAINS[mode])
+        for mode, blocks in dialled.items()
+    ]
+    theirs = [block.get_submodule("gate") for block in stock]
 
     def untouched() -> None:
         for router in theirs:
             router(hidden_TD)
 
     with torch.inference_mode():
-        baseline_us, us = (1e3 * ms / _LAYERS for ms in interleaved_ms([untouched, under_the_dial], calls))
-    model.controller.close()
-    row = timed_row(
-        "route", family, torch.float32, 1, experts, _COLUMNS, "ema", us, "the stock router", baseline_us, device="cpu"
-    )
-    return row | held_to("ratio", row["ratio"], _BAR)
+        steps = [_decode_step(blocks, hidden_TD) for blocks in dialled.values()]
+        baseline_us, *found_us = (1e3 * ms / _LAYERS for ms in interleaved_ms([untouched, *steps], calls))
+    for model in models:
+        model.controller.close()
+    for mode, us in zip(_GAINS, found_us, strict=True):
+        row = timed_row(
+            "route", family, torch.float32, 1, experts, _COLUMNS, mode, us, "the stock router", baseline_us,
+            device="cpu",
+        )  # fmt: skip
+        yield row | (held_to("ratio", row["ratio"], _BARS[mode]) if mode in _BARS else {})
+
+
+def _decode_step(blocks: nn.ModuleList, hidden_TD: Tensor) -> Callable[[], None]:
+    """One token through routers that have a prior, which moves on."""
+    routers = [block.get_submodule("gate") for block in blocks]
+    # The prior replaced the router's own forward, and hangs on it.
+    forward: Any = vars(discover_routers(blocks)[0].module)["forward"]
+    prior = forward.steps
+    state = prior.new_state(1)
+
+    def step() -> None:
+        prior.begin(1, 1, None, state)  # as the model's own call announces a decode step
+        for router in routers:
+            router(hidden_TD)
+        prior.end()
+
+    return step
 
 
 def timed_row(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, add, aminmax, cat, where
 from torch.nn.functional import softplus
 
-from remoe_adapt.gating.cost import held, score_bonus
+from remoe_adapt.gating.cost import best_total, held, score_bonus
 from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, topk_gating
 from remoe_adapt.routers import RouterSpec, best_ids
 
@@ -124,7 +124,7 @@ class SingleGate:
         if spec.ranks_logits:
             reach_1E = self._reach(layer, k, spec.num_experts, logs=True)
             if spec.is_chosen_softmax or spec.normalize:
-                price_1E = z_1E.topk(k).values.logsumexp(-1, True) - z_1E
+                price_1E = best_total(z_1E, k) - z_1E
                 return softplus(price_1E.add_(reach_1E), 2.0)
             return softplus(reach_1E - z_1E.log_softmax(-1), 2.0)
         if spec.scoring == "logit_bias_sigmoid":

@@ -165,6 +165,7 @@ def test_data_and_values_are_asked_for_before_work(home: Path, no_work: None) ->
         (("--policy", "arc"), "'arc'"), (("--recency", "often"), "'often'"), (("--recency-gain", "a"), "'a'"),
         (("--recency-gain", "0.1,-1"), "gain -1"), (("--recency", "resident"), "expert cache"),
         (("--recency", "ema", "--recency-decay", 1), "decay 1"), (("--recency-gain", "nan"), "nan"),
+        (("--recency", "cost", "--recency-share", 1.5), "share 1.5"),
     ):  # fmt: skip
         assert words in refused(*eval_, *args, status=2)
 
@@ -182,6 +183,8 @@ def test_options_that_would_do_nothing_are_refused_by_name(home: Path, no_work: 
         (("eval", base, *data, "--recency-decay", 0.5), "without --recency or --recency-gain"),
         (("eval", base, *data, "--recency", "last", "--recency-decay", 0.5), "--recency-decay is of --recency ema"),
         ((*run, "--recency", "last", "--recency-decay", 0.5), "--recency-decay is of --recency ema"),
+        ((*run, "--recency", "ema", "--recency-share", 0.5), "--recency-share is of --recency cost; ema has none"),
+        (("eval", base, *data, "--recency-share", 0.5), "--recency-share is of --recency cost"),
         ((*run, "--plot", home / "p.png"), "--plot does nothing without --log"),
         ((*run, "--pressure", 1, "--strength", 1), "--pressure and --strength"),
         ((*trace, "--temperature", 1), "--temperature does nothing without --decode"),

@@ -210,7 +210,7 @@ def numbers(cls: type[Any] = DeviceProfile, prefix: str = "") -> list[tuple[str,
 NUMBERS = (
     "expert_cache.budget", "expert_cache.floor", "expert_cache.regrow_s", "strength.max", "controller.sample_hz",
     "controller.rise_s", "controller.fall_s", "controller.dwell_s", "controller.deadband",
-    "controller.max_swaps_per_s", "recency.gain",
+    "controller.max_swaps_per_s", "recency.gain", "recency.share",
 )  # fmt: skip
 
 
@@ -223,13 +223,24 @@ def test_no_number_takes_what_breaks_its_use(tmp_path: Path, dotted: str, value:
     sections = {
         "expert_cache": {"budget": "0.2"},
         "strength": {"curve": "[[0, 0], [1, 1]]"},
-        "recency": {"mode": "ema"},
+        "recency": {"mode": "cost"},
     }
     sections.setdefault(section, {})[key] = value
     lines = [f"{name}: {{{', '.join(f'{k}: {v}' for k, v in keys.items())}}}" for name, keys in sections.items()]
     text = base + "\n".join(lines) + "\n"
     line = 1 + next(place for place, text_line in enumerate(text.splitlines()) if text_line.startswith(section))
     assert found(write(tmp_path, text)) == [(line, dotted)]
+
+
+def test_a_share_is_of_modes_that_have_one(tmp_path: Path) -> None:
+    text = GOOD.replace("mode: ema", "mode: cost")
+    assert load_profile(write(tmp_path, text)).recency == Recency("cost", 0.1, 0.95, 0.25)
+    with_share = text.replace("mode: cost\n", "mode: cost\n  share: 0.5\n")
+    profile = load_profile(write(tmp_path, with_share))
+    assert profile.recency == Recency("cost", 0.1, 0.95, 0.5)
+    assert profile.as_keys()["recency"] == {"mode": "cost", "gain": 0.1, "share": 0.5}
+    with pytest.raises(ProfileError, match=r"share 0\.5 has no effect in mode 'ema'; it is of cost"):
+        load_profile(write(tmp_path, with_share.replace("mode: cost", "mode: ema")))
 
 
 @pytest.mark.parametrize("value", ["1.0e-300", "0.00000000001", "0", "1001"])

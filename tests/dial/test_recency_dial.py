@@ -100,6 +100,20 @@ def test_an_own_prior_without_a_family() -> None:
         assert torch.equal(found, chosen(plain, LONGER))
 
 
+def test_a_share_comes_from_the_caller_the_points_or_the_profile(family: Family) -> None:
+    model = get_remoe_model(routing_matters(), recency="cost", recency_gain=0.1, recency_share=0.5)
+    assert model.controller.status()["recency"] == {
+        "mode": "cost", "decay": 0.95, "share": 0.5, "routers": 4, "gain": pytest.approx(0.1),
+    }  # fmt: skip
+    of_points = with_recency(family, Recency("cost", GAINS, 0.95, 0.5))
+    model = get_remoe_model(routing_matters(), family=of_points)
+    assert model.controller.status()["recency"]["share"] == 0.5
+    profile = replace(load_profile("orin-8gb"), recency=Recency.of("cost", 0.2, share=0.75))
+    for options in ({}, {"recency_gain": 0.1}):
+        model = get_remoe_model(routing_matters(), profile, with_recency(family, None), **options)
+        assert model.controller.status()["recency"]["share"] == 0.75
+
+
 def test_a_decay_alone_asks_for_a_prior() -> None:
     model = get_remoe_model(routing_matters(), recency_decay=0.5)
     assert model.controller.status()["recency"] == {
@@ -137,6 +151,7 @@ def test_what_contradicts_is_refused_and_leaves_the_model_alone(family: Family) 
     for options, what in (
         ({"recency": "last"}, "mode 'last'.*have 'ema'"),
         ({"recency_decay": 0.9}, "decay 0.9.*have 0.6"),
+        ({"recency_share": 0.5}, r"share 0\.5.*have 0\.0"),
         ({"recency": "often"}, "often"),
         ({"recency": ""}, "recency '' is not one of"),
         ({"recency_gain": -0.1}, "gain -0.1"),

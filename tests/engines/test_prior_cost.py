@@ -1,5 +1,5 @@
-"""The recency mode `cost` by itself: what cost.c and cost.py rank is the definition, and what weights are is read off the
-graph or the prior stays off."""
+"""The recency mode `cost` by itself: what cost.c and cost.py rank is the definition, and what weights are is read off
+the graph or the prior stays off."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_scores_that_are_no_numbers_rank_as_in_the_definition(name: str, graph: 
 
 
 def test_a_cache_of_any_share_is_held_as_in_the_definition(graph: Graph) -> None:
-    """Shares that are no whole number of experts, below the chosen and above those ever used, with equals among them."""
+    """Shares that are no whole number of experts, below the chosen and above those ever used; equals among them."""
     facts, generator = ROUTERS["softmax"][0], torch.Generator().manual_seed(3)
     graph.lib.rp_weigh(graph.prior, 0, E, Ranks.SOFTMAX, False)
     graph.control.gain = 0.3

@@ -23,6 +23,7 @@ from fake_graph import Graph
 
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel, library
 from remoe_adapt.engines.llamacpp.prior import build
+from remoe_adapt.engines.llamacpp.prior.cost import held
 from remoe_adapt.engines.llamacpp.prior.native import MODES
 
 E, K, PAGES = 16, 2, 4
@@ -128,6 +129,40 @@ def test_what_is_least_used_is_given_back(graph: Graph, mapped: Mapped) -> None:
     # An expert that is needed now stays, however little it was used.
     choose(graph, (4, 5), weights=mapped.weights)
     assert mapped.inside({1, 4, 5}) == {1, 4, 5}
+
+
+def test_in_mode_cost_what_stays_is_what_the_prior_prefers(graph: Graph, mapped: Mapped) -> None:
+    """Which is not what LRFU would keep: experts that are used once pass through."""
+    slots = 3
+    begin(graph, mapped.weights, slots)
+    control, at = graph.control, 0
+    control.mode, control.decay, control.share = MODES["cost"], 0.95, slots / E
+    recency_E = np.zeros(E, np.float32)
+
+    def use(*rows: tuple[int, ...]) -> None:
+        nonlocal at
+        graph.rows([0] * len(rows), range(at, at + len(rows)))
+        at += len(rows)
+        choose(graph, *rows, weights=mapped.weights)
+        graph.lib.rp_get(graph.prior, 0, 0, recency_E.ctypes.data, E)
+
+    for ids in ((1, 2), (1, 2), (1, 3)):
+        use(ids)
+    assert mapped.inside({1, 2, 3}) == {1, 2, 3} == set(np.flatnonzero(held(recency_E, control.share, K)))
+    use((4, 5))
+    use((1, 2))  # 4 is given back at this stop: of it and 5, which are equals, one more fits
+    assert mapped.inside({1, 2, 5}) == {1, 2, 5} <= set(np.flatnonzero(held(recency_E, control.share, K)))
+    assert control.held_bytes == slots * PAGES * mmap.PAGESIZE and control.ahead_spilled == 0
+    # After a prompt as well, whatever came first in it: what is read at a time is bounded.
+    use((6, 7), (8, 9), (10, 11), (8, 9), (8, 12))
+    assert control.ahead_spilled == 4
+    use((8, 9))
+    wanted = set(np.flatnonzero(held(recency_E, control.share, K)).tolist())
+    assert len(wanted) == slots and mapped.inside(wanted) == wanted
+    # A text that begins anew has no recency: until it has, those stay that were of use.
+    hits, at = control.ahead_hits, 0
+    use((8, 13))
+    assert control.ahead_hits == hits + 1
 
 
 def test_a_prompt_that_needs_more_than_there_is_room_for_leaves_no_more_behind(graph: Graph, mapped: Mapped) -> None:

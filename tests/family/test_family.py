@@ -133,14 +133,16 @@ def test_strengths_out_of_range_are_refused(family_dir: Path, base: PreTrainedMo
 def test_gains_are_interpolated_like_deltas(base: PreTrainedModel, tmp_path: Path) -> None:
     family = Family.create(tmp_path / "f", BASE_ID, fingerprint(base))
     folder = save_adapter(base, tmp_path / "elsewhere", seed=0)
-    family.add_point(0.5, folder, Recency("ema", (0.1, 0.2), 0.7))
-    family.add_point(1.0, folder, Recency("ema", (0.3, 0.2), 0.7))
+    family.add_point(0.5, folder, Recency("cost", (0.1, 0.2), 0.7, 0.5))
+    family.add_point(1.0, folder, Recency("cost", (0.3, 0.2), 0.7, 0.5))
     family = Family.load(family.path)
+    assert family.recency(1.0) == Recency("cost", (0.3, 0.2), 0.7, 0.5)
     gains = {s: getattr(family.recency(s), "gain", None) for s in (0.0, 0.25, 0.5, 0.75, 1.0)}
     assert gains[0.0] is None and gains[0.5] == (0.1, 0.2) and gains[1.0] == (0.3, 0.2)
     assert gains[0.25] == pytest.approx((0.05, 0.1)) and gains[0.75] == pytest.approx((0.2, 0.2))
-    with pytest.raises(FamilyError, match="recency mode"):
-        family.add_point(0.75, folder, Recency("ema", (0.1, 0.2), 0.9))
+    for other in (Recency("cost", (0.1, 0.2), 0.9, 0.5), Recency("cost", (0.1, 0.2), 0.7, 0.25)):
+        with pytest.raises(FamilyError, match="recency mode, decay, share"):
+            family.add_point(0.75, folder, other)
     assert family.strengths == Family.load(family.path).strengths == (0.5, 1.0)
 
 
@@ -188,6 +190,7 @@ def test_a_failed_write_leaves_file_and_memory_as_they_were(
 
 
 POINT = {"strength": 0.5, "adapter": "s050"}
+COST = {"mode": "cost", "decay": 0.95, "gain_per_layer": []}
 BAD_FILES: list[tuple[dict[str, Any], str]] = [
     ({"format": 2}, "format 2.*update"),
     ({"format": None}, "format None"),
@@ -210,6 +213,11 @@ BAD_FILES: list[tuple[dict[str, Any], str]] = [
     ({"points": [POINT | {"recency": {"mode": "ema", "decay": 1.0, "gain_per_layer": []}}]}, "decay"),
     ({"points": [POINT | {"recency": {"mode": "ema", "decay": 0.5, "gain_per_layer": [-1]}}]}, "from 0 to 16"),
     ({"points": [POINT | {"recency": {"mode": "ema", "decay": 0.5, "gain_per_layer": [16.5]}}]}, "from 0 to 16"),
+    ({"points": [POINT | {"recency": COST | {"share": 0}}]}, "share 0 must be above 0"),
+    ({"points": [POINT | {"recency": COST | {"share": True}}]}, "share True must be above 0"),
+    ({"points": [POINT | {"recency": COST | {"mode": "ema", "share": 0.5}}]}, "share is of the mode cost; 'ema' has"),
+    ({"points": [POINT | {"recency": COST | {"mode": "none", "share": 0.5}}]}, "share is of the mode cost"),
+    ({"points": [POINT | {"recency": COST | {"shares": 0.5}}]}, "and share in some modes"),
     ({"base": {"id": "x"}}, "lacks fingerprint"),
     ({"base": {"id": "x", "fingerprint": 3}}, "must be text"),
     ({"base": "x"}, "must be an object"),

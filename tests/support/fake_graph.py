@@ -13,8 +13,8 @@ from remoe_adapt.engines.llamacpp.prior.fallback import Head
 from remoe_adapt.engines.llamacpp.prior.native import Control, find_in, functions, symbol
 
 _OPERATIONS = (
-    b"NONE", b"ARGSORT", b"VIEW", b"GET_ROWS", b"MUL_MAT_ID", b"SOFT_MAX", b"ADD", b"RESHAPE", b"SUM_ROWS", b"DIV", b"MUL",
-    b"SCALE", b"SIGMOID", b"SQRT",
+    b"NONE", b"ARGSORT", b"VIEW", b"GET_ROWS", b"MUL_MAT_ID", b"SOFT_MAX", b"ADD", b"RESHAPE", b"SUM_ROWS", b"DIV",
+    b"MUL", b"SCALE", b"SIGMOID", b"SQRT",
 )  # fmt: skip
 _BUFFERS = {name: C.create_string_buffer(name) for name in _OPERATIONS}
 _OpDesc = C.CFUNCTYPE(C.c_void_p, C.c_void_p)

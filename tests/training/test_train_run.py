@@ -207,7 +207,7 @@ def test_local_mode_trains_a_family_with_an_end_to_end_control(folder: Path, tmp
 
 
 def test_points_may_carry_a_recency_prior(folder: Path, tmp_path: Path) -> None:
-    options = TrainOptions(steps=2, batch=2, length=24, recency="ema", recency_gain=0.4)
+    options = TrainOptions(steps=2, batch=2, length=24, recency="cost", recency_gain=0.4, recency_share=0.5)
     family = train_family(
         folder / "base",
         [folder / "data"],
@@ -218,7 +218,7 @@ def test_points_may_carry_a_recency_prior(folder: Path, tmp_path: Path) -> None:
         progress=False,
     )
     assert [point.recency for point in family.points] == [
-        Recency("ema", (gain,) * 4, 0.7) for gain in (0.2, 0.4)
+        Recency("cost", (gain,) * 4, 0.95, 0.5) for gain in (0.2, 0.4)
     ]  # fmt: skip
     model = get_remoe_model(folder / "base", family=family)
     model.controller.set_strength(0.25)

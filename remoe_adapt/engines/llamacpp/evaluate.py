@@ -265,7 +265,8 @@ def _arms(path: str | os.PathLike[str], options: GgufMeasuring, ending: contextl
 
 
 def _groups(arms: Sequence[_Arm], options: GgufMeasuring) -> list[tuple[Recency | None, list[_Arm]]]:
-    """(the engine's prior, arms that run in it): a context has one mode, decay and share. The base's group is the first."""
+    """(the engine's prior, arms that run in it): a context has one mode, decay and share. The base's group is the
+    first."""
     plain = [arm for arm in arms if arm.kind != "priors"]
     first = next((arm.recency for arm in plain + list(arms) if arm.recency is not None), None)
     if first is None and options.renormalise:

@@ -204,15 +204,16 @@ class LlamaModel(LlamaVocabulary):
 
     trace: `routes` holds the chosen experts int32 [T, K] of every call of each layer since it was last cleared.
     repack: let the engine rearrange quantised weights in memory of their own; by default where there is no
-    expert_cache. sequences: how many there may be, which
-    share the context. ubatch_tokens: how many the engine computes at once; all by default.
-    recency: a recency prior ("ema", "last", "resident", "cost") that ranks the experts, or its settings as a whole; gain:
-    of all layers, or one for each layer with experts, in model order; decay, share: as `recency_prior`. Where a probe finds that the engine or the model is
-    not as the prior needs it, it stays off and `prior_status` says why. renormalise: divide the weights of the chosen
-    experts by their sum, as models with `norm_topk_prob` do and llama.cpp's qwen2moe and olmoe do not; it needs a
-    `recency`, be its gain 0. expert_cache: keep so many experts of the mapped file in memory (a size, bytes, or a share
-    of all experts), those that are of most use, and read missing ones as soon as their ids are known; recency
-    "resident" then prefers those that are held.
+    expert_cache. sequences: how many there may be, which share the context. ubatch_tokens: how many the engine computes
+    at once; all by default.
+    recency: a recency prior ("ema", "last", "resident", "cost") that ranks the experts; gain: of all layers, or one for
+    each layer with experts, in model order; decay, share: as `recency_prior`. Or all of it as one Recency. Where a
+    probe finds that the engine or the model is not as the prior needs it, it stays off and `prior_status` says why.
+    renormalise: divide the weights of the chosen experts by their sum, as models with `norm_topk_prob` do and
+    llama.cpp's qwen2moe and olmoe do not; it needs a `recency`, be its gain 0. expert_cache: keep so many experts of
+    the mapped file in memory (a size, bytes, or a share of all experts), those that are of most use, and read missing
+    ones as soon as their ids are known. Recency "resident" then prefers those that are held, and with "cost" those are
+    held that it prefers, as many as fit.
 
     Raises MissingDependencyError without the wheel, or for an expert_cache without a C compiler, ConfigError when
     llama.cpp refuses the file or a setting cannot be.

@@ -5,8 +5,11 @@
    are on their way. Left to page faults each read waits for the one before it, and reads what lies around as well.
 
    Which experts stay is ours to say then: of each layer as many as its share of the budget holds, LRFU as in
-   eviction/policy.py, the others given back. So this is an expert cache of a memory-mapped file, without a copy. In the
-   mode RP_COST it forgets as the prior does, which prefers the experts that such a cache holds. */
+   eviction/policy.py, the others given back. So this is an expert cache of a memory-mapped file, without a copy.
+
+   In the mode RP_COST those of most recency to the prior stay, which are the ones that it prefers. An expert that is used
+   once need not be among them: it is read, and given back at the next stop. LRFU would keep it in the place of one that
+   is preferred; of the shipped model's experts a cache of a quarter, at gain 0.1, then misses 16.3 % and not 13.5 %. */
 
 /* The kernel reads no more for one advice than a disk takes at a time. */
 enum { PIECE_BYTES = 128 << 10 };
@@ -101,8 +104,7 @@ static bool is_stale(const layer_state *s, int e) {
 }
 
 static float worth(const rp *p, const shelf *h, int e) {
-    float decay = p->c->mode == RP_COST ? (float)decay_of(p) : LRFU_DECAY;
-    return h->uses[e] * powf(decay, (float)(p->graphs - h->used_at[e]));
+    return h->uses[e] * powf(LRFU_DECAY, (float)(p->graphs - h->used_at[e]));
 }
 
 /* It is held no more by our account; whether its pages are gone is another matter. */
@@ -129,6 +131,40 @@ static void shrink_to(rp *p, layer_state *s, const bool *needed, int room) {
     }
 }
 
+/* By what experts stay in the mode RP_COST [E]: the recency of the sequences of this batch. Of those that these have not
+   used, LRFU decides, below 0: they are left from other texts. */
+static void recencies(const rp *p, const layer_state *s, float *value) {
+    memset(value, 0, sizeof *value * s->E);
+    bool met[p->n_seq];
+    memset(met, 0, sizeof met);
+    int from = p->n > 0 ? p->begin : 0, to = p->n > 0 ? p->begin + p->rows : 1;
+    for (int i = from; i < to && i < (p->n > 0 ? p->n : 1); i++) {
+        int b = p->n > 0 ? p->seq[i] : 0;
+        if (b < 0 || met[b]) continue;
+        met[b] = true;
+        for (int e = 0; e < s->E; e++) value[e] += s->rec[(size_t)b * s->E + e];
+    }
+    for (int e = 0; e < s->E; e++) if (value[e] < HELD_ABOVE) value[e] = -1.0f / (1e-30f + worth(p, &s->shelf, e));
+}
+
+/* Of the held and the needed as many as `room` stay, those of most recency. What is needed now is given back at the next
+   stop if it does not: `is_passing`. */
+static void keep_by_recency(rp *p, int layer, layer_state *s, const bool *needed, int room, bool *is_passing) {
+    float value[RP_MAXE];
+    int count = 0;
+    recencies(p, s, value);
+    for (int e = 0; e < s->E; e++) count += s->shelf.is_held[e] || needed[e];
+    for (; count > room; count--) {
+        int least = -1;
+        for (int e = 0; e < s->E; e++)
+            if ((s->shelf.is_held[e] || (needed[e] && !is_passing[e])) && (least < 0 || value[e] < value[least])) least = e;
+        if (least < 0) return;
+        if (s->shelf.is_held[least]) { let_go(p, s, least); p->c->ahead_dropped++; }
+        if (!needed[least]) give_back(p, s, least);
+        else { is_passing[least] = s->shelf.is_spilled[least] = true; p->spilled_layer = layer; }
+    }
+}
+
 static void give_back_spilled(rp *p) {
     if (p->spilled_layer < 0) return;
     layer_state *s = &p->layers[p->spilled_layer];
@@ -144,7 +180,8 @@ static void give_back_spilled(rp *p) {
 static int room_of(rp *p, layer_state *s, uint64_t budget, int stale) {
     shelf *h = &s->shelf;
     uint64_t all = rp_expert_bytes(p);
-    int room = budget >= all ? s->E : (int)((double)s->E * ((double)budget / (double)all));
+    /* A share is a float, so that a whole number of experts may come out as a little less. */
+    int room = budget >= all ? s->E : (int)((double)s->E * ((double)budget / (double)all) + 1e-4);
     if (stale) {
         int kept = h->held - h->held / 16 - 1;
         h->limit = kept > 1 ? kept : 1;
@@ -204,18 +241,27 @@ static void read_ahead(rp *p, int layer, layer_state *s, int n, const int32_t *i
     p->c->ahead_misses += (uint64_t)n_missing;
     p->c->ahead_stale += (uint64_t)stale;
     int room = room_of(p, s, budget, stale);
-    shrink_to(p, s, needed, room > n_missing ? room - n_missing : 0);
-    int n_read = room - s->shelf.held;
+    bool is_passing[RP_MAXE] = {0};
+    int n_read = room;
+    if (p->c->mode == RP_COST) {
+        keep_by_recency(p, layer, s, needed, room, is_passing);
+        /* Those that stay come first, if not all can be read at a time. */
+        for (int i = 0, at = 0; i < n_missing; i++) if (!is_passing[missing[i]]) { int e = missing[i]; missing[i] = missing[at]; missing[at++] = e; }
+    } else {
+        shrink_to(p, s, needed, room > n_missing ? room - n_missing : 0);
+        n_read -= s->shelf.held;
+    }
     n_read = n_read < 0 ? 0 : n_read < n_missing ? n_read : n_missing;
     /* Tensor by tensor, as the products go. */
     for (int i = 0; i < s->n_ranges; i++) for (int j = 0; j < n_read; j++) ask_for(p, &s->ranges[i], missing[j]);
     for (int j = 0; j < n_missing; j++) {
-        if (j < n_read) s->shelf.is_held[missing[j]] = true;
-        else { s->shelf.is_spilled[missing[j]] = true; p->spilled_layer = layer; }
+        if (j < n_read && !is_passing[missing[j]]) {
+            s->shelf.is_held[missing[j]] = true;
+            s->shelf.held++;
+            p->c->held_bytes += expert_bytes(s);
+        } else { s->shelf.is_spilled[missing[j]] = true; p->spilled_layer = layer; }
     }
-    s->shelf.held += n_read;
     p->c->ahead_spilled += (uint64_t)(n_missing - n_read);
-    p->c->held_bytes += (uint64_t)n_read * expert_bytes(s);
     p->c->ahead_bytes += (uint64_t)n_read * expert_bytes(s);
     p->c->ahead_ns += now_ns() - began;
 }

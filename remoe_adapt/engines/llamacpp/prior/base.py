@@ -15,9 +15,10 @@ class PriorStatus:
     """Whether and how the prior of a context acts, and what it has done since the context was made.
 
     acts: it may rewrite ids (at a gain above 0); reason: why not, "on" if so. computed_by: "c" or "numpy"; why_numpy:
-    why not in C. gains: of each layer with experts, in model order, and layers: their numbers in the file. share: of a layer's experts
-    those that the mode prefers, 0 in modes without. tokens: rows of the first such layer. changed_rows: rows of any layer whose ids or their order changed; swapped: ids
-    that took another one's place. eor: share of experts that the token before used too. restarts and rewinds:
+    why not in C. gains: of each layer with experts, in model order, and layers: their numbers in the file. share: of a
+    layer's experts those that the mode prefers, 0 in modes without. tokens: rows of the first such layer. changed_rows:
+    rows of any layer whose ids or their order changed; swapped: ids that took another one's place. eor: share of
+    experts that the token before used too. restarts and rewinds:
     sequences whose state began anew because it could not be followed, or went back. refused_rows: rows left alone
     because a check failed; lost_rows: rows of no known sequence. is_blind: residency cannot be told from memory
     (`resident` does nothing). microseconds_per_layer: in the callback, wall time.

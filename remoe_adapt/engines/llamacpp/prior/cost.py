@@ -92,7 +92,11 @@ def held(recency_E: _Floats, share: float, k: int) -> NDArray[np.bool_]:
 def raised(
     choice_E: _Floats, held_E: NDArray[np.bool_], ids_K: NDArray[np.int32], gain: float, ranks: Ranks, normalise: bool
 ) -> _Floats:
-    """What experts rank by [E], as `rank_by_cost` of cost.c. choice_E: what is ranked, a softmax by its logarithm; ids_K: the best of it."""
+    """What experts rank by [E], as `rank_by_cost` of cost.c has it.
+
+    choice_E: what is ranked, a softmax by its logarithm. ids_K: the best of it. normalise: weights are divided by their
+    sum.
+    """
     with np.errstate(all="ignore"):
         is_raised_E = held_E & np.isfinite(choice_E)
         if ranks in (Ranks.SOFTMAX, Ranks.LOGITS):
