@@ -25,7 +25,6 @@ from remoe_adapt.family import Family, FamilyPoint
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers import survey_routers
 from remoe_adapt.texts import data_files
-from remoe_adapt.training import token_rows
 from remoe_adapt.tuner import plain_base
 
 BUDGETS = (1.002, 1.005, 1.01, 1.02, 1.05)
@@ -81,6 +80,9 @@ def tune_family(
         FamilyError: `out` holds a family already, or cannot be written.
         RouterError: no router of the model can have a recency prior.
     """
+    # The trainer's libraries take seconds to import, and most of what is measured here needs none of them.
+    from remoe_adapt.training import token_rows
+
     aims, out = check_budgets(budgets), Path(out)
     check_replay(("lru",), (cache,))
     kind = Recency.of(mode, 0.0, decay)

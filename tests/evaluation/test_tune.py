@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import random
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,19 @@ import numpy as np
 import pytest
 import torch
 from cli_support import call, found, refused
+from rich.console import Console
 from tiny_family import byte_tokenizer, save_base
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from remoe_adapt import Family
+from remoe_adapt.cli.tune import points_table
 from remoe_adapt.errors import ConfigError, DataError, FamilyError, RouterError
-from remoe_adapt.evaluation.evaluate import evaluate
+from remoe_adapt.evaluation.evaluate import Tally, evaluate
 from remoe_adapt.evaluation.sensitivity import (
     MOST_GROUPS,
     Calibration,
     Curve,
+    Measurement,
     Outcome,
     allot,
     calibrate,
@@ -30,7 +35,7 @@ from remoe_adapt.evaluation.sensitivity import (
     groups_of,
     measure_priors,
 )
-from remoe_adapt.evaluation.tune import _rows, check_budgets, tune_family
+from remoe_adapt.evaluation.tune import _rows, _verified, check_budgets, tune_family
 from remoe_adapt.eviction.replay import cache_capacity, replay
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.training.run import token_rows
@@ -56,15 +61,13 @@ def base(home: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def tuned(home: Path, base: PreTrainedModel) -> dict[str, Any]:
-    done: list[int] = []
-    totals: list[int] = []
-    result = tune_family(
-        base, [home / "a.txt"], home / "family", tokenizer=byte_tokenizer(), base_id="tiny/base", budgets=BUDGETS,
-        tokens=1024, on_total=totals.append, on_tokens=done.append,
-    )  # fmt: skip
-    assert totals == sorted(totals) and sum(done) == totals[-1]
-    return result
+def command(home: Path) -> tuple[object, ...]:
+    return ("tune", home / "base", "--data", home / "a.txt", "--budgets", "1.005,1.05", "--max-tokens", 1024)
+
+
+@pytest.fixture(scope="module")
+def tuned(home: Path, command: tuple[object, ...]) -> dict[str, Any]:
+    return found(*command, "--out", home / "family")
 
 
 def test_a_curve_gives_back_what_made_it_and_gains_follow_the_marginal_return() -> None:
@@ -174,19 +177,40 @@ def test_points_keep_their_budgets_on_text_that_calibration_never_saw(
     weak, strong = tuned["points"]
     assert weak["misses"] >= strong["misses"]
     assert all(a <= b for a, b in zip(weak["gains"], strong["gains"], strict=True))
-    assert json.loads(json.dumps(tuned)) == tuned
+    told = tuned["calibration"]
+    assert [group["layers"] for group in told["groups"]] == [[0], [1], [2], [3]] and told["tokens"] >= 1000
+    assert [len(group["kl"]) for group in told["groups"]] == [3] * 4 and len(told["way"]) == 6
 
 
-def test_a_point_over_its_budget_is_stepped_back(
-    home: Path, base: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Told that a nat of divergence costs next to nothing, calibration aims far beyond the budget.
-    monkeypatch.setattr("remoe_adapt.evaluation.sensitivity._loss_of_divergence", lambda outcomes: (0.02, 0.0))
-    result = tune_family(
-        base, [home / "a.txt"], tmp_path / "family", tokenizer=byte_tokenizer(), budgets=[1.01], tokens=1024
-    )
-    (row,) = result["points"]
-    assert row["steps_back"] >= 1 and row["met"] and row["ppl_ratio"] <= 1.01 and row["to_lru"] < 1.0
+def test_a_point_over_its_budget_is_stepped_back_and_a_hopeless_one_says_so() -> None:
+    """Where a nat of divergence costs three times what calibration said, on the text that points are measured on."""
+    kind, curve = Recency.of("cost", 0.0), Curve(1.0, 2.0, 2.0, 0.05, 1.5)
+
+    def outcome(prior: Recency, dearer: float) -> Outcome:
+        gains = np.array(prior.gains())
+        kl = float(curve.kl(gains).sum())
+        return Outcome(prior, kl, dearer * kl, 1e-4, curve.misses - curve.saved(gains), Tally())
+
+    probes = [tuple(outcome(replace(kind, gain=(gain,)), 1.0) for gain in (0.05, 0.1, 0.2))]
+    calibrated = Calibration(kind, 1, [(0,)], probes, [curve], 3.0, 2.0, 100, [])
+    calibrated.way = [(price, outcome(calibrated.prior_at(price), 1.0)) for price in np.geomspace(1e-4, 1.0, 9)]
+    asked: list[int] = []
+
+    def measured(dearer: float, priors: Sequence[Recency]) -> Measurement:
+        asked.append(len(priors))
+        outcomes = tuple(outcome(prior, dearer) for prior in priors)
+        return Measurement(Tally(), outcomes, np.ones(1), np.ones(1), 8, 1000, 1, 64)
+
+    points, _ = _verified(calibrated, BUDGETS, partial(measured, 0.9))
+    assert asked == [2] and [point.steps_back for point in points] == [0, 0]
+    assert [math.log(point.ratio) / math.log(point.budget) for point in points] == pytest.approx([0.9, 0.9], abs=0.05)
+    asked.clear()
+    points, _ = _verified(calibrated, BUDGETS, partial(measured, 3.0))
+    assert asked[:2] == [2, 2] and not any(point.is_over for point in points)
+    assert all(1 <= point.steps_back <= 2 for point in points)
+    assert [math.log(point.ratio) / math.log(point.budget) for point in points] == pytest.approx([0.85, 0.85], abs=0.15)
+    points, _ = _verified(calibrated, BUDGETS, partial(measured, 1e9))
+    assert all(point.is_over for point in points)
 
 
 def test_rows_fill_whole_windows() -> None:
@@ -228,13 +252,10 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(home: Path, base: Pr
     with pytest.raises(FamilyError, match="exists already"):
         tune(tmp_path / "there")
 
-    class Stop(Exception):
-        pass
-
     def stop(_tokens: int) -> None:
-        raise Stop
+        raise KeyboardInterrupt
 
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         tune(tmp_path / "out", on_tokens=stop)
     assert not (tmp_path / "out").exists() and not any("forward" in vars(module) for module in base.modules())
 
@@ -247,14 +268,16 @@ def test_a_model_without_a_router_that_can_have_it_is_refused(
         tune_family(base, [home / "a.txt"], tmp_path / "out", tokenizer=byte_tokenizer(), tokens=1024)
 
 
-def test_the_command_prints_and_writes_it(home: Path, tmp_path: Path, tuned: dict[str, Any]) -> None:
-    command = ("tune", home / "base", "--data", home / "a.txt", "--budgets", "1.005,1.05", "--max-tokens", 1024)
-    result = found(*command, "--out", tmp_path / "family")
-    assert [row["gains"] for row in result["points"]] == [row["gains"] for row in tuned["points"]]
-    assert Family.load(tmp_path / "family").base_id == str(home / "base")
-    shown = call("eval", home / "base", "--family", tmp_path / "family", "--data", home / "a.txt", "--max-tokens", 200)
+def test_the_command_writes_what_evaluations_read_and_refuses_in_one_line(
+    home: Path, command: tuple[object, ...], tuned: dict[str, Any], tmp_path: Path
+) -> None:
+    assert Family.load(home / "family").base_id == str(home / "base")
+    shown = call("eval", home / "base", "--family", home / "family", "--data", home / "a.txt", "--max-tokens", 200)
     assert shown.exit_code == 0 and "0.50" in shown.stdout
-    assert "exists already" in refused(*command, "--out", tmp_path / "family")
+    assert "exists already" in refused(*command, "--out", home / "family")
     assert "budget 1.0" in refused(*command[:5], "1.0", "--out", tmp_path / "other", status=2)
     assert not (tmp_path / "other").exists()
-    assert all(a["misses"] >= b["misses"] for a, b in pairwise(result["points"]))
+    table = Console(width=200, record=True, file=io.StringIO())
+    table.print(points_table(tuned))
+    text = table.export_text()
+    assert all(word in text for word in ("1.005", "to LRFU", f"{tuned['points'][1]['to_lru']:.3f}"))

@@ -95,8 +95,8 @@ class PriorEngine(OutsideEngine):
 
     def _at(self, strength: float) -> Recency:
         if self._family is not None:
-            # The base of a family has no prior: that of its points at gains of 0.
-            return self._family.recency(strength) or replace(self.recency, gain=(0.0,) * len(self.recency.gains()))
+            # The base of a family has no prior: that of its points at a gain of 0.
+            return self._family.recency(strength) or replace(self.recency, gain=0.0)
         gain = self.recency.gain
         scaled = tuple(strength * one for one in gain) if isinstance(gain, tuple) else strength * gain
         return replace(self.recency, gain=scaled)

@@ -108,7 +108,8 @@ class ServedGguf:
             self._recency = self._family.recency(1.0)
         elif self._family is not None and not self._family.has_adapters:
             raise ConfigError(
-                f"the points of {printable(self._family.path)} are a recency prior alone: leave --recency and --gain out."
+                f"the points of {printable(self._family.path)} are a recency prior alone: leave --recency and "
+                "--recency-gain out."
             )
         if options.llama_server is not None:
             check_preloadable(options.llama_server)
