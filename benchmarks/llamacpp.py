@@ -8,7 +8,8 @@ computes is the shipped model: the callback of the prior divides the weights of 
 engine does not.
 
 `ARMS` are the base, the recency prior in the engine, the trained adapter (as LoRAs, or by the first part of a split
-file) and both, and base and prior once more with experts read ahead at the stop where their ids are known. Three parts:
+file) and both, and base and priors once more with experts read ahead at the stop where their ids are known. Three
+parts:
 
 * rounds: every arm decodes the same `warm` and `tokens` tokens of a window; the order turns round with each round.
 * the same with the cap lifted, for the arms without an adapter.
@@ -63,20 +64,25 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Arm:
-    """recency, gain: of the prior in the engine. strength: of the trained adapter, set as `by` says. engine: further
-    options of `LlamaModel`; arms that differ in those are processes of their own."""
+    """recency, gain, share: of the prior in the engine. strength: of the trained adapter, set as `by` says. engine:
+    further options of `LlamaModel`; arms that differ in those are processes of their own, and so are modes among those
+    that read ahead: pages that two models map in one process cannot be given back."""
 
     name: str
     recency: str = "ema"
     gain: float = 0.0
     strength: float = 0.0
     by: str = "lora"
+    share: float | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
 BASE = Arm("base")
 # Experts are read as soon as their ids are known, and as many stay in memory as the limit leaves room for.
 _AHEAD = {"expert_cache": 1.0}
+# Of a layer's experts, what the limit leaves room for, and a little less: beside them lies the rest of the model.
+_SHARE = 0.5
+_COST = (0.05, 0.1)
 ARMS = (
     BASE,
     Arm("ema 0.3", gain=0.3),
@@ -84,9 +90,10 @@ ARMS = (
     *(Arm(f"adapter {strength:g}", strength=strength) for strength in (0.3, 1.0)),
     Arm("adapter 1, split file", strength=1.0, by="split"),
     Arm("adapter 0.3, ema 0.2", gain=0.2, strength=0.3),
-    # One mode for all of them, so that one engine maps the file: pages that two of them map cannot be given back.
+    *(Arm(f"cost {gain:g}", "cost", gain, share=_SHARE) for gain in _COST),
     Arm("base, read ahead", "resident", engine=_AHEAD),
     *(Arm(f"resident {gain:g}, read ahead", "resident", gain, engine=_AHEAD) for gain in (0.15, 0.2)),
+    *(Arm(f"cost {gain:g}, read ahead", "cost", gain, share=_SHARE, engine=_AHEAD) for gain in _COST),
 )
 
 
@@ -113,24 +120,25 @@ class Worker:
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request["op"] == "load":
-            self._models: dict[tuple[str, str], LlamaModel] = {}
-            self._scales: dict[tuple[str, str], ScaleMap] = {}
-            for by, recency in request["models"]:
+            self._models: dict[tuple[str, str, float | None], LlamaModel] = {}
+            self._scales: dict[tuple[str, str, float | None], ScaleMap] = {}
+            for by, recency, share in request["models"]:
                 model = LlamaModel(
                     request["files"][by], context_tokens=512, load_mode="mmap", repack=False, recency=recency, gain=0.0,
-                    renormalise=True, **request["engine"],
+                    share=share, renormalise=True, **request["engine"],
                 )  # fmt: skip
                 found = model.prior_status()
                 assert found is not None
                 if not found.acts or found.is_blind:
                     raise ConfigError(f"the prior in the engine is off: {found.reason}")
                 loras = {float(s): model.load_lora(path) for s, path in request["loras"] if by == "lora"}
-                self._models[by, recency], self._scales[by, recency] = model, ScaleMap(tuple(sorted(loras.items())))
+                self._models[by, recency, share] = model
+                self._scales[by, recency, share] = ScaleMap(tuple(sorted(loras.items())))
             return {}
         arm, warm = Arm(**request["arm"]), request["warm"]
-        model = self._models[arm.by, arm.recency]
+        model = self._models[_model(arm)]
         if arm.by == "lora":
-            scales = self._scales[arm.by, arm.recency].scales(arm.strength)
+            scales = self._scales[_model(arm)].scales(arm.strength)
             model.set_loras({lora: scale for lora, scale in scales.items() if scale})
         model.set_gain(arm.gain)
         model.clear()
@@ -233,11 +241,12 @@ class Run:
             group.limit(self.limit_bytes)
             worker = self._workers[key] = WorkerProcess("llama.cpp", group, command, cap)
             ending.callback(worker.close)
-            models = sorted({(arm.by, arm.recency) for arm in self._arms if _key(arm) == key})
+            models = sorted({_model(arm) for arm in self._arms if _key(arm) == key}, key=str)
             worker.ask("load", models=models, files=files[key], loras=loras, engine=engines[key])
         self._free = WorkerProcess("llama.cpp without a limit", None, command)
         ending.callback(self._free.close)
-        self._free.ask("load", models=[("lora", "ema")], files={"lora": str(plain)}, loras=loras, engine={})
+        models = sorted({_model(_without_limit(arm)) for arm in self._arms if not needs_limit(arm)}, key=str)
+        self._free.ask("load", models=models, files={"lora": str(plain)}, loras=loras, engine={})
         return cap
 
     def rounds(self, arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
@@ -269,9 +278,7 @@ class Run:
         return self._workers[_key(arm)].ask("decode", arm=asdict(arm), ids=list(ids), warm=warm)
 
     def _unlimited(self, arm: Arm, ids: Sequence[int]) -> dict[str, Any]:
-        recency = arm.recency if arm.gain else BASE.recency
-        alike = replace(arm, engine={}, by="lora", recency=recency)
-        return self._free.ask("decode", arm=asdict(alike), ids=list(ids), warm=0)
+        return self._free.ask("decode", arm=asdict(_without_limit(arm)), ids=list(ids), warm=0)
 
 
 def needs_limit(arm: Arm) -> bool:
@@ -280,7 +287,19 @@ def needs_limit(arm: Arm) -> bool:
 
 
 def _key(arm: Arm) -> str:
-    return json.dumps(dict(arm.engine), sort_keys=True)
+    """Of its process."""
+    return json.dumps([dict(arm.engine), arm.recency if arm.engine else ""], sort_keys=True)
+
+
+def _model(arm: Arm) -> tuple[str, str, float | None]:
+    """Of its model in that process."""
+    return arm.by, arm.recency, arm.share
+
+
+def _without_limit(arm: Arm) -> Arm:
+    """One that computes the same from a file that is all in memory."""
+    prior = (arm.recency, arm.share) if arm.gain else (BASE.recency, BASE.share)
+    return replace(arm, engine={}, by="lora", recency=prior[0], share=prior[1])
 
 
 def _add(sums: dict[str, Any], found: Mapping[str, Any], window: int) -> None:
@@ -392,7 +411,7 @@ def bars(rows: Sequence[Mapping[str, Any]], arms: Sequence[Arm]) -> list[dict[st
 
 
 def _differ_in_engine(arm: Arm, plain: Arm) -> bool:
-    alike = arm.gain == plain.gain and (arm.recency == plain.recency or not arm.gain)
+    alike = arm.gain == plain.gain and ((arm.recency, arm.share) == (plain.recency, plain.share) or not arm.gain)
     return alike and not plain.engine and arm.strength == plain.strength
 
 

@@ -54,7 +54,8 @@ def test_the_worker_decodes_the_shipped_model_one_by_one(
     loras = [(1.0, str(home / "loras" / f"{Family.adapter_name(1.0)}.gguf"))]
     files = {"lora": str(home / "plain.gguf")}
     worker = bench.Worker()
-    worker.answer({"op": "load", "models": [("lora", "ema")], "files": files, "loras": loras, "engine": {}})
+    models = [("lora", "ema", None), ("lora", "cost", 0.5)]
+    worker.answer({"op": "load", "models": models, "files": files, "loras": loras, "engine": {}})
 
     def decoded(arm: Any) -> dict[str, Any]:
         found: dict[str, Any] = worker.answer({"op": "decode", "arm": asdict(arm), "ids": windows[0], "warm": 8})
@@ -68,15 +69,21 @@ def test_the_worker_decodes_the_shipped_model_one_by_one(
     wanted = score(logits_TV, torch.tensor(windows[0][1:]))[0].tolist()
     assert base["nll"] == pytest.approx(wanted, abs=0.02), "renormalised, in F16"
     others = [decoded(bench.Arm("much", gain=2.0))["nll"], decoded(bench.Arm("adapter", strength=1.0))["nll"]]
-    assert base["nll"] not in others and others[0] != others[1] and decoded(bench.BASE)["nll"] == base["nll"]
+    others.append(decoded(bench.Arm("priced", "cost", 0.3, share=0.5))["nll"])
+    assert base["nll"] not in others and len({str(nll) for nll in others}) == 3
+    assert decoded(bench.BASE)["nll"] == base["nll"] == decoded(bench.Arm("idle", "cost", share=0.5))["nll"]
 
 
 def test_every_arm_has_a_name_and_processes_are_of_engine_options(bench: Any) -> None:
     assert bench.ARMS[0] == bench.BASE and len({arm.name for arm in bench.ARMS}) == len(bench.ARMS)
     ahead = bench.Arm("ahead", "resident", 0.1, engine={"b": 1, "a": 2})
-    same = bench.Arm("ahead too", "ema", 0.1, engine={"a": 2, "b": 1})
+    same = bench.Arm("ahead too", "resident", 0.3, engine={"a": 2, "b": 1})
     assert bench._key(ahead) == bench._key(same) != bench._key(bench.BASE)
-    assert [bench.needs_limit(arm) for arm in (ahead, same, bench.BASE)] == [True, False, False]
+    # Two modes are two models, which must not map one file in one process if pages of it are given back.
+    other = bench.Arm("another mode", "ema", 0.1, engine={"a": 2, "b": 1})
+    assert bench._key(other) != bench._key(ahead)
+    assert bench._key(bench.Arm("without", "cost", 0.1)) == bench._key(bench.BASE)
+    assert [bench.needs_limit(arm) for arm in (ahead, other, bench.BASE)] == [True, False, False]
 
 
 def found(seconds: float, size: int, nll: dict[int, list[float]]) -> dict[str, Any]:
@@ -133,7 +140,16 @@ def test_a_small_run_from_end_to_end(bench: Any, tmp_path: Path) -> None:
     arms = [
         arm
         for arm in bench.ARMS
-        if arm.name in ("base", "resident 0.2", "adapter 1", "adapter 1, split file", "base, read ahead")
+        if arm.name
+        in (
+            "base",
+            "resident 0.2",
+            "adapter 1",
+            "adapter 1, split file",
+            "base, read ahead",
+            "cost 0.1",
+            "cost 0.1, read ahead",
+        )
     ]
     result = bench.run(options, arms)
     rows = {row["arm"]: row for row in result["rows"]}

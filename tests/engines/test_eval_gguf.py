@@ -69,17 +69,18 @@ def measured(path: Path, documents: list[list[int]], **options: Any) -> dict[str
 def test_gain_0_is_the_base_and_a_gain_raises_overlap(home: Path, documents: list[list[int]]) -> None:
     gains = (0.0, 0.3)
     priors = [Recency.of(mode, gain) for mode in ("ema", "last") for gain in gains]
+    priors += [Recency.of("cost", gain, share=share) for share in (0.5, 0.25) for gain in (0.0, 0.3)]
     result = measured(home / "m.gguf", documents, priors=priors, warm_tokens=3)
-    base, (none, ema, still, last) = result["base"], result["priors"]
+    base, (none, ema, still, last, idle, wide, _, narrow) = result["base"], result["priors"]
     assert (result["tokens"], result["documents"], result["window"]) == (39 + 24, 2, 256)
-    for row in (none, still):
+    for row in (none, still, idle):
         assert (row["ppl_ratio"], row["kl"], row["swapped_share"]) == (1.0, 0.0, 0.0)
         assert {k: v for k, v in row.items() if k not in READ | PRIOR} == {k: base[k] for k in base if k not in READ}
-    for row, mode in ((ema, "ema"), (last, "last")):
+    for row, mode in ((ema, "ema"), (last, "last"), (wide, "cost"), (narrow, "cost")):
         assert (row["recency"], row["recency_gain"]) == (mode, 0.3)
         assert row["eor"] > base["eor"] + 0.1 and row["kl"] > 1e-6 and 0.05 < row["swapped_share"] < 1
         assert row["lru@0.25"] > base["lru@0.25"] and row["switch_rate"] <= base["switch_rate"]
-    assert ema["eor"] != last["eor"]
+    assert len({row["eor"] for row in (ema, last, wide, narrow)}) == 4
     assert base["mib_per_token"] >= 0 and base["major_faults_per_token"] >= 0 and base["in_memory"] > 0.5
 
 
@@ -205,7 +206,9 @@ def test_the_command_line_prints_it_and_names_what_would_do_nothing(
         (("--storage", home), "--storage does"), (("--arithmetic", "fast"), "--arithmetic does"),
         (("--against", "x"), "--against does"), (("--family", "x", "--certify"), "--certify does"),
         (("--recency", "often"), "'often'"), (("--recency", "last", "--gain", 0.1, "--recency-decay", 0.5), "ema"),
-        (("--recency", "ema,last", "--recency-decay", 0.5), "nothing in the mode last"), (("--gain", "99"), "gain 99"),
+        (("--recency", "ema,last", "--recency-decay", 0.5), "nothing in the mode last"),
+        (("--recency", "cost,ema", "--recency-share", 0.5), "nothing in the mode ema"),
+        (("--recency", "cost", "--recency-share", 1.5), "share 1.5"), (("--gain", "99"), "gain 99"),
         (("--window", 999), "longer than this model's, 256"), (("--max-tokens", 3), "too few for 2"),
         (("--config", repo_root / "examples" / "tiny_moe"), "of a qwen2_moe model, the file is of the architecture"),
     ):  # fmt: skip

@@ -21,11 +21,12 @@ pytest.importorskip("gguf", reason="GGUF files (extra: export)")
 from gguf_writer import small_model, write_gguf
 from llama_answers import SAME
 from llama_child import LlamaChild
-from preloaded import Asked, OwnLoop, asked, command, control_of_server, prompts, served, turn_and_ask
+from preloaded import TOKENS, Asked, OwnLoop, asked, command, control_of_server, prompts, served, turn_and_ask
 from waiting import until
 
 from remoe_adapt.engines.llamacpp.prior.control import GainEvent
 from remoe_adapt.engines.llamacpp.serve import ServedGguf
+from remoe_adapt.recency_settings import Recency
 
 GAINS = (0.3, 0.6, 1.5)
 
@@ -95,6 +96,21 @@ def test_a_reused_prompt_goes_on_from_its_prefix(server: ServedGguf, own: OwnLoo
     assert own.gap(one, [(0, 1.5)]) < SAME < own.gap(one, [(0, 0.6)])
     after = control_of_server(server).status().counters
     assert after["rewinds"] > before["rewinds"] and after["restarts"] == before["restarts"]
+
+
+def test_another_mode_is_commanded_while_it_runs(model: Path, server: ServedGguf) -> None:
+    """Mode cost, whose share is a part of the command."""
+    answers = []
+    for share in (0.25, 0.6):
+        own = OwnLoop(model, Recency.of("cost", 0.0, share=share))
+        control_of_server(server).command(Recency.of("cost", 0.3, share=share))
+        one = asked(server.port, prompts(1, seed=9)[0], n_predict=3 * TOKENS)
+        assert checked(one, server, own) == [(0, pytest.approx(0.3))]
+        answers.append(one.answer.tokens)
+    status = control_of_server(server).status()
+    assert answers[0] != answers[1]
+    assert (status.state, status.mode, status.gain) == ("on", "cost", pytest.approx(0.3))
+    command(server, 0.0)
 
 
 def test_a_server_that_was_killed_comes_back_at_its_gain(model: Path, server: ServedGguf, own: OwnLoop) -> None:

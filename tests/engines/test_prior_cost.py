@@ -15,12 +15,12 @@ from llama_engine import skip_without_engine
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remoe_adapt.engines.llamacpp.prior.cost import Ranks, Weighing, held, raised
+from remoe_adapt.engines.llamacpp.prior.cost import HELD_ABOVE, Ranks, Weighing, held, raised
 from remoe_adapt.engines.llamacpp.prior.fallback import best
 from remoe_adapt.engines.llamacpp.prior.native import MODES
+from remoe_adapt.gating import HELD_ABOVE as ABOVE
 from remoe_adapt.gating import cost
 from remoe_adapt.gating.reference import PriorStep, topk_gating, update_recency
-from remoe_adapt.recency_settings import HELD_ABOVE
 from remoe_adapt.routers import RouterSpec, best_ids
 
 pytest.importorskip("xllamacpp", reason="llama.cpp in this process (extra: llamacpp)")
@@ -169,7 +169,7 @@ def test_what_counts_as_held_ends_where_the_definition_ends_it(graph: Graph) -> 
         update_recency(recency_1E, chosen[-1], DECAY)
     graph.rows([0] * 1100, range(1100))
     assert graph.choose(scores_TE, K).tolist() == torch.cat(chosen).tolist()
-    # The bound itself is written in C as well.
+    assert HELD_ABOVE == ABOVE
     for least, is_held in ((HELD_ABOVE, True), (np.nextafter(np.float32(HELD_ABOVE), np.float32(0)), False)):
         assert held(np.array([least, 0, 0], np.float32), 1.0, 1)[0] == is_held
 

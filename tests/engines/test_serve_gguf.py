@@ -51,13 +51,14 @@ def test_the_command_serves_at_the_gain_of_its_strength_and_logs_it(model: Path,
     log = tmp_path / "log.jsonl"
     speaking = serve_gguf(
         str(model), family=None, profile=None, host="127.0.0.1", port=0, api_key="secret", pressure=None, strength=0.5,
-        recency="ema", recency_gain=1.2, recency_decay=None, log=log, llama_server=None, llama_options=None,
+        recency="cost", recency_gain=1.2, recency_decay=None, recency_share=0.5, log=log, llama_server=None,
+        llama_options=None,
         context_tokens=512, slots=2, threads=1, interval=0.01,
     )  # fmt: skip
     began, text = next(speaking)
     start, _ = next(speaking)
     assert began["event"] == "serving" and began["url"] in text
-    assert (start["event"], start["mode"], start["gain"], start["strength"]) == ("start", "ema", 0.6, 0.5)
+    assert (start["event"], start["mode"], start["gain"], start["strength"]) == ("start", "cost", 0.6, 0.5)
     address = Address.parse(began["url"])
     with pytest.raises(ServerError, match="401"):
         call(address, "/v1/completions", {"prompt": "a"})
@@ -79,8 +80,8 @@ def test_the_command_serves_at_the_gain_of_its_strength_and_logs_it(model: Path,
 )
 def test_a_gain_with_nothing_to_turn_it_by_is_held(model: Path, given: dict[str, Any], strength: float) -> None:
     options: dict[str, Any] = dict.fromkeys(
-        ("family", "profile", "api_key", "pressure", "strength", "recency", "recency_decay", "log", "llama_server",
-         "llama_options", "interval")
+        ("family", "profile", "api_key", "pressure", "strength", "recency", "recency_decay", "recency_share", "log",
+         "llama_server", "llama_options", "interval")
     )  # fmt: skip
     speaking = serve_gguf(
         str(model), **options | {"interval": 5.0} | given, host="127.0.0.1", port=0, recency_gain=1.2,

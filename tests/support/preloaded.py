@@ -121,8 +121,8 @@ def asked(port: int, prompt: Sequence[int], **more: Any) -> Asked:
 class OwnLoop:
     """Greedy answers of LlamaModel with its own prior, outputs for the last token of a prompt alone, as a server's."""
 
-    def __init__(self, path: Path) -> None:
-        self.model = LlamaModel(path, context_tokens=512, recency="ema", gain=0.0)
+    def __init__(self, path: Path, recency: Recency | None = None) -> None:
+        self.model = LlamaModel(path, context_tokens=512, recency=recency or Recency.of("ema", 0.0))
 
     def gap(self, one: Asked, gains: Sequence[tuple[int, float]]) -> float:
         """By how much the logits of the answer's tokens miss the greedy ones, at most; infinite where the log

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from remoe_adapt.recency_settings import HELD_ABOVE, held_experts
+from remoe_adapt.recency_settings import held_experts
 
+# A recency below it is none, as to the kernels (triton_kernels/rule.py), which are not imported: they need torch.
+HELD_ABOVE = 1e-25
 NO_WEIGHTS = "the graph does not tell what the weights of the chosen experts are, by which the mode cost ranks"
 _TINY = np.finfo(np.float32).tiny
 _Floats = NDArray[np.float32]

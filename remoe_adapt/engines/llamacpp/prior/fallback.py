@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from remoe_adapt._support import say_once
 from remoe_adapt.engines.llamacpp.prior.base import EnginePrior, PriorStatus
-from remoe_adapt.engines.llamacpp.prior.cost import NO_WEIGHTS, Weighing, held, raised
+from remoe_adapt.engines.llamacpp.prior.cost import HELD_ABOVE, NO_WEIGHTS, Weighing, held, raised
 from remoe_adapt.engines.llamacpp.prior.native import LAYERS, MAX_EXPERTS, NativePrior
 from remoe_adapt.errors import MissingDependencyError
-from remoe_adapt.recency_settings import HELD_ABOVE, Recency
+from remoe_adapt.recency_settings import Recency
 
 MAX_CHOSEN = 64
 MAX_SPAN = np.float32(1e30)

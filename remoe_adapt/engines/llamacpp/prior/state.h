@@ -19,7 +19,7 @@
 #define MAX_GAIN 16.0f
 /* What decayed to less than this is left out when a state is computed again from the ids of the past. */
 #define FORGOTTEN 1e-12
-/* A recency below it is none to RP_COST: HELD_ABOVE of recency_settings.py. */
+/* A recency below it is none to RP_COST: HELD_ABOVE of triton_kernels/rule.py. */
 #define HELD_ABOVE 1e-25f
 #define USUAL_SHARE 0.25
 #define USUAL_DECAY 0.7
