@@ -27,7 +27,7 @@ def check_kind(values: Mapping[str, Any], command: Callable[..., object], gguf: 
     rules.check_kind(values, command, _OF_TRANSFORMERS, _OF_GGUF, gguf=gguf, does="runs")
 
 
-def priors_of(recency: str | None, gains: str | None, decay: float | None, share: float | None) -> list[Recency]:
+def priors_of(recency: str | None, gains: str | None, decay: float | None, share: float | None = None) -> list[Recency]:
     """A prior of each mode and gain; none where nobody asked for one. Raises ConfigError for what cannot be."""
     if recency is None and gains is None and decay is None and share is None:
         return []
@@ -54,7 +54,6 @@ def eval_gguf(
     recency: str | None,
     recency_gain: str | None,
     recency_decay: float | None,
-    recency_share: float | None,
     plot: Path | None,
     per_layer: bool,
     force: bool,
@@ -62,6 +61,7 @@ def eval_gguf(
     warm_tokens: int,
     threads: int | None,
     expert_cache: str | None = None,
+    recency_share: float | None = None,
 ) -> CommandResult:
     """The result of `evaluate_gguf`, and its tables; options as the command has them."""
     priors = priors_of(recency, recency_gain, recency_decay, recency_share)

@@ -41,7 +41,6 @@ def serve_gguf(
     recency: str | None,
     recency_gain: float | None,
     recency_decay: float | None,
-    recency_share: float | None,
     log: Path | None,
     llama_server: Path | None,
     llama_options: list[str] | None,
@@ -51,6 +50,7 @@ def serve_gguf(
     interval: float | None,
     page: str | None = None,
     expert_cache: str | None = None,
+    recency_share: float | None = None,
 ) -> CommandLines:
     """Events of the server until a signal; see `engines.llamacpp.serve`."""
     from remoe_adapt.dial import profile_of

@@ -47,7 +47,7 @@ def read_recency(entry: Any, where: str) -> Recency | None:
         raise FamilyError(f"{where}: recency decay {_shown(decay)} must be at least 0 and below 1.")
     if not isinstance(gains, list | tuple) or not all(is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
         raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
-    share = entry.get("share")
+    share: Any = entry.get("share")
     if "share" in entry and not (mode in MODES and MODES[mode].default_share):
         raise FamilyError(f"{where}: recency share is of the mode {share_words()}; {_shown(mode)} has none.")
     if "share" in entry and (not is_number(share) or not 0.0 < share <= 1.0):

@@ -103,7 +103,7 @@ class SingleGate:
             # Rounded to fp32 where tensors are; `add` rounds the product and takes it in at once, as `addcmul` does.
             add(choice_1E, prior.recency_BE, alpha=c_float(span).value * self._gains[layer], out=ranked_1E)
         else:
-            add(choice_1E, self._bonus(layer, z_1E, scores_1E, choice_1E, k, spec), out=ranked_1E)
+            add(choice_1E, self._bonus(layer, z_1E, choice_1E, k, spec), out=ranked_1E)
         if k < experts:  # `_best`, without a call
             values_1K, ids_1K = ranked_1E.topk(k + 1)
             values = values_1K.tolist()[0]
@@ -117,9 +117,7 @@ class SingleGate:
             return z_1E.take(ids_1K).softmax(-1), ids_1K
         return _weights(z_1E, scores_1E, ids_1K, spec), ids_1K
 
-    def _bonus(
-        self, layer: int, z_1E: Tensor, scores_1E: Tensor | None, choice_1E: Tensor, k: int, spec: RouterSpec
-    ) -> Tensor:
+    def _bonus(self, layer: int, z_1E: Tensor, choice_1E: Tensor, k: int, spec: RouterSpec) -> Tensor:
         """`cost.bonus` where an expert is held, 0 elsewhere; not finite where the definition has 0 for that."""
         if spec.ranks_logits:
             reach_1E = self._reach(layer, k, spec.num_experts, logs=True)
