@@ -36,6 +36,8 @@ _ROW_STEP = 64
 _LEAST_TOKENS = 1024
 # A point over its budget is aimed at this share of what is left of it, and tried so often.
 _STEP_BACK, _MOST_STEPS = 0.9, 6
+# A rise of the loss, nats, beyond which no ratio of perplexities is told apart from any other.
+_LARGEST_CE = 500.0
 
 
 def tune_family(
@@ -166,8 +168,9 @@ class _Point:
 
     @property
     def ratio(self) -> float:
-        """Perplexity ratio, measured."""
-        return 0.0 if self.outcome is None else math.exp(self.outcome.ce)
+        """Perplexity ratio, measured; infinite for a loss that is no number, or larger than any."""
+        ce = math.nan if self.outcome is None else self.outcome.ce
+        return math.exp(ce) if ce < _LARGEST_CE else math.inf
 
     @property
     def is_over(self) -> bool:
