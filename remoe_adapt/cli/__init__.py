@@ -8,7 +8,7 @@ import warnings
 
 # In the order in which the help lists the commands.
 # isort: off
-from remoe_adapt.cli import plan, run, serve, trace, train, family_report, export, profiles, bench, watch
+from remoe_adapt.cli import plan, run, serve, trace, train, tune, family_report, export, profiles, bench, watch
 
 # isort: on
 from remoe_adapt.cli.app import app

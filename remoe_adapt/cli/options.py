@@ -61,6 +61,14 @@ Resume = Annotated[bool, typer.Option(help="Go on with an unfinished family in -
 CheckpointMinutes = Annotated[float | None, typer.Option(min=0, help="A kill loses no more than this; default 5.")]
 Control = Annotated[bool, typer.Option(help="Train the next-token-loss-only control too.")]
 
+# remoe tune
+TuneOut = Annotated[Path, typer.Option("--out", help="Folder of the family, which must not be there.")]
+Budgets = Annotated[str, typer.Option(help="Perplexity ratios to stay within, comma-separated, each above 1.")]
+TuneCache = Annotated[float, typer.Option("--cache", help="Cache whose misses count, as a share of the experts.")]
+TuneRecency = Annotated[str, typer.Option("--recency", help="Recency prior: a mode with history.")]
+TuneTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens to calibrate by, shared among the files.")]
+TextSeed = Annotated[int, typer.Option("--seed", help="Of which parts of the text are taken.")]
+
 # remoe eval
 EvalData = Annotated[list[Path] | None, typer.Option("--data", help="Text: .txt, .jsonl, .gz, or a folder; repeat.")]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Tokens in all, shared evenly among the files.")]

@@ -55,6 +55,7 @@ def serve_gguf(
     """Events of the server until a signal; see `engines.llamacpp.serve`."""
     from remoe_adapt.dial import profile_of
     from remoe_adapt.engines.llamacpp import GgufServing, ServedGguf
+    from remoe_adapt.family import Family
 
     device = profile_of(profile)
     asked = any(given is not None for given in (recency, recency_gain, recency_decay, recency_share))
@@ -64,8 +65,10 @@ def serve_gguf(
     held = prior is not None and profile is None and family is None and pressure is None and strength is None
     if held:
         strength = 1.0
-    turned = prior or device.recency
-    if turned is None and expert_cache not in (None, "off"):
+    # The gains that a family's points were measured with are theirs to say, unless a prior is asked for.
+    follows = prior is None and family is not None and Family.load(family).recency(1.0) is not None
+    turned = None if follows else prior or device.recency
+    if turned is None and not follows and expert_cache not in (None, "off"):
         turned = Recency.of("ema", 0.0)  # experts are read ahead where the prior ranks them
     options = GgufServing(
         recency=turned, family=family, host=host, port=port, api_key=api_key,

@@ -88,12 +88,13 @@ def training_free_family(routers: Routers, base_id: str, *, own_gain: bool = Tru
     """
     count = len(routers.usable())
     if not own_gain:
-        return Family(Path(TRAINING_FREE), base_id, routers.fingerprint, (FamilyPoint(1.0, TRAINING_FREE, {}),))
-    point = FamilyPoint(1.0, TRAINING_FREE, {}, Recency.of("ema", (TRAINING_FREE_GAIN,) * count))
+        return Family(Path(TRAINING_FREE), base_id, routers.fingerprint, (FamilyPoint(1.0, None, {}),))
+    point = FamilyPoint(1.0, None, {}, Recency.of("ema", (TRAINING_FREE_GAIN,) * count))
     say_once(
         f"no adapter family is known for {base_id!r}: the dial is training-free (recency prior only, ema, gain "
-        f"{TRAINING_FREE_GAIN:g} at strength 1). `remoe train {printable(base_id)} --data FILE --strengths "
-        "0.25,0.5,1.0 --out FAMILY` trains one; pass family='FAMILY'."
+        f"{TRAINING_FREE_GAIN:g} at strength 1). `remoe tune {printable(base_id)} --data FILE --out FAMILY` finds the "
+        f"gains of each layer in minutes, `remoe train {printable(base_id)} --data FILE --strengths 0.25,0.5,1.0 --out "
+        "FAMILY` trains adapters; pass family='FAMILY'."
     )
     return Family(Path(TRAINING_FREE), base_id, routers.fingerprint, (point,))
 
@@ -110,20 +111,20 @@ class DialPrior:
         for point in family.points:
             if point.recency is not None and len(point.recency.gains()) != count:
                 raise ConfigError(
-                    f"{family.path}: point {point.adapter} has {len(point.recency.gains())} recency gains, this "
+                    f"{family.path}: point {point.name} has {len(point.recency.gains())} recency gains, this "
                     f"model has {count} routers."
                 )
         self.plan, self._family = plan, family
         self.installed = InstalledPrior(model, plan.always.mode, plan.always.decay, routers, plan.always.share)
         # Only now is it known which routers can have the prior: it depends on their forwards.
-        if not self.installed.layers and not family.points[0].deltas:
+        if not self.installed.layers and not family.has_adapters:
             self.installed.remove()
             reason = next(iter(self.installed.own_forward.values()))
+            lacks = "no family is given" if family.path == Path(TRAINING_FREE) else "a family without adapters is given"
             raise FamilyError(
-                f"no family is given for {family.base_id!r}, and without one the dial has only the recency prior, "
-                f"which its routers cannot have ({reason}). Train one with `remoe train "
-                f"{printable(family.base_id)} --data FILE --strengths 0.25,0.5,1.0 --out FAMILY` and pass "
-                "family='FAMILY'."
+                f"{lacks} for {family.base_id!r}, so the dial has only the recency prior, which its routers cannot "
+                f"have ({reason}). Train one with `remoe train {printable(family.base_id)} --data FILE --strengths "
+                "0.25,0.5,1.0 --out FAMILY` and pass family='FAMILY'."
             )
         self._on = True
         needs_cache = plan.always.kind.needs_expert_cache

@@ -54,6 +54,8 @@ class ResidentRouters:
         if not layers:
             raise RouterNotFoundError(f"{type(model).__name__} has no wrapped router: use get_remoe_model.")
         self.family, self._prior = family, prior
+        # Points that are recency priors alone leave the weights as they are: a swap writes the gains and no more.
+        self._turns_weights = family.has_adapters or prior is None
         # In model order, by their name inside the base model.
         self.layers: dict[str, RemoeLayer] = layers
         self._placement: Placement = ()
@@ -135,7 +137,7 @@ class ResidentRouters:
             _finish_queued_work(staged.placement)
         with _writing(live[0].is_inference()):
             # One call for all routers: a launch for each would cost more than the copies.
-            torch._foreach_copy_(live, list(staged.values))
+            torch._foreach_copy_(self._written(live), list(staged.values))
         if self._prior is not None:
             self._prior.committed(staged.strength)
         if self._recovery is not None:
@@ -206,17 +208,22 @@ class ResidentRouters:
         if self._prior is not None:
             self._prior.place()
         # The kept originals themselves.
-        self._points = {0.0: (*self._base().values(), *self._gains(0.0))}
+        self._points = {0.0: (*(self._base().values() if self._turns_weights else ()), *self._gains(0.0))}
         self._points |= {s: self._values(s) for s in self.family.strengths}
         self._placement = _placement(self._live())
         # What is staged is read by another thread's stream, which does not wait for the kernels of this one.
         _finish_queued_work(self._placement)
 
     def _values(self, strength: float) -> tuple[Tensor, ...]:
-        return (*self.family.live(strength, self._base()).values(), *self._gains(strength))
+        weights = self.family.live(strength, self._base()).values() if self._turns_weights else ()
+        return (*weights, *self._gains(strength))
 
     def _gains(self, strength: float) -> list[Tensor]:
         return [] if self._prior is None else self._prior.gains(strength)
+
+    def _written(self, live: list[Tensor]) -> list[Tensor]:
+        """Of the live tensors those that a swap writes."""
+        return live if self._turns_weights else live[len(self.layers) :]
 
     def _live(self) -> list[Tensor]:
         if not all(layer.resident for layer in self.layers.values()):

@@ -79,7 +79,8 @@ class BaseFiles:
 
     def check(self, family: Family, *, force: bool = False) -> None:
         """Raises FingerprintMismatchError when the family was made for another base (unless `force`), FamilyError
-        when its deltas do not fit these routers."""
+        when its deltas do not fit these routers, ExportError when it has none."""
+        family.check_has_adapters("written into a checkpoint")
         # Values decide and not names: a fine-tuning of the base has the same ones.
         found = fingerprint_of_weights(self.weights.values())
         if found != family.fingerprint and not force:

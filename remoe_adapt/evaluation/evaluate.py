@@ -53,16 +53,20 @@ POLICIES, CACHES = ("lru",), (0.25, 0.5)
 # The most fp32 values that one batch of logits has, and one piece of it while it is scored: 128 and 16 MiB.
 _BATCH_VALUES, _PIECE_VALUES = 1 << 25, 1 << 22
 _MAX_BATCH_TOKENS = 1 << 14
+# Neighbouring tokens whose mean is one observation in standard errors.
+_BLOCK_TOKENS = 32
 
 
 @dataclass(eq=False)
 class Tally:
-    """Sums of one arm over scored tokens, and its routing by (document, first token)."""
+    """Sums of one arm over scored tokens, its loss of each, and its routing by (document, first token)."""
 
     nll_nats: float = 0.0
     kl_nats: float = 0.0
     agreed: int = 0
     tokens: int = 0
+    # In the order of scoring, which is the same for every arm, so that losses of two of them can be paired.
+    losses: list[np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=list)
     ids: dict[tuple[int, int], np.ndarray[Any, np.dtype[np.int16]]] = field(default_factory=dict)
 
     def add(self, logits_NV: Tensor, targets_N: Tensor, base_logits_NV: Tensor | None) -> None:
@@ -77,7 +81,22 @@ class Tally:
             self.nll_nats += float(nll_N.double().sum())
             self.kl_nats += float(kl_N.double().sum())
             self.agreed += len(nll_N) if base_part_NV is None else agreeing(logits_NV[part], base_part_NV)
+            self.losses.append(nll_N.cpu().numpy())
         self.tokens += len(targets_N)
+
+    def ce_error(self, compared: Tally) -> float | None:
+        """Standard error of the difference of two arms' mean losses, nats, from the differences token by token; None of
+        a single token.
+
+        Means of neighbouring tokens are taken for independent, and not the tokens: one changed expert goes on having
+        effects in the tokens that follow.
+        """
+        gaps_N = np.concatenate(self.losses).astype(np.float64) - np.concatenate(compared.losses)
+        blocks = min(len(gaps_N), max(2, len(gaps_N) // _BLOCK_TOKENS))
+        if blocks < 2:
+            return None
+        means = np.array([part.mean() for part in np.array_split(gaps_N, blocks)])
+        return float(means.std(ddof=1)) / math.sqrt(blocks)
 
     def trace(self, num_experts: int, phase: str = "prefill") -> Trace:
         """The recorded routing in text order."""
@@ -95,11 +114,13 @@ class Tally:
         """The keys of `remoe eval --json`: see `evaluate`."""
         ce = self.nll_nats / self.tokens
         to_control = None if control is None else math.exp(ce - control.nll_nats / control.tokens)
+        ratio, error = math.exp(ce - compared.nll_nats / compared.tokens), self.ce_error(compared)
         return {
             "strength": strength,
             "ce": ce,
             "ppl": math.exp(ce),
-            "ppl_ratio": math.exp(ce - compared.nll_nats / compared.tokens),
+            "ppl_ratio": ratio,
+            "ppl_ratio_error": None if error is None else ratio * error,
             "ppl_ratio_control": to_control,
             "kl": self.kl_nats / self.tokens,
             "top1_agreement": self.agreed / self.tokens,
@@ -156,14 +177,14 @@ def evaluate(
         before it was quantised, for instance. Its own row is `against` then, which is None without one.
 
     Each row holds `strength` (0 for the base, None for the control), `ce` (nats per token), `ppl`, `ppl_ratio` (to the
-    base), `ppl_ratio_control` (to the control; None without one), `kl` (mean over scored tokens of
-    KL(P_base || P_point) of the next-token distributions, nats), `top1_agreement` (share of scored tokens for which it
-    holds the same token for the likeliest as the base), `eor`, `switch_rate`, hit rates `policy@cache` and
-    `policy@cache/lookup` (see `eviction.simulate`) and `load_entropy`, with `per_layer` the rows of `layer_rows` under
-    that name, and with a recency prior `recency` and (mean) `recency_gain`; beside them `tokens` (scored),
-    `documents`, `window` and `arithmetic` (`{"name", "exact"}` of the model's experts). The model's weights are the
-    same afterwards, bit for bit. `window` shortens the protocol's windows; `on_tokens` hears of tokens done, over all
-    arms.
+    base), `ppl_ratio_error` (its standard error; None of one token), `ppl_ratio_control` (to the control; None without
+    one), `kl` (mean over scored tokens of KL(P_base || P_point) of the next-token distributions, nats),
+    `top1_agreement` (share of scored tokens for which it holds the same token for the likeliest as the base), `eor`,
+    `switch_rate`, hit rates `policy@cache` and `policy@cache/lookup` (see `eviction.simulate`) and `load_entropy`, with
+    `per_layer` the rows of `layer_rows` under that name, and with a recency prior `recency` and (mean) `recency_gain`;
+    beside them `tokens` (scored), `documents`, `window` and `arithmetic` (`{"name", "exact"}` of the model's experts).
+    The model's weights are the same afterwards, bit for bit. `window` shortens the protocol's windows; `on_tokens`
+    hears of tokens done, over all arms.
 
     Raises:
         ConfigError: a window below 2 tokens, an unknown policy or a bad cache fraction; `against` is the model itself,
@@ -181,17 +202,12 @@ def evaluate(
         raise DataError("nothing to score: no document has two tokens; give more text or a higher --max-tokens")
     with (
         arms_of(model, family, priors=priors, force=force) as arms,
-        _measured(model) as measured,
-        _measured(against) as compared,
+        measured_model(model) as measured,
+        measured_model(against) as compared,
         freed_memory_kept(device_of(model).type),
     ):
         assert measured is not None
-        tallies = {arm: Tally() for arm in arms}
-        config: Any = model.config
-        for batch in _batches(plan, config.get_text_config().vocab_size):
-            _run_batch(documents, batch, arms, tallies, measured, compared)
-            if on_tokens is not None:
-                on_tokens(sum(part.end - part.fresh for part in batch) * (len(tallies) + (compared is not None)))
+        tallies = tally_arms(documents, plan, arms, measured, compared, on_tokens)
         base = tallies[arms.base] if compared is None else compared.tally
         control = None if arms.control is None else tallies[arms.control]
 
@@ -212,6 +228,24 @@ def evaluate(
     }
 
 
+def tally_arms(
+    documents: Sequence[Sequence[int]],
+    plan: Sequence[Window],
+    arms: Arms,
+    measured: Measured,
+    compared: Measured | None = None,
+    on_tokens: Callable[[int], object] | None = None,
+) -> dict[Arm, Tally]:
+    """What every arm scored and chose over the windows of `plan`, the base (or `compared`) being what KL is to."""
+    tallies = {arm: Tally() for arm in arms}
+    config: Any = measured.model.config
+    for batch in _batches(plan, config.get_text_config().vocab_size):
+        _run_batch(documents, batch, arms, tallies, measured, compared)
+        if on_tokens is not None:
+            on_tokens(sum(part.end - part.fresh for part in batch) * (len(tallies) + (compared is not None)))
+    return tallies
+
+
 def check_comparable(model: nn.Module, against: nn.Module) -> None:
     """Raises ConfigError when next-token distributions of the two cannot be compared."""
     if plain_base(model) is plain_base(against):
@@ -230,7 +264,7 @@ def check_vocabularies(config: Any, against: Any) -> None:
 
 
 @dataclass(eq=False)
-class _Measured:
+class Measured:
     """A model that is run, what its routers choose, and, for one that the others are compared with, its sums."""
 
     model: nn.Module
@@ -239,13 +273,13 @@ class _Measured:
 
 
 @contextmanager
-def _measured(model: nn.Module | None) -> Iterator[_Measured | None]:
+def measured_model(model: nn.Module | None) -> Iterator[Measured | None]:
     """In eval mode, without gradients; None without a model."""
     if model is None:
         yield None
         return
     with record_forward(model) as recorder, inference(model):
-        yield _Measured(model, recorder)
+        yield Measured(model, recorder)
 
 
 def _batches(plan: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
@@ -265,8 +299,8 @@ def _run_batch(
     batch: Sequence[Window],
     arms: Arms,
     tallies: Mapping[Arm, Tally],
-    measured: _Measured,
-    compared: _Measured | None,
+    measured: Measured,
+    compared: Measured | None,
 ) -> None:
     base_logits_NV: Tensor | None = None
     if compared is not None:
@@ -284,7 +318,7 @@ def _run_batch(
 def _score_batch(
     documents: Sequence[Sequence[int]],
     batch: Sequence[Window],
-    measured: _Measured,
+    measured: Measured,
     tally: Tally,
     base_logits_NV: Tensor | None,
 ) -> Tensor:
@@ -361,17 +395,21 @@ def certify(family: Family, result: Mapping[str, Any]) -> None:
         raise ConfigError("these figures compare with another model than the base: certify a family without against.")
     # A certificate is believed without its text at hand, so few tokens must not make one.
     check_certifiable(result["tokens"])
+    rows = [*result["points"], *([result["control"]] if result["control"] else [])]
+    for row in rows:
+        family.set_certificate(row["strength"], certificate_of(row, result))
+
+
+def certificate_of(row: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """The certificate that a row of `evaluate` makes, with what was the same for all rows of its `result`."""
     facts = {key: result[key] for key in ("data", "tokens", "window", "arithmetic") if key in result}
     # Version and commit go into each certificate, since points of one family may be measured at different times.
     facts |= {"remoe_adapt": importlib.metadata.version("remoe-adapt"), "commit": commit()}
     # Without the base's own figures nobody could say of a certificate how many misses fewer these are.
     facts["base"] = {key: value for key, value in result["base"].items() if key in ("ce", "eor") or "@" in key}
-    rows = [*result["points"], *([result["control"]] if result["control"] else [])]
-    for row in rows:
-        measured = {key: value for key, value in row.items() if key != "strength"}
-        if domains := _by_domain(result, row["strength"]):
-            measured["domains"] = domains
-        family.set_certificate(row["strength"], measured | facts)
+    if domains := _by_domain(result, row["strength"]):
+        facts["domains"] = domains
+    return {key: value for key, value in row.items() if key != "strength"} | facts
 
 
 def _by_domain(result: Mapping[str, Any], strength: float | None) -> dict[str, Any]:

@@ -18,6 +18,22 @@ _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _MAX_CARD_BYTES = 1 << 20
 # The arithmetic of experts that are not quantised.
 _PLAIN = "float"
+# Whether points have adapters -> the card's title and library line, what changes, how one point is loaded alone.
+_ABOUT = {
+    True: (
+        "Family of router adapters",
+        "library_name: peft\n",
+        "Only the weights of the mixture-of-experts routers change.",
+        "One point as a PEFT adapter, after `import remoe_adapt`: "
+        "`PeftModel.from_pretrained(base, folder, subfolder=...)`.",
+    ),
+    False: (
+        "Family of recency priors",
+        "library_name: remoe-adapt\n",
+        "No weight changes: the points are a recency prior, which prefers experts used lately.",
+        "A point has no PEFT adapter that could be loaded alone.",
+    ),
+}
 _FIGURES = ("ppl_ratio", "kl", "eor", "lru@0.25", "tokens")
 
 
@@ -41,21 +57,22 @@ def card_text(family: Family) -> str:
     if family.control:
         measured.append(("control", family.control.adapter, None, family.control.certificate))
     rows = "\n".join(
-        f"| {strength} | {code(adapter)} | {'none' if recency is None else code(recency.mode)} | "
+        f"| {strength} | {'none' if adapter is None else code(adapter)} | "
+        f"{'none' if recency is None else code(recency.mode)} | "
         f"{' | '.join(_figure(certificate, name) for name in _FIGURES)} |"
         for strength, adapter, recency, certificate in measured
     )
+    title, peft, weights, one_point = _ABOUT[family.has_adapters or family.control is not None]
     return f"""---
-library_name: peft
-{named}tags:
+{peft}{named}tags:
 - remoe
 - mixture-of-experts
 ---
 {_MARK}
-# Family of router adapters (REMOE)
+# {title} (REMOE)
 
 Operating points between quality and expert reuse for {code(base_id)} (routers {code(family.fingerprint[:19])}):
-strength 0 is the base, 1 the strongest. Only the weights of the mixture-of-experts routers change.
+strength 0 is the base, 1 the strongest. {weights}
 
 | strength | adapter | prior | {" | ".join(_FIGURES)} |
 |---|---|---|{"---|" * len(_FIGURES)}
@@ -75,7 +92,7 @@ model = get_remoe_model({literal(base_id)}, family="this folder or its hub id")
 model.controller.set_strength(1.0)
 ```
 
-One point as a PEFT adapter, after `import remoe_adapt`: `PeftModel.from_pretrained(base, folder, subfolder=...)`.
+{one_point}
 """
 
 

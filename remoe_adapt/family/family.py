@@ -1,13 +1,14 @@
 """A family: router deltas for several strengths of one base model, on disk and in memory.
 
-On disk: `family.json` and one plain PEFT adapter folder per point. `Family.live` is the one function that turns a
+On disk: `family.json` and one plain PEFT adapter folder per point; points of `remoe tune` are a recency prior alone and
+have no folder. `Family.live` is the one function that turns a
 strength into router weights; swapping, export and evaluation all call it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from remoe_adapt._support import printable
-from remoe_adapt.errors import FamilyError, FingerprintMismatchError
+from remoe_adapt.errors import ExportError, FamilyError, FingerprintMismatchError
 from remoe_adapt.family.card import card_text, is_our_card
 from remoe_adapt.family.deltas import read_deltas, shapes_of
 from remoe_adapt.family.files import (
     FORMAT,
+    check_budget,
     check_recovery,
     family_folder,
     json_text,
@@ -42,14 +44,22 @@ class FamilyPoint:
     """One operating point: strength in (0, 1], folder name, deltas [E, D] fp32 by router name, recency, certificate.
 
     recovery: the folder name of its recovery LoRA, a plain PEFT adapter, where it has one.
+    adapter: None for a point that is a recency prior alone, whose deltas are none.
+    budget: the perplexity ratio, above 1, that it was aimed at; None: it was aimed at none.
     """
 
     strength: float
-    adapter: str
+    adapter: str | None
     deltas: Mapping[str, Tensor]
     recency: Recency | None = None
     certificate: Mapping[str, Any] | None = None
     recovery: str | None = None
+    budget: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it: its adapter's folder, or what that would be called."""
+        return self.adapter or Family.adapter_name(self.strength)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +129,20 @@ class Family:
             if point.strength == strength:
                 return point
         raise FamilyError(f"{self.path} has no point of strength {strength!r}; it has {list(self.strengths)}.")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Its points change router weights; otherwise they are recency priors alone."""
+        return any(point.deltas for point in self.points)
+
+    def check_has_adapters(self, what: str) -> None:
+        """Raises ExportError, saying that nothing can be `what` ("merged"), of points that are recency priors alone."""
+        if self.points and not self.has_adapters:
+            raise ExportError(
+                f"family {printable(self.path)} has no adapters: its points are a recency prior alone, which is no "
+                f"weight, so there is nothing to be {what}. get_remoe_model, `remoe run` and `remoe serve` (also of a "
+                "GGUF) run it; `remoe train` makes adapters."
+            )
 
     # Strength -> weights
 
@@ -241,9 +265,12 @@ class Family:
         certificate: Mapping[str, Any] | None = None,
         *,
         recovery: str | os.PathLike[str] | None = None,
+        budget: float | None = None,
     ) -> FamilyPoint:
         """Add a saved REMOE adapter as the point of `strength`, and a saved recovery LoRA beside it; folders outside
         `path` are copied into it.
+
+        budget: as of FamilyPoint.
 
         Raises FamilyError for a strength outside (0, 1] or already present, for an adapter that does not match the
         other points' routers; AdapterCorruptError and FingerprintMismatchError as `load`. The family is unchanged then.
@@ -260,9 +287,23 @@ class Family:
             if Path(recovery).resolve() != (self.path / beside).resolve():
                 copies = {**copies, Path(recovery): self.path / beside}
         with placed(copies), self._saved_or_restored():
-            point = self._point(strength, adapter, recency_entry(recency) if recency else None, certificate, beside)
+            entry = recency_entry(recency) if recency else None
+            point = self._point(strength, adapter, entry, certificate, beside, budget)
             self._insert(point)
         return point
+
+    def add_priors(self, points: Sequence[FamilyPoint]) -> None:
+        """Add points that are recency priors alone, all of them in one piece: a reader sees none or all.
+
+        Raises FamilyError for a strength outside (0, 1] or already present, a point without a recency or with an
+        adapter, a budget of 1 or less, and for a family whose points have adapters. The family is unchanged then.
+        """
+        with self._saved_or_restored():
+            for point in points:
+                if point.adapter is not None or point.deltas or point.recency is None:
+                    raise FamilyError(f"{self.path}: point {point.name} is not a recency prior alone: use add_point.")
+                check_budget(point.budget, str(self.path))
+                self._insert(point)
 
     def set_control(
         self, adapter_folder: str | os.PathLike[str], certificate: Mapping[str, Any] | None = None
@@ -296,8 +337,9 @@ class Family:
         if target.resolve() != self.path.resolve():
             Family.create(target, self.base_id, self.fingerprint)
             # The files of the adapters are copied as they are: deltas in memory may have been widened to fp32.
-            names = [point.adapter for point in self.points] + ([self.control.adapter] if self.control else [])
-            names += [point.recovery for point in self.points if point.recovery]
+            held = [point.adapter for point in self.points] + [self.control.adapter if self.control else None]
+            held += [point.recovery for point in self.points]
+            names = [name for name in held if name is not None]
             copies = {self.path / name: target / name for name in names}
         with placed(copies):
             self._write(target)
@@ -310,6 +352,7 @@ class Family:
                 "strength": point.strength,
                 "adapter": point.adapter,
                 **({"recovery": point.recovery} if point.recovery else {}),
+                **({"budget": point.budget} if point.budget is not None else {}),
                 **({"recency": recency_entry(point.recency)} if point.recency else {}),
                 **({"certificate": dict(point.certificate)} if point.certificate is not None else {}),
             }
@@ -348,16 +391,20 @@ class Family:
     def _point(
         self,
         strength: float,
-        adapter: str,
+        adapter: str | None,
         recency: Mapping[str, Any] | None = None,
         certificate: Mapping[str, Any] | None = None,
         recovery: str | None = None,
+        budget: float | None = None,
     ) -> FamilyPoint:
         if recovery is not None:
             check_recovery(self.path / recovery)
         prior = read_recency(recency, str(self.path)) if recency else None
-        deltas = read_deltas(self.path / adapter, self.base_id, self.fingerprint)
-        return FamilyPoint(float(strength), adapter, deltas, prior, certificate, recovery)
+        check_budget(budget, str(self.path))
+        if adapter is None and prior is None:
+            raise FamilyError(f"{self.path}: a point of strength {strength!r} has neither an adapter nor a recency.")
+        deltas = {} if adapter is None else read_deltas(self.path / adapter, self.base_id, self.fingerprint)
+        return FamilyPoint(float(strength), adapter, deltas, prior, certificate, recovery, budget)
 
     def _control(self, adapter: str, certificate: Mapping[str, Any] | None) -> Control:
         return Control(adapter, read_deltas(self.path / adapter, self.base_id, self.fingerprint), certificate)
@@ -370,15 +417,19 @@ class Family:
         # The stored points agree already, so one of them stands for all.
         for other in self.points[:1]:
             shapes, known = (shapes_of(p.deltas) for p in (point, other))
+            if shapes != known and not (shapes and known):
+                raise FamilyError(
+                    f"{self.path}: {point.name} and {other.name} differ in kind: all points have adapters, or none has."
+                )
             if shapes != known:
                 odd = sorted(n for n in shapes.keys() | known.keys() if shapes.get(n) != known.get(n))
-                both, shown = f"{point.adapter} and {other.adapter}", printable(odd[0])
+                both, shown = f"{point.name} and {other.name}", printable(odd[0])
                 raise FamilyError(f"{self.path}: {both} differ in which routers they change or how, first {shown}.")
         for other in (p for p in self.points if p.recency and point.recency):
             assert other.recency and point.recency
             if not other.recency.is_like(point.recency):
                 raise FamilyError(
-                    f"{self.path}: {point.adapter} and {other.adapter} differ in recency mode, decay, share or layers."
+                    f"{self.path}: {point.name} and {other.name} differ in recency mode, decay, share or layers."
                 )
         self.points = tuple(sorted((*self.points, point), key=lambda p: p.strength))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ _MAX_BYTES, _MAX_NAME = 16 << 20, 64
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "the family": ({"format", "base", "points"}, {"control"}),
     "base": ({"id", "fingerprint"}, set()),
-    "a point": ({"strength", "adapter"}, {"recency", "certificate", "recovery"}),
+    "a point": ({"strength", "adapter"}, {"recency", "certificate", "recovery", "budget"}),
     "control": ({"adapter"}, {"certificate"}),
 }
 
@@ -74,6 +75,12 @@ def check_recovery(folder: Path) -> None:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise FamilyError(f"{printable(folder)} holds an adapter of type {_shown(kind)}: a recovery adapter is a LORA.")
+
+
+def check_budget(budget: Any, where: str) -> None:
+    """Raises FamilyError for what is no perplexity ratio that a point may be aimed at; None is no budget."""
+    if budget is not None and (not is_number(budget) or not 1.0 < budget < math.inf):
+        raise FamilyError(f"{where}: budget {_shown(budget)} must be a perplexity ratio above 1, as 1.005.")
 
 
 def usable_path(path: str | os.PathLike[str]) -> Path:
@@ -131,9 +138,12 @@ def read_family_json(folder: Path) -> dict[str, Any]:
     strengths = []
     for point in entries["points"]:
         _check_keys(path, "a point", point)
-        _check_adapter(path, point)
+        # None: the point is a recency prior alone.
+        if point["adapter"] is not None:
+            _check_adapter(path, point)
         if "recovery" in point:
             _check_adapter(path, {"adapter": point["recovery"]})
+        check_budget(point.get("budget"), str(path))
         if not is_number(point["strength"]) or not 0.0 < point["strength"] <= 1.0:
             raise FamilyError(f"{path}: strength {_shown(point['strength'])} must be a number above 0 and at most 1.")
         strengths.append(point["strength"])

@@ -2,4 +2,4 @@
 
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.point import CHECKPOINT_MINUTES
-from remoe_adapt.training.run import check_exact, held_out_documents, train_family
+from remoe_adapt.training.run import check_exact, held_out_documents, token_rows, train_family

@@ -27,7 +27,14 @@ from remoe_adapt.libraries import Snapshot, override
 from remoe_adapt.tuner.card import write_card
 from remoe_adapt.tuner.config import RemoeConfig
 from remoe_adapt.tuner.fitting import copy_modules
-from remoe_adapt.tuner.stored import FAMILY_FILE, StoredAdapter, find_adapter, find_file, warn_of_missing_prior
+from remoe_adapt.tuner.stored import (
+    FAMILY_FILE,
+    StoredAdapter,
+    find_adapter,
+    find_file,
+    refuse_prior_points,
+    warn_of_missing_prior,
+)
 
 _ALLOW = "allow_other_base"
 _MAX_CONFIG_BYTES = 16 << 20
@@ -167,6 +174,7 @@ def _config_from_pretrained(
 
 def _model_from_pretrained(original: Any, cls: type[PeftModel], *args: Any, **kwargs: Any) -> Any:
     given = inspect.signature(original).bind(cls, *args, **kwargs).arguments
+    refuse_prior_points(given["model_id"], kwargs.get("subfolder"))
     with all_or_nothing(given["model"], given.get("adapter_name"), bool(kwargs.get(_ALLOW, False))):
         return original(cls, *args, **kwargs)
 
@@ -174,6 +182,7 @@ def _model_from_pretrained(original: Any, cls: type[PeftModel], *args: Any, **kw
 def _load_adapter(original: Any, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
     allowed = bool(kwargs.pop(_ALLOW, False))
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    refuse_prior_points(given["model_id"], kwargs.get("subfolder"))
     with all_or_nothing(model, given["adapter_name"], allowed) as load:
         config = model.peft_config.get(given["adapter_name"])
         if isinstance(config, RemoeConfig) and (load.stored is None or load.stored is not config.stored):
@@ -192,6 +201,8 @@ def _load_adapter_of_transformers(original: Any, model: nn.Module, *args: Any, *
         load.state_dict = given.get("adapter_state_dict")
         load.pickle_first = settings.get("use_safetensors") is False
         source = given.get("peft_model_id") or settings.get("pretrained_model_name_or_path")
+        if source is not None:
+            refuse_prior_points(source, (settings.get("download_kwargs") or {}).get("subfolder"))
         config = given.get("peft_config")
         if isinstance(config, RemoeConfig) and source is not None and load.state_dict is None:
             hub = dict(settings.get("download_kwargs") or {})

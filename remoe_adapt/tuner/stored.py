@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from remoe_adapt._support import parse_json, printable, read_json, say_once
-from remoe_adapt.errors import AdapterCorruptError, FamilyError
+from remoe_adapt.errors import AdapterCorruptError, ConfigError, FamilyError
 from remoe_adapt.tuner.checks import PREFIX, is_router_key, plain_key
 
 # Two tensors for each of ten thousand routers.
@@ -147,6 +147,29 @@ def _incomplete(path: Path, reason: object) -> AdapterCorruptError:
     return AdapterCorruptError(
         f"{printable(path)} is not a complete safetensors file ({printable(reason)}): copy or save the adapter again."
     )
+
+
+def refuse_prior_points(model_id: str | os.PathLike[str], subfolder: str | None) -> None:
+    """Raises ConfigError where the folder of an adapter is asked for that a family of recency priors has not.
+
+    PEFT would say no more than that a file is missing.
+    """
+    folder = Path(os.fspath(model_id), subfolder or "")
+    if (folder / CONFIG_NAME).is_file():
+        return
+    for family in (folder, folder.parent):
+        if not (family / FAMILY_FILE).is_file():
+            continue
+        try:
+            adapters = [point["adapter"] for point in read_json(family / FAMILY_FILE, FamilyError)["points"]]
+        except (FamilyError, KeyError, TypeError):
+            return  # no family that could be loaded, so nothing is known of its points
+        if None in adapters:
+            raise ConfigError(
+                f"{printable(family)} is a family of recency priors without adapters, so PEFT has nothing to load: "
+                "get_remoe_model(base, family=...) runs it, recency_prior(model, ...) one point of it."
+            )
+        return
 
 
 def warn_of_missing_prior(adapter: Path, family: Path | None) -> None:

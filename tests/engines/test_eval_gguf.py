@@ -18,14 +18,15 @@ from llama_engine import skip_without_engine
 pytest.importorskip("xllamacpp", reason="llama.cpp in this process (extra: llamacpp)")
 from transformers import AutoModelForCausalLM
 
+from remoe_adapt.engines.gguf.lora import export_gguf_lora
 from remoe_adapt.engines.llamacpp import evaluate as evaluating
 from remoe_adapt.engines.llamacpp.evaluate import GgufMeasuring, evaluate_gguf, pieces, renormalises
 from remoe_adapt.engines.llamacpp.in_memory import share_in_memory
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel
 from remoe_adapt.engines.llamacpp.prior.native import NativePrior
-from remoe_adapt.errors import ConfigError, DataError, RouterNotFoundError
+from remoe_adapt.errors import ConfigError, DataError, ExportError, RouterNotFoundError
 from remoe_adapt.evaluation import Tally
-from remoe_adapt.family.family import Family
+from remoe_adapt.family.family import Family, FamilyPoint
 from remoe_adapt.recency_settings import Recency
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 3
@@ -162,6 +163,23 @@ def test_a_point_brings_its_own_prior(shipped: Path, repo_root: Path, documents:
     with pytest.raises(ConfigError, match="3 recency gains for 5"):
         unfit = replace(point, recency=Recency.of("ema", (0.1, 0.2, 0.3)))
         measured(shipped, documents, family=Family(family.path, family.base_id, family.fingerprint, (unfit,)))
+
+
+def test_a_family_without_adapters_is_its_gains(home: Path, documents: list[list[int]], tmp_path: Path) -> None:
+    family = Family.create(tmp_path / "family", "tiny", "sha256:0")
+    layers = len(measured(home / "m.gguf", documents, per_layer=True)["base"]["per_layer"])
+    priors = [Recency.of("cost", tuple(strength * 0.1 * number for number in range(layers))) for strength in (0.5, 1.0)]
+    family.add_priors(
+        [FamilyPoint(strength, None, {}, prior) for strength, prior in zip((0.5, 1.0), priors, strict=True)]
+    )
+    result = measured(home / "m.gguf", documents, family=family, priors=priors)
+    assert [row["strength"] for row in result["points"]] == [0.5, 1.0]
+    for point, prior in zip(result["points"], result["priors"], strict=True):
+        for key in ("kl", "eor", "recency", "recency_gain", "swapped_share"):
+            assert point[key] == prior[key]
+        assert point["kl"] > 0
+    with pytest.raises(ExportError, match="no adapters"):
+        export_gguf_lora(home / "m.gguf", family, tmp_path / "loras")
 
 
 def test_the_command_line_prints_it_and_names_what_would_do_nothing(

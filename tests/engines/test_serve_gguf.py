@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from remoe_adapt.cli.serve import serve as serve_command
 from remoe_adapt.cli.serve_gguf import check_kind, serve_gguf
 from remoe_adapt.dial.events import Target
 from remoe_adapt.dial.load import profile_of
+from remoe_adapt.engines.gguf.routers import GgufModel
 from remoe_adapt.engines.llamacpp.client import Address, call
 from remoe_adapt.engines.llamacpp.prior.control import _CHECK, _COMMAND, PriorControl, check_of, control_of
 from remoe_adapt.engines.llamacpp.prior_engine import PriorEngine
 from remoe_adapt.engines.llamacpp.serve import GgufServing, ServedGguf
 from remoe_adapt.engines.llamacpp.watch import Watch, WatchOptions
-from remoe_adapt.errors import ConfigError, ServerDownError, ServerError
+from remoe_adapt.errors import ConfigError, FamilyError, ServerDownError, ServerError
+from remoe_adapt.family.family import Family, FamilyPoint
 from remoe_adapt.recency_settings import Recency
 
 PROMPT = list(range(10, 40))
@@ -166,6 +169,29 @@ def test_a_damaged_control_file_is_an_error_and_the_server_keeps_its_gain(model:
             control.status()
         with pytest.raises(ConfigError, match="cut short"):
             PriorControl(control.path)
+
+
+def test_a_family_without_adapters_turns_the_gain_of_each_layer(model: Path, tmp_path: Path) -> None:
+    own = OwnLoop(model)
+    gains = tuple(0.5 * number for number in range(1, len(GgufModel(model).weights) + 1))
+    family = Family.create(tmp_path / "family", "tiny", "sha256:0")
+    family.add_priors([FamilyPoint(1.0, None, {}, Recency.of("ema", gains))])
+    options = GgufServing(
+        recency=None, family=str(family.path), strength=0.5, port=0, threads=1, engine=EXACT, context_tokens=1024,
+        interval_s=0.05,
+    )  # fmt: skip
+    halves: Any = tuple(gain / 2 for gain in gains)
+    with ServedGguf(model, profile_of(None), options) as server, running(server):
+        until(lambda: server.status()["gain"] == halves and control_of_server(server).gain() > 0)
+        assert server.acts() == ("dial of " + "/".join(family.path.parts[-2:]), "recency prior (ema)")
+        assert own.gap(asked(server.port, PROMPT), [(0, halves)]) < SAME
+        server.hold(strength=0.0)
+        until(lambda: control_of_server(server).gain() == 0)
+        assert own.gap(asked(server.port, PROMPT), [(0, 0.0)]) < SAME
+    with pytest.raises(ConfigError, match="recency prior alone: leave --recency"):
+        ServedGguf(model, profile_of(None), replace(options, recency=Recency.of("ema", 0.1)))
+    with pytest.raises(FamilyError, match=r"no LoRAs of it to be turned: `remoe serve MODEL\.gguf --family"):
+        Watch("http://127.0.0.1:1", str(family.path), profile_of(None), WatchOptions())
 
 
 def test_a_family_and_the_gain_are_turned_together(repo_root: Path, tmp_path: Path) -> None:

@@ -102,8 +102,9 @@ class GgufModel:
         well, and the routers value by value as rounded to the file's type; an F16 copy of fp32 routers needs it.
 
         Raises FingerprintMismatchError when this is another base (unless `force`), FamilyError when the deltas do not
-        fit, else as `BaseFiles`.
+        fit, ExportError when there are none, else as `BaseFiles`.
         """
+        family.check_has_adapters("written into a GGUF")
         layers: dict[str, int] = {}
         for name, delta_ED in family.points[0].deltas.items() if family.points else ():
             layers[name] = layer = layer_of(name)

@@ -252,6 +252,12 @@ def _arms(path: str | os.PathLike[str], options: GgufMeasuring, ending: contextl
             alone = Family(family.path, family.base_id, family.fingerprint, (whole,))
             (lora,) = export_gguf_lora(path, alone, folder / "control", force=options.force)["loras"]
             arms.append(_Arm("control", None, lora=lora["file"]))
+        if not family.has_adapters:
+            return (
+                arms
+                + [_Arm("points", point.strength, point.recency) for point in family.points]
+                + [_Arm("priors", 0.0, prior) for prior in options.priors]
+            )
         for lora in export_gguf_lora(path, family, folder / "points", force=options.force)["loras"]:
             strength = lora["strength"]
             arms.append(_Arm("points", strength, family.point(strength).recency, lora["file"]))

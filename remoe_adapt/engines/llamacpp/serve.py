@@ -21,7 +21,7 @@ from typing import Any
 from remoe_adapt._support import check_extra, printable
 from remoe_adapt.checkpoints import is_gguf
 from remoe_adapt.device_profile import DeviceProfile
-from remoe_adapt.engines.gguf import export_gguf_lora
+from remoe_adapt.engines.gguf import GgufModel, export_gguf_lora
 from remoe_adapt.engines.llamacpp.client import Address, call
 from remoe_adapt.engines.llamacpp.preloadable import check_preloadable
 from remoe_adapt.engines.llamacpp.prior import ENVIRONMENT, NO_FILE, PriorControl, budget_of, compiled
@@ -43,8 +43,9 @@ _ALL_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 class GgufServing:
     """How a GGUF model is served.
 
-    recency: the prior, with its gain at strength 1; None: no library is preloaded, and a family is needed.
-    family: its LoRAs are exported and turned beside the gain.
+    recency: the prior, with its gain at strength 1; None: that of the family's points, whose gains are followed; where
+        they have none no library is preloaded.
+    family: its LoRAs, if it has adapters, are exported and turned beside the gain.
     strength: hold this one, whatever the pressure.
     host, port: where the server listens; port 0: the system's choice.
     api_key: asked of clients.
@@ -99,6 +100,17 @@ class ServedGguf:
             raise ConfigError(f"{printable(model)} is no GGUF file: give a model, of a split one its first part.")
         if options.recency is None and options.family is None:
             raise ConfigError("nothing to turn: give --recency with --gain, or --family.")
+        self._family = None if options.family is None else Family.load(options.family)
+        # A prior that was asked for takes the place of that of the points.
+        self._recency = options.recency
+        self._follows = options.recency is None and self._family is not None and self._family.recency(1.0) is not None
+        if self._follows and self._family is not None:
+            self._recency = self._family.recency(1.0)
+        elif self._family is not None and not self._family.has_adapters:
+            raise ConfigError(
+                f"the points of {printable(self._family.path)} are a recency prior alone: leave --recency and "
+                "--recency-gain out."
+            )
         if options.llama_server is not None:
             check_preloadable(options.llama_server)
         else:
@@ -144,18 +156,21 @@ class ServedGguf:
             folder = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="remoe-serve-")))
             environment: dict[str, str] = {}
             control = folder / "control"
-            if options.recency is not None:
+            if self._recency is not None:
                 self._control = ending.enter_context(PriorControl.create(control))
                 # What the server is warmed up with is no text of anybody's, so the gain may wait for the controller.
                 preloaded = [str(preload_library()), *filter(None, [os.environ.get("LD_PRELOAD")])]
                 environment |= {"LD_PRELOAD": ":".join(preloaded), ENVIRONMENT: str(control)}
-            loras = [] if options.family is None else self._loras(options.family, folder)
+            loras = self._loras(folder)
+            # Its routers in order are those of the file's layers that have one.
+            layers = sorted(GgufModel(self.model).weights) if self._follows else None
             command, told, more = self._command(loras)
             self._server = SupervisedServer(command, environment | more, told, self._is_ready)
             ending.enter_context(self._server)
             watched = WatchOptions(
-                interval_s=options.interval_s, api_key=options.api_key, recency=options.recency, control=control,
-                strength=options.strength, expert_cache=self._budget,
+                interval_s=options.interval_s, api_key=options.api_key, recency=self._recency, control=control,
+                strength=options.strength, expert_cache=self._budget, gains=self._family if self._follows else None,
+                layers=layers,
             )  # fmt: skip
             process = FoundProcess(lambda: self._server.pid)
             self._watch = Watch(self.url, options.family, self._profile, watched, process)
@@ -179,7 +194,7 @@ class ServedGguf:
 
     def acts(self) -> tuple[str, ...]:
         """What changes the choice of experts, in words."""
-        recency, family = self.options.recency, self.options.family
+        recency, family = self._recency, self.options.family
         found = [] if family is None else [f"dial of {'/'.join(Path(family).parts[-2:])}"]
         return (*found, *([] if recency is None else [f"recency prior ({recency.mode})"]))
 
@@ -212,7 +227,7 @@ class ServedGguf:
         return None
 
     def _expert_spans(self) -> list[tuple[Path, list[tuple[int, int]]]] | None:
-        recency = self.options.recency
+        recency = self._recency
         if recency is None or not recency.kind.needs_expert_cache:
             return None
         try:
@@ -280,8 +295,10 @@ class ServedGguf:
             return False
         return found.pid == pid and found.state == "on"
 
-    def _loras(self, family: str, folder: Path) -> list[str]:
-        rows = export_gguf_lora(self.model, Family.load(family), folder / "loras")["loras"]
+    def _loras(self, folder: Path) -> list[str]:
+        if self._family is None or not self._family.has_adapters:
+            return []
+        rows = export_gguf_lora(self.model, self._family, folder / "loras")["loras"]
         return [str(row["file"]) for row in rows]
 
     def _is_ready(self) -> bool:
@@ -294,7 +311,7 @@ class ServedGguf:
         """The command, what it is told on its standard input, and its environment."""
         options = self.options
         # Experts that were copied in another order lie in no page of the file, whose residency says nothing then.
-        repack = options.recency is None or not options.recency.kind.needs_expert_cache
+        repack = self._recency is None or not self._recency.kind.needs_expert_cache
         if options.llama_server is None:
             given: dict[str, Any] = {"n_parallel": options.parallel, "endpoint_slots": True, "endpoint_metrics": True}
             given |= {} if options.context_tokens is None else {"n_ctx": options.context_tokens}

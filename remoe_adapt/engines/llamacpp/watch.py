@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +62,7 @@ class WatchOptions:
     control: the preloaded server's control file, None: that of its environment.
     strength: hold this one, whatever the pressure.
     expert_cache: experts that a preloaded server is to keep in memory, as of `PriorEngine`.
+    gains: a family whose points' gains the prior follows, and `layers` the numbers of its routers in the server's file.
     """
 
     interval_s: float | None = None
@@ -79,6 +80,8 @@ class WatchOptions:
     control: Path | None = None
     strength: float | None = None
     expert_cache: tuple[int, float] = (0, 0.0)
+    gains: Family | None = None
+    layers: Sequence[int] | None = None
 
 
 class Watch:
@@ -114,9 +117,10 @@ class Watch:
                 raise ConfigError("--gain drives a prior inside the server: leave --live and --proxy out.")
             self.process = self._named() if process is None else process
             self.prior = PriorEngine(
-                self.process, self._control, options.recency, expert_cache=options.expert_cache, dry_run=options.dry_run
-            )
-        if family is not None:
+                self.process, self._control, options.recency, expert_cache=options.expert_cache, family=options.gains,
+                layers=options.layers, dry_run=options.dry_run,
+            )  # fmt: skip
+        if family is not None and (options.gains is None or options.gains.has_adapters):
             self.engine = (
                 self._at_a_server(family, process) if options.live is None else self._at_a_file(options.live, family)
             )
@@ -352,6 +356,11 @@ class FamilyPoints:
         folder = family_folder(family)
         entries = read_family_json(folder)
         self.path, self.fingerprint = folder, entries["base"]["fingerprint"]
+        if any(entry["adapter"] is None for entry in entries["points"]):
+            raise FamilyError(
+                f"{folder} has no adapters, so there are no LoRAs of it to be turned: `remoe serve MODEL.gguf --family "
+                f"{folder}` serves a GGUF under its recency prior."
+            )
         self._names = {entry["adapter"]: float(entry["strength"]) for entry in entries["points"]}
         if not self._names:
             raise FamilyError(f"{folder} has no points: add one with `remoe train`.")
