@@ -223,6 +223,7 @@ def _written(
         tally = last.base if outcome is None else outcome.tally
         return tally.row(strength, last.base, None, tally.trace(last.num_experts), ("lru", "lrfu"), caches)
 
+    result["base"] = row(None, 0.0)
     rows, stored = [], []
     for number, point in enumerate(points, 1):
         outcome = point.outcome
@@ -233,13 +234,13 @@ def _written(
         counted = {"misses": outcome.misses, "to_lru": outcome.misses / lru, "to_lrfu": outcome.misses / lrfu}
         found_row = row(outcome, strength) | of_prior | counted
         certificate = certificate_of(found_row, result)
-        stored.append(FamilyPoint(strength, None, {}, outcome.prior, certificate, budget=point.budget))
+        stored.append(FamilyPoint(strength, None, {}, outcome.prior, certificate, point.budget))
         extra = {"budget": point.budget, "met": not point.is_over, "steps_back": point.steps_back}
         rows.append(found_row | extra | {"gains": list(gains)})
     family.add_priors(stored)
     return {
         "family": str(family.path), "strengths": list(family.strengths), "against": None, "control": None,
-        "base": row(None, 0.0) | {"misses_lru": lru, "misses_lrfu": lrfu}, "points": rows, "priors": [], **result,
+        **result, "base": result["base"] | {"misses_lru": lru, "misses_lrfu": lrfu}, "points": rows, "priors": [],
         "recency": {"mode": found.kind.mode, "decay": found.kind.decay, "share": found.kind.share}, "cache": cache,
         "calibration": _told(found),
     }  # fmt: skip

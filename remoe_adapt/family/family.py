@@ -53,8 +53,8 @@ class FamilyPoint:
     deltas: Mapping[str, Tensor]
     recency: Recency | None = None
     certificate: Mapping[str, Any] | None = None
-    recovery: str | None = None
     budget: float | None = None
+    recovery: str | None = None
 
     @property
     def name(self) -> str:
@@ -404,7 +404,7 @@ class Family:
         if adapter is None and prior is None:
             raise FamilyError(f"{self.path}: a point of strength {strength!r} has neither an adapter nor a recency.")
         deltas = {} if adapter is None else read_deltas(self.path / adapter, self.base_id, self.fingerprint)
-        return FamilyPoint(float(strength), adapter, deltas, prior, certificate, recovery, budget)
+        return FamilyPoint(float(strength), adapter, deltas, prior, certificate, budget, recovery)
 
     def _control(self, adapter: str, certificate: Mapping[str, Any] | None) -> Control:
         return Control(adapter, read_deltas(self.path / adapter, self.base_id, self.fingerprint), certificate)
