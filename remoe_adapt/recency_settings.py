@@ -17,6 +17,8 @@ MAX_GAIN = 16.0
 # The word for "no prior" in files; code says None.
 NO_PRIOR = "none"
 MODES: dict[str, Mode] = {}
+# A recency at or below this is none: no use within some thousand tokens, at a decay of 0.95.
+HELD_ABOVE = 1e-25
 
 
 class Mode:
@@ -129,8 +131,8 @@ class Recency:
             object.__setattr__(self, "share", usual)
         elif not is_number(self.share) or not 0.0 < self.share <= 1.0:
             raise ConfigError(
-                f"recency share {self.share!r}: give the part of a layer's experts that a cache holds, above 0 up to 1; "
-                "0.25 is a quarter."
+                f"recency share {self.share!r}: give the part of a layer's experts that a cache holds, above 0 up to "
+                "1; 0.25 is a quarter."
             )
 
     @classmethod
@@ -152,6 +154,11 @@ class Recency:
         """How its mode behaves."""
         return MODES[self.mode]
 
+    @property
+    def takes_share(self) -> bool:
+        """Whether its mode is made for a cache of some share, so that files and tables say which."""
+        return self.kind.default_share > 0
+
     def gains(self, routers: int | None = None) -> tuple[float, ...]:
         """The gain of each of `routers` routers; None: as many as are listed. Raises ConfigError for another number."""
         listed = self.gain if isinstance(self.gain, tuple) else (self.gain,) * (1 if routers is None else routers)
@@ -163,6 +170,16 @@ class Recency:
         """Whether one prior can have the gains of both: same mode, decay, share and number of gains."""
         mine, theirs = ((it.mode, it.decay, it.share, len(it.gains())) for it in (self, other))
         return mine == theirs
+
+
+def share_words() -> str:
+    """The modes that take a share, for messages."""
+    return " or ".join(name for name, mode in MODES.items() if mode.default_share)
+
+
+def held_experts(share: float, k: int, experts: int) -> int:
+    """Of so many experts of a layer, top-`k`, how many a cache of this share holds."""
+    return max(k, int(share * experts))
 
 
 def mode_words() -> tuple[str, ...]:

@@ -27,15 +27,19 @@ def check_kind(values: Mapping[str, Any], command: Callable[..., object], gguf: 
     rules.check_kind(values, command, _OF_TRANSFORMERS, _OF_GGUF, gguf=gguf, does="runs")
 
 
-def priors_of(recency: str | None, gains: str | None, decay: float | None) -> list[Recency]:
+def priors_of(recency: str | None, gains: str | None, decay: float | None, share: float | None) -> list[Recency]:
     """A prior of each mode and gain; none where nobody asked for one. Raises ConfigError for what cannot be."""
-    if recency is None and gains is None and decay is None:
+    if recency is None and gains is None and decay is None and share is None:
         return []
     modes = words(recency or DEFAULT_MODE) or [recency or ""]
     without = [mode for mode in modes if mode in MODES and not MODES[mode].takes_decay]
     if decay is not None and without:
         raise ConfigError(f"--recency-decay does nothing in the mode {', '.join(without)}: leave one of them out.")
-    return [Recency.of(mode, gain, decay) for mode in modes for gain in numbers(GAINS if gains is None else gains)]
+    without = [mode for mode in modes if mode in MODES and not MODES[mode].default_share]
+    if share is not None and without:
+        raise ConfigError(f"--recency-share does nothing in the mode {', '.join(without)}: leave one of them out.")
+    tried = numbers(GAINS if gains is None else gains)
+    return [Recency.of(mode, gain, decay, share) for mode in modes for gain in tried]
 
 
 def eval_gguf(
@@ -50,6 +54,7 @@ def eval_gguf(
     recency: str | None,
     recency_gain: str | None,
     recency_decay: float | None,
+    recency_share: float | None,
     plot: Path | None,
     per_layer: bool,
     force: bool,
@@ -59,7 +64,7 @@ def eval_gguf(
     expert_cache: str | None = None,
 ) -> CommandResult:
     """The result of `evaluate_gguf`, and its tables; options as the command has them."""
-    priors = priors_of(recency, recency_gain, recency_decay)
+    priors = priors_of(recency, recency_gain, recency_decay, recency_share)
     from remoe_adapt.checkpoints import load_tokenizer, model_config
     from remoe_adapt.cli.plots import plot_frontier
     from remoe_adapt.engines.llamacpp import (

@@ -95,7 +95,12 @@ RecencyGain = Annotated[float | None, typer.Option(help="Its gain, at every stre
 FullGain = Annotated[float | None, typer.Option("--recency-gain", help="Its gain in the point of strength 1.")]
 # From the table of modes, so that a new mode is in the help without a word here.
 _DECAYS = " or ".join(f"{mode.name}; default {mode.default_decay:g}" for mode in MODES.values() if mode.takes_decay)
+_SHARES = " or ".join(f"{mode.default_share:g} ({mode.name})" for mode in MODES.values() if mode.default_share)
 RecencyDecay = Annotated[float | None, typer.Option(help=f"Its decay in mode {_DECAYS}.")]
+RecencyShare = Annotated[
+    float | None,
+    typer.Option(help=f"Of a layer's experts, how many a cache holds; default {_SHARES}."),
+]
 Against = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Compare with this model, not with the base: what quantising cost.")
 ]

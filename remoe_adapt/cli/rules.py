@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.recency_settings import DEFAULT_MODE, MODES
+from remoe_adapt.recency_settings import DEFAULT_MODE, MODES, share_words
 
 _OF_DATA = ("max_tokens", "policy", "cache", "window", "recency", "recency_gain", "plot", "per_layer", "certified")
 # command -> option -> those of which one must be there for it to act
@@ -17,14 +17,14 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(_OF_DATA, ("data",)),
         **dict.fromkeys(("task_folder", "limit"), ("tasks",)),
         "certified": ("family",),
-        "recency_decay": ("recency", "recency_gain"),
+        **dict.fromkeys(("recency_decay", "recency_share"), ("recency", "recency_gain")),
     },
-    "train": {"recency_decay": ("recency", "recency_gain")},
+    "train": dict.fromkeys(("recency_decay", "recency_share"), ("recency", "recency_gain")),
     "trace": dict.fromkeys(("prompt_tokens", "temperature", "seed"), ("decode",)),
     "run": {"plot": ("log",)},
     "watch": {
         "hold": ("proxy",),
-        **dict.fromkeys(("recency", "recency_decay", "control"), ("gain",)),
+        **dict.fromkeys(("recency", "recency_decay", "recency_share", "control"), ("gain",)),
         **dict.fromkeys(("base", "keep", "reuse_prompts"), ("family", "gain")),
     },
     "serve": {"llama_options": ("llama_server",)},
@@ -99,6 +99,9 @@ def check_options(
     if mode is not None and not mode.takes_decay:
         with_decay = " or ".join(name for name, other in MODES.items() if other.takes_decay)
         raise ConfigError(f"--recency-decay is of --recency {with_decay}; {mode.name} has none: leave it out.")
+    mode = MODES.get(values["recency"] or DEFAULT_MODE) if given("recency_share") else None
+    if mode is not None and not mode.default_share:
+        raise ConfigError(f"--recency-share is of --recency {share_words()}; {mode.name} has none: leave it out.")
     for name, others in NEEDS.get(command, {}).items():
         if given(name) and not any(map(values.get, others)):
             raise ConfigError(f"{spelled(name)} does nothing without {' or '.join(map(spelled, others))}.")

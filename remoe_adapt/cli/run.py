@@ -38,6 +38,7 @@ def run(
     model: opt.Model, prompt: opt.Prompt, family: opt.FamilyPath = None, profile: opt.Profile = None,
     pressure: opt.Pressure = None, strength: opt.Strength = None, max_new_tokens: opt.NewTokens = 128,
     recency: opt.Recency = None, recency_gain: opt.RecencyGain = None, recency_decay: opt.RecencyDecay = None,
+    recency_share: opt.RecencyShare = None,
     expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, arithmetic: opt.Arithmetic = "auto",
     log: opt.Log = None, plot: opt.LogPlot = None, metrics_port: opt.MetricsPort = None,
     temperature: opt.Temperature = 0.0, seed: opt.Seed = 0, device: opt.Device = None, dtype: opt.Dtype = "auto",
@@ -60,7 +61,7 @@ def run(
     base = base_for(model, profile, expert_cache, storage, arithmetic, device, dtype)
     dialled = get_remoe_model(
         base, profile=profile, family=family, recency=recency, recency_gain=recency_gain, recency_decay=recency_decay,
-        force=force,
+        recency_share=recency_share, force=force,
     )  # fmt: skip
     tokenizer = load_tokenizer(model)
     controller = dialled.controller

@@ -32,6 +32,7 @@ def serve(
     max_body: opt.ServeBody = _MAX_BODY, drain: opt.Drain = _DRAIN_S,
     pressure: opt.Pressure = None, strength: opt.Strength = None,
     recency: opt.Recency = None, recency_gain: opt.ServeGain = None, recency_decay: opt.RecencyDecay = None,
+    recency_share: opt.RecencyShare = None,
     expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, arithmetic: opt.Arithmetic = "auto",
     llama_server: opt.LlamaServerProgram = None, llama_options: opt.LlamaOptions = None,
     context_tokens: opt.ContextTokens = None, slots: opt.Slots = 1, threads: opt.EngineThreads = None,
@@ -86,7 +87,7 @@ def serve(
     base = base_for(model, profile, expert_cache, storage, arithmetic, device, dtype)
     dialled = get_remoe_model(
         base, profile=profile, family=family, recency=recency, recency_gain=recency_gain, recency_decay=recency_decay,
-        force=force,
+        recency_share=recency_share, force=force,
     )  # fmt: skip
     controller = dialled.controller
     said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()

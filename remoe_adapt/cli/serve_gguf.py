@@ -41,6 +41,7 @@ def serve_gguf(
     recency: str | None,
     recency_gain: float | None,
     recency_decay: float | None,
+    recency_share: float | None,
     log: Path | None,
     llama_server: Path | None,
     llama_options: list[str] | None,
@@ -56,8 +57,9 @@ def serve_gguf(
     from remoe_adapt.engines.llamacpp import GgufServing, ServedGguf
 
     device = profile_of(profile)
-    asked = recency is not None or recency_gain is not None or recency_decay is not None
-    prior = Recency.of(recency, _GAIN if recency_gain is None else recency_gain, recency_decay) if asked else None
+    asked = any(given is not None for given in (recency, recency_gain, recency_decay, recency_share))
+    gain = _GAIN if recency_gain is None else recency_gain
+    prior = Recency.of(recency, gain, recency_decay, recency_share) if asked else None
     # Whoever types a gain and nothing to turn it by wants that gain, not the none of a calm machine.
     held = prior is not None and profile is None and family is None and pressure is None and strength is None
     if held:

@@ -30,6 +30,7 @@ def train(
     steps: opt.Steps = None, batch: opt.Batch = None,
     accumulate: opt.Accumulate = None, length: opt.Length = None, lr: opt.Lr = None, mode: opt.Mode = None,
     recency: opt.Recency = None, recency_gain: opt.FullGain = None, recency_decay: opt.RecencyDecay = None,
+    recency_share: opt.RecencyShare = None,
     rank: opt.Rank = None, seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,
     checkpoint_minutes: opt.CheckpointMinutes = None,
     expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, arithmetic: opt.Arithmetic = "exact",
@@ -83,6 +84,7 @@ def evaluate(
     model: opt.Model, data: opt.EvalData = None, family: opt.FamilyPath = None, max_tokens: opt.MaxTokens = None,
     policy: opt.Policies = ["lru"], cache: opt.Caches = [0.25, 0.5], window: opt.Window = None,  # noqa: B006
     recency: opt.EvalRecency = None, recency_gain: opt.RecencyGains = None, recency_decay: opt.RecencyDecay = None,
+    recency_share: opt.RecencyShare = None,
     tasks: opt.Tasks = None, task_folder: opt.TaskFolder = None, limit: opt.Limit = None,
     plot: opt.Plot = None, per_layer: opt.PerLayer = False, certified: opt.Certify = False,
     against: opt.Against = None, expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None,
@@ -112,7 +114,7 @@ def evaluate(
 
     # Before the imports below, which take seconds, and before the model.
     check_replay(policy, cache)
-    if recency is None and (recency_gain is not None or recency_decay is not None):
+    if recency is None and any(given is not None for given in (recency_gain, recency_decay, recency_share)):
         recency = DEFAULT_MODE
     gains = [] if recency is None else numbers(GAINS if recency_gain is None else recency_gain)
     if plot is not None:
@@ -145,7 +147,7 @@ def evaluate(
 
     quiet_libraries()
     check_arithmetic(arithmetic)
-    priors = [Recency.of(recency, gain, recency_decay) for gain in gains]
+    priors = [Recency.of(recency, gain, recency_decay, recency_share) for gain in gains]
     points = None if family is None else Family.load(family)
     check_priors(points, priors)
     if data:

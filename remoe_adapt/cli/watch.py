@@ -23,7 +23,8 @@ def watch(
     pid: opt.ServerPid = None, hold: opt.Hold = _PROXY_HOLD_S, max_body: opt.MaxBody = None,
     reuse_prompts: opt.ReusePrompts = False, keep: opt.KeepPoint = False, api_key: opt.ApiKey = None,
     base: opt.GgufBase = None, gain: opt.WatchGain = None, recency: opt.Recency = None,
-    recency_decay: opt.RecencyDecay = None, control: opt.PriorFile = None, as_json: opt.JsonLines = False,
+    recency_decay: opt.RecencyDecay = None, recency_share: opt.RecencyShare = None,
+    control: opt.PriorFile = None, as_json: opt.JsonLines = False,
 ) -> CommandLines:  # fmt: skip
     """Turn the dial of a running llama-server by this machine's pressure.
 
@@ -52,7 +53,7 @@ def watch(
         interval_s=interval, pid=pid, proxy=None if proxy is None else _listening(proxy), hold_s=hold,
         max_body_bytes=None if max_body is None else size_bytes(max_body, "--max-body"), reuse_prompts=reuse_prompts,
         dry_run=dry_run, keep=keep, api_key=api_key, live=live, base=base, control=control,
-        recency=None if gain is None else Recency.of(recency, gain, recency_decay),
+        recency=None if gain is None else Recency.of(recency, gain, recency_decay, recency_share),
     )  # fmt: skip
     watching = Watch(server, family, profile_of(profile), options)
     if once:

@@ -23,7 +23,7 @@ from remoe_adapt.device_profile.nodes import Problem, Source, did_you_mean, is_m
 from remoe_adapt.device_profile.values import ContradictionError, key_of, read_section
 from remoe_adapt.errors import ConfigError, ProfileError
 from remoe_adapt.eviction import ONLINE
-from remoe_adapt.recency_settings import MAX_GAIN, MODES, NO_PRIOR, Recency, mode_words
+from remoe_adapt.recency_settings import MAX_GAIN, MODES, NO_PRIOR, Recency, mode_words, share_words
 
 CACHE_SCOPES = ("global", "layer")
 # The longest wait that a profile may ask for. A dial that waits longer would never move, and a clock in floats still
@@ -123,6 +123,7 @@ class _RecencyKeys:
 
     mode: str = key_of("mode", _mode, default=NO_PRIOR)
     gain: float = key_of("gain", of.number(0, MAX_GAIN), default=0.0)
+    share: float | None = key_of("share", of.number(0, 1, open_low=True), default=None)
 
     def __post_init__(self) -> None:
         if self.mode == NO_PRIOR and self.gain > 0:
@@ -130,10 +131,14 @@ class _RecencyKeys:
                 "gain",
                 f"gain {self.gain!r} has no effect in mode {NO_PRIOR!r}; choose {', '.join(MODES)}, or set gain 0.0",
             )
+        if self.share is not None and not (self.mode in MODES and MODES[self.mode].default_share):
+            raise ContradictionError(
+                "share", f"share {self.share!r} has no effect in mode {self.mode!r}; it is of {share_words()}"
+            )
 
     def understood(self) -> Recency | None:
         """What the section means (`read_section` asks)."""
-        return None if self.mode == NO_PRIOR else Recency.of(self.mode, self.gain)
+        return None if self.mode == NO_PRIOR else Recency.of(self.mode, self.gain, share=self.share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +160,11 @@ class DeviceProfile:
 
     def as_keys(self) -> dict[str, Any]:
         """Everything in plain values, with the section `recency` as in a file."""
-        mode, gain = (NO_PRIOR, 0.0) if self.recency is None else (self.recency.mode, self.recency.gain)
-        return asdict(self) | {"recency": {"mode": mode, "gain": gain}}
+        keys: dict[str, Any] = {"mode": NO_PRIOR, "gain": 0.0}
+        if self.recency is not None:
+            share = {"share": self.recency.share} if self.recency.takes_share else {}
+            keys = {"mode": self.recency.mode, "gain": self.recency.gain, **share}
+        return asdict(self) | {"recency": keys}
 
     @property
     def recovery_s(self) -> float:

@@ -46,7 +46,8 @@ _DEFAULT_RESERVE_BYTES = 1 << 30
 _DIALLED: WeakKeyDictionary[nn.Module, _Dialled] = WeakKeyDictionary()
 # fmt: off
 _OPTIONS = (
-    "profile", "family", "recency", "recency_gain", "recency_decay", "expert_cache", "device", "monitor",
+    "profile", "family", "recency", "recency_gain", "recency_decay", "recency_share", "expert_cache", "device",
+    "monitor",
     "adapter_name", "force", "dtype", *CACHE_OPTIONS,
 )
 # fmt: on
@@ -71,6 +72,7 @@ def get_remoe_model(
     recency: str | None = None,
     recency_gain: float | None = None,
     recency_decay: float | None = None,
+    recency_share: float | None = None,
     expert_cache: str | int | float | None = None,
     device: str | None = None,
     monitor: bool = True,
@@ -86,9 +88,10 @@ def get_remoe_model(
     profile: a name, a path or a DeviceProfile; None: strength equal to pressure, see `profile_of`.
     family: a folder, a hub id or a Family; None: what the profile's `families` name for the base's id, else
         training-free operating points (recency prior only), which is logged once.
-    recency: "last", "ema" or "resident", a prior on top of what the points have.
+    recency: "last", "ema", "resident" or "cost", a prior on top of what the points have.
     recency_gain: of that prior, at every strength (default 0.2).
-    recency_decay: of that prior (default 0.7, for ema).
+    recency_decay: of that prior (default: the mode's own, 0.7 for ema).
+    recency_share: of that prior in mode cost: of a layer's experts, the part that the cache holds (default 0.25).
     expert_cache: the budget of the cache instead of the profile's.
     device: where a base that is loaded computes; None: where from_pretrained puts it.
     monitor: False leaves the dial to your calls until `controller.resume()`.
@@ -118,7 +121,8 @@ def get_remoe_model(
         if options:
             raise ConfigError(f"{', '.join(options)}: options of loading, but base is a model already.")
         _check_free(base)
-    known, asked = _family(family, chosen, _base_id(base)), AskedRecency(recency, recency_gain, recency_decay)
+    known = _family(family, chosen, _base_id(base))
+    asked = AskedRecency(recency, recency_gain, recency_decay, recency_share)
     if known is not None:
         # Loading takes minutes, and what the family cannot do is known before.
         plan_recency(known, chosen, asked)  # refuse before anything is loaded

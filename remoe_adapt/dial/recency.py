@@ -30,10 +30,11 @@ class AskedRecency(NamedTuple):
     mode: str | None = None
     gain: float | None = None
     decay: float | None = None
+    share: float | None = None
 
 
 class RecencyPlan(NamedTuple):
-    """Where the gains of a dial come from, beside the family's points; all have the mode and decay of one prior.
+    """Where the gains of a dial come from, beside the family's points; all are of one kind.
 
     always: with the gain that the caller asked for, which holds at every strength.
     at_full: with the profile's gain, which is that of strength 1.
@@ -51,18 +52,19 @@ class RecencyPlan(NamedTuple):
 
 
 def plan_recency(family: Family, profile: DeviceProfile, asked: AskedRecency) -> RecencyPlan | None:
-    """Whose mode and decay the prior has: the family's, else the caller's, else the profile's; None without any prior.
+    """Whose mode, decay and share the prior has: the family's, else the caller's, else the profile's; None without any.
 
-    Raises ConfigError for values out of range, or for a mode or decay other than that of the family's points.
+    Raises ConfigError for values out of range, or for a mode, decay or share other than that of the family's points.
     """
     # What cannot be is refused, whether it is used below or not.
     # Settings that the family overrides are checked all the same, or a typo would be silent.
-    Recency.of(asked.mode, 0.0 if asked.gain is None else asked.gain, asked.decay)
+    Recency.of(asked.mode, 0.0 if asked.gain is None else asked.gain, asked.decay, asked.share)
     of_points = next((point.recency for point in family.points if point.recency), None)
     # A profile whose gains are all 0 says nothing; a prior of gain 0 would cost its state for no effect.
     of_profile = profile.recency if profile.recency and any(profile.recency.gains()) else None
     if of_points is not None:
-        for what, wanted, has in (("mode", asked.mode, of_points.mode), ("decay", asked.decay, of_points.decay)):
+        for what in ("mode", "decay", "share"):
+            wanted, has = getattr(asked, what), getattr(of_points, what)
             if wanted is not None and wanted != has:
                 raise ConfigError(
                     f"recency {what} {wanted!r}: the points of {family.path} have {has!r}, and a model has one prior."
@@ -72,7 +74,8 @@ def plan_recency(family: Family, profile: DeviceProfile, asked: AskedRecency) ->
         return RecencyPlan(replace(of_points, gain=asked.gain or 0.0), replace(of_points, gain=adds))
     if asked != AskedRecency():
         mode = asked.mode or (of_profile.mode if of_profile else None)
-        always = Recency.of(mode, DEFAULT_GAIN if asked.gain is None else asked.gain, asked.decay)
+        share = of_profile.share if asked.share is None and of_profile and of_profile.mode == mode else asked.share
+        always = Recency.of(mode, DEFAULT_GAIN if asked.gain is None else asked.gain, asked.decay, share)
         return RecencyPlan(always, replace(always, gain=0.0))
     return None if of_profile is None else RecencyPlan(replace(of_profile, gain=0.0), of_profile)
 
@@ -111,7 +114,7 @@ class DialPrior:
                     f"model has {count} routers."
                 )
         self.plan, self._family = plan, family
-        self.installed = InstalledPrior(model, plan.always.mode, plan.always.decay, routers)
+        self.installed = InstalledPrior(model, plan.always.mode, plan.always.decay, routers, plan.always.share)
         # Only now is it known which routers can have the prior: it depends on their forwards.
         if not self.installed.layers and not family.points[0].deltas:
             self.installed.remove()
@@ -171,7 +174,9 @@ class DialPrior:
         """JSON-ready; the gain is the mean over the routers that have the prior."""
         gains = [float(gain) for gain in self.live]
         mean = sum(gains) / len(gains) if gains else 0.0
-        return {"mode": self.plan.always.mode, "decay": self.plan.always.decay, "routers": len(gains), "gain": mean}
+        prior = self.plan.always
+        share = {"share": prior.share} if prior.share else {}
+        return {"mode": prior.mode, "decay": prior.decay, **share, "routers": len(gains), "gain": mean}
 
     def remove(self) -> None:
         """The routers run their own forwards again."""

@@ -34,10 +34,10 @@ class Arm:
 
 
 def check_priors(family: Family | None, priors: Sequence[Recency]) -> Recency | None:
-    """One of the points' priors and `priors`, which all have its mode and decay; None without any.
+    """One of the points' priors and `priors`, which all are of its kind; None without any.
 
-    Raises ConfigError when they differ in mode or decay, and for a prior on the base that prefers what an expert cache
-    holds: an evaluation has none, or does not show it to priors, so it would do nothing.
+    Raises ConfigError when they differ in mode, decay or share, and for a prior on the base that prefers what an expert
+    cache holds: an evaluation has none, or does not show it to priors, so it would do nothing.
     """
     for prior in priors:
         if prior.kind.needs_expert_cache:
@@ -55,12 +55,14 @@ def check_priors(family: Family | None, priors: Sequence[Recency]) -> Recency | 
 def one_kind(family: Family | None, priors: Sequence[Recency] = ()) -> Recency | None:
     """One of the points' priors and `priors`; None without any.
 
-    Raises ConfigError when they differ in mode or decay.
+    Raises ConfigError when they differ in mode, decay or share.
     """
     found = [*priors, *(point.recency for point in (family.points if family else ()) if point.recency)]
-    kinds = {(recency.mode, recency.decay) for recency in found}
+    kinds = {(recency.mode, recency.decay, recency.share or 0.0) for recency in found}
     if len(kinds) > 1:
-        listed = ", ".join(f"{mode} (decay {decay:g})" for mode, decay in sorted(kinds))
+        listed = ", ".join(
+            f"{mode} (decay {decay:g}{f', share {share:g}' if share else ''})" for mode, decay, share in sorted(kinds)
+        )
         raise ConfigError(f"recency priors of one evaluation must be of one kind, not {listed}.")
     return found[0] if found else None
 
@@ -76,7 +78,7 @@ class Arms:
         self, model: nn.Module, family: Family | None, *, priors: Sequence[Recency] = (), force: bool = False
     ) -> None:
         """Raises FingerprintMismatchError for another base (unless `force`), AdapterConflictError when the model's
-        routers run adapters already, ConfigError when priors and points differ in mode or decay."""
+        routers run adapters already, ConfigError when priors and points are not of one kind."""
         self._installed: InstalledPrior | None = None
         routers = survey_routers(model)
         self._weights = [weight_ED.detach() for weight_ED in routers.weights.values()]
@@ -89,7 +91,7 @@ class Arms:
         self._use_family(model, family, force, routers)
         kind = check_priors(family, priors)
         if kind is not None:
-            self._installed = InstalledPrior(model, kind.mode, kind.decay)
+            self._installed = InstalledPrior(model, kind.mode, kind.decay, share=kind.share)
             self.priors = tuple(Arm(0.0, self.base.live, prior) for prior in priors)
 
     def _use_family(self, model: nn.Module, family: Family | None, force: bool, routers: Routers) -> None:

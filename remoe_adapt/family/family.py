@@ -358,7 +358,9 @@ class Family:
         for other in (p for p in self.points if p.recency and point.recency):
             assert other.recency and point.recency
             if not other.recency.is_like(point.recency):
-                raise FamilyError(f"{self.path}: {point.adapter} and {other.adapter} differ in recency mode or layers.")
+                raise FamilyError(
+                    f"{self.path}: {point.adapter} and {other.adapter} differ in recency mode, decay, share or layers."
+                )
         self.points = tuple(sorted((*self.points, point), key=lambda p: p.strength))
 
 

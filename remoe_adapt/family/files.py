@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from remoe_adapt._support import first_line, printable, read_json, replacing
 from remoe_adapt.errors import FamilyError
-from remoe_adapt.recency_settings import MAX_GAIN, NO_PRIOR, Recency, is_number, mode_words
+from remoe_adapt.recency_settings import MAX_GAIN, MODES, NO_PRIOR, Recency, is_number, mode_words, share_words
 from remoe_adapt.tuner import FAMILY_FILE
 
 FORMAT = 1
@@ -35,8 +35,10 @@ def read_recency(entry: Any, where: str) -> Recency | None:
 
     Raises FamilyError naming `where` and the fault.
     """
-    if not isinstance(entry, Mapping) or set(entry) != {"mode", "decay", "gain_per_layer"}:
-        raise FamilyError(f"{where}: recency must hold mode, decay and gain_per_layer, not {_shown(entry)}.")
+    if not isinstance(entry, Mapping) or set(entry) - {"share"} != {"mode", "decay", "gain_per_layer"}:
+        raise FamilyError(
+            f"{where}: recency must hold mode, decay and gain_per_layer, and share in some modes, not {_shown(entry)}."
+        )
     mode, decay, gains = (entry[key] for key in ("mode", "decay", "gain_per_layer"))
     if mode not in mode_words():
         raise FamilyError(f"{where}: recency mode {_shown(mode)} is not one of {', '.join(mode_words())}.")
@@ -44,12 +46,20 @@ def read_recency(entry: Any, where: str) -> Recency | None:
         raise FamilyError(f"{where}: recency decay {_shown(decay)} must be at least 0 and below 1.")
     if not isinstance(gains, list | tuple) or not all(is_number(gain) and 0 <= gain <= MAX_GAIN for gain in gains):
         raise FamilyError(f"{where}: gain_per_layer must list a number from 0 to {MAX_GAIN:g} for each layer.")
-    return None if mode == NO_PRIOR else Recency(mode, tuple(float(gain) for gain in gains), float(decay))
+    share = entry.get("share")
+    if "share" in entry and not (mode in MODES and MODES[mode].default_share):
+        raise FamilyError(f"{where}: recency share is of the mode {share_words()}; {_shown(mode)} has none.")
+    if "share" in entry and (not is_number(share) or not 0.0 < share <= 1.0):
+        raise FamilyError(f"{where}: recency share {_shown(share)} must be above 0 and at most 1.")
+    if mode == NO_PRIOR:
+        return None
+    return Recency(mode, tuple(float(gain) for gain in gains), float(decay), share)
 
 
 def recency_entry(recency: Recency) -> dict[str, Any]:
     """The JSON object that `read_recency` reads."""
-    return {"mode": recency.mode, "decay": recency.decay, "gain_per_layer": recency.gain}
+    share = {"share": recency.share} if recency.takes_share else {}
+    return {"mode": recency.mode, "decay": recency.decay, **share, "gain_per_layer": recency.gain}
 
 
 def usable_path(path: str | os.PathLike[str]) -> Path:

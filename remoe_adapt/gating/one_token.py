@@ -50,7 +50,7 @@ class SingleGate:
         # One function without helpers on the common way: after each product of a router the caches are cold, so that a
         # call in Python costs a microsecond.
         prior = self._steps[layer]
-        if logits_TE.requires_grad:
+        if prior.share is not None or logits_TE.requires_grad:
             return self._by_definition(layer, logits_TE, k, spec, bias_E)
         z_1E = logits_TE if logits_TE.dtype is torch.float32 else logits_TE.float()
         scores_1E: Tensor | None = None
@@ -92,7 +92,7 @@ class SingleGate:
         self, layer: int, logits_1E: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         prior = self._steps[layer]
-        still = PriorStep(prior.recency_BE, prior.gain, None)
+        still = PriorStep(prior.recency_BE, prior.gain, None, None, prior.share)
         weights_1K, self.chosen[layer] = topk_gating(logits_1E, k, spec, still, bias_E=bias_E)
         return weights_1K, self.chosen[layer]
 

@@ -95,11 +95,15 @@ def _bias(bias: Tensor | None, rule: str) -> Tensor | None:
 
 def _gate(
     logits: Tensor, bias: Tensor | None, recency: Tensor | None, gain: Tensor | None, decay: float | None,
-    flags: Tensor | None, k: int, rule: str,
+    flags: Tensor | None, share: float | None, k: int, rule: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Kernels, or the definition elsewhere and beyond them; `recency` moves on in place if there is a decay."""
-    if backend(logits.device) != "triton" or unsupported(spec_of_text(rule), k, logits.dtype) is not None:
-        prior = None if recency is None or gain is None else PriorStep(recency, gain, decay, flags)
+    if (
+        share is not None
+        or backend(logits.device) != "triton"
+        or unsupported(spec_of_text(rule), k, logits.dtype) is not None
+    ):
+        prior = None if recency is None or gain is None else PriorStep(recency, gain, decay, flags, share)
         weights, ids = reference.topk_gating(logits, k, spec_of_text(rule), prior, bias_E=bias)
         return weights, ids.contiguous()
     bias = _bias(bias, rule)
@@ -117,17 +121,18 @@ def _gate(
 @torch.library.custom_op("remoe::topk_gating", mutates_args=())
 def _topk_gating(
     logits: Tensor, bias: Tensor | None, recency: Tensor | None, gain: Tensor | None, decay: float | None,
-    flags: Tensor | None, k: int, rule: str,
+    flags: Tensor | None, share: float | None, k: int, rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     after = _after(logits, recency, decay)
     moving = recency if recency is None or decay is None else after
-    return *_gate(logits, bias, moving, gain, decay, flags, k, rule), after
+    return *_gate(logits, bias, moving, gain, decay, flags, share, k, rule), after
 
 
 @_topk_gating.register_fake
 def _(
-    logits: Tensor, _bias: Any, recency: Tensor | None, _gain: Any, decay: float | None, _flags: Any, k: int, _rule: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, _bias: Any, recency: Tensor | None, _gain: Any, decay: float | None, _flags: Any, _share: Any,
+    k: int, _rule: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return *_empty(logits, k), _after(logits, recency, decay)
 
 
@@ -151,7 +156,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad_weights: Tensor, _ids: Any, _after: Any) -> tuple[Tensor | None, ...]:
     logits, ids = ctx.saved_tensors
-    return weights_backward(grad_weights, logits, ids, spec_of_text(ctx.rule)), *(None,) * 7
+    return weights_backward(grad_weights, logits, ids, spec_of_text(ctx.rule)), *(None,) * 8
 
 
 _topk_gating.register_autograd(_backward, setup_context=_save)
@@ -193,10 +198,10 @@ def _spread(values_TK: Tensor, ids_TK: Tensor, like_TE: Tensor) -> Tensor:
 
 @torch.library.custom_op("remoe::topk_gating_", mutates_args=("recency",))
 def _topk_gating_in_place(
-    logits: Tensor, bias: Tensor | None, recency: Tensor, gain: Tensor, decay: float, flags: Tensor | None, k: int,
-    rule: str,
+    logits: Tensor, bias: Tensor | None, recency: Tensor, gain: Tensor, decay: float, flags: Tensor | None,
+    share: float | None, k: int, rule: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _gate(logits, bias, recency, gain, decay, flags, k, rule)
+    return _gate(logits, bias, recency, gain, decay, flags, share, k, rule)
 
 
 @_topk_gating_in_place.register_fake
@@ -207,10 +212,15 @@ def _(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("remoe::route_", mutates_args=("recency",))
 def _route(
     hidden: Tensor, weight: Tensor, linear_bias: Tensor | None, bias: Tensor | None, recency: Tensor | None,
-    gain: Tensor | None, decay: float | None, flags: Tensor | None, linear_fp32: bool, k: int, rule: str,
+    gain: Tensor | None, decay: float | None, flags: Tensor | None, share: float | None, linear_fp32: bool, k: int,
+    rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     per_token = recency is None or decay is None or len(recency) == len(hidden)
-    kernels = backend(hidden.device) == "triton" and unsupported(spec_of_text(rule), k, hidden.dtype) is None
+    kernels = (
+        share is None
+        and backend(hidden.device) == "triton"
+        and unsupported(spec_of_text(rule), k, hidden.dtype) is None
+    )
     if kernels and per_token and (linear_fp32 or hidden.dtype == weight.dtype):
         from remoe_adapt.triton_kernels.route import fits_route, launch_route
 
@@ -221,7 +231,7 @@ def _route(
             )
             return routed
     logits = _product(hidden, weight, linear_bias, linear_fp32)
-    return logits, *_gate(logits, bias, recency, gain, decay, flags, k, rule)
+    return logits, *_gate(logits, bias, recency, gain, decay, flags, share, k, rule)
 
 
 @_route.register_fake
@@ -253,20 +263,22 @@ def fused_gating(
     Raises ConfigError when k or a shape does not fit.
     """
     reference.check_shapes(logits_TE, k, prior, bias_E)
-    recency_BE, gain, decay, flags_T = _parts(prior)
+    recency_BE, gain, decay, flags_T, share = _parts(prior)
     rule = spec_text(spec)
     if recency_BE is not None and gain is not None and decay is not None:
         if not _needs_grad(logits_TE):
             in_place: tuple[Tensor, Tensor] = torch.ops.remoe.topk_gating_(
-                logits_TE, bias_E, recency_BE, gain, decay, flags_T, k, rule
+                logits_TE, bias_E, recency_BE, gain, decay, flags_T, share, k, rule
             )
             return in_place
         weights_TK, ids_TK, after_BE = torch.ops.remoe.topk_gating(
-            logits_TE, bias_E, recency_BE, gain, decay, flags_T, k, rule
+            logits_TE, bias_E, recency_BE, gain, decay, flags_T, share, k, rule
         )
         recency_BE.copy_(after_BE)
         return weights_TK, ids_TK
-    weights_TK, ids_TK, _ = torch.ops.remoe.topk_gating(logits_TE, bias_E, recency_BE, gain, None, flags_T, k, rule)
+    weights_TK, ids_TK, _ = torch.ops.remoe.topk_gating(
+        logits_TE, bias_E, recency_BE, gain, None, flags_T, share, k, rule
+    )
     return weights_TK, ids_TK
 
 
@@ -284,15 +296,30 @@ def fused_route(
         logits_TE = _product(hidden_TD, weight_ED, linear_bias_E, linear_fp32)
         return logits_TE, *fused_gating(logits_TE, k, spec, prior, bias_E)
     reference.check_shapes(hidden_TD[:, :1].expand(-1, weight_ED.shape[0]), k, prior, bias_E)
-    recency_BE, gain, decay, flags_T = _parts(prior)
+    recency_BE, gain, decay, flags_T, share = _parts(prior)
     routed: tuple[Tensor, Tensor, Tensor] = torch.ops.remoe.route_(
-        hidden_TD, weight_ED, linear_bias_E, bias_E, recency_BE, gain, decay, flags_T, linear_fp32, k, spec_text(spec)
+        hidden_TD,
+        weight_ED,
+        linear_bias_E,
+        bias_E,
+        recency_BE,
+        gain,
+        decay,
+        flags_T,
+        share,
+        linear_fp32,
+        k,
+        spec_text(spec),
     )
     return routed
 
 
-def _parts(prior: PriorStep | None) -> tuple[Tensor | None, Tensor | None, float | None, Tensor | None]:
-    return (None,) * 4 if prior is None else (prior.recency_BE, prior.gain, prior.decay, prior.flags_T)
+def _parts(
+    prior: PriorStep | None,
+) -> tuple[Tensor | None, Tensor | None, float | None, Tensor | None, float | None]:
+    if prior is None:
+        return (None,) * 5
+    return prior.recency_BE, prior.gain, prior.decay, prior.flags_T, prior.share
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
+from remoe_adapt.gating.cost import bonus, held
 from remoe_adapt.routers import RouterSpec, best_ids
 from remoe_adapt.triton_kernels import rule
 
@@ -29,13 +30,16 @@ class PriorStep:
     recency_BE: fp32, one row per sequence (one for all of them in `resident` mode), each in [0, 1]; updated in place.
     gain: fp32 scalar tensor. decay: recency becomes `decay * recency + (1 - decay) * chosen` after each token; 0 is
     the previous token alone; None leaves it as it is (`resident`). flags_T: uint8 or None; PADDING tokens are gated
-    without the prior and leave no trace, RESTART sets the recency to 0 before the token.
+    without the prior and leave no trace, RESTART sets the recency to 0 before the token. share: of priced modes
+    (`recency_settings.Mode.is_priced`), the part of the experts that are preferred, never less than K of them; None:
+    the bonus is gain * span * recency.
     """
 
     recency_BE: Tensor
     gain: Tensor
     decay: float | None
     flags_T: Tensor | None = None
+    share: float | None = None
 
 
 def topk_gating(
@@ -45,9 +49,10 @@ def topk_gating(
 
     logits_TE: fp32, fp16 or bf16, any strides; scores are taken in fp32. bias_E: the selection bias of scorings that
     have one. With a prior, experts rank by `choice + gain * span * recency`, where `choice` are `spec.choice_scores`
-    and span is the largest minus the smallest finite one of the token; weights come from the untouched scores
-    (Cache-Prior, arXiv:2412.00099, eq. 3, with the span of this token). Differentiable in the logits through the
-    weights. The recency of `prior` moves on in place; a gain of 0 gives the result without a prior, bit for bit.
+    and span is the largest minus the smallest finite one of the token (Cache-Prior, arXiv:2412.00099, eq. 3, with the
+    span of this token); in priced modes by `choice + bonus` where they are held (`gating/cost.py`). Weights come from
+    the untouched scores. Differentiable in the logits through the weights. The recency of `prior` moves on in place; a
+    gain of 0 gives the result without a prior, bit for bit.
 
     Raises ConfigError when k or a shape does not fit, UnsupportedRouterError when the weights do not follow from the
     logits.
@@ -57,12 +62,15 @@ def topk_gating(
         choice_TE = spec.choice_scores(logits_TE, bias_E)
         if prior is None:
             ids_TK = best_ids(choice_TE, k)
-        elif prior.decay is None or len(prior.recency_BE) == len(logits_TE):
-            ids_TK = _step(
-                choice_TE.float(), prior.recency_BE, _scales(choice_TE, prior), k, prior.decay, prior.flags_T
-            )
         else:
-            ids_TK = _scan(choice_TE.float(), k, prior)
+            choice_TE = choice_TE.float()
+            extra_TN = (
+                _scales(choice_TE, prior) if prior.share is None else _raised(choice_TE, logits_TE, k, spec, prior)
+            )
+            if prior.decay is None or len(prior.recency_BE) == len(logits_TE):
+                ids_TK = _step(choice_TE, extra_TN, k, prior, prior.flags_T)
+            else:
+                ids_TK = _scan(choice_TE, extra_TN, k, prior)
     return spec.expert_weights(logits_TE, ids_TK), ids_TK
 
 
@@ -85,7 +93,6 @@ def check_shapes(logits_TE: Tensor, k: int, prior: PriorStep | None, bias_E: Ten
 def _scales(choice_TE: Tensor, prior: PriorStep) -> Tensor:
     """gain * span [T, 1]; 0 for padding."""
     limit = torch.finfo(torch.float32).max
-    choice_TE = choice_TE.float()
     highest_T1 = choice_TE.nan_to_num(nan=-limit, posinf=-limit, neginf=-limit).amax(dim=-1, keepdim=True)
     lowest_T1 = choice_TE.nan_to_num(nan=limit, posinf=limit, neginf=limit).amin(dim=-1, keepdim=True)
     scale_T1 = (highest_T1 - lowest_T1).clamp_(0.0, MAX_SPAN).mul_(prior.gain)
@@ -94,13 +101,27 @@ def _scales(choice_TE: Tensor, prior: PriorStep) -> Tensor:
     return scale_T1
 
 
-def _step(
-    choice_BE: Tensor, recency_BE: Tensor, scale_B1: Tensor, k: int, decay: float | None, flags_B: Tensor | None
-) -> Tensor:
-    """One token of each sequence (any tokens in `resident` mode): ids [B, K], recency moved on in place."""
+def _raised(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, prior: PriorStep) -> Tensor:
+    """By what experts rank that are held [T, E]; their choice values for padding."""
+    raised_TE = choice_TE + bonus(choice_TE, logits_TE, k, spec, prior.gain)
+    if prior.flags_T is not None:
+        raised_TE = torch.where((prior.flags_T.bitwise_and(PADDING) != 0).unsqueeze(-1), choice_TE, raised_TE)
+    return raised_TE
+
+
+def _step(choice_BE: Tensor, extra_BN: Tensor, k: int, prior: PriorStep, flags_B: Tensor | None) -> Tensor:
+    """One token of each sequence (any tokens in `resident` mode): ids [B, K], recency moved on in place.
+
+    extra_BN: `_scales`, in priced modes `_raised`.
+    """
+    recency_BE, decay = prior.recency_BE, prior.decay
     if flags_B is not None and decay is not None:
         recency_BE.masked_fill_((flags_B.bitwise_and(RESTART) != 0).unsqueeze(-1), 0.0)
-    ids_BK = best_ids(torch.addcmul(choice_BE, recency_BE, scale_B1), k)
+    if prior.share is None:
+        ranked_BE = torch.addcmul(choice_BE, recency_BE, extra_BN)
+    else:
+        ranked_BE = torch.where(held(recency_BE, prior.share, k), extra_BN, choice_BE)
+    ids_BK = best_ids(ranked_BE, k)
     if decay is None:
         return ids_BK
     before_BE = recency_BE.clone() if flags_B is not None else None
@@ -120,17 +141,15 @@ def update_recency(recency_BE: Tensor, ids_BK: Tensor, decay: float) -> None:
     recency_BE.mul_(decay).scatter_add_(-1, ids_BK, share_BK)
 
 
-def _scan(choice_TE: Tensor, k: int, prior: PriorStep) -> Tensor:
+def _scan(choice_TE: Tensor, extra_TN: Tensor, k: int, prior: PriorStep) -> Tensor:
     """Token after token of all sequences side by side: ids [T, K]."""
     sequences = len(prior.recency_BE)
-    scale_TS = _scales(choice_TE, prior).reshape(sequences, -1, 1)
+    # What does not depend on the tokens before is worked out for all of them by now: the loop only masks and ranks.
+    extra_BSN = extra_TN.reshape(sequences, -1, extra_TN.shape[-1])
     choice_BSE = choice_TE.reshape(sequences, -1, choice_TE.shape[-1])
     flags_BS = None if prior.flags_T is None else prior.flags_T.reshape(sequences, -1)
     chosen = [
-        _step(
-            choice_BSE[:, s], prior.recency_BE, scale_TS[:, s], k, prior.decay,
-            None if flags_BS is None else flags_BS[:, s],
-        )
+        _step(choice_BSE[:, s], extra_BSN[:, s], k, prior, None if flags_BS is None else flags_BS[:, s])
         for s in range(choice_BSE.shape[1])
-    ]  # fmt: skip
+    ]
     return torch.stack(chosen, dim=1).reshape(-1, k) if chosen else choice_TE.new_zeros((0, k), dtype=torch.int64)

@@ -28,16 +28,20 @@ class InstalledPrior:
     `prior` holds gains and residency of the routers that have it, in model order; `layers` are their places among all
     routers of the model, `own_forward` maps the names of the others to the reason.
 
-    Raises RouterNotFoundError and UnsupportedRouterError as `discover_routers`, ConfigError for a bad mode or decay,
+    Raises RouterNotFoundError and UnsupportedRouterError as `discover_routers`, ConfigError for bad settings,
     RouterError when the model has a prior already, or when a trial of three tokens shows that the prior does not act
     (`proof.py`). The model is unchanged then. Routers whose gating the op cannot express, and some of several on which
     the prior does not act, keep their own forward, without the prior; that is logged once. With "ema" and "last",
     continuous batching is refused (`generate_batch`): it packs requests into one row, over a cache of its own.
     """
 
-    def __init__(self, model: nn.Module, mode: str, decay: float | None = None, routers: Routers | None = None) -> None:
-        """routers: those of `model`, where they are known already."""
-        kind = Recency.of(mode, 0.0, decay).kind  # refused before the model is looked at
+    def __init__(
+        self, model: nn.Module, mode: str, decay: float | None = None, routers: Routers | None = None,
+        share: float | None = None,
+    ) -> None:  # fmt: skip
+        """routers: those of `model`, where they are known already. The rest as Recency."""
+        settings = Recency.of(mode, 0.0, decay, share)
+        kind = settings.kind  # refused before the model is looked at
         refs = (routers or survey_routers(model)).usable()
         owners = [text_model(model, ref.name) for ref in refs]
         self.num_routers = len(refs)
@@ -54,7 +58,7 @@ class InstalledPrior:
                 found[place] = forward
             else:
                 self.own_forward[ref.name] = forward
-        self._install(refs, owners, found, mode, decay)
+        self._install(refs, owners, found, settings)
         faults = self._faults(refs, owners)
         if faults:
             self.enable(False)
@@ -68,7 +72,7 @@ class InstalledPrior:
                 refs[place].name: f"the prior would not act: {fault}" for place, fault in faults.items()
             }
             kept = {place: forward for place, forward in found.items() if place not in faults}
-            self._install(refs, owners, kept, mode, decay)
+            self._install(refs, owners, kept, settings)
         if kind.needs_history and self.layers:
             refuse_continuous_batching(self._refusing, model, mode)
         for reason in sorted(set(self.own_forward.values())):
@@ -83,12 +87,12 @@ class InstalledPrior:
         refs: Sequence[RouterRef],
         owners: Sequence[nn.Module | None],
         found: dict[int, RouterForward],
-        mode: str,
-        decay: float | None,
+        settings: Recency,
     ) -> None:
         self.layers, self._forwards = list(found), list(found.values())
         covered = [refs[place] for place in self.layers]
-        self.prior = RecencyPrior(mode, [(ref.weight_ED.device, ref.spec.num_experts) for ref in covered], decay)
+        places = [(ref.weight_ED.device, ref.spec.num_experts) for ref in covered]
+        self.prior = RecencyPrior(settings.mode, places, settings.decay, settings.share)
         self._texts = list({id(text): text for place in self.layers if (text := owners[place]) is not None}.values())
         if covered:
             for layer, forward in enumerate(self._forwards):
@@ -146,13 +150,14 @@ class InstalledPrior:
 
 @contextmanager
 def recency_prior(
-    model: nn.Module, mode: str = "ema", gain: float | Sequence[float] = 0.2, decay: float | None = None
-) -> Iterator[InstalledPrior]:
+    model: nn.Module, mode: str = "ema", gain: float | Sequence[float] = 0.2, decay: float | None = None,
+    share: float | None = None,
+) -> Iterator[InstalledPrior]:  # fmt: skip
     """A recency prior within the block: `with recency_prior(model, "ema", 0.2): model.generate(...)`.
 
     Raises as InstalledPrior.
     """
-    installed = InstalledPrior(model, mode, decay)
+    installed = InstalledPrior(model, mode, decay, share=share)
     try:
         installed.set_gains(gain)
         yield installed

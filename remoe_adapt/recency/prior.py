@@ -34,19 +34,24 @@ class _Running(threading.local):
 
 class RecencyPrior:
     """mode: "last" (the previous token's experts), "ema" (a decayed mean of uses), "resident" (what the cache holds),
-    or another of `recency_settings.MODES`; decay: None is the mode's own.
+    or another of `recency_settings.MODES`; decay, share: None is the mode's own.
 
     routers: (device, number of experts) of each, in model order. `gains` are L fp32 scalar tensors, written by
     `set_gains` or by the dial; `residency` are L tensors [1, E] fp32 in [0, 1], zeros until `read_residency`. Whoever
     writes the gains by other ways says so with `know`, or a device is waited for once, and compiled graphs that were
     chosen for gains of 0 (or others) go on.
 
-    Raises ConfigError for an unknown mode or a decay outside [0, 1).
+    Raises ConfigError for an unknown mode, a decay outside [0, 1) or a share outside (0, 1].
     """
 
-    def __init__(self, mode: str, routers: Sequence[tuple[torch.device, int]], decay: float | None = None) -> None:
-        settings = Recency.of(mode, 0.0, decay)
+    def __init__(
+        self, mode: str, routers: Sequence[tuple[torch.device, int]], decay: float | None = None,
+        share: float | None = None,
+    ) -> None:  # fmt: skip
+        settings = Recency.of(mode, 0.0, decay, share)
         self.mode, self.decay, self.needs_history = mode, settings.decay, settings.kind.needs_history
+        # As PriorStep has it: None where the bonus is not priced.
+        self.share = settings.share if settings.kind.is_priced else None
         with torch.inference_mode(False):  # ordinary tensors, which may be written in any mode
             self.residency = [torch.zeros((1, experts), device=device) for device, experts in routers]
         self.placement = 0
@@ -101,7 +106,7 @@ class RecencyPrior:
 
     def _make_resident_steps(self) -> None:
         self.resident_steps = [
-            PriorStep(mask, gain, None) for mask, gain in zip(self.residency, self.gains, strict=True)
+            PriorStep(mask, gain, None, None, self.share) for mask, gain in zip(self.residency, self.gains, strict=True)
         ]
 
     def is_idle(self) -> bool:

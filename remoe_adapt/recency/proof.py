@@ -176,6 +176,9 @@ def _idle(signature: inspect.Signature, asked: list[Tensor]) -> Callable[..., Te
 def _overriding(prior: RecencyPrior, refs: Sequence[RouterRef]) -> Iterator[None]:
     """Within, every gain overrides any choice value, and the first K experts of each router are resident."""
     gains, masks = [float(gain) for gain in prior.gains], [mask_1E.clone() for mask_1E in prior.residency]
+    share = prior.share
+    if share is not None:  # the last K experts alone, or a cache larger than that leaves more than one right answer
+        prior.share = 0.0
     # An expert of the last token is ahead of one of the token before by (1 - decay)^2: in slow modes that is so little
     # that the largest gain of users would not override, and the prior would be taken for one that does not act.
     largest = max(MAX_GAIN, min(_MOST, 2.0 / (1.0 - prior.decay) ** 2))
@@ -187,6 +190,7 @@ def _overriding(prior: RecencyPrior, refs: Sequence[RouterRef]) -> Iterator[None
     try:
         yield
     finally:
+        prior.share = share
         prior.set_gains(gains)
         for mask_1E, kept_1E in zip(prior.residency, masks, strict=True):
             mask_1E.copy_(kept_1E)

@@ -62,9 +62,9 @@ class RecencyState:
         self._moved = 0
         self._recency = recency if self._whole_NE is None else list(self._whole_NE.split(len(recency[0])))
         self.placement, self.sequences = self.prior.placement, len(recency[0])
-        decay = self.prior.decay
+        decay, share = self.prior.decay, self.prior.share
         parts = zip(self._recency, self.prior.gains, strict=True)
-        self._steps = [PriorStep(part, gain, decay) for part, gain in parts]
+        self._steps = [PriorStep(part, gain, decay, None, share) for part, gain in parts]
 
     def is_next(self, prior: RecencyPrior, length: Any) -> bool:
         """Whether one more token of one sequence simply comes after those known, `length` being in the cache."""
@@ -163,7 +163,7 @@ class RecencyState:
 
     def bind(self, prior: RecencyPrior) -> bool:
         """Go on under another prior object (a copy of the cache has a copied one), if it means the same."""
-        alike = (prior.mode, prior.decay) == (self.prior.mode, self.prior.decay)
+        alike = (prior.mode, prior.decay, prior.share) == (self.prior.mode, self.prior.decay, self.prior.share)
         if not alike or [r.shape[1] for r in self.recency] != [mask.shape[1] for mask in prior.residency]:
             return False
         self.prior = prior

@@ -145,13 +145,13 @@ class GatedTokens:
         gain = prior.gains[layer]
         flags_T = None if self.flags_T is None else self.flags_T.to(gain.device)
         if not prior.needs_history:
-            return PriorStep(prior.residency[layer], gain, None, flags_T)
+            return PriorStep(prior.residency[layer], gain, None, flags_T, prior.share)
         if self.state is not None:
-            return PriorStep(self.state.recency[layer], gain, prior.decay, flags_T)
+            return PriorStep(self.state.recency[layer], gain, prior.decay, flags_T, prior.share)
         started_BE = prior.zeros(layer, self.sequences)
         if not self._has_ended:
             self._started[layer] = started_BE
-        return PriorStep(started_BE, gain, prior.decay, flags_T)
+        return PriorStep(started_BE, gain, prior.decay, flags_T, prior.share)
 
     def note(self, layer: int, ids_TK: Tensor) -> None:
         """Remember what this router chose, for a cache that is cropped later."""

@@ -24,8 +24,9 @@ class TrainOptions:
     `accumulate`, on every device; `length` None: min(max positions, 512) tokens a row. `warmup` is the share of the
     steps over which the learning rate and the locality weight rise. `mode` "local" is for the points; the control has
     nothing but the next-token loss and is always trained end to end. `bf16` is autocast; None: if a CPU has it.
-    `recency` (a mode: "last", "ema", "resident") gives points a recency prior, whose gain rises with the strength up to
-    `recency_gain` at 1; adapters are trained without it. `recency_decay` None: the mode's own.
+    `recency` (a mode: "last", "ema", "resident", "cost") gives points a recency prior, whose gain rises with the
+    strength up to `recency_gain` at 1; adapters are trained without it. `recency_decay`, `recency_share` None: the
+    mode's own.
     """
 
     reuse_weight: float = 1.2
@@ -45,6 +46,7 @@ class TrainOptions:
     recency: str | None = None
     recency_gain: float = 0.3
     recency_decay: float | None = None
+    recency_share: float | None = None
     bf16: bool | None = None
     seed: int = 0
 
@@ -63,9 +65,12 @@ class TrainOptions:
             raise ConfigError(f"seed={self.seed}: use a whole number from 0 to {(1 << 32) - 1}")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup={self.warmup}: a share of the steps between 0 and 1")
-        prior = Recency.of(self.recency, self.recency_gain, self.recency_decay)  # refuses what cannot be
-        if self.recency_decay is None:  # a record of this run must not change with a later version's default
+        # Refuses what cannot be.
+        prior = Recency.of(self.recency, self.recency_gain, self.recency_decay, self.recency_share)
+        # A record of this run must not change with a later version's defaults.
+        if self.recency_decay is None:
             object.__setattr__(self, "recency_decay", prior.kind.default_decay)
+        object.__setattr__(self, "recency_share", prior.share)
         if self.mode not in MODES:
             raise ConfigError(f"mode={self.mode!r}: choose 'end-to-end' or 'local'")
         self.config(1.0)  # checks the weights and the rank
@@ -74,7 +79,8 @@ class TrainOptions:
         """The recency prior of a point; None without one."""
         if self.recency is None:
             return None
-        return Recency.of(self.recency, (strength * self.recency_gain,) * routers, self.recency_decay)
+        gains = (strength * self.recency_gain,) * routers
+        return Recency.of(self.recency, gains, self.recency_decay, self.recency_share)
 
     def config(self, strength: float) -> RemoeConfig:
         """The adapter configuration of a point; strength 0 is the control."""
