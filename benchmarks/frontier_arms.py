@@ -6,6 +6,7 @@ always come from the router's untouched scores, as in the papers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,7 @@ def promoted(place_NE: Tensor, *raised: Tensor) -> Tensor:
     """Values that rank experts by their place, those of the first mask before all others, then those of the second."""
     values_NE = -place_NE.float()
     for worth, mask_NE in enumerate(reversed(raised), 1):
-        values_NE = torch.where(mask_NE, values_NE + worth * place_NE.shape[-1], values_NE)
+        values_NE = torch.where(mask_NE, worth * place_NE.shape[-1] - place_NE, values_NE)
     return values_NE
 
 
@@ -106,7 +107,9 @@ class CoAware(Rule):
     at place `margin`, max over the row's resident experts. The J best by z' are taken in any case; behind them come
     resident ones only, as far as there are any. theirs: gain 1, margin 8 (of 64 experts), J = K / 2 for all K.
     Where fewer than K are resident theirs runs fewer experts; here the next best fill up, which costs a few misses in
-    the first tokens of a row and is better for its quality. margin 0: the gap to the smallest z, as in Cache-Prior.
+    the first tokens of a row and is better for its quality. Forms of our own, to give the idea its best: margin 0 is
+    the gap to the smallest z, as in Cache-Prior; the nearness is raised to `power` (theirs: 1), where 0 prefers all
+    resident experts alike.
     """
 
     name = "cecar"
@@ -115,7 +118,8 @@ class CoAware(Rule):
         super().begin(specs, rows, caches)
         assert isinstance(caches.eviction, ReuseDistance)
         self.reuse = caches.eviction
-        self.gain_N1, self.margin_N1, self.top_N1 = (self.each_N1(name) for name in ("gain", "margin", "J"))
+        self.gain_N1, self.margin_N1 = self.each_N1("gain"), self.each_N1("margin")
+        self.power_N1, self.top_N1 = self.each_N1("power"), self.each_N1("J")
 
     def ranked_NE(self, layer: int, choice_NE: Tensor, probabilities_NE: Tensor, resident_NE: Tensor) -> Tensor:
         sorted_NE = choice_NE.sort(dim=-1, descending=True).values
@@ -124,12 +128,11 @@ class CoAware(Rule):
         gap_N1 = sorted_NE[:, :1] - sorted_NE.gather(-1, margin_N1)
         distance_NE = self.reuse.distance_NE(layer)
         farthest_N1 = distance_NE.masked_fill(~resident_NE, 0.0).amax(dim=-1, keepdim=True).clamp_min(1e-6)
-        near_NE = (1.0 - distance_NE / farthest_N1).masked_fill(~resident_NE, 0.0)
+        near_NE = (1.0 - distance_NE / farthest_N1).clamp_min(0.0) ** self.power_N1 * resident_NE
         place_NE = places(choice_NE + self.gain_N1 * gap_N1 * near_NE)
         return promoted(place_NE, place_NE < self.top_N1, resident_NE)
 
 
 def grid(**values: Sequence[float]) -> list[Setting]:
     """Every combination of these values."""
-    names = list(values)
-    return [dict(zip(names, row, strict=True)) for row in torch.cartesian_prod(*map(torch.tensor, values.values())).tolist()]
+    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]

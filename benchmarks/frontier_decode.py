@@ -159,7 +159,8 @@ class _Simulation:
 @dataclass(frozen=True, eq=False)
 class Decoded:
     """What one setting gave on R rows. ce_R, kl_R: means over a row's tokens in nats, of the next token and from the
-    base's distribution to this one. misses_R: of all layers. trace: one document a row."""
+    base's distribution to this one. agree_R: share of tokens with the base's most likely next one. misses_R: of all
+    layers. trace: one document a row."""
 
     ce_R: Tensor
     kl_R: Tensor
@@ -170,8 +171,8 @@ class Decoded:
 
 @dataclass(eq=False)
 class Text:
-    """Rows that are decoded: ids_RS [R, S + 1], where the last token is only predicted. base_log_p: log-probabilities of
-    the base, filled by the first decoding and compared with by all others."""
+    """Rows that are decoded: ids_RS [R, S + 1], where the last token is only predicted. base_log_p: log-probabilities
+    of the base, [R, V] for each step, filled by the first decoding and compared with by all others."""
 
     ids_RS: Tensor
     base_log_p: list[Tensor] | None = None
@@ -182,9 +183,7 @@ class Text:
         return self.ids_RS.shape[1] - 1
 
 
-def decode(
-    model: nn.Module, text: Text, eviction: Eviction, share: float, rule: Rule | None = None
-) -> list[Decoded]:
+def decode(model: nn.Module, text: Text, eviction: Eviction, share: float, rule: Rule | None = None) -> list[Decoded]:
     """Feed the rows token by token, once for every setting of the rule side by side, and look on.
 
     rule: None: the model's own routers choose, with whatever is put on them, and the caches only count.
@@ -198,9 +197,7 @@ def decode(
     with _choosing(refs, rule, caches, rows), torch.inference_mode():
         scores = _scores(model, text, settings)
     ids_LNSK = torch.stack([torch.stack(ids, dim=1) for ids in caches.ids])
-    ce_PR, kl_PR, agree_PR, misses_PR = (
-        values.reshape(settings, rows) for values in (*scores, caches.misses_N)
-    )
+    ce_PR, kl_PR, agree_PR, misses_PR = (values.reshape(settings, rows) for values in (*scores, caches.misses_N))
     return [
         Decoded(ce_PR[p], kl_PR[p], agree_PR[p], misses_PR[p], _trace(ids_LNSK[:, p * rows : (p + 1) * rows], specs[0]))
         for p in range(settings)
