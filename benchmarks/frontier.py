@@ -234,7 +234,7 @@ class _Bench:
             self.model, [Path(options.data) / "train"], options.weights,
             work_folder(options.work) / "frontier" / name / f"published_{self.seed}", tokenizer=self.tokenizer,
             options=TrainOptions(
-                distill_share=0.0, reuse_weight=options.reuse_weight, steps=options.training_steps,
+                recency=None, distill_share=0.0, reuse_weight=options.reuse_weight, steps=options.training_steps,
                 batch=options.training_batch, seed=self.seed,
             ),
         )  # fmt: skip
@@ -252,8 +252,10 @@ class _Bench:
                 yield self._point("published_lrfu", label, found, self._replayed(found, "lrfu"))
 
     def _ours(self) -> Iterator[Point]:
-        place = self.options.family or self.place / "family"
-        yield from self._family("ours", Family.load(place))
+        """Nothing where none was asked for and none lies beside the model."""
+        place = self.place / "family"
+        if self.options.family is not None or (place / "family.json").is_file():
+            yield from self._family("ours", Family.load(self.options.family or place))
 
     def _tuned(self) -> Iterator[Point]:
         if self.options.tuned is not None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from remoe_adapt.errors import UnsupportedRouterError
 from remoe_adapt.eviction.replay import cache_capacity
@@ -231,12 +231,36 @@ def _watch(caches: Caches, layer: int, spec: RouterSpec) -> Callable[[nn.Module,
     return look
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room for more tokens behind them: to copy all of them for every new token, as
+    a DynamicLayer does, takes longer than the model itself."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._room = [new.new_empty(0) for new in (key_states, value_states)]
+        self._held = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held, self._held = self._held, self._held + key_states.shape[-2]
+        for place, (new, old) in enumerate(((key_states, self.keys), (value_states, self.values))):
+            if held == 0 or self._held > self._room[place].shape[-2]:
+                grown = new.new_empty(*new.shape[:-2], 2 * self._held + 62, new.shape[-1])
+                if held:
+                    grown[..., :held, :] = old
+                self._room[place] = grown
+            self._room[place][..., held : self._held, :] = new
+        self.keys, self.values = (room[..., : self._held, :] for room in self._room)
+        return self.keys, self.values
+
+
 def _scores(model: nn.Module, text: Text, settings: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross entropy, KL and top-1 agreement of each row [N]."""
     rows, steps = len(text.ids_RS), text.steps
     made: list[Tensor] = []
     ce_N, kl_N, agree_N = (torch.zeros(settings * rows) for _ in range(3))
-    cache = DynamicCache()
+    cache = Cache(layer_class_to_replicate=_RoomyLayer)
     for step in range(steps):
         fed_N1 = text.ids_RS[:, step].repeat(settings)[:, None]
         logits_NV = model(input_ids=fed_N1, **{cache_keyword(model): cache}, use_cache=True).logits[:, -1].float()

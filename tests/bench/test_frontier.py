@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import NUM_EXPERTS, TOP_K, VOCAB, tiny_model
+from tiny_models import TOP_K, VOCAB, tiny_model
 
 from remoe_adapt.eviction.replay import count_misses
 
@@ -46,6 +46,15 @@ def test_misses_are_those_of_replays_of_what_was_chosen(frontier: Any, architect
         misses = [int(found.misses_R.sum()) for found in (base, *strong)]
         assert misses[0] > misses[1] > misses[2] > 0
         assert strong[1].kl_R.min() > 0
+
+
+def test_quality_is_that_of_the_whole_text_at_once(frontier: Any) -> None:
+    model, rows = tiny_model("olmoe"), text(frontier)
+    [found] = frontier.decode(model, rows, frontier.Lru(), SHARE)
+    with torch.inference_mode():
+        log_p_RSV = model(input_ids=rows.ids_RS[:, :-1]).logits.float().log_softmax(dim=-1)
+    ce_R = -log_p_RSV.gather(-1, rows.ids_RS[:, 1:, None])[..., 0].mean(dim=-1)
+    torch.testing.assert_close(found.ce_R, ce_R, atol=1e-4, rtol=0)
 
 
 def rules_that_do_nothing(frontier: Any) -> list[Any]:
@@ -147,7 +156,8 @@ def test_a_curve_is_read_between_its_points_and_never_beyond(frontier: Any) -> N
 def test_budgets_are_means_over_seeds_and_bars_compare_with_the_best_rival(frontier: Any) -> None:
     found = [
         *points((1.0, 0.2), seed=0), *points((1.0, 0.4), seed=1),
-        *points((1.0, 0.5), curve="cecar"), *points((1.0, 0.6), curve="max_rank"), *points((1.0, 0.9), curve="published"),
+        *points((1.0, 0.5), curve="cecar"), *points((1.0, 0.6), curve="max_rank"),
+        *points((1.0, 0.9), curve="published"),
     ]  # fmt: skip
     row = frontier.budgets(found)[0]
     assert row["ours"] == pytest.approx(0.3) and row["spread"]["ours"] == pytest.approx(0.02**0.5)
