@@ -244,11 +244,11 @@ class _RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held, self._held = self._held, self._held + key_states.shape[-2]
-        for place, (new, old) in enumerate(((key_states, self.keys), (value_states, self.values))):
+        for place, new in enumerate((key_states, value_states)):
             if held == 0 or self._held > self._room[place].shape[-2]:
                 grown = new.new_empty(*new.shape[:-2], 2 * self._held + 62, new.shape[-1])
                 if held:
-                    grown[..., :held, :] = old
+                    grown[..., :held, :] = self._room[place][..., :held, :]
                 self._room[place] = grown
             self._room[place][..., held : self._held, :] = new
         self.keys, self.values = (room[..., : self._held, :] for room in self._room)
