@@ -156,6 +156,17 @@ def scale(settings: Settings = None) -> None:
 
 
 @app.command()
+def frontier(settings: Settings = None) -> None:
+    """Misses at equal quality against the published methods: frontier_cpu.csv (points), _budgets.csv and _bars.csv."""
+    from frontier import Options, csv_rows, run
+
+    result = run(options(Options, settings))
+    for name, rows in csv_rows(result).items():
+        keep(name, rows)
+    print(json.dumps(result))
+
+
+@app.command()
 def gating(gpu_only: bool = False) -> None:
     """`remoe bench gating`, row by row: gating_<device>.csv."""
     from remoe_adapt.bench.gating import gpu_rows, run_gating

@@ -30,9 +30,12 @@ class HeldOut:
     prompts: list[str]
 
 
-def held_out(model_folder: Path, tokenizer: Any, tokens: int, data: Sequence[str | Path] = ()) -> HeldOut:
-    """About `tokens` tokens: the prompts of `demo.json` in the model's folder, pieces of the standard library modules
-    it names (the running interpreter's own source), and as much again of the `data` files if there are any.
+def held_out(
+    model_folder: Path, tokenizer: Any, tokens: int, data: Sequence[str | Path] = (), piece_tokens: int = PIECE_TOKENS
+) -> HeldOut:
+    """About `tokens` tokens: the prompts of `demo.json` in the model's folder, the first `piece_tokens` of each of the
+    standard library modules it names (the running interpreter's own source), and as much again of the `data` files if
+    there are any, in pieces of that length.
 
     Raises:
         DataError: nothing to decode, or a damaged `demo.json`.
@@ -51,13 +54,13 @@ def held_out(model_folder: Path, tokenizer: Any, tokens: int, data: Sequence[str
         if left < 2 or source is None:
             continue
         # No token has more than some 16 characters on average, and whole modules are slow to tokenize.
-        ids = _encode(tokenizer, source[: 16 * PIECE_TOKENS])[: min(PIECE_TOKENS, left)]
+        ids = _encode(tokenizer, source[: 16 * piece_tokens])[: min(piece_tokens, left)]
         documents.append(ids)
         sources.append(name)
         left -= len(ids)
     if data:
         for ids in read_shared(data, tokenizer, tokens):
-            documents += [ids[begin : begin + PIECE_TOKENS] for begin in range(0, len(ids), PIECE_TOKENS)]
+            documents += [ids[begin : begin + piece_tokens] for begin in range(0, len(ids), piece_tokens)]
         sources += [Path(path).name for path in data]
     documents = [ids for ids in documents if len(ids) > 1]
     if not documents:
