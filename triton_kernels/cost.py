@@ -22,7 +22,8 @@ from .scoring import (
 )
 
 BY_SHARE = tl.constexpr(rule.BY_SHARE)
-HELD_ABOVE, TINY = tl.constexpr(rule.HELD_ABOVE), tl.constexpr(rule.TINY)
+HELD_ABOVE = tl.constexpr(rule.HELD_ABOVE)
+PRICE_FLOOR, PRICE_TAIL = tl.constexpr(rule.PRICE_FLOOR), tl.constexpr(rule.PRICE_TAIL)
 
 
 @triton.jit
@@ -44,7 +45,7 @@ def raised(
     choice_TE, logits_TE, gain, experts_1E, valid_1E, K: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr,
     CAN_CLASH: tl.constexpr, MORE: tl.constexpr, SCORE: tl.constexpr, RANK: tl.constexpr, PRICE: tl.constexpr,
 ):  # fmt: skip
-    """Choice values fp32 [T, E] with the bonus of a held expert, all of them. gain: fp32 scalar."""
+    """By what experts rank, fp32 [T, E] each: those that are not held, and held ones. gain: fp32 scalar."""
     chosen_TE = valid_1E
     if PRICE == BY_SHARE:
         keys_TE = tl.where(valid_1E, to_keys(choice_TE), NO_EXPERT)
@@ -52,21 +53,30 @@ def raised(
     if RANK == BY_SCORE:
         scale = gain
         if PRICE == BY_SHARE:
-            scale = tl.sum(tl.where(chosen_TE, choice_TE, 0.0), axis=1, keep_dims=True) * gain
-        square = scale * scale
-        positive_TE = tl.where(choice_TE > TINY, choice_TE, TINY)
-        square_TE = tl.broadcast_to(square, choice_TE.shape)
-        bonus_TE = tl.div_rn(square_TE, tl.sqrt_rn(positive_TE * positive_TE + square_TE) + positive_TE)
+            scale = tl.abs(tl.sum(tl.where(chosen_TE, choice_TE, 0.0), axis=1, keep_dims=True)) * gain
+        is_priced = (scale > 0.0) & (scale * scale < float("inf"))
+        scale_TE = tl.broadcast_to(scale, choice_TE.shape)
+        positive_TE = tl.where(choice_TE > 0.0, choice_TE, 0.0)
+        root_TE = tl.sqrt_rn(positive_TE * positive_TE + scale_TE * scale_TE) + scale_TE
+        held_TE = tl.div_rn(positive_TE, root_TE) * positive_TE + scale_TE + (choice_TE - positive_TE)
+        held_TE = tl.where(tl.abs(choice_TE) < float("inf"), held_TE, choice_TE)
+        plain_TE = choice_TE
+    elif RANK == BY_LOGIT:
+        top_T1, total_T1 = softmax_terms(choice_TE, chosen_TE)
+        base = top_T1 + tl.log(total_T1) + tl.log(gain)
+        is_priced = tl.abs(base) < float("inf")
+        plain_TE = (choice_TE - base) * 2.0
+        tail_TE = tl.where(plain_TE > float("-inf"), PRICE_TAIL / -plain_TE, plain_TE)
+        held_TE = tl.where(plain_TE < PRICE_FLOOR, tail_TE, softplus(plain_TE))
     else:
-        # -log w: what a weight is short of 1.
-        if RANK == BY_LOGIT:
-            top_T1, total_T1 = softmax_terms(choice_TE, chosen_TE)
-            price_TE = (top_T1 + tl.log(total_T1)) - choice_TE
-        else:
-            price_TE = softplus(-logits_TE)
-            if PRICE == BY_SHARE:
-                score_TE = tl.where(chosen_TE, scores(logits_TE, 0.0, 1.0, SIGMOID), 0.0)
-                price_TE += tl.log(tl.sum(score_TE, axis=1, keep_dims=True))
-        bonus_TE = 0.5 * softplus(2.0 * (price_TE + tl.log(gain)))
-    # A row with NaN or infinities among its best has no prices.
-    return choice_TE + tl.where(tl.abs(bonus_TE) < float("inf"), bonus_TE, 0.0)
+        base = tl.log(gain)
+        if PRICE == BY_SHARE:
+            score_TE = tl.where(chosen_TE, scores(logits_TE, 0.0, 1.0, SIGMOID), 0.0)
+            base = tl.log(tl.sum(score_TE, axis=1, keep_dims=True)) + base
+        is_priced = tl.abs(base) < float("inf")
+        plain_TE = choice_TE - base
+        priced_TE = 0.5 * softplus((-softplus(-logits_TE) - base) * 2.0)
+        held_TE = priced_TE + softplus(logits_TE) + (choice_TE - logits_TE)
+        held_TE = tl.where(tl.abs(held_TE) < float("inf"), held_TE, plain_TE)
+    # A row with NaN or infinities among its best has no prices, nor has a gain of 0.
+    return tl.where(is_priced, plain_TE, choice_TE), tl.where(is_priced, held_TE, choice_TE)

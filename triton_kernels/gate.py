@@ -78,7 +78,7 @@ def gate_rows(
                 scale_T1 = tl.where((flags_T1 & PADDING) != 0, 0.0, scale_T1)
             choice_TE = tl.fma(recency_TE, tl.broadcast_to(scale_T1, choice_TE.shape), choice_TE)
         else:
-            raised_TE = raised(
+            plain_TE, raised_TE = raised(
                 choice_TE,
                 logits_TE,
                 scale,
@@ -94,8 +94,9 @@ def gate_rows(
                 PRICE,
             )
             if flags is not None:
+                plain_TE = tl.where((flags_T1 & PADDING) != 0, choice_TE, plain_TE)
                 raised_TE = tl.where((flags_T1 & PADDING) != 0, choice_TE, raised_TE)
-            choice_TE = tl.where(held(recency_TE, valid_1E, held_count), raised_TE, choice_TE)
+            choice_TE = tl.where(held(recency_TE, valid_1E, held_count), raised_TE, plain_TE)
     keys_TE = tl.where(valid_1E, to_keys(choice_TE), NO_EXPERT)
     ids_TK, chosen_TE = best_experts(keys_TE, experts_1E, K, BLOCK_K, LAST, CAN_CLASH, E > K)
     if MOVES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 SOFTMAX, SIGMOID, SQRT_SOFTPLUS = 0, 1, 2
@@ -16,8 +17,9 @@ MAX_SPAN = 1e30
 NO_PRICE, BY_ITSELF, BY_SHARE = 0, 1, 2
 # A recency below this is none: no use within some thousand tokens, at a decay of 0.95.
 HELD_ABOVE = 1e-25
-# Stands for a score of 0 and below in a price, so that a gain of 0 gives 0 / TINY and not 0 / 0.
-TINY = 2.0**-126
+# Twice the logarithm of a weight over the gain: below it log(1 + exp) goes on as PRICE_TAIL / -x, which meets it there.
+PRICE_FLOOR = -40.0
+PRICE_TAIL = 40.0 * math.exp(-40.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

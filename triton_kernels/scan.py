@@ -41,6 +41,29 @@ def _token(step, num_steps, logits, stride_e, flags, experts_1E, valid_1E):
     return logits_TE, flag_T1
 
 
+@triton.jit
+def _ranks(
+    choice_TE, logits_TE, flag_T1, strength, experts_1E, valid_1E, FLAGGED: tl.constexpr, E: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr, SCORE: tl.constexpr, RANK: tl.constexpr,
+    CAN_CLASH: tl.constexpr, PRICE: tl.constexpr,
+):  # fmt: skip
+    """By what a token's experts rank, fp32 [1, E], and what the recency is multiplied with, [1, 1]; of a priced prior:
+    by what experts rank that are not held, and by what held ones do. Padding ranks by its choice values."""
+    if PRICE == NO_PRICE:
+        plain_TE = choice_TE
+        extra_TN = span(choice_TE, valid_1E) * strength
+        if FLAGGED:
+            extra_TN = tl.where((flag_T1 & PADDING) != 0, 0.0, extra_TN)
+    else:
+        plain_TE, extra_TN = raised(
+            choice_TE, logits_TE, strength, experts_1E, valid_1E, K, BLOCK_K, LAST, CAN_CLASH, E > K, SCORE, RANK, PRICE
+        )
+        if FLAGGED:
+            plain_TE = tl.where((flag_T1 & PADDING) != 0, choice_TE, plain_TE)
+            extra_TN = tl.where((flag_T1 & PADDING) != 0, choice_TE, extra_TN)
+    return plain_TE, extra_TN
+
+
 @triton.jit(do_not_specialize=["num_steps", "gain", "flags", "held_count"])
 def scan_kernel(
     num_steps, logits, stride_t, stride_e, bias, recency, stride_b, gain, flags, ids, decay, added, held_count, fill,
@@ -65,12 +88,10 @@ def scan_kernel(
     choice_TE = choices(
         logits_TE, bias, experts_1E, valid_1E, fill, SCORE, RANK, GROUPS, NUM, KEPT, 1, BLOCK_G, BLOCK_M
     )
-    if PRICE == NO_PRICE:
-        extra_TN = span(choice_TE, valid_1E) * strength
-    else:
-        extra_TN = raised(
-            choice_TE, logits_TE, strength, experts_1E, valid_1E, K, BLOCK_K, LAST, CAN_CLASH, E > K, SCORE, RANK, PRICE
-        )
+    choice_TE, extra_TN = _ranks(
+        choice_TE, logits_TE, flag_T1, strength, experts_1E, valid_1E, flags is not None, E, K, BLOCK_K, LAST, SCORE,
+        RANK, CAN_CLASH, PRICE,
+    )  # fmt: skip
     if flags is not None:
         flags += 1
     logits += stride_t
@@ -83,27 +104,12 @@ def scan_kernel(
         next_TE = choices(
             later_TE, bias, experts_1E, valid_1E, fill, SCORE, RANK, GROUPS, NUM, KEPT, 1, BLOCK_G, BLOCK_M
         )
-        if PRICE == NO_PRICE:
-            next_extra_TN = span(next_TE, valid_1E) * strength
-        else:
-            next_extra_TN = raised(
-                next_TE,
-                later_TE,
-                strength,
-                experts_1E,
-                valid_1E,
-                K,
-                BLOCK_K,
-                LAST,
-                CAN_CLASH,
-                E > K,
-                SCORE,
-                RANK,
-                PRICE,
-            )
+        next_TE, next_extra_TN = _ranks(
+            next_TE, later_TE, later_flag_T1, strength, experts_1E, valid_1E, flags is not None, E, K, BLOCK_K, LAST,
+            SCORE, RANK, CAN_CLASH, PRICE,
+        )  # fmt: skip
         if flags is not None:
             recency_TE = tl.where((flag_T1 & RESTART) != 0, 0.0, recency_TE)
-            extra_TN = tl.where((flag_T1 & PADDING) != 0, 0.0 if PRICE == NO_PRICE else choice_TE, extra_TN)
         if PRICE == NO_PRICE:
             ranked_TE = tl.fma(recency_TE, tl.broadcast_to(extra_TN, choice_TE.shape), choice_TE)
         else:

@@ -1,11 +1,13 @@
-"""The arithmetic of priced recency modes (`recency_settings.Cost`): what a held expert gains in the ranking.
+"""The arithmetic of priced recency modes (`recency_settings.Cost`): by what experts rank, held ones and others.
 
-An expert of weight w ranks as one of weight sqrt(w^2 + g^2), g being the gain. Shapes: T tokens, B sequences, E
-experts, K chosen.
+A held expert of weight w ranks as one of weight sqrt(w^2 + g^2), g being the gain. Of those with w far below g the root
+has the same digits, and rounding would choose among them; so what is ranked is written such that, of equals in all but
+w, the larger w never ranks below. Shapes: T tokens, B sequences, E experts, K chosen.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,8 +15,11 @@ from remoe_adapt.recency_settings import held_experts
 from remoe_adapt.routers import RouterSpec, best_ids
 from remoe_adapt.triton_kernels import rule
 
-# Stands for a score of 0 and below, so that a gain of 0 gives 0 / tiny and not 0 / 0.
-TINY: float = rule.TINY
+# Below it exponentials have too few digits left to order experts: what they rank by goes on as PRICE_TAIL / -x.
+PRICE_FLOOR: float = rule.PRICE_FLOOR
+PRICE_TAIL: float = rule.PRICE_TAIL
+# What is ranked of logits is plainly log(1 + exp) above this.
+LEAST_EXACT: float = PRICE_TAIL / -PRICE_FLOOR
 
 
 def held(recency_BE: Tensor, share: float, k: int) -> Tensor:
@@ -24,50 +29,75 @@ def held(recency_BE: Tensor, share: float, k: int) -> Tensor:
     return recency_BE >= last_B1.clamp_min(rule.HELD_ABOVE)
 
 
-def bonus(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor) -> Tensor:
-    """fp32 [T, E]: what each expert's choice value gains if it is held. 0 at a gain of 0, and where it is not finite.
+def ranks(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 [T, E] each: by what experts rank that are not held, and by what held ones do.
 
-    choice_TE: fp32, `spec.choice_scores`. gain: fp32 scalar, g.
+    choice_TE: fp32, `spec.choice_scores`. gain: fp32 scalar, g. A row without prices ranks by its choice values: at a
+    gain of 0, and where the best values are not finite. A value that is not finite ranks where it did.
 
-    Where logits are ranked: log(sqrt(w^2 + g^2) / w) = 1/2 softplus(2 (log g - log w)), which keeps the order of
-    weights, for these are ranked by their logarithm up to a constant. Where scores c are ranked: sqrt(c^2 + G^2) - c,
-    G being g times what weights are divided by, written so that no digits are lost.
+    Where logits are ranked: x = log w - log g, doubled, and log(1 + exp 2x) of held ones. Where scores c are ranked: c,
+    and G + c^2 / (sqrt(c^2 + G^2) + G) of held ones, G being g times what weights are divided by; a negative c adds to
+    G as it is. Where logits with a bias are ranked and weights are their sigmoid: choice - log g and choice - log g +
+    1/2 log(1 + (g / w)^2).
     """
-    if spec.ranks_logits or spec.scoring == "logit_bias_sigmoid":
-        found_TE = F.softplus(log_price(choice_TE, logits_TE, k, spec) + gain.log(), beta=2.0)
-    else:
-        scale = gain if not spec.normalize else choice_TE.topk(k, dim=-1).values.sum(dim=-1, keepdim=True) * gain
-        found_TE = score_bonus(choice_TE, scale)
-    return found_TE.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def log_price(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec) -> Tensor:
-    """-log w [T, E] of routers that rank logits: what an expert's weight would be among the K best of the token."""
     if spec.scoring == "logit_bias_sigmoid":
-        price_TE = F.softplus(-logits_TE.float())
-        if not spec.normalize:
-            return price_TE
-        chosen_TK = logits_TE.gather(-1, best_ids(choice_TE, k)).float()
-        return price_TE + chosen_TK.sigmoid().sum(dim=-1, keepdim=True).log()
-    if not spec.is_chosen_softmax and not spec.normalize:
-        return -choice_TE.log_softmax(dim=-1)
-    return best_total(choice_TE, k) - choice_TE
+        plain_TE, held_TE, is_priced = _biased_logits(choice_TE, logits_TE, k, spec, gain)
+    elif spec.ranks_logits:
+        plain_TE = twice_excess(choice_TE, k, spec, gain)
+        is_priced = plain_TE.amax(dim=-1, keepdim=True).isfinite()
+        held_TE = of_excess(plain_TE)
+    else:
+        scale = gain.double()
+        if spec.normalize:
+            scale = choice_TE.topk(k, dim=-1).values.double().sum(dim=-1, keepdim=True).abs() * scale
+        scale = scale.float()
+        is_priced = (scale > 0) & (scale * scale).isfinite()
+        plain_TE, held_TE = choice_TE, of_scores(choice_TE, scale)
+        held_TE = torch.where(choice_TE.isfinite(), held_TE, choice_TE)
+    return torch.where(is_priced, plain_TE, choice_TE), torch.where(is_priced, held_TE, choice_TE)
 
 
-def best_total(choice_TE: Tensor, k: int) -> Tensor:
-    """log of the sum of exp of the K largest, [T, 1]; NaN where one is NaN or infinite above all.
+def twice_excess(choice_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor) -> Tensor:
+    """2 (log w - log g) [T, E] of routers that rank logits; w is what an expert's weight would be among the K best.
 
-    As what `log_softmax` takes off: `logsumexp` is a dozen calls, which cost a decode step more than all the rest.
+    Sums of the few are taken in fp64 and rounded once, so that one token's, taken in Python, are the same.
     """
-    best_TK = choice_TE.topk(k, dim=-1).values
-    return (best_TK - best_TK.log_softmax(dim=-1))[..., :1]
+    base = gain.double().log()
+    if not spec.is_chosen_softmax and not spec.normalize:
+        choice_TE = choice_TE.log_softmax(dim=-1)
+    else:
+        base = choice_TE.topk(k, dim=-1).values.double().logsumexp(dim=-1, keepdim=True) + base
+    return (choice_TE - base.float()) * 2.0
 
 
-def score_bonus(choice_TE: Tensor, scale: Tensor) -> Tensor:
-    """sqrt(c^2 + G^2) - c [T, E] of scores c, negative ones taken for 0; `scale` is G, [T, 1] or of each expert.
+def of_excess(twice_TE: Tensor) -> Tensor:
+    """log(1 + exp 2x) [T, E] of 2x, which keeps the order of all finite ones; -inf remains."""
+    found_TE = torch.logaddexp(twice_TE, twice_TE.new_zeros(()))
+    tail_TE = torch.where(twice_TE > -torch.inf, PRICE_TAIL / -twice_TE, twice_TE)
+    return torch.where(twice_TE < PRICE_FLOOR, tail_TE, found_TE)
+
+
+def of_scores(choice_TE: Tensor, scale: Tensor) -> Tensor:
+    """By what held experts rank [T, E] where scores c are ranked; `scale` is G, [T, 1] or a scalar.
 
     Each operation is rounded by itself, so that this is the same to the bit wherever it is computed.
     """
-    square = scale * scale
-    positive_TE = choice_TE.clamp_min(TINY)
-    return square / (positive_TE * positive_TE).add_(square).sqrt_().add_(positive_TE)
+    positive_TE = choice_TE.clamp_min(0.0)
+    root_TE = (positive_TE * positive_TE).add_(scale * scale).sqrt_().add_(scale)
+    return (positive_TE / root_TE).mul_(positive_TE).add_(scale).add_(choice_TE - positive_TE)
+
+
+def _biased_logits(
+    choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ranks` before rows without prices, and which have them; w = sigmoid(z), over the sum of the K best."""
+    logits_TE = logits_TE.float()
+    base = gain.log()
+    if spec.normalize:
+        chosen_TK = logits_TE.gather(-1, best_ids(choice_TE, k))
+        base = chosen_TK.sigmoid().sum(dim=-1, keepdim=True).log() + base
+    plain_TE = choice_TE - base
+    # z - log sigmoid(z) is softplus(z), which has digits where the difference has none.
+    priced_TE = F.softplus((-F.softplus(-logits_TE) - base) * 2.0).mul_(0.5)
+    held_TE = priced_TE.add_(F.softplus(logits_TE)).add_(choice_TE - logits_TE)
+    return plain_TE, torch.where(held_TE.isfinite(), held_TE, plain_TE), base.isfinite()

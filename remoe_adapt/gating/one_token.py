@@ -9,27 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_float
 from functools import lru_cache
-from math import inf
+from math import exp, inf, log
 from typing import Any
 
 import torch
-from torch import Tensor, add, aminmax, cat, where
-from torch.nn.functional import softplus
+from torch import Tensor, add, aminmax, cat, logaddexp, mul, where
 
-from remoe_adapt.gating.cost import best_total, held, score_bonus
+from remoe_adapt.gating.cost import LEAST_EXACT, held
 from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, topk_gating
 from remoe_adapt.routers import RouterSpec, best_ids
 
 
 class Scratch(dict[int, tuple[Any, tuple[Tensor, Tensor], Tensor]]):
-    """Memory for what leaves no trace, by number of experts: both ends of a span as an array, each of them as a tensor,
-    ranked values [1, E]; and the gains of a forward. One for the routers that a thread runs, since they run one after
-    another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._gains_of: Sequence[float] | None = None
-        self._kept: dict[tuple[tuple[int, ...], bool], Tensor] = {}
+    """Memory for what leaves no trace, by number of experts: two numbers as an array, each of them as a tensor, ranked
+    values [1, E]. One for the routers that a thread runs, since they run one after another."""
 
     def __missing__(self, experts: int) -> tuple[Any, tuple[Tensor, Tensor], Tensor]:
         with torch.inference_mode(False):
@@ -38,19 +31,6 @@ class Scratch(dict[int, tuple[Any, tuple[Tensor, Tensor], Tensor]]):
             # NumPy makes numbers of two values in half the time of a tensor.
             row = self[experts] = ends_2.numpy(), (lowest, highest), torch.empty((1, experts))
         return row
-
-    def gains(self, values: Sequence[float], steps: Sequence[PriorStep], layers: tuple[int, ...], logs: bool) -> Tensor:
-        """Gains of these layers or their logarithms [L, 1], kept as long as `values` is the same list."""
-        if self._gains_of is not values:
-            self._gains_of, self._kept = values, {}
-        found = self._kept.get((layers, logs))
-        if found is None:
-            with torch.inference_mode(False), torch.no_grad():
-                of_layers = [steps[layer].gain for layer in layers]
-                # One by one, as the definition takes it, so that no bit differs.
-                found = torch.stack([gain.log() if logs else gain for gain in of_layers]).unsqueeze(-1)
-            self._kept[layers, logs] = found
-        return found
 
 
 class SingleGate:
@@ -64,7 +44,7 @@ class SingleGate:
     def __init__(self, steps: Sequence[PriorStep], gains: Sequence[float], scratch: Scratch) -> None:
         self._steps, self._gains, self._scratch = steps, gains, scratch
         self.chosen: dict[int, Tensor] = {}
-        self._reaches: dict[tuple[int, int, bool], dict[int, Tensor]] = {}
+        self._held: dict[tuple[int, int, bool], dict[int, Tensor]] = {}
 
     def gate(
         self, layer: int, logits_TE: Tensor, k: int, spec: RouterSpec, bias_E: Tensor | None
@@ -102,54 +82,70 @@ class SingleGate:
                 return self._by_definition(layer, logits_TE, k, spec, bias_E)
             # Rounded to fp32 where tensors are; `add` rounds the product and takes it in at once, as `addcmul` does.
             add(choice_1E, prior.recency_BE, alpha=c_float(span).value * self._gains[layer], out=ranked_1E)
-        else:
-            add(choice_1E, self._bonus(layer, z_1E, choice_1E, k, spec), out=ranked_1E)
+        elif self._gains[layer] == 0.0:
+            ranked_1E = choice_1E
+        elif not self._rank(layer, z_1E, choice_1E, k, spec):
+            return self._by_definition(layer, logits_TE, k, spec, bias_E)
         if k < experts:  # `_best`, without a call
             values_1K, ids_1K = ranked_1E.topk(k + 1)
             values = values_1K.tolist()[0]
             ids_1K = ids_1K.resize_(1, k) if len(set(values)) > k else best_ids(ranked_1E, k)
         else:
             values, ids_1K = ranked_1E.amax(-1).tolist(), best_ids(ranked_1E, k)
-        if prior.share is not None and not -inf < values[0] < inf:  # where the definition gives no bonus
+        # Where the definition has no prices, or other values than these.
+        if prior.share is not None and not (
+            values[0] < inf and values[k - 1] > (LEAST_EXACT if self._gains[layer] else -inf)
+        ):
             return self._by_definition(layer, logits_TE, k, spec, bias_E)
         self.chosen[layer] = ids_1K
         if spec.is_chosen_softmax and spec.scaling == 1.0:
             return z_1E.take(ids_1K).softmax(-1), ids_1K
         return _weights(z_1E, scores_1E, ids_1K, spec), ids_1K
 
-    def _bonus(self, layer: int, z_1E: Tensor, choice_1E: Tensor, k: int, spec: RouterSpec) -> Tensor:
-        """`cost.bonus` where an expert is held, 0 elsewhere; not finite where the definition has 0 for that."""
-        if spec.ranks_logits:
-            reach_1E = self._reach(layer, k, spec.num_experts, logs=True)
-            if spec.is_chosen_softmax or spec.normalize:
-                price_1E = best_total(z_1E, k) - z_1E
-                return softplus(price_1E.add_(reach_1E), 2.0)
-            return softplus(reach_1E - z_1E.log_softmax(-1), 2.0)
+    def _rank(self, layer: int, z_1E: Tensor, choice_1E: Tensor, k: int, spec: RouterSpec) -> bool:
+        """Writes what `cost.ranks` says into the scratch, where it is above LEAST_EXACT; False: not of this router."""
         if spec.scoring == "logit_bias_sigmoid":
-            price_1E = softplus(-z_1E)
-            if spec.normalize:
-                best_1K = z_1E.take(_best(choice_1E, k, spec.num_experts))
-                price_1E = price_1E.add_(best_1K.sigmoid_().sum(-1, keepdim=True).log_())
-            return softplus(price_1E.add_(self._reach(layer, k, spec.num_experts, logs=True)), 2.0)
-        scale_1E = self._reach(layer, k, spec.num_experts, logs=False)
+            return False
+        experts, gain = spec.num_experts, c_float(self._gains[layer]).value
+        ends_2, (first, second), ranked_1E = self._scratch[experts]
+        if spec.ranks_logits:
+            base = log(gain)
+            if spec.is_chosen_softmax or spec.normalize:
+                best = z_1E.topk(k).values.tolist()[0]
+                base += best[0] + log(sum([exp(value - best[0]) for value in best]))
+            else:
+                z_1E = z_1E.log_softmax(-1)
+            ends_2[0] = -2.0 * c_float(base).value
+            add(first, z_1E, alpha=2.0, out=ranked_1E)
+            logaddexp(ranked_1E, self._held_row(layer, k, experts, logs=True), out=ranked_1E)
+            return True
         if spec.normalize:
-            scale_1E = choice_1E.topk(k).values.sum(-1, keepdim=True) * scale_1E
-        return score_bonus(choice_1E, scale_1E)
+            gain *= abs(sum(choice_1E.topk(k).values.tolist()[0]))
+        ends_2[0] = scale = c_float(gain).value
+        ends_2[1] = scale = c_float(scale * scale).value
+        if not 0.0 < scale < inf:
+            return False
+        positive_1E = choice_1E if spec.scoring == "sigmoid" else choice_1E.relu()
+        root_1E = mul(positive_1E, positive_1E, out=ranked_1E).add_(second).sqrt_().add_(first)
+        held_1E = torch.div(positive_1E, root_1E, out=ranked_1E).mul_(positive_1E).add_(first)
+        if positive_1E is not choice_1E:
+            held_1E.add_(choice_1E - positive_1E)
+        where(self._held_row(layer, k, experts, logs=False), held_1E, choice_1E, out=ranked_1E)
+        return True
 
-    def _reach(self, layer: int, k: int, experts: int, *, logs: bool) -> Tensor:
-        """[1, E]: the gain (its logarithm) of experts that are held, 0 (-inf) of others.
+    def _held_row(self, layer: int, k: int, experts: int, *, logs: bool) -> Tensor:
+        """[1, E]: whether an expert is held; as the logarithm of 1 and 0 where logits are ranked.
 
         For the routers that are alike at once, since their recency stands still: a few calls a token and not a router.
         """
-        rows = self._reaches.get((k, experts, logs))
+        rows = self._held.get((k, experts, logs))
         if rows is None:
-            alike = {at: step for at, step in enumerate(self._steps) if step.recency_BE.shape == (1, experts)}
-            gains_L1 = self._scratch.gains(self._gains, self._steps, tuple(alike), logs)
-            recency_LE = cat([step.recency_BE for step in alike.values()])
-            held_LE = held(recency_LE, self._steps[layer].share or 0.0, k)
-            nothing = _constant(-inf if logs else 0.0)
-            found_LE = where(held_LE, gains_L1, nothing)
-            rows = self._reaches[k, experts, logs] = dict(zip(alike, found_LE.split(1), strict=True))
+            rows_of = enumerate(step.recency_BE for step in self._steps)
+            alike = {at: recency_1E for at, recency_1E in rows_of if recency_1E.shape == (1, experts)}
+            held_LE = held(cat(list(alike.values())), self._steps[layer].share or 0.0, k)
+            if logs:
+                held_LE = where(held_LE, _constant(0.0), _constant(-inf))
+            rows = self._held[k, experts, logs] = dict(zip(alike, held_LE.split(1), strict=True))
         return rows[layer]
 
     def _by_definition(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.gating.cost import bonus, held
+from remoe_adapt.gating.cost import held, ranks
 from remoe_adapt.routers import RouterSpec, best_ids
 from remoe_adapt.triton_kernels import rule
 
@@ -51,8 +51,8 @@ def topk_gating(
     logits_TE: fp32, fp16 or bf16, any strides; scores are taken in fp32. bias_E: the selection bias of scorings that
     have one. With a prior, experts rank by `choice + gain * span * recency`, where `choice` are `spec.choice_scores`
     and span is the largest minus the smallest finite one of the token (Cache-Prior, arXiv:2412.00099, eq. 3, with the
-    span of this token); in priced modes by `choice + bonus` where they are held (`gating/cost.py`). Weights come from
-    the untouched scores. Differentiable in the logits through the weights. The recency of `prior` moves on in place; a
+    span of this token); in priced modes as `gating/cost.py` says, held ones and others. Weights come from the untouched
+    scores. Differentiable in the logits through the weights. The recency of `prior` moves on in place; a
     gain of 0 gives the result without a prior, bit for bit.
 
     Raises ConfigError when k or a shape does not fit, UnsupportedRouterError when the weights do not follow from the
@@ -65,9 +65,10 @@ def topk_gating(
             ids_TK = best_ids(choice_TE, k)
         else:
             choice_TE = choice_TE.float()
-            extra_TN = (
-                _scales(choice_TE, prior) if prior.share is None else _raised(choice_TE, logits_TE, k, spec, prior)
-            )
+            if prior.share is None:
+                extra_TN = _scales(choice_TE, prior)
+            else:
+                choice_TE, extra_TN = _raised(choice_TE, logits_TE, k, spec, prior)
             if prior.decay is None or len(prior.recency_BE) == len(logits_TE):
                 ids_TK = _step(choice_TE, extra_TN, k, prior, prior.flags_T)
             else:
@@ -102,18 +103,21 @@ def _scales(choice_TE: Tensor, prior: PriorStep) -> Tensor:
     return scale_T1
 
 
-def _raised(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, prior: PriorStep) -> Tensor:
-    """By what experts rank that are held [T, E]; their choice values for padding."""
-    raised_TE = choice_TE + bonus(choice_TE, logits_TE, k, spec, prior.gain)
+def _raised(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, prior: PriorStep) -> tuple[Tensor, Tensor]:
+    """By what experts rank, others and held ones [T, E] each; the same for padding."""
+    plain_TE, raised_TE = ranks(choice_TE, logits_TE, k, spec, prior.gain)
     if prior.flags_T is not None:
-        raised_TE = torch.where((prior.flags_T.bitwise_and(PADDING) != 0).unsqueeze(-1), choice_TE, raised_TE)
-    return raised_TE
+        # As choice values, not by their logarithm: padding is gated as without a prior, to the bit.
+        is_padding_T1 = (prior.flags_T.bitwise_and(PADDING) != 0).unsqueeze(-1)
+        plain_TE = torch.where(is_padding_T1, choice_TE, plain_TE)
+        raised_TE = torch.where(is_padding_T1, choice_TE, raised_TE)
+    return plain_TE, raised_TE
 
 
 def _step(choice_BE: Tensor, extra_BN: Tensor, k: int, prior: PriorStep, flags_B: Tensor | None) -> Tensor:
     """One token of each sequence (any tokens in `resident` mode): ids [B, K], recency moved on in place.
 
-    extra_BN: `_scales`, in priced modes `_raised`.
+    extra_BN: `_scales`, in priced modes by what held experts rank, as others do by choice_BE.
     """
     recency_BE, decay = prior.recency_BE, prior.decay
     if flags_B is not None and decay is not None:

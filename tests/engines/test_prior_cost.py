@@ -126,10 +126,9 @@ def test_scores_that_are_no_numbers_rank_as_in_the_definition(name: str, graph: 
         graph.rows([0] * 20, range(20))
         given_TE, recency_1E, expected = torch.from_numpy(scores_TE.copy()), torch.zeros(1, E), []
         # What is ranked stands for the logits: of those scores their own router makes others.
-        extra_TE = cost.bonus(given_TE, given_TE, K, facts, torch.tensor(gain))
-        for choice_1E, extra_1E in zip(given_TE.split(1), extra_TE.split(1), strict=True):
-            is_held_1E = cost.held(recency_1E, SHARE, K)
-            expected.append(best_ids(torch.where(is_held_1E, choice_1E + extra_1E, choice_1E), K))
+        plain_TE, raised_TE = cost.ranks(given_TE, given_TE, K, facts, torch.tensor(gain))
+        for plain_1E, raised_1E in zip(plain_TE.split(1), raised_TE.split(1), strict=True):
+            expected.append(best_ids(torch.where(cost.held(recency_1E, SHARE, K), raised_1E, plain_1E), K))
             update_recency(recency_1E, expected[-1], DECAY)
         order_TE = best_ids(given_TE, E).numpy().astype(np.int32)
         found_TK = graph.choose(scores_TE, K, order=order_TE.copy())
@@ -164,8 +163,8 @@ def test_what_counts_as_held_ends_where_the_definition_ends_it(graph: Graph) -> 
     chosen = []
     for choice_1E in torch.from_numpy(scores_TE.copy()).split(1):
         is_held_1E = cost.held(recency_1E, 1.0, K)
-        extra_1E = cost.score_bonus(choice_1E, torch.tensor(16.0))
-        chosen.append(best_ids(torch.where(is_held_1E, choice_1E + extra_1E, choice_1E), K))
+        raised_1E = cost.of_scores(choice_1E, torch.tensor(16.0))
+        chosen.append(best_ids(torch.where(is_held_1E, raised_1E, choice_1E), K))
         update_recency(recency_1E, chosen[-1], DECAY)
     graph.rows([0] * 1100, range(1100))
     assert graph.choose(scores_TE, K).tolist() == torch.cat(chosen).tolist()

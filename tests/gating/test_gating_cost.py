@@ -12,7 +12,7 @@ from kernel_cases import FAMILIES, bias_of, hard_logits, spec_of
 from numpy.typing import NDArray
 
 from remoe_adapt.eviction.policy import LRFU
-from remoe_adapt.gating.cost import bonus, held
+from remoe_adapt.gating.cost import held, ranks
 from remoe_adapt.gating.reference import PADDING, RESTART, PriorStep, topk_gating
 from remoe_adapt.recency_settings import held_experts
 
@@ -73,8 +73,9 @@ def test_a_worked_example() -> None:
         assert ids_1K[0].tolist() == expected
         chosen_K = logits_1E[0, ids_1K[0]].exp()
         torch.testing.assert_close(weights_1K[0], chosen_K / chosen_K.sum() * spec.scaling)
-    found_1E = bonus(logits_1E, logits_1E, 3, spec, torch.tensor(0.15))
-    assert found_1E[0, 3].item() == pytest.approx(math.log(math.hypot(0.1, 0.15) / 0.1))
+    plain_1E, raised_1E = ranks(logits_1E, logits_1E, 3, spec, torch.tensor(0.15))
+    assert plain_1E[0, 3].item() == pytest.approx(2 * math.log(0.1 / 0.15))
+    assert raised_1E[0, 3].item() == pytest.approx(2 * math.log(math.hypot(0.1, 0.15) / 0.15))
 
 
 def test_held_are_the_most_lately_used_with_all_equals_at_the_end() -> None:
@@ -122,18 +123,35 @@ def test_gain_zero_is_no_prior_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_bonus_is_finite_and_rises_with_the_gain(name: str) -> None:
+def test_experts_rise_with_the_gain_and_stay_where_they_are_no_numbers(name: str) -> None:
     spec = spec_of(name, 60)
     assert spec is not None
     logits_TE, bias_E = hard_logits(33, 60, torch.float32, 4), bias_of(spec)
     choice_TE = spec.choice_scores(logits_TE, bias_E).float()
+    is_odd_TE = ~choice_TE.isfinite()
     before_TE = torch.zeros_like(choice_TE)
     for gain in (0.0, 1e-6, 0.05, 0.3, 16.0):
-        found_TE = bonus(choice_TE, logits_TE, 6, spec, torch.tensor(gain, device=logits_TE.device))
-        assert bool(found_TE.isfinite().all()) and bool((found_TE >= before_TE).all())
+        plain_TE, raised_TE = ranks(choice_TE, logits_TE, 6, spec, torch.tensor(gain, device=logits_TE.device))
+        assert torch.equal(plain_TE[is_odd_TE].nan_to_num(), choice_TE[is_odd_TE].nan_to_num())
+        assert torch.equal(raised_TE[is_odd_TE].nan_to_num(), choice_TE[is_odd_TE].nan_to_num())
+        found_TE = torch.where(is_odd_TE, 0.0, raised_TE - plain_TE)
+        assert bool(found_TE.isfinite().all()) and bool((found_TE >= before_TE - 1e-4).all())
         before_TE = found_TE
     assert bool((before_TE > 0).any())
-    assert not bool(before_TE[choice_TE.isnan()].any())
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax_renormalised", "sigmoid"])
+def test_held_experts_far_below_the_gain_keep_the_order_of_their_weights(name: str) -> None:
+    """Logits that a sum with the gain would round to one number."""
+    spec = spec_of(name, 60)
+    assert spec is not None
+    logits_1E = torch.linspace(-2, -70, 60) if name != "sigmoid" else torch.linspace(0, -6, 60)
+    choice_1E = spec.choice_scores(logits_1E[None], None)
+    for gain in (0.05, 0.3, 16.0):
+        _, raised_1E = ranks(choice_1E, logits_1E[None], 6, spec, torch.tensor(gain))
+        steps_E = raised_1E[0].diff()
+        assert bool((steps_E <= 0).all())
+        assert name == "sigmoid" or bool((steps_E < 0).all())
 
 
 def test_padding_has_no_bonus_and_restarts_hold_nothing() -> None:

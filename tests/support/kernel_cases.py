@@ -166,7 +166,7 @@ def _same_ids(
         if prior.share is None:
             choice_TE = choice_TE + recency_BE * _scales(choice_TE, prior)
         else:
-            raised_TE = _raised(choice_TE, logits_TE, k, spec, prior)
+            choice_TE, raised_TE = _raised(choice_TE, logits_TE, k, spec, prior)
             choice_TE = torch.where(held(recency_BE, prior.share, k), raised_TE, choice_TE)
     torch.testing.assert_close(
         choice_TE.gather(-1, ids_TK), choice_TE.gather(-1, expected_TK), rtol=1e-6, atol=1e-6, equal_nan=True

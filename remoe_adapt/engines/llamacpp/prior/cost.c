@@ -28,6 +28,10 @@ static float least_held(const float *rec, int E, int held) {
     return found;
 }
 
+/* Below it an exponential has too few digits left to order experts: what they rank by goes on as a hyperbola. */
+#define PRICE_FLOOR (-20.0f)
+#define PRICE_TAIL 4.2483543e-17f /* 10 exp(-40) */
+
 /* Ids [k] of the best of what a layer ranks, held experts by more. row [E]: the scores, a softmax by its logarithm.
    theirs [k]: the best of them.
 
@@ -52,7 +56,8 @@ static void rank_by_cost(const rp *p, const layer_state *s, const float *row, co
         const bool is_priced = isfinite(base);
         for (int e = 0; e < E; e++) {
             float x = is_priced ? row[e] - base : row[e];
-            if (is_priced && rec[e] >= least && x < 10.0f && isfinite(x)) x = 0.5f * log1pf(expf(2.0f * x));
+            if (is_priced && rec[e] >= least && x < 10.0f && isfinite(x))
+                x = x < PRICE_FLOOR ? PRICE_TAIL / -x : 0.5f * log1pf(expf(2.0f * x));
             value[e] = x;
         }
     } else {

@@ -5,6 +5,7 @@ The definition is `gating/cost.py`. Shapes: E experts, K chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -18,7 +19,9 @@ from remoe_adapt.recency_settings import held_experts
 # A recency below it is none, as to the kernels (triton_kernels/rule.py), which are not imported: they need torch.
 HELD_ABOVE = 1e-25
 NO_WEIGHTS = "the graph does not tell what the weights of the chosen experts are, by which the mode cost ranks"
-_TINY = np.finfo(np.float32).tiny
+# Below it an exponential has too few digits left to order experts: what they rank by goes on as a hyperbola.
+_PRICE_FLOOR = np.float32(-20)
+_PRICE_TAIL = np.float32(10 * math.exp(-40))
 _Floats = NDArray[np.float32]
 
 
@@ -110,6 +113,7 @@ def raised(
                 return choice_E
             by_E = choice_E - base
             raised_E = np.float32(0.5) * np.log1p(np.exp(np.float32(2) * by_E))
+            raised_E = np.where(by_E < _PRICE_FLOOR, _PRICE_TAIL / -by_E, raised_E)
             found_E: _Floats = np.where(is_raised_E & (by_E < 10), raised_E, by_E)
             return found_E
         if ranks == Ranks.BARE_LOGITS:
