@@ -16,7 +16,8 @@ from remoe_adapt.errors import ConfigError
 
 # What `load_with_expert_cache` takes beside `from_pretrained`'s options.
 CACHE_OPTIONS = (
-    "ram_budget", "memory", "storage", "arithmetic", "policy", "scope", "prefetch", "direct_io", "threads", "reader",
+    "ram_budget", "memory", "storage", "arithmetic", "policy", "scope", "prefetch", "direct_io", "threads", "decay",
+    "reader",
 )  # fmt: skip
 # The same thing under an earlier name, or under another function's name for it.
 _ELSEWHERE = {"budget": "expert_cache", "path": "base", "base": "path"}

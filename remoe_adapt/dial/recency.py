@@ -128,8 +128,11 @@ class DialPrior:
             )
         self._on = True
         needs_cache = plan.always.kind.needs_expert_cache
-        cache = expert_cache_of(model) if needs_cache else None
-        if cache is not None:
+        self._cache = cache = expert_cache_of(model)
+        if cache is not None and plan.always.kind.is_priced:
+            # What an LRFU cache of this decay holds is what the prior prefers; one of another holds something else.
+            cache.follow(max(plan.always.decay, 0.5))
+        if cache is not None and needs_cache:
             # Masks of the cache are by its own layers, the prior's by the routers that have it.
             layers = {layer: cached_layer(routers.refs[at].block) for layer, at in enumerate(self.installed.layers)}
             self.installed.prior.read_residency(
@@ -182,3 +185,5 @@ class DialPrior:
     def remove(self) -> None:
         """The routers run their own forwards again."""
         self.installed.remove()
+        if self._cache is not None and self.plan.always.kind.is_priced:
+            self._cache.follow(None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 # Registers itself.
 from remoe_adapt.eviction.markov import Markov as _Markov
-from remoe_adapt.eviction.policy import ONLINE, POLICIES, Policy, make_policy, register
+from remoe_adapt.eviction.policy import LRFU, LRFU_DECAY, ONLINE, POLICIES, Policy, make_policy, register
 
 if TYPE_CHECKING:
     from remoe_adapt.eviction.replay import check_replay, hit_rates, layer_rows, simulate, summarise

@@ -328,8 +328,7 @@ class LRFU(Policy[Key]):
     takes = ("decay",)
 
     def __init__(self, capacity: int, decay: float = LRFU_DECAY) -> None:
-        if not 0.5 <= decay <= 1:
-            raise ConfigError(f"LRFU decay {decay!r} is outside [0.5, 1]: 0.5 ranks as LRU, 1 as LFU")
+        _check_decay(decay)
         # Before the base class, whose constructor calls `reset`.
         self._clock = DecayClock(decay)
         super().__init__(capacity)
@@ -339,13 +338,31 @@ class LRFU(Policy[Key]):
         self._clock.reset()
         self._weight: defaultdict[Key, float] = defaultdict(float)
 
+    @property
+    def decay(self) -> float:
+        """In force."""
+        return self._clock.decay
+
+    def set_decay(self, decay: float) -> None:
+        """Another decay from the next token on; what is resident stays, and uses so far weigh what they weigh now.
+
+        Raises ConfigError as the constructor.
+        """
+        _check_decay(decay)
+        # Weights are relative to a token that the clock chose: those of the new clock are to the token of now.
+        self._rescale(1.0 / self._clock.gain)
+        self._clock = DecayClock(decay, max(self._token, 0))
+
     def _begin(self, token: int, keys: Collection[Key]) -> None:
         scale = self._clock.advance(token)
-        # All weights by one factor keep their order, but the heap compares old entries with new ones.
         if scale != 1.0:
-            for key in self._weight:
-                self._weight[key] *= scale
-            self._rebuild_heap()
+            self._rescale(scale)
+
+    def _rescale(self, scale: float) -> None:
+        # All weights by one factor keep their order, but the heap compares old entries with new ones.
+        for key in self._weight:
+            self._weight[key] *= scale
+        self._rebuild_heap()
 
     def _use(self, key: Key) -> None:
         self._weight[key] += self._clock.gain
@@ -398,14 +415,14 @@ class DecayClock:
     them finite; `gain` is what a use adds now. Weights that fall below the smallest float tie at 0.
     """
 
-    def __init__(self, decay: float) -> None:
-        self._decay = decay
+    def __init__(self, decay: float, token: int = 0) -> None:
+        self.decay = decay
         # After so many tokens a use would weigh more than _LRFU_LIMIT.
         self._period = math.inf if decay == 1 else math.floor(math.log(_LRFU_LIMIT) / -math.log(decay))
-        self.reset()
+        self.reset(token)
 
-    def reset(self) -> None:
-        self._base = 0
+    def reset(self, token: int = 0) -> None:
+        self._base = token
         self.gain = 1.0
 
     def advance(self, token: int) -> float:
@@ -413,10 +430,15 @@ class DecayClock:
         # a period instead of at each token.
         scale = 1.0
         if token - self._base > self._period:
-            scale = self._decay ** (token - self._base)
+            scale = self.decay ** (token - self._base)
             self._base = token
-        self.gain = self._decay ** (self._base - token)
+        self.gain = self.decay ** (self._base - token)
         return scale
+
+
+def _check_decay(decay: object) -> None:
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0.5 <= decay <= 1:
+        raise ConfigError(f"LRFU decay {decay!r} is outside [0.5, 1]: 0.5 ranks as LRU, 1 as LFU")
 
 
 def _checked_capacity(capacity: int) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from remoe_adapt._support import held_back
 from remoe_adapt.device_profile import parse_size
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.eviction import Policy, make_policy
+from remoe_adapt.eviction import LRFU_DECAY, Policy, make_policy
 from remoe_adapt.expert_cache.types import ExpertSource, Key, Slot, TierSource
 
 # 1 / KV_CACHE_PART of `memory` is left for the KV cache, which grows only once the model runs.
@@ -63,13 +63,16 @@ class Shares:
     Raises ConfigError when a domain could not hold one expert of each of its layers.
     """
 
-    def __init__(self, source: ExpertSource, budget_bytes: int, policy: str, scope: str) -> None:
+    def __init__(
+        self, source: ExpertSource, budget_bytes: int, policy: str, scope: str, decay: float | None = None
+    ) -> None:
         self._source = source
         self._domains = domains_of(source, scope)
         domain_of = {layer: at for at, layers in enumerate(self._domains) for layer in layers}
         self._domain_of = [domain_of[layer] for layer in range(len(source.layers))]
         self.limits = shares_of(budget_bytes, source, self._domains)
-        self.policies: list[Policy[Key]] = [make_policy(policy, limit) for limit in self.limits]
+        decay = LRFU_DECAY if decay is None else decay
+        self.policies: list[Policy[Key]] = [make_policy(policy, limit, decay=decay) for limit in self.limits]
         self.budget_bytes = self.asked_bytes = budget_bytes
         self.in_force, self.requests = True, 0
         # A plain dict: a Counter's methods run in Python, and each look-up pays two of them.

@@ -23,7 +23,7 @@ from remoe_adapt._support import (
     size_text,
 )
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.eviction import Policy
+from remoe_adapt.eviction import LRFU, LRFU_DECAY, Policy
 from remoe_adapt.expert_cache.budget import Lease, Shares, budget_in_bytes, check_budget
 from remoe_adapt.expert_cache.reads import AbandonedError, Arrival, ReadAheads, outcome, read_all
 from remoe_adapt.expert_cache.resident import ResidentMasks
@@ -60,12 +60,13 @@ class ExpertCache:
     budget_bytes: of all slots.
     policy: "lru", "lfu", "lrfu" or "markov".
     scope: "global", one budget over all layers, or "layer", each layer its share.
+    decay: of policies that have one, per token; None: the policy's own, or what a recency prior prefers by (`follow`).
     threads: reads at a time.
     below: the tier that the source reads from, for `stats` and `clear`.
     device: of `resident_masks`; None: the CPU.
 
-    Raises ConfigError for an unknown policy or scope, and for a budget that does not hold one expert (of each layer
-    with scope "layer").
+    Raises ConfigError for an unknown policy or scope, a decay of another policy, and a budget that does not hold one
+    expert (of each layer with scope "layer").
     """
 
     def __init__(
@@ -76,12 +77,13 @@ class ExpertCache:
         policy: str = "lrfu",
         scope: str = "global",
         threads: int = READ_THREADS,
+        decay: float | None = None,
         below: ExpertCache | None = None,
         device: torch.device | None = None,
     ) -> None:
-        check_options(policy, scope, threads)
+        check_options(policy, scope, threads, decay)
         self.source, self.policy, self.scope, self._threads = source, policy, scope, threads
-        self.below = below
+        self._decay, self.below = decay, below
         self._batches = source if isinstance(source, BatchSource) else None
         # Whether the tier's memory is as the budget has it: brought there before anything is read into it.
         self._tier = source if isinstance(source, TierSource) else None
@@ -90,7 +92,7 @@ class ExpertCache:
         self.arithmetic = ""
         # How long a lease has lately waited for each expert that it missed.
         self.miss_s = 0.0
-        self._shares = Shares(source, budget_bytes, policy, scope)
+        self._shares = Shares(source, budget_bytes, policy, scope, decay)
         self._counters = [LayerCounters() for _ in source.layers]
         self._slots: dict[Key, Slot] = {}
         self._resident = ResidentMasks(source.num_experts, device or torch.device("cpu"))
@@ -251,6 +253,22 @@ class ExpertCache:
                 self._fit_locked()
         if self.resident_bytes < before:
             self._give_back()
+
+    def follow(self, decay: float | None) -> None:
+        """Evict by the decay by which a recency prior prefers experts, so that what it prefers is what stays; None: by
+        the policy's own again.
+
+        Nothing happens where a decay was given to the constructor, or the policy is not lrfu. What is resident stays,
+        and uses so far weigh what they weigh now. The tiers below follow too.
+
+        Raises ConfigError for a decay outside [0.5, 1].
+        """
+        with self._changed:
+            for policy in self._shares.policies:
+                if self._decay is None and isinstance(policy, LRFU):
+                    policy.set_decay(LRFU_DECAY if decay is None else decay)
+        if self.below is not None:
+            self.below.follow(decay)
 
     def stats(self, *, layers: bool = True) -> dict[str, Any]:
         """JSON-ready: settings, what is resident, counters summed up and, unless turned off, those of each layer

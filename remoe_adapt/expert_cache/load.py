@@ -67,6 +67,7 @@ def load_with_expert_cache(
     direct_io: bool = False,
     dtype: str | torch.dtype | None = None,
     threads: int = READ_THREADS,
+    decay: float | None = None,
     reader: Reader = os.preadv,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
@@ -89,6 +90,7 @@ def load_with_expert_cache(
         exact.
     policy: what is evicted, see ExpertCache.
     scope: of the budget, see ExpertCache.
+    decay: of lrfu, see ExpertCache.
     threads: reads at a time.
     prefetch: predict each next layer's experts, and read ahead where that pays (see prefetch.py).
     direct_io: past the page cache, where the file system can.
@@ -109,7 +111,7 @@ def load_with_expert_cache(
         check_memory(memory)
     if storage is not None:
         check_path("storage", storage, "a folder that `remoe pack` made of this model, or None")
-    options: dict[str, Any] = {"policy": policy, "scope": scope, "threads": threads}
+    options: dict[str, Any] = {"policy": policy, "scope": scope, "threads": threads, "decay": decay}
     check_options(**options)
     check_flags(prefetch=prefetch, direct_io=direct_io)
     check_arithmetic(arithmetic)

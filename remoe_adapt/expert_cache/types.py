@@ -10,7 +10,7 @@ from torch import Tensor
 
 from remoe_adapt.device_profile import CACHE_SCOPES
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.eviction import ONLINE
+from remoe_adapt.eviction import ONLINE, make_policy
 
 # (layer, expert)
 Key = tuple[int, int]
@@ -124,10 +124,14 @@ def counted(counters: Sequence[LayerCounters], layers: bool) -> dict[str, Any]:
     return found
 
 
-def check_options(policy: str, scope: str, threads: int) -> None:
-    """Raises ConfigError for a policy, a scope or a number of reading threads that there is not."""
+def check_options(policy: str, scope: str, threads: int, decay: float | None = None) -> None:
+    """Raises ConfigError for a policy, a scope, a number of reading threads or a decay that there is not."""
     for what, value, known in (("policy", policy, tuple(ONLINE)), ("scope", scope, CACHE_SCOPES)):
         if value not in known:
             raise ConfigError(f"expert cache {what} {value!r} is not one of {', '.join(known)}.")
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ConfigError(f"threads {threads!r}: give the number of reads at a time, at least 1.")
+    if decay is not None:
+        if "decay" not in ONLINE[policy].takes:
+            raise ConfigError(f"expert cache decay {decay!r}: policy {policy!r} has none; leave it out, or take lrfu.")
+        make_policy(policy, 1, decay=decay)  # it refuses what it cannot take

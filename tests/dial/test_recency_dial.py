@@ -18,6 +18,7 @@ from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluation.arms import arms_of
 from remoe_adapt.evaluation.evaluate import evaluate
+from remoe_adapt.expert_cache import expert_cache_of
 from remoe_adapt.family.family import Family
 from remoe_adapt.gating.router_forward import RouterForward
 from remoe_adapt.recency.install import recency_prior
@@ -214,3 +215,15 @@ def test_a_prior_that_was_at_rest_knows_what_was_used(between: str) -> None:
             logits = [model(LONGER[:, place : place + 1], **kv(cache)).logits for place in range(8, 11)]
             found.append((torch.cat(logits), torch.stack(state.recency).clone()))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_an_expert_cache_forgets_as_the_prior_cost_does_while_it_is_on(tmp_path: Path) -> None:
+    """Its decay, for what the prior prefers is what a cache of that decay holds; a decay that was given stays."""
+    routing_matters().save_pretrained(tmp_path)
+    for mode, given, expected in (("cost", None, 0.95), ("ema", None, 0.9), ("cost", 0.8, 0.8)):
+        model = get_remoe_model(tmp_path, recency=mode, expert_cache=0.5, policy="lrfu", decay=given, monitor=False)
+        cache = expert_cache_of(model)
+        assert cache is not None
+        assert {policy.decay for policy in cache._shares.policies} == {expected}
+        model.controller.release(keep_live=False)
+        assert {policy.decay for policy in cache._shares.policies} == {given or 0.9}

@@ -60,6 +60,28 @@ def test_lrfu_between_lru_and_lfu() -> None:
             LRFU(4, decay=decay)
 
 
+def test_another_decay_keeps_what_is_there_and_weighs_uses_from_then_on() -> None:
+    policy: LRFU[str] = LRFU(2, 0.5)
+    for key in "aaabb":
+        policy.touch([key])
+        if key not in policy:
+            policy.admit(key)
+    # a weighs 1/4 + 1/8 + 1/16, b 1 + 1/2; by another decay from the start b would be worth less.
+    policy.set_decay(1.0)
+    assert set(policy) == {"a", "b"}
+    policy.touch(["a"])
+    policy.touch([])
+    assert policy.evict() == "a", "1.4375 of a, 1.5 of b, which nothing fades any more"
+    policy.set_decay(0.9)
+    for _ in range(3000):  # past where weights are scaled back
+        policy.touch(["b"])
+    assert set(policy) == {"b"}
+    for wrong in (0.4, 1.1, True, "0.9"):
+        with pytest.raises(ConfigError, match="decay"):
+            policy.set_decay(wrong)  # type: ignore[arg-type]
+    assert set(policy) == {"b"}
+
+
 def test_token_atomic() -> None:
     """The second key is looked up before the first has pushed anything out, and both stay."""
     cache = LRU[int](2)

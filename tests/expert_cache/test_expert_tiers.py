@@ -229,6 +229,8 @@ def test_counters_tell_each_layer_apart() -> None:
         (1000, {"policy": "belady"}, "policy 'belady' is not one of lru, lfu, lrfu"),
         (1000, {"scope": "token"}, "scope 'token' is not one of global, layer"),
         (1000, {"threads": 0}, "threads 0"),
+        (1000, {"policy": "lru", "decay": 0.9}, "'lru' has none"),
+        (1000, {"decay": 0.3}, "decay 0.3"),
     ],
 )
 def test_options_that_cannot_work_are_refused(budget: Any, options: dict[str, Any], words: str) -> None:
@@ -239,6 +241,27 @@ def test_options_that_cannot_work_are_refused(budget: Any, options: dict[str, An
     with pytest.raises(ConfigError):
         cache.resize(3)
     assert cache.budget_bytes == source.total
+
+
+def test_a_decay_is_the_prior_s_unless_one_was_given() -> None:
+    """An expert of two early uses against one of a single late use."""
+
+    def left(decay: float | None, followed: float | None) -> set[tuple[int, int]]:
+        source = Source()
+        cache = ExpertCache(source, 2 * source.expert_bytes[0], decay=decay)
+        for expert in (0, 0, 1):
+            cache.lease(0, [expert]).release()
+        cache.follow(followed)
+        for _ in range(8):
+            cache.lease(0, [0]).release()
+        for _ in range(5):
+            cache.lease(0, [1]).release()
+        cache.lease(0, [2]).release()
+        return set(cache.resident())
+
+    # The last five of eight uses weigh more at a decay of 0.5, all count the same at 1.
+    assert left(None, 0.5) == left(0.5, None) == left(0.5, 1.0) == {(0, 1), (0, 2)}
+    assert left(None, 1.0) == left(1.0, None) == left(1.0, 0.5) == {(0, 0), (0, 2)}
 
 
 def test_a_budget_is_resized_to_a_size_bytes_or_a_share() -> None:
