@@ -30,9 +30,10 @@ from transformers import AutoTokenizer
 from remoe_adapt.bench.harness.results import REPO_ROOT
 from remoe_adapt.engines.llamacpp import in_process
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel, library
+from remoe_adapt.engines.llamacpp.prior.control import MODES
 from remoe_adapt.engines.llamacpp.prior.cost import Ranks
 from remoe_adapt.engines.llamacpp.prior.fallback import Head
-from remoe_adapt.engines.llamacpp.prior.native import MODES, find_in, functions, symbol
+from remoe_adapt.engines.llamacpp.prior.native import find_in, functions, symbol
 from remoe_adapt.recency_settings import Recency
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"

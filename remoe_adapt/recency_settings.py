@@ -157,6 +157,11 @@ class Recency:
         """Whether its mode is made for a cache of some share, so that files and tables say which."""
         return self.kind.default_share > 0
 
+    @property
+    def cache_decay(self) -> float | None:
+        """Decay of the LRFU cache that holds what this prior prefers; None where it has no such cache in mind."""
+        return max(self.decay, 0.5) if self.kind.is_priced else None  # below a half LRFU is no policy
+
     def gains(self, routers: int | None = None) -> tuple[float, ...]:
         """The gain of each of `routers` routers; None: as many as are listed. Raises ConfigError for another number."""
         listed = self.gain if isinstance(self.gain, tuple) else (self.gain,) * (1 if routers is None else routers)

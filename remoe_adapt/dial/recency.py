@@ -129,9 +129,9 @@ class DialPrior:
         self._on = True
         needs_cache = plan.always.kind.needs_expert_cache
         self._cache = cache = expert_cache_of(model)
-        if cache is not None and plan.always.kind.is_priced:
+        if cache is not None:
             # What an LRFU cache of this decay holds is what the prior prefers; one of another holds something else.
-            cache.follow(max(plan.always.decay, 0.5))
+            cache.follow(plan.always.cache_decay)
         if cache is not None and needs_cache:
             # Masks of the cache are by its own layers, the prior's by the routers that have it.
             layers = {layer: cached_layer(routers.refs[at].block) for layer, at in enumerate(self.installed.layers)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from remoe_adapt._support import say_once
 from remoe_adapt.errors import AdapterConflictError, ConfigError
+from remoe_adapt.expert_cache import expert_cache_of
 from remoe_adapt.family import Family, FamilyPoint, FamilyRecovery
 from remoe_adapt.recency import InstalledPrior
 from remoe_adapt.recency_settings import MODES, Recency
@@ -83,6 +84,7 @@ class Arms:
         routers run adapters already, ConfigError when priors and points are not of one kind."""
         self._installed: InstalledPrior | None = None
         self._recovery: FamilyRecovery | None = None
+        self._cache = expert_cache_of(model)
         routers = survey_routers(model)
         self._weights = [weight_ED.detach() for weight_ED in routers.weights.values()]
         # Copies, because the live weights are overwritten in place while arms take turns.
@@ -141,6 +143,8 @@ class Arms:
             self._installed.enable(arm.recency is not None)
             if arm.recency is not None:
                 self._installed.set_gains(arm.recency.gain)
+            if self._cache is not None:
+                self._cache.follow(None if arm.recency is None else arm.recency.cache_decay)
 
     def recency_of(self, arm: Arm) -> dict[str, str | float]:
         """Keys `recency` (mode) and `recency_gain` (mean over the routers that have it) of an arm with a prior."""
@@ -154,6 +158,8 @@ class Arms:
         """Brings back the weights that were found, bit for bit, and takes a prior out."""
         if self._installed is not None:
             self._installed.remove()
+            if self._cache is not None:
+                self._cache.follow(None)
         if self._recovery is not None:
             self._recovery.remove()
         with torch.no_grad():

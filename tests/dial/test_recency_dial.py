@@ -18,7 +18,7 @@ from remoe_adapt.dial.load import get_remoe_model
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluation.arms import arms_of
 from remoe_adapt.evaluation.evaluate import evaluate
-from remoe_adapt.expert_cache import expert_cache_of
+from remoe_adapt.expert_cache import expert_cache_of, load_with_expert_cache
 from remoe_adapt.family.family import Family
 from remoe_adapt.gating.router_forward import RouterForward
 from remoe_adapt.recency.install import recency_prior
@@ -227,3 +227,20 @@ def test_an_expert_cache_forgets_as_the_prior_cost_does_while_it_is_on(tmp_path:
         assert {policy.decay for policy in cache._shares.policies} == {expected}
         model.controller.release(keep_live=False)
         assert {policy.decay for policy in cache._shares.policies} == {given or 0.9}
+
+
+def test_an_expert_cache_forgets_as_each_arm_of_an_evaluation_prefers(tmp_path: Path) -> None:
+    """The base's own decay while the base runs, the prior's under a prior of mode cost, and as before afterwards."""
+    routing_matters().save_pretrained(tmp_path)
+    model = load_with_expert_cache(tmp_path, 0.5, policy="lrfu")
+    cache = expert_cache_of(model)
+    assert cache is not None
+
+    def decays() -> set[float]:
+        return {policy.decay for policy in cache._shares.policies}
+
+    with arms_of(model, None, priors=[Recency.of("cost", 0.1)]) as arms:
+        for arm, expected in ((arms.priors[0], 0.95), (arms.base, 0.9), (arms.priors[0], 0.95)):
+            arms.use(arm)
+            assert decays() == {expected}
+    assert decays() == {0.9}
