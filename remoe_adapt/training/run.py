@@ -38,6 +38,7 @@ from remoe_adapt.training.point import (
     plan_point,
     train_points,
 )
+from remoe_adapt.training.processes import join_processes
 from remoe_adapt.training.validation import Validation
 from remoe_adapt.tuner import FAMILY_FILE, plain_base
 
@@ -167,7 +168,7 @@ def train_family(
     # The cheap checks come first: a model may take minutes to load.
     data_files(data)
     check_writable(out)
-    processes = PartialState()
+    processes = join_processes(base.device if isinstance(base, nn.Module) else device)
     model, base_id = _load(base, device, dtype, expert_cache, storage)
     # Kept for the whole run: after each point its wrappers are gone, and the same routers are in their places.
     routers = survey_routers(plain_base(model))
