@@ -28,8 +28,8 @@ def join_processes(device: str | torch.device | None = None) -> PartialState:
     state = PartialState(cpu=True) if on_cpu and asked > 1 else PartialState()
     if state.num_processes != asked and asked > 1:
         raise ConfigError(
-            f"{asked} processes were launched, but this one finds {state.num_processes}: nothing in the process may ask "
-            "accelerate for its state before, and a base on the CPU needs device='cpu'."
+            f"{asked} processes were launched, but this one finds {state.num_processes}: nothing in the process may "
+            "ask accelerate for its state before, and a base on the CPU needs device='cpu'."
         )
     if asked == 1 and "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         say_once(
