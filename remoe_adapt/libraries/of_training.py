@@ -119,11 +119,9 @@ def broadcasts() -> None:
 @relied_on(
     "accelerate",
     "PartialState joins a launched group on CPUs only with cpu=True; the state has fsdp_plugin and distributed_type as "
-    "attributes, and is asked for them when a model is prepared; FSDP2 leaves out the plugin's ignored_modules.",
+    "attributes (set by us on CPUs), and is asked for them when a model is prepared; FSDP2 leaves ignored_modules out.",
     "training/processes.py training/sharding.py",
     names="accelerate.utils.DistributedType accelerate.utils.FullyShardedDataParallelPlugin",
-    interposes="fsdp_plugin and distributed_type of accelerate's state, on CPUs and launched with FSDP alone (for the "
-    "process)",
 )
 def sharded() -> None:
     from accelerate import Accelerator, PartialState
