@@ -73,7 +73,7 @@ def test_under_the_rule_too(data: list[Path], tmp_path: Path) -> None:
     train_family(reference(folder, dtype=torch.float32), *args, tmp_path / "plain", options=rule, **options)
     cached: dict[str, Any] = {"expert_cache": 0.3, "arithmetic": "exact", **options}
     train_family(folder, *args, tmp_path / "small", options=rule, **cached)
-    train_family(folder, *args, tmp_path / "bare", options=replace(rule, recency=None, recency_gain=None), **cached)
+    train_family(folder, *args, tmp_path / "bare", options=replace(rule, recency=None), **cached)
 
     def learnt(out: str, adapter: str) -> dict[str, torch.Tensor]:
         return load_file(tmp_path / out / adapter / "adapter_model.safetensors")
