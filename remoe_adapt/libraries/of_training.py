@@ -114,3 +114,24 @@ def broadcasts() -> None:
     from accelerate.utils import broadcast_object_list
 
     hold(broadcast_object_list(["kept"]) == ["kept"], "broadcast_object_list of one process changes its list.")
+
+
+@relied_on(
+    "accelerate",
+    "PartialState joins a launched group on CPUs only with cpu=True; the state has fsdp_plugin and distributed_type as "
+    "attributes (set by us on CPUs), and is asked for them when a model is prepared; FSDP2 leaves ignored_modules out.",
+    "training/processes.py training/sharding.py",
+    names="accelerate.utils.DistributedType accelerate.utils.FullyShardedDataParallelPlugin",
+)
+def sharded() -> None:
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp_utils
+
+    hold("cpu" in inspect.signature(PartialState.__init__).parameters, "PartialState takes no cpu any more.")
+    hold(hasattr(DistributedType, "FSDP"), "DistributedType has no FSDP any more.")
+    taken = inspect.signature(FullyShardedDataParallelPlugin).parameters
+    for name in ("ignored_modules", "cpu_ram_efficient_loading"):
+        hold(name in taken, f"FullyShardedDataParallelPlugin takes no {name} any more.")
+    hold(hasattr(Accelerator, "is_fsdp2"), "Accelerator has no is_fsdp2 any more.")
+    source = inspect.getsource(fsdp_utils.fsdp2_prepare_model)
+    hold("ignored_modules" in source, "fsdp2_prepare_model reads no ignored_modules any more.")

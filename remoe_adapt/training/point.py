@@ -96,10 +96,12 @@ def train_points(
         # Left last: see `add_recovery`.
         recovering = undo.enter_context(ExitStack())
         first, *others = plan.points
-        holder = wrap_or_inject(model, first.config, first.name, routers=routers)
+        with _seeded(options.seed):
+            holder = wrap_or_inject(model, first.config, first.name, routers=routers)
         undo.callback(holder.unload)
         for point in others:
-            wrap_or_inject(holder, point.config, point.name, routers=routers)
+            with _seeded(options.seed):
+                wrap_or_inject(holder, point.config, point.name, routers=routers)
         layers = remoe_layers(holder)
         add_adapters([*layers.values()], plan.points)
         if plan.start is not None:
@@ -141,6 +143,14 @@ def _save(holder: PeftModel, loras: PeftModel | None, points: Sequence[Point], f
         if loras is not None and point.recovery is not None:
             loras.save_pretrained(str(saving), selected_adapters=[point.recovery])
     saving.replace(folder / ADAPTERS)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The A of a low-rank adapter is drawn from the run's seed alone, or no run could be had again."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def _begin_as(layers: Mapping[str, RemoeLayer], name: str, start: Path) -> None:

@@ -23,6 +23,7 @@ from remoe_adapt._support import read_json
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.objective import LossWeights, Teacher
 from remoe_adapt.recency import InstalledPrior
+from remoe_adapt.training.sharding import is_sharded, keep_trained_whole
 from remoe_adapt.training.trainer import Mode, RemoeTrainer
 from remoe_adapt.tuner import RemoeConfig, RemoeLayer, router_rates, weights_of
 
@@ -102,6 +103,10 @@ class PointsTrainer(RemoeTrainer):
                 parameter.requires_grad_(True)
             with self.acting(point):
                 self.check_terms()
+        if is_sharded():
+            keep_trained_whole(self.accelerator, self.model)
+            # Nothing that Trainer optimises, saves or loads is sharded.
+            self.is_fsdp_enabled = False
 
     @contextmanager
     def acting(self, point: Point) -> Iterator[None]:

@@ -38,6 +38,8 @@ from remoe_adapt.training.point import (
     plan_point,
     train_points,
 )
+from remoe_adapt.training.processes import join_processes
+from remoe_adapt.training.sharding import check_sharded, is_sharded
 from remoe_adapt.training.validation import Validation
 from remoe_adapt.tuner import FAMILY_FILE, plain_base
 
@@ -167,7 +169,9 @@ def train_family(
     # The cheap checks come first: a model may take minutes to load.
     data_files(data)
     check_writable(out)
-    processes = PartialState()
+    processes = join_processes(base.device if isinstance(base, nn.Module) else device)
+    if is_sharded():
+        check_sharded(isinstance(base, nn.Module), expert_cache is not None, options.next_steps is not None)
     model, base_id = _load(base, device, dtype, expert_cache, storage)
     # Kept for the whole run: after each point its wrappers are gone, and the same routers are in their places.
     routers = survey_routers(plain_base(model))

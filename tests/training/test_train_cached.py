@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from quantised_checkpoints import reference, save_quantised
+from safetensors.torch import load_file
 from tiny_family import byte_tokenizer, save_base
 
 from remoe_adapt.errors import ConfigError
@@ -61,6 +63,26 @@ def test_adapters_are_those_of_the_dequantised_model(
     # A quantised base needs no option.
     assert same(train_family(folder, data, [1.0], tmp_path / "whole", options=options, progress=False), plain)
     assert small.fingerprint == plain.fingerprint
+
+
+def test_under_the_rule_too(data: list[Path], tmp_path: Path) -> None:
+    folder = quantised(tmp_path / "model", "qwen3_moe", "fp8")
+    rule = TrainOptions(**SHORT | {"steps": 2}, recency="cost", recency_gain=0.3, recovery_rank=2)
+    options: dict[str, Any] = {"tokenizer": byte_tokenizer(), "progress": False, "control": False}
+    args: Any = (data, [1.0])
+    train_family(reference(folder, dtype=torch.float32), *args, tmp_path / "plain", options=rule, **options)
+    cached: dict[str, Any] = {"expert_cache": 0.3, "arithmetic": "exact", **options}
+    train_family(folder, *args, tmp_path / "small", options=rule, **cached)
+    train_family(folder, *args, tmp_path / "bare", options=replace(rule, recency=None), **cached)
+
+    def learnt(out: str, adapter: str) -> dict[str, torch.Tensor]:
+        return load_file(tmp_path / out / adapter / "adapter_model.safetensors")
+
+    for adapter in ("s100", "s100-recovery"):
+        small, plain, bare = (learnt(out, adapter) for out in ("small", "plain", "bare"))
+        assert small.keys() == plain.keys() and all(torch.equal(small[name], plain[name]) for name in small)
+        # The rule was in the forward: without it other experts act.
+        assert any(not torch.equal(small[name], bare[name]) for name in small)
 
 
 def test_a_killed_run_goes_on_and_other_experts_are_another_run(
