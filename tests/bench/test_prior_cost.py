@@ -21,7 +21,7 @@ def test_the_callback_is_timed_in_every_mode(repo_root: Path, monkeypatch: pytes
     bench = importlib.import_module("prior_cost")
     rows = bench.run(bench.Options(passes=3, tokens=0))["rows"]
     assert [(row["mode"], row["gain"]) for row in rows] == [
-        ("ema", 0.0), ("ema", 0.2), ("last", 0.2), ("resident", 0.2),
+        ("ema", 0.0), ("ema", 0.2), ("last", 0.2), ("resident", 0.2), ("cost", 0.1),
     ]  # fmt: skip
     assert all(0 < row["us_best"] <= row["us"] for row in rows)
     with (repo_root / "benchmarks" / "results" / "prior_cost_cpu.csv").open(newline="") as file:
