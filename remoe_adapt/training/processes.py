@@ -23,7 +23,8 @@ def join_processes(device: str | torch.device | None = None) -> PartialState:
     itself, and all would write to one folder.
     """
     asked = next((int(value) for name in _SIZES if (value := os.environ.get(name, "")).isdigit()), 1)
-    on_cpu = not torch.accelerator.is_available() if device is None else torch.device(device).type == "cpu"
+    # By its name: one that is no device is refused, in one line, where the base is put there.
+    on_cpu = not torch.accelerator.is_available() if device is None else str(device).startswith("cpu")
     # accelerate looks for a launched group on a CPU only where it is told so.
     state = PartialState(cpu=True) if on_cpu and asked > 1 else PartialState()
     if state.num_processes != asked and asked > 1:
