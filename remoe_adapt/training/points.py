@@ -24,7 +24,7 @@ from remoe_adapt.errors import ConfigError
 from remoe_adapt.objective import LossWeights, Teacher
 from remoe_adapt.recency import InstalledPrior
 from remoe_adapt.training.sharding import is_sharded, keep_trained_whole
-from remoe_adapt.training.trainer import Mode, RemoeTrainer
+from remoe_adapt.training.trainer import Mode, RemoeTrainer, without_adapters
 from remoe_adapt.tuner import RemoeConfig, RemoeLayer, router_rates, weights_of
 
 _VALUES, _PROGRESS = "points.safetensors", "points.json"
@@ -86,6 +86,9 @@ class PointsTrainer(RemoeTrainer):
     recovery_lr: the learning rate of recovery LoRAs; `args.learning_rate` is that of routers, relative to their scale.
     """
 
+    # Points that run later would be averaged again with each that ran before them.
+    _averages_when_all_ran = True
+
     def __init__(
         self, *, points: Sequence[Point], recovery_lr: float, prior: InstalledPrior | None = None, **kwargs: Any
     ) -> None:
@@ -135,9 +138,8 @@ class PointsTrainer(RemoeTrainer):
     ) -> Tensor:
         """One micro-batch for every point; the mean of their losses."""
         self._taught, losses = None, []
-        many = self.accelerator.num_processes > 1
         # DistributedDataParallel expects one backward of all parameters, and here each is of one point's.
-        with self.accelerator.no_sync(model) if many else nullcontext():
+        with self.accelerator.no_sync(model) if self.accelerator.num_processes > 1 else nullcontext():
             for point in self.points:
                 if not point.has_stopped:
                     with self.acting(point):
@@ -145,27 +147,19 @@ class PointsTrainer(RemoeTrainer):
         self._taught = None
         if self.accelerator.sync_gradients:
             for point in self.points:
-                self._end_step(point, many)
+                self._end_step(point)
         return torch.stack(losses).mean()
 
-    def _end_step(self, point: Point, many: bool) -> None:
+    def _end_step(self, point: Point) -> None:
         parameters = [parameter for parameter in point.parameters.values() if parameter.requires_grad]
-        for parameter in parameters if many else ():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
+        self._average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
 
     def _teacher(self, model: nn.Module, inputs: dict[str, Any]) -> Teacher:
         """The base's predictions for this micro-batch, made for the first point that asks."""
         if self._taught is None:
-            found = [(lora, lora._disable_adapters) for lora in self._loras]
-            try:
-                for lora, _ in found:
-                    lora._disable_adapters = True
+            with without_adapters(self._loras):
                 self._taught = super()._teacher(model, inputs)
-            finally:
-                for lora, disabled in found:
-                    lora._disable_adapters = disabled
         return self._taught
 
     def forget_teacher(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -93,6 +94,8 @@ class RemoeTrainerMixin(_Mixin):
     optimizer: torch.optim.Optimizer | None
     _signature_columns: Any
     _is_at_full_weight = False
+    # A subclass averages what processes learnt itself, once a step.
+    _averages_when_all_ran = False
 
     def __init__(
         self,
@@ -200,7 +203,7 @@ class RemoeTrainerMixin(_Mixin):
 
     def _teacher(self, model: nn.Module, inputs: dict[str, Any]) -> Teacher:
         """What the base predicts."""
-        with torch.no_grad(), _base_routing(self.router_layers.values()), self._without_prior():
+        with torch.no_grad(), without_adapters(self.router_layers.values()), self._without_prior():
             return Teacher.of(model(**inputs).logits)
 
     def _student(self, model: nn.Module, inputs: dict[str, Any], documents_BT: Tensor) -> Any:
@@ -248,14 +251,20 @@ class RemoeTrainerMixin(_Mixin):
             # Row by row, because the copies in full precision are as large as all logits.
             rows = zip(logits_BTV.split(1), labels_BT.split(1), strict=True)
             ce = torch.stack([next_token_losses(*row).sum() for row in rows]).sum() / items
-        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+        if self.accelerator.sync_gradients and not self._averages_when_all_ran:
             # The pass above ran without gradient, so DistributedDataParallel averages nothing.
-            for parameter in (p for layer in self.router_layers.values() for p in layer.parameters()):
-                if parameter.requires_grad:
-                    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
+            self._average_gradients(p for layer in self.router_layers.values() for p in layer.parameters())
         self._note(ce + loss / self._loss_factor, ce, terms, share_B)
         return ce * self._loss_factor + loss
+
+    def _average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The gradients of these, where they need one, are the means of all processes."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in parameters:
+            if parameter.requires_grad:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW with the rates of `router_rates`, without weight decay, when they are relative; else Trainer's own.
@@ -376,8 +385,8 @@ def _labels(inputs: dict[str, Any]) -> Tensor:
 
 
 @contextmanager
-def _base_routing(layers: Iterable[RemoeLayer]) -> Iterator[None]:
-    """The model routes as its base does; unlike `disable_adapter`, what is trainable stays so."""
+def without_adapters(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
+    """These layers compute as the base does; unlike `disable_adapter`, what is trainable stays so."""
     found = [(layer, layer.disable_adapters) for layer in layers]
     try:
         for layer, _ in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def save_base(folder: Path, seed: int = 0, positions: int = 256) -> PreTrainedMo
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return model
+
+
+def save_words(file: Path, documents: int, least: int = 5, lengths: int = 40) -> list[str]:
+    """Writes texts with structure as JSON lines, and returns them: words repeat within a document."""
+    words = ["expert", "router", "token", "weight", "cache", "layer", "delta"]
+    texts = [" ".join(words[(i * j) % 7] for j in range(least + i % lengths)) for i in range(1, documents + 1)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
 
 
 def save_family(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_family import save_base
+from tiny_family import save_base, save_words
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.training.options import TrainOptions
@@ -40,9 +40,7 @@ RULE: dict[str, Any] = {"recency": "cost", "recency_gain": 0.3, "length": 40, "l
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launched")
     save_base(folder / "base")
-    words = ["expert", "router", "token", "weight", "cache", "layer", "delta"]
-    documents = [" ".join(words[(i * j) % 7] for j in range(3 + i % 20)) for i in range(1, 250)]
-    (folder / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    save_words(folder / "words.jsonl", 249, least=3, lengths=20)
     return folder
 
 

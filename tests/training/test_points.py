@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_family import save_base
+from tiny_family import save_base, save_words
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -33,9 +33,7 @@ RULE: dict[str, Any] = {"recency": "cost", "recency_gain": 0.3, "steps": 4, "bat
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("points")
     save_base(folder / "base")
-    words = ["expert", "router", "token", "weight", "cache", "layer", "delta"]
-    documents = [" ".join(words[(i * j) % 7] for j in range(3 + i % 20)) for i in range(1, 80)]
-    (folder / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    save_words(folder / "words.jsonl", 79, least=3, lengths=20)
     return folder
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from quantised_checkpoints import reference, save_quantised
 from safetensors.torch import load_file
-from tiny_family import byte_tokenizer, save_base
+from tiny_family import byte_tokenizer, save_base, save_words
 
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.expert_cache.load import load_with_expert_cache, pack_experts
@@ -27,9 +27,7 @@ METHODS = [("gpt_oss", "mxfp4"), ("qwen3_moe", "fp8")]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     file = tmp_path_factory.mktemp("data") / "words.jsonl"
-    words = ["expert", "router", "token", "weight", "cache", "layer", "delta"]
-    texts = [" ".join(words[(i * j) % 7] for j in range(5 + i % 40)) for i in range(1, 60)]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    save_words(file, 59)
     return [file]
 
 

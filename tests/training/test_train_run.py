@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny_family import byte_tokenizer, save_base
+from tiny_family import byte_tokenizer, save_base, save_words
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -36,10 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     save_base(folder / "base")
     (folder / "data").mkdir()
-    words = ["expert", "router", "token", "weight", "cache", "layer", "delta"]
-    documents = [" ".join(words[(i * j) % 7] for j in range(5 + i % 40)) for i in range(1, 120)]
-    records = "".join(json.dumps({"text": text}) + "\n" for text in documents)
-    (folder / "data" / "words.jsonl").write_text(records)
+    documents = save_words(folder / "data" / "words.jsonl", 119)
     (folder / "data" / "long.txt").write_text("\n".join(documents[:40]))
     return folder
 
