@@ -17,10 +17,11 @@ bases are made by the script that made the shipped one, in 40 minutes on a core 
 - Arms: `published` is ReMoE (arXiv:2605.27081: adapters trained end to end with the reuse and trust losses and
   next-token CE, LRU, no prior); `prior` the best of Cache-Prior, Max-Rank and the cumulative threshold
   (arXiv:2412.00099, LRU); `cecar` a learned reuse distance that evicts and routes; `ours` a family with its routers,
-  priors and LRFU; `tuned` the same without training (`remoe tune`). Ours run as a user runs them; the rivals' rules are
-  put on the routers by `frontier_decode`.
+  priors and LRFU (what `remoe train` writes); `tuned` the same without training (`remoe tune`). Ours run as a user runs
+  them; the rivals' rules are put on the routers by `frontier_decode`.
 - Curves beside them: `native` (the base's own choice under other evictions), `cost_uniform` (one gain of mode `cost`),
-  `cache_prior_lrfu`, `published_lrfu` and `published_control` (next-token training alone).
+  `cache_prior_lrfu`, `published_lrfu`, `published_control` (next-token training alone) and `stateless` (the adapters of
+  our family alone, without a prior, under LRU).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from remoe_adapt.errors import DataError, RemoeError
 from remoe_adapt.evaluation import example_folder, held_out
 from remoe_adapt.evaluation.arms import arms_of
 from remoe_adapt.eviction.replay import cache_capacity, count_misses
-from remoe_adapt.family import Family
+from remoe_adapt.family import TRAINED, Family
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.routers import survey_routers
 from remoe_adapt.texts import data_files, read_shared
@@ -253,9 +254,17 @@ class _Bench:
 
     def _ours(self) -> Iterator[Point]:
         """Nothing where none was asked for and none lies beside the model."""
-        place = self.place / "family"
-        if self.options.family is not None or (place / "family.json").is_file():
-            yield from self._family("ours", Family.load(self.options.family or place))
+        place = Path(self.options.family or self.place / "family")
+        if self.options.family is None and not (place / "family.json").is_file():
+            return
+        yield from self._family("ours", Family.load(place))
+        adapters = place / TRAINED
+        if (adapters / "family.json").is_file():
+            with arms_of(self.model, Family.load(adapters)) as arms:
+                for arm in arms.points:
+                    arms.use(arm)
+                    [found] = decode(self.model, self.text, Lru(), SHARE)
+                    yield self._point("stateless", f"strength {arm.strength:g}, LRU", found)
 
     def _tuned(self) -> Iterator[Point]:
         if self.options.tuned is not None:

@@ -89,7 +89,7 @@ def bars(rows: Sequence[Mapping[str, Any]], points: Sequence[Point]) -> list[dic
         native = [point for point in points if point["curve"] == "native" and point.get("share", 0.25) == share]
         best_native = min((point["misses"] for point in native), default=None)
         found.append(bar(f"misses of the native top-k / LRU at {share:g}", best_native, 0.90))
-    reused = [point["eor"] for point in points if point["curve"] == "published" and point["ppl_ratio"] <= 1.005]
+    reused = [point["eor"] for point in points if point["curve"] == "stateless" and point["ppl_ratio"] <= 1.005]
     found.append(
         bar(
             "EOR of stateless adapters at ppl ratio <= 1.005 / the base's",

@@ -61,7 +61,19 @@ Resume = Annotated[bool, typer.Option(help="Go on with an unfinished family in -
 CheckpointMinutes = Annotated[float | None, typer.Option(min=0, help="A kill loses no more than this; default 5.")]
 Control = Annotated[bool, typer.Option(help="Train the next-token-loss-only control too.")]
 
+TuneAfter = Annotated[
+    bool | None,
+    typer.Option(
+        "--tune/--no-tune",
+        help="Tune recency gains on the adapters for --budgets. Default: unless they are trained under a --recency.",
+    ),
+]
+TrainBudgets = Annotated[
+    str | None, typer.Option("--budgets", help="Perplexity ratios that the tuned points stay within.")
+]
+
 # remoe tune
+TuneFamily = Annotated[str | None, typer.Option("--family", help="A family whose adapters the points run with.")]
 TuneOut = Annotated[Path, typer.Option("--out", help="Folder of the family, which must not be there.")]
 Budgets = Annotated[str, typer.Option(help="Perplexity ratios to stay within, comma-separated, each above 1.")]
 TuneCache = Annotated[float, typer.Option("--cache", help="Cache whose misses count, as a share of the experts.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -18,13 +19,15 @@ from remoe_adapt.cli.eval_gguf import GAINS, check_kind, eval_gguf
 from remoe_adapt.cli.options import CommandResult, budget, numbers, words
 from remoe_adapt.cli.report import progress, quiet_libraries
 from remoe_adapt.cli.rows import arm_rows
-from remoe_adapt.errors import ConfigError
+from remoe_adapt.cli.tune import BUDGETS, shown_points
+from remoe_adapt.errors import ConfigError, DataError, FamilyError, RouterError
 from remoe_adapt.recency_settings import DEFAULT_MODE, Recency
 
 
 @command(app, "train")
 def train(
-    model: opt.Model, data: opt.Data, out: opt.FamilyOut, strengths: opt.Strengths = "0.25,0.5,1.0",
+    model: opt.Model, data: opt.Data, out: opt.FamilyOut, strengths: opt.Strengths = "0.25",
+    tune: opt.TuneAfter = None, budgets: opt.TrainBudgets = None,
     reuse_weight: opt.ReuseWeight = None, smooth_weight: opt.SmoothWeight = None, lag_weight: opt.LagWeight = None,
     ws_weight: opt.WsWeight = None, kl_weight: opt.KlWeight = None, distill_share: opt.DistillShare = None,
     steps: opt.Steps = None, batch: opt.Batch = None,
@@ -39,39 +42,57 @@ def train(
     expert_cache: opt.ExpertCacheBudget = None, storage: opt.Storage = None, arithmetic: opt.Arithmetic = "exact",
     device: opt.Device = None, as_json: opt.Json = False,
 ) -> CommandResult:  # fmt: skip
-    """Train a family of router adapters, and the control that shows what training alone would do."""
+    """Train router adapters, and the control that shows what training alone would do; then tune recency gains on them.
+
+    The adapters are a family of their own in OUT/trained, one for each strength, for engines that know no recency
+    prior. The family in OUT has a point for each of --budgets: the adapter and the gains of each layer that save the
+    most misses within it (see `remoe tune`). With --no-tune, and by default where adapters are trained under a
+    --recency, the adapters alone are the family in OUT.
+    """
     recency = recency or (None if recency_gain is None else DEFAULT_MODE)
     # Taken before any other local is made: these are the options by their parameter names.
     given: dict[str, Any] = dict(locals())
     if mode == "local" and distill_share:
         raise ConfigError(f"distill_share={distill_share:g} has no effect in mode local: leave one of them out")
-    from remoe_adapt.checkpoints import load_with_tokenizer
-    from remoe_adapt.evaluation import LEAST_CERTIFIED_TOKENS, certify
+    tune = recency is None if tune is None else tune
+    if budgets is not None and not tune:
+        raise ConfigError("--budgets are of tuned points: leave them out, or add --tune")
+    from remoe_adapt.checkpoints import load_with_tokenizer, usable_device
+    from remoe_adapt.evaluation import LEAST_CERTIFIED_TOKENS, certify, check_budgets
     from remoe_adapt.evaluation import evaluate as measure
     from remoe_adapt.expert_cache import load_whole_or_cached
+    from remoe_adapt.family import TRAINED
     from remoe_adapt.training import CHECKPOINT_MINUTES, TrainOptions, held_out_documents, train_family
 
     quiet_libraries()
+    aims = check_budgets(numbers(budgets or BUDGETS))
+    adapters, is_tuned = out / TRAINED if tune else out, tune and _is_tuned(out)
     placed: dict[str, Any] = {"expert_cache": expert_cache and budget(expert_cache), "storage": storage}
     given |= _gains(recency_gain, numbers(strengths))
     options = TrainOptions(**{f.name: given[f.name] for f in fields(TrainOptions) if given.get(f.name) is not None})
     family = train_family(
-        model, data, numbers(strengths), out, options=options, resume=resume, control=control, device=device,
+        model, data, numbers(strengths), adapters, options=options, resume=resume, control=control, device=device,
         checkpoint_minutes=CHECKPOINT_MINUTES if checkpoint_minutes is None else checkpoint_minutes,
         arithmetic=arithmetic, **placed,
     )  # fmt: skip
-    base, tokenizer = load_with_tokenizer(model, device=device, load=partial(load_whole_or_cached, **placed))
-    result: dict[str, Any] = {"family": str(out), "strengths": list(family.strengths), "control": None}
+    # As it was trained: half precision is slow on most CPUs.
+    dtype = "float32" if usable_device(device) == "cpu" else "auto"
+    load = partial(load_whole_or_cached, **placed)
+    base, tokenizer = load_with_tokenizer(model, device=device, dtype=dtype, load=load)
+    result: dict[str, Any] = {
+        "family": str(adapters), "adapters": str(adapters), "strengths": list(family.strengths), "control": None,
+        "tuned": None,
+    }  # fmt: skip
     documents = held_out_documents(data, tokenizer, base, options)
     # Of the processes of a distributed run one measures.
     if not documents or int(os.environ.get("RANK", "0")):
         unmeasured = [] if documents else ["no certificate: the data leave no text to hold out"]
-        return result, [f"family written to {out}", *unmeasured]
+        return result, [f"family written to {adapters}", *unmeasured]
     with progress("measuring on held-out parts of the data") as (total, advance):
         total(sum(map(len, documents)) * (1 + len(family.points) + (family.control is not None)))
         measured = measure(base, documents, family=family, on_tokens=advance)
     measured["data"] = [f"held-out part of {path.name}" for path in data]
-    shown: list[RenderableType] = [report.eval_table(measured), f"family written to {out}"]
+    shown: list[RenderableType] = [report.eval_table(measured), f"family written to {adapters}"]
     measured["certified"] = measured["tokens"] >= LEAST_CERTIFIED_TOKENS
     if not measured["certified"]:
         shown.append(
@@ -80,7 +101,47 @@ def train(
         )
     else:
         certify(family, measured)
+    if is_tuned:
+        shown.append(f"{out} is tuned already: delete its family.json to tune again")
+    elif tune:
+        made, words = _tuned(base, tokenizer, model, data, out, adapters, aims, options)
+        result |= {"tuned": made, "family": str(out if made else adapters)}
+        shown += words
     return result | measured, shown
+
+
+def _is_tuned(out: Path) -> bool:
+    """Whether a run before this one has tuned already. Raises FamilyError for a family that is another."""
+    from remoe_adapt.family import read_family_json
+
+    if not (out / "family.json").exists():
+        return False
+    if any("budget" not in point for point in read_family_json(out)["points"]):
+        raise FamilyError(
+            f"{out} holds adapters that were trained without tuning: go on with --no-tune, tune them with `remoe tune "
+            "--family`, or choose another --out."
+        )
+    return True
+
+
+def _tuned(
+    base: Any, tokenizer: Any, model: str, data: list[Path], out: Path, adapters: Path, budgets: list[float],
+    options: Any,
+) -> tuple[dict[str, Any] | None, list[RenderableType]]:  # fmt: skip
+    """What tuning gave, and its words. Where a model or the data do not allow it, the adapters are what there is."""
+    from remoe_adapt.evaluation import tune_family
+    from remoe_adapt.family import Family
+
+    mode = {} if options.recency is None else {"mode": options.recency, "decay": options.recency_decay}
+    try:
+        with progress("tuning gains on the adapters") as (total, advance):
+            made = tune_family(
+                base, data, out, tokenizer=tokenizer, base_id=model, family=Family.load(adapters), budgets=budgets,
+                seed=options.seed, on_total=total, on_tokens=advance, **mode,
+            )  # fmt: skip
+    except (RouterError, DataError) as error:
+        return None, [f"not tuned, so the family is {adapters}: {error}"]
+    return made, shown_points(made)
 
 
 def _gains(text: str | None, strengths: list[float]) -> dict[str, Any]:

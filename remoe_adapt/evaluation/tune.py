@@ -1,4 +1,5 @@
-"""`remoe tune`: operating points without training, each with the gains of all layers that its quality budget buys.
+"""`remoe tune`: operating points, each with the gains of all layers that its quality budget buys: without training, or
+with adapters that were trained before.
 
 Calibration and certificate are of different text: `token_rows` keeps documents apart for the latter.
 """
@@ -15,10 +16,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from remoe_adapt.errors import ConfigError, DataError
-from remoe_adapt.evaluation.evaluate import CACHES, certificate_of, check_certifiable
+from remoe_adapt.errors import ConfigError, DataError, FamilyError
+from remoe_adapt.evaluation.evaluate import CACHES, Tally, certificate_of, check_certifiable
 from remoe_adapt.evaluation.record import window_tokens
-from remoe_adapt.evaluation.sensitivity import Calibration, Measurement, Outcome, calibrate, measure_priors
+from remoe_adapt.evaluation.sensitivity import (
+    Calibration,
+    Measurement,
+    Outcome,
+    Setting,
+    Way,
+    calibrate,
+    measure_settings,
+    reference_ce,
+)
 from remoe_adapt.eviction import check_replay
 from remoe_adapt.expert_cache import arithmetic_of
 from remoe_adapt.family import Family, FamilyPoint
@@ -47,6 +57,7 @@ def tune_family(
     *,
     tokenizer: Any,
     base_id: str | None = None,
+    family: Family | None = None,
     budgets: Sequence[float] = BUDGETS,
     cache: float = _CACHE,
     mode: str = _MODE,
@@ -56,9 +67,12 @@ def tune_family(
     on_total: Callable[[int], object] | None = None,
     on_tokens: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """Finds the gains of every layer for each budget, measures them on text kept apart, and writes a family without
-    adapters to the folder `out`, in one piece at the end.
+    """Finds the gains of every layer for each budget, measures them on text kept apart, and writes a family to the
+    folder `out`, in one piece at the end.
 
+    family: its adapters (and recovery LoRAs) are what points run with: of each budget the one that saves most, so that
+        several points may share one; its own priors are left out, its control is copied. None: the base's own routers,
+        and the family that is written has no adapters.
     data: text; a part of each file is kept out of the calibration (`training.token_rows`) for the certificates.
     budgets: perplexity ratios above 1, rising. The point of the i-th of n budgets has the strength i / n.
     cache: share of a layer's experts in the cache that misses are counted for, which is also the share of the prior.
@@ -67,16 +81,20 @@ def tune_family(
     on_total, on_tokens: hear of the tokens that there are to run in all (again where points are stepped back), and of
         those done.
 
-    Of each budget the largest gains are taken whose predicted perplexity ratio and its standard error are within it.
-    Where the ratio measured on the text kept apart is over the budget, the point is stepped back and measured again;
-    its certificate is of the last measurement. A point that is over it to the end says so (`met`).
+    A budget is a ratio of perplexities to that of the reference: the base, or where they are better the family's
+    control, or the adapter with gains of 0. So what an adapter learnt of the data is not spent: other text lacks it.
+    Of each budget the largest gains are taken whose predicted ratio and its standard error are within it. Where the
+    ratio measured on the text kept apart is over the budget, the point is stepped back and measured again; its
+    certificate is of the last measurement. A point that is over it to the end says so (`met`).
 
-    Returns the keys of `evaluate` (`points` with `budget`, `met`, `steps_back`, `gains`, `misses`: misses a token under
-    LRFU with the prior's decay, `to_lru` and `to_lrfu`: these over the base's under LRU and under that LRFU), and
-    `family`, `strengths`, `recency`, `cache`, `calibration` (tokens, and for each group of layers the gains tried with
-    their KL and misses; the whole model along the way; `ce_per_kl`).
+    Returns the keys of `evaluate` (`points` with `budget`, `met`, `steps_back`, `adapter`, `gains`,
+    `ppl_ratio_reference`, `misses`: misses a token under LRFU with the prior's decay, `to_lru` and `to_lrfu`: these
+    over the base's under LRU and under that LRFU), and `family`, `strengths`, `recency`, `cache`, `calibration`
+    (tokens; `reference_ce`: of the reference, over the base's, nats; for each group of layers the gains tried with
+    their KL and misses; in `ways` what the whole model did with each adapter, with its `ce_per_kl`).
 
     Raises:
+        FingerprintMismatchError: `family` is of another base.
         ConfigError: budgets that are not above 1 or do not rise, a bad cache share, mode or decay, too few tokens.
         DataError: the text is too short, for the calibration or for certificates.
         FamilyError: `out` holds a family already, or cannot be written.
@@ -94,8 +112,10 @@ def tune_family(
     data_files(data)
     base = plain_base(model)
     routers = survey_routers(base)
+    if family is not None and not family.has_adapters:
+        raise FamilyError(f"{family.path} has no adapters to tune gains for: leave it out.")
     name = base_id or str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    family = Family.create(out, name, routers.fingerprint)
+    made = Family.create(out, name, routers.fingerprint)
     # More is asked for than wanted, because the ends of rows are cut.
     drawn, apart = token_rows(data, tokenizer, tokens + tokens // 4, seed)
     rows = _rows(drawn, window_tokens(model), tokens)
@@ -110,14 +130,16 @@ def tune_family(
     def passes(count: int) -> None:
         total.add(count * sum(map(len, rows)))
 
-    found = calibrate(model, rows, kind, cache, aims, on_tokens=on_tokens, on_passes=passes)
+    found = calibrate(model, rows, kind, cache, aims, family=family, on_tokens=on_tokens, on_passes=passes)
+    beside = 1 + int(family is not None and family.control is not None)
 
-    def measured(priors: Sequence[Recency]) -> Measurement:
-        total.add(sum(map(len, apart)) * (len(priors) + 1))
-        return measure_priors(model, apart, priors, cache, on_tokens)
+    def measured(settings: Sequence[Setting]) -> Measurement:
+        total.add(sum(map(len, apart)) * (len(settings) + beside))
+        return measure_settings(model, apart, settings, cache, on_tokens, family=family)
 
     points, last = _verified(found, aims, measured)
-    return _written(family, model, found, points, last, cache, [f"held-out part of {Path(path).name}" for path in data])
+    told = [f"held-out part of {Path(path).name}" for path in data]
+    return _written(made, family, model, found, points, last, cache, told)
 
 
 def check_budgets(budgets: Sequence[float]) -> list[float]:
@@ -160,17 +182,28 @@ def _rows(documents: Sequence[Sequence[int]], window: int, tokens: int) -> list[
 
 
 class _Point:
-    """A budget, what it is aimed at, and what it was found to be."""
+    """A budget, what it is aimed at, and what it was found to be. reference_ce: of the text that it was measured on."""
 
-    def __init__(self, budget: float, kl: float) -> None:
-        self.budget, self.kl, self.steps_back = budget, kl, 0
+    def __init__(self, budget: float, way: Way, kl: float) -> None:
+        self.budget, self.way, self.kl, self.steps_back = budget, way, kl, 0
         self.outcome: Outcome | None = None
+        self.reference_ce = 0.0
+
+    def step_back(self) -> None:
+        """Aim at less, by how far what was measured is over the budget."""
+        share = math.log(self.budget) / max(self._ce, 1e-12)
+        part = _STEP_BACK * min(1.0, max(share, 0.25))
+        self.kl = self.way.rest_kl + part * (self.kl - self.way.rest_kl)
+        self.steps_back += 1
+
+    @property
+    def _ce(self) -> float:
+        return math.nan if self.outcome is None else self.outcome.ce - self.reference_ce
 
     @property
     def ratio(self) -> float:
-        """Perplexity ratio, measured; infinite for a loss that is no number, or larger than any."""
-        ce = math.nan if self.outcome is None else self.outcome.ce
-        return math.exp(ce) if ce < _LARGEST_CE else math.inf
+        """Perplexity ratio to the reference, measured; infinite for a loss that is no number, or larger than any."""
+        return math.exp(self._ce) if self._ce < _LARGEST_CE else math.inf
 
     @property
     def is_over(self) -> bool:
@@ -178,33 +211,36 @@ class _Point:
 
 
 def _verified(
-    found: Calibration, budgets: Sequence[float], measured: Callable[[Sequence[Recency]], Measurement]
+    found: Calibration, budgets: Sequence[float], measured: Callable[[Sequence[Setting]], Measurement]
 ) -> tuple[list[_Point], Measurement]:
     """The point of each budget, and the last measurement (whose base is that of all)."""
-    points = [_Point(budget, found.kl_within(budget)) for budget in budgets]
-    wrong = points
+    points = [_Point(budget, *found.best_way(budget)) for budget in budgets]
+    still = replace(found.kind, gain=(0.0,) * found.routers)
+    # Adapters with gains of 0, which budgets may be told from.
+    rests = [(still, way.source) for way in {id(p.way): p.way for p in points}.values() if way.rest is not None]
+    reference, wrong = 0.0, points
     for _ in range(_MOST_STEPS + 1):
-        last = measured([found.prior_at(found.price_of(point.kl)) for point in wrong])
-        for point, outcome in zip(wrong, last.outcomes, strict=True):
-            point.outcome = outcome
+        last = measured([*rests, *((found.prior_at(p.way.price_of(p.kl)), p.way.source) for p in wrong)])
+        if rests:
+            reference, rests = reference_ce(last, last.outcomes[: len(rests)]), []
+        for point, outcome in zip(wrong, last.outcomes[-len(wrong) :], strict=True):
+            point.outcome, point.reference_ce = outcome, reference
         wrong = [point for point in points if point.is_over]
         if not wrong:
             break
         for point in wrong:
-            assert point.outcome is not None
-            share = math.log(point.budget) / max(point.outcome.ce, 1e-12)
-            point.kl *= _STEP_BACK * min(1.0, max(share, 0.25))
-            point.steps_back += 1
+            point.step_back()
     # A weaker point that turned out to save more is the better one for both budgets.
     for weaker, stronger in pairwise(points):
         assert weaker.outcome is not None and stronger.outcome is not None
         if weaker.outcome.misses < stronger.outcome.misses or (stronger.is_over and not weaker.is_over):
-            stronger.outcome, stronger.kl = weaker.outcome, weaker.kl
+            stronger.outcome, stronger.way, stronger.kl = weaker.outcome, weaker.way, weaker.kl
     return points, last
 
 
 def _written(
     family: Family,
+    adapters: Family | None,
     model: PreTrainedModel,
     found: Calibration,
     points: Sequence[_Point],
@@ -219,11 +255,11 @@ def _written(
         "data": data,
     }  # fmt: skip
 
-    def row(outcome: Outcome | None, strength: float) -> dict[str, Any]:
-        tally = last.base if outcome is None else outcome.tally
-        return tally.row(strength, last.base, None, tally.trace(last.num_experts), ("lru", "lrfu"), caches)
+    def row(tally: Tally, strength: float | None) -> dict[str, Any]:
+        return tally.row(strength, last.base, last.control, tally.trace(last.num_experts), ("lru", "lrfu"), caches)
 
-    result["base"] = row(None, 0.0)
+    result["base"] = row(last.base, 0.0)
+    result["control"] = None if last.control is None else row(last.control, None)
     rows, stored = [], []
     for number, point in enumerate(points, 1):
         outcome = point.outcome
@@ -232,14 +268,26 @@ def _written(
         gains = outcome.prior.gains()
         of_prior = {"recency": outcome.prior.mode, "recency_gain": sum(gains) / len(gains)}
         counted = {"misses": outcome.misses, "to_lru": outcome.misses / lru, "to_lrfu": outcome.misses / lrfu}
-        found_row = row(outcome, strength) | of_prior | counted
+        found_row = row(outcome.tally, strength) | of_prior | counted
         certificate = certificate_of(found_row, result)
-        stored.append(FamilyPoint(strength, None, {}, outcome.prior, certificate, point.budget))
+        with_adapter = outcome.source or FamilyPoint(strength, None, {})
+        stored.append(
+            replace(
+                with_adapter, strength=strength, recency=outcome.prior, certificate=certificate, budget=point.budget
+            )
+        )
         extra = {"budget": point.budget, "met": not point.is_over, "steps_back": point.steps_back}
-        rows.append(found_row | extra | {"gains": list(gains)})
-    family.add_priors(stored)
+        rows.append(
+            found_row
+            | extra
+            | {"adapter": with_adapter.adapter, "gains": list(gains)}
+            | {"ppl_ratio_reference": point.ratio}
+        )
+    family.add_points(stored, adapters)
+    if adapters is not None and adapters.control is not None and result["control"] is not None:
+        family.set_control(adapters.path / adapters.control.adapter, certificate_of(result["control"], result))
     return {
-        "family": str(family.path), "strengths": list(family.strengths), "against": None, "control": None,
+        "family": str(family.path), "strengths": list(family.strengths), "against": None,
         **result, "base": result["base"] | {"misses_lru": lru, "misses_lrfu": lrfu}, "points": rows, "priors": [],
         "recency": {"mode": found.kind.mode, "decay": found.kind.decay, "share": found.kind.share}, "cache": cache,
         "calibration": _told(found),
@@ -257,14 +305,21 @@ def _told(found: Calibration) -> dict[str, Any]:
         }
         for group, outcomes in zip(found.groups, found.probes, strict=True)
     ]
-    way = [
+    ways = [
         {
-            "price": price, "gains": list(outcome.prior.gains()), "kl": outcome.kl, "ce": outcome.ce,
-            "ce_error": outcome.ce_error, "misses": outcome.misses,
+            "adapter": None if way.source is None else way.source.adapter, "ce_per_kl": way.ce_per_kl,
+            "error_scale": way.error_scale, "rest_kl": way.rest_kl, "rest_ce": way.rest_ce,
+            "steps": [
+                {
+                    "price": price, "gains": list(outcome.prior.gains()), "kl": outcome.kl, "ce": outcome.ce,
+                    "ce_error": outcome.ce_error, "misses": outcome.misses,
+                }
+                for price, outcome in way.steps
+            ],
         }
-        for price, outcome in found.way
+        for way in found.ways
     ]  # fmt: skip
     return {
-        "tokens": found.tokens, "misses_lru": found.lru, "misses_lrfu": found.lrfu, "groups": groups, "way": way,
-        "ce_per_kl": found.ce_per_kl, "error_scale": found.error_scale,
+        "tokens": found.tokens, "reference_ce": found.reference_ce, "misses_lru": found.lru, "misses_lrfu": found.lrfu,
+        "groups": groups, "ways": ways,
     }  # fmt: skip

@@ -292,16 +292,24 @@ class Family:
             self._insert(point)
         return point
 
-    def add_priors(self, points: Sequence[FamilyPoint]) -> None:
-        """Add points that are recency priors alone, all of them in one piece: a reader sees none or all.
+    def add_points(self, points: Sequence[FamilyPoint], source: Family | None = None) -> None:
+        """Add points that `remoe tune` found, all of them in one piece: a reader sees none or all.
 
-        Raises FamilyError for a strength outside (0, 1] or already present, a point without a recency or with an
-        adapter, a budget of 1 or less, and for a family whose points have adapters. The family is unchanged then.
+        source: the family whose adapters they run with, in which `adapter` and `recovery` of a point are folder names;
+            these folders are copied, once each, however many points share one. None: points without adapters.
+
+        Raises FamilyError for a strength outside (0, 1] or already present, a point without a recency, with an adapter
+        that no source has, a budget of 1 or less, and where some points have adapters and others not. The family is
+        unchanged then.
         """
-        with self._saved_or_restored():
+        names = {name for point in points for name in (point.adapter, point.recovery) if name is not None}
+        if names and source is None:
+            raise FamilyError(f"{self.path}: {sorted(names)[0]} is an adapter of no family: name the source.")
+        copies = {source.path / name: self.path / name for name in sorted(names)} if source is not None else {}
+        with placed(copies), self._saved_or_restored():
             for point in points:
-                if point.adapter is not None or point.deltas or point.recency is None:
-                    raise FamilyError(f"{self.path}: point {point.name} is not a recency prior alone: use add_point.")
+                if point.recency is None:
+                    raise FamilyError(f"{self.path}: point {point.name} has no recency prior: use add_point.")
                 check_budget(point.budget, str(self.path))
                 self._insert(point)
 

@@ -21,6 +21,8 @@ from remoe_adapt.recency_settings import MAX_GAIN, MODES, NO_PRIOR, Recency, is_
 from remoe_adapt.tuner import FAMILY_FILE
 
 FORMAT = 1
+# The folder, inside that of a tuned family, of the family of the adapters that it was tuned on.
+TRAINED = "trained"
 # Certificates are the most of a file; one beyond this was made to use up memory.
 _MAX_BYTES, _MAX_NAME = 16 << 20, 64
 # What an object of family.json is called in errors -> (keys that it must have, keys that it may have).

@@ -212,19 +212,32 @@ def test_train_makes_a_certified_family_and_goes_on_where_it_was(home: Path, tmp
     (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(30)))
     sizes = ("--steps", 2, "--batch", 2, "--length", 32, "--strengths")
 
-    def trained(data: Path, out: Path, strengths: str) -> dict[str, Any]:
-        return found("train", home / "base", "--data", data, "--out", out, *sizes, strengths)
+    def trained(data: Path, out: Path, strengths: str, *more: object) -> dict[str, Any]:
+        return found("train", home / "base", "--data", data, "--out", out, *sizes, strengths, *more)
 
-    result = trained(tmp_path / "more.jsonl", tmp_path / "family", "0.5")
+    out, only_one = tmp_path / "family", ("--budgets", "1.02,1.05")
+    result = trained(tmp_path / "more.jsonl", out, "0.5", *only_one)
     assert result["strengths"] == [0.5] and math.isfinite(result["points"][0]["ppl_ratio_control"])
-    family = Family.load(tmp_path / "family")
+    adapters, family = Family.load(out / "trained"), Family.load(out)
+    assert (result["family"], result["adapters"]) == (str(out), str(adapters.path))
     assert result["certified"] and result["tokens"] >= 1000
-    assert family.control is not None and family.points[0].certificate is not None
-    again = trained(tmp_path / "more.jsonl", tmp_path / "family", "0.5,1.0")
-    assert again["strengths"] == [0.5, 1.0]
+    assert adapters.control is not None and adapters.points[0].certificate is not None
+    assert [point.budget for point in family.points] == [1.02, 1.05] and family.control is not None
+    assert {point.adapter for point in family.points} == {"s050"} and result["tuned"]["strengths"] == [0.5, 1.0]
+    assert all(point.recency is not None and point.certificate is not None for point in family.points)
+    before = (out / "family.json").read_bytes()
+    again = trained(tmp_path / "more.jsonl", out, "0.5,1.0", *only_one)
+    assert again["strengths"] == [0.5, 1.0] and again["tuned"] is None
+    assert (out / "family.json").read_bytes() == before, "tuned already, and the budgets were kept"
     few = trained(home / "b.jsonl", tmp_path / "few", "0.5")
-    assert few["tokens"] < 1000 and not few["certified"]
-    assert Family.load(tmp_path / "few").points[0].certificate is None, "so few tokens certify nothing"
+    assert few["tokens"] < 1000 and not few["certified"] and few["tuned"] is None
+    assert few["family"] == str(tmp_path / "few" / "trained") and not (tmp_path / "few" / "family.json").exists()
+    assert Family.load(few["family"]).points[0].certificate is None, "so few tokens certify nothing"
+    alone = trained(home / "b.jsonl", tmp_path / "alone", "0.5", "--no-tune")
+    assert alone["family"] == alone["adapters"] == str(tmp_path / "alone") and Family.load(tmp_path / "alone")
+    command = ("train", home / "base", "--data", home / "b.jsonl", "--out", tmp_path / "alone", *sizes, "0.5")
+    assert "trained without tuning" in refused(*command)
+    assert "are of tuned points" in refused(*command, "--no-tune", *only_one, status=2)
 
 
 def test_profiles_and_doctor(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_certificates_say_which_arithmetic_and_old_ones_are_still_read(home: Pat
 
 def test_train_makes_a_family_of_a_quantised_model(home: Path, tmp_path: Path) -> None:
     args = ("train", home / "coded", "--data", home / "c.jsonl", "--out", tmp_path / "family", "--strengths", 1.0)
-    args += ("--steps", 2, "--batch", 2, "--length", 32)
+    args += ("--steps", 2, "--batch", 2, "--length", 32, "--no-tune")
     assert "is for decoding" in refused(*args, "--arithmetic", "fast", status=2)
     assert not (tmp_path / "family").exists()
     result = found(*args, "--expert-cache", 0.5)

@@ -169,7 +169,7 @@ def test_a_family_without_adapters_is_its_gains(home: Path, documents: list[list
     family = Family.create(tmp_path / "family", "tiny", "sha256:0")
     layers = len(measured(home / "m.gguf", documents, per_layer=True)["base"]["per_layer"])
     priors = [Recency.of("cost", tuple(strength * 0.1 * number for number in range(layers))) for strength in (0.5, 1.0)]
-    family.add_priors(
+    family.add_points(
         [FamilyPoint(strength, None, {}, prior) for strength, prior in zip((0.5, 1.0), priors, strict=True)]
     )
     result = measured(home / "m.gguf", documents, family=family, priors=priors)

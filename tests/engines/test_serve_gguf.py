@@ -175,7 +175,7 @@ def test_a_family_without_adapters_turns_the_gain_of_each_layer(model: Path, tmp
     own = OwnLoop(model)
     gains = tuple(0.5 * number for number in range(1, len(GgufModel(model).weights) + 1))
     family = Family.create(tmp_path / "family", "tiny", "sha256:0")
-    family.add_priors([FamilyPoint(1.0, None, {}, Recency.of("ema", gains))])
+    family.add_points([FamilyPoint(1.0, None, {}, Recency.of("ema", gains))])
     options = GgufServing(
         recency=None, family=str(family.path), strength=0.5, port=0, threads=1, engine=EXACT, context_tokens=1024,
         interval_s=0.05,

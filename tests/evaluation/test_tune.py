@@ -16,7 +16,7 @@ import pytest
 import torch
 from cli_support import call, found, refused
 from rich.console import Console
-from tiny_family import byte_tokenizer, save_base
+from tiny_family import byte_tokenizer, save_base, save_family
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from remoe_adapt import Family
@@ -29,14 +29,18 @@ from remoe_adapt.evaluation.sensitivity import (
     Curve,
     Measurement,
     Outcome,
+    Setting,
+    Way,
     allot,
     calibrate,
     fit_curve,
     groups_of,
     measure_priors,
+    reference_ce,
 )
 from remoe_adapt.evaluation.tune import _rows, _verified, check_budgets, tune_family
 from remoe_adapt.eviction.replay import cache_capacity, replay
+from remoe_adapt.family import FamilyPoint
 from remoe_adapt.recency_settings import Recency
 from remoe_adapt.training.run import token_rows
 
@@ -133,9 +137,10 @@ def test_a_budget_buys_the_divergence_that_was_measured_to_cost_it() -> None:
         (price, Outcome(kind, kl, 0.5 * kl, math.sqrt(1e-4 * kl), np.zeros(1), None))  # type: ignore[arg-type]
         for price, kl in ((0.001, 0.002), (0.01, 0.02), (0.1, 0.2))
     ]
-    found_it = Calibration(kind, 1, [(0,)], [], [], 1.0, 1.0, 100, way, 0.5, 1e-4)
+    found_it = Way.of(None, way)
+    assert (found_it.ce_per_kl, found_it.error_scale) == pytest.approx((0.5, 1e-4))
     for budget in (1.002, 1.02, 1.05):
-        kl = found_it.kl_within(budget)
+        kl = found_it.kl_within(math.log(budget))
         assert 0.5 * kl + math.sqrt(1e-4 * kl) == pytest.approx(math.log(budget))
     assert found_it.price_of(0.02) == pytest.approx(0.01) and found_it.price_of(0.2) == pytest.approx(0.1)
     assert found_it.price_of(0.002 * math.sqrt(10)) == pytest.approx(0.001 * math.sqrt(10))
@@ -147,13 +152,13 @@ def test_calibration_measures_each_layer_alone_and_then_all(home: Path, base: Pr
     documents = [ids[begin : begin + 64] for begin in range(0, 512, 64)]
     passes: list[int] = []
     result = calibrate(base, documents, Recency.of("cost", 0.0), 0.25, BUDGETS, whole=3, on_passes=passes.append)
-    assert passes == [4 * 3 + 3 + 2] and result.groups == [(0,), (1,), (2,), (3,)]
+    assert passes == [1 + 4 * 3 + 3 + 1] and result.groups == [(0,), (1,), (2,), (3,)]
     for number, outcomes in enumerate(result.probes):
         assert [outcome.prior.gains() for outcome in outcomes] == [
             tuple(gain if place == number else 0.0 for place in range(4)) for gain in (0.15, 0.3, 0.6)
         ]
         assert outcomes[0].misses_L[number] > outcomes[2].misses_L[number]
-    kls, misses = ([getattr(outcome, name) for _, outcome in result.way] for name in ("kl", "misses"))
+    kls, misses = ([getattr(outcome, name) for _, outcome in result.ways[0].steps] for name in ("kl", "misses"))
     assert kls == sorted(kls) and misses == sorted(misses, reverse=True) and misses[-1] < result.lrfu < result.lru
 
 
@@ -179,7 +184,7 @@ def test_points_keep_their_budgets_on_text_that_calibration_never_saw(
     assert all(a <= b for a, b in zip(weak["gains"], strong["gains"], strict=True))
     told = tuned["calibration"]
     assert [group["layers"] for group in told["groups"]] == [[0], [1], [2], [3]] and told["tokens"] >= 1000
-    assert [len(group["kl"]) for group in told["groups"]] == [3] * 4 and len(told["way"]) == 6
+    assert [len(group["kl"]) for group in told["groups"]] == [3] * 4 and len(told["ways"][0]["steps"]) == 6
 
 
 def test_a_point_over_its_budget_is_stepped_back_and_a_hopeless_one_says_so() -> None:
@@ -193,12 +198,13 @@ def test_a_point_over_its_budget_is_stepped_back_and_a_hopeless_one_says_so() ->
 
     probes = [tuple(outcome(replace(kind, gain=(gain,)), 1.0) for gain in (0.05, 0.1, 0.2))]
     calibrated = Calibration(kind, 1, [(0,)], probes, [curve], 3.0, 2.0, 100, [])
-    calibrated.way = [(price, outcome(calibrated.prior_at(price), 1.0)) for price in np.geomspace(1e-4, 1.0, 9)]
+    steps = [(price, outcome(calibrated.prior_at(price), 1.0)) for price in np.geomspace(1e-4, 1.0, 9)]
+    calibrated.ways = [Way(None, steps)]
     asked: list[int] = []
 
-    def measured(dearer: float, priors: Sequence[Recency]) -> Measurement:
-        asked.append(len(priors))
-        outcomes = tuple(outcome(prior, dearer) for prior in priors)
+    def measured(dearer: float, settings: Sequence[Setting]) -> Measurement:
+        asked.append(len(settings))
+        outcomes = tuple(outcome(prior, dearer) for prior, _ in settings)
         return Measurement(Tally(), outcomes, np.ones(1), np.ones(1), 8, 1000, 1, 64)
 
     points, _ = _verified(calibrated, BUDGETS, partial(measured, 0.9))
@@ -211,6 +217,79 @@ def test_a_point_over_its_budget_is_stepped_back_and_a_hopeless_one_says_so() ->
     assert [math.log(point.ratio) / math.log(point.budget) for point in points] == pytest.approx([0.85, 0.85], abs=0.15)
     points, _ = _verified(calibrated, BUDGETS, partial(measured, 1e9))
     assert all(point.is_over for point in points)
+
+
+def test_a_budget_is_of_the_best_that_is_known_without_gains() -> None:
+    """A control that learnt lowers what points may cost; an adapter that learnt nothing has less to spend."""
+    kind, curve = Recency.of("cost", 0.0), Curve(1.0, 2.0, 2.0, 0.05, 1.5)
+
+    def tally(nll_nats: float) -> Tally:
+        made = Tally()
+        made.tokens, made.nll_nats = 1000, nll_nats
+        return made
+
+    def outcome(prior: Recency, learnt: float, misses: float, source: FamilyPoint) -> Outcome:
+        gains = np.array(prior.gains())
+        kl = 0.01 + float(curve.kl(gains).sum())
+        return Outcome(
+            prior, kl, kl - 0.01 - learnt, 1e-4, misses * (curve.misses - curve.saved(gains)), Tally(), source
+        )
+
+    family = [FamilyPoint(strength, f"s{strength:g}", {}) for strength in (0.25, 0.5)]
+    probes = [tuple(Outcome(replace(kind, gain=(gain,)), 1, 1, 1, np.zeros(1), Tally()) for gain in (0.05, 0.1, 0.2))]
+    calibrated = Calibration(kind, 1, [(0,)], probes, [curve], 3.0, 2.0, 100, [])
+    for source, learnt, misses in zip(family, (0.03, 0.01), (1.0, 0.7), strict=True):
+        steps = [
+            (price, outcome(calibrated.prior_at(price), learnt, misses, source)) for price in np.geomspace(1e-3, 1.0, 9)
+        ]
+        calibrated.ways.append(Way(source, steps, outcome(replace(kind, gain=(0.0,)), learnt, misses, source)))
+    none_learnt = Measurement(tally(3000.0), (), np.ones(1), np.ones(1), 8, 1000, 1, 64, tally(3005.0))
+    assert reference_ce(none_learnt) == 0.0
+    assert reference_ce(replace(none_learnt, control=tally(2960.0))) == pytest.approx(-0.04)
+    calibrated.reference_ce = reference_ce(none_learnt, [way.rest for way in calibrated.ways if way.rest])
+    assert calibrated.reference_ce == -0.03
+    chosen = {budget: calibrated.best_way(budget) for budget in (1.005, 1.2)}
+    assert [way.source for way, _ in chosen.values()] == family, "0.02 nats are too much for half a percent"
+    assert chosen[1.2][1] == pytest.approx(0.01 + math.log(1.2) - 0.02), "and were spent by the second adapter"
+
+    def measured(settings: Sequence[Setting]) -> Measurement:
+        learnt = {family[0]: 0.03, family[1]: 0.01}
+        outcomes = tuple(outcome(prior, learnt[source], 1.0, source) for prior, source in settings if source)
+        return replace(none_learnt, outcomes=outcomes)
+
+    points, _ = _verified(calibrated, (1.005, 1.2), measured)
+    assert [point.outcome.source for point in points if point.outcome] == family
+    shares = [math.log(point.ratio) / math.log(point.budget) for point in points]
+    assert shares == pytest.approx([0.9, 0.9], abs=0.1), "as near as a line between nine prices comes"
+
+
+def test_adapters_of_a_family_are_tuned_and_points_share_them(
+    home: Path, base: PreTrainedModel, tmp_path: Path
+) -> None:
+    adapters = save_family(base, tmp_path / "adapters", (0.25, 1.0))
+    command = ("tune", home / "base", "--data", home / "a.txt", "--max-tokens", 1024, "--budgets", "1.02,1.1")
+    result = found(*command, "--family", adapters.path, "--out", tmp_path / "tuned")
+    family = Family.load(tmp_path / "tuned")
+    used = {point.adapter for point in family.points}
+    assert used <= {"s025", "s100"} and [row["adapter"] for row in result["points"]] == [
+        point.adapter for point in family.points
+    ]
+    assert {path.name for path in family.path.iterdir()} == {"README.md", "family.json", "control", *used}
+    assert len(result["calibration"]["ways"]) == 2 and result["control"] is not None and family.control is not None
+    _, apart = token_rows([home / "a.txt"], byte_tokenizer(), 1024 + 256, 0)
+    again = evaluate(base, apart, family=family, policies=("lru", "lrfu"))
+    for point, row, measured in zip(family.points, result["points"], again["points"], strict=True):
+        assert point.certificate is not None and point.recency is not None and point.recency.mode == "cost"
+        source = adapters.point(0.25 if point.adapter == "s025" else 1.0)
+        assert all(torch.equal(delta_ED, source.deltas[name]) for name, delta_ED in point.deltas.items())
+        for key in ("ppl_ratio", "ppl_ratio_control", "kl", "eor", "lrfu@0.25"):
+            assert point.certificate[key] == row[key] == pytest.approx(measured[key], rel=1e-6)
+        assert row["met"] == (row["ppl_ratio_reference"] <= row["budget"])
+        assert row["ppl_ratio_reference"] >= row["ppl_ratio"] * (1 - 1e-9)
+    assert "no adapters to tune" in refused(*command, "--family", home / "family", "--out", tmp_path / "other")
+    other = save_family(save_base(tmp_path / "base", seed=3, positions=64), tmp_path / "others")
+    assert "was made for" in refused(*command, "--family", other.path, "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_rows_fill_whole_windows() -> None:

@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
 @pytest.fixture
 def family(base: PreTrainedModel, tmp_path: Path) -> Family:
     made = Family.create(tmp_path / "family", "tiny/base", fingerprint(base))
-    made.add_priors(points())
+    made.add_points(points())
     return made
 
 
@@ -71,18 +71,18 @@ def test_what_is_no_such_point_is_refused_and_nothing_changes(
     before = (family.path / "family.json").read_bytes()
     new = replace(points()[0], strength=0.25)
     for wrong, words in (
-        (replace(new, recency=None), "not a recency prior alone"),
-        (replace(new, adapter="s025"), "not a recency prior alone"),
+        (replace(new, recency=None), "has no recency prior: use add_point"),
+        (replace(new, adapter="s025"), "s025 is an adapter of no family"),
         (replace(new, budget=1.0), "budget 1.0 must be a perplexity ratio above 1"),
         (replace(new, strength=0.5), "has a point of strength 0.5 already"),
         (replace(new, recency=Recency.of("ema", GAINS[0])), "differ in recency mode"),
     ):
         with pytest.raises(FamilyError, match=words):
-            family.add_priors([replace(new, strength=0.3), wrong])
+            family.add_points([replace(new, strength=0.3), wrong])
     assert (family.path / "family.json").read_bytes() == before and family.strengths == (0.5, 1.0)
     adapters = save_family(base, tmp_path / "adapters", control=False)
     with pytest.raises(FamilyError, match="all points have adapters, or none has"):
-        adapters.add_priors([new])
+        adapters.add_points([new])
     with pytest.raises(FamilyError, match="all points have adapters, or none has"):
         family.add_point(0.25, adapters.path / "s050")
 
