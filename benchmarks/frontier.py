@@ -42,9 +42,10 @@ from frontier_curves import bars, budgets
 from frontier_decode import Decoded, Eviction, Lrfu, Lru, Rule, Setting, Text, decode
 from frontier_reuse import Observed, ReuseDistance
 
+from remoe_adapt._support import read_json
 from remoe_adapt.bench.harness.results import REPO_ROOT, chosen_model, work_folder
 from remoe_adapt.checkpoints import load_with_tokenizer
-from remoe_adapt.errors import DataError, RemoeError
+from remoe_adapt.errors import ConfigError, DataError, RemoeError
 from remoe_adapt.evaluation import example_folder, held_out
 from remoe_adapt.evaluation.arms import arms_of
 from remoe_adapt.eviction.replay import cache_capacity, count_misses
@@ -63,10 +64,12 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """model: None: the shipped one. seeds: of text and training. arms: of GROUPS. family, tuned: folders of families;
-    None: the model's own, and one uniform gain. rows, steps: of the text. side_by_side: rows of a batch, with several
-    settings of a rule in one. training_steps: of the published method. work: keeps what was trained."""
+    """of: JSON of earlier runs on one model: these are joined, and nothing is measured. model: None: the shipped one.
+    seeds: of text and training. arms: of GROUPS. family, tuned: folders of families; None: the model's own, and one
+    uniform gain. rows, steps: of the text. side_by_side: rows of a batch, with several settings of a rule in one.
+    training_steps: of the published method. work: keeps what was trained."""
 
+    of: Sequence[str] = ()
     model: str | None = None
     seeds: Sequence[int] = (0,)
     arms: Sequence[str] = GROUPS
@@ -89,6 +92,8 @@ def run(options: Options, on_point: Callable[[Point], None] | None = None) -> di
 
     Raises as loading models, families and text does.
     """
+    if options.of:
+        return joined(options.of)
     place = chosen_model(options.model)
     model, tokenizer = load_with_tokenizer(place, device="cpu", dtype="float32")
     points: list[Point] = []
@@ -98,11 +103,34 @@ def run(options: Options, on_point: Callable[[Point], None] | None = None) -> di
             points.append(point)
             if on_point is not None:
                 on_point(point)
+    return result_of(str(place), points)
+
+
+def result_of(place: str, points: Sequence[Point]) -> dict[str, Any]:
+    """What `run` returns, of these points."""
     rows = budgets(points)
     curves: dict[str, list[Point]] = {}
     for point in points:
         curves.setdefault(point["curve"], []).append(point)
-    return {"model": str(place), "budgets": rows, "curves": curves, "bars": bars(rows, points)}
+    return {
+        "model": place, "budgets": rows, "kl_budgets": budgets(points, "kl"), "curves": curves,
+        "bars": bars(rows, points),
+    }  # fmt: skip
+
+
+def joined(files: Sequence[str | Path]) -> dict[str, Any]:
+    """Results of runs on one model, as one: seeds and arms may be measured side by side.
+
+    Raises ConfigError for runs on several models, DataError for a file that is no result.
+    """
+    found = [read_json(Path(file), DataError) for file in files]
+    places = {result["model"] for result in found}
+    if len(places) > 1:
+        raise ConfigError(f"results of several models, {', '.join(sorted(places))}: join those of one")
+    points = [point for result in found for curve in result["curves"].values() for point in curve]
+    # The base's own points are measured by every run.
+    unlike = {(point["seed"], point["curve"], point["label"]): point for point in points}
+    return result_of(places.pop(), list(unlike.values()))
 
 
 def text_rows(documents: Sequence[Sequence[int]], end: int | None, rows: int, length: int, seed: int) -> torch.Tensor:
@@ -291,7 +319,12 @@ def csv_rows(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Rows of each result file; "" where there is no value."""
     model = {"model": Path(result["model"]).name}
     points = [point for curve in result["curves"].values() for point in curve]
-    found = {"": points, "_budgets": result["budgets"], "_bars": result["bars"]}
+    spent = [
+        {"budget_of": cost, "budget": row[cost], **{name: value for name, value in row.items() if name != cost}}
+        for cost, name in (("ppl_ratio", "budgets"), ("kl", "kl_budgets"))
+        for row in result[name]
+    ]
+    found = {"": points, "_budgets": spent, "_bars": result["bars"]}
     return {
         f"frontier_cpu{name}.csv": [
             {**model, **{key: "" if value is None else value for key, value in _flat(row)}} for row in rows
@@ -323,12 +356,13 @@ def main(
     steps: Annotated[int, typer.Option(help="Tokens of a row.")] = Options.steps,
     training_steps: Annotated[int, typer.Option(help="Of the published method.")] = Options.training_steps,
     work: Annotated[str | None, typer.Option(help="Keeps what was trained.")] = None,
+    of: Annotated[list[str] | None, typer.Option(help="JSON of an earlier run, to be joined; repeat.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Misses at equal quality: ours against what others published."""
     options = Options(
         model=model, seeds=[int(seed) for seed in seeds.split(",")], arms=arms.split(","), family=family, tuned=tuned,
-        data=data, rows=rows, steps=steps, training_steps=training_steps, work=work,
+        data=data, rows=rows, steps=steps, training_steps=training_steps, work=work, of=of or (),
     )  # fmt: skip
     try:
         result = run(options, on_point=_tell)
@@ -337,7 +371,7 @@ def main(
     if as_json:
         print(json.dumps(result))
         return
-    for row in result["budgets"]:
+    for row in (*result["budgets"], *result["kl_budgets"]):
         print(", ".join(f"{k} {'-' if v is None else format(v, '.4g')}" for k, v in row.items() if k != "spread"))
     for row in result["bars"]:
         value = "-" if row["value"] is None else format(row["value"], ".3g")

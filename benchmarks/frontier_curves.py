@@ -14,6 +14,8 @@ from typing import Any
 from remoe_adapt.bench.harness import bar
 
 BUDGETS = (1.005, 1.02, 1.05)
+# The same in nats of KL to the base, whose noise is far smaller than that of a ratio of perplexities.
+KL_BUDGETS = (0.005, 0.02, 0.05)
 # Of which curves an arm is made. An arm is its best mixture: the Pareto front of all of its points.
 ARMS: dict[str, tuple[str, ...]] = {
     "ours": ("ours",),
@@ -27,22 +29,22 @@ RIVALS = ("published", "prior", "cecar")
 Point = Mapping[str, Any]
 
 
-def front(points: Iterable[Point]) -> list[tuple[float, float]]:
-    """(ratio, misses) of the points that no other one beats in both, by rising ratio and falling misses."""
+def front(points: Iterable[Point], cost: str = "ppl_ratio") -> list[tuple[float, float]]:
+    """(cost, misses) of the points that no other one beats in both, by rising cost and falling misses."""
     found: list[tuple[float, float]] = []
-    for ratio, misses in sorted((point["ppl_ratio"], point["misses"]) for point in points):
+    for spent, misses in sorted((point[cost], point["misses"]) for point in points):
         if not found or misses < found[-1][1]:
-            found.append((ratio, misses))
+            found.append((spent, misses))
     return found
 
 
-def misses_at(points: Iterable[Point], budget: float) -> float | None:
-    """Misses that these points reach at this perplexity ratio; None where all cost more.
+def misses_at(points: Iterable[Point], budget: float, cost: str = "ppl_ratio") -> float | None:
+    """Misses that these points reach at this perplexity ratio, or other cost; None where all cost more.
 
-    log(misses) is interpolated over the ratio along the front. Nothing is extrapolated: where the strongest point costs
+    log(misses) is interpolated over the cost along the front. Nothing is extrapolated: where the strongest point costs
     less than the budget allows, its misses are the answer.
     """
-    line = front(points)
+    line = front(points, cost)
     below = [at for at in line if at[0] <= budget]
     if not below:
         return None
@@ -55,16 +57,16 @@ def misses_at(points: Iterable[Point], budget: float) -> float | None:
     return math.exp((1 - part) * math.log(max(more, 1e-6)) + part * math.log(max(fewer, 1e-6)))
 
 
-def budgets(points: Sequence[Point]) -> list[dict[str, Any]]:
+def budgets(points: Sequence[Point], cost: str = "ppl_ratio") -> list[dict[str, Any]]:
     """For each budget the misses of every arm, mean over its seeds, and their spread (standard deviation)."""
     rows = []
-    for budget in BUDGETS:
-        row: dict[str, Any] = {"ppl_ratio": budget}
+    for budget in BUDGETS if cost == "ppl_ratio" else KL_BUDGETS:
+        row: dict[str, Any] = {cost: budget}
         spread: dict[str, float] = {}
         for arm, curves in ARMS.items():
             own = [point for point in points if point["curve"] in curves]
             by_seed = [
-                misses_at([point for point in own if point["seed"] == seed], budget)
+                misses_at([point for point in own if point["seed"] == seed], budget, cost)
                 for seed in sorted({point["seed"] for point in own})
             ]
             values = [value for value in by_seed if value is not None]

@@ -190,6 +190,9 @@ def test_the_shipped_model_is_measured_from_end_to_end(frontier: Any, tmp_path: 
     strong = result["curves"]["cost_uniform"][-1]
     assert strong["misses"] < result["curves"]["cost_uniform"][0]["misses"] and strong["kl"] > 0
     assert result["curves"]["published"][-1]["label"] == "reuse weight 4"
+    (tmp_path / "all.json").write_text(json.dumps(result))
+    again = frontier.run(frontier.Options(of=[str(tmp_path / "all.json")] * 2))
+    assert again == result, "joined with itself it is the same"
     files = frontier.csv_rows(result)
     assert {row["curve"] for row in files["frontier_cpu.csv"]} == set(result["curves"])
     assert all(len({tuple(row) for row in rows}) == 1 for rows in files.values())

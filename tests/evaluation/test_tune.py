@@ -264,7 +264,7 @@ def test_a_budget_is_of_the_best_that_is_known_without_gains() -> None:
 
 
 def test_adapters_of_a_family_are_tuned_and_points_share_them(
-    home: Path, base: PreTrainedModel, tmp_path: Path
+    home: Path, base: PreTrainedModel, tuned: dict[str, Any], tmp_path: Path
 ) -> None:
     adapters = save_family(base, tmp_path / "adapters", (0.25, 1.0))
     command = ("tune", home / "base", "--data", home / "a.txt", "--max-tokens", 1024, "--budgets", "1.02,1.1")
@@ -286,7 +286,7 @@ def test_adapters_of_a_family_are_tuned_and_points_share_them(
             assert point.certificate[key] == row[key] == pytest.approx(measured[key], rel=1e-6)
         assert row["met"] == (row["ppl_ratio_reference"] <= row["budget"])
         assert row["ppl_ratio_reference"] >= row["ppl_ratio"] * (1 - 1e-9)
-    assert "no adapters to tune" in refused(*command, "--family", home / "family", "--out", tmp_path / "other")
+    assert "no adapters to tune" in refused(*command, "--family", tuned["family"], "--out", tmp_path / "other")
     other = save_family(save_base(tmp_path / "base", seed=3, positions=64), tmp_path / "others")
     assert "was made for" in refused(*command, "--family", other.path, "--out", tmp_path / "other")
     assert not (tmp_path / "other").exists()
