@@ -87,8 +87,9 @@ def test_without_a_family_the_dial_is_training_free(caplog: pytest.LogCaptureFix
     assert "training-free" in caplog.text and "remoe train" in caplog.text
     assert gains_of(model) == [0.0] * 4 and torch.equal(chosen(model, LONGER), before)
     model.controller.set_pressure(1.0)
-    assert gains_of(model) == pytest.approx([0.3] * 4) and not torch.equal(chosen(model, LONGER), before)
+    assert gains_of(model) == pytest.approx([0.6 / 2] * 4) and not torch.equal(chosen(model, LONGER), before)
     assert model.controller.status()["family"] == "training-free"
+    assert model.controller.status()["recency"]["mode"] == "cost"
     model.controller.close()
     assert torch.equal(chosen(base, LONGER), before)
 

@@ -128,7 +128,7 @@ def test_a_dial_at_strength_zero_is_the_base_and_comes_back_to_it() -> None:
             dialled.controller.set_strength(strength)
             assert torch.equal(dialled(TEXTS).logits, expected[0]) == (strength == 0.0)
             forward: Any = vars(discover_routers(model)[0].module)["forward"]
-            assert forward.steps.gains_read() == pytest.approx([strength * TRAINING_FREE_GAIN] * 4)
+            assert forward.steps.gains_read() == pytest.approx([strength * TRAINING_FREE_GAIN / 2] * 4)
         dialled.controller.close()
 
 
