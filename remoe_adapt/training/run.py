@@ -163,9 +163,9 @@ def train_family(
 
     Raises:
         ConfigError: bad strengths or options, reference "control" without a control, fast arithmetic, a rank above a
-            router's, a device that is not there, a base or tokenizer that cannot be loaded, `out` holds a run with other
-            options, base, experts or data, cannot be written or has no space left. All but the last are found before
-            any work.
+            router's, a device that is not there, a base or tokenizer that cannot be loaded, `out` holds a run with
+            other options, base, experts or data, cannot be written or has no space left. All but the last are found
+            before any work.
         DataError: no usable text.
         FamilyError: `out` holds a family that was not made by such a run, or `resume` is off and it exists.
     """
