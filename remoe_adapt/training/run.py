@@ -42,7 +42,7 @@ from remoe_adapt.training.point import (
     train_points,
 )
 from remoe_adapt.training.processes import join_processes
-from remoe_adapt.training.reference import CONTROL, compare, decide
+from remoe_adapt.training.reference import CONTROL, compare, decide, read_decision
 from remoe_adapt.training.sharding import check_sharded, is_sharded
 from remoe_adapt.training.validation import Validation
 from remoe_adapt.tuner import FAMILY_FILE, plain_base
@@ -238,9 +238,6 @@ def train_family(
         """Asked once, when there is a control and points are missing."""
         if options.reference == "control":
             return True
-        # All that is there by then was held to the base, as there was nothing else.
-        if family.points and family.control is None:
-            return False
         folder, bf16 = control_folder(), computes_in_bf16(options, model.device.type)
         assert folder is not None and rows_apart is not None
         measure = partial(compare, model, routers, folder, rows_apart, options.batch, bf16=bf16)
@@ -248,9 +245,15 @@ def train_family(
             return decide(bool(family.points), out / LOG_FILE, options.steps, measure, tell)
 
     may_be_control = options.reference != "base" and (control or family.control is not None)
-    if may_be_control and options.reference == "auto" and (is_sharded() or rows_apart is None):
-        why = "FSDP2 shards a base once, and the control would need a pass before theirs"
-        tell(f"points are held to the base: {why if is_sharded() else 'the data leave no text to compare on'}")
+    if family.points and family.control is None:
+        may_be_control = False  # there was nothing but the base to hold those to, whatever an earlier try has logged
+    elif may_be_control and options.reference == "auto" and is_sharded():
+        if read_decision(out / LOG_FILE):
+            raise ConfigError(f"{out} has points that are held to the control, and a sharded run has none: no FSDP")
+        tell("points are held to the base: FSDP2 shards a base once, and the control would need a pass before theirs")
+        may_be_control = False
+    elif may_be_control and options.reference == "auto" and rows_apart is None:
+        tell("points are held to the base: the data leave no text to compare it with the control on")
         may_be_control = False
     for turn in _passes(held, names, options, control_folder, holds_to_control if may_be_control else None):
         points = tuple(plan_point(options, s, name, len(routers.refs)) for name, s in turn.points.items())
