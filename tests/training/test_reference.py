@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,20 @@ def test_without_a_control_the_base_is_the_reference(folder: Path, tmp_path: Pat
     # The first look at the same rows is the base's in all of them.
     losses = first_losses(out)
     assert losses["s100"] == pytest.approx(losses["control"], abs=1e-5) and losses["s050"] == losses["s100"]
+
+
+def test_a_sharded_run_adds_no_points_to_a_family_on_the_control(
+    folder: Path, trained: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(trained.path, tmp_path / "family")
+    monkeypatch.setattr(train_run, "is_sharded", lambda: True)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    with pytest.raises(ConfigError, match="a sharded run has none"):
+        family_of(folder, out, [0.5, 1.0])
+    with pytest.raises(ConfigError, match="as reference='control' does"):
+        family_of(folder, tmp_path / "other", [1.0], reference="control")
+    assert Family.load(out).strengths == (1.0,)
 
 
 def test_too_little_text_to_compare_on_leaves_the_base(folder: Path, tmp_path: Path) -> None:
