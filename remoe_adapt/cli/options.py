@@ -128,6 +128,10 @@ FullGain = Annotated[
 NextSteps = Annotated[
     int | None, typer.Option(min=1, help="Points but the weakest go on from it, this far; default: all from the base.")
 ]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="What points are held to: auto, base, or control, trained first; auto: whichever is better."),
+]
 RecoveryRank = Annotated[
     int | None, typer.Option(min=1, help="Train a LoRA of this rank on attention and dense layers with each point.")
 ]

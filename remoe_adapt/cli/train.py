@@ -34,7 +34,7 @@ def train(
     accumulate: opt.Accumulate = None, length: opt.Length = None, lr: opt.Lr = None, mode: opt.Mode = None,
     recency: opt.Recency = None, recency_gain: opt.FullGain = None, recency_decay: opt.RecencyDecay = None,
     recency_share: opt.RecencyShare = None,
-    rank: opt.Rank = None, next_steps: opt.NextSteps = None,
+    rank: opt.Rank = None, next_steps: opt.NextSteps = None, reference: opt.Reference = None,
     recovery_rank: opt.RecoveryRank = None, recovery_lr: opt.RecoveryLr = None,
     evaluate_every: opt.EvaluateEvery = None, patience: opt.Patience = None, checkpointing: opt.Checkpointing = False,
     seed: opt.DataSeed = None, resume: opt.Resume = True, control: opt.Control = True,

@@ -26,11 +26,12 @@ from remoe_adapt._support import parse_json, printable
 from remoe_adapt.errors import ConfigError, DataError
 from remoe_adapt.family import write_whole
 from remoe_adapt.recency import InstalledPrior
-from remoe_adapt.routers import Routers
+from remoe_adapt.routers import Routers, survey_routers
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.points import Point, PointsTrainer, add_adapters
 from remoe_adapt.training.recovery import add_recovery
+from remoe_adapt.training.reference import Moved, control_in_place
 from remoe_adapt.training.validation import Validation, ValidationCallback
 from remoe_adapt.tuner import KINDS, RemoeLayer, plain_base, read_adapter, remoe_layers, wrap_or_inject
 
@@ -44,7 +45,8 @@ _STATE = "trainer_state.json"
 class Plan:
     """What a pass trains: `points` side by side, for `steps` steps, on `rows`.
 
-    start: an adapter folder that every point of strength above 0 begins as; None: they begin as the base.
+    start: an adapter folder that every point of strength above 0 begins as; None: they begin as what they are held to.
+    control: the adapter folder of the control that they are held to; None: they are held to the base.
     """
 
     points: tuple[Point, ...]
@@ -52,11 +54,12 @@ class Plan:
     rows: PackedRows
     start: Path | None = None
     validation: Validation | None = None
+    control: Path | None = None
 
     @property
     def name(self) -> str:
-        """A folder name, the same for the same points."""
-        return "+".join(point.name for point in self.points)
+        """A folder name, the same for the same points held to the same: a checkpoint's deltas are relative to that."""
+        return "+".join(point.name for point in self.points) + ("" if self.control is None else "@control")
 
 
 def plan_point(options: TrainOptions, strength: float, name: str, routers: int) -> Point:
@@ -92,6 +95,10 @@ def train_points(
     with _left_as_it_was(model), ExitStack() as undo:
         if options.checkpointing:
             undo.enter_context(_checkpointing(plain_base(model)))
+        routers = routers or survey_routers(plain_base(model))
+        moved: Moved | None = None
+        if plan.control is not None:
+            moved = undo.enter_context(control_in_place(routers, plan.control))
         model.requires_grad_(False)  # adapters of others on this model must not be trained along
         # Left last: see `add_recovery`.
         recovering = undo.enter_context(ExitStack())
@@ -107,7 +114,7 @@ def train_points(
         if plan.start is not None:
             for point in plan.points:
                 if point.strength:
-                    _begin_as(layers, point.name, plan.start)
+                    _begin_as(layers, point, plan.start, moved)
         loras = add_recovery(plain_base(holder), plan.points, options, recovering)
         prior = _prior(holder, options, plan.points)
         if prior is not None:
@@ -129,6 +136,8 @@ def train_points(
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder / "checkpoints"))
         for point in plan.points:
             point.take_best()
+        if moved is not None:
+            moved.onto_base(holder, layers, [point.name for point in plan.points])
         if trainer.is_world_process_zero():
             _save(holder, loras, plan.points, folder)
 
@@ -153,15 +162,18 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _begin_as(layers: Mapping[str, RemoeLayer], name: str, start: Path) -> None:
-    """The adapter `name` takes the values of a saved adapter of the same shape."""
+def _begin_as(layers: Mapping[str, RemoeLayer], point: Point, start: Path, moved: Moved | None) -> None:
+    """The point's adapter takes the values of a saved adapter of the same shape, which are relative to the base."""
     stored = read_adapter(start / SAFETENSORS_WEIGHTS_NAME)
     with stored.values() as values, torch.no_grad():
         for router, layer in layers.items():
             for kind in KINDS:
                 held = getattr(layer, kind)
-                if name in held:
-                    held[name].copy_(values[f"{router}.{kind}"])
+                if point.name in held:
+                    value = values[f"{router}.{kind}"]
+                    if moved is not None:
+                        value = moved.off_base(router, kind, value, point.config.rank)
+                    held[point.name].copy_(value)
 
 
 def _prior(holder: PeftModel, options: TrainOptions, points: Sequence[Point]) -> InstalledPrior | None:
@@ -194,7 +206,7 @@ def _arguments(options: TrainOptions, steps: int, checkpoints: Path, device_type
         # Pinning warns where there is no CUDA.
         dataloader_pin_memory=device_type == "cuda",
         use_cpu=device_type == "cpu",
-        bf16=_native_bf16(device_type) if options.bf16 is None else options.bf16,
+        bf16=computes_in_bf16(options, device_type),
         seed=options.seed,
     )
 
@@ -215,8 +227,11 @@ def _checkpointing(base: Any) -> Iterator[None]:
         getattr(base, f"{kind}_checkpointing_disable")()
 
 
-def _native_bf16(device_type: str) -> bool:
-    """Whether fp32 bases gain from autocast here; on a GPU a base has the dtype that it is meant to run in."""
+def computes_in_bf16(options: TrainOptions, device_type: str) -> bool:
+    """Whether a run is under autocast: as its options say, else where fp32 bases gain from it; on a GPU a base has the
+    dtype that it is meant to run in."""
+    if options.bf16 is not None:
+        return options.bf16
     known: Any = getattr(torch.cpu, "get_capabilities", dict)  # since torch 2.12
     return device_type == "cpu" and bool(known().get("avx512_bf16"))
 

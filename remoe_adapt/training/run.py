@@ -7,8 +7,10 @@ import json
 import math
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,12 @@ from remoe_adapt.training.point import (
     Plan,
     check_fits,
     check_writable,
+    computes_in_bf16,
     plan_point,
     train_points,
 )
 from remoe_adapt.training.processes import join_processes
+from remoe_adapt.training.reference import CONTROL, compare, decide, read_decision
 from remoe_adapt.training.sharding import check_sharded, is_sharded
 from remoe_adapt.training.validation import Validation
 from remoe_adapt.tuner import FAMILY_FILE, plain_base
@@ -144,6 +148,7 @@ def train_family(
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
 ) -> Family:
     """Train a point for each strength, and the control, side by side on the same rows: one pass of the base serves all.
+    Where points may be held to the control (`TrainOptions.reference`), it has a pass of its own before them.
 
     Beside the family lie `training.json`, what the run was, and `training_log.jsonl`. A stopped run goes on where it
     was when called again with the same options: finished points are kept, those under way restart from their last
@@ -157,21 +162,25 @@ def train_family(
     out, the main process writes.
 
     Raises:
-        ConfigError: bad strengths or options, fast arithmetic, a rank above a router's, a device that is not there, a
-            base or tokenizer that cannot be loaded, `out` holds a run with other options, base, experts or data, cannot
-            be written or has no space left. All but the last are found before any work.
+        ConfigError: bad strengths or options, reference "control" without a control, fast arithmetic, a rank above a
+            router's, a device that is not there, a base or tokenizer that cannot be loaded, `out` holds a run with
+            other options, base, experts or data, cannot be written or has no space left. All but the last are found
+            before any work.
         DataError: no usable text.
         FamilyError: `out` holds a family that was not made by such a run, or `resume` is off and it exists.
     """
     options = options or TrainOptions()
     check_exact(arithmetic)
     wanted, out = check_strengths(strengths), Path(out)
+    if options.reference == "control" and not control:
+        raise ConfigError("reference='control' needs the control: train it too, or choose 'base' or 'auto'")
     # The cheap checks come first: a model may take minutes to load.
     data_files(data)
     check_writable(out)
     processes = join_processes(base.device if isinstance(base, nn.Module) else device)
     if is_sharded():
-        check_sharded(isinstance(base, nn.Module), expert_cache is not None, options.next_steps is not None)
+        two_passes = options.next_steps is not None or options.reference == "control"
+        check_sharded(isinstance(base, nn.Module), expert_cache is not None, two_passes)
     model, base_id = _load(base, device, dtype, expert_cache, storage)
     # Kept for the whole run: after each point its wrappers are gone, and the same routers are in their places.
     routers = survey_routers(plain_base(model))
@@ -181,7 +190,9 @@ def train_family(
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base_id)
     length = _row_tokens(model, options)
     needed = _needed_tokens(model, options) * processes.num_processes
-    wants = options.validation_tokens if options.evaluate_every is not None else 0
+    # Without a control too: a run that trains it later has the same rows.
+    looks = options.evaluate_every is not None or options.reference == "auto"
+    wants = options.validation_tokens if looks else 0
     train, _, apart = token_parts(data, tokenizer, needed, options.seed, validation_tokens=wants)
     rows = PackedRows(train, length, None, options.seed)  # pieces end anywhere: no end-of-text after them
     if model.device.type == "cpu":
@@ -195,48 +206,114 @@ def train_family(
     exists = (out / FAMILY_FILE).exists()
     family = Family.load(out) if exists else Family.create(out, base_id, routers.fingerprint)
     work = out / WORK_FOLDER
-    names = {Family.adapter_name(strength): strength for strength in wanted} | ({"control": 0.0} if control else {})
+    names = {Family.adapter_name(strength): strength for strength in wanted} | ({CONTROL: 0.0} if control else {})
+    # Until a family has points it can hold no control.
+    control_apart = work / CONTROL / ADAPTERS
     if processes.is_main_process:
         with disk_faults(out, ConfigError, _GOES_ON, "written"):
-            for finished in sorted(work.glob(f"*/{ADAPTERS}")):  # a kill came before the family had all of them
+            # A kill came before the family had all of them.
+            for finished in sorted(work.glob(f"*/{ADAPTERS}"), key=lambda path: path == control_apart):
                 _take_in(family, finished, names, options, len(routers.refs))
     processes.wait_for_everyone()
     if not processes.is_main_process and (out / FAMILY_FILE).exists():
         family = Family.load(out)
+    rows_apart = _rows_apart(apart, length, options)
     validation = None
-    if options.evaluate_every is not None:
-        if not apart:
-            raise DataError("the data leave no text to evaluate on while training: give more, or no --evaluate-every")
-        rows_apart = PackedRows(apart, length, None, options.seed)
+    if options.evaluate_every is not None and rows_apart is not None:
         validation = Validation(rows_apart, options.evaluate_every, options.patience, options.batch)
-    for strengths_now, steps, start in _passes(family, names, options):
-        points = tuple(plan_point(options, s, name, len(routers.refs)) for name, s in strengths_now.items())
-        plan = Plan(points, steps, rows, None if start is None else out / start, validation)
+
+    def held() -> Family:
+        return family
+
+    def control_folder() -> Path | None:
+        if family.control is not None:
+            return out / family.control.adapter
+        return control_apart / CONTROL if control_apart.is_dir() else None
+
+    def tell(sentence: str) -> None:
+        if progress and processes.is_main_process:
+            tqdm.write(sentence, file=sys.stderr)
+
+    def holds_to_control() -> bool:
+        """Asked once, when there is a control and points are missing."""
+        if options.reference == "control":
+            return True
+        folder, bf16 = control_folder(), computes_in_bf16(options, model.device.type)
+        assert folder is not None and rows_apart is not None
+        measure = partial(compare, model, routers, folder, rows_apart, options.batch, bf16=bf16)
+        with disk_faults(out, ConfigError, _GOES_ON, "written"):
+            return decide(bool(family.points), out / LOG_FILE, options.steps, measure, tell)
+
+    may_be_control = options.reference != "base" and (control or family.control is not None)
+    if family.points and family.control is None:
+        may_be_control = False  # there was nothing but the base to hold those to, whatever an earlier try has logged
+    elif may_be_control and options.reference == "auto" and is_sharded():
+        if read_decision(out / LOG_FILE):
+            raise ConfigError(f"{out} has points that are held to the control, and a sharded run has none: no FSDP")
+        tell("points are held to the base: FSDP2 shards a base once, and the control would need a pass before theirs")
+        may_be_control = False
+    elif may_be_control and options.reference == "auto" and rows_apart is None:
+        tell("points are held to the base: the data leave no text to compare it with the control on")
+        may_be_control = False
+    for turn in _passes(held, names, options, control_folder, holds_to_control if may_be_control else None):
+        points = tuple(plan_point(options, s, name, len(routers.refs)) for name, s in turn.points.items())
+        start = None if turn.start is None else out / turn.start
+        plan = Plan(points, turn.steps, rows, start, validation, turn.control)
         folder = work / plan.name
         shown = progress and processes.is_main_process
-        bar = tqdm(total=steps, desc=plan.name, disable=not shown, unit="step")
+        bar = tqdm(total=plan.steps, desc=plan.name, disable=not shown, unit="step")
         log = PassLog(bar, out / LOG_FILE, points)
         with bar, freed_memory_kept(model.device.type), disk_faults(out, ConfigError, _GOES_ON, "written"):
             train_points(model, options, plan, folder, log, checkpoint_minutes, routers)
             processes.wait_for_everyone()
             if processes.is_main_process:
-                _take_in(family, folder / ADAPTERS, names, options, len(routers.refs))
+                for finished in (folder / ADAPTERS, control_apart):
+                    _take_in(family, finished, names, options, len(routers.refs))
         processes.wait_for_everyone()
-        if not processes.is_main_process:
+        if not processes.is_main_process and (out / FAMILY_FILE).exists():
             family = Family.load(out)
-        for name in strengths_now if on_point is not None else ():
+        for name in turn.points if on_point is not None else ():
             on_point(name, log.last.get(name, {}))  # type: ignore[misc]
     if processes.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
     return Family.load(out)
 
 
-def _passes(
-    family: Family, names: Mapping[str, float], options: TrainOptions
-) -> Iterator[tuple[dict[str, float], int, str | None]]:
-    """What is still to be trained: points by name and strength, for how many steps, from which point's adapter.
+def _rows_apart(documents: Sequence[Sequence[int]], length: int, options: TrainOptions) -> PackedRows | None:
+    """Rows of the text that is kept out for measuring a run; None where nobody needs it and it does not suffice.
 
-    Asked again after each pass, as a later one may begin where an earlier one ended.
+    Raises DataError where it is needed.
+    """
+    if options.evaluate_every is not None and not documents:
+        raise DataError("the data leave no text to evaluate on while training: give more, or no --evaluate-every")
+    if options.evaluate_every is None and sum(map(len, documents)) < length:
+        return None
+    return PackedRows(documents, length, None, options.seed)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """points: names and strengths. start: the folder of the point that they begin as. control: that of the control that
+    they are held to; None: they are held to the base, and begin as what they are held to."""
+
+    points: dict[str, float]
+    steps: int
+    start: str | None = None
+    control: Path | None = None
+
+
+def _passes(
+    family: Callable[[], Family],
+    names: Mapping[str, float],
+    options: TrainOptions,
+    control: Callable[[], Path | None],
+    holds_to_control: Callable[[], bool] | None,
+) -> Iterator[_Pass]:
+    """What is still to be trained.
+
+    family, control: what there is by then; the control's folder, None before it is trained. They are asked again after
+    each pass, as a later one may begin where an earlier one ended. holds_to_control: whether points are held to the
+    control; None: they are not, and it is trained beside them.
     """
 
     def missing() -> dict[str, float]:
@@ -244,27 +321,39 @@ def _passes(
         return {
             name: strength
             for name, strength in names.items()
-            if (strength not in family.strengths if strength else family.control is None)
+            if (strength not in family().strengths if strength else control() is None)
         }
+
+    is_held = False
+    if holds_to_control is not None and any(missing().values()):
+        if CONTROL in missing():
+            yield _Pass({CONTROL: 0.0}, options.steps)
+        is_held = holds_to_control()
+
+    def made(points: dict[str, float], steps: int, start: str | None = None) -> _Pass:
+        return _Pass(points, steps, start, control() if is_held else None)
 
     todo = missing()
     if not todo:
         return
     if options.next_steps is None:
-        yield todo, options.steps, None
+        yield made(todo, options.steps)
         return
-    # The weakest is nearest to the base, and every other one is nearer to it than to the base.
-    first = [] if family.points else sorted((s, name) for name, s in todo.items() if s)[:1]
+    # The weakest is nearest to what they are held to, and every other one is nearer to it than to that.
+    first = [] if family().points else sorted((s, name) for name, s in todo.items() if s)[:1]
     roots = {name: s for s, name in first} | {name: s for name, s in todo.items() if not s}
     if roots:
-        yield roots, options.steps, None
+        yield made(roots, options.steps)
     if left := missing():
-        yield left, options.next_steps, family.points[0].adapter
+        yield made(left, options.next_steps, family().points[0].adapter)
 
 
 def _take_in(family: Family, adapters: Path, names: Mapping[str, float], options: TrainOptions, routers: int) -> None:
-    """Put the adapters of a finished pass into the family, as far as they are wanted and not there, and remove its
-    folder."""
+    """Put the adapters of a finished pass, where there are any, into the family, as far as they are wanted and not
+    there, and remove its folder. A control alone stays where it is until the family has points."""
+    waits = not family.points and not any((adapters / name).is_dir() for name in names if name != CONTROL)
+    if waits or not adapters.is_dir():
+        return
     for name, strength in names.items():
         folder = adapters / name
         if not folder.is_dir():

@@ -31,7 +31,8 @@ def check_sharded(base_is_loaded: bool, has_expert_cache: bool, passes_share_bas
         "the base is a model already, and it would be left sharded: give its folder or hub id": base_is_loaded,
         "an expert cache keeps experts out of the model, so there is nothing to shard: leave one of them out":
             has_expert_cache,
-        "next_steps trains twice on one base, which FSDP2 shards once: leave it out": passes_share_base,
+        "next_steps trains twice on one base, as reference='control' does, and FSDP2 shards it once: leave both out":
+            passes_share_base,
     }  # fmt: skip
     for fault, found in faults.items():
         if found:

@@ -33,7 +33,7 @@ FSDP2 = [
 ]  # fmt: skip
 # Without another process that starts them.
 BARE: list[str] = []
-RULE: dict[str, Any] = {"recency": "cost", "recency_gain": 0.3, "length": 40, "lr": 0.3}
+RULE: dict[str, Any] = {"recency": "cost", "recency_gain": 0.3, "length": 40, "lr": 0.3, "reference": "base"}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,22 @@ def test_a_bf16_base_under_the_rule_with_checkpointing(folder: Path, tmp_path: P
     alone(folder, tmp_path / "one", {**options, "batch": 2, "accumulate": 2}, dtype=torch.bfloat16)
     seen = launched(folder, tmp_path / "two", launcher, options, dtype="bfloat16")
     assert (seen["sharded"], seen["trained_sharded"]) == ((63, 0) if launcher is FSDP2 else (0, 0))
+    check_same(tmp_path / "one", tmp_path / "two", adapters=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+def test_all_processes_hold_points_to_the_same(folder: Path, tmp_path: Path, launcher: list[str]) -> None:
+    """The first process decides; a sharded run has one pass, so that its points are held to the base."""
+    auto = launcher is DDP
+    # Evaluated, so that the run alone keeps the same text out with either reference.
+    options = {**RULE, "steps": 6, "batch": 4, "evaluate_every": 6, "validation_tokens": 400, "reference": "auto"}
+    more: dict[str, Any] = {"next_steps": 2} if auto else {}
+    alone(folder, tmp_path / "one", {**options, **more, "reference": "auto" if auto else "base"})
+    launched(folder, tmp_path / "two", launcher, {**options, **more})
+    logs = [(tmp_path / out / "training_log.jsonl").read_text().splitlines() for out in ("one", "two")]
+    held_to = [[row["reference"]["held_to"] for row in map(json.loads, log) if "reference" in row] for log in logs]
+    assert held_to == [["control"] if auto else []] * 2
     check_same(tmp_path / "one", tmp_path / "two", adapters=3)
 
 

@@ -27,7 +27,7 @@ from remoe_adapt.training.run import RUN_FILE, WORK_FOLDER, held_out_documents, 
 from remoe_adapt.tuner.layer import remoe_layers
 
 TOKENIZER = byte_tokenizer()
-SHORT = TrainOptions(steps=24, batch=2, length=48, reuse_weight=1.0, kl_weight=0.1, lr=0.3)
+SHORT = TrainOptions(steps=24, batch=2, length=48, reuse_weight=1.0, kl_weight=0.1, lr=0.3, reference="base")
 
 
 @pytest.fixture(scope="module")
