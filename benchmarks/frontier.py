@@ -263,8 +263,8 @@ class _Bench:
             self.model, [Path(options.data) / "train"], options.weights,
             work_folder(options.work) / "frontier" / name / f"published_{self.seed}", tokenizer=self.tokenizer,
             options=TrainOptions(
-                recency=None, distill_share=0.0, reuse_weight=options.reuse_weight, steps=options.training_steps,
-                batch=options.training_batch, seed=self.seed,
+                recency=None, reference="base", distill_share=0.0, reuse_weight=options.reuse_weight,
+                steps=options.training_steps, batch=options.training_batch, seed=self.seed,
             ),
         )  # fmt: skip
         yield self._point("published", "base, LRU", self.base)
