@@ -91,8 +91,8 @@ def points_table(result: dict[str, Any]) -> Table:
     found.caption = (
         f"Misses: expert look-ups not found, of all layers, in caches of {cache:.0%} of a layer's experts under LRFU "
         f"of decay {prior['decay']:g}; to LRU and to LRFU: over those of the base under that policy. ratio: of "
-        "perplexity to the base's; to best: to that of the best of base, control and adapter without gains, of which "
-        "the budget is. " + report.KL_MEANING.format(compared="base")
+        "perplexity to the base's; to best: to that of the best of the base and adapters without gains, of which the "
+        "budget is. " + report.KL_MEANING.format(compared="base")
     )
     return found
 

@@ -403,7 +403,7 @@ def calibrate(
             model, documents, [(still, source) for source in sources], cache, on_tokens, family=family
         )
         rests = dict(zip(sources, at_rest.outcomes, strict=True))
-        result.reference_ce = reference_ce(at_rest, at_rest.outcomes)
+        result.reference_ce = reference_ce(at_rest.outcomes)
     prices = {}
     for source, rest in rests.items():
         spent = 0.0 if rest is None else rest.ce - result.reference_ce
@@ -428,12 +428,10 @@ def _prices(found: Calibration, budgets: Sequence[float], spent_ce: float, whole
     return [_price_of_sum(found, float(kl)) for kl in wanted]
 
 
-def reference_ce(measured: Measurement, at_rest: Sequence[Outcome] = ()) -> float:
-    """What budgets are told from: the least loss, over the base's, nats, of the base, the control and adapters with
-    gains of 0. What an adapter learnt of the data is not for gains to spend: on other text it is not there."""
-    control = measured.control
-    learnt = [] if control is None else [(control.nll_nats - measured.base.nll_nats) / measured.base.tokens]
-    return min(0.0, *learnt, *(outcome.ce for outcome in at_rest))
+def reference_ce(at_rest: Sequence[Outcome]) -> float:
+    """What budgets are told from: the least loss, over the base's, nats, of the base and of adapters with gains of 0.
+    What an adapter learnt of the data is not for gains to spend: on other text it is not there."""
+    return min([0.0, *(outcome.ce for outcome in at_rest)])
 
 
 def _spread(kind: Recency, routers: int, groups: Sequence[tuple[int, ...]], gains: Sequence[float]) -> Recency:

@@ -81,8 +81,8 @@ def tune_family(
     on_total, on_tokens: hear of the tokens that there are to run in all (again where points are stepped back), and of
         those done.
 
-    A budget is a ratio of perplexities to that of the reference: the base, or where they are better the family's
-    control, or the adapter with gains of 0. So what an adapter learnt of the data is not spent: other text lacks it.
+    A budget is a ratio of perplexities to that of the reference: the base, or an adapter with gains of 0 where that is
+    better. So what an adapter learnt of the data is not spent: other text lacks it.
     Of each budget the largest gains are taken whose predicted ratio and its standard error are within it. Where the
     ratio measured on the text kept apart is over the budget, the point is stepped back and measured again; its
     certificate is of the last measurement. A point that is over it to the end says so (`met`).
@@ -222,7 +222,7 @@ def _verified(
     for _ in range(_MOST_STEPS + 1):
         last = measured([*rests, *((found.prior_at(p.way.price_of(p.kl)), p.way.source) for p in wrong)])
         if rests:
-            reference, rests = reference_ce(last, last.outcomes[: len(rests)]), []
+            reference, rests = reference_ce(last.outcomes[: len(rests)]), []
         for point, outcome in zip(wrong, last.outcomes[-len(wrong) :], strict=True):
             point.outcome, point.reference_ce = outcome, reference
         wrong = [point for point in points if point.is_over]
