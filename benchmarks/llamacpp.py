@@ -177,8 +177,8 @@ def prepare(options: Options) -> tuple[Path, Path, list[tuple[float, str]]]:
     plain, loras = model.with_name("plain.gguf"), model.with_name("loras")
     _write(SHIPPED, plain)
     if not loras.exists():
-        export_gguf_lora(model, Family.load(SHIPPED / "family"), loras)
-    strengths = Family.load(SHIPPED / "family").strengths
+        export_gguf_lora(model, Family.load(SHIPPED / "family" / "trained"), loras)
+    strengths = Family.load(SHIPPED / "family" / "trained").strengths
     return model, plain, [(s, str(loras / f"{Family.adapter_name(s)}.gguf")) for s in strengths]
 
 
@@ -220,7 +220,7 @@ class Run:
         """Disk, groups and processes are there until `ending`; the cap on reads, None without."""
         options = self._options
         source, plain, loras = prepare(options)
-        family, size = Family.load(SHIPPED / "family"), source.stat().st_size
+        family, size = Family.load(SHIPPED / "family" / "trained"), source.stat().st_size
         self.model_bytes, self.limit_bytes = size, int(options.memory_share * size)
         engines = {_key(arm): arm.engine for arm in self._arms}
         room = len(engines) * (size + size // 16) + 64 * _MIB

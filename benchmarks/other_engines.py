@@ -59,7 +59,7 @@ def home(architecture: str, folder: Path) -> tuple[Path, Family, float]:
     """A base and a family of it, with a strength."""
     if architecture == "shipped":
         shipped = REPO_ROOT / "examples" / "tiny_moe"
-        return shipped, Family.load(shipped / "family"), 1.0
+        return shipped, Family.load(shipped / "family" / "trained"), 1.0
     sys.path.insert(0, str(REPO_ROOT / "tests" / "support"))  # tiny models are the tests' own
     tiny_model = importlib.import_module("tiny_models").tiny_model
     model = tiny_model(architecture, **(_SIZES | _LARGER.get(architecture, {})))

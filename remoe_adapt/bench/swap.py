@@ -185,7 +185,7 @@ def _forward_figures(model: str | None, family: str | None, forwards: int) -> di
     if model is None and not (SHIPPED / "config.json").exists():
         return {"forward_ratio": None, "forward_skipped": "no shipped model in this installation: name one"}
     source = model or str(SHIPPED)
-    shipped_family = SHIPPED / "family"
+    shipped_family = SHIPPED / "family" / "trained"
     if family is None and model is None and shipped_family.exists():
         family = str(shipped_family)
     return forward_ratio(source, family, forwards)

@@ -50,7 +50,7 @@ def test_the_worker_decodes_the_shipped_model_one_by_one(
 
     home = tmp_path_factory.mktemp("plain")
     bench._write(bench.SHIPPED, home / "plain.gguf")
-    export_gguf_lora(home / "plain.gguf", Family.load(bench.SHIPPED / "family"), home / "loras")
+    export_gguf_lora(home / "plain.gguf", Family.load(bench.SHIPPED / "family" / "trained"), home / "loras")
     loras = [(1.0, str(home / "loras" / f"{Family.adapter_name(1.0)}.gguf"))]
     files = {"lora": str(home / "plain.gguf")}
     worker = bench.Worker()

@@ -42,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-@pytest.mark.parametrize("family", [SHIPPED / "family", None], ids=["family", "training-free"])
+@pytest.mark.parametrize("family", [SHIPPED / "family" / "trained", None], ids=["family", "training-free"])
 @pytest.mark.parametrize("expert_cache", [0.5, None], ids=["cached", "whole"])
 def test_a_load_looks_for_routers_once(calls: Counter[str], family: Path | None, expert_cache: float | None) -> None:
     model = get_remoe_model(SHIPPED, family=family, recency="resident", expert_cache=expert_cache, monitor=False)
@@ -56,7 +56,7 @@ def test_a_load_looks_for_routers_once(calls: Counter[str], family: Path | None,
 def test_a_model_that_is_there_already_is_looked_at_once(calls: Counter[str]) -> None:
     base = load_base_under(profile_of("server"), SHIPPED)
     calls.clear()
-    model = get_remoe_model(base, family=SHIPPED / "family", recency="resident", monitor=False)
+    model = get_remoe_model(base, family=SHIPPED / "family" / "trained", recency="resident", monitor=False)
     assert calls == {"survey_routers": 1, "fingerprint_of_weights": 1}
     model.controller.close()
 

@@ -151,7 +151,7 @@ def test_the_shipped_model_agrees_with_itself_in_transformers(shipped: Path, rep
 
 
 def test_a_point_brings_its_own_prior(shipped: Path, repo_root: Path, documents: list[list[int]]) -> None:
-    stored = Family.load(repo_root / "examples" / "tiny_moe" / "family")
+    stored = Family.load(repo_root / "examples" / "tiny_moe" / "family" / "trained")
     point = replace(stored.points[-1], recency=Recency.of("ema", (0.0, 0.1, 0.2, 0.3, 0.4)))
     family = Family(stored.path, stored.base_id, stored.fingerprint, (point,))
     priors = [Recency.of("last", 0.2), Recency.of("ema", 0.2)]

@@ -24,7 +24,7 @@ POINTS = ScaleMap(((0.25, 4), (0.5, 2), (1.0, 7)), others=((9, 0.3),))
 
 @pytest.fixture(scope="module")
 def shipped(repo_root: Path) -> Path:
-    return repo_root / "examples" / "tiny_moe" / "family"
+    return repo_root / "examples" / "tiny_moe" / "family" / "trained"
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.1, 0.22, 0.26, 0.3, 0.5, 0.7, 0.99, 1.0])
@@ -73,7 +73,7 @@ def test_points_that_are_missing_or_twice_are_refused() -> None:
 
 def test_a_file_without_facts_is_known_by_its_name(shipped: Path, tmp_path: Path) -> None:
     points = FamilyPoints(str(shipped))
-    assert points.strengths == (0.22, 0.3, 0.7, 1.0)
+    assert points.strengths == (0.22, 0.3, 0.4, 0.7, 1.0)
     assert points.strength_of("/elsewhere/s022.gguf", None) == 0.22
     assert points.strength_of("style.gguf", tmp_path) is None
     with pytest.raises(FamilyError):

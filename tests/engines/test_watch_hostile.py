@@ -141,13 +141,13 @@ def test_numbers_beyond_all_are_refused() -> None:
 
 
 def test_paths_that_a_server_makes_up_are_of_no_point(repo_root: Path) -> None:
-    points = FamilyPoints(str(repo_root / "examples" / "tiny_moe" / "family"))
+    points = FamilyPoints(str(repo_root / "examples" / "tiny_moe" / "family" / "trained"))
     for path in ("x" * 100_000, "a\0b", "/dev/zero", "../" * 2000, ""):
         assert points.strength_of(path, Path("/")) is None
 
 
 def watched(repo_root: Path, address: Address, **options: Any) -> Watch:
-    family = str(repo_root / "examples" / "tiny_moe" / "family")
+    family = str(repo_root / "examples" / "tiny_moe" / "family" / "trained")
     return Watch(str(address), family, profile_of(None), WatchOptions(**options))
 
 
@@ -192,7 +192,7 @@ def test_without_aiohttp_only_the_proxy_is_missing(repo_root: Path, monkeypatch:
     ],
 )
 def test_options_that_cannot_be_meant(repo_root: Path, options: list[str], words: str) -> None:
-    family = str(repo_root / "examples" / "tiny_moe" / "family")
+    family = str(repo_root / "examples" / "tiny_moe" / "family" / "trained")
     result = CliRunner().invoke(app, ["watch", "--server", "127.0.0.1:1", "--family", family, *options])
     assert result.exit_code != 0 and words in " ".join(result.output.split())
 
