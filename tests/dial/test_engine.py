@@ -48,11 +48,12 @@ def files(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Any:
     from remoe_adapt.engines.gguf.split import split_gguf
 
     folder, shipped = tmp_path_factory.mktemp("engines"), repo_root / "examples" / "tiny_moe"
-    model, family = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.float32), Family.load(shipped / "family" / "trained")
+    model = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.float32)
+    family = Family.load(shipped / "family" / "trained")
     gguf = write_gguf(model, "qwen2moe", folder / "model.gguf")
     rows = export_gguf_lora(gguf, family, folder / "loras")["loras"]
     first = split_gguf(gguf, family, 0.0, folder / "split" / "m.gguf")["out"]
-    return gguf, [(Path(row["file"]), 0.0) for row in rows], Path(first), str(shipped / "family" / "trained")
+    return gguf, [(Path(row["file"]), 0.0) for row in rows], Path(first), str(family.path)
 
 
 @contextmanager

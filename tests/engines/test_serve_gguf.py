@@ -202,8 +202,8 @@ def test_a_family_and_the_gain_are_turned_together(repo_root: Path, tmp_path: Pa
     loaded = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.float32)
     path = write_gguf(loaded, "qwen2moe", tmp_path / "model.gguf")
     options = GgufServing(
-        recency=Recency.of("ema", 0.4), family=str(shipped / "family" / "trained"), strength=1.0, port=0, threads=1, engine=EXACT,
-        context_tokens=1024, interval_s=0.05,
+        recency=Recency.of("ema", 0.4), family=str(shipped / "family" / "trained"), strength=1.0, port=0, threads=1,
+        engine=EXACT, context_tokens=1024, interval_s=0.05,
     )  # fmt: skip
     with ServedGguf(path, profile_of(None), options) as server, running(server):
         address = Address.parse(server.url)
