@@ -54,11 +54,11 @@ def dial() -> str:
 
     canvas = Canvas(840, 412, "Perplexity ratio and hit rate over the strength of the dial")
     canvas.text(32, 40, "One dial: quality against expert reuse", style="title")
-    canvas.text(32, 61, "The shipped model under its adapter family, on held-out text", style="soft")
+    canvas.text(32, 61, "The shipped model under its family of an adapter and a prior, on held-out text", style="soft")
     left = Axes(canvas, 84, 94, 672, 196, (0, 1), (0.98, 1.06))
-    right = Axes(canvas, 84, 94, 672, 196, (0, 1), (0.5, 0.7))
+    right = Axes(canvas, 84, 94, 672, 196, (0, 1), (0.5, 0.94))
     left.grid([0.98, 1.0, 1.02, 1.04, 1.06], "{:.2f}", fill=AMBER)
-    right.grid([50, 55, 60, 65, 70], "{:.0f} %", right=True, fill=TEAL, scale=0.01)
+    right.grid([50, 61, 72, 83, 94], "{:.0f} %", right=True, fill=TEAL, scale=0.01)
     stand = left.at(live, 1)[0]
     canvas.line([(stand, 94), (stand, 334)], RED, 1.2, dash="3 4")
     for axes, curve, colour in ((left, ratios, AMBER), (right, rates, TEAL)):
@@ -66,7 +66,7 @@ def dial() -> str:
         for value in curve.points:
             canvas.dot(*axes.at(*value), 4, colour)
         canvas.dot(*axes.at(live, curve(live)), 6, RED)
-    x, y = right.at(0.42, 0.648)
+    x, y = right.at(0.36, 0.86)
     canvas.text(x, y, "hit rate", style="strong", anchor="end", fill=TEAL)
     canvas.text(x, y + 17, "of a cache for 25 % of the experts", style="small", anchor="end")
     x, y = left.at(0.7, 1.007)
