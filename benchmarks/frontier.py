@@ -83,7 +83,7 @@ class Options:
     reuse_weight: float = 4.0
     training_steps: int = 200
     training_batch: int = 4
-    gains: Sequence[float] = (0.035, 0.05, 0.071, 0.1, 0.14, 0.2, 0.28)
+    gains: Sequence[float] = (0.05, 0.1, 0.14, 0.2, 0.28)
     work: str | None = None
 
 
@@ -223,26 +223,26 @@ class _Bench:
 
     def _prior(self) -> Iterator[Point]:
         k, experts = self._k, self.base.trace.num_experts
-        kept = (1, 2, k // 2)
-        gains = grid(J=(1, 2), gain=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5))
-        windows = grid(J=kept, M=[min(experts, round(k * part)) for part in (1.25, 1.5, 2, 2.75, 4, 6)])
-        masses = grid(J=kept, p=(0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+        gains = grid(J=(2,), gain=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5))
+        windows = grid(J=(1, k // 2), M=[min(experts, round(k * part)) for part in (1.5, 2, 2.75, 4)])
+        masses = grid(J=(k // 2,), p=(0.6, 0.7, 0.8, 0.9))
         for name in ("cache_prior", "max_rank", "cumulative"):
             yield self._point(name, "base, LRU", self.base)
         yield from self._swept("cache_prior", CachePrior, gains, Lru)
         yield from self._swept("max_rank", MaxRank, windows, Lru)
         yield from self._swept("cumulative", CumulativeThreshold, masses, Lru)
         yield self._point("cache_prior_lrfu", f"base, LRFU {DECAY:g}", self.base, self._replayed(self.base, "lrfu"))
-        yield from self._swept("cache_prior_lrfu", CachePrior, gains[:8], lambda: Lrfu(DECAY))
+        yield from self._swept("cache_prior_lrfu", CachePrior, gains[1:6:2], lambda: Lrfu(DECAY))
 
     def _cecar(self) -> Iterator[Point]:
         k = self._k
         distance = self._fitted()
         settings = [
-            *grid(J=(k,), margin=(0,), power=(1,), gain=(0.0, 0.1, 0.2, 0.3, 0.45, 0.65)),
+            *grid(J=(k,), margin=(0,), power=(1,), gain=(0.0, 0.1, 0.2, 0.3)),
             *grid(J=(k,), margin=(0,), power=(0,), gain=(0.05, 0.1, 0.15, 0.2, 0.3)),
-            *grid(J=(k,), margin=(8,), power=(1,), gain=(0.25, 0.5, 0.75, 1.0, 1.5)),
-            *grid(J=(k // 2, k - 1), margin=(8,), power=(1,), gain=(0.0, 0.5, 1.0)),
+            *grid(J=(k,), margin=(8,), power=(1,), gain=(0.5, 1.0)),
+            *grid(J=(k // 2, k - 1), margin=(8,), power=(1,), gain=(0.0, 0.5)),
+            *grid(J=(k - 1,), margin=(8,), power=(1,), gain=(1.0,)),
         ]
         yield from self._swept("cecar", CoAware, settings, lambda: ReuseDistance(distance.weights_LF))
 

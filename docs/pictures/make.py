@@ -69,7 +69,7 @@ def dial() -> str:
     x, y = right.at(0.36, 0.86)
     canvas.text(x, y, "hit rate", style="strong", anchor="end", fill=TEAL)
     canvas.text(x, y + 17, "of a cache for 25 % of the experts", style="small", anchor="end")
-    x, y = left.at(0.7, 1.007)
+    x, y = left.at(0.74, 0.994)
     canvas.text(x, y, "perplexity", style="strong", fill=AMBER)
     canvas.text(x, y + 17, "to the base model's", style="small")
 
