@@ -7,20 +7,17 @@ import json
 import math
 import random
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from remoe_adapt._support import disk_faults, freed_memory_kept
+from remoe_adapt._support import disk_faults
 from remoe_adapt.checkpoints import check_place, load_tokenizer, max_positions, usable_device
 from remoe_adapt.errors import ConfigError, DataError, FamilyError
 from remoe_adapt.expert_cache import arithmetic_of, check_arithmetic, expert_cache_of, load_whole_or_cached
@@ -29,22 +26,15 @@ from remoe_adapt.routers import survey_routers
 from remoe_adapt.texts import data_files, pieces, read_file, tokenize_documents
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions, check_same_run, check_strengths
+from remoe_adapt.training.passes import GOES_ON, LOG_FILE, WORK_FOLDER, Run
 from remoe_adapt.training.point import (
-    ADAPTERS,
     CHECKPOINT_MINUTES,
-    RECOVERY,
-    PassLog,
-    Plan,
     check_fits,
     check_writable,
-    computes_in_bf16,
-    plan_point,
-    train_points,
 )
 from remoe_adapt.training.processes import join_processes
-from remoe_adapt.training.reference import CONTROL, compare, decide, read_decision
+from remoe_adapt.training.reference import CONTROL
 from remoe_adapt.training.sharding import check_sharded, is_sharded
-from remoe_adapt.training.validation import Validation
 from remoe_adapt.tuner import FAMILY_FILE, plain_base
 
 __all__ = [
@@ -52,17 +42,12 @@ __all__ = [
     "train_family",
 ]  # fmt: skip
 
-WORK_FOLDER = ".train"
-LOG_FILE = "training_log.jsonl"
 RUN_FILE = "training.json"
 _DEFAULT_LENGTH = 512
 _HELD_OUT_EVERY = 20
 # The tokens that are held out. They tell a perplexity ratio to a quarter of a percent (see `LEAST_CERTIFIED_TOKENS`).
 HELD_OUT_TOKENS = 16_384
 _PIECE_CHARS = 2048
-_GOES_ON = (
-    "make room or choose another --out; called again with the same options, a run goes on from its last checkpoint"
-)
 
 
 def token_rows(
@@ -201,82 +186,17 @@ def train_family(
     run = {**asdict(options), "length": length, "base": routers.fingerprint, "data": _digest(train)}
     # A pack may hold other experts than the checkpoint, under the same routers.
     run |= {"experts": arithmetic_of(model)["name"]}
-    with disk_faults(out, ConfigError, _GOES_ON, "written"):
+    with disk_faults(out, ConfigError, GOES_ON, "written"):
         _claim(out, json.loads(json.dumps(run)), resume)
-    exists = (out / FAMILY_FILE).exists()
-    family = Family.load(out) if exists else Family.create(out, base_id, routers.fingerprint)
-    work = out / WORK_FOLDER
     names = {Family.adapter_name(strength): strength for strength in wanted} | ({CONTROL: 0.0} if control else {})
-    # Until a family has points it can hold no control.
-    control_apart = work / CONTROL / ADAPTERS
-    if processes.is_main_process:
-        with disk_faults(out, ConfigError, _GOES_ON, "written"):
-            # A kill came before the family had all of them.
-            for finished in sorted(work.glob(f"*/{ADAPTERS}"), key=lambda path: path == control_apart):
-                _take_in(family, finished, names, options, len(routers.refs))
-    processes.wait_for_everyone()
-    if not processes.is_main_process and (out / FAMILY_FILE).exists():
-        family = Family.load(out)
-    rows_apart = _rows_apart(apart, length, options)
-    validation = None
-    if options.evaluate_every is not None and rows_apart is not None:
-        validation = Validation(rows_apart, options.evaluate_every, options.patience, options.batch)
-
-    def held() -> Family:
-        return family
-
-    def control_folder() -> Path | None:
-        if family.control is not None:
-            return out / family.control.adapter
-        return control_apart / CONTROL if control_apart.is_dir() else None
-
-    def tell(sentence: str) -> None:
-        if progress and processes.is_main_process:
-            tqdm.write(sentence, file=sys.stderr)
-
-    def holds_to_control() -> bool:
-        """Asked once, when there is a control and points are missing."""
-        if options.reference == "control":
-            return True
-        folder, bf16 = control_folder(), computes_in_bf16(options, model.device.type)
-        assert folder is not None and rows_apart is not None
-        measure = partial(compare, model, routers, folder, rows_apart, options.batch, bf16=bf16)
-        with disk_faults(out, ConfigError, _GOES_ON, "written"):
-            return decide(bool(family.points), out / LOG_FILE, options.steps, measure, tell)
-
-    may_be_control = options.reference != "base" and (control or family.control is not None)
-    if family.points and family.control is None:
-        may_be_control = False  # there was nothing but the base to hold those to, whatever an earlier try has logged
-    elif may_be_control and options.reference == "auto" and is_sharded():
-        if read_decision(out / LOG_FILE):
-            raise ConfigError(f"{out} has points that are held to the control, and a sharded run has none: no FSDP")
-        tell("points are held to the base: FSDP2 shards a base once, and the control would need a pass before theirs")
-        may_be_control = False
-    elif may_be_control and options.reference == "auto" and rows_apart is None:
-        tell("points are held to the base: the data leave no text to compare it with the control on")
-        may_be_control = False
-    for turn in _passes(held, names, options, control_folder, holds_to_control if may_be_control else None):
-        points = tuple(plan_point(options, s, name, len(routers.refs)) for name, s in turn.points.items())
-        start = None if turn.start is None else out / turn.start
-        plan = Plan(points, turn.steps, rows, start, validation, turn.control)
-        folder = work / plan.name
-        shown = progress and processes.is_main_process
-        bar = tqdm(total=plan.steps, desc=plan.name, disable=not shown, unit="step")
-        log = PassLog(bar, out / LOG_FILE, points)
-        with bar, freed_memory_kept(model.device.type), disk_faults(out, ConfigError, _GOES_ON, "written"):
-            train_points(model, options, plan, folder, log, checkpoint_minutes, routers)
-            processes.wait_for_everyone()
-            if processes.is_main_process:
-                for finished in (folder / ADAPTERS, control_apart):
-                    _take_in(family, finished, names, options, len(routers.refs))
-        processes.wait_for_everyone()
-        if not processes.is_main_process and (out / FAMILY_FILE).exists():
-            family = Family.load(out)
-        for name in turn.points if on_point is not None else ():
-            on_point(name, log.last.get(name, {}))  # type: ignore[misc]
-    if processes.is_main_process:
-        shutil.rmtree(work, ignore_errors=True)
-    return Family.load(out)
+    exists = (out / FAMILY_FILE).exists()
+    under_way = Run(
+        model, options, routers, names,
+        family=Family.load(out) if exists else Family.create(out, base_id, routers.fingerprint),
+        rows=rows, rows_apart=_rows_apart(apart, length, options),
+        shown=progress and processes.is_main_process, checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    return under_way.trained(on_point)
 
 
 def _rows_apart(documents: Sequence[Sequence[int]], length: int, options: TrainOptions) -> PackedRows | None:
@@ -289,84 +209,6 @@ def _rows_apart(documents: Sequence[Sequence[int]], length: int, options: TrainO
     if options.evaluate_every is None and sum(map(len, documents)) < length:
         return None
     return PackedRows(documents, length, None, options.seed)
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """points: names and strengths. start: the folder of the point that they begin as. control: that of the control that
-    they are held to; None: they are held to the base, and begin as what they are held to."""
-
-    points: dict[str, float]
-    steps: int
-    start: str | None = None
-    control: Path | None = None
-
-
-def _passes(
-    family: Callable[[], Family],
-    names: Mapping[str, float],
-    options: TrainOptions,
-    control: Callable[[], Path | None],
-    holds_to_control: Callable[[], bool] | None,
-) -> Iterator[_Pass]:
-    """What is still to be trained.
-
-    family, control: what there is by then; the control's folder, None before it is trained. They are asked again after
-    each pass, as a later one may begin where an earlier one ended. holds_to_control: whether points are held to the
-    control; None: they are not, and it is trained beside them.
-    """
-
-    def missing() -> dict[str, float]:
-        # The control comes last, because a family.json with a control and no points is refused when it is loaded.
-        return {
-            name: strength
-            for name, strength in names.items()
-            if (strength not in family().strengths if strength else control() is None)
-        }
-
-    is_held = False
-    if holds_to_control is not None and any(missing().values()):
-        if CONTROL in missing():
-            yield _Pass({CONTROL: 0.0}, options.steps)
-        is_held = holds_to_control()
-
-    def made(points: dict[str, float], steps: int, start: str | None = None) -> _Pass:
-        return _Pass(points, steps, start, control() if is_held else None)
-
-    todo = missing()
-    if not todo:
-        return
-    if options.next_steps is None:
-        yield made(todo, options.steps)
-        return
-    # The weakest is nearest to what they are held to, and every other one is nearer to it than to that.
-    first = [] if family().points else sorted((s, name) for name, s in todo.items() if s)[:1]
-    roots = {name: s for s, name in first} | {name: s for name, s in todo.items() if not s}
-    if roots:
-        yield made(roots, options.steps)
-    if left := missing():
-        yield made(left, options.next_steps, family().points[0].adapter)
-
-
-def _take_in(family: Family, adapters: Path, names: Mapping[str, float], options: TrainOptions, routers: int) -> None:
-    """Put the adapters of a finished pass, where there are any, into the family, as far as they are wanted and not
-    there, and remove its folder. A control alone stays where it is until the family has points."""
-    waits = not family.points and not any((adapters / name).is_dir() for name in names if name != CONTROL)
-    if waits or not adapters.is_dir():
-        return
-    for name, strength in names.items():
-        folder = adapters / name
-        if not folder.is_dir():
-            continue
-        if not strength:
-            if family.control is None:
-                family.set_control(folder)
-        elif strength not in family.strengths:
-            recovery = adapters / f"{name}-{RECOVERY}"
-            recency = options.recency_of(strength, routers)
-            family.add_point(strength, folder, recency, recovery=recovery if recovery.is_dir() else None)
-    # Only now: until the family holds the adapters, this folder is the one copy.
-    shutil.rmtree(adapters.parent)
 
 
 def held_out_documents(

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from remoe_adapt.errors import AdapterCorruptError, ConfigError
 from remoe_adapt.family.family import Family
 from remoe_adapt.routers.discover import fingerprint
-from remoe_adapt.training import run as train_run
+from remoe_adapt.training import passes, run
 from remoe_adapt.training.data import PackedRows
 from remoe_adapt.training.options import TrainOptions
 from remoe_adapt.training.point import PassLog
@@ -73,7 +73,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / train_run.LOG_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (out / passes.LOG_FILE).read_text().splitlines()]
 
 
 def decisions(out: Path) -> list[dict[str, Any]]:
@@ -203,8 +203,8 @@ def test_a_killed_run_goes_on_with_the_same_reference(
     def compared_again(*args: Any, **kwargs: Any) -> Comparison:
         raise AssertionError("a run decides once")
 
-    monkeypatch.setattr(train_run, "compare", compared_again)
-    with (out / train_run.LOG_FILE).open("a") as log:
+    monkeypatch.setattr(passes, "compare", compared_again)
+    with (out / passes.LOG_FILE).open("a") as log:
         log.write('{"point": "s1')
     resumed = family_of(folder, out, [1.0], base=model, checkpoint_minutes=0)
     assert same(resumed.deltas(1.0), trained.deltas(1.0)) and same(weights(model), before)
@@ -271,7 +271,8 @@ def test_a_sharded_run_adds_no_points_to_a_family_on_the_control(
     folder: Path, trained: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = shutil.copytree(trained.path, tmp_path / "family")
-    monkeypatch.setattr(train_run, "is_sharded", lambda: True)
+    for module in (run, passes):
+        monkeypatch.setattr(module, "is_sharded", lambda: True)
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
     with pytest.raises(ConfigError, match="a sharded run has none"):
