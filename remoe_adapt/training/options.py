@@ -39,8 +39,8 @@ class TrainOptions:
     None: all are trained `steps` from the base, side by side.
     `reference`: what points are held to by `distill_share` and `kl_weight`, and begin as: "base"; "control", the
     routers that next-token training alone gives, which are trained first; "auto": the control where it lowers the loss
-    of held-out text (about `validation_tokens` of it) by 0.01 nats a token and two standard errors, else the base.
-    Without a control, or where the data leave no text to hold out, "auto" is the base.
+    of held-out text (about `validation_tokens` of it) by 0.05 nats a token, in half of the rows too, and two standard
+    errors, else the base. Without a control, or where the data leave no text to hold out, "auto" is the base.
     `recovery_rank`: beside its routers each point trains a LoRA of this rank on attention, dense and shared layers, at
     the learning rate `recovery_lr`, which is not relative; None: routers alone.
     `evaluate_every`: so many steps apart each point is measured on text that is kept out for it, about
