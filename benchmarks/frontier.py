@@ -223,7 +223,7 @@ class _Bench:
 
     def _prior(self) -> Iterator[Point]:
         k, experts = self._k, self.base.trace.num_experts
-        gains = grid(J=(2,), gain=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5))
+        gains = [*grid(J=(2,), gain=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)), *grid(J=(1,), gain=(0.3, 0.5))]
         windows = grid(J=(1, k // 2), M=[min(experts, round(k * part)) for part in (1.5, 2, 2.75, 4)])
         masses = grid(J=(k // 2,), p=(0.6, 0.7, 0.8, 0.9))
         for name in ("cache_prior", "max_rank", "cumulative"):
@@ -238,11 +238,10 @@ class _Bench:
         k = self._k
         distance = self._fitted()
         settings = [
-            *grid(J=(k,), margin=(0,), power=(1,), gain=(0.0, 0.1, 0.2, 0.3)),
-            *grid(J=(k,), margin=(0,), power=(0,), gain=(0.05, 0.1, 0.15, 0.2, 0.3)),
-            *grid(J=(k,), margin=(8,), power=(1,), gain=(0.5, 1.0)),
-            *grid(J=(k // 2, k - 1), margin=(8,), power=(1,), gain=(0.0, 0.5)),
-            *grid(J=(k - 1,), margin=(8,), power=(1,), gain=(1.0,)),
+            *grid(J=(k,), margin=(0,), power=(1,), gain=(0.0, 0.1, 0.2, 0.3, 0.45)),
+            *grid(J=(k,), margin=(0,), power=(0,), gain=(0.05, 0.1, 0.15, 0.2, 0.3, 0.45)),
+            *grid(J=(k,), margin=(8,), power=(1,), gain=(0.5, 1.0, 1.5)),
+            *grid(J=(k // 2, k - 1), margin=(8,), power=(1,), gain=(0.0, 0.5, 1.0)),
         ]
         yield from self._swept("cecar", CoAware, settings, lambda: ReuseDistance(distance.weights_LF))
 
