@@ -128,7 +128,7 @@ def test_what_is_merged_is_what_ran_or_nothing(model: Any, tmp_path: Path) -> No
     advises_merging = "merge_and_unload()" in str(refused.value)
     assert advises_merging != has_prior, "the advice is what works"
     if has_prior:
-        with pytest.raises(MergeStateError, match=r"recency prior \(ema, mean gain 0\..\).*model\.unload\(\)"):
+        with pytest.raises(MergeStateError, match=r"recency prior \((ema|cost), mean gain 0\..\).*model\.unload\(\)"):
             model.merge_and_unload()
         assert torch.equal(logits_of(model), strong) and model.controller.strength == 1.0
         merged = model.unload()

@@ -239,7 +239,7 @@ def test_a_server_that_reuses_prompts_is_refused_with_the_flag(files: Files) -> 
 def test_missing_adapters_are_named(files: Files) -> None:
     with LlamaChild(files.model, files.loras[:2], **NO_CACHES) as server:
         watch = Watch(server.url, str(files.family_path), profile_of(None), WatchOptions())
-        with pytest.raises(ServerError, match=r"lacks the LoRA of strength 0\.7, 1 .*--lora"):
+        with pytest.raises(ServerError, match=r"lacks the LoRA of strength 0\.4, 0\.7, 1 .*--lora"):
             watch.engine.sync()
 
 
@@ -249,11 +249,11 @@ def test_scales_that_somebody_else_set_are_set_again(files: Files) -> None:
         assert watch.engine.sync() and watch.engine.target == 0.0
         watch.engine.post(Target(0.26))
         watch.engine.sync()
-        assert [one["scale"] for one in scales_of(server)] == pytest.approx([0.5, 0.5, 0.0, 0.0])
+        assert [one["scale"] for one in scales_of(server)] == pytest.approx([0.5, 0.5, 0.0, 0.0, 0.0])
         call(Address.parse(server.url), "/lora-adapters", [{"id": 3, "scale": 1.0}])
         watch.engine._check_s = -1.0
         watch.engine.sync()
-        assert [one["scale"] for one in scales_of(server)] == pytest.approx([0.5, 0.5, 0.0, 0.0])
+        assert [one["scale"] for one in scales_of(server)] == pytest.approx([0.5, 0.5, 0.0, 0.0, 0.0])
         # A watch that is started anew finds the strength where the last one left it.
         other = Watch(server.url, str(files.family_path), profile_of(None), WatchOptions(dry_run=True))
         other.engine.sync()

@@ -20,7 +20,7 @@ PROMPTS = [list(range(40 * place + 5, 40 * place + 25)) for place in range(6)]
 EVERYTHING = """
 import sys, torch, remoe_adapt
 from remoe_adapt.evaluation.record import record_decode
-model = remoe_adapt.get_remoe_model(sys.argv[1], family=sys.argv[1] + "/family", recency="ema", monitor=False)
+model = remoe_adapt.get_remoe_model(sys.argv[1], family=sys.argv[1] + "/family/trained", recency="ema", monitor=False)
 model.controller.set_strength(1.0)
 ids = torch.arange(5, 25)[None]
 model.generate(ids, max_new_tokens=4, do_sample=False)
