@@ -80,8 +80,8 @@ class Cost(Mode):
 
     Of a layer's E experts the `max(K, floor(share * E))` used most lately (by the decayed mean of uses, which ranks as
     LRFU does, so a cache of that policy, decay and size holds them). A held expert of weight w ranks as one of weight
-    `sqrt(w^2 + gain^2)`: one whose weight is far below the gain is not read for its own sake, one above it hardly gives
-    way. The squares are what a substitution moves of the layer's output, where outputs of experts are orthogonal.
+    `w + gain`: it takes another's place where that one's weight is less than `gain` above its own. Experts that stay
+    weigh what they weighed: a router that divides weights by the sum of the chosen divides by that of its own choice.
     """
 
     name = "cost"

@@ -1,8 +1,8 @@
 """The arithmetic of priced recency modes (`recency_settings.Cost`): by what experts rank, held ones and others.
 
-A held expert of weight w ranks as one of weight sqrt(w^2 + g^2), g being the gain. Of those with w far below g the root
-has the same digits, and rounding would choose among them; so what is ranked is written such that, of equals in all but
-w, the larger w never ranks below. Shapes: T tokens, B sequences, E experts, K chosen.
+A held expert of weight w ranks as one of weight w + g, g being the gain. Of those with w far below g the sum has the
+same digits, and rounding would choose among them; so where logits are ranked it is written such that, of equals in all
+but w, the larger w never ranks below. Shapes: T tokens, B sequences, E experts, K chosen.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ def ranks(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, gain: 
     choice_TE: fp32, `spec.choice_scores`. gain: fp32 scalar, g. A row without prices ranks by its choice values: at a
     gain of 0, and where the best values are not finite. A value that is not finite ranks where it did.
 
-    Where logits are ranked: x = log w - log g, doubled, and log(1 + exp 2x) of held ones. Where scores c are ranked: c,
-    and G + c^2 / (sqrt(c^2 + G^2) + G) of held ones, G being g times what weights are divided by; a negative c adds to
-    G as it is. Where logits with a bias are ranked and weights are their sigmoid: choice - log g and choice - log g +
-    1/2 log(1 + (g / w)^2).
+    Where logits are ranked: x = log w - log g, and log(1 + exp x) of held ones. Where scores c are ranked: c, and c + G
+    of held ones, G being g times what weights are divided by. Where logits with a bias are ranked and weights are their
+    sigmoid: choice - log g and choice - log g + log(1 + g / w).
     """
     if spec.scoring == "logit_bias_sigmoid":
         plain_TE, held_TE, is_priced = _biased_logits(choice_TE, logits_TE, k, spec, gain)
     elif spec.ranks_logits:
-        plain_TE = twice_excess(choice_TE, k, spec, gain)
+        plain_TE = excess(choice_TE, k, spec, gain)
         is_priced = plain_TE.amax(dim=-1, keepdim=True).isfinite()
         held_TE = of_excess(plain_TE)
     else:
@@ -51,14 +50,13 @@ def ranks(choice_TE: Tensor, logits_TE: Tensor, k: int, spec: RouterSpec, gain: 
         if spec.normalize:
             scale = choice_TE.topk(k, dim=-1).values.double().sum(dim=-1, keepdim=True).abs() * scale
         scale = scale.float()
-        is_priced = (scale > 0) & (scale * scale).isfinite()
-        plain_TE, held_TE = choice_TE, of_scores(choice_TE, scale)
-        held_TE = torch.where(choice_TE.isfinite(), held_TE, choice_TE)
+        is_priced = (scale > 0) & scale.isfinite()
+        plain_TE, held_TE = choice_TE, choice_TE + scale
     return torch.where(is_priced, plain_TE, choice_TE), torch.where(is_priced, held_TE, choice_TE)
 
 
-def twice_excess(choice_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor) -> Tensor:
-    """2 (log w - log g) [T, E] of routers that rank logits; w is what an expert's weight would be among the K best.
+def excess(choice_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor) -> Tensor:
+    """log w - log g [T, E] of routers that rank logits; w is what an expert's weight would be among the K best.
 
     Sums of the few are taken in fp64 and rounded once, so that one token's, taken in Python, are the same.
     """
@@ -67,24 +65,14 @@ def twice_excess(choice_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor) -> T
         choice_TE = choice_TE.log_softmax(dim=-1)
     else:
         base = choice_TE.topk(k, dim=-1).values.double().logsumexp(dim=-1, keepdim=True) + base
-    return (choice_TE - base.float()) * 2.0
+    return choice_TE - base.float()
 
 
-def of_excess(twice_TE: Tensor) -> Tensor:
-    """log(1 + exp 2x) [T, E] of 2x, which keeps the order of all finite ones; -inf remains."""
-    found_TE = torch.logaddexp(twice_TE, twice_TE.new_zeros(()))
-    tail_TE = torch.where(twice_TE > -torch.inf, PRICE_TAIL / -twice_TE, twice_TE)
-    return torch.where(twice_TE < PRICE_FLOOR, tail_TE, found_TE)
-
-
-def of_scores(choice_TE: Tensor, scale: Tensor) -> Tensor:
-    """By what held experts rank [T, E] where scores c are ranked; `scale` is G, [T, 1] or a scalar.
-
-    Each operation is rounded by itself, so that this is the same to the bit wherever it is computed.
-    """
-    positive_TE = choice_TE.clamp_min(0.0)
-    root_TE = (positive_TE * positive_TE).add_(scale * scale).sqrt_().add_(scale)
-    return (positive_TE / root_TE).mul_(positive_TE).add_(scale).add_(choice_TE - positive_TE)
+def of_excess(excess_TE: Tensor) -> Tensor:
+    """log(1 + exp x) [T, E] of x, which keeps the order of all finite ones; -inf remains."""
+    found_TE = torch.logaddexp(excess_TE, excess_TE.new_zeros(()))
+    tail_TE = torch.where(excess_TE > -torch.inf, PRICE_TAIL / -excess_TE, excess_TE)
+    return torch.where(excess_TE < PRICE_FLOOR, tail_TE, found_TE)
 
 
 def _biased_logits(
@@ -98,6 +86,36 @@ def _biased_logits(
         base = chosen_TK.sigmoid().sum(dim=-1, keepdim=True).log() + base
     plain_TE = choice_TE - base
     # z - log sigmoid(z) is softplus(z), which has digits where the difference has none.
-    priced_TE = F.softplus((-F.softplus(-logits_TE) - base) * 2.0).mul_(0.5)
+    priced_TE = F.softplus(-F.softplus(-logits_TE) - base)
     held_TE = priced_TE.add_(F.softplus(logits_TE)).add_(choice_TE - logits_TE)
     return plain_TE, torch.where(held_TE.isfinite(), held_TE, plain_TE), base.isfinite()
+
+
+def kept_part(logits_TE: Tensor, ids_TK: Tensor, own_TK: Tensor, spec: RouterSpec) -> Tensor | None:
+    """fp32 [T, 1]: the sum of the chosen experts' scores over that of the router's own K best (`own_TK`); 1 where both
+    are the same, and where it is no number. None where weights are not divided by that sum. Sums are taken as in
+    `excess`.
+
+    Times it, the weights of `spec.expert_weights` are what they would be among the router's own: an expert that stays
+    weighs what it weighed, whatever was put in another's place. Differentiable.
+    """
+    if not divides(spec):
+        return None
+    if spec.is_chosen_softmax:
+        most_T1 = logits_TE.detach().amax(dim=-1, keepdim=True).double()
+        sums = [
+            (logits_TE.gather(-1, ids).double() - most_T1).exp().sum(dim=-1, keepdim=True) for ids in (ids_TK, own_TK)
+        ]
+    else:
+        scores_TE = spec.scores(logits_TE)
+        sums = [
+            scores_TE.gather(-1, ids).double().sum(dim=-1, keepdim=True) + spec.normalize_eps
+            for ids in (ids_TK, own_TK)
+        ]
+    part_T1 = (sums[0] / sums[1]).float()
+    return torch.where(part_T1.isfinite(), part_T1, 1.0)
+
+
+def divides(spec: RouterSpec) -> bool:
+    """Whether a router's weights are divided by the sum of the chosen experts' scores."""
+    return spec.is_chosen_softmax or spec.normalize

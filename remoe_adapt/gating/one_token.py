@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_float
 from functools import lru_cache
-from math import exp, inf, log
+from math import exp, inf, isfinite, log
 from typing import Any
 
 import torch
 from torch import Tensor, add, aminmax, cat, logaddexp, mul, where
 
-from remoe_adapt.gating.cost import LEAST_EXACT, held
+from remoe_adapt.gating.cost import LEAST_EXACT, divides, held
 from remoe_adapt.gating.reference import MAX_SPAN, PriorStep, topk_gating
 from remoe_adapt.routers import RouterSpec, best_ids
 
@@ -74,6 +74,7 @@ class SingleGate:
                 return self._by_definition(layer, logits_TE, k, spec, bias_E)
         experts = spec.num_experts
         ends_2, ends, ranked_1E = self._scratch[experts]
+        own: list[float] | None = None
         if prior.share is None:
             aminmax(spread_1E, out=ends)
             lowest, highest = ends_2.tolist()
@@ -84,7 +85,7 @@ class SingleGate:
             add(choice_1E, prior.recency_BE, alpha=c_float(span).value * self._gains[layer], out=ranked_1E)
         elif self._gains[layer] == 0.0:
             ranked_1E = choice_1E
-        elif not self._rank(layer, z_1E, choice_1E, k, spec):
+        elif (own := self._rank(layer, z_1E, choice_1E, scores_1E, k, spec)) is None:
             return self._by_definition(layer, logits_TE, k, spec, bias_E)
         if k < experts:  # `_best`, without a call
             values_1K, ids_1K = ranked_1E.topk(k + 1)
@@ -99,39 +100,48 @@ class SingleGate:
             return self._by_definition(layer, logits_TE, k, spec, bias_E)
         self.chosen[layer] = ids_1K
         if spec.is_chosen_softmax and spec.scaling == 1.0:
-            return z_1E.take(ids_1K).softmax(-1), ids_1K
-        return _weights(z_1E, scores_1E, ids_1K, spec), ids_1K
+            weights_1K = z_1E.take(ids_1K).softmax(-1)
+        else:
+            weights_1K = _weights(z_1E, scores_1E, ids_1K, spec)
+        if own:  # `cost.kept_part`
+            of_1E = z_1E if spec.is_chosen_softmax or scores_1E is None else scores_1E
+            ends_2[0] = _kept_part(of_1E.take(ids_1K).tolist()[0], own, spec)
+            weights_1K = mul(weights_1K, ends[0])
+        return weights_1K, ids_1K
 
-    def _rank(self, layer: int, z_1E: Tensor, choice_1E: Tensor, k: int, spec: RouterSpec) -> bool:
-        """Writes what `cost.ranks` says into the scratch, where it is above LEAST_EXACT; False: not of this router."""
+    def _rank(
+        self, layer: int, z_1E: Tensor, choice_1E: Tensor, scores_1E: Tensor | None, k: int, spec: RouterSpec
+    ) -> list[float] | None:
+        """Writes what `cost.ranks` says into the scratch, where it is above LEAST_EXACT; None: not of this router.
+
+        Returns of the router's own best the logits or scores by whose sum weights are divided; none if they are not.
+        """
         if spec.scoring == "logit_bias_sigmoid":
-            return False
-        experts, gain = spec.num_experts, c_float(self._gains[layer]).value
-        ends_2, (first, second), ranked_1E = self._scratch[experts]
+            return None
+        experts, gain, best = spec.num_experts, c_float(self._gains[layer]).value, []
+        ends_2, (first, _), ranked_1E = self._scratch[experts]
         if spec.ranks_logits:
             base = log(gain)
-            if spec.is_chosen_softmax or spec.normalize:
+            if divides(spec):
                 best = z_1E.topk(k).values.tolist()[0]
                 base += best[0] + log(sum([exp(value - best[0]) for value in best]))
             else:
                 z_1E = z_1E.log_softmax(-1)
-            ends_2[0] = -2.0 * c_float(base).value
-            add(first, z_1E, alpha=2.0, out=ranked_1E)
+            ends_2[0] = -c_float(base).value
+            add(first, z_1E, out=ranked_1E)
             logaddexp(ranked_1E, self._held_row(layer, k, experts, logs=True), out=ranked_1E)
-            return True
+            return best
         if spec.normalize:
-            gain *= abs(sum(choice_1E.topk(k).values.tolist()[0]))
+            own_1K = _best(choice_1E, k, experts)
+            gain *= abs(sum(choice_1E.take(own_1K).tolist()[0]))
+            assert scores_1E is not None
+            best = (z_1E if spec.is_chosen_softmax else scores_1E).take(own_1K).tolist()[0]
         ends_2[0] = scale = c_float(gain).value
-        ends_2[1] = scale = c_float(scale * scale).value
         if not 0.0 < scale < inf:
-            return False
-        positive_1E = choice_1E if spec.scoring == "sigmoid" else choice_1E.relu()
-        root_1E = mul(positive_1E, positive_1E, out=ranked_1E).add_(second).sqrt_().add_(first)
-        held_1E = torch.div(positive_1E, root_1E, out=ranked_1E).mul_(positive_1E).add_(first)
-        if positive_1E is not choice_1E:
-            held_1E.add_(choice_1E - positive_1E)
-        where(self._held_row(layer, k, experts, logs=False), held_1E, choice_1E, out=ranked_1E)
-        return True
+            return None
+        raised_1E = add(choice_1E, first)
+        where(self._held_row(layer, k, experts, logs=False), raised_1E, choice_1E, out=ranked_1E)
+        return best
 
     def _held_row(self, layer: int, k: int, experts: int, *, logs: bool) -> Tensor:
         """[1, E]: whether an expert is held; as the logarithm of 1 and 0 where logits are ranked.
@@ -155,6 +165,17 @@ class SingleGate:
         still = PriorStep(prior.recency_BE, prior.gain, None, None, prior.share)
         weights_1K, self.chosen[layer] = topk_gating(logits_1E, k, spec, still, bias_E=bias_E)
         return weights_1K, self.chosen[layer]
+
+
+def _kept_part(chosen: list[float], own: list[float], spec: RouterSpec) -> float:
+    """`cost.kept_part` of the chosen experts' logits or scores, and those of the router's own."""
+    if spec.is_chosen_softmax:
+        most = max(max(chosen), max(own))
+        chosen, own = ([exp(value - most) for value in values] for values in (chosen, own))
+    more = 0.0 if spec.is_chosen_softmax else spec.normalize_eps
+    whole = sum(own) + more
+    part = (sum(chosen) + more) / whole if whole else 1.0
+    return part if isfinite(part) else 1.0
 
 
 def _best(values_1N: Tensor, k: int, count: int) -> Tensor:

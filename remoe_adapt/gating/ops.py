@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from remoe_adapt.gating import reference
 from remoe_adapt.gating.backend import backend
+from remoe_adapt.gating.cost import divides
 from remoe_adapt.gating.reference import PriorStep
 from remoe_adapt.recency_settings import held_experts
-from remoe_adapt.routers import RouterSpec
+from remoe_adapt.routers import RouterSpec, best_ids
 
 if TYPE_CHECKING:
     from remoe_adapt.triton_kernels.rule import Rule
@@ -151,27 +152,37 @@ def _empty(like: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.rule = inputs[-1]
-    ctx.save_for_backward(inputs[0], output[1])
+    logits, bias, recency, _, _, _, share, _, ctx.rule = inputs
+    ctx.is_priced = recency is not None and share is not None
+    # The bias takes part in the router's own choice alone, over whose sum the weights of a priced prior are.
+    ctx.save_for_backward(logits, output[1], bias if ctx.is_priced else None)
     ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _backward(ctx: Any, grad_weights: Tensor, _ids: Any, _after: Any) -> tuple[Tensor | None, ...]:
-    logits, ids = ctx.saved_tensors
-    return weights_backward(grad_weights, logits, ids, spec_of_text(ctx.rule)), *(None,) * 8
+    logits, ids, bias = ctx.saved_tensors
+    spec = spec_of_text(ctx.rule)
+    own = best_ids(spec.choice_scores(logits, bias).float(), ids.shape[1]) if ctx.is_priced else None
+    return weights_backward(grad_weights, logits, ids, spec, own), *(None,) * 8
 
 
 _topk_gating.register_autograd(_backward, setup_context=_save)
 
 
-def weights_backward(grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, spec: RouterSpec) -> Tensor:
-    """Gradient in the logits [T, E] (their dtype) of `spec.expert_weights(logits_TE, ids_TK)`, in closed form.
+def weights_backward(
+    grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, spec: RouterSpec, own_TK: Tensor | None = None
+) -> Tensor:
+    """Gradient in the logits [T, E] (their dtype) of `spec.expert_weights(logits_TE, ids_TK)`, in closed form; with
+    own_TK of that times `cost.kept_part`.
 
-    softmax: dz = p * (dp - sum(dp * p)); renormalised u = s / t, t = sum(s) + eps: ds = (du - sum(du * u)) / t;
-    sigmoid: s * (1 - s); sqrt(softplus): sigmoid / (2 s).
+    softmax: dz = p * (dp - sum(dp * p)); renormalised u = s / t, t = sum(s) + eps: ds = (du - sum(du * u)) / t; over
+    the sum t of others ds = du / t, and theirs -sum(du * u) / t; sigmoid: s * (1 - s); sqrt(softplus):
+    sigmoid / (2 s).
     """
     chosen_TK = logits_TE.gather(-1, ids_TK).float()
     grad_TK = grad_TK * spec.scaling
+    if own_TK is not None and divides(spec):
+        return _over_own_backward(grad_TK, logits_TE, chosen_TK, ids_TK, spec, own_TK)
     if spec.is_chosen_softmax:
         p_TK = chosen_TK.softmax(dim=-1)
         return _spread(p_TK * (grad_TK - (grad_TK * p_TK).sum(dim=-1, keepdim=True)), ids_TK, logits_TE)
@@ -188,8 +199,34 @@ def weights_backward(grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, spec: R
     if spec.score == "softmax":
         inner_TK = grad_TK * score_TK
         return (_spread(inner_TK, ids_TK, p_TE) - p_TE * inner_TK.sum(dim=-1, keepdim=True)).to(logits_TE.dtype)
-    slope_TK = score_TK * (1 - score_TK) if spec.score == "sigmoid" else chosen_TK.sigmoid() / (2 * score_TK)
-    return _spread(grad_TK * slope_TK, ids_TK, logits_TE)
+    return _spread(grad_TK * _slope(chosen_TK, score_TK, spec), ids_TK, logits_TE)
+
+
+def _over_own_backward(
+    grad_TK: Tensor, logits_TE: Tensor, chosen_TK: Tensor, ids_TK: Tensor, spec: RouterSpec, own_TK: Tensor
+) -> Tensor:
+    """`weights_backward` where weights are over the sum of the router's own best."""
+    if spec.weight_rule == "null_is_zero":
+        grad_TK = grad_TK.masked_fill(ids_TK >= spec.num_experts - spec.null_experts, 0.0)
+    logits_of_own_TK = logits_TE.gather(-1, own_TK).float()
+    if spec.is_chosen_softmax:
+        total_T1 = logits_of_own_TK.logsumexp(dim=-1, keepdim=True)
+        inner_TK = grad_TK * (chosen_TK - total_T1).exp()
+        of_own_TK = -inner_TK.sum(dim=-1, keepdim=True) * (logits_of_own_TK - total_T1).exp()
+    else:
+        score_TK, own_score_TK = spec.scores(chosen_TK), spec.scores(logits_of_own_TK)
+        total_T1 = own_score_TK.sum(dim=-1, keepdim=True) + spec.normalize_eps
+        grad_TK = grad_TK / total_T1
+        lost_T1 = (grad_TK * score_TK).sum(dim=-1, keepdim=True) / total_T1
+        inner_TK = grad_TK * _slope(chosen_TK, score_TK, spec)
+        of_own_TK = -lost_T1 * _slope(logits_of_own_TK, own_score_TK, spec)
+    zeros_TE = torch.zeros(logits_TE.shape, dtype=torch.float32, device=logits_TE.device)
+    return zeros_TE.scatter(-1, ids_TK, inner_TK).scatter_add_(-1, own_TK, of_own_TK).to(logits_TE.dtype)
+
+
+def _slope(logits_TK: Tensor, score_TK: Tensor, spec: RouterSpec) -> Tensor:
+    """Of the scores in the logits, where each is of its own logit alone."""
+    return score_TK * (1 - score_TK) if spec.score == "sigmoid" else logits_TK.sigmoid() / (2 * score_TK)
 
 
 def _spread(values_TK: Tensor, ids_TK: Tensor, like_TE: Tensor) -> Tensor:

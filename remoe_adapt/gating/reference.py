@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.gating.cost import held, ranks
+from remoe_adapt.gating.cost import held, kept_part, ranks
 from remoe_adapt.routers import RouterSpec, best_ids
 from remoe_adapt.triton_kernels import rule
 
@@ -52,13 +52,15 @@ def topk_gating(
     have one. With a prior, experts rank by `choice + gain * span * recency`, where `choice` are `spec.choice_scores`
     and span is the largest minus the smallest finite one of the token (Cache-Prior, arXiv:2412.00099, eq. 3, with the
     span of this token); in priced modes as `gating/cost.py` says, held ones and others. Weights come from the untouched
-    scores. Differentiable in the logits through the weights. The recency of `prior` moves on in place; a
-    gain of 0 gives the result without a prior, bit for bit.
+    scores; in priced modes those of a router that divides by the sum of the chosen are divided by the sum of its own K
+    best (`cost.kept_part`). Differentiable in the logits through the weights. The recency of `prior` moves on in place;
+    a gain of 0 gives the result without a prior, bit for bit.
 
     Raises ConfigError when k or a shape does not fit, UnsupportedRouterError when the weights do not follow from the
     logits.
     """
     check_shapes(logits_TE, k, prior, bias_E)
+    own_TK: Tensor | None = None
     with torch.no_grad():
         choice_TE = spec.choice_scores(logits_TE, bias_E)
         if prior is None:
@@ -68,12 +70,16 @@ def topk_gating(
             if prior.share is None:
                 extra_TN = _scales(choice_TE, prior)
             else:
+                own_TK = best_ids(choice_TE, k)
                 choice_TE, extra_TN = _raised(choice_TE, logits_TE, k, spec, prior)
             if prior.decay is None or len(prior.recency_BE) == len(logits_TE):
                 ids_TK = _step(choice_TE, extra_TN, k, prior, prior.flags_T)
             else:
                 ids_TK = _scan(choice_TE, extra_TN, k, prior)
-    return spec.expert_weights(logits_TE, ids_TK), ids_TK
+    weights_TK = spec.expert_weights(logits_TE, ids_TK)
+    if own_TK is not None and (part_T1 := kept_part(logits_TE, ids_TK, own_TK, spec)) is not None:
+        weights_TK = weights_TK * part_T1
+    return weights_TK, ids_TK
 
 
 def check_shapes(logits_TE: Tensor, k: int, prior: PriorStep | None, bias_E: Tensor | None) -> None:

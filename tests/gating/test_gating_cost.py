@@ -20,14 +20,13 @@ K, E = 3, 8
 
 
 def by_numpy(kind: str, z_E: NDArray[Any], bias_E: NDArray[Any], gain: float, held_E: NDArray[Any]) -> NDArray[Any]:
-    """By what one token's experts rank, from the words of `recency_settings.Cost`: the root of w^2 + gain^2."""
+    """By what one token's experts rank, from the words of `recency_settings.Cost`: w + gain."""
     score_E = np.exp(z_E) / np.exp(z_E).sum() if kind.startswith("softmax") else 1 / (1 + np.exp(-z_E))
     choice_E = score_E + (bias_E if kind == "sigmoid_bias" else 0)
     whole = np.sort(choice_E)[-K:].sum() if kind in ("softmax_normalised", "sigmoid_bias") else 1.0
     # A weight is a score over the sum of the chosen: so is the ranked score of a router with a bias.
     weight_E = choice_E / whole
-    ranked_E: NDArray[Any] = np.hypot(np.maximum(weight_E, 0), gain) + np.minimum(weight_E, 0)
-    return np.where(held_E, ranked_E, weight_E)
+    return np.where(held_E, weight_E + gain, weight_E)
 
 
 @pytest.mark.parametrize(
@@ -63,19 +62,39 @@ def test_the_formula_by_another_hand(kind: str, facts: dict[str, Any]) -> None:
 
 
 def test_a_worked_example() -> None:
-    """Weights .5, .3, .2 of the best three: an expert of .1 that is held ranks as one of sqrt(.01 + .0225) = .18."""
+    """Weights .5, .3, .2 of the best three: an expert of .1 that is held ranks as one of .1 + .09, below .2."""
     spec = spec_of("softmax_renormalised", 4)
     assert spec is not None
     logits_1E = torch.tensor([[0.5, 0.3, 0.2, 0.1]]).log()
-    for gain, expected in ((0.15, [0, 1, 2]), (0.18, [0, 1, 3])):  # .2059 is above .2
+    for gain, expected in ((0.09, [0, 1, 2]), (0.11, [0, 1, 3])):
         prior = PriorStep(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), torch.tensor(gain), None, None, share=0.25)
         weights_1K, ids_1K = topk_gating(logits_1E, 3, spec, prior)
         assert ids_1K[0].tolist() == expected
-        chosen_K = logits_1E[0, ids_1K[0]].exp()
-        torch.testing.assert_close(weights_1K[0], chosen_K / chosen_K.sum() * spec.scaling)
+        # Those that stay weigh what they weighed.
+        torch.testing.assert_close(weights_1K[0], logits_1E[0, ids_1K[0]].exp() * spec.scaling)
     plain_1E, raised_1E = ranks(logits_1E, logits_1E, 3, spec, torch.tensor(0.15))
-    assert plain_1E[0, 3].item() == pytest.approx(2 * math.log(0.1 / 0.15))
-    assert raised_1E[0, 3].item() == pytest.approx(2 * math.log(math.hypot(0.1, 0.15) / 0.15))
+    assert plain_1E[0, 3].item() == pytest.approx(math.log(0.1 / 0.15))
+    assert raised_1E[0, 3].item() == pytest.approx(math.log(0.25 / 0.15))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_that_stay_weigh_what_they_weighed(name: str) -> None:
+    spec = spec_of(name, 60)
+    assert spec is not None
+    logits_TE, bias_E = 2 * torch.randn(40, 60, generator=torch.Generator().manual_seed(0)), bias_of(spec)
+    logits_TE, bias_E = logits_TE.to(hard_logits(1, 60, torch.float32, 0).device), bias_E
+    held_BE = (torch.rand(1, 60, generator=torch.Generator().manual_seed(1)) > 0.7).float().to(logits_TE.device)
+    prior = PriorStep(held_BE, torch.tensor(0.3, device=logits_TE.device), None, None, 1.0)
+    (weights_TK, ids_TK), (own_TK, own_ids_TK) = (
+        topk_gating(logits_TE, 6, spec, p, bias_E=bias_E) for p in (prior, None)
+    )
+    stays_TKK = ids_TK[:, :, None] == own_ids_TK[:, None, :]
+    changed = 0
+    for t in range(len(logits_TE)):
+        for i, j in stays_TKK[t].nonzero().tolist():
+            assert weights_TK[t, i].item() == pytest.approx(own_TK[t, j].item(), rel=1e-5)
+        changed += not bool(stays_TKK[t].any(dim=-1).all())
+    assert changed > 5
 
 
 def test_held_are_the_most_lately_used_with_all_equals_at_the_end() -> None:
