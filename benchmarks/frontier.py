@@ -20,8 +20,9 @@ bases are made by the script that made the shipped one, in 40 minutes on a core 
   priors and LRFU (what `remoe train` writes); `tuned` the same without training (`remoe tune`). Ours run as a user runs
   them; the rivals' rules are put on the routers by `frontier_decode`.
 - Curves beside them: `native` (the base's own choice under other evictions), `cost_uniform` (one gain of mode `cost`),
-  `cache_prior_lrfu`, `published_lrfu`, `published_control` (next-token training alone) and `stateless` (the adapters of
-  our family alone, without a prior, under LRU).
+  `cache_prior_lrfu`, `cache_prior_kept` (the same, none protected, with the weights of mode `cost`), `published_lrfu`,
+  `published_control` (next-token training alone) and `stateless` (the adapters of our family alone, without a prior,
+  under LRU).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from frontier_arms import CachePrior, CoAware, CumulativeThreshold, MaxRank, grid
+from frontier_arms import CachePrior, CoAware, CumulativeThreshold, KeptPrior, MaxRank, grid
 from frontier_curves import bars, budgets
 from frontier_decode import Decoded, Eviction, Lrfu, Lru, Rule, Setting, Text, decode
 from frontier_reuse import Observed, ReuseDistance
@@ -47,7 +48,7 @@ from remoe_adapt.bench.harness.results import REPO_ROOT, chosen_model, work_fold
 from remoe_adapt.checkpoints import load_with_tokenizer
 from remoe_adapt.errors import ConfigError, DataError, RemoeError
 from remoe_adapt.evaluation import example_folder, held_out
-from remoe_adapt.evaluation.arms import arms_of
+from remoe_adapt.evaluation.arms import Arm, Arms, arms_of
 from remoe_adapt.eviction.replay import cache_capacity, count_misses
 from remoe_adapt.family import TRAINED, Family
 from remoe_adapt.recency_settings import Recency
@@ -83,7 +84,7 @@ class Options:
     reuse_weight: float = 4.0
     training_steps: int = 200
     training_batch: int = 4
-    gains: Sequence[float] = (0.05, 0.1, 0.14, 0.2, 0.28)
+    gains: Sequence[float] = (0.02, 0.05, 0.1, 0.14, 0.2, 0.28)
     work: str | None = None
 
 
@@ -233,6 +234,8 @@ class _Bench:
         yield from self._swept("cumulative", CumulativeThreshold, masses, Lru)
         yield self._point("cache_prior_lrfu", f"base, LRFU {DECAY:g}", self.base, self._replayed(self.base, "lrfu"))
         yield from self._swept("cache_prior_lrfu", CachePrior, gains[1:6:2], lambda: Lrfu(DECAY))
+        kept = grid(J=(0,), gain=(0.05, 0.1, 0.15, 0.2, 0.3))
+        yield from self._swept("cache_prior_kept", KeptPrior, kept, lambda: Lrfu(DECAY))
 
     def _cecar(self) -> Iterator[Point]:
         k = self._k
@@ -269,9 +272,8 @@ class _Bench:
         yield self._point("published", "base, LRU", self.base)
         yield self._point("published_lrfu", f"base, LRFU {DECAY:g}", self.base, self._replayed(self.base, "lrfu"))
         with arms_of(self.model, family) as arms:
-            for arm in (*arms.points, *(() if arms.control is None else (arms.control,))):
-                arms.use(arm)
-                [found] = decode(self.model, self.text, Lru(), SHARE)
+            wanted = (*arms.points, *(() if arms.control is None else (arms.control,)))
+            for arm, found in self._decoded(arms, wanted, Lru):
                 if arm is arms.control:
                     yield self._point("published_control", "control, LRU", found)
                     continue
@@ -288,9 +290,7 @@ class _Bench:
         adapters = place / TRAINED
         if (adapters / "family.json").is_file():
             with arms_of(self.model, Family.load(adapters)) as arms:
-                for arm in arms.points:
-                    arms.use(arm)
-                    [found] = decode(self.model, self.text, Lru(), SHARE)
+                for arm, found in self._decoded(arms, arms.points, Lru):
                     yield self._point("stateless", f"strength {arm.strength:g}, LRU", found)
 
     def _tuned(self) -> Iterator[Point]:
@@ -299,19 +299,25 @@ class _Bench:
         yield self._point("cost_uniform", f"base, LRFU {DECAY:g}", self.base, self._replayed(self.base, "lrfu"))
         priors = [Recency.of("cost", gain) for gain in self.options.gains]
         with arms_of(self.model, None, priors=priors) as arms:
-            for arm, gain in zip(arms.priors, self.options.gains, strict=True):
-                arms.use(arm)
-                [found] = decode(self.model, self.text, Lrfu(DECAY), SHARE)
+            decoded = self._decoded(arms, arms.priors, lambda: Lrfu(DECAY))
+            for (_, found), gain in zip(decoded, self.options.gains, strict=True):
                 yield self._point("cost_uniform", f"gain {gain:g}", found)
 
     def _family(self, curve: str, family: Family) -> Iterator[Point]:
         """Every point with its routers and its prior, over an LRFU cache."""
         yield self._point(curve, f"base, LRFU {DECAY:g}", self.base, self._replayed(self.base, "lrfu"))
         with arms_of(self.model, family) as arms:
-            for arm in arms.points:
-                arms.use(arm)
-                [found] = decode(self.model, self.text, Lrfu(DECAY), SHARE)
+            for arm, found in self._decoded(arms, arms.points, lambda: Lrfu(DECAY)):
                 yield self._point(curve, f"point {arm.strength:g}", found)
+
+    def _decoded(
+        self, arms: Arms, wanted: Sequence[Arm], eviction: Callable[[], Eviction]
+    ) -> Iterator[tuple[Arm, Decoded]]:
+        """Each of these arms as a user runs it."""
+        for arm in wanted:
+            arms.use(arm)
+            [found] = decode(self.model, self.text, eviction(), SHARE)
+            yield arm, found
 
 
 def csv_rows(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -64,6 +64,13 @@ class CachePrior(Rule):
         return choice_NE + self.gain_N1 * self.span[layer] * marked_NE
 
 
+class KeptPrior(CachePrior):
+    """Cache-Prior with the weights of mode `cost`: how much of what that mode saves is due to the weights alone."""
+
+    name = "cache-prior, weights kept"
+    keeps_weights = True
+
+
 class MaxRank(Rule):
     """Max-Rank (arXiv:2412.00099, section 3 and algorithm 1): of the M best experts those in the cache come first, in
     their own order; then all others in theirs. The router's own top J are always taken. M = K is the router's choice.

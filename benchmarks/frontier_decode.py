@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from remoe_adapt.errors import UnsupportedRouterError
 from remoe_adapt.eviction.replay import cache_capacity
 from remoe_adapt.gating import RouterForward, router_forward
+from remoe_adapt.gating.cost import kept_part
 from remoe_adapt.libraries import Patches, cache_keyword, hook, put_on
 from remoe_adapt.routers import RouterRef, RouterSpec, best_ids, survey_routers
 from remoe_adapt.traces import Trace
@@ -108,6 +109,8 @@ class Rule(ABC):
     """A way to choose experts that knows what is resident, with one setting for each group of rows in a batch."""
 
     name: ClassVar[str]
+    # Whether weights are over the sum of the router's own best, as in mode `cost`; else over that of the chosen.
+    keeps_weights: ClassVar[bool] = False
 
     def __init__(self, settings: Sequence[Setting]) -> None:
         self.settings = list(settings)
@@ -150,7 +153,11 @@ class _Simulation:
         ranked_NE = self.rule.ranked_NE(layer, choice_NE, probabilities_NE, self.caches.resident[layer])
         ids_NK = best_ids(ranked_NE, k)
         self.caches.use(layer, ids_NK, probabilities_NE)
-        return spec.expert_weights(logits_NE, ids_NK), ids_NK
+        weights_NK = spec.expert_weights(logits_NE, ids_NK)
+        if self.rule.keeps_weights:
+            part_N1 = kept_part(logits_NE, ids_NK, best_ids(choice_NE, k), spec)
+            weights_NK = weights_NK if part_N1 is None else weights_NK * part_N1
+        return weights_NK, ids_NK
 
     def note(self, layer: int, ids_TK: Tensor) -> None:
         """Nothing: no class chooses."""

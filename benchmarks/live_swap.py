@@ -27,9 +27,9 @@ from remoe_adapt.bench.harness.results import REPO_ROOT
 from remoe_adapt.engines.gguf.live import LiveRouters
 from remoe_adapt.engines.gguf.split import split_gguf
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel
-from remoe_adapt.family.family import Family
+from remoe_adapt.family import TRAINED, Family
 
-FAMILY = REPO_ROOT / "examples" / "tiny_moe" / "family" / "trained"
+FAMILY = REPO_ROOT / "examples" / "tiny_moe" / "family" / TRAINED
 STRENGTHS = (0.0, 1.0)
 # The engine computes the same numbers again to the last bit; strengths differ by far more.
 _SAME, _APART = 1e-5, 1e-2

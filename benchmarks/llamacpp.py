@@ -53,9 +53,10 @@ from remoe_adapt.engines.llamacpp.client import ScaleMap
 from remoe_adapt.engines.llamacpp.in_process import LlamaModel
 from remoe_adapt.errors import ConfigError
 from remoe_adapt.evaluation import score
-from remoe_adapt.family.family import Family
+from remoe_adapt.family import TRAINED, Family
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
+ADAPTERS = SHIPPED / "family" / TRAINED
 TEXTS = REPO_ROOT.parent / "shared" / "data" / "heldout"
 # Of the widened file against the file as it is: only the order differs in which sums are rounded.
 MOST_NLL_GAP = 0.01
@@ -177,8 +178,8 @@ def prepare(options: Options) -> tuple[Path, Path, list[tuple[float, str]]]:
     plain, loras = model.with_name("plain.gguf"), model.with_name("loras")
     _write(SHIPPED, plain)
     if not loras.exists():
-        export_gguf_lora(model, Family.load(SHIPPED / "family" / "trained"), loras)
-    strengths = Family.load(SHIPPED / "family" / "trained").strengths
+        export_gguf_lora(model, Family.load(ADAPTERS), loras)
+    strengths = Family.load(ADAPTERS).strengths
     return model, plain, [(s, str(loras / f"{Family.adapter_name(s)}.gguf")) for s in strengths]
 
 
@@ -220,7 +221,7 @@ class Run:
         """Disk, groups and processes are there until `ending`; the cap on reads, None without."""
         options = self._options
         source, plain, loras = prepare(options)
-        family, size = Family.load(SHIPPED / "family" / "trained"), source.stat().st_size
+        family, size = Family.load(ADAPTERS), source.stat().st_size
         self.model_bytes, self.limit_bytes = size, int(options.memory_share * size)
         engines = {_key(arm): arm.engine for arm in self._arms}
         room = len(engines) * (size + size // 16) + 64 * _MIB

@@ -29,8 +29,7 @@ from remoe_adapt.bench.harness import REPO_ROOT
 from remoe_adapt.engines.merged import export_merged
 from remoe_adapt.engines.peft_lora import export_lora
 from remoe_adapt.errors import RemoeError
-from remoe_adapt.family import Family
-from remoe_adapt.family.family import original_weights
+from remoe_adapt.family import TRAINED, Family, original_weights
 
 TOKENS = 48
 # Sizes that vLLM's attention on a CPU takes: heads of 32 or more, and rows of whole vectors.
@@ -59,7 +58,7 @@ def home(architecture: str, folder: Path) -> tuple[Path, Family, float]:
     """A base and a family of it, with a strength."""
     if architecture == "shipped":
         shipped = REPO_ROOT / "examples" / "tiny_moe"
-        return shipped, Family.load(shipped / "family" / "trained"), 1.0
+        return shipped, Family.load(shipped / "family" / TRAINED), 1.0
     sys.path.insert(0, str(REPO_ROOT / "tests" / "support"))  # tiny models are the tests' own
     tiny_model = importlib.import_module("tiny_models").tiny_model
     model = tiny_model(architecture, **(_SIZES | _LARGER.get(architecture, {})))

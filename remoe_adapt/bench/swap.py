@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from remoe_adapt.bench.harness import REPO_ROOT
 from remoe_adapt.checkpoints import load_base
 from remoe_adapt.dial import get_remoe_model
-from remoe_adapt.family import Family, FamilyPoint, original_weights
+from remoe_adapt.family import TRAINED, Family, FamilyPoint, original_weights
 from remoe_adapt.routers import survey_routers
 
 SHIPPED = REPO_ROOT / "examples" / "tiny_moe"
@@ -185,7 +185,7 @@ def _forward_figures(model: str | None, family: str | None, forwards: int) -> di
     if model is None and not (SHIPPED / "config.json").exists():
         return {"forward_ratio": None, "forward_skipped": "no shipped model in this installation: name one"}
     source = model or str(SHIPPED)
-    shipped_family = SHIPPED / "family" / "trained"
+    shipped_family = SHIPPED / "family" / TRAINED
     if family is None and model is None and shipped_family.exists():
         family = str(shipped_family)
     return forward_ratio(source, family, forwards)

@@ -102,6 +102,7 @@ def train(
     else:
         certify(family, measured)
     if is_tuned:
+        result["family"] = str(out)
         shown.append(f"{out} is tuned already: delete its family.json to tune again")
     elif tune:
         made, words = _tuned(base, tokenizer, model, data, out, adapters, aims, options)

@@ -31,6 +31,6 @@ from remoe_adapt.evaluation.record import (
     window_length,
     windows,
 )
-from remoe_adapt.evaluation.sensitivity import Calibration, Measurement, Outcome, calibrate, measure_priors
+from remoe_adapt.evaluation.sensitivity import Calibration, Measurement, Outcome, calibrate, measure_settings
 from remoe_adapt.evaluation.shipped import example_folder, held_out
 from remoe_adapt.evaluation.tune import BUDGETS, CALIBRATION_TOKENS, check_budgets, tune_family

@@ -19,7 +19,7 @@ from torch import nn
 from remoe_adapt._support import freed_memory_kept
 from remoe_adapt.checkpoints import device_of
 from remoe_adapt.errors import ConfigError, DataError, RouterError
-from remoe_adapt.evaluation.arms import Arm, Arms, arms_of
+from remoe_adapt.evaluation.arms import arms_of
 from remoe_adapt.evaluation.evaluate import Tally, measured_model, tally_arms
 from remoe_adapt.evaluation.record import window_tokens, windows
 from remoe_adapt.eviction import cache_capacity, count_misses
@@ -99,59 +99,31 @@ def measure_settings(
     on_tokens: Callable[[int], object] | None = None,
     *,
     family: Family | None = None,
+    control: bool = False,
 ) -> Measurement:
     """Runs the base, and under each setting, over token documents, by the evaluation protocol.
 
     settings: gains of one kind, all with an adapter of `family` or all without. cache: share of a layer's experts in
-    the cache whose misses are counted, empty where a document begins. family: its control is measured too.
+    the cache whose misses are counted, empty where a document begins. control: that of `family` is measured too.
 
     Raises ConfigError for priors of several kinds or a bad share, DataError when no document has two tokens.
     """
     priors = [prior for prior, _ in settings]
-    trial = None if family is None else _trial(family, settings)
-    with arms_of(model, trial, priors=priors if trial is None else ()) as arms:
-        return _measured(model, documents, settings, cache, on_tokens, arms, arms.points or arms.priors)
-
-
-def _trial(family: Family, settings: Sequence[Setting]) -> Family:
-    """A family of these settings, which is in memory alone."""
-    points = []
-    for number, (prior, source) in enumerate(settings, 1):
-        assert source is not None
-        points.append(replace(source, strength=number / len(settings), recency=prior))
-    return Family(family.path, family.base_id, family.fingerprint, tuple(points), family.control)
-
-
-def measure_priors(
-    model: nn.Module,
-    documents: Sequence[Sequence[int]],
-    priors: Sequence[Recency],
-    cache: float,
-    on_tokens: Callable[[int], object] | None = None,
-) -> Measurement:
-    """`measure_settings` of gains on the base's own routers."""
-    return measure_settings(model, documents, [(prior, None) for prior in priors], cache, on_tokens)
-
-
-def _measured(
-    model: nn.Module,
-    documents: Sequence[Sequence[int]],
-    settings: Sequence[Setting],
-    cache: float,
-    on_tokens: Callable[[int], object] | None,
-    arms: Arms,
-    of_settings: Sequence[Arm],
-) -> Measurement:
+    trial = None if family is None else _trial(family, settings, control)
     window = window_tokens(model)
     plan = windows([len(ids) for ids in documents], window)
     if not plan:
         raise DataError("nothing to score: no document has two tokens; give more text")
-    with measured_model(model) as measured, freed_memory_kept(device_of(model).type):
+    with (
+        arms_of(model, trial, priors=priors if trial is None else ()) as arms,
+        measured_model(model) as measured,
+        freed_memory_kept(device_of(model).type),
+    ):
         assert measured is not None
         tallies = tally_arms(documents, plan, arms, measured, on_tokens=on_tokens)
         experts, top_k = measured.recorder.num_experts, measured.recorder.top_k
-    base, found = tallies[arms.base], [tallies[arm] for arm in of_settings]
-    capacity, decay = cache_capacity(cache, experts, top_k), settings[0][0].decay
+    base, found = tallies[arms.base], [tallies[arm] for arm in arms.points or arms.priors]
+    capacity, decay = cache_capacity(cache, experts, top_k), priors[0].decay
 
     def misses(trace: Trace, policy: str) -> Floats:
         counted: Floats = count_misses(trace, policy, [capacity], decay)[0] / trace.num_tokens
@@ -174,6 +146,16 @@ def _measured(
         base, outcomes, misses(base_trace, "lru"), misses(base_trace, "lrfu"), experts, base.tokens,
         len({part.document for part in plan}), window, None if arms.control is None else tallies[arms.control],
     )  # fmt: skip
+
+
+def _trial(family: Family, settings: Sequence[Setting], control: bool) -> Family:
+    """A family of these settings, and its control where it is asked for, in memory alone."""
+    points = []
+    for number, (prior, source) in enumerate(settings, 1):
+        assert source is not None
+        points.append(replace(source, strength=number / len(settings), recency=prior))
+    beside = family.control if control else None
+    return Family(family.path, family.base_id, family.fingerprint, tuple(points), beside)
 
 
 @dataclass(frozen=True)
@@ -375,14 +357,14 @@ def calibrate(
     groups, gains = groups_of(places), probe_gains(model, kind)
     sources: list[FamilyPoint | None] = [None] if family is None else [*family.points]
     if on_passes is not None:
-        together = whole + 1 if family is None else 2 * (1 + _controls(family)) + len(sources) * (whole + 1)
+        together = whole + 1 if family is None else 2 + len(sources) * (whole + 1)
         on_passes(1 + len(groups) * len(gains) + together)
     alone = [
         _spread(kind, routers, groups, [gain if other == number else 0.0 for other in range(len(groups))])
         for number in range(len(groups))
         for gain in gains
     ]
-    found = measure_priors(model, documents, alone, cache, on_tokens)
+    found = measure_settings(model, documents, [(prior, None) for prior in alone], cache, on_tokens)
     probes = [found.outcomes[at : at + len(gains)] for at in range(0, len(alone), len(gains))]
     curves = [
         fit_curve(
@@ -414,10 +396,6 @@ def calibrate(
         Way.of(source, [(price, next(outcomes)) for price in prices[source]], rests[source]) for source in sources
     ]
     return result
-
-
-def _controls(family: Family) -> int:
-    return int(family.control is not None)
 
 
 def _prices(found: Calibration, budgets: Sequence[float], spent_ce: float, whole: int) -> list[float]:

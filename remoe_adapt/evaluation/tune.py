@@ -135,7 +135,7 @@ def tune_family(
 
     def measured(settings: Sequence[Setting]) -> Measurement:
         total.add(sum(map(len, apart)) * (len(settings) + beside))
-        return measure_settings(model, apart, settings, cache, on_tokens, family=family)
+        return measure_settings(model, apart, settings, cache, on_tokens, family=family, control=True)
 
     points, last = _verified(found, aims, measured)
     told = [f"held-out part of {Path(path).name}" for path in data]
@@ -262,27 +262,25 @@ def _written(
     result["control"] = None if last.control is None else row(last.control, None)
     rows, stored = [], []
     for number, point in enumerate(points, 1):
-        outcome = point.outcome
+        outcome, strength = point.outcome, number / len(points)
         assert outcome is not None
-        strength = number / len(points)
-        gains = outcome.prior.gains()
-        of_prior = {"recency": outcome.prior.mode, "recency_gain": sum(gains) / len(gains)}
-        counted = {"misses": outcome.misses, "to_lru": outcome.misses / lru, "to_lrfu": outcome.misses / lrfu}
-        found_row = row(outcome.tally, strength) | of_prior | counted
-        certificate = certificate_of(found_row, result)
-        with_adapter = outcome.source or FamilyPoint(strength, None, {})
+        gains, source = outcome.prior.gains(), outcome.source or FamilyPoint(strength, None, {})
+        found_row = row(outcome.tally, strength) | {
+            "recency": outcome.prior.mode, "recency_gain": sum(gains) / len(gains),
+            "misses": outcome.misses, "to_lru": outcome.misses / lru, "to_lrfu": outcome.misses / lrfu,
+        }  # fmt: skip
         stored.append(
             replace(
-                with_adapter, strength=strength, recency=outcome.prior, certificate=certificate, budget=point.budget
+                source, strength=strength, recency=outcome.prior, budget=point.budget,
+                certificate=certificate_of(found_row, result),
             )
-        )
-        extra = {"budget": point.budget, "met": not point.is_over, "steps_back": point.steps_back}
+        )  # fmt: skip
         rows.append(
-            found_row
-            | extra
-            | {"adapter": with_adapter.adapter, "gains": list(gains)}
-            | {"ppl_ratio_reference": point.ratio}
-        )
+            found_row | {
+                "budget": point.budget, "met": not point.is_over, "steps_back": point.steps_back,
+                "adapter": source.adapter, "gains": list(gains), "ppl_ratio_reference": point.ratio,
+            }
+        )  # fmt: skip
     family.add_points(stored, adapters)
     if adapters is not None and adapters.control is not None and result["control"] is not None:
         family.set_control(adapters.path / adapters.control.adapter, certificate_of(result["control"], result))

@@ -227,7 +227,7 @@ def test_train_makes_a_certified_family_and_goes_on_where_it_was(home: Path, tmp
     assert all(point.recency is not None and point.certificate is not None for point in family.points)
     before = (out / "family.json").read_bytes()
     again = trained(tmp_path / "more.jsonl", out, "0.5,1.0", *only_one)
-    assert again["strengths"] == [0.5, 1.0] and again["tuned"] is None
+    assert again["strengths"] == [0.5, 1.0] and again["tuned"] is None and again["family"] == str(out)
     assert (out / "family.json").read_bytes() == before, "tuned already, and the budgets were kept"
     few = trained(home / "b.jsonl", tmp_path / "few", "0.5")
     assert few["tokens"] < 1000 and not few["certified"] and few["tuned"] is None

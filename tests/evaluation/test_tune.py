@@ -35,7 +35,7 @@ from remoe_adapt.evaluation.sensitivity import (
     calibrate,
     fit_curve,
     groups_of,
-    measure_priors,
+    measure_settings,
     reference_ce,
 )
 from remoe_adapt.evaluation.tune import _rows, _verified, check_budgets, tune_family
@@ -114,7 +114,7 @@ def test_misses_and_losses_are_those_of_the_definitions(base: PreTrainedModel) -
     generator = torch.Generator().manual_seed(2)
     documents = [torch.randint(1, 257, (n,), generator=generator).tolist() for n in (64, 64, 40)]
     priors = [Recency.of("cost", (0.2, 0.0, 0.0, 0.4)), Recency.of("cost", 0.3)]
-    measured = measure_priors(base, documents, priors, 0.25)
+    measured = measure_settings(base, documents, [(prior, None) for prior in priors], 0.25)
     rows = evaluate(base, documents, priors=priors)
     capacity = cache_capacity(0.25, 8, 2)
     trace = measured.base.trace(8)

@@ -44,12 +44,12 @@ def test_the_share_decides_what_is_preferred() -> None:
     model = routing_matters("qwen2_moe")
     found = {}
     for share in (None, 0.25, 0.5, 1.0):
-        with recency_prior(model, "cost", 0.4, share=share) as installed:
+        with recency_prior(model, "cost", 0.15, share=share) as installed:
             found[share] = chosen(model, LONGER)
             assert installed.prior.share == (share or 0.25)
     assert torch.equal(found[None], found[0.25])
     assert not torch.equal(found[0.5], found[0.25]) and not torch.equal(found[0.5], found[1.0])
-    with pytest.raises(ConfigError, match=r"share 1\.5"), recency_prior(model, "cost", 0.4, share=1.5):
+    with pytest.raises(ConfigError, match=r"share 1\.5"), recency_prior(model, "cost", 0.15, share=1.5):
         pass
 
 
