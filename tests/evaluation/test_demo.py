@@ -231,6 +231,6 @@ def test_shipped_model_and_family(repo_root: Path) -> None:
     shipped = repo_root / "examples" / "tiny_moe"
     if not (shipped / "family" / "family.json").is_file():
         pytest.skip("examples/tiny_moe has no family in this checkout")
-    found = run_demo(tokens=400, new_tokens=0)
+    found = run_demo(tokens=400, new_tokens=0, max_seconds=10.0)
     assert found["base"]["ppl"] < 200
     assert max(row["eor"] for row in found["points"]) > found["base"]["eor"]
