@@ -1,21 +1,19 @@
-"""The recency mode `cost` by itself: what cost.c and cost.py rank is the definition, and what weights are is read off
-the graph or the prior stays off."""
+"""The recency mode `cost` by itself: what cost.c and cost.py rank is the definition."""
 
 from __future__ import annotations
 
-import ctypes as C
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fake_graph import Graph, node, operation_of
+from fake_graph import Graph, Node, node
 from llama_engine import skip_without_engine
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remoe_adapt.engines.llamacpp.prior.cost import HELD_ABOVE, Ranks, Weighing, held, raised
+from remoe_adapt.engines.llamacpp.prior.cost import HELD_ABOVE, Ranks, held, raised
 from remoe_adapt.engines.llamacpp.prior.fallback import best
 from remoe_adapt.engines.llamacpp.prior.native import MODES
 from remoe_adapt.gating import HELD_ABOVE as ABOVE
@@ -87,7 +85,15 @@ def test_ranking_and_state_are_those_of_the_definition_in_c_and_in_numpy(name: s
         order_TE = best_ids(torch.from_numpy(scores_TE), E).numpy()
         graph.control.gain, graph.control.swapped = gain, 0
         graph.rows([0] * TOKENS, range(TOKENS))
-        found_TK = graph.choose(scores_TE, K, operation=operation, order=order_TE.astype(np.int32))
+        # What a bias was added to, of which weights are.
+        before = node("SOFT_MAX" if name.startswith("softmax") else "SIGMOID", facts.scores(logits_TE).numpy())
+
+        def add_source(_: Node, before: Node = before) -> None:
+            if operation == "ADD" and ranks == Ranks.SCORES:
+                graph.choice.src[0] = before.at
+
+        order_TE32 = order_TE.astype(np.int32)
+        found_TK = graph.choose(scores_TE, K, operation=operation, order=order_TE32, change=add_source)
         assert found_TK.tolist() == expected_TK.tolist(), gain
         assert (graph.control.swapped > 0) == (gain > 0) and graph.control.refused_rows == 0
         mine_E = np.zeros(E, np.float32)
@@ -131,7 +137,8 @@ def test_scores_that_are_no_numbers_rank_as_in_the_definition(name: str, graph: 
             expected.append(best_ids(torch.where(cost.held(recency_1E, SHARE, K), raised_1E, plain_1E), K))
             update_recency(recency_1E, expected[-1], DECAY)
         order_TE = best_ids(given_TE, E).numpy().astype(np.int32)
-        found_TK = graph.choose(scores_TE, K, order=order_TE.copy())
+        operation = "SIGMOID" if ranks == Ranks.SCORES else "ADD"
+        found_TK = graph.choose(scores_TE, K, operation=operation, order=order_TE.copy())
         assert found_TK.tolist() == torch.cat(expected).tolist() and graph.control.refused_rows == 0, (number, gain)
         with np.errstate(all="ignore"):
             assert in_numpy(given_TE.numpy(), order_TE, gain, ranks, facts.normalize).tolist() == found_TK.tolist()
@@ -163,98 +170,10 @@ def test_what_counts_as_held_ends_where_the_definition_ends_it(graph: Graph) -> 
     chosen = []
     for choice_1E in torch.from_numpy(scores_TE.copy()).split(1):
         is_held_1E = cost.held(recency_1E, 1.0, K)
-        raised_1E = cost.of_scores(choice_1E, torch.tensor(16.0))
-        chosen.append(best_ids(torch.where(is_held_1E, raised_1E, choice_1E), K))
+        chosen.append(best_ids(torch.where(is_held_1E, choice_1E + 16.0, choice_1E), K))
         update_recency(recency_1E, chosen[-1], DECAY)
     graph.rows([0] * 1100, range(1100))
     assert graph.choose(scores_TE, K).tolist() == torch.cat(chosen).tolist()
     assert HELD_ABOVE == ABOVE
     for least, is_held in ((HELD_ABOVE, True), (np.nextafter(np.float32(HELD_ABOVE), np.float32(0)), False)):
         assert held(np.array([least, 0, 0], np.float32), 1.0, 1)[0] == is_held
-
-
-CHAINS = {
-    "softmax": ("SOFT_MAX", ["MUL"], Ranks.SOFTMAX, False),
-    "softmax over its sum": (
-        "SOFT_MAX",
-        ["RESHAPE", "SUM_ROWS", "DIV", "RESHAPE", "SCALE", "MUL"],
-        Ranks.SOFTMAX,
-        True,
-    ),
-    "over the chosen": ("ADD", ["RESHAPE", "SOFT_MAX", "RESHAPE", "MUL"], Ranks.LOGITS, False),
-    "nothing after logits": ("ADD", ["MUL"], Ranks.UNKNOWN, False),
-    "a softmax twice": ("SOFT_MAX", ["SOFT_MAX", "MUL"], Ranks.UNKNOWN, False),
-    "another operation": ("SOFT_MAX", ["SQRT", "MUL"], Ranks.UNKNOWN, False),
-    "never used": ("SOFT_MAX", ["RESHAPE"], Ranks.UNKNOWN, False),
-}
-
-
-@pytest.mark.parametrize("name", CHAINS)
-def test_what_weights_are_is_read_off_the_graph_or_the_prior_stays_off(name: str) -> None:
-    operation, chain, ranks, is_normalised = CHAINS[name]
-    graph = Graph(library())
-    graph.control.mode, graph.control.decay, graph.control.share = MODES["cost"], DECAY, SHARE
-    scores_TE = np.random.default_rng(5).random((30, E)).astype(np.float32)
-    graph.control.gain = 1.0
-    graph.choose(scores_TE.copy(), K, operation=operation)
-    graph.consume(np.zeros((E, 2, 2), np.float32))
-    graph.weigh(graph.choice, [step for step in chain if step != "SUM_ROWS"])
-    followed = follow(graph, operation)
-    graph.lib.rp_settle(graph.prior)
-    normalised = C.c_bool()
-    assert graph.lib.rp_ranks(graph.prior, 0, C.byref(normalised)) == ranks == followed.ranks
-    assert normalised.value == is_normalised == followed.is_normalised
-    if ranks:
-        assert graph.why() == "on"
-    else:
-        assert "what the weights" in graph.why()
-    graph.choose(scores_TE.copy(), K, operation=operation)
-    assert (graph.control.changed_rows > 0) == bool(ranks)
-    graph.close()
-
-
-def follow(graph: Graph, operation: str) -> Weighing:
-    """What cost.py makes of the nodes that were asked about last."""
-    addresses = {one.at: one for one in (graph.choice, *graph.chain, *graph.chain[0].kept[1:])}
-
-    def of(address: int) -> tuple[bytes, int]:
-        return operation_of(addresses[address]), addresses[address].src[0] or 0
-
-    found = Weighing(graph.choice.at)
-    first = graph.chain[0]
-    found.at, found.scores = first.at, first.src[0]
-    for one in graph.chain[1:]:
-        found.follow(one.at, one, operation_of(one), of)
-    return found
-
-
-def test_scores_that_a_sigmoid_makes_are_ranked_themselves_or_as_logits() -> None:
-    for ranked, ranks in (("scores", Ranks.SCORES), ("logits", Ranks.BARE_LOGITS)):
-        graph = Graph(library())
-        graph.control.mode = MODES["cost"]
-        values = np.random.default_rng(6).random((8, E)).astype(np.float32)
-        graph.choose(values, K, operation="ADD")
-        scores = node("SIGMOID", values, sources=[graph.choice])
-        if ranked == "scores":  # with a bias, so that they are another tensor
-            graph.choice.src[0] = scores.at
-            scores.src[0] = None
-        graph.consume(np.zeros((E, 2, 2), np.float32))
-        graph.weigh(scores, ["DIV", "MUL"])
-        assert graph.lib.rp_settle(graph.prior) == 1, graph.why()
-        assert graph.lib.rp_ranks(graph.prior, 0, C.byref(C.c_bool())) == ranks
-        graph.close()
-
-
-def test_a_mode_that_is_turned_on_later_says_what_it_misses() -> None:
-    graph = Graph(library())
-    scores_TE = np.random.default_rng(7).random((30, E)).astype(np.float32)
-    graph.control.gain = 1.0
-    graph.choose(scores_TE.copy(), K)
-    graph.consume(np.zeros((E, 2, 2), np.float32))
-    assert graph.lib.rp_settle(graph.prior) == 1
-    graph.choose(scores_TE.copy(), K)
-    changed = graph.control.changed_rows
-    graph.control.mode = MODES["cost"]
-    graph.choose(scores_TE.copy(), K)
-    assert graph.control.changed_rows == changed > 0 and "what the weights" in graph.why()
-    graph.close()

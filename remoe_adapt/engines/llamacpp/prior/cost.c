@@ -29,14 +29,30 @@ static float least_held(const float *rec, int E, int held) {
 }
 
 /* Below it an exponential has too few digits left to order experts: what they rank by goes on as a hyperbola. */
-#define PRICE_FLOOR (-20.0f)
-#define PRICE_TAIL 4.2483543e-17f /* 10 exp(-40) */
+#define PRICE_FLOOR (-40.0f)
+#define PRICE_TAIL 1.6993417e-16f /* 40 exp(-40) */
+/* From it on log(1 + exp x) is x. */
+#define PRICE_TOP 20.0f
+
+static float largest(const float *row, int k, const int32_t *ids) {
+    float most = row[ids[0]];
+    for (int i = 1; i < k; i++) if (row[ids[i]] > most) most = row[ids[i]];
+    return most;
+}
+
+/* The sum of exp(row - most) over the ids [k]. */
+static double exponentials(const float *row, int k, const int32_t *ids, float most) {
+    double sum = 0;
+    for (int i = 0; i < k; i++) sum += exp((double)row[ids[i]] - (double)most);
+    return sum;
+}
 
 /* Ids [k] of the best of what a layer ranks, held experts by more. row [E]: the scores, a softmax by its logarithm.
    theirs [k]: the best of them.
 
-   A held expert of weight w ranks by sqrt(w^2 + g^2). Of those with w far below g the sum has the same digits, and what
-   rounding leaves is not their order: so the difference to g is computed, in which all digits are of w. */
+   A held expert of weight w ranks as one of weight w + g. Of those with w far below g the sum has the same digits, and
+   what rounding leaves is not their order: so where logarithms are ranked it is log(1 + w/g), in which all digits are
+   of w. Sums of the few are taken in double and rounded once, as in the definition. */
 static void rank_by_cost(const rp *p, const layer_state *s, const float *row, const float *rec, int k, int held, float gain,
                          const int32_t *theirs, int32_t *ours) {
     const int E = s->E;
@@ -46,74 +62,29 @@ static void rank_by_cost(const rp *p, const layer_state *s, const float *row, co
     int32_t key[RP_MAXE];
     if (s->ranks == RP_RANKS_SOFTMAX || s->ranks == RP_RANKS_LOGITS) {
         /* log w - log g = row - base; the largest comes out of a sum of exponentials, so that none overflows. */
-        float base = logf(gain);
+        double exact = log((double)gain);
         if (is_normalised || s->ranks == RP_RANKS_LOGITS) {
-            float most = row[theirs[0]], sum = 0;
-            for (int i = 1; i < k; i++) if (row[theirs[i]] > most) most = row[theirs[i]];
-            for (int i = 0; i < k; i++) sum += expf(row[theirs[i]] - most);
-            base += most + logf(sum);
+            float most = largest(row, k, theirs);
+            exact += (double)most + log(exponentials(row, k, theirs, most));
         }
+        const float base = (float)exact;
         const bool is_priced = isfinite(base);
         for (int e = 0; e < E; e++) {
             float x = is_priced ? row[e] - base : row[e];
-            if (is_priced && rec[e] >= least && x < 10.0f && isfinite(x))
-                x = x < PRICE_FLOOR ? PRICE_TAIL / -x : 0.5f * log1pf(expf(2.0f * x));
+            if (is_priced && rec[e] >= least && x < PRICE_TOP && isfinite(x))
+                x = x < PRICE_FLOOR ? PRICE_TAIL / -x : (x > 0 ? x : 0.0f) + log1pf(expf(-fabsf(x)));
             value[e] = x;
         }
     } else {
         for (int e = 0; e < E; e++) value[e] = s->ranks == RP_RANKS_BARE_LOGITS ? 1.0f / (1.0f + expf(-row[e])) : row[e];
         float scale = gain;
         if (is_normalised) {
-            float sum = 0;
-            for (int i = 0; i < k; i++) sum += value[theirs[i]];
-            scale *= fabsf(sum);
+            double sum = 0;
+            for (int i = 0; i < k; i++) sum += (double)value[theirs[i]];
+            scale = (float)(fabs(sum) * (double)gain);
         }
-        const float square = scale * scale;
-        const bool is_priced = scale > 0 && isfinite(square);
-        for (int e = 0; e < E; e++) {
-            float c = value[e];
-            if (!is_priced || rec[e] < least || !isfinite(c)) continue;
-            value[e] = scale + (c > 0 ? c * (c / (sqrtf(square + c * c) + scale)) : c);
-        }
+        if (scale > 0 && isfinite(scale)) for (int e = 0; e < E; e++) value[e] += rec[e] >= least ? scale : 0.0f;
     }
     for (int e = 0; e < E; e++) key[e] = key_of(value[e]);
     best(key, E, k, ours);
-}
-
-/* ---- what the weights are, read off the graph ---- */
-
-static const tensor *unshaped(const rp *p, const tensor *t) {
-    while (t && is_op(p, t, "RESHAPE")) t = t->src[0];
-    return t;
-}
-
-/* By what takes part in a layer's choice: the tensor that is ranked, that which the weights are gathered from, and
-   whether a softmax is taken over the chosen. */
-static int ranks_of(const rp *p, const tensor *ranked, const tensor *scores, bool is_softmax_after) {
-    if (!ranked || !scores) return RP_RANKS_UNKNOWN;
-    if (is_op(p, scores, "SOFT_MAX")) {
-        if (is_softmax_after) return RP_RANKS_UNKNOWN;
-        return ranked == scores ? RP_RANKS_SOFTMAX : RP_RANKS_SCORES;
-    }
-    if (is_op(p, scores, "SIGMOID") || is_op(p, scores, "SQRT")) {
-        if (is_softmax_after) return RP_RANKS_UNKNOWN;
-        if (ranked != scores->src[0]) return RP_RANKS_SCORES;
-        return is_op(p, scores, "SIGMOID") ? RP_RANKS_BARE_LOGITS : RP_RANKS_UNKNOWN;
-    }
-    return ranked == scores && is_softmax_after ? RP_RANKS_LOGITS : RP_RANKS_UNKNOWN;
-}
-
-/* One more node of the graph, which may be what becomes of the weights on their way to the products' results. */
-static void follow_weights(const rp *p, layer_state *s, const tensor *t) {
-    const tensor *at = s->weights_at;
-    if (t->src[0] != at && t->src[1] != at) return;
-    if (is_op(p, t, "RESHAPE") || is_op(p, t, "VIEW") || is_op(p, t, "CONT") || is_op(p, t, "SCALE")) s->weights_at = t;
-    else if (is_op(p, t, "SUM_ROWS")) return;
-    else if (is_op(p, t, "DIV") && t->src[0] == at) { s->is_normalised = true; s->weights_at = t; }
-    else if (is_op(p, t, "SOFT_MAX")) { s->is_softmax_after = true; s->weights_at = t; }
-    else {
-        const tensor *sorted = s->pending->view_src ? s->pending->view_src : s->pending;
-        if (is_op(p, t, "MUL")) s->ranks = ranks_of(p, sorted->src[0], unshaped(p, s->gathered->src[0]), s->is_softmax_after);
-        s->weights_at = NULL;
-    }
 }

@@ -20,14 +20,27 @@ from numpy.typing import NDArray
 
 from remoe_adapt._support import say_once
 from remoe_adapt.engines.llamacpp.prior.base import EnginePrior, PriorStatus
-from remoe_adapt.engines.llamacpp.prior.cost import HELD_ABOVE, NO_WEIGHTS, Weighing, held, raised
+from remoe_adapt.engines.llamacpp.prior.cost import HELD_ABOVE, Ranks, held, raised
 from remoe_adapt.engines.llamacpp.prior.native import LAYERS, MAX_EXPERTS, NativePrior
+from remoe_adapt.engines.llamacpp.prior.weights import (
+    NO_SUM,
+    NO_WEIGHTS,
+    WEIGHTS,
+    Divided,
+    Nodes,
+    Owed,
+    Weighing,
+    can_renormalise,
+    is_reachable,
+    kept_part,
+    scores_of,
+)
 from remoe_adapt.errors import MissingDependencyError
 from remoe_adapt.recency_settings import Recency
 
 MAX_CHOSEN = 64
 MAX_SPAN = np.float32(1e30)
-_TOPK, _WEIGHTS = b"ffn_moe_topk-", b"ffn_moe_weights-"
+_TOPK = b"ffn_moe_topk-"
 _F32, _I32 = 0, 26
 _OnEval = C.CFUNCTYPE(C.c_bool, C.c_void_p, C.c_bool, C.c_void_p)
 _COUNTERS = ("tokens", "changed_rows", "swapped", "kept", "chosen", "restarts", "rewinds", "refused", "calls", "ns")
@@ -114,6 +127,8 @@ class NumpyPrior(EnginePrior):
         self._experts: dict[int, int] = {}
         self._pending: dict[int, tuple[int, set[str]]] = {}
         self._weighing: dict[int, Weighing] = {}
+        self._nodes = Nodes(Head.from_address, engine.ggml_op_desc)
+        self._owed: Owed | None = None
         self._used = dict.fromkeys(_COUNTERS, 0)
         self._batch: list[tuple[int, int, bool]] = []
         self._at: dict[int, int] = {}
@@ -127,6 +142,7 @@ class NumpyPrior(EnginePrior):
         self._last: dict[tuple[int, int], NDArray[np.int32]] = {}
 
     def rows(self, sequences: Sequence[int], positions: Sequence[int]) -> None:
+        self._miss_owed()  # of a graph that was broken off, or whose last layer weighs otherwise than it was seen to
         met: set[int] = set()
         self._batch, self._at = [], {}
         for sequence, position in zip(sequences, positions, strict=True):
@@ -150,6 +166,10 @@ class NumpyPrior(EnginePrior):
                 self._reason = "weights or products take other ids than those of the ranking"
             elif self.recency.kind.is_priced and any(found.ranks == 0 for found in self._weighing.values()):
                 self._reason = NO_WEIGHTS
+            elif self.recency.kind.is_priced and any(
+                found.divided and not found.can_keep for found in self._weighing.values()
+            ):
+                self._reason = NO_SUM
         self._is_on = not self._reason
         self.reset()
         self._used = dict.fromkeys(self._used, 0)
@@ -165,13 +185,17 @@ class NumpyPrior(EnginePrior):
 
     def ask(self, tensor: int, ask: bool) -> bool:
         name = C.string_at(tensor + Head.name.offset, 64).partition(b"\0")[0]
+        if self._owed is not None and self._owed.is_here(tensor, self._nodes):
+            if not ask:
+                self._keep_weights(Head.from_address(tensor))
+            return True
         if self._reason:
             return not ask
         if ask and not self._is_on:
             self._prove(tensor, Head.from_address(tensor), self._engine.ggml_op_desc(tensor))
-        if self._renormalise and name.startswith(_WEIGHTS):
+        if self._renormalise and name.startswith(WEIGHTS):
             if not ask and self._engine.ggml_op_desc(tensor) == b"GET_ROWS":
-                _renormalise(Head.from_address(tensor))
+                self._renormalise_weights(Head.from_address(tensor))
             return True
         number = name.removeprefix(_TOPK)
         if number == name or not number.isdigit() or int(number) >= LAYERS:
@@ -247,7 +271,7 @@ class NumpyPrior(EnginePrior):
         """The nodes that take the chosen ids come after the choice, and take these and no others."""
         place = {b"GET_ROWS": 1, b"MUL_MAT_ID": 2}.get(operation)
         for layer, (choice, found) in self._pending.items():
-            self._weighing[layer].follow(address, node, operation, self._of)
+            self._weighing[layer].follow(address, self._nodes)
             if place is not None and node.src[place] == choice:
                 if place == 2:
                     weights = Head.from_address(node.src[0])
@@ -255,28 +279,68 @@ class NumpyPrior(EnginePrior):
                         continue
                     self._residents.learn(layer, weights)
                 # Factors of the experts may be gathered by the same ids.
-                elif node.name.startswith(_WEIGHTS):
-                    self._weighing[layer].at, self._weighing[layer].scores = address, node.src[0]
+                elif node.name.startswith(WEIGHTS):
+                    self._weighing[layer].begin(address)
                 found.add(operation.decode())
 
-    def _of(self, tensor: int) -> tuple[bytes, int]:
-        return self._engine.ggml_op_desc(tensor), Head.from_address(tensor).src[0] or 0
+    def _off(self, reason: str) -> None:
+        self._reason, self._is_on = self._reason or reason, False
+
+    def _miss_owed(self) -> None:
+        """The weights of the choice before were not met: its graph is another than the one that was seen."""
+        if self._owed is not None:
+            self._owed = None
+            self._off(NO_SUM)
+
+    def _keep_weights(self, node: Head) -> None:
+        owed, self._owed = self._owed, None
+        assert owed is not None
+        if not is_reachable(node, len(owed.part_T)):
+            self._off(NO_SUM)
+            return
+        owed.keep(_rows(node, np.float32))
+
+    def _renormalise_weights(self, node: Head) -> None:
+        if not can_renormalise(node):
+            return
+        part_T = np.ones(node.ne[2], np.float32)
+        owed = self._owed
+        if owed is not None and (owed.at, owed.top, len(owed.part_T)) == (Divided.AT_GATHER, node.src[1], len(part_T)):
+            part_T, self._owed = owed.part_T, None
+        _renormalise(node, part_T)
+
+    def _scores(self, layer: int, choice_at: int, rows: int) -> Any:
+        """What weights are gathered from [T, E], where ids may be rewritten; None, and off, where they may not."""
+        weighing = self._weighing[layer]
+        if not weighing.ranks:
+            self._off(NO_WEIGHTS)
+            return None
+        at = choice_at
+        if weighing.divided:
+            at = scores_of(choice_at, self._nodes) if weighing.ranks == Ranks.SCORES else choice_at
+            node = Head.from_address(at) if at and weighing.can_keep else None
+            if node is None or not is_reachable(node, rows) or node.ne[0] != self._experts[layer]:
+                self._off(NO_SUM)
+                return None
+        return _rows(Head.from_address(at), np.float32)
 
     def _serve(self, layer: int, tensor: int) -> None:
+        self._miss_owed()
         top = Head.from_address(tensor)
         order = Head.from_address(top.view_src or tensor)
         choice_at = order.src[0]
         choice = Head.from_address(choice_at) if choice_at else None
         if choice is None or choice.type != _F32 or top.type != _I32 or choice.ne[1] != top.ne[1]:
-            self._reason, self._is_on = "the ids of the chosen experts are no ranking of float32 scores", False
+            self._off("the ids of the chosen experts are no ranking of float32 scores")
             return
         experts, k = choice.ne[0], top.ne[0]
         if experts > MAX_EXPERTS or (k > MAX_CHOSEN and k != experts):
-            self._reason, self._is_on = "more than 1024 experts, or more than 64 chosen of them", False
+            self._off("more than 1024 experts, or more than 64 chosen of them")
             return
         self._experts[layer] = experts
         if not self._is_on:
-            self._pending[layer], self._weighing[layer] = (tensor, set()), Weighing(choice_at)
+            self._pending[layer] = tensor, set()
+            self._weighing[layer] = Weighing(choice_at, top.ne[1], self._renormalise)
         if k == experts:  # a warm-up runs all of them
             return
         ids_TK, scores_TE = _rows(top, np.int32), _rows(choice, np.float32)
@@ -291,8 +355,10 @@ class NumpyPrior(EnginePrior):
             resident_E = self._residents.look(layer, experts)
             gain = gain if resident_E is not None else 0.0
         is_priced, weighing = self.recency.kind.is_priced, self._weighing[layer]
-        if gain and self._is_on and is_priced and not weighing.ranks:
-            self._reason, self._is_on = NO_WEIGHTS, False
+        weighed_TE: Any = None
+        part_T = np.ones(len(ids_TK), np.float32)
+        if gain and self._is_on and is_priced:
+            weighed_TE = self._scores(layer, choice_at, len(ids_TK))
         if gain and self._is_on and self._engine.ggml_op_desc(choice_at) == b"SOFT_MAX":
             with np.errstate(divide="ignore"):
                 ranked_TE = np.log(scores_TE.astype(np.float64)).astype(np.float32)
@@ -312,6 +378,8 @@ class NumpyPrior(EnginePrior):
                     held_E = held(recency_E, self.recency.share or 0.0, k)
                     normalise = weighing.is_normalised or self._renormalise
                     ours_K = best(raised(ranked_TE[row], held_E, ids_K, gain, weighing.ranks, normalise), k)
+                    if weighing.divided and not np.array_equal(ours_K, ids_K):
+                        part_T[row] = kept_part(weighing.ranks, weighed_TE[row], ours_K, ids_K)
                 else:
                     ours_K = rank(ranked_TE[row], recency_E if resident_E is None else resident_E, k, gain)
                 self._used["changed_rows"] += not np.array_equal(ours_K, ids_K)
@@ -322,6 +390,8 @@ class NumpyPrior(EnginePrior):
                 self._used["chosen"] += k
             self._move_on(layer, sequence, ids_K.copy())
             self._past.setdefault((layer, sequence), {})[position] = ids_K.copy()
+        if (part_T != 1).any():
+            self._owed = Owed(tensor, weighing.divided, part_T)
 
 
 class _Residents:
@@ -390,14 +460,14 @@ def _rows(tensor: Head, kind: type[np.generic]) -> Any:
     return np.ndarray((rows, columns), kind, memory, strides=(stride, 4))
 
 
-def _renormalise(weights: Head) -> None:
-    if weights.type == _F32 and weights.ne[0] == 1 and weights.nb[1] == 4:
-        rows, k, stride = weights.ne[2], weights.ne[1], weights.nb[2]
-        for row in range(rows):
-            memory = (C.c_uint8 * (k * 4)).from_address(weights.data + row * stride)
-            weights_K = np.ndarray((k,), np.float32, memory)
-            if (total := weights_K.sum()) > 0:
-                weights_K /= total
+def _renormalise(weights: Head, part_T: NDArray[np.float32]) -> None:
+    k, stride = weights.ne[1], weights.nb[2]
+    for row, part in enumerate(part_T):
+        memory = (C.c_uint8 * (k * 4)).from_address(weights.data + row * stride)
+        weights_K = np.ndarray((k,), np.float32, memory)
+        if (total := weights_K.sum()) > 0:
+            weights_K /= total
+            weights_K *= part
 
 
 class _InitParams(C.Structure):

@@ -3,10 +3,13 @@
 static void forget_layer(rp *, layer_state *);
 static void off(rp *, uint32_t);
 static bool is_op(const rp *, const tensor *, const char *name);
+static bool can_renormalise(const tensor *);
+static void miss_owed(rp *);
 
 #include "ranking.c"
 #include "sequences.c"
 #include "cost.c"
+#include "weights.c"
 #include "residency.c"
 #include "ahead.c"
 #include "layout.c"
@@ -29,6 +32,7 @@ const char *rp_why(uint32_t status) {
     case RP_NOT_SORTED: return "the engine's ids are not the best of the scores that can be read";
     case RP_SYMBOLS: return "functions of ggml that the prior needs are missing";
     case RP_NO_WEIGHTS: return "the graph does not tell what the weights of the chosen experts are, by which the mode cost ranks";
+    case RP_NO_SUM: return "the graph divides weights of chosen experts by a sum that the mode cost cannot reach";
     }
     return "unknown";
 }
@@ -59,7 +63,8 @@ void rp_free(rp *p) {
     if (!p) return;
     forget_ahead(p);
     for (int i = 0; i < RP_LAYERS; i++) forget_layer(p, &p->layers[i]);
-    free(p->seq); free(p->pos); free(p->out); free(p->restart); free(p->next); free(p->final); free(p);
+    free(p->seq); free(p->pos); free(p->out); free(p->restart); free(p->next); free(p->final); free(p->owed.part);
+    free(p);
 }
 
 rp_control *rp_ctl(rp *p) { return p->c; }
@@ -69,7 +74,7 @@ void rp_backend(rp *p, void *op_desc, void *is_host, void *get, void *set) {
 void rp_trust(rp *p, bool on) { p->trusted = on; if (on) p->c->status = RP_ON; }
 void rp_weigh(rp *p, int layer, int experts, int ranks, bool is_normalised) {
     layer_state *s = layer >= 0 && layer < RP_LAYERS && experts > 0 && experts <= RP_MAXE ? state(p, layer, experts) : NULL;
-    if (s) { s->ranks = ranks; s->is_normalised = is_normalised; }
+    if (s) { s->ranks = ranks; s->is_normalised = is_normalised; s->can_keep = true; }
 }
 int rp_ranks(rp *p, int layer, bool *is_normalised) {
     if (layer < 0 || layer >= RP_LAYERS) return RP_RANKS_UNKNOWN;
@@ -104,19 +109,21 @@ static void learn_range(layer_state *s, const tensor *weights) {
 static void end_graph(rp *p) {
     p->graphs++;
     if (!p->unproven && p->c->status != RP_WAITING) return;
-    uint32_t layers = 0, proven = 0, weighed = 0;
+    uint32_t layers = 0, proven = 0, weighed = 0, kept = 0;
     for (int i = 0; i < RP_LAYERS; i++) {
         layer_state *s = &p->layers[i];
-        s->weights_at = s->gathered = NULL;
+        s->weights_at = s->gathered = s->sum_at = NULL;
         layers += s->pending != NULL;
         proven += s->proven;
         weighed += s->pending && s->ranks;
+        kept += s->pending && (s->can_keep || !divided_at(p, s));
     }
     if (!layers) return;
     p->c->n_layers = layers;
     p->unproven = 0;
     if (proven < layers) off(p, RP_CONSUMER);
     else if (p->c->mode == RP_COST && weighed < layers) off(p, RP_NO_WEIGHTS);
+    else if (p->c->mode == RP_COST && kept < layers) off(p, RP_NO_SUM);
     else if (p->c->status == RP_WAITING) p->c->status = RP_ON;
 }
 
@@ -166,6 +173,7 @@ static float gain_of(const rp *p, int layer) {
 
 static void serve(rp *p, tensor *t, int layer) {
     uint64_t began = now_ns();
+    miss_owed(p);
     tensor *sorted = t->view_src ? t->view_src : t, *choice = sorted->src[0];
     if (!choice || choice->type != TYPE_F32 || t->type != TYPE_I32 || choice->nb[0] != 4 || t->nb[0] != 4 ||
         choice->ne[1] != t->ne[1] || choice->ne[2] != 1 || t->ne[2] != 1 || !choice->data || !t->data ||
@@ -181,22 +189,25 @@ static void serve(rp *p, tensor *t, int layer) {
     if (!s) return;
     if (!s->proven && !p->trusted) {
         s->pending = t; s->weights_seen = s->product_seen = s->is_normalised = s->is_softmax_after = false;
-        s->weights_at = NULL; s->ranks = RP_RANKS_UNKNOWN;
+        s->weights_at = s->sum_at = NULL; s->ranks = RP_RANKS_UNKNOWN; s->can_keep = false;
         p->unproven++;
     }
     /* A warm-up runs all experts: there is nothing to choose, and nothing to remember. */
     if (k == E || k > RP_MAXK) { p->c->calls++; return; }
     bool may = !p->is_off && (p->trusted || (p->c->status == RP_ON && s->proven));
-    bool is_resident = p->c->mode == RP_RESIDENT, is_cost = p->c->mode == RP_COST, host = !p->is_host || !sorted->buffer || p->is_host(sorted->buffer);
+    bool is_resident = p->c->mode == RP_RESIDENT, is_cost = p->c->mode == RP_COST, host = is_of_host(p, t);
     if (!host && (!p->get || !p->set)) { off(p, RP_SYMBOLS); return; }
-    float gain = may ? gain_of(p, layer) : 0.0f, local[RP_MAXE];
+    float gain = may ? gain_of(p, layer) : 0.0f, local[RP_MAXE], logs[RP_MAXE];
     const double decay = decay_of(p);
     if (is_resident && gain != 0.0f) {
         look(p, layer, s);
         /* The same for all is no reason to rank otherwise, and would only round. */
         if (!s->knows_residents) gain = 0.0f;
     }
-    if (is_cost && gain != 0.0f && s->ranks == RP_RANKS_UNKNOWN) { off(p, RP_NO_WEIGHTS); gain = 0.0f; }
+    const tensor *scores = choice; /* that weights are gathered from */
+    if (is_cost && gain != 0.0f && !may_owe(p, s, choice, rows, &scores)) gain = 0.0f;
+    const bool divides = is_cost && gain != 0.0f && divided_at(p, s);
+    bool owes = false;
     const int held = is_cost ? held_experts(p, E, k) : 0;
     /* A softmax is ranked by its logarithm: the logits but for a constant, which neither ranks nor spans tell apart. */
     bool softmax = is_op(p, choice, "SOFT_MAX");
@@ -221,13 +232,8 @@ static void serve(rp *p, tensor *t, int layer) {
             if (b >= 0) { pos = p->pos[at]; if (p->restart[at]) begin_layer(s, b); }
         } else if (p->n < 0) b = -1;
         int32_t theirs[RP_MAXK], ours[RP_MAXK], *ids = theirs;
-        const float *row = (const float *)((const char *)choice->data + r * choice->nb[1]);
-        if (host) memcpy(theirs, (char *)t->data + r * t->nb[1], sizeof *theirs * k);
-        else {
-            p->get(t, theirs, r * t->nb[1], sizeof *theirs * k);
-            p->get(choice, local, r * choice->nb[1], sizeof *local * E);
-            row = local;
-        }
+        read_row(p, t, r, k, theirs, host);
+        const float *row = row_of(p, choice, r, E, local, host), *raw = row;
         /* Before it was decided that it may act, one wrong row shows that something else lies there. */
         bool sound = distinct(theirs, k, E) && are_best(row, E, theirs, k);
         if (!sound) {
@@ -237,15 +243,19 @@ static void serve(rp *p, tensor *t, int layer) {
         else if (!may) p->c->unproven_rows++;
         else if (gain != 0.0f) {
             if (softmax) {
-                for (int e = 0; e < E; e++) local[e] = logf(row[e]);
-                row = local;
+                for (int e = 0; e < E; e++) logs[e] = logf(raw[e]);
+                row = logs;
             }
             if (is_cost) rank_by_cost(p, s, row, s->rec + (size_t)b * E, k, held, gain, theirs, ours);
             else rp_rank(row, is_resident ? s->resident : s->rec + (size_t)b * E, E, k, gain, ours);
             if (!distinct(ours, k, E)) p->c->refused_rows++;
             else if (memcmp(ours, theirs, sizeof *ours * k)) {
-                if (host) memcpy((char *)t->data + r * t->nb[1], ours, sizeof *ours * k);
-                else p->set(t, ours, r * t->nb[1], sizeof *ours * k);
+                write_row(p, t, r, k, ours, host);
+                if (divides) {
+                    if (scores != choice) raw = row_of(p, scores, r, E, local, is_of_host(p, scores));
+                    p->owed.part[r] = kept_part(s->ranks, raw, k, ours, theirs);
+                    owes |= p->owed.part[r] != 1.0f;
+                }
                 p->c->changed_rows++;
                 for (int i = 0; i < k; i++) {
                     int j = 0;
@@ -268,19 +278,26 @@ static void serve(rp *p, tensor *t, int layer) {
         if (want <= p->final_cap)
             for (int i = 0; i < k; i++) p->final[(size_t)r * k + i] = sound ? ids[i] : -1;
     }
+    if (owes) { p->owed.top = t; p->owed.at = divided_at(p, s); p->owed.rows = rows; }
     p->c->calls++;
     p->c->ns += now_ns() - began;
     if (want <= p->final_cap) read_ahead(p, layer, s, (int)want, p->final);
 }
 
+static bool can_renormalise(const tensor *t) {
+    return t->type == TYPE_F32 && t->ne[0] == 1 && t->nb[1] == 4 && t->data;
+}
+
 /* For a file whose architecture llama.cpp does not renormalise though the model does. */
 static void renormalise(rp *p, tensor *t) {
-    if (p->is_host && t->buffer && !p->is_host(t->buffer)) return;
-    if (t->type != TYPE_F32 || t->ne[0] != 1 || t->nb[1] != 4 || !t->data) return;
+    if (!is_of_host(p, t) || !can_renormalise(t)) return;
+    const bool owed = p->owed.top && p->owed.at == AT_GATHER && p->owed.top == t->src[1] && p->owed.rows == t->ne[2];
+    if (owed) p->owed.top = NULL;
     for (int64_t r = 0; r < t->ne[2]; r++) {
         float *w = (float *)((char *)t->data + r * t->nb[2]), sum = 0;
         for (int64_t i = 0; i < t->ne[1]; i++) sum += w[i];
-        if (sum > 0) for (int64_t i = 0; i < t->ne[1]; i++) w[i] /= sum;
+        const float part = owed ? p->owed.part[r] : 1.0f;
+        if (sum > 0) for (int64_t i = 0; i < t->ne[1]; i++) w[i] = w[i] / sum * part;
     }
 }
 
@@ -295,6 +312,10 @@ bool rp_cb(tensor *t, bool ask, void *rp_) {
     rp *p = rp_;
     if (!p->trusted && !p->probed) return !ask;
     if (ask && p->unproven && !p->is_off) prove(p, t);
+    if (p->owed.top && is_owed(p, t)) {
+        if (!ask) keep_weights(p, t);
+        return true;
+    }
     if (t->name[0] != 'f' || strncmp(t->name, "ffn_moe_", 8)) return !ask;
     if (p->renorm && !strncmp(t->name, WEIGHTS, sizeof WEIGHTS - 1)) {
         if (!ask && is_op(p, t, "GET_ROWS")) renormalise(p, t);

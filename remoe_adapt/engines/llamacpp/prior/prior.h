@@ -1,7 +1,8 @@
 /* The recency prior as an eval callback of llama.cpp: between the ranking of a layer's experts and the products with
    them, the ids of the chosen ones are replaced by the k best of score + gain * span * recency, or of score + what a held
-   expert gains (cost.c). Weights come from the untouched scores, which llama.cpp gathers by these ids afterwards. The
-   definition is remoe_adapt/gating/reference.py.
+   expert gains (cost.c). Weights come from the untouched scores, which llama.cpp gathers by these ids afterwards; in
+   the mode cost what it then divides them by is corrected (weights.c). The definition is
+   remoe_adapt/gating/reference.py.
 
    No header of llama.cpp is needed. What is assumed of it is checked before anything is written: the layout of its
    tensors by rp_probe, the graph of each layer by the first pass through it. Ids are never written unless they are
@@ -44,6 +45,7 @@ enum {
     RP_NOT_SORTED = 7,  /* the engine's ids are not the best of the scores that can be read */
     RP_SYMBOLS = 8,     /* functions of ggml are missing */
     RP_NO_WEIGHTS = 9,  /* RP_COST: it cannot be told what the weights of the chosen experts are */
+    RP_NO_SUM = 10,     /* RP_COST: weights are divided by a sum that is out of reach */
 };
 
 /* What a layer ranks, and so what the weight of an expert is: read off the nodes between the scores and the products. */

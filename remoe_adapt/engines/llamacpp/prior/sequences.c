@@ -130,6 +130,7 @@ void rp_copy(rp *p, int from, int to) {
 }
 
 void rp_rows(rp *p, int n, const int32_t *seq, const int32_t *pos, const int8_t *out) {
+    miss_owed(p); /* of a graph that was broken off, or whose last layer weighs otherwise than it was seen to */
     p->n = 0; p->begin = 0; p->rows = 0; p->previous_layer = RP_LAYERS;
     p->has_positions = pos != NULL;
     if (n < 0) return;

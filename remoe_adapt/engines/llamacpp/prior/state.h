@@ -62,8 +62,22 @@ typedef struct {
     bool weights_seen, product_seen, proven;
     int ranks;                  /* RP_RANKS_... */
     bool is_normalised, is_softmax_after; /* weights are divided by their sum; are a softmax over the chosen */
+    bool can_keep;              /* the prior reaches what they are divided by, see weights.c */
     const tensor *weights_at, *gathered; /* while that is looked for: what the weights have become; what they are of */
+    const tensor *sum_at;       /* what their sum has become */
+    bool is_sum_reachable;
 } layer_state;
+
+/* Where weights are divided by the sum of the chosen experts' scores. */
+enum { NOWHERE, AT_SUM, AT_SOFTMAX, AT_GATHER };
+
+/* A choice whose weights are yet to be corrected, later in the same graph. */
+typedef struct {
+    const tensor *top;          /* the choice; NULL: nothing is owed */
+    int at, rows;
+    float *part;                /* [rows]: what the weights of a row are to be multiplied by */
+    size_t room;
+} owed_weights;
 
 struct rp {
     rp_control own, *c;
@@ -78,6 +92,7 @@ struct rp {
     int unproven;               /* layers whose consumers are still looked for */
     int32_t *buf; size_t buf_cap, buf_n;
     int32_t *final; size_t final_cap;
+    owed_weights owed;
     bool (*is_host)(void *);
     void (*get)(const tensor *, void *, size_t, size_t);
     void (*set)(tensor *, const void *, size_t, size_t);
