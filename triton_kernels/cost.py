@@ -1,4 +1,4 @@
-"""Priced recency in the gating kernels: which experts are held, and by what they rank then.
+"""Priced recency in the gating kernels: which experts are held, by what they rank then, and what they weigh.
 
 The definition is `gating/cost.py` of the package that launches these; tiles and keys are those of `scoring.py`.
 """
@@ -9,17 +9,7 @@ import triton
 import triton.language as tl
 
 from . import rule
-from .scoring import (
-    BY_LOGIT,
-    BY_SCORE,
-    NO_EXPERT,
-    SIGMOID,
-    best_experts,
-    scores,
-    softmax_terms,
-    softplus,
-    to_keys,
-)
+from .scoring import BY_LOGIT, BY_SCORE, SIGMOID, scores, softmax_terms, softplus
 
 BY_SHARE = tl.constexpr(rule.BY_SHARE)
 HELD_ABOVE = tl.constexpr(rule.HELD_ABOVE)
@@ -41,42 +31,69 @@ def held(recency_TE, valid_1E, count):
 
 
 @triton.jit
-def raised(
-    choice_TE, logits_TE, gain, experts_1E, valid_1E, K: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr,
-    CAN_CLASH: tl.constexpr, MORE: tl.constexpr, SCORE: tl.constexpr, RANK: tl.constexpr, PRICE: tl.constexpr,
-):  # fmt: skip
-    """By what experts rank, fp32 [T, E] each: those that are not held, and held ones. gain: fp32 scalar."""
-    chosen_TE = valid_1E
-    if PRICE == BY_SHARE:
-        keys_TE = tl.where(valid_1E, to_keys(choice_TE), NO_EXPERT)
-        _, chosen_TE = best_experts(keys_TE, experts_1E, K, BLOCK_K, LAST, CAN_CLASH, MORE)
+def raised(choice_TE, logits_TE, gain, own_TE, valid_1E, RANK: tl.constexpr, PRICE: tl.constexpr):
+    """By what experts rank, fp32 [T, E] each: those that are not held, and held ones.
+
+    gain: fp32 scalar. own_TE: bool, the best by `choice_TE`; only read where weights are shares of their sum.
+    """
     if RANK == BY_SCORE:
         scale = gain
         if PRICE == BY_SHARE:
-            scale = tl.abs(tl.sum(tl.where(chosen_TE, choice_TE, 0.0), axis=1, keep_dims=True)) * gain
-        is_priced = (scale > 0.0) & (scale * scale < float("inf"))
-        scale_TE = tl.broadcast_to(scale, choice_TE.shape)
-        positive_TE = tl.where(choice_TE > 0.0, choice_TE, 0.0)
-        root_TE = tl.sqrt_rn(positive_TE * positive_TE + scale_TE * scale_TE) + scale_TE
-        held_TE = tl.div_rn(positive_TE, root_TE) * positive_TE + scale_TE + (choice_TE - positive_TE)
-        held_TE = tl.where(tl.abs(choice_TE) < float("inf"), held_TE, choice_TE)
+            scale = tl.abs(tl.sum(tl.where(own_TE, choice_TE, 0.0), axis=1, keep_dims=True)) * gain
+        is_priced = (scale > 0.0) & (scale < float("inf"))
         plain_TE = choice_TE
+        held_TE = choice_TE + scale
     elif RANK == BY_LOGIT:
-        top_T1, total_T1 = softmax_terms(choice_TE, chosen_TE)
+        if PRICE == BY_SHARE:
+            top_T1, total_T1 = softmax_terms(choice_TE, own_TE)
+        else:
+            top_T1, total_T1 = softmax_terms(choice_TE, valid_1E)
         base = top_T1 + tl.log(total_T1) + tl.log(gain)
         is_priced = tl.abs(base) < float("inf")
-        plain_TE = (choice_TE - base) * 2.0
+        plain_TE = choice_TE - base
         tail_TE = tl.where(plain_TE > float("-inf"), PRICE_TAIL / -plain_TE, plain_TE)
         held_TE = tl.where(plain_TE < PRICE_FLOOR, tail_TE, softplus(plain_TE))
     else:
         base = tl.log(gain)
         if PRICE == BY_SHARE:
-            score_TE = tl.where(chosen_TE, scores(logits_TE, 0.0, 1.0, SIGMOID), 0.0)
+            score_TE = tl.where(own_TE, scores(logits_TE, 0.0, 1.0, SIGMOID), 0.0)
             base = tl.log(tl.sum(score_TE, axis=1, keep_dims=True)) + base
         is_priced = tl.abs(base) < float("inf")
         plain_TE = choice_TE - base
-        priced_TE = 0.5 * softplus((-softplus(-logits_TE) - base) * 2.0)
+        priced_TE = softplus(-softplus(-logits_TE) - base)
         held_TE = priced_TE + softplus(logits_TE) + (choice_TE - logits_TE)
         held_TE = tl.where(tl.abs(held_TE) < float("inf"), held_TE, plain_TE)
     # A row with NaN or infinities among its best has no prices, nor has a gain of 0.
     return tl.where(is_priced, plain_TE, choice_TE), tl.where(is_priced, held_TE, choice_TE)
+
+
+@triton.jit
+def kept_part(
+    logits_TK, own_TK, top_T1, total_T1, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, SCORE: tl.constexpr,
+    CHOSEN_SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """fp32 [T, 1]: the sum of the chosen experts' scores over that of the router's own best; 1 where it is no number.
+
+    logits_TK, own_TK: logits of the chosen and of the own, best first. The rest as for `weigh`, whose weights times
+    this are shares of the sum of the own.
+    """
+    # Both sums add up in the order of the ranks, and the quotient is rounded right: of the same experts in the same
+    # order it is 1 to the bit, so that padding and a gain of 0 weigh as without a prior.
+    real_1K = tl.arange(0, BLOCK_K)[None, :] < K
+    if CHOSEN_SOFTMAX:
+        # Of both, for the chosen of a router that ranks scores with a bias can be above its own.
+        highest_TK = tl.where(logits_TK > own_TK, logits_TK, own_TK)
+        highest_T1 = tl.max(tl.where(real_1K, highest_TK, float("-inf")), axis=1, keep_dims=True)
+        chosen_TK = tl.exp(logits_TK - highest_T1)
+        best_TK = tl.exp(own_TK - highest_T1)
+    else:
+        chosen_TK = scores(logits_TK, top_T1, total_T1, SCORE)
+        best_TK = scores(own_TK, top_T1, total_T1, SCORE)
+    chosen_T1 = tl.sum(tl.where(real_1K, chosen_TK, 0.0), axis=1, keep_dims=True)
+    best_T1 = tl.sum(tl.where(real_1K, best_TK, 0.0), axis=1, keep_dims=True)
+    if not CHOSEN_SOFTMAX:
+        chosen_T1 += eps
+        best_T1 += eps
+    part_T1 = tl.div_rn(chosen_T1, best_T1)
+    # Neither is NaN below.
+    return tl.where(part_T1 < float("inf"), part_T1, 1.0)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rule as words
-from .cost import held, raised
+from .cost import held, kept_part, raised
 from .rule import Rule
 from .scoring import (
     NO_EXPERT,
@@ -56,6 +56,7 @@ def gate_rows(
     NULL_FROM: tl.constexpr, MOVES: tl.constexpr, CAN_CLASH: tl.constexpr, PRICE: tl.constexpr,
 ):  # fmt: skip
     """Gate BLOCK_T rows; `rows_T1` int64 [BLOCK_T, 1], those >= num_rows are left alone. See `launch_gate`."""
+    OWN: tl.constexpr = recency is not None and PRICE != NO_PRICE and (CHOSEN_SOFTMAX or NORMALIZE)
     experts_1E, valid_1E = lanes(NUM, E // NUM, BLOCK_G, BLOCK_M)
     real_T1 = rows_T1 < num_rows
     mask_TE = real_T1 & valid_1E
@@ -78,21 +79,13 @@ def gate_rows(
                 scale_T1 = tl.where((flags_T1 & PADDING) != 0, 0.0, scale_T1)
             choice_TE = tl.fma(recency_TE, tl.broadcast_to(scale_T1, choice_TE.shape), choice_TE)
         else:
-            plain_TE, raised_TE = raised(
-                choice_TE,
-                logits_TE,
-                scale,
-                experts_1E,
-                valid_1E,
-                K,
-                BLOCK_K,
-                LAST,
-                CAN_CLASH,
-                E > K,
-                SCORE,
-                RANK,
-                PRICE,
-            )
+            own_TE = valid_1E
+            if OWN:
+                keys_TE = tl.where(valid_1E, to_keys(choice_TE), NO_EXPERT)
+                ids_TK, own_TE = best_experts(keys_TE, experts_1E, K, BLOCK_K, LAST, CAN_CLASH, E > K)
+                mask_TK = real_T1 & (tl.arange(0, BLOCK_K)[None, :] < K)
+                own_TK = tl.load(logits + rows_T1 * stride_t + ids_TK * stride_e, mask=mask_TK, other=0.0)
+            plain_TE, raised_TE = raised(choice_TE, logits_TE, scale, own_TE, valid_1E, RANK, PRICE)
             if flags is not None:
                 plain_TE = tl.where((flags_T1 & PADDING) != 0, choice_TE, plain_TE)
                 raised_TE = tl.where((flags_T1 & PADDING) != 0, choice_TE, raised_TE)
@@ -115,6 +108,10 @@ def gate_rows(
     weights_TK = weigh(
         logits_TK, ids_TK, top_T1, total_T1, eps, scaling, K, BLOCK_K, SCORE, CHOSEN_SOFTMAX, NORMALIZE, NULL_FROM
     )
+    if OWN:
+        weights_TK *= kept_part(
+            logits_TK, own_TK.to(tl.float32), top_T1, total_T1, eps, K, BLOCK_K, SCORE, CHOSEN_SOFTMAX
+        )
     tl.store(weights + rows_T1 * K + ranks_1K, weights_TK, mask=mask_TK)
     tl.store(ids + rows_T1 * K + ranks_1K, ids_TK.to(tl.int64), mask=mask_TK)
 
@@ -198,7 +195,7 @@ def launch_gate(
     token, or a single one for all if `decay` is None (then it is only read); with a decay it moves on in place.
     gain: fp32, one value. flags_T: uint8 (1 padding, 2 restart). out: contiguous tensors to write instead of new ones.
     block_t: rows of a program, a power of two, instead of what suits the size. held_count: how many experts a priced
-    prior prefers; None: the bonus is of the span.
+    prior prefers, where weights over a sum are over that of the router's own best; None: the bonus is of the span.
 
     Raises ValueError for a recency of another shape.
     """

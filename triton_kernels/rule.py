@@ -17,7 +17,7 @@ MAX_SPAN = 1e30
 NO_PRICE, BY_ITSELF, BY_SHARE = 0, 1, 2
 # A recency below this is none: no use within some thousand tokens, at a decay of 0.95.
 HELD_ABOVE = 1e-25
-# Twice the logarithm of a weight over the gain: below it log(1 + exp) goes on as PRICE_TAIL / -x, which meets it there.
+# x, the logarithm of a weight over the gain: below it log(1 + exp x) goes on as PRICE_TAIL / -x, which meets it there.
 PRICE_FLOOR = -40.0
 PRICE_TAIL = 40.0 * math.exp(-40.0)
 
@@ -49,3 +49,8 @@ class Rule:
     def grouped(self) -> bool:
         """Whether groups drop any expert at all."""
         return self.groups != NO_GROUPS and self.kept_groups < self.num_groups
+
+    @property
+    def divides(self) -> bool:
+        """Whether weights are divided by the sum of the chosen experts' scores."""
+        return self.chosen_softmax or self.normalize

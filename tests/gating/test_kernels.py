@@ -16,6 +16,7 @@ from kernel_cases import (
     EXPERTS,
     FAMILIES,
     MODES,
+    OTHERS,
     TOKENS,
     bias_of,
     check,
@@ -26,12 +27,15 @@ from kernel_cases import (
     spec_of,
 )  # fmt: skip
 
-from remoe_adapt.gating.reference import PriorStep, topk_gating
+from remoe_adapt.gating.cost import divides
+from remoe_adapt.gating.reference import PADDING, PriorStep, topk_gating
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 # NumPy, which interprets the kernels, warns of the infinities and NaN that some rows hold on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+# Whose weights are over a sum, which in mode cost is that of the router's own choice.
+DIVIDING = [name for name in (*FAMILIES, *OTHERS) if (spec := spec_of(name, 60)) is not None and divides(spec)]
 SIZES = [(e, k) for e, k in product(EXPERTS, CHOSEN) if k <= e]
 
 
@@ -196,6 +200,62 @@ def test_scan(
     torch.testing.assert_close(weights_TK, expected_TK, rtol=2e-5, atol=1e-6, equal_nan=True)
     assert prior is not None and ours is not None
     assert torch.equal(ours.recency_BE, prior.recency_BE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DIVIDING)
+def test_weights_where_held_experts_took_the_place_of_others(name: str, dtype: torch.dtype) -> None:
+    """Mode cost: in histories of a token each, rows that are only read, and one for all."""
+    for rows, decay in ((32, 0.95), (32, None), (1, None)):
+        _check_cost(name, dtype, 32, rows, decay, least_changed=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("softmax_bias", torch.float32),
+        ("sigmoid_group_eps", torch.bfloat16),
+        ("logit_bias_sigmoid", torch.bfloat16),
+        ("chosen_softmax", torch.float32),
+        ("null_experts_of_softmax", torch.float32),
+    ],
+)
+def test_weights_of_a_scan_where_held_experts_took_the_place_of_others(name: str, dtype: torch.dtype) -> None:
+    _check_cost(name, dtype, 12, 2, 0.95, least_changed=2)
+
+
+def _check_cost(
+    name: str, dtype: torch.dtype, tokens: int, rows: int, decay: float | None, *, least_changed: int
+) -> None:
+    """Kernel against definition, where so many tokens or more are not the router's own choice.
+
+    Padding, and a gain of 0, to the bit as by the same kernel without a prior, which a bonus of 0 is.
+    """
+    spec = spec_of(name, 60)
+    assert spec is not None
+    logits_TE, bias_E = hard_logits(tokens, 60, dtype, 7), bias_of(spec)
+    prior = prior_of("cost", tokens, 60, 2, flagged=True, rows=rows)
+    assert prior is not None and prior.flags_T is not None
+    prior = replace(prior, gain=torch.tensor(0.3, device=DEVICE), decay=decay)
+    expected_TK, expected_ids_TK = topk_gating(logits_TE, 6, spec, copied(prior), bias_E=bias_E)
+    own_TK = topk_gating(logits_TE, 6, spec, bias_E=bias_E)[1]
+    is_changed_T = (expected_ids_TK.sort(dim=-1).values != own_TK.sort(dim=-1).values).any(dim=-1)
+    assert int(is_changed_T.sum()) >= least_changed
+    weights_TK, ids_TK = launch(logits_TE, 6, spec, copied(prior), bias_E, 32)
+    assert torch.equal(ids_TK, expected_ids_TK)
+    torch.testing.assert_close(weights_TK, expected_TK, rtol=2e-5, atol=1e-6, equal_nan=True)
+    still = replace(prior, gain=torch.zeros((), device=DEVICE))
+    plain_TK, plain_ids_TK = launch(logits_TE, 6, spec, copied(replace(still, share=None)), bias_E, 32)
+    still_TK, still_ids_TK = launch(logits_TE, 6, spec, copied(still), bias_E, 32)
+    is_padding_T = prior.flags_T.bitwise_and(PADDING) != 0
+    assert bool(is_padding_T.any())
+    for found, expected in (
+        (still_ids_TK, plain_ids_TK),
+        (still_TK.view(torch.int32), plain_TK.view(torch.int32)),
+        (ids_TK[is_padding_T], plain_ids_TK[is_padding_T]),
+        (weights_TK.view(torch.int32)[is_padding_T], plain_TK.view(torch.int32)[is_padding_T]),
+    ):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu

@@ -40,16 +40,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "sigmoid": {"scoring": "sigmoid", "score": "sigmoid"},
     "sigmoid_bias": {"scoring": "sigmoid_bias", "score": "sigmoid", "normalize": True, "scaling": 2.5},
     "sigmoid_group": {"scoring": "sigmoid_group", "score": "sigmoid", "group_score": "top2", "normalize_eps": 1e-20},
+    # The sum with an eps that shows in the weights.
+    "sigmoid_group_eps": {
+        "scoring": "sigmoid_group",
+        "score": "sigmoid",
+        "group_score": "top2",
+        "normalize": True,
+        "normalize_eps": 0.05,
+    },
     "sigmoid_group_filled": {"scoring": "sigmoid_group", "score": "sigmoid", "group_score": "top2", "group_fill": 0.0},
     "logit_bias_sigmoid": {"scoring": "logit_bias_sigmoid", "score": "sigmoid", "normalize": True},
     "sqrt_softplus_bias": {"scoring": "sqrt_softplus_bias", "score": "sqrt_softplus", "normalize": True},
+}
+# Of no model, but the kernels weigh for them: null experts count in the sum that weights are divided by.
+OTHERS: dict[str, dict[str, Any]] = {
+    f"null_experts_of_{score}": {
+        "scoring": f"{score}_bias",
+        "score": score,
+        "weight_rule": "null_is_zero",
+        "null_experts": 9,
+        "normalize": True,
+        "normalize_eps": 0.05,
+    }
+    for score in ("softmax", "sigmoid")
 }
 BY_LOGIT = ("softmax", "softmax_renormalised", "softmax_eps", "chosen_softmax", "logit_bias_sigmoid")
 
 
 def spec_of(name: str, experts: int) -> RouterSpec | None:
     """The router, or None where its groups do not divide the experts."""
-    facts = dict(FAMILIES[name])
+    facts = dict((FAMILIES | OTHERS)[name])
     if "group_score" in facts:
         if experts not in GROUPS:
             return None
