@@ -182,7 +182,7 @@ def weights_backward(
     chosen_TK = logits_TE.gather(-1, ids_TK).float()
     grad_TK = grad_TK * spec.scaling
     if own_TK is not None and divides(spec):
-        return _over_own_backward(grad_TK, logits_TE, chosen_TK, ids_TK, spec, own_TK)
+        return _over_own_backward(grad_TK, logits_TE, ids_TK, spec, own_TK)
     if spec.is_chosen_softmax:
         p_TK = chosen_TK.softmax(dim=-1)
         return _spread(p_TK * (grad_TK - (grad_TK * p_TK).sum(dim=-1, keepdim=True)), ids_TK, logits_TE)
@@ -202,31 +202,29 @@ def weights_backward(
     return _spread(grad_TK * _slope(chosen_TK, score_TK, spec), ids_TK, logits_TE)
 
 
-def _over_own_backward(
-    grad_TK: Tensor, logits_TE: Tensor, chosen_TK: Tensor, ids_TK: Tensor, spec: RouterSpec, own_TK: Tensor
-) -> Tensor:
+def _over_own_backward(grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, spec: RouterSpec, own_TK: Tensor) -> Tensor:
     """`weights_backward` where weights are over the sum of the router's own best."""
     if spec.weight_rule == "null_is_zero":
         grad_TK = grad_TK.masked_fill(ids_TK >= spec.num_experts - spec.null_experts, 0.0)
-    logits_of_own_TK = logits_TE.gather(-1, own_TK).float()
+    z_TE, zeros_TE = logits_TE.float(), torch.zeros(logits_TE.shape, dtype=torch.float32, device=logits_TE.device)
     if spec.is_chosen_softmax:
-        total_T1 = logits_of_own_TK.logsumexp(dim=-1, keepdim=True)
-        inner_TK = grad_TK * (chosen_TK - total_T1).exp()
-        of_own_TK = -inner_TK.sum(dim=-1, keepdim=True) * (logits_of_own_TK - total_T1).exp()
-    else:
-        score_TK, own_score_TK = spec.scores(chosen_TK), spec.scores(logits_of_own_TK)
-        total_T1 = own_score_TK.sum(dim=-1, keepdim=True) + spec.normalize_eps
-        grad_TK = grad_TK / total_T1
-        lost_T1 = (grad_TK * score_TK).sum(dim=-1, keepdim=True) / total_T1
-        inner_TK = grad_TK * _slope(chosen_TK, score_TK, spec)
-        of_own_TK = -lost_T1 * _slope(logits_of_own_TK, own_score_TK, spec)
-    zeros_TE = torch.zeros(logits_TE.shape, dtype=torch.float32, device=logits_TE.device)
-    return zeros_TE.scatter(-1, ids_TK, inner_TK).scatter_add_(-1, own_TK, of_own_TK).to(logits_TE.dtype)
+        total_T1 = z_TE.gather(-1, own_TK).logsumexp(dim=-1, keepdim=True)
+        inner_TK = grad_TK * (z_TE.gather(-1, ids_TK) - total_T1).exp()
+        of_own_TK = -inner_TK.sum(dim=-1, keepdim=True) * (z_TE.gather(-1, own_TK) - total_T1).exp()
+        return zeros_TE.scatter(-1, ids_TK, inner_TK).scatter_add_(-1, own_TK, of_own_TK).to(logits_TE.dtype)
+    score_TE = spec.scores(z_TE)
+    total_T1 = score_TE.gather(-1, own_TK).sum(dim=-1, keepdim=True) + spec.normalize_eps
+    grad_TK = grad_TK / total_T1
+    lost_T1 = (grad_TK * score_TE.gather(-1, ids_TK)).sum(dim=-1, keepdim=True) / total_T1
+    of_score_TE = zeros_TE.scatter(-1, ids_TK, grad_TK).scatter_add_(-1, own_TK, -lost_T1.expand(own_TK.shape))
+    if spec.score == "softmax":
+        return (score_TE * (of_score_TE - (of_score_TE * score_TE).sum(dim=-1, keepdim=True))).to(logits_TE.dtype)
+    return (of_score_TE * _slope(z_TE, score_TE, spec)).to(logits_TE.dtype)
 
 
-def _slope(logits_TK: Tensor, score_TK: Tensor, spec: RouterSpec) -> Tensor:
-    """Of the scores in the logits, where each is of its own logit alone."""
-    return score_TK * (1 - score_TK) if spec.score == "sigmoid" else logits_TK.sigmoid() / (2 * score_TK)
+def _slope(logits: Tensor, score: Tensor, spec: RouterSpec) -> Tensor:
+    """Of scores in the logits, where each is of its own logit alone; any shape."""
+    return score * (1 - score) if spec.score == "sigmoid" else logits.sigmoid() / (2 * score)
 
 
 def _spread(values_TK: Tensor, ids_TK: Tensor, like_TE: Tensor) -> Tensor:

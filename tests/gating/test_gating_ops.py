@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from kernel_cases import DEVICE, FAMILIES, bias_of, copied, hard_logits, prior_of, spec_of
+from kernel_cases import DEVICE, FAMILIES, OTHERS, bias_of, copied, hard_logits, prior_of, spec_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,7 +39,7 @@ def test_a_rule_survives_as_text(name: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
 def test_gradients_are_those_of_the_definition(name: str) -> None:
     spec = spec_of(name, 60)
     assert spec is not None
