@@ -200,9 +200,9 @@ class _Bench:
         for share in (SHARE, SHARE / 2):
             lru = self._replayed(self.base, "lru", share=share)
             whole = float(self.base.misses_R.sum()) / lru
-            for decay in (0.9, 0.95):
-                misses = self._replayed(self.base, "lrfu", decay, share) * whole
-                yield self._point("native", f"LRFU {decay:g} at {share:g}", self.base, misses, share=share)
+            for policy, decay in (("lrfu", 0.9), ("lrfu", 0.95), ("markov", 0.9)):
+                misses = self._replayed(self.base, policy, decay, share) * whole
+                yield self._point("native", f"{policy} {decay:g} at {share:g}", self.base, misses, share=share)
             misses = self._replayed(self.base, "belady", share=share) * whole
             yield self._point("belady", f"Belady at {share:g}", self.base, misses, share=share)
 
