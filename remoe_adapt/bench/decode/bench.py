@@ -96,7 +96,7 @@ class DecodeOptions:
     data: Sequence[str | Path] = ()
     tokens: int = 520
     quality_tokens: int = 900
-    strengths: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 1.0)
+    strengths: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 1.0)
     gains: Sequence[float] = (0.1, 0.15, 0.2, 0.3)
     work: Path | None = None
     keep: bool = False

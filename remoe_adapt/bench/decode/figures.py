@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 _ANON_SLACK_BYTES = 32 << 20
 # How names of arms begin that differ in their strength, or in their gain.
-_ADAPTERS, _PRIORS = "cache25_s", "cache25_prior"
+_FAMILY, _PRIORS = "cache25_s", "cache25_prior"
 _TIGHT, _TIGHT_RESIDENT = "llamacpp_q4_tight", "llamacpp_q4_tight_resident"
 
 
@@ -100,7 +100,7 @@ def bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], limit: float, fact
         bar("budget 25 %: TPOT / the limit", rows["cache25_s0"]["tpot_ms"] / limit, 1.25),
     ]
     for title, prefix, ratio, times in (
-        ("adapter alone, ppl ratio <= 1.05: times faster than strength 0", _ADAPTERS, 1.05, 1.25),
+        ("family, ppl ratio <= 1.05: times faster than strength 0", _FAMILY, 1.05, 1.25),
         ("resident prior, ppl ratio <= 1.02: times faster than strength 0", _PRIORS, 1.02, 1.6),
     ):
         arms = {
@@ -137,7 +137,7 @@ def llama_bars(steps: Mapping[str, Steps], rows: Mapping[str, Row], *, is_bf16: 
     stock llama.cpp with as many bits. Its F16 is half of float32, so that bar is of bf16 slots alone."""
     found = []
     for title, prefixes, stock in (
-        ("bf16 slots: TPOT of the best arm / llama.cpp's in F16", (_ADAPTERS, _PRIORS), "llamacpp_f16"),
+        ("bf16 slots: TPOT of the best arm / llama.cpp's in F16", (_FAMILY, _PRIORS), "llamacpp_f16"),
         ("4 bits in 25 % of the bf16 bytes: TPOT / llama.cpp's in q4_1", ("cache25_q4",), "llamacpp_q4"),
         ("4 bits in 25 % of their own bytes: TPOT of the best arm / llama.cpp's in q4_1", ("cache7_q4",), _TIGHT),
     ):
