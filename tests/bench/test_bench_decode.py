@@ -205,8 +205,8 @@ def test_figures_and_bars_are_those_of_their_definitions() -> None:
     assert found["budget 100 %1.1"]["met"] and found["budget 25 %1.25"]["met"]
     assert found["budget 25 %5.0"]["met"] is None
     assert not next(row for row in bars(steps, rows, limit, facts) if row["target"] == 1.2)["met"]  # 1.1
-    adapter = next(row for row in bars(steps, rows, limit, facts) if row["bar"].startswith("adapter"))
-    assert adapter["arm"] == "cache25_s50" and adapter["value"] == pytest.approx(1.25) and adapter["met"]
+    point = next(row for row in bars(steps, rows, limit, facts) if row["bar"].startswith("family"))
+    assert point["arm"] == "cache25_s50" and point["value"] == pytest.approx(1.25) and point["met"]
     memory = next(row for row in bars(steps, rows, limit, facts) if row["bar"].startswith("cache25"))
     assert memory["value"] == pytest.approx(40 / (2.2 + 32)) and not memory["met"]
 
