@@ -313,8 +313,10 @@ class _Bench:
             self._facts[name] = self._workers[name].ask(
                 "load", regime=regime, folder=str(folder), threads=self._options.threads, options=settings
             )
-            arm = next(arm for arm in self._arms if arm.worker == name)
-            self._decode(arm, self._documents[0][: PROMPT_TOKENS + _REHEARSAL_STEPS + 1])
+            own = [arm for arm in self._arms if arm.worker == name]
+            # The weakest and the strongest: a prior that acts runs code, and takes memory, of which strength 0 has none.
+            for arm in (own[0], own[-1])[: len(own)]:
+                self._decode(arm, self._documents[0][: PROMPT_TOKENS + _REHEARSAL_STEPS + 1])
         except RemoeError as error:
             self._skip(name, error)
 
