@@ -314,7 +314,7 @@ class _Bench:
                 "load", regime=regime, folder=str(folder), threads=self._options.threads, options=settings
             )
             own = [arm for arm in self._arms if arm.worker == name]
-            # The weakest and the strongest: a prior that acts runs code, and takes memory, of which strength 0 has none.
+            # The weakest and the strongest: a prior that acts runs code and takes memory that strength 0 does without.
             for arm in (own[0], own[-1])[: len(own)]:
                 self._decode(arm, self._documents[0][: PROMPT_TOKENS + _REHEARSAL_STEPS + 1])
         except RemoeError as error:
