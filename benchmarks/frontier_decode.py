@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from remoe_adapt.errors import UnsupportedRouterError
 from remoe_adapt.eviction.replay import cache_capacity
 from remoe_adapt.gating import RouterForward, router_forward
-from remoe_adapt.gating.cost import kept_part
+from remoe_adapt.gating.cost import kept_weights
 from remoe_adapt.libraries import Patches, cache_keyword, hook, put_on
 from remoe_adapt.routers import RouterRef, RouterSpec, best_ids, survey_routers
 from remoe_adapt.traces import Trace
@@ -153,11 +153,9 @@ class _Simulation:
         ranked_NE = self.rule.ranked_NE(layer, choice_NE, probabilities_NE, self.caches.resident[layer])
         ids_NK = best_ids(ranked_NE, k)
         self.caches.use(layer, ids_NK, probabilities_NE)
-        weights_NK = spec.expert_weights(logits_NE, ids_NK)
         if self.rule.keeps_weights:
-            part_N1 = kept_part(logits_NE, ids_NK, best_ids(choice_NE, k), spec)
-            weights_NK = weights_NK if part_N1 is None else weights_NK * part_N1
-        return weights_NK, ids_NK
+            return kept_weights(logits_NE, ids_NK, best_ids(choice_NE, k), spec), ids_NK
+        return spec.expert_weights(logits_NE, ids_NK), ids_NK
 
     def note(self, layer: int, ids_TK: Tensor) -> None:
         """Nothing: no class chooses."""

@@ -61,7 +61,7 @@ def excess(choice_TE: Tensor, k: int, spec: RouterSpec, gain: Tensor) -> Tensor:
     Sums of the few are taken in fp64 and rounded once, so that one token's, taken in Python, are the same.
     """
     base = gain.double().log()
-    if not spec.is_chosen_softmax and not spec.normalize:
+    if not divides(spec):
         choice_TE = choice_TE.log_softmax(dim=-1)
     else:
         base = choice_TE.topk(k, dim=-1).values.double().logsumexp(dim=-1, keepdim=True) + base
@@ -89,6 +89,13 @@ def _biased_logits(
     priced_TE = F.softplus(-F.softplus(-logits_TE) - base)
     held_TE = priced_TE.add_(F.softplus(logits_TE)).add_(choice_TE - logits_TE)
     return plain_TE, torch.where(held_TE.isfinite(), held_TE, plain_TE), base.isfinite()
+
+
+def kept_weights(logits_TE: Tensor, ids_TK: Tensor, own_TK: Tensor, spec: RouterSpec) -> Tensor:
+    """fp32 [T, K]: `spec.expert_weights`, times `kept_part` where they are divided by a sum. Differentiable."""
+    weights_TK = spec.expert_weights(logits_TE, ids_TK)
+    part_T1 = kept_part(logits_TE, ids_TK, own_TK, spec)
+    return weights_TK if part_T1 is None else weights_TK * part_T1
 
 
 def kept_part(logits_TE: Tensor, ids_TK: Tensor, own_TK: Tensor, spec: RouterSpec) -> Tensor | None:

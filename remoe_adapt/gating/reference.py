@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from remoe_adapt.errors import ConfigError
-from remoe_adapt.gating.cost import held, kept_part, ranks
+from remoe_adapt.gating.cost import held, kept_weights, ranks
 from remoe_adapt.routers import RouterSpec, best_ids
 from remoe_adapt.triton_kernels import rule
 
@@ -76,10 +76,9 @@ def topk_gating(
                 ids_TK = _step(choice_TE, extra_TN, k, prior, prior.flags_T)
             else:
                 ids_TK = _scan(choice_TE, extra_TN, k, prior)
-    weights_TK = spec.expert_weights(logits_TE, ids_TK)
-    if own_TK is not None and (part_T1 := kept_part(logits_TE, ids_TK, own_TK, spec)) is not None:
-        weights_TK = weights_TK * part_T1
-    return weights_TK, ids_TK
+    if own_TK is None:
+        return spec.expert_weights(logits_TE, ids_TK), ids_TK
+    return kept_weights(logits_TE, ids_TK, own_TK, spec), ids_TK
 
 
 def check_shapes(logits_TE: Tensor, k: int, prior: PriorStep | None, bias_E: Tensor | None) -> None:
